@@ -1,0 +1,306 @@
+// infer: text from a model at any number of recurrences, and what the number is worth: loss and accuracy by recurrences.
+#define RETROFIT_IMPLEMENTATION
+#include "retrofit.h"
+
+static struct {
+    const char *model, *prompt, *recurrences, *eval, *tasks, *tokens, *logits, *tokenizer;
+    size_t max_tokens, top_k, seed, seq_len, rows;
+    double temperature, top_p, min_p;
+    int state_init, device;
+    bool print_tokens;
+} o = {.max_tokens = 128, .seed = 1, .top_p = 1};
+
+static const retrofit_option options[] = {
+    {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
+    {"model", RETROFIT_STRING, &o.model, "DIR", "recurrent or plain; a run's --out means its latest checkpoint"},
+    {"prompt", RETROFIT_STRING, &o.prompt, "TEXT|-", "what to continue; - reads it from stdin"},
+    {"recurrences", RETROFIT_STRING, &o.recurrences, "R", "how deep to think (the model's mean); a list for --eval, --tasks"},
+    {"max-tokens", RETROFIT_SIZE, &o.max_tokens, "N", "stop after so many (128), or at the end of text"},
+    {"temperature", RETROFIT_REAL, &o.temperature, "F", "0: always the likeliest token (0)"},
+    {"top-k", RETROFIT_SIZE, &o.top_k, "N", "draw from the N likeliest; 0: from all (0)"},
+    {"top-p", RETROFIT_REAL, &o.top_p, "F", "draw from the likeliest that make up this share (1)"},
+    {"min-p", RETROFIT_REAL, &o.min_p, "F", "draw from those with at least this share of the likeliest's probability (0)"},
+    {"seed", RETROFIT_SIZE, &o.seed, "N", "of draws and start states (1)"},
+    {"state-init", RETROFIT_CHOICE, &o.state_init, "normal|zero", "the start state s_0 (normal)"},
+    {"Evaluate", RETROFIT_HEADING, NULL, NULL, NULL},
+    {"eval", RETROFIT_STRING, &o.eval, "FILE.bin", "loss and perplexity on token shards, at each of --recurrences"},
+    {"seq-len", RETROFIT_SIZE, &o.seq_len, "T", "tokens in a row (1024, or the model's context)"},
+    {"rows", RETROFIT_SIZE, &o.rows, "N", "at most so many rows or tasks; 0: all (0)"},
+    {"tasks", RETROFIT_STRING, &o.tasks, "FILE.jsonl", "{prompt, answer} a line: how many answers greedy decoding gives exactly"},
+    {"Look inside", RETROFIT_HEADING, NULL, NULL, NULL},
+    {"tokens", RETROFIT_STRING, &o.tokens, "1,2,3", "token ids instead of a prompt, for --logits"},
+    {"logits", RETROFIT_STRING, &o.logits, "OUT.safetensors", "writes the tensor logits (T,V) for --tokens or --prompt"},
+    {"print-tokens", RETROFIT_FLAG, &o.print_tokens, NULL, "prints the prompt's ids, with the special tokens encoding adds"},
+    {"tokenizer", RETROFIT_STRING, &o.tokenizer, "DIR", "where tokenizer.json lies (the model's directory)"},
+    {"Machine", RETROFIT_HEADING, NULL, NULL, NULL},
+    {"device", RETROFIT_CHOICE, &o.device, "auto|cpu", "where to compute (auto)"},
+};
+
+__attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fputs("infer: ", stderr), vfprintf(stderr, format, args), fputc('\n', stderr);
+    va_end(args);
+    exit(code);
+}
+
+static void *need(void *p) { // what retrofit could not give
+    if (!p) die(1, "%s", retrofit_error());
+    return p;
+}
+
+static float sigma(const retrofit_model *m) { return o.state_init ? 0 : m->config.state_std; }
+
+// --recurrences as a list; without it `otherwise`, or the model's mean. A plain Llama has one depth, shown as 0 recurrences.
+static size_t recurrences(const retrofit_model *m, size_t *r, size_t most, const char *otherwise) {
+    char mean[32];
+    size_t count;
+    snprintf(mean, sizeof mean, "%zu", m->config.mean_recurrence);
+    if (retrofit_is_plain(&m->config)) {
+        if (o.recurrences) die(2, "--recurrences: %s is a plain Llama, it has none: make it recurrent with convert", o.model);
+        return r[0] = 0, 1;
+    }
+    if (!retrofit_sizes(o.recurrences ? o.recurrences : otherwise ? otherwise : mean, r, most, &count)) die(2, "--recurrences: %s", retrofit_error());
+    for (size_t i = 1; i < count; i++)
+        if (r[i] <= r[i - 1]) die(2, "--recurrences: %s does not grow from one to the next", o.recurrences);
+    return count;
+}
+
+// --prompt, or stdin if it is "-".
+static char *prompt_text(size_t *size) {
+    if (strcmp(o.prompt, "-")) return *size = strlen(o.prompt), (char *)need(strdup(o.prompt));
+    size_t room = 1 << 16;
+    char *text = (char *)need(malloc(room));
+    for (size_t n; (n = fread(text + *size, 1, room - *size, stdin)) > 0;)
+        if ((*size += n) == room) text = (char *)need(realloc(text, room *= 2));
+    return text;
+}
+
+static int32_t *prompt_ids(const retrofit_tokenizer *t, size_t *count) {
+    size_t size = 0;
+    char *text = prompt_text(&size);
+    int32_t *ids = (int32_t *)need(retrofit_encode(t, text, size, true, count));
+    free(text);
+    return ids;
+}
+
+// ---- Generation ---------------------------------------------------------------------------------------------------------------
+static void generate(const retrofit_model *m, const retrofit_tokenizer *t) {
+    size_t n, r[2], V = m->config.vocab, produced = 0;
+    if (recurrences(m, r, 1, NULL) != 1) die(2, "--recurrences: one number for generation");
+    int32_t *ids = prompt_ids(t, &n);
+    if (n == 0) die(2, "--prompt: the prompt is empty");
+    if (n >= m->config.context) die(1, "the prompt has %zu tokens, the model's context %zu: shorten it", n, m->config.context);
+    size_t capacity = least(n + o.max_tokens, m->config.context);
+    ids = (int32_t *)need(realloc(ids, capacity * sizeof *ids));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, false, capacity, r[0]));
+    retrofit_sampling s = {(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, hash64(o.seed, 1)};
+    void *scratch = need(malloc(V * 8));
+    retrofit_stream stream = {0, 0};
+    free(need(retrofit_decode_next(t, &stream, ids, n, true, false, &(size_t){0}))); // the prompt itself is not printed
+    int32_t eos = retrofit_tokenizer_eos(t) >= 0 ? retrofit_tokenizer_eos(t) : m->config.eos;
+    double begin = retrofit_seconds(), first = 0;
+    const float *logits = (const float *)need((void *)retrofit_feed(a, ids, 1, n, NULL, r[0], sigma(m), o.seed));
+    first = retrofit_seconds();
+    size_t prompt = n;
+    for (;;) {
+        bool last = produced == o.max_tokens || n == capacity;
+        int32_t id = last ? eos : retrofit_sample(logits, V, &s, scratch);
+        last = last || id == eos;
+        if (!last) ids[n++] = id, produced++;
+        size_t size;
+        char *text = (char *)need(retrofit_decode_next(t, &stream, ids, n, true, last, &size));
+        fwrite(text, 1, size, stdout), fflush(stdout), free(text);
+        if (last) break;
+        if (n < capacity && produced < o.max_tokens)
+            logits = (const float *)need((void *)retrofit_feed(a, ids + n - 1, 1, 1, NULL, r[0], sigma(m), o.seed));
+    }
+    putchar('\n');
+    double seconds = retrofit_seconds() - first;
+    fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", prompt, first - begin, produced, seconds,
+            produced > 1 ? (double)(produced - 1) / seconds : 0);
+    fprintf(stderr, r[0] ? ", %zu recurrences\n" : "\n", r[0]);
+    free(ids), free(scratch), retrofit_activations_free(a);
+}
+
+// ---- Loss by recurrences: one way of states, read off at each r -----------------------------------------------------------
+static void evaluate(const retrofit_model *m) {
+    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), T = o.seq_len ? o.seq_len : least(1024, m->config.context);
+    if (T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", T, m->config.context);
+    retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, T, m->config.vocab, false, 0));
+    size_t rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), B = least(rows, 1 + 1024 / T);
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, false, 0, 0));
+    int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens)), *labels = (int32_t *)need(malloc(B * T * sizeof *labels));
+    double loss[64] = {0}, seconds[64] = {0}, shown = retrofit_seconds();
+    for (size_t at = 0; at < rows; at += B) {
+        size_t b = least(B, rows - at);
+        for (size_t i = 0; i < b; i++)
+            if (!retrofit_data_row(data, at + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
+        double begin = retrofit_seconds(), coda = 0;
+        if (!retrofit_prelude(a, tokens, b, T)) die(1, "%s", retrofit_error());
+        if (r[0]) retrofit_start(a, sigma(m), hash64(o.seed, at));
+        for (size_t i = 0; i < count; i++) {
+            retrofit_recur(a, r[i] - (i ? r[i - 1] : 0), 0);
+            double before = retrofit_seconds();
+            retrofit_coda(a);
+            loss[i] += retrofit_loss(a, labels, 0) * (double)b;
+            seconds[i] += retrofit_seconds() - begin - coda; // what a pass at this r alone costs
+            coda += retrofit_seconds() - before;
+        }
+        if (retrofit_seconds() - shown > 2) fprintf(stderr, "%zu of %zu rows\n", at + b, rows), shown = retrofit_seconds();
+    }
+    printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "seconds", rows, T);
+    for (size_t i = 0; i < count; i++) printf("%11zu %10.4f %12.3f %9.2f\n", r[i], loss[i] / (double)rows, exp(loss[i] / (double)rows), seconds[i]);
+    free(tokens), free(labels), retrofit_activations_free(a), retrofit_data_close(data);
+}
+
+// ---- Tasks: {"prompt": …, "answer": …, "hops": n} a line ----------------------------------------------------------------------
+// Greedy decoding gives the answer exactly when the likeliest token is the answer's at every place, each read behind the answer so far:
+// one pass over prompt and answer decides it, and for every r at once.
+typedef struct {
+    int32_t *ids;
+    size_t count, prompt, hops; // prompt: ids before the answer's first; hops: a group of the table, 0 if the line names none
+} task;
+
+static task read_task(const retrofit_tokenizer *t, const char *line, size_t length, size_t number) {
+    char where[64], *text;
+    snprintf(where, sizeof where, "line %zu", number);
+    retrofit_json *j = (retrofit_json *)retrofit_json_parse(line, length, where);
+    if (!j) die(1, "%s: %s", o.tasks, retrofit_error());
+    const retrofit_json *p = retrofit_json_get(j, "prompt"), *answer = retrofit_json_get(j, "answer");
+    if (!p || !answer || p->type != RETROFIT_JSON_STRING || answer->type != RETROFIT_JSON_STRING || answer->length == 0)
+        die(1, "%s: line %zu: needs a string \"prompt\" and a string \"answer\" that is not empty", o.tasks, number);
+    task k = {NULL, 0, 0, 0};
+    size_t count;
+    if (retrofit_json_get(j, "hops") && (!json_size(retrofit_json_get(j, "hops"), &k.hops) || k.hops > 15))
+        die(1, "%s: line %zu: \"hops\" is not a number from 0 to 15", o.tasks, number);
+    text = (char *)need(malloc(p->length + answer->length));
+    memcpy(text, p->string, p->length), memcpy(text + p->length, answer->string, answer->length);
+    int32_t *alone = (int32_t *)need(retrofit_encode(t, text, p->length, true, &count));
+    k.ids = (int32_t *)need(retrofit_encode(t, text, p->length + answer->length, true, &k.count));
+    while (k.prompt < count && k.prompt < k.count && k.ids[k.prompt] == alone[k.prompt]) k.prompt++; // the answer may begin inside a token
+    if (k.prompt == 0 || k.prompt == k.count) die(1, "%s: line %zu: no token of the answer follows one of the prompt", o.tasks, number);
+    free(text), free(alone), retrofit_json_free(j);
+    return k;
+}
+
+static void answer_tasks(const retrofit_model *m, const retrofit_tokenizer *t) {
+    size_t r[64], depths = recurrences(m, r, 64, "1,2,4,8,16"), count = 0, room = 0, T = 0, V = m->config.vocab, of[16] = {0}, most = 0, size = 0;
+    FILE *f = fopen(o.tasks, "rb");
+    if (!f) die(1, "%s: %s", o.tasks, strerror(errno));
+    task *tasks = NULL;
+    char *line = NULL;
+    for (ssize_t length; (!o.rows || count < o.rows) && (length = getline(&line, &size, f)) > 0;) {
+        if (length == 1) continue;
+        if (count == room) tasks = (task *)need(realloc(tasks, (room = room * 2 + 64) * sizeof *tasks));
+        tasks[count] = read_task(t, line, (size_t)length, count + 1);
+        if (tasks[count].count > T) T = tasks[count].count;
+        if (tasks[count].hops > most) most = tasks[count].hops;
+        of[tasks[count++].hops]++;
+    }
+    free(line), fclose(f);
+    if (count == 0) die(1, "%s: no tasks in it", o.tasks);
+    if (T > m->config.context) die(1, "%s: a task of %zu tokens, the model's context is %zu", o.tasks, T, m->config.context);
+    size_t B = least(count, 1 + 4096 / T), right[64][16] = {{0}};
+    double loss[64] = {0}, shown = retrofit_seconds();
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, false, 0, 0));
+    int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens));
+    float *logits = (float *)need(malloc(T * V * sizeof *logits));
+    for (size_t at = 0; at < count; at += B) {
+        size_t b = least(B, count - at), columns = 0;
+        for (size_t i = 0; i < b; i++) columns = tasks[at + i].count > columns ? tasks[at + i].count : columns;
+        memset(tokens, 0, B * T * sizeof *tokens); // padding on the right: no earlier token sees it
+        for (size_t i = 0; i < b; i++) memcpy(tokens + i * columns, tasks[at + i].ids, tasks[at + i].count * sizeof *tokens);
+        if (!retrofit_prelude(a, tokens, b, columns)) die(1, "%s", retrofit_error());
+        if (r[0]) retrofit_start(a, sigma(m), o.seed);
+        for (size_t j = 0; j < depths; j++) {
+            retrofit_recur(a, r[j] - (j ? r[j - 1] : 0), 0);
+            retrofit_coda(a);
+            for (size_t i = 0; i < b; i++) {
+                const task *k = &tasks[at + i];
+                size_t answer = k->count - k->prompt;
+                bool ok = true;
+                retrofit_logits(a, i * columns + k->prompt - 1, answer, logits);
+                for (size_t p = 0; p < answer; p++) ok = ok && retrofit_argmax(logits + p * V, V) == k->ids[k->prompt + p];
+                right[j][k->hops] += ok;
+                float losses[1];
+                for (size_t p = 0; p < answer; p++)
+                    m->ops->cross_entropy(losses, logits + p * V, &k->ids[k->prompt + p], 1, V, 0), loss[j] += losses[0] / (double)answer;
+            }
+        }
+        if (retrofit_seconds() - shown > 2) fprintf(stderr, "%zu of %zu tasks\n", at + b, count), shown = retrofit_seconds();
+    }
+    printf("%11s %7s %16s", "recurrences", "loss", "accuracy");
+    for (size_t h = 0; most && h <= most; h++) printf(h ? " %4zu" : "   hops %zu", h);
+    printf("\n");
+    for (size_t j = 0; j < depths; j++) {
+        size_t all = 0;
+        for (size_t h = 0; h <= most; h++) all += right[j][h];
+        double p = (double)all / (double)count;
+        printf("%11zu %7.4f  %.3f ± %.3f  ", r[j], loss[j] / (double)count, p, sqrt(p * (1 - p) / (double)count));
+        for (size_t h = 0; most && h <= most; h++) printf(of[h] ? h ? " %4.2f" : "   %4.2f" : "    -", (double)right[j][h] / (double)of[h]);
+        printf("  ");
+        for (int bar = 0; bar < (int)(p * 30 + 0.5); bar++) printf("█");
+        printf("\n");
+    }
+    for (size_t i = 0; i < count; i++) free(tasks[i].ids);
+    free(tasks), free(tokens), free(logits), retrofit_activations_free(a);
+}
+
+// ---- Logits of a sequence -----------------------------------------------------------------------------------------------------
+static void write_logits(const retrofit_model *m, const retrofit_tokenizer *t) {
+    size_t n = 0, r[2], V = m->config.vocab;
+    int32_t *ids;
+    if (recurrences(m, r, 1, NULL) != 1) die(2, "--recurrences: one number for --logits");
+    if (o.tokens) {
+        ids = (int32_t *)need(malloc(strlen(o.tokens) * sizeof *ids));
+        for (const char *p = o.tokens;; p++) {
+            char *end;
+            unsigned long id = strtoul(p, &end, 10);
+            if (*p < '0' || *p > '9' || id > INT32_MAX) die(2, "--tokens: '%s' is not a list of token ids like 1,2,3", p);
+            ids[n++] = (int32_t)id;
+            if (*(p = end) == 0) break;
+            if (*p != ',') die(2, "--tokens: '%s' is not a list of token ids like 1,2,3", p);
+        }
+    } else ids = prompt_ids(t, &n);
+    if (n == 0) die(2, "--logits: the prompt is empty");
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, false, 0, 0));
+    float *logits = (float *)need(allocate(n * V, sizeof *logits));
+    if (!retrofit_forward(a, ids, 1, n, sigma(m), o.seed, r[0], 0)) die(1, "%s", retrofit_error());
+    retrofit_logits(a, 0, n, logits);
+    retrofit_tensor out = {"logits", RETROFIT_F32, 2, {n, V, 0, 0}, n * V, logits};
+    if (!retrofit_safetensors_write(o.logits, &retrofit_cpu, &out, 1, RETROFIT_F32, NULL)) die(1, "%s", retrofit_error());
+    free(ids), free(logits), retrofit_activations_free(a);
+}
+
+int main(int argc, char **argv) {
+    int code = retrofit_options(argc, argv, options, sizeof options / sizeof *options,
+                                "infer --model DIR --prompt TEXT|- [--recurrences R] [options]\n"
+                                "infer --model DIR --eval FILE.bin | --tasks FILE.jsonl [--recurrences 1,2,4,8]\n"
+                                "infer --tokenizer DIR --prompt TEXT --print-tokens\n", NULL, NULL);
+    if (code >= 0) return code;
+    int modes = !!o.eval + !!o.tasks + !!o.logits + o.print_tokens;
+    if (modes > 1) die(2, "one of --eval, --tasks, --logits, --print-tokens at a time");
+    if (!o.model && !(o.print_tokens && o.tokenizer)) die(2, "--model is needed (see --help)");
+    if (!o.prompt && !o.eval && !o.tasks && !(o.logits && o.tokens)) die(2, "--prompt is needed (see --help)");
+    if (o.temperature < 0 || o.top_p <= 0 || o.top_p > 1 || o.min_p < 0 || o.min_p > 1)
+        die(2, "--temperature is at least 0, --top-p between 0 and 1, --min-p from 0 to 1");
+    char path[RETROFIT_PATH];
+    const char *directory = o.tokenizer ? o.tokenizer : retrofit_model_directory(o.model, path);
+    retrofit_tokenizer *t = o.eval || o.tokens ? NULL : (retrofit_tokenizer *)need(retrofit_tokenizer_load(directory));
+    retrofit_model *m = o.print_tokens ? NULL : (retrofit_model *)need(retrofit_load(o.model, &retrofit_cpu, RETROFIT_INFERENCE));
+    if (m && t && retrofit_tokenizer_size(t) > m->config.vocab)
+        die(1, "the tokenizer of %s has ids up to %zu, the model's vocabulary %zu: another model's?", directory, retrofit_tokenizer_size(t) - 1, m->config.vocab);
+    if (o.eval) evaluate(m);
+    else if (o.tasks) answer_tasks(m, t);
+    else if (o.logits) write_logits(m, t);
+    else if (o.print_tokens) {
+        size_t n;
+        int32_t *ids = prompt_ids(t, &n);
+        for (size_t i = 0; i < n; i++) printf(i ? " %d" : "%d", (int)ids[i]);
+        printf("\n");
+        free(ids);
+    } else generate(m, t);
+    retrofit_tokenizer_free(t), retrofit_free(m);
+    return fflush(stdout) || ferror(stdout) ? 1 : 0;
+}

@@ -1,0 +1,29 @@
+#!/bin/sh
+# The header and the programs must compile without a warning as C11 and C++17, with every compiler that is here, with and without
+# OpenMP, for the machine's own instructions and for plain x86-64's.
+passed=0 failed=0
+unit=$(mktemp -d) || exit 1
+trap 'rm -rf "$unit"' EXIT
+printf '#define RETROFIT_IMPLEMENTATION\n#include "retrofit.h"\n' >"$unit/c.c"
+cp "$unit/c.c" "$unit/c.cpp"
+try() {
+    if out=$("$@" 2>&1); then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        printf 'FAILED %s\n%s\n' "$*" "$out" | head -n 12
+    fi
+}
+strict="-O1 -Wall -Wextra -Werror -fsyntax-only -I."
+for cc in gcc clang; do
+    command -v $cc >/dev/null || continue
+    for flags in "" "-march=native" "-march=haswell" "-fopenmp"; do
+        if [ "$flags" = -fopenmp ] && ! echo 'int main(void){return 0;}' | $cc -fopenmp -x c - -o /dev/null 2>/dev/null; then continue; fi
+        try $cc -std=c11 $strict $flags "$unit/c.c"
+    done
+    for program in convert train infer; do try $cc -std=c11 $strict $program.c; done
+done
+for cxx in g++ clang++; do
+    command -v $cxx >/dev/null || continue
+    try $cxx -std=c++17 $strict "$unit/c.cpp"
+done
+printf '%-24s %d passed, %d failed\n' compilers $passed $failed
+[ $failed -eq 0 ]

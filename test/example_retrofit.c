@@ -1,0 +1,2 @@
+#define RETROFIT_IMPLEMENTATION
+#include "../retrofit.h"

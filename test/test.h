@@ -1,0 +1,52 @@
+// What every test program shares: checks that count, and readers for the authors' numbers in fixtures/.
+#ifndef TEST_H
+#define TEST_H
+#define RETROFIT_IMPLEMENTATION
+#include "../retrofit.h"
+
+static size_t passed, failed;
+
+// One line for every check that fails; the count of both at the end of the program.
+__attribute__((format(printf, 2, 3))) static bool check(bool ok, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    ok ? passed++ : failed++;
+    if (!ok) fputs("FAILED ", stdout), vprintf(format, args), puts("");
+    va_end(args);
+    return ok;
+}
+
+static int finish(const char *name) {
+    printf("%-24s %zu passed, %zu failed\n", name, passed, failed);
+    return failed != 0;
+}
+
+// For what a test cannot go on without.
+static void need(bool ok, const char *what) {
+    if (ok) return;
+    printf("FAILED %s: %s\n", what, retrofit_error());
+    failed++;
+    exit(finish(what));
+}
+
+// ‖a - b‖ / ‖b‖, in double.
+static inline double relative_error(const float *a, const float *b, size_t n) {
+    double difference = 0, size = 0;
+    for (size_t i = 0; i < n; i++) difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]), size += (double)b[i] * b[i];
+    return size > 0 ? sqrt(difference / size) : sqrt(difference);
+}
+
+static inline const retrofit_tensor *fixture(const retrofit_map *f, const char *format, ...) {
+    char name[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    const retrofit_tensor *t = retrofit_safetensors_find(f, name);
+    if (!t) fail("%s: no tensor %s", f->path, name);
+    need(t != NULL, name);
+    return t;
+}
+
+#define FIXTURES "test/fixtures/"
+#endif

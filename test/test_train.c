@@ -1,0 +1,711 @@
+// Training end to end against the authors' runs, gradients against finite differences and unrolled models, checkpoints and token shards
+// there and back again, and files made to do harm.
+#include "test.h"
+#include <ftw.h>
+
+static char root[64]; // everything is written under it, and removed at the end
+
+static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *at) {
+    (void)st, (void)type, (void)at;
+    return remove(path);
+}
+static void remove_root(void) { nftw(root, remove_entry, 8, FTW_DEPTH | FTW_PHYS); }
+
+// A path under root; eight of them can be in use at a time.
+__attribute__((format(printf, 1, 2))) static char *at(const char *format, ...) {
+    static char paths[8][512];
+    static size_t next;
+    char *path = paths[next++ % 8];
+    int n = snprintf(path, sizeof *paths, "%s/", root);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(path + n, sizeof *paths - (size_t)n, format, args);
+    va_end(args);
+    return path;
+}
+
+static void write_file(const char *path, const void *data, size_t size) {
+    FILE *f = fopen(path, "wb");
+    need(f && fwrite(data, 1, size, f) == size && !fclose(f), path);
+}
+
+// A call that must have failed, saying so in one line that names the culprit.
+static void refused(bool worked, const char *name, const char *what) {
+    const char *e = retrofit_error();
+    check(!worked && *e && !strchr(e, '\n') && strstr(e, name), "%s: %s, error \"%s\" (must name %s)", what, worked ? "accepted" : "refused", e, name);
+    error_text[0] = 0;
+}
+
+static retrofit_model *load(const char *path, retrofit_mode mode) {
+    retrofit_model *m = retrofit_load(path, &retrofit_cpu, mode);
+    need(m != NULL, path);
+    return m;
+}
+
+// Largest difference between two models' parameters, by relative_error; 0 only if all bits are equal.
+enum { MASTER, GRAD, M, V };
+static const float *numbers(const retrofit_parameter *p, int which) { return which == MASTER ? p->master : which == GRAD ? p->grad : which == M ? p->m : p->v; }
+static double difference(const retrofit_model *a, const retrofit_model *b, int which, const char **name) {
+    double worst = 0;
+    need(a->parameter_count == b->parameter_count, "models of one shape");
+    for (size_t i = 0; i < a->parameter_count; i++) {
+        const retrofit_parameter *p = a->parameters[i], *q = b->parameters[i];
+        const float *x = numbers(p, which), *y = numbers(q, which);
+        size_t n = p->rows * p->cols;
+        double e = p->rows != q->rows || p->cols != q->cols || !x != !y ? INFINITY : !x || !memcmp(x, y, n * 4) ? 0 : relative_error(x, y, n) + 1e-30;
+        if (e > worst) worst = e, *name = p->piece[0].name;
+    }
+    return worst;
+}
+static void same(const retrofit_model *a, const retrofit_model *b, int which, const char *what) {
+    const char *name = "";
+    double e = difference(a, b, which, &name);
+    check(e == 0, "%s: %s differs by %.2e, not a bit was to", what, name, e);
+}
+
+// ---- The authors' tables -----------------------------------------------------------------------------------------------
+static void sampler(void) {
+    FILE *f = fopen(FIXTURES "tables/sampler.tsv", "r");
+    need(f && fscanf(f, "%*[^\n]") == 0, "sampler.tsv");
+    size_t m, r, K, n, k, my_n, my_k, count = 0;
+    for (double rate; fscanf(f, "%zu %zu %zu %lf %zu %zu", &m, &r, &K, &rate, &n, &k) == 6; count++) {
+        float mine;
+        retrofit_draw_recurrences(m, r, K, &my_n, &my_k, &mine);
+        check(mine == (float)rate && my_n == n && my_k == k, "draw %zu, mean %zu, K %zu: rate %.9g (%zu,%zu), the authors' %.9g (%zu,%zu)", m, r, K,
+              (double)mine, my_n, my_k, rate, n, k);
+    }
+    fclose(f);
+    check(count == 8000, "%zu draws in the table, not 8000", count);
+}
+
+static void schedules(void) {
+    FILE *f = fopen(FIXTURES "tables/schedules.tsv", "r");
+    need(f && fscanf(f, "%*[^\n]") == 0, "schedules.tsv");
+    char name[32];
+    size_t S, t, up, count = 0;
+    double w, c, min, peak, value;
+    for (; fscanf(f, "%31s %zu %lf %lf %lf %lf %zu %lf %zu", name, &S, &w, &c, &min, &peak, &t, &value, &up) == 9; count++) {
+        double mine = !strcmp(name, "learning_rate")       ? retrofit_learning_rate(t, S, w, c, min, peak)
+                      : !strcmp(name, "recurrence_linear") ? retrofit_curriculum(RETROFIT_CURRICULUM_LINEAR, t, S, w, peak)
+                      : !strcmp(name, "recurrence_1-sqrt") ? retrofit_curriculum(RETROFIT_CURRICULUM_1_SQRT, t, S, w, peak)
+                      : !strcmp(name, "backprop_linear")   ? retrofit_linear_schedule(t, S, w, min, peak)
+                                                           : NAN;
+        // one rounding of a double is 1.1e-16; near the decay's end 1 + cos(πx) cancels, which costs digits of the part above min·lr
+        check(fabs(mine - value) <= 1e-15 * fabs(value) && (size_t)ceil(mine) == up, "%s S %zu w %g step %zu: %.17g, ceil %g; the authors' %.17g, %zu",
+              name, S, w, t, mine, ceil(mine), value, up);
+    }
+    fclose(f);
+    check(count == 1629, "%zu rows of schedules, not 1629", count);
+}
+
+// ---- The authors' ten steps ----------------------------------------------------------------------------------------------
+static retrofit_map fixtures;
+static retrofit_json *recipe;
+enum { STEPS = 10, ROWS = 2 }; // rows in a micro-batch
+
+static double setting(const char *key) {
+    const retrofit_json *j = retrofit_json_get(recipe, key);
+    need(j && j->type == RETROFIT_JSON_NUMBER, key);
+    return j->number;
+}
+
+static retrofit_activations *activations(const retrofit_model *m, size_t rows, size_t K) {
+    retrofit_activations *a = retrofit_activations_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, true, 0, 0);
+    need(a != NULL, "activations");
+    return a;
+}
+
+// Rows first .. first+count of train.tokens as tokens and labels, through (n,k), and back with the loss scaled. Zero start state.
+static double pass(retrofit_activations *a, size_t first, size_t count, size_t n, size_t k, float scale) {
+    const retrofit_tensor *t = fixture(&fixtures, "train.tokens");
+    size_t T = t->shape[1] - 1;
+    int32_t *tokens = (int32_t *)allocate(2 * count * T, 4), *labels = tokens + count * T;
+    for (size_t i = 0; i < count * T; i++) tokens[i] = ((const int32_t *)t->data)[(first + i / T) * (T + 1) + i % T];
+    for (size_t i = 0; i < count * T; i++) labels[i] = ((const int32_t *)t->data)[(first + i / T) * (T + 1) + i % T + 1];
+    need(first + count <= t->shape[0] && retrofit_forward(a, tokens, count, T, 0, 0, n, k), "forward");
+    double loss = retrofit_loss(a, labels, scale);
+    need(isfinite(loss), "loss");
+    if (scale != 0) retrofit_backward(a);
+    free(tokens);
+    return loss;
+}
+
+static double from(const retrofit_json *record, const char *key, size_t i, size_t j) {
+    const retrofit_json *x = retrofit_json_get(record, key);
+    if (x && x->type == RETROFIT_JSON_ARRAY) {
+        for (x = x->child; x && i--;) x = x->next;
+        if (x && x->type == RETROFIT_JSON_ARRAY)
+            for (x = x->child; x && j--;) x = x->next;
+    }
+    need(x && x->type == RETROFIT_JSON_NUMBER, key);
+    return x->number;
+}
+
+static void close_to(double mine, double theirs, double tolerance, const char *kind, size_t t, const char *what) {
+    check(fabs(mine - theirs) <= tolerance * fabs(theirs), "%s step %zu: %s %.9g, the authors' %.9g (%.1e)", kind, t + 1, what, mine, theirs,
+          fabs(mine - theirs) / fabs(theirs));
+}
+
+// Optimizer step t (from 0) of the recipe; with the authors' record of it also compared.
+static void train_step(retrofit_model *m, retrofit_activations *a, retrofit_optimizer_kind kind, size_t t, const retrofit_json *theirs) {
+    const char *name = kind == RETROFIT_MUON ? "muon" : "adamw";
+    size_t accumulate = (size_t)setting("accumulation"), K = (size_t)setting("max_backprop_depth");
+    double warmup = setting("lr_warmup"), cooldown = setting("lr_cooldown"), min = setting("min_lr_ratio");
+    size_t mean = (size_t)ceil(retrofit_curriculum(RETROFIT_CURRICULUM_1_SQRT, t, STEPS, setting("curriculum_warmup"), setting("max_mean_recurrence")));
+    if (mean == 0) mean = 1;
+    if (K > mean) K = mean;
+    retrofit_zero_grad(m);
+    for (size_t i = 0; i < accumulate; i++) {
+        size_t n, k, batch = t * accumulate + i + 1;
+        retrofit_draw_recurrences(batch, mean, K, &n, &k, NULL);
+        double loss = pass(a, ROWS * (batch - 1), ROWS, n, k, 1.0f / (float)accumulate);
+        if (!theirs) continue;
+        check((double)n == from(theirs, "nk", i, 0) && (double)k == from(theirs, "nk", i, 1), "%s step %zu: drew (%zu,%zu)", name, t + 1, n, k);
+        close_to(loss, from(theirs, "micro_losses", i, 0), 1e-5, name, t, "loss");
+    }
+    double lr = retrofit_learning_rate(t, STEPS, warmup, cooldown, min, setting("lr"));
+    double muon_lr = retrofit_learning_rate(t, STEPS, warmup, cooldown, min, setting("muon_lr"));
+    const retrofit_json *betas = retrofit_json_get(recipe, "betas");
+    retrofit_optimizer o = {.kind = kind, .lr = (float)lr, .muon_lr = (float)muon_lr, .beta1 = (float)betas->child->number,
+                            .beta2 = (float)betas->child->next->number, .eps = kind == RETROFIT_MUON ? 1e-10f : (float)setting("eps"),
+                            .weight_decay = (float)setting("weight_decay"), .momentum = 0.95f, .clip = (float)setting("clip")};
+    double norm = retrofit_optimizer_step(m, &o, t + 1);
+    if (!theirs) return;
+    check((double)mean == from(theirs, "mean_recurrence", 0, 0) && (double)K == from(theirs, "backprop_depth", 0, 0),
+          "%s step %zu: mean recurrence %zu, backprop depth %zu", name, t + 1, mean, K);
+    close_to(lr, from(theirs, "lr", 0, 0), 1e-15, name, t, "learning rate");
+    close_to(kind == RETROFIT_MUON ? muon_lr : lr, from(theirs, "lr_first_group", 0, 0), 1e-15, name, t, "first group's learning rate");
+    close_to(norm, from(theirs, "grad_norm", 0, 0), 1e-5, name, t, "gradient norm");
+}
+
+static void ten_steps(retrofit_optimizer_kind kind) {
+    const char *name = kind == RETROFIT_MUON ? "muon" : "adamw";
+    retrofit_model *m = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *start = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
+    retrofit_activations *a = activations(m, ROWS, 4);
+    need(retrofit_optimizer_init(m, kind), "moments");
+    const retrofit_json *record = retrofit_json_get(retrofit_json_get(recipe, "runs"), name)->child;
+    for (size_t t = 0; t < STEPS; t++, record = record->next) need(record != NULL, "ten records"), train_step(m, a, kind, t, record);
+    double worst = 0, moved = INFINITY;
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        const retrofit_parameter *p = m->parameters[i];
+        const retrofit_tensor *final = fixture(&fixtures, "%s.final.%s", name, p->piece[0].name);
+        size_t n = p->rows * p->cols;
+        double e = relative_error(p->master, (const float *)final->data, n), way = relative_error(start->parameters[i]->master, (const float *)final->data, n);
+        check(final->count == n && e < 1e-4, "%s: %s after ten steps is off by %.2e; it moved by %.2e", name, p->piece[0].name, e, way);
+        if (e > worst) worst = e;
+        if (way < moved) moved = way;
+    }
+    printf("%s: worst final parameter %.1e off, where each moved by %.1e or more\n", name, worst, moved);
+    retrofit_activations_free(a);
+
+    // The same in two sittings: bits must not show where it was interrupted. Everything kept is what the files hold.
+    retrofit_model *one = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *two;
+    need(retrofit_optimizer_init(one, kind), "moments");
+    a = activations(one, ROWS, 4);
+    for (size_t t = 0; t < 5; t++) train_step(one, a, kind, t, NULL);
+    char *final = strdup(at("runs/%s/latest", name)), *temporary = retrofit_directory_begin(final);
+    const char *metadata[] = {"step", "5", "a \"key\"", "a\tvalue\n", NULL};
+    need(temporary && retrofit_save(one, temporary, RETROFIT_F32, NULL) && retrofit_save_optimizer(one, temporary, metadata) &&
+             retrofit_directory_commit(temporary, final), "checkpoint");
+    retrofit_activations_free(a);
+    retrofit_map f;
+    two = load(at("runs/%s", name), RETROFIT_TRAINING); // finds DIR/latest
+    need(retrofit_optimizer_init(two, kind) && retrofit_load_optimizer(two, &f, final), "optimizer.safetensors");
+    const char *step = retrofit_safetensors_metadata(&f, "step"), *odd = retrofit_safetensors_metadata(&f, "a \"key\"");
+    check(step && !strcmp(step, "5") && odd && !strcmp(odd, "a\tvalue\n") && !retrofit_safetensors_metadata(&f, "none"), "metadata came back as %s, %s",
+          step ? step : "nothing", odd ? odd : "nothing");
+    retrofit_safetensors_close(&f);
+    same(two, one, MASTER, "parameters read back"), same(two, one, M, "first moments read back"), same(two, one, V, "second moments read back");
+    a = activations(two, ROWS, 4);
+    for (size_t t = 5; t < STEPS; t++) train_step(two, a, kind, t, NULL);
+    same(two, m, MASTER, name), same(two, m, M, name), same(two, m, V, name);
+
+    // another optimizer's moments, and another model's, are no good
+    retrofit_model *other = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *plain = load(FIXTURES "tiny/base", RETROFIT_TRAINING);
+    need(retrofit_optimizer_init(other, kind == RETROFIT_MUON ? RETROFIT_ADAMW : RETROFIT_MUON) && retrofit_optimizer_init(plain, kind), "moments");
+    refused(retrofit_load_optimizer(other, &f, final), final, "moments of another optimizer");
+    refused(retrofit_load_optimizer(plain, &f, final), final, "moments of another model");
+    refused(retrofit_load_optimizer(other, &f, root), "optimizer.safetensors", "moments that are not there");
+    retrofit_activations_free(a), free(final), free(temporary);
+    retrofit_free(m), retrofit_free(start), retrofit_free(one), retrofit_free(two), retrofit_free(other), retrofit_free(plain);
+}
+
+// ---- Gradients -------------------------------------------------------------------------------------------------------------
+// Along a unit direction u of one tensor the loss must change by g·u. Two central differences, combined so that the error is of order
+// h⁴, allow steps large enough for fp32: what is left is far below 1e-3 of ‖g‖. u is g/‖g‖ itself, then half of it in random directions.
+static void finite_differences(const char *name, size_t k) {
+    retrofit_model *m = load(name, RETROFIT_TRAINING);
+    retrofit_activations *a = activations(m, ROWS, k);
+    double worst = 0;
+    pass(a, 0, ROWS, 0, k, 1);
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        retrofit_parameter *p = m->parameters[i];
+        size_t n = p->rows * p->cols;
+        float *old = (float *)allocate(n, 4), *u = (float *)allocate(n, 4);
+        memcpy(old, p->master, n * 4);
+        double size = sqrt(sum_squares(p->grad, n));
+        for (int random = 0; random < 2; random++) {
+            double length = 0, slope = 0, loss[4];
+            for (size_t j = 0; j < n; j++)
+                u[j] = p->grad[j] / (float)size + (random ? (hash64(i, j) & 1 ? 1.0f : -1.0f) / sqrtf((float)n) : 0), length += (double)u[j] * u[j];
+            for (size_t j = 0; j < n; j++) slope += (double)p->grad[j] * u[j] / sqrt(length);
+            double h = 0.01 / size < 0.02 * sqrt((double)n) ? 0.01 / size : 0.02 * sqrt((double)n); // the loss changes by about 0.01
+            for (int s = 0; s < 4; s++) {
+                const double steps[] = {-2, -1, 1, 2};
+                for (size_t j = 0; j < n; j++) p->master[j] = (float)(old[j] + steps[s] * h * u[j] / sqrt(length));
+                loss[s] = pass(a, 0, ROWS, 0, k, 0);
+            }
+            memcpy(p->master, old, n * 4);
+            double e = fabs((8 * (loss[2] - loss[1]) - (loss[3] - loss[0])) / (12 * h) - slope) / size;
+            check(e < 1e-3, "%s: gradient of %s and finite differences are %.2e apart", name, p->piece[0].name, e);
+            if (e > worst) worst = e;
+        }
+        free(old), free(u);
+    }
+    printf("%s: worst finite difference %.1e\n", name, worst);
+    retrofit_activations_free(a), retrofit_free(m);
+}
+
+// With (n,k) nothing flows into the first n recurrences: the gradients are those of (0,k) started from s_n, to the last bit.
+static void truncation(void) {
+    retrofit_model *m = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *fresh = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
+    retrofit_activations *a = activations(m, ROWS, 3), *b = activations(fresh, ROWS, 3);
+    const retrofit_tensor *t = fixture(&fixtures, "train.tokens");
+    size_t T = t->shape[1] - 1, N = ROWS * T, V_ = m->config.vocab;
+    int32_t tokens[1024];
+    need(N <= 1024, "room for the tokens");
+    for (size_t i = 0; i < N; i++) tokens[i] = ((const int32_t *)t->data)[i];
+    float *x = (float *)allocate(3 * N * V_, 4), *y = x + N * V_, *z = y + N * V_;
+    need(retrofit_forward(a, tokens, ROWS, T, 0.01f, 7, 2, 2) && retrofit_prelude(b, tokens, ROWS, T), "forward");
+    memcpy(b->state, a->state, N * m->config.n_embd * 4); // in training `state` stays s_n
+    retrofit_recur(b, 0, 2), retrofit_coda(b);
+    double one = retrofit_loss(a, tokens, 1), two = retrofit_loss(b, tokens, 1);
+    retrofit_backward(a), retrofit_backward(b);
+    check(one == two, "loss with (2,2) %.9g, with (0,2) from s_2 %.9g", one, two);
+    same(fresh, m, GRAD, "(0,2) from s_2 against (2,2)");
+    // gradients matter to nothing but gradients; three recurrences are one, and one, and one
+    need(retrofit_forward(a, tokens, ROWS, T, 0.01f, 7, 0, 3), "forward"), retrofit_logits(a, 0, N, x);
+    need(retrofit_forward(a, tokens, ROWS, T, 0.01f, 7, 3, 0), "forward"), retrofit_logits(a, 0, N, y);
+    need(retrofit_prelude(b, tokens, ROWS, T), "prelude"), retrofit_start(b, 0.01f, 7);
+    for (int i = 0; i < 3; i++) retrofit_recur(b, 0, 1);
+    retrofit_coda(b), retrofit_logits(b, 0, N, z);
+    check(!memcmp(x, y, N * V_ * 4), "logits of (0,3) and (3,0) are %.2e apart", relative_error(x, y, N * V_));
+    check(!memcmp(x, z, N * V_ * 4), "logits of (0,3) and three times (0,1) are %.2e apart", relative_error(x, z, N * V_));
+    // a row's place in the batch changes nothing
+    for (size_t i = 0; i < T; i++) { int32_t other = tokens[i]; tokens[i] = tokens[T + i], tokens[T + i] = other; }
+    need(retrofit_forward(a, tokens, ROWS, T, 0, 0, 1, 2), "forward"), retrofit_logits(a, 0, N, x);
+    for (size_t i = 0; i < T; i++) { int32_t other = tokens[i]; tokens[i] = tokens[T + i], tokens[T + i] = other; }
+    need(retrofit_forward(a, tokens, ROWS, T, 0, 0, 1, 2), "forward"), retrofit_logits(a, 0, N, y);
+    check(!memcmp(x, y + T * V_, T * V_ * 4) && !memcmp(x + T * V_, y, T * V_ * 4), "logits depend on the row's place in the batch");
+    // what has no loss is no number
+    for (size_t i = 0; i < N; i++) tokens[i] = -100;
+    check(isnan(retrofit_loss(a, tokens, 0)) && *retrofit_error(), "the loss of no labels is a number"), tokens[3] = (int32_t)V_;
+    check(isnan(retrofit_loss(a, tokens, 0)) && strstr(retrofit_error(), "label 3"), "a label of V: %s", retrofit_error());
+    check(!retrofit_forward(a, tokens, ROWS, T, 0, 0, 0, 4), "4 recurrences with gradient where 3 fit");
+    free(x), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m), retrofit_free(fresh);
+}
+
+// With A = [I | 0] and s_0 = e the loop is a plain stack of P + r·C + D layers with the core's repeated: logits equal to the last bit, and
+// the core's gradient is the sum of its copies'. (s_0 gets no gradient, so what lies before it cannot be compared; with A_e = 0 it is 0.)
+static void unrolled(void) {
+    enum { R = 3 };
+    retrofit_model *m = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
+    size_t d = m->config.n_embd, P = m->config.prelude, C = m->config.core, D = m->config.coda, V_ = m->config.vocab, T = 16;
+    for (size_t i = 0; i < d * 2 * d; i++) m->adapter.master[i] = i % (2 * d) == i / (2 * d);
+    retrofit_config c = m->config;
+    c.prelude = c.core = 0, c.coda = P + R * C + D;
+    retrofit_model *stack = retrofit_model_new(&c, &retrofit_cpu);
+    need(stack && retrofit_model_allocate(stack, RETROFIT_TRAINING), "stack");
+#define LAYER(i) ((i) < P ? &m->prelude[i] : (i) < P + R * C ? &m->core[((i) - P) % C] : &m->coda[(i) - P - R * C])
+#define EACH(X) X(norm_1) X(wqkv) X(proj) X(norm_2) X(fc) X(mlp_proj)
+    for (size_t i = 0; i < c.coda; i++) {
+#define COPY(w) memcpy(stack->coda[i].w.master, LAYER(i)->w.master, LAYER(i)->w.rows * LAYER(i)->w.cols * 4);
+        EACH(COPY)
+    }
+    memcpy(stack->wte.master, m->wte.master, V_ * d * 4), memcpy(stack->lm_head.master, m->lm_head.master, V_ * d * 4);
+    memcpy(stack->ln_f.master, m->ln_f.master, d * 4);
+    retrofit_refresh(m), retrofit_refresh(stack);
+    retrofit_activations *a = retrofit_activations_new(m, 1, T, R, true, 0, 0), *b = retrofit_activations_new(stack, 1, T, 0, true, 0, 0);
+    const int32_t *tokens = (const int32_t *)fixture(&fixtures, "train.tokens")->data;
+    need(a && b && retrofit_prelude(a, tokens, 1, T) && retrofit_forward(b, tokens, 1, T, 0, 0, 0, 0), "forward");
+    memcpy(a->state, a->e, T * d * 4), retrofit_recur(a, 0, R), retrofit_coda(a);
+    float *x = (float *)allocate(2 * T * V_, 4), *y = x + T * V_;
+    retrofit_logits(a, 0, T, x), retrofit_logits(b, 0, T, y);
+    check(!memcmp(x, y, T * V_ * 4), "looped and unrolled: logits are %.2e apart", relative_error(x, y, T * V_));
+    retrofit_loss(a, tokens + 1, 1), retrofit_loss(b, tokens + 1, 1), retrofit_backward(a), retrofit_backward(b);
+    for (size_t i = 0; i < C + D; i++) {
+        retrofit_layer *w = i < C ? &m->core[i] : &m->coda[i - C];
+        for (size_t r = 1; i < C && r < R; r++) {
+#define SUM(w) add(stack->coda[P + i].w.grad, stack->coda[P + r * C + i].w.grad, stack->coda[P + i].w.rows * stack->coda[P + i].w.cols);
+            EACH(SUM)
+        }
+        retrofit_layer *u = &stack->coda[i < C ? P + i : P + R * C + i - C];
+        double e;
+#define COMPARE(p) e = relative_error(w->p.grad, u->p.grad, w->p.rows * w->p.cols), check(e < 1e-6, "looped and unrolled: gradients of %s %.2e apart", w->p.piece[0].name, e);
+        EACH(COMPARE)
+    }
+    check(sum_squares(m->wte.grad, V_ * d) == 0 && sum_squares(m->prelude[0].wqkv.grad, m->prelude[0].wqkv.rows * d) == 0, "a gradient went past s_0");
+    free(x), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m), retrofit_free(stack);
+}
+
+static void accumulation(void) {
+    retrofit_model *m[4];
+    for (int i = 0; i < 4; i++) m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), need(retrofit_optimizer_init(m[i], RETROFIT_ADAMW), "moments");
+    retrofit_activations *a = activations(m[0], ROWS, 3), *b = activations(m[1], 2 * ROWS, 3);
+    double halves = pass(a, 0, ROWS, 1, 3, 0.5f) / 2 + pass(a, ROWS, ROWS, 1, 3, 0.5f) / 2, whole = pass(b, 0, 2 * ROWS, 1, 3, 1);
+    const char *name = "";
+    double e = difference(m[0], m[1], GRAD, &name);
+    check(e < 1e-6 && fabs(halves - whole) < 1e-6 * whole, "two micro-batches: loss %.9g, one: %.9g; gradients of %s %.2e apart", halves, whole, name, e);
+    retrofit_activations_free(a), retrofit_activations_free(b);
+    for (int i = 2; i < 4; i++) { // the second run in buffers that have seen other work
+        a = activations(m[i], ROWS + (size_t)i % 2, 4);
+        if (i == 3) pass(a, 10, ROWS + 1, 2, 4, 1);
+        for (size_t t = 0; t < 3; t++) train_step(m[i], a, RETROFIT_ADAMW, t, NULL);
+        retrofit_activations_free(a);
+    }
+    same(m[2], m[3], MASTER, "three steps, twice");
+    for (int i = 0; i < 4; i++) retrofit_free(m[i]);
+}
+
+// The source model trained by the same loop, on one batch again and again, must learn it.
+static void baseline(void) {
+    retrofit_model *m = load(FIXTURES "tiny/base", RETROFIT_TRAINING);
+    retrofit_activations *a = activations(m, ROWS, 0);
+    need(retrofit_optimizer_init(m, RETROFIT_ADAMW), "moments");
+    double first = 0, last = 0;
+    for (size_t t = 0; t < 20; t++) {
+        retrofit_optimizer o = {.kind = RETROFIT_ADAMW, .lr = 3e-3f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = 1e-4f, .clip = 1};
+        retrofit_zero_grad(m);
+        last = pass(a, 0, ROWS, 0, 0, 1);
+        if (t == 0) first = last;
+        retrofit_optimizer_step(m, &o, t + 1);
+    }
+    check(last < 0.8 * first, "20 steps on one batch: loss from %.4f to %.4f only", first, last);
+    retrofit_activations_free(a), retrofit_free(m);
+}
+
+// ---- Checkpoints -----------------------------------------------------------------------------------------------------------
+// To bf16 by another way than the header's: of the two neighbours the nearer, of two equally near the one whose last bit is 0.
+static uint16_t nearest_bf16(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint16_t below = (uint16_t)(bits >> 16);
+    double down = (double)f - (double)bf16_to_float(below), up = (double)bf16_to_float((uint16_t)(below + 1)) - (double)f;
+    return fabs(down) < fabs(up) || (fabs(down) == fabs(up) && below % 2 == 0) ? below : (uint16_t)(below + 1);
+}
+
+static void same_config(const retrofit_config *a, const retrofit_config *b, const char *name) {
+#define FIELD(f) check(a->f == b->f, "%s: config's " #f " is %g, was %g", name, (double)a->f, (double)b->f);
+    FIELD(n_embd) FIELD(n_heads) FIELD(n_kv_heads) FIELD(head_dim) FIELD(intermediate) FIELD(vocab) FIELD(context) FIELD(prelude) FIELD(core)
+    FIELD(coda) FIELD(norm_eps) FIELD(rope_theta) FIELD(rope_llama3) FIELD(rope_factor) FIELD(rope_low) FIELD(rope_high) FIELD(rope_original_context)
+    FIELD(state_std) FIELD(mean_recurrence) FIELD(backprop_depth) FIELD(bos) FIELD(eos)
+}
+
+static void there_and_back(const char *name) {
+    retrofit_model *m = load(name, RETROFIT_TRAINING), *n;
+    const float odd[] = {1 + 0x1p-8f, 1 + 0x3p-8f, -1 - 0x1p-8f, -1 - 0x3p-8f, 0x1.fep-1f + 0x1p-9f, 3e38f, 1e-40f, -0.0f, 1 + 0x1.0002p-8f, 1 + 0x1.fffcp-9f};
+    memcpy(m->wte.master, odd, sizeof odd); // ties, the largest, a denormal, -0, and neighbours of a tie
+    if (m->config.core) m->config.state_std = 0.0123456789f, m->config.mean_recurrence = 11, m->config.backprop_depth = 5, m->config.bos = 128000;
+    char *f32 = strdup(at("f32")), *bf16 = strdup(at("bf16"));
+    need((!mkdir(f32, 0777) || errno == EEXIST) && (!mkdir(bf16, 0777) || errno == EEXIST), "directories");
+    need(retrofit_save(m, f32, RETROFIT_F32, FIXTURES "lookup/base") && retrofit_save(m, bf16, RETROFIT_BF16, NULL), "save");
+    check(!access(at("f32/tokenizer.json"), R_OK) && !access(at("f32/tokenizer_config.json"), R_OK), "%s: no tokenizer beside the saved model", name);
+    n = load(f32, RETROFIT_TRAINING), same(n, m, MASTER, name), same_config(&n->config, &m->config, name), retrofit_free(n);
+    n = load(bf16, RETROFIT_TRAINING);
+    for (size_t i = 0, bad = 0; i < n->parameter_count; i++)
+        for (size_t j = 0; !bad && j < n->parameters[i]->rows * n->parameters[i]->cols; j++) {
+            float was = m->parameters[i]->master[j], is = n->parameters[i]->master[j], should = bf16_to_float(nearest_bf16(was));
+            bad += !check(!memcmp(&is, &should, 4), "%s: %s[%zu] = %.9g in bf16 is %.9g, not %.9g", name, n->parameters[i]->piece[0].name, j, (double)was, (double)is, (double)should);
+        }
+    retrofit_model *inference = load(bf16, RETROFIT_INFERENCE); // saved from bf16 as fp32 nothing may change either
+    need(retrofit_save(inference, f32, RETROFIT_F32, NULL), "save");
+    retrofit_model *wide = load(f32, RETROFIT_TRAINING);
+    same(wide, n, MASTER, "bf16 to fp32"), retrofit_free(n), retrofit_free(inference), retrofit_free(wide), retrofit_free(m);
+    free(f32), free(bf16);
+}
+
+static size_t entries(const char *directory) {
+    size_t n = 0;
+    DIR *d = opendir(directory);
+    for (struct dirent *e; d && (e = readdir(d));) n += e->d_name[0] != '.' || strlen(e->d_name) > 2;
+    if (d) closedir(d);
+    return n;
+}
+
+// What was there stays until the new directory is complete; nothing else is left behind.
+static void directories(void) {
+    char *final = strdup(at("made/of/parts"));
+    for (int round = 0; round < 3; round++) {
+        char *temporary = retrofit_directory_begin(round == 1 ? at("made/of/parts/") : final), name[600];
+        need(temporary != NULL, "begin");
+        snprintf(name, sizeof name, "%s/%d", temporary, round), write_file(name, "x", 1);
+        check(entries(final) == (round > 0) && strcmp(temporary, final), "round %d: the directory changed before its time", round);
+        if (round == 2) retrofit_directory_abandon(temporary);
+        else check(retrofit_directory_commit(temporary, final), "round %d: %s", round, retrofit_error());
+        check(entries(at("made/of")) == 1 && entries(final) == 1, "round %d: %zu directories, %zu files", round, entries(at("made/of")), entries(final));
+        free(temporary);
+    }
+    check(!access(at("made/of/parts/1"), R_OK), "the second directory did not replace the first, or the third was not abandoned");
+    write_file(at("file"), "x", 1);
+    refused(retrofit_directory_begin(at("file/sub")), "file", "a directory in a file"), refused(retrofit_directory_begin(""), "''", "no name");
+    refused(retrofit_directory_commit(at("nothing"), at("other")), "nothing", "commit of what is not there");
+    free(final);
+}
+
+// ---- Files made to do harm ---------------------------------------------------------------------------------------------------
+static char *source; // tiny/base/model.safetensors, and its config beside what is written to hostile/
+static size_t source_size;
+
+static void hostile(const void *data, size_t size, const char *what) {
+    write_file(at("hostile/model.safetensors"), data, size);
+    retrofit_model *m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING);
+    refused(m != NULL, "hostile", what);
+    retrofit_free(m);
+}
+
+static void hostile_header(const char *header) {
+    char data[4096] = {0};
+    uint64_t n = strlen(header);
+    memcpy(data, &n, 8), memcpy(data + 8, header, n);
+    hostile(data, 8 + n + 64, header); // 64 bytes of data
+}
+
+// Everything of tiny/base except what `edit` does to the tensors; false leaves one out.
+typedef bool (*edit)(retrofit_tensor *t, size_t part);
+static bool all(retrofit_tensor *t, size_t part) { return (void)t, (void)part, true; }
+static bool no_norm(retrofit_tensor *t, size_t part) { return (void)part, strcmp(t->name, "model.norm.weight") != 0; }
+static bool integers(retrofit_tensor *t, size_t part) { return (void)part, strstr(t->name, "q_proj") ? t->type = RETROFIT_I32, true : true; }
+static bool turned(retrofit_tensor *t, size_t part) {
+    if (!part && strstr(t->name, "down_proj")) t->shape[0] = 88, t->shape[1] = 32;
+    return true;
+}
+static bool flat(retrofit_tensor *t, size_t part) { return (void)part, strstr(t->name, "o_proj") ? t->dims = 1, t->shape[0] = 1024, true : true; }
+static bool renamed(retrofit_tensor *t, size_t part) { return (void)part, strcmp(t->name, "model.norm.weight") ? true : (t->name = "model.layers.3.mlp.down_proj.weight", t->shape[0] = 32, true); }
+static bool half(retrofit_tensor *t, size_t part) { return (hash64(3, (uint64_t)(unsigned char)t->name[14]) & 1) == part; }
+static void rewrite(const char *path, edit keep, size_t part, bool extra) {
+    retrofit_map f;
+    need(retrofit_safetensors_open(&f, FIXTURES "tiny/base/model.safetensors"), "tiny/base");
+    retrofit_tensor *t = (retrofit_tensor *)allocate(f.count + 1, sizeof *t);
+    size_t n = 0;
+    for (size_t i = 0; i < f.count; i++) t[n] = f.tensors[i], n += keep(&t[n], part);
+    if (extra) t[n] = t[0], t[n++].name = "model.layers.8.mlp.up_proj.weight";
+    need(retrofit_safetensors_write(path, &retrofit_cpu, t, n, RETROFIT_F32, NULL), path);
+    free(t), retrofit_safetensors_close(&f);
+}
+
+static void hostile_safetensors(void) {
+    size_t config_size, header;
+    char *config = read_file(FIXTURES "tiny/base/config.json", &config_size), *copy;
+    need((source = read_file(FIXTURES "tiny/base/model.safetensors", &source_size)) && config, "tiny/base");
+    memcpy(&header, source, 8);
+    need(!mkdir(at("hostile"), 0777) && (copy = (char *)malloc(source_size)), "hostile"), write_file(at("hostile/config.json"), config, config_size);
+    for (size_t i = 0; i < 60; i++) { // cut at the seams and anywhere between
+        const size_t seams[] = {0, 1, 7, 8, 9, header, header + 7, header + 8, header + 9, source_size - 1, source_size - 4};
+        size_t cut = i < sizeof seams / sizeof *seams ? seams[i] : hash64(1, i) % (i % 2 ? source_size : header);
+        hostile(source, cut, "a truncated file");
+    }
+    const uint64_t lengths[] = {0, 1, header - 1, header + 1, source_size - 8, source_size - 7, source_size, 1ull << 31, 1ull << 63, UINT64_MAX - 7, UINT64_MAX};
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        memcpy(copy, source, source_size), memcpy(copy, &lengths[i], 8), hostile(copy, source_size, "a header of another length");
+    memcpy(copy, source, source_size), memset(copy + 8, ' ', header), hostile(copy, source_size, "a header of spaces");
+#define ONE(dtype, shape, offsets) "{\"a\":{\"dtype\":" dtype ",\"shape\":" shape ",\"data_offsets\":" offsets "}"
+    const char *const headers[] = {"[]", "null", "{\"a\":1}", "{\"a\":{}}", ONE("\"F32\"", "[1099511627776,1099511627776]", "[0,64]}"),
+        ONE("\"F32\"", "[4611686018427387904]", "[0,0]}"), ONE("\"F32\"", "[1099511627776,1099511627776,1099511627776]", "[0,0]}"),
+        ONE("\"F32\"", "[16]", "[0,63]}"), ONE("\"F32\"", "[16]", "[0,65]}"), ONE("\"F32\"", "[17]", "[0,68]}"), ONE("\"F32\"", "[4]", "[32,16]}"),
+        ONE("\"F32\"", "[4]", "[-16,0]}"), ONE("\"F32\"", "[4]", "[18446744073709551600,0]}"), ONE("\"F32\"", "[4]", "[0,1e300]}"), ONE("\"F32\"", "[4]", "[0.5,16.5]}"),
+        ONE("\"F32\"", "[4]", "[0]}"), ONE("\"F32\"", "[4]", "[0,16,16]}"), ONE("\"F32\"", "4", "[0,16]}"), ONE("\"F32\"", "[-4]", "[0,16]}"), ONE("\"F32\"", "[\"4\"]", "[0,16]}"),
+        ONE("\"F31\"", "[4]", "[0,16]}"), ONE("7", "[4]", "[0,16]}"), ONE("\"F32\"", "[4]", "[2,18]}"), ONE("\"F32\"", "[1,1,1,1,4]", "[0,16]}"),
+        ONE("\"F32\"", "[4]", "[0,16]") ",\"b\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[12,28]}}",
+        ONE("\"F32\"", "[4]", "[0,16]") ",\"b\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]}}",
+        ONE("\"F32\"", "[4]", "[0,16]") ",\"b\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[8,16]}}",
+        ONE("\"F32\"", "[4]", "[0,16]") ",\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[16,32]}}",
+        "{\"a\\nb\":{\"dtype\":\"F31\",\"shape\":[4],\"data_offsets\":[0,16]}}", ONE("\"F32\"", "[4]", "[0,16]}}"), ONE("\"F32\"", "[4]", "[0,16]")};
+    for (size_t i = 0; i < sizeof headers / sizeof *headers; i++) hostile_header(headers[i]);
+    for (size_t i = 0; i < 200; i++) { // any byte of the header: refused, or a harmless change of metadata or of a name not used
+        memcpy(copy, source, source_size), copy[8 + hash64(2, i) % header] ^= (char)(1 << i % 8), error_text[0] = 0;
+        write_file(at("hostile/model.safetensors"), copy, source_size);
+        retrofit_model *m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_INFERENCE);
+        if (!m) refused(false, "hostile", "a header with one bit changed");
+        retrofit_free(m);
+    }
+    const struct { edit e; bool extra; const char *name, *what; } edits[] = {{no_norm, false, "model.norm.weight", "a missing tensor"}, {integers, false, "q_proj", "a weight of integers"},
+        {turned, false, "down_proj", "a transposed tensor"}, {flat, false, "o_proj", "a flattened tensor"}, {renamed, false, "down_proj", "a tensor twice"},
+        {all, true, "layers.8", "a tensor too many"}};
+    for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
+        rewrite(at("hostile/model.safetensors"), edits[i].e, 0, edits[i].extra);
+        retrofit_model *m = retrofit_load(at("hostile"), &retrofit_cpu, i % 2 ? RETROFIT_INFERENCE : RETROFIT_TRAINING);
+        refused(m != NULL, edits[i].name, edits[i].what), retrofit_free(m);
+    }
+    remove(at("hostile/model.safetensors")), refused(retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING), "hostile", "no weights");
+
+    // in shards: as good as whole; but not without a shard, nor with a tensor in both, nor from outside the directory
+    retrofit_model *whole = load(FIXTURES "tiny/base", RETROFIT_TRAINING), *m;
+    rewrite(at("hostile/one.st"), half, 0, false), rewrite(at("hostile/two.st"), half, 1, false);
+    const char *const maps[] = {"{\"weight_map\":{\"a\":\"one.st\",\"b\":\"two.st\",\"c\":\"one.st\"}}", "{\"weight_map\":{\"a\":\"one.st\"}}", "{\"weight_map\":{\"a\":\"three.st\"}}",
+        "{\"weight_map\":{\"a\":\"../hostile/one.st\",\"b\":\"two.st\"}}", "{\"weight_map\":{\"a\":\"..\"}}", "{\"weight_map\":{\"a\":1}}", "{\"weight_map\":[]}", "{\"weight_map\":7}", "{}", "[", ""};
+    for (size_t i = 0; i < sizeof maps / sizeof *maps; i++) {
+        write_file(at("hostile/model.safetensors.index.json"), maps[i], strlen(maps[i]));
+        m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING);
+        if (i) refused(m != NULL, "hostile", maps[i]);
+        else if (check(m != NULL, "shards: %s", retrofit_error())) same(m, whole, MASTER, "shards against one file");
+        retrofit_free(m);
+    }
+    write_file(at("hostile/model.safetensors.index.json"), maps[0], strlen(maps[0])), rewrite(at("hostile/two.st"), all, 0, false);
+    m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING), refused(m != NULL, "hostile", "tensors in two shards"), retrofit_free(m);
+    remove(at("hostile/model.safetensors.index.json"));
+
+    // F16: every finite pattern, against ldexp
+    retrofit_map f;
+    need(retrofit_safetensors_open(&f, FIXTURES "tiny/base/model.safetensors"), "tiny/base");
+    FILE *out = fopen(at("hostile/model.safetensors"), "wb");
+    char text[16384], *end = text + sprintf(text, "{\"__metadata__\":{}");
+    size_t offset = 0;
+    for (size_t i = 0; i < f.count; offset += 2 * f.tensors[i++].count) {
+        end += sprintf(end, ",\"%s\":{\"dtype\":\"F16\",\"shape\":[%zu", f.tensors[i].name, f.tensors[i].shape[0]);
+        if (f.tensors[i].dims > 1) end += sprintf(end, ",%zu", f.tensors[i].shape[1]);
+        end += sprintf(end, "],\"data_offsets\":[%zu,%zu]}", offset, offset + 2 * f.tensors[i].count);
+    }
+    uint64_t length = (uint64_t)(end + sprintf(end, "}") + 1 - 1 - text) + 0;
+    length = strlen(text), fwrite(&length, 8, 1, out), fwrite(text, 1, length, out);
+    for (size_t i = 0; i < f.count; i++)
+        for (uint16_t j = 0; j < f.tensors[i].count; j++) { uint16_t bits = (uint16_t)(j * 16 + i) & 0xfbff; fwrite(&bits, 2, 1, out); }
+    fclose(out);
+    for (int mode = 0; mode < 2; mode++) {
+        m = load(at("hostile"), mode ? RETROFIT_TRAINING : RETROFIT_INFERENCE);
+        for (size_t i = 0, bad = 0; i < f.count; i++)
+            for (size_t p = 0; p < m->parameter_count; p++)
+                if (m->parameters[p]->pieces == 1 && !strcmp(m->parameters[p]->piece[0].name, f.tensors[i].name))
+                    for (uint16_t j = 0; !bad && j < f.tensors[i].count; j++) {
+                        uint16_t bits = (uint16_t)(j * 16 + i) & 0xfbff, e = bits >> 10 & 31;
+                        double value = (bits & 0x8000 ? -1 : 1) * ldexp(e ? 1024 + (bits & 1023) : bits & 1023, (e ? e : 1) - 25);
+                        float is;
+                        to_float(&is, (const char *)m->parameters[p]->weight.data + j * retrofit_type_size(m->parameters[p]->weight.type), m->parameters[p]->weight.type, 1);
+                        bad += !check((double)is == value, "F16 %04x is read as %.9g, not %.9g", bits, (double)is, value);
+                    }
+        retrofit_free(m);
+    }
+    retrofit_safetensors_close(&f), retrofit_free(whole), free(source), free(copy);
+
+    for (size_t cut = 0; cut + 1 < config_size; cut++) { // the last byte may be a newline
+        write_file(at("hostile/config.json"), config, cut);
+        retrofit_config c;
+        refused(retrofit_config_read(&c, at("hostile")), "config.json", "a truncated config.json");
+    }
+    free(config);
+}
+
+static bool read_config(bool recurrent, const char *key, const char *value) {
+    static const char *const fields[2][12][2] = {
+        {{"model_type", "\"llama\""}, {"hidden_size", "32"}, {"num_attention_heads", "4"}, {"num_key_value_heads", "2"}, {"intermediate_size", "88"}, {"num_hidden_layers", "8"},
+         {"vocab_size", "131"}, {"max_position_embeddings", "128"}, {"rms_norm_eps", "1e-5"}, {"rope_theta", "1e4"}},
+        {{"model_type", "\"huginn_raven\""}, {"n_embd", "32"}, {"n_heads", "4"}, {"num_key_value_heads", "2"}, {"intermediate_size", "88"}, {"n_layers_in_prelude", "2"},
+         {"n_layers_in_recurrent_block", "3"}, {"n_layers_in_coda", "2"}, {"vocab_size", "131"}, {"block_size", "128"}, {"norm_eps", "1e-5"}, {"mean_recurrence", "8"}}};
+    char text[2048], *end = text + sprintf(text, "{\"comment\":0");
+    for (size_t i = 0; i < 12 && fields[recurrent][i][0]; i++)
+        if (strcmp(key, fields[recurrent][i][0])) end += sprintf(end, ",\"%s\":%s", fields[recurrent][i][0], fields[recurrent][i][1]);
+    if (value) end += sprintf(end, ",\"%s\":%s", key, value);
+    sprintf(end, "}"), write_file(at("hostile/config.json"), text, strlen(text));
+    retrofit_config c;
+    return retrofit_config_read(&c, at("hostile"));
+}
+
+static void hostile_configs(void) {
+    const char *const sizes[] = {"hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings", "num_hidden_layers", "model_type"};
+    const char *const bad[] = {NULL, "0", "-1", "1.5", "1e30", "99999999999999999999", "1e999", "9007199254740993", "\"8\"", "null", "true", "[8]", "{}", "NaN", "0x10", "08"};
+    char what[128];
+    check(read_config(false, "", NULL) && read_config(true, "", NULL), "the configs these are made from: %s", retrofit_error());
+    for (size_t i = 0; i < 7; i++)
+        for (size_t j = 0; j < sizeof bad / sizeof *bad; j++)
+            snprintf(what, sizeof what, "config with %s %s", sizes[i], bad[j] ? bad[j] : "missing"), refused(read_config(false, sizes[i], bad[j]), "config.json", what);
+    const struct { bool recurrent; const char *key, *value; } cases[] = {
+        {0, "num_attention_heads", "3"}, {0, "num_attention_heads", "32"}, {0, "num_key_value_heads", "3"}, {0, "num_key_value_heads", "0"}, {0, "num_key_value_heads", "8"}, {0, "num_key_value_heads", "-2"},
+        {0, "head_dim", "16"}, {0, "head_dim", "\"8\""}, {0, "rms_norm_eps", "0"}, {0, "rms_norm_eps", "-1"}, {0, "rms_norm_eps", "1e30"}, {0, "rms_norm_eps", "1e300"}, {0, "rms_norm_eps", "\"x\""},
+        {0, "rope_theta", "0"}, {0, "rope_theta", "-5"}, {0, "rope_theta", "1e300"}, {0, "rope_theta", "[]"}, {0, "rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":4}"}, {0, "rope_scaling", "{\"rope_type\":\"llama3\"}"},
+        {0, "rope_scaling", "{\"type\":\"linear\",\"factor\":2}"}, {0, "rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":32,\"low_freq_factor\":4,\"high_freq_factor\":1,\"original_max_position_embeddings\":8192}"},
+        {0, "model_type", "\"gpt2\""}, {0, "model_type", "\"\""}, {0, "attention_bias", "true"}, {0, "mlp_bias", "true"}, {0, "hidden_act", "\"gelu\""}, {0, "eos_token_id", "\"x\""}, {0, "bos_token_id", "\"x\""},
+        {1, "n_layers_in_prelude", NULL}, {1, "n_layers_in_prelude", "-1"}, {1, "n_layers_in_coda", "5000"}, {1, "n_layers_in_recurrent_block", "0"}, {1, "n_layers_in_recurrent_block", "1e15"}, {1, "norm_eps", NULL},
+        {1, "mean_recurrence", "0"}, {1, "mean_recurrence", "-3"}, {1, "mean_recurrence", "1e300"}, {1, "mean_recurrence", "\"8\""}, {1, "mean_backprop_depth", "0"}, {1, "mean_backprop_depth", "70000"},
+        {1, "init_values", "{\"std\":-1}"}, {1, "init_values", "{\"std\":1e9}"}, {1, "init_values", "{\"embed_scale\":2}"}, {1, "tie_embeddings", "true"}, {1, "norm_class_name", "\"RMSNorm\""}, {1, "qk_bias", "true"}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        snprintf(what, sizeof what, "config with %s %s", cases[i].key, cases[i].value ? cases[i].value : "missing"), refused(read_config(cases[i].recurrent, cases[i].key, cases[i].value), "config.json", what);
+    check(read_config(false, "eos_token_id", "[1e300, 2]") || *retrofit_error(), "an end of text too large to be a token"); // for the sanitizer: no undefined cast
+    remove(at("hostile/config.json")), refused(retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING), "config.json", "no config.json");
+}
+
+// ---- Token shards --------------------------------------------------------------------------------------------------------------
+static void shard_file(const char *name, int32_t magic, int32_t version, int32_t promised, size_t count, uint32_t first) {
+    FILE *f = fopen(at("%s", name), "wb");
+    int32_t header[256] = {magic, version, promised};
+    fwrite(header, 4, 256, f);
+    for (size_t i = 0; i < count; i++) {
+        uint32_t id = first + (uint32_t)i;
+        uint16_t narrow = (uint16_t)id;
+        fwrite(magic == RETROFIT_SHARD_MAGIC_16 ? (void *)&narrow : (void *)&id, magic == RETROFIT_SHARD_MAGIC_16 ? 2 : 4, 1, f);
+    }
+    fclose(f);
+}
+
+static void shards(void) {
+    enum { T = 4 };
+    int32_t x[T], y[T];
+    shard_file("b_2.bin", RETROFIT_SHARD_MAGIC_16, 1, 12, 12, 65000), shard_file("b_0.bin", RETROFIT_SHARD_MAGIC_32, 7, 23, 23, 100000), shard_file("b_1.bin", RETROFIT_SHARD_MAGIC_16, 1, 3, 3, 0);
+    retrofit_data *d = retrofit_data_open(at("b_*.bin"), T, 131072, false, 0), *e;
+    need(d != NULL, "shards");
+    check(retrofit_data_rows(d) == 6, "%zu rows, not 4 of the first shard, none of the second, 2 of the third", retrofit_data_rows(d));
+    for (uint64_t i = 0; i < 20; i++) {
+        int32_t first = i % 6 < 4 ? 100000 + 5 * (int32_t)(i % 6) : 65000 + 5 * (int32_t)(i % 6 - 4);
+        bool ok = retrofit_data_row(d, i, x, y);
+        for (int t = 0; t < T; t++) ok = ok && x[t] == first + t && y[t] == first + t + 1;
+        check(ok, "row %d starts with %d, %d; not %d", (int)i, x[0], x[1], first);
+    }
+    retrofit_data_close(d);
+
+    enum { N = 500 }; // rows of one token and the next
+    shard_file("many.bin", RETROFIT_SHARD_MAGIC_32, 7, 2 * N, 2 * N, 0);
+    d = retrofit_data_open(at("many.bin"), 1, 2 * N, true, 5), e = retrofit_data_open(at("many.bin"), 1, 2 * N, true, 6);
+    need(d && e, "many.bin");
+    static int32_t order[4][N];
+    for (size_t epoch = 0; epoch < 4; epoch++) { // the fourth is another seed's first
+        static size_t seen[N];
+        memset(seen, 0, sizeof seen);
+        size_t lost = 0, fixed = 0;
+        for (size_t i = 0; i < N; i++) {
+            need(retrofit_data_row(epoch == 3 ? e : d, epoch % 3 * N + i, &order[epoch][i], y) && y[0] == order[epoch][i] + 1, "row");
+            seen[order[epoch][i] / 2]++, fixed += order[epoch][i] / 2 == (int32_t)i;
+        }
+        for (size_t i = 0; i < N; i++) lost += seen[i] != 1;
+        check(lost == 0 && fixed < 10, "epoch %zu: %zu rows not seen once, %zu in their old place", epoch, lost, fixed);
+        for (size_t other = 0; other < epoch; other++) check(memcmp(order[epoch], order[other], sizeof *order) != 0, "orders %zu and %zu are equal", epoch, other);
+    }
+    retrofit_data_close(e), e = retrofit_data_open(at("many.bin"), 1, 2 * N, true, 5);
+    for (size_t i = 3 * N; i--;) // backwards, from another reader of the same seed
+        if (need(retrofit_data_row(e, i, x, y), "row"), x[0] != order[i / N][i % N]) { check(false, "row %zu depends on what was read before", i); break; }
+    retrofit_data_close(d), retrofit_data_close(e);
+
+    d = retrofit_data_open(at("b_2.bin"), T, 65008, false, 0), need(d != NULL, "b_2.bin");
+    check(retrofit_data_row(d, 0, x, y), "ids below the vocabulary: %s", retrofit_error()), refused(retrofit_data_row(d, 1, x, y), "b_2.bin", "an id of V"), retrofit_data_close(d);
+    const struct { int32_t magic, version, promised; size_t count; const char *what; } bad[] = {{RETROFIT_SHARD_MAGIC_16, 1, 20, 19, "a truncated shard"}, {RETROFIT_SHARD_MAGIC_16, 1, 19, 20, "tokens too many"},
+        {RETROFIT_SHARD_MAGIC_16, 1, -20, 20, "a negative count"}, {RETROFIT_SHARD_MAGIC_16, 7, 20, 20, "another version"}, {RETROFIT_SHARD_MAGIC_32, 1, 20, 20, "another version"}, {20240521, 1, 20, 20, "another magic"},
+        {RETROFIT_SHARD_MAGIC_16, 1, 4, 4, "fewer tokens than a row"}, {RETROFIT_SHARD_MAGIC_16, 1, 0, 0, "no tokens"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        shard_file("bad.bin", bad[i].magic, bad[i].version, bad[i].promised, bad[i].count, 0), refused(retrofit_data_open(at("bad.bin"), T, 99, i % 2, 0), "bad.bin", bad[i].what);
+    write_file(at("bad.bin"), "\0", 1023 * 0 + 1), refused(retrofit_data_open(at("bad.bin"), T, 99, false, 0), "bad.bin", "a shard of one byte");
+    write_file(at("bad.bin"), "", 0), refused(retrofit_data_open(at("b*.bin"), T, 131072, false, 0), "bad.bin", "an empty file among shards");
+    refused(retrofit_data_open(at("none*.bin"), T, 99, false, 0), "none*.bin", "a pattern without a match");
+}
+
+int main(void) {
+    strcpy(root, "/tmp/retrofit_XXXXXX");
+    size_t size;
+    char *text = read_file(FIXTURES "tiny/train.json", &size);
+    need(mkdtemp(root) && !atexit(remove_root), "temporary directory");
+    need(text && (recipe = retrofit_json_parse(text, size, "train.json")) && retrofit_safetensors_open(&fixtures, FIXTURES "tiny/train.safetensors"), "fixtures");
+    sampler(), schedules();
+    ten_steps(RETROFIT_ADAMW), ten_steps(RETROFIT_MUON);
+    finite_differences(FIXTURES "tiny/recurrent", 3), finite_differences(FIXTURES "tiny/base", 0);
+    truncation(), unrolled(), accumulation(), baseline();
+    there_and_back(FIXTURES "tiny/recurrent"), there_and_back(FIXTURES "tiny/base"), there_and_back(FIXTURES "llama3/recurrent");
+    directories(), hostile_safetensors(), hostile_configs(), shards();
+    retrofit_json_free(recipe), free(text), retrofit_safetensors_close(&fixtures);
+    return finish("train");
+}
