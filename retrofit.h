@@ -91,7 +91,7 @@ typedef struct {
 bool retrofit_is_plain(const retrofit_config *c);                        // no core: a plain Llama
 bool retrofit_config_check(const retrofit_config *c, const char *where); // false + error if the numbers make no model
 bool retrofit_config_read(retrofit_config *c, const char *directory);    // DIR/config.json: model_type huginn_raven or llama
-bool retrofit_config_write(const retrofit_config *c, const char *directory);
+bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory); // type: of the tensors beside it
 size_t retrofit_qkv_width(const retrofit_config *c);                     // Q = (H + 2G)·h
 
 typedef void act; // an element of a branch activation: fp32 or bf16, as the operations' table says
@@ -538,6 +538,8 @@ __attribute__((format(printf, 1, 2))) static bool fail(const char *format, ...) 
     va_start(args, format);
     vsnprintf(error_text, sizeof error_text, format, args);
     va_end(args);
+    for (char *c = error_text; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?'; // names in files may hold anything: one line it stays
     return false;
 }
 
@@ -609,14 +611,19 @@ static float f16_to_float(uint16_t x) {
     return x >> 15 ? -f : f;
 }
 
+static uint16_t half_at(const void *data, size_t i) { // at any address: a file's header may have an odd length
+    uint16_t x;
+    memcpy(&x, (const char *)data + 2 * i, 2);
+    return x;
+}
+
 // n elements of a tensor in a file's type as fp32.
 static void to_float(float *out, const void *data, retrofit_type type, size_t n) {
-    const uint16_t *half = (const uint16_t *)data;
     if (type == RETROFIT_F32) memcpy(out, data, n * 4);
     else if (type == RETROFIT_BF16)
-        for (size_t i = 0; i < n; i++) out[i] = bf16_to_float(half[i]);
+        for (size_t i = 0; i < n; i++) out[i] = bf16_to_float(half_at(data, i));
     else
-        for (size_t i = 0; i < n; i++) out[i] = f16_to_float(half[i]);
+        for (size_t i = 0; i < n; i++) out[i] = f16_to_float(half_at(data, i));
 }
 
 // ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -------------------------------
@@ -696,9 +703,9 @@ static float hash_normal(uint64_t seed, uint64_t counter) {
 // 3  JSON, safetensors
 // =====================================================================================================================
 
-// Decodes the character at s[0..n), n > 0: its length, and *c. Where s is not UTF-8, *c is INVALID and the length that of the longest
+// Decodes the character at s[0..n), n > 0: its length, and *c. Where s is not UTF-8, *c is UTF8_INVALID and the length that of the longest
 // beginning of a character, the unit that Unicode (and Rust, hence Hugging Face) replaces by one U+FFFD.
-#define INVALID UINT32_MAX
+#define UTF8_INVALID UINT32_MAX
 static size_t utf8_next(const char *s, size_t n, uint32_t *c) {
     unsigned lead = (unsigned char)s[0];
     *c = lead;
@@ -709,10 +716,10 @@ static size_t utf8_next(const char *s, size_t n, uint32_t *c) {
     *c = lead & (0x3fu >> more);
     for (size_t i = 1; i <= more; i++, low = 0x80, high = 0xbf) {
         unsigned byte = i < n ? (unsigned char)s[i] : 0;
-        if (byte < low || byte > high) return *c = INVALID, i;
+        if (byte < low || byte > high) return *c = UTF8_INVALID, i;
         *c = *c << 6 | (byte & 0x3f);
     }
-    if (!more) *c = INVALID;
+    if (!more) *c = UTF8_INVALID;
     return more + 1;
 }
 
@@ -789,7 +796,7 @@ static bool json_string(json_parser *p, const char **string, size_t *length) {
     while (p->at < end) {
         uint32_t c, low;
         size_t n = utf8_next(p->text + p->at, end - p->at, &c);
-        if (c == INVALID) return json_fail(p, "not UTF-8");
+        if (c == UTF8_INVALID) return json_fail(p, "not UTF-8");
         if (c < 0x20) return json_fail(p, "a control character in a string must be escaped");
         if (c != '\\') {
             memcpy(out, p->text + p->at, n);
@@ -999,7 +1006,7 @@ bool retrofit_safetensors_open(retrofit_map *f, const char *path) {
     memset(f, 0, sizeof *f);
     uint64_t header = 0;
     const char **ranges = NULL;
-    size_t n = 0;
+    size_t n = 0, covered = 0;
     bool ok = false;
     if (!(f->path = strdup(path))) return fail("out of memory");
     if (!(f->base = map_file(path, &f->bytes))) goto done;
@@ -1028,7 +1035,9 @@ bool retrofit_safetensors_open(retrofit_map *f, const char *path) {
             fail("%s: two tensors overlap at byte %zu of the data", path, (size_t)(ranges[2 * i] - (const char *)f->base) - 8 - (size_t)header);
             goto done;
         }
-    ok = true;
+    for (size_t i = 0; i < n; i++) covered += (size_t)(ranges[2 * i + 1] - ranges[2 * i]);
+    ok = covered == f->bytes - 8 - (size_t)header;
+    if (!ok) fail("%s: the tensors cover %zu of %zu bytes of data: damaged?", path, covered, f->bytes - 8 - (size_t)header);
 done:
     free(ranges);
     if (!ok) retrofit_safetensors_close(f);
@@ -1055,9 +1064,10 @@ const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key
 
 // Flushes and closes; a file that could not be written whole is removed.
 static bool finish_file(FILE *f, const char *path, bool ok) {
-    ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
     int why = errno;
+    if (ok && (ferror(f) || fflush(f) || fsync(fileno(f)))) ok = false, why = errno;
     if (fclose(f) && ok) ok = false, why = errno;
+    if (why == 0) why = EIO;
     if (!ok) remove(path), fail("%s: writing failed: %s", path, strerror(why));
     return ok;
 }
@@ -1122,9 +1132,10 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const
 // =====================================================================================================================
 
 // Unicode 16 in run lengths: so many code points outside the class, so many inside, and so on. The classes are \p{L}, \p{N} and \s.
-// combining_runs has a third number, the canonical combining class (0 outside); unstable_runs has the characters that NFC may change.
+// In tok_combining_runs a third number is the canonical combining class (0 outside); tok_unstable_runs are the characters that NFC may
+// change. Runs too long for 16 bits are 65535, 0, rest.
 // clang-format off
-static const uint16_t letter_runs[] = {
+static const uint16_t tok_letter_runs[] = {
     65, 26, 6, 26, 47, 1, 10, 1, 4, 1, 5, 23, 1, 31, 1, 458, 4, 12, 14, 5, 7, 1, 1, 1, 129, 5, 1, 2, 2, 4, 1, 1, 6, 1, 1, 3, 1, 1, 1, 20,
     1, 83, 1, 139, 8, 166, 1, 38, 2, 1, 6, 41, 71, 27, 4, 4, 45, 43, 35, 2, 1, 99, 1, 1, 15, 2, 7, 2, 10, 3, 2, 1, 16, 1, 1, 30, 29, 89,
     11, 1, 24, 33, 9, 2, 4, 1, 5, 22, 4, 1, 9, 1, 3, 1, 23, 25, 7, 11, 5, 24, 1, 6, 17, 42, 58, 54, 3, 1, 18, 1, 7, 10, 15, 16, 4, 8, 2, 2,
@@ -1161,7 +1172,7 @@ static const uint16_t letter_runs[] = {
     2, 1, 1, 2, 1, 1, 10, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1, 1, 1, 1, 1, 1, 3, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 2, 4, 1, 7,
     1, 4, 1, 4, 1, 1, 1, 10, 1, 17, 5, 3, 1, 5, 1, 17, 4420, 42720, 32, 4154, 6, 222, 2, 5762, 14, 7473, 15, 622, 2466, 542, 1506, 4939, 5,
     4192};
-static const uint16_t number_runs[] = {
+static const uint16_t tok_number_runs[] = {
     48, 10, 120, 2, 5, 1, 2, 3, 1441, 10, 134, 10, 198, 10, 412, 10, 118, 10, 4, 6, 108, 10, 118, 10, 118, 10, 2, 6, 110, 13, 115, 10, 8,
     7, 103, 10, 104, 7, 7, 19, 109, 10, 96, 10, 118, 10, 70, 20, 268, 10, 70, 10, 719, 20, 881, 3, 239, 10, 6, 10, 22, 10, 300, 10, 128,
     11, 165, 10, 6, 10, 182, 10, 86, 10, 134, 10, 6, 10, 1046, 1, 3, 6, 6, 10, 198, 51, 2, 5, 726, 60, 78, 22, 630, 30, 1385, 1, 777, 1,
@@ -1171,9 +1182,9 @@ static const uint16_t number_runs[] = {
     10, 144, 10, 7, 20, 251, 10, 342, 10, 118, 10, 374, 10, 102, 10, 6, 20, 76, 12, 420, 19, 93, 10, 662, 10, 86, 29, 227, 10, 70, 10, 422,
     10, 102, 21, 1067, 111, 15553, 10, 2342, 10, 86, 10, 134, 10, 1, 7, 526, 10, 262, 23, 24153, 10, 1478, 20, 12, 20, 108, 25, 1109, 50,
     2368, 10, 422, 10, 502, 10, 247, 10, 716, 9, 128, 10, 791, 59, 1, 3, 1, 4, 76, 45, 1, 15, 962, 13, 2787, 10};
-static const uint16_t space_runs[] = {
+static const uint16_t tok_space_runs[] = {
     9, 5, 18, 1, 100, 1, 26, 1, 5599, 1, 2431, 11, 29, 2, 5, 1, 47, 1, 4000, 1};
-static const uint16_t combining_runs[] = {
+static const uint16_t tok_combining_runs[] = {
     768, 21, 230, 0, 1, 232, 0, 4, 220, 0, 1, 232, 0, 1, 216, 0, 5, 220, 0, 2, 202, 0, 4, 220, 0, 2, 202, 0, 11, 220, 0, 5, 1, 0, 4, 220,
     0, 8, 230, 0, 1, 240, 0, 1, 230, 0, 3, 220, 0, 3, 230, 0, 2, 220, 1, 3, 230, 0, 4, 220, 0, 1, 230, 0, 1, 232, 0, 2, 220, 0, 1, 230, 0,
     1, 233, 0, 2, 234, 0, 1, 233, 0, 2, 234, 0, 1, 233, 0, 13, 230, 275, 5, 230, 265, 1, 220, 0, 4, 230, 0, 1, 220, 0, 3, 230, 0, 1, 222,
@@ -1206,7 +1217,7 @@ static const uint16_t combining_runs[] = {
     1, 9, 19800, 5, 1, 59, 7, 230, 1209, 2, 6, 19628, 1, 1, 5318, 2, 216, 0, 3, 1, 3, 1, 226, 0, 5, 216, 8, 8, 220, 2, 5, 230, 0, 2, 220,
     30, 4, 230, 148, 3, 230, 3515, 7, 230, 1, 17, 230, 2, 7, 230, 1, 2, 230, 1, 5, 230, 261, 7, 230, 375, 1, 230, 61, 4, 230, 1504, 7, 220,
     109, 6, 230, 0, 1, 7};
-static const uint16_t unstable_runs[] = {
+static const uint16_t tok_unstable_runs[] = {
     768, 5, 1, 7, 2, 1, 1, 1, 1, 2, 6, 1, 7, 6, 4, 2, 1, 2, 6, 1, 7, 6, 46, 1, 9, 1, 8, 1, 715, 3, 742, 1, 27, 8, 94, 1, 24, 1, 4, 2, 1, 1,
     83, 1, 2, 1, 34, 3, 2, 1, 223, 1, 23, 2, 4, 2, 96, 1, 24, 1, 126, 1, 107, 1, 18, 2, 103, 1, 24, 1, 114, 1, 4, 1, 15, 1, 355, 1, 9, 1,
     4, 1, 4, 1, 4, 1, 12, 1, 9, 1, 1, 2, 1, 1, 8, 1, 17, 1, 9, 1, 4, 1, 4, 1, 4, 1, 12, 1, 116, 1, 306, 21, 50, 27, 2418, 1, 1083, 1, 1, 1,
@@ -1215,8 +1226,17 @@ static const uint16_t unstable_runs[] = {
     5483, 1, 108, 1, 534, 1, 24, 1, 344, 1, 9, 1, 2, 1, 241, 1, 896, 1, 47149, 7, 86, 6, 65535, 0, 9792, 542};
 // clang-format on
 
-enum { LETTER = 1, NUMBER = 2, SPACE = 4, UNSTABLE = 8, MAX_STEPS = 16, MAX_ID = 1 << 22, MAX_ADDED = 512, MAX_PROBE = 1024 };
-enum { ONLY_FIRST = 1, UNLESS_THERE = 2 }; // PREPEND only to the beginning of the text; only where a is not there already
+enum {
+    TOK_LETTER = 1,
+    TOK_NUMBER = 2,
+    TOK_SPACE = 4,
+    TOK_UNSTABLE = 8,
+    TOK_MAX_STEPS = 16,
+    TOK_MAX_ID = 1 << 22,
+    TOK_MAX_ADDED = 512,
+    TOK_MAX_PROBE = 1024
+};
+enum { TOK_ONLY_FIRST = 1, TOK_UNLESS_THERE = 2 }; // PREPEND only to the beginning of the text; only where a is not there already
 
 // A list of strings, end to end in one buffer: every step of encoding and decoding maps one such list to another. Running out of memory
 // sets `failed`, for callers to look at once at the end.
@@ -1224,74 +1244,74 @@ typedef struct {
     char *bytes;
     size_t size, room, *end, count, slots;
     bool failed;
-} pieces;
+} tok_pieces;
 
 // One step of a normalizer, pre-tokenizer or decoder; Sequences are flattened into lists of them.
 typedef enum {
-    PREPEND,       // a in front of text that is not empty; flags below
-    REPLACE,       // a by b; flag: in the first piece by nothing
-    NFC,           // checks that the text is in that form already
-    BYTE_LEVEL,    // bytes to printable characters
-    SPLIT,         // into words: GPT-2's pattern, or Llama 3's if flag, which says how many digits make a piece
-    DIGITS,        // numbers apart from the rest; flag: each digit for itself
-    CUT_BEFORE,    // a piece begins at every a
-    UNBYTE_LEVEL,  // printable characters to bytes, all in one piece
-    LOSSY,         // invalid UTF-8 to U+FFFD
-    BYTE_FALLBACK, // tokens like <0x0A> to bytes
-    FUSE,          // all in one piece
-    STRIP,         // one a off the front
-    JOIN           // no decoder: spaces between tokens
-} step_kind;
+    TOK_PREPEND,       // a in front of text that is not empty; flags below
+    TOK_REPLACE,       // a by b; flag: in the first piece by nothing
+    TOK_NFC,           // checks that the text is in that form already
+    TOK_BYTE_LEVEL,    // bytes to printable characters
+    TOK_SPLIT,         // into words: GPT-2's pattern, or Llama 3's if flag, which says how many digits make a piece
+    TOK_DIGITS,        // numbers apart from the rest; flag: each digit for itself
+    TOK_CUT_BEFORE,    // a piece begins at every a
+    TOK_UNBYTE_LEVEL,  // printable characters to bytes, all in one piece
+    TOK_LOSSY,         // invalid UTF-8 to U+FFFD
+    TOK_BYTE_FALLBACK, // tokens like <0x0A> to bytes
+    TOK_FUSE,          // all in one piece
+    TOK_STRIP,         // one a off the front
+    TOK_JOIN           // no decoder: spaces between tokens
+} tok_step_kind;
 typedef struct {
-    step_kind kind;
+    tok_step_kind kind;
     const char *a, *b;
     size_t a_size, b_size;
     int flag;
-} step;
+} tok_step;
 typedef struct {
-    step at[MAX_STEPS];
+    tok_step at[TOK_MAX_STEPS];
     size_t count;
-} steps;
+} tok_steps;
 
 typedef struct {
     const char *text;
     size_t size;
     bool used, model, special; // model: BPE may produce it; not so for most added tokens
-} token;
+} tok_token;
 typedef struct {
     const char *text; // as it is searched for: normalized if it says so
     size_t size;
     int32_t id;
     bool strip_left, strip_right;
-} added_token;
+} tok_added_token;
 typedef struct {
-    added_token *at; // sorted by text
+    tok_added_token *at; // sorted by text
     size_t count;
     bool first[256]; // bytes a token begins with
-} added_set;
+} tok_added_set;
 typedef struct {
     uint64_t pair; // left id << 32 | right id
     uint32_t rank; // 1 and up; 0 is a free slot
     int32_t id;
-} merge;
+} tok_merge;
 
 struct retrofit_tokenizer {
     char *strings; // what tokens and steps point to
     size_t strings_used, size, merge_mask, token_mask;
-    token *tokens;
-    int32_t *by_text;   // open-addressed hash table of id + 1; token_mask is its size - 1
-    merge *merges;      // the same by pair
-    added_set added[2]; // searched for in the text as given, and as normalized
-    pieces added_text;
-    steps normalizer, pre_tokenizer, decoder;
-    int32_t before[MAX_STEPS], after[MAX_STEPS]; // what with_special adds
+    tok_token *tokens;
+    int32_t *by_text;       // open-addressed hash table of id + 1; token_mask is its size - 1
+    tok_merge *merges;      // the same by pair
+    tok_added_set added[2]; // searched for in the text as given, and as normalized
+    tok_pieces added_text;
+    tok_steps normalizer, pre_tokenizer, decoder;
+    int32_t before[TOK_MAX_STEPS], after[TOK_MAX_STEPS]; // what with_special adds
     size_t before_count, after_count;
     int32_t bos, eos, unk, byte_ids[256];
-    bool fuse_unk, byte_fallback, ignore_merges;
+    bool fuse_unk, byte_fallback, ignore_merges, meet[1 << 16]; // meet: see tok_meeting
     uint16_t *unicode; // by code point: class bits, combining class << 8; most of it pages never touched
 };
 
-static bool grow(void **p, size_t *room, size_t need, size_t each) {
+static bool tok_grow(void **p, size_t *room, size_t need, size_t each) {
     if (need <= *room) return true;
     size_t more = need + need / 2 + 64;
     void *bigger = more < need || more > SIZE_MAX / each ? NULL : realloc(*p, more * each);
@@ -1300,63 +1320,64 @@ static bool grow(void **p, size_t *room, size_t need, size_t each) {
     return true;
 }
 
-static void put(pieces *p, const char *bytes, size_t n) {
+static void tok_put(tok_pieces *p, const char *bytes, size_t n) {
     void *buffer = p->bytes;
-    if (p->failed || !grow(&buffer, &p->room, p->size + n, 1)) p->failed = true;
+    if (p->failed || !tok_grow(&buffer, &p->room, p->size + n + 1, 1)) p->failed = true;
     p->bytes = (char *)buffer;
     if (p->failed || !n) return;
     memcpy(p->bytes + p->size, bytes, n);
     p->size += n;
 }
 
-static void cut(pieces *p) {
+static void tok_cut(tok_pieces *p) {
+    tok_put(p, "", 0); // so that bytes is never NULL where there is a piece
     void *ends = p->end;
-    if (p->failed || !grow(&ends, &p->slots, p->count + 1, sizeof *p->end)) p->failed = true;
+    if (p->failed || !tok_grow(&ends, &p->slots, p->count + 1, sizeof *p->end)) p->failed = true;
     p->end = (size_t *)ends;
     if (!p->failed) p->end[p->count++] = p->size;
 }
 
-static void clear(pieces *p) { p->size = p->count = 0; }
-static void pieces_free(pieces *p) { free(p->bytes), free(p->end); }
+static void tok_clear(tok_pieces *p) { p->size = p->count = 0; }
+static void tok_pieces_free(tok_pieces *p) { free(p->bytes), free(p->end); }
 
-static void put_lossy(pieces *p, const char *s, size_t n) {
+static void tok_put_lossy(tok_pieces *p, const char *s, size_t n) {
     size_t start = 0, i = 0, k;
     for (uint32_t c; i < n; i += k) {
         k = utf8_next(s + i, n - i, &c);
-        if (c != INVALID) continue;
-        put(p, s + start, i - start), put(p, "\xef\xbf\xbd", 3);
+        if (c != UTF8_INVALID) continue;
+        tok_put(p, s + start, i - start), tok_put(p, "\xef\xbf\xbd", 3);
         start = i + k;
     }
-    put(p, s + start, n - start);
+    tok_put(p, s + start, n - start);
 }
 
 // Byte-level alphabets show a byte that is not printable Latin-1 as the next free code point from 256 up.
-static uint32_t byte_to_char(unsigned byte) {
+static uint32_t tok_byte_to_char(unsigned byte) {
     if (byte <= 32) return 256 + byte;
     if (byte >= 127 && byte <= 160) return 256 + 33 + byte - 127;
     return byte == 173 ? 256 + 67 : byte;
 }
 
-static int char_to_byte(uint32_t c) {
+static int tok_char_to_byte(uint32_t c) {
     uint32_t byte = c < 256 ? c : c < 256 + 33 ? c - 256 : c < 256 + 67 ? c - 256 - 33 + 127 : 173;
-    return c <= 256 + 67 && byte_to_char(byte) == c ? (int)byte : -1;
+    return c <= 256 + 67 && tok_byte_to_char(byte) == c ? (int)byte : -1;
 }
 
-static int class_of(const retrofit_tokenizer *t, uint32_t c) { return t->unicode[c] & 0xff; }
+static int tok_class_of(const retrofit_tokenizer *t, uint32_t c) { return t->unicode[c] & 0xff; }
 
 // The length of the run of characters at s[i..n) that are in (or, if `out`, out of) the classes.
-static size_t run_of(const retrofit_tokenizer *t, const char *s, size_t i, size_t n, int classes, bool out) {
+static size_t tok_run_of(const retrofit_tokenizer *t, const char *s, size_t i, size_t n, int classes, bool out) {
     size_t start = i;
     for (uint32_t c; i < n;) {
         size_t k = utf8_next(s + i, n - i, &c);
-        if (((class_of(t, c) & classes) != 0) == out) break;
+        if (((tok_class_of(t, c) & classes) != 0) == out) break;
         i += k;
     }
     return i - start;
 }
 
 // The length of 's 't 'm 'd 're 've 'll at s, or 0. fold is (?i:...), to which long s (U+017F) is an s too.
-static size_t contraction(const char *s, size_t n, bool fold) {
+static size_t tok_contraction(const char *s, size_t n, bool fold) {
     if (n < 2 || s[0] != '\'') return 0;
     if (fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2)) return 3;
     char a = s[1], b = n > 2 ? s[2] : 0;
@@ -1369,29 +1390,29 @@ static size_t contraction(const char *s, size_t n, bool fold) {
 //   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 // and otherwise Llama 3's, with at most so many digits:
 //   (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-static size_t split_match(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
+static size_t tok_split_match(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
     uint32_t c;
-    size_t k = contraction(s, n, digits != 0), first = utf8_next(s, n, &c), lead = c == ' ', spaces, last = 0, newline = 0;
+    size_t k = tok_contraction(s, n, digits != 0), first = utf8_next(s, n, &c), lead = c == ' ', spaces, last = 0, newline = 0;
     if (k) return k;
-    int class_ = class_of(t, c);
-    size_t letters_from = !digits ? lead : class_ & (LETTER | NUMBER) || c == '\r' || c == '\n' ? 0 : first;
-    if ((k = run_of(t, s, letters_from, n, LETTER, false))) return letters_from + k;
-    if (!digits && (k = run_of(t, s, lead, n, NUMBER, false))) return lead + k;
-    if (class_ & NUMBER) {
+    int class_ = tok_class_of(t, c);
+    size_t letters_from = !digits ? lead : class_ & (TOK_LETTER | TOK_NUMBER) || c == '\r' || c == '\n' ? 0 : first;
+    if ((k = tok_run_of(t, s, letters_from, n, TOK_LETTER, false))) return letters_from + k;
+    if (!digits && (k = tok_run_of(t, s, lead, n, TOK_NUMBER, false))) return lead + k;
+    if (class_ & TOK_NUMBER) {
         for (k = 0; digits-- && k < n; k += first) {
             first = utf8_next(s + k, n - k, &c);
-            if (!(class_of(t, c) & NUMBER)) break;
+            if (!(tok_class_of(t, c) & TOK_NUMBER)) break;
         }
         return k;
     }
-    if ((k = run_of(t, s, lead, n, SPACE | LETTER | NUMBER, true))) {
+    if ((k = tok_run_of(t, s, lead, n, TOK_SPACE | TOK_LETTER | TOK_NUMBER, true))) {
         k += lead;
         while (digits && k < n && (s[k] == '\r' || s[k] == '\n')) k++;
         return k;
     }
     for (spaces = 0; spaces < n; last = spaces, spaces += k) {
         k = utf8_next(s + spaces, n - spaces, &c);
-        if (!(class_of(t, c) & SPACE)) break;
+        if (!(tok_class_of(t, c) & TOK_SPACE)) break;
         if (c == '\r' || c == '\n') newline = spaces + 1;
     }
     if (digits && newline) return newline;
@@ -1399,29 +1420,29 @@ static size_t split_match(const retrofit_tokenizer *t, const char *s, size_t n, 
 }
 
 // Cuts text into pieces: numbers apart from the rest, and from each other if `each`.
-static void split_digits(const retrofit_tokenizer *t, pieces *out, const char *s, size_t n, bool each) {
+static void tok_split_digits(const retrofit_tokenizer *t, tok_pieces *out, const char *s, size_t n, bool each) {
     uint32_t c;
     for (size_t i = 0, k; i < n; i += k) {
-        bool number = class_of(t, (utf8_next(s + i, n - i, &c), c)) & NUMBER;
-        k = number && each ? utf8_next(s + i, n - i, &c) : run_of(t, s, i, n, NUMBER, !number);
-        put(out, s + i, k), cut(out);
+        bool number = tok_class_of(t, (utf8_next(s + i, n - i, &c), c)) & TOK_NUMBER;
+        k = number && each ? utf8_next(s + i, n - i, &c) : tok_run_of(t, s, i, n, TOK_NUMBER, !number);
+        tok_put(out, s + i, k), tok_cut(out);
     }
 }
 
 // False if s may not be in NFC: Unicode's quick check, which takes all but texts with decomposed (or very rare) characters.
-static bool is_nfc(const retrofit_tokenizer *t, const char *s, size_t n) {
+static bool tok_is_nfc(const retrofit_tokenizer *t, const char *s, size_t n) {
     uint32_t c;
     unsigned before = 0, combining;
     for (size_t i = 0; i < n; before = combining) {
         i += utf8_next(s + i, n - i, &c);
         combining = t->unicode[c] >> 8;
-        if (class_of(t, c) & UNSTABLE || (combining && combining < before)) return false;
+        if (tok_class_of(t, c) & TOK_UNSTABLE || (combining && combining < before)) return false;
     }
     return true;
 }
 
 // The byte that a token "<0x0A>" stands for, or -1.
-static int fallback_byte(const char *s, size_t n) {
+static int tok_fallback_byte(const char *s, size_t n) {
     static const char hex[] = "0123456789ABCDEF0123456789abcdef";
     if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>' || !s[3] || !s[4]) return -1;
     const char *high = strchr(hex, s[3]), *low = strchr(hex, s[4]);
@@ -1429,94 +1450,94 @@ static int fallback_byte(const char *s, size_t n) {
 }
 
 // A run of fallback bytes, out's last from `start` on, is kept if it is UTF-8 as a whole; otherwise each byte becomes U+FFFD.
-static void end_fallback(pieces *out, size_t start) {
+static void tok_end_fallback(tok_pieces *out, size_t start) {
     uint32_t c = 0;
     size_t n = out->size - start;
     if (out->failed || !n) return;
-    for (size_t i = start; i < out->size && c != INVALID;) i += utf8_next(out->bytes + i, out->size - i, &c);
-    if (c == INVALID)
-        for (out->size = start; n--;) put(out, "\xef\xbf\xbd", 3);
-    cut(out);
+    for (size_t i = start; i < out->size && c != UTF8_INVALID;) i += utf8_next(out->bytes + i, out->size - i, &c);
+    if (c == UTF8_INVALID)
+        for (out->size = start; n--;) tok_put(out, "\xef\xbf\xbd", 3);
+    tok_cut(out);
 }
 
 // One step from `in` to `out`. first: in begins at the beginning of the whole text.
-static bool apply(const retrofit_tokenizer *t, const step *st, const pieces *in, pieces *out, bool first) {
-    clear(out);
+static bool tok_apply(const retrofit_tokenizer *t, const tok_step *st, const tok_pieces *in, tok_pieces *out, bool first) {
+    tok_clear(out);
     size_t run = 0; // where the current run of fallback bytes starts in out
     for (size_t i = 0, from = 0, n, k; i < in->count; from = in->end[i++]) {
         const char *s = in->bytes + from, *hit;
         n = in->end[i] - from;
         switch (st->kind) {
-        case PREPEND:
-            if (n && !(st->flag & ONLY_FIRST && (i || !first)) &&
-                !(st->flag & UNLESS_THERE && n >= st->a_size && !memcmp(s, st->a, st->a_size)))
-                put(out, st->a, st->a_size);
-            put(out, s, n), cut(out);
+        case TOK_PREPEND:
+            if (n && !(st->flag & TOK_ONLY_FIRST && (i || !first)) &&
+                !(st->flag & TOK_UNLESS_THERE && n >= st->a_size && !memcmp(s, st->a, st->a_size)))
+                tok_put(out, st->a, st->a_size);
+            tok_put(out, s, n), tok_cut(out);
             break;
-        case REPLACE:
+        case TOK_REPLACE:
             for (; (hit = (const char *)memmem(s, n, st->a, st->a_size)); n -= k, s += k) {
                 k = (size_t)(hit - s) + st->a_size;
-                put(out, s, k - st->a_size), put(out, st->b, st->flag && !i ? 0 : st->b_size);
+                tok_put(out, s, k - st->a_size), tok_put(out, st->b, st->flag && !i ? 0 : st->b_size);
             }
-            put(out, s, n), cut(out);
+            tok_put(out, s, n), tok_cut(out);
             break;
-        case NFC:
-            if (!is_nfc(t, s, n)) return fail("the tokenizer wants text in Unicode form NFC, and this may not be: convert it first");
-            put(out, s, n), cut(out);
+        case TOK_NFC:
+            if (!tok_is_nfc(t, s, n)) return fail("the tokenizer wants text in Unicode form NFC, and this may not be: convert it first");
+            tok_put(out, s, n), tok_cut(out);
             break;
-        case BYTE_LEVEL:
+        case TOK_BYTE_LEVEL:
             for (k = 0; k < n; k++) {
                 char c[4];
-                put(out, c, utf8_put(byte_to_char((unsigned char)s[k]), c));
+                tok_put(out, c, utf8_put(tok_byte_to_char((unsigned char)s[k]), c));
             }
-            cut(out);
+            tok_cut(out);
             break;
-        case SPLIT:
-            for (; n; s += k, n -= k) put(out, s, k = split_match(t, s, n, st->flag)), cut(out);
+        case TOK_SPLIT:
+            for (; n; s += k, n -= k) tok_put(out, s, k = tok_split_match(t, s, n, st->flag)), tok_cut(out);
             break;
-        case DIGITS: split_digits(t, out, s, n, st->flag); break;
-        case CUT_BEFORE:
+        case TOK_DIGITS: tok_split_digits(t, out, s, n, st->flag); break;
+        case TOK_CUT_BEFORE:
             for (; n; s += k, n -= k) {
                 hit = n > st->a_size ? (const char *)memmem(s + 1, n - 1, st->a, st->a_size) : NULL;
-                put(out, s, k = hit ? (size_t)(hit - s) : n), cut(out);
+                tok_put(out, s, k = hit ? (size_t)(hit - s) : n), tok_cut(out);
             }
             break;
-        case UNBYTE_LEVEL:
+        case TOK_UNBYTE_LEVEL:
             run = out->size;
             for (size_t j = 0; j < n;) {
                 uint32_t c;
                 j += utf8_next(s + j, n - j, &c);
-                char byte = (char)char_to_byte(c);
-                if (char_to_byte(c) >= 0) put(out, &byte, 1);
-                else out->size = run, put(out, s, n), j = n; // not byte-level, an added token: as it is
+                char byte = (char)tok_char_to_byte(c);
+                if (tok_char_to_byte(c) >= 0) tok_put(out, &byte, 1);
+                else out->size = run, tok_put(out, s, n), j = n; // not byte-level, an added token: as it is
             }
             break;
-        case LOSSY: put_lossy(out, s, n), cut(out); break;
-        case BYTE_FALLBACK: {
-            int value = fallback_byte(s, n);
+        case TOK_LOSSY: tok_put_lossy(out, s, n), tok_cut(out); break;
+        case TOK_BYTE_FALLBACK: {
+            int value = tok_fallback_byte(s, n);
             char byte = (char)value;
-            if (value >= 0) put(out, &byte, 1);
-            else end_fallback(out, run), put(out, s, n), cut(out), run = out->size;
+            if (value >= 0) tok_put(out, &byte, 1);
+            else tok_end_fallback(out, run), tok_put(out, s, n), tok_cut(out), run = out->size;
             break;
         }
-        case FUSE: put(out, s, n); break;
-        case STRIP:
+        case TOK_FUSE: tok_put(out, s, n); break;
+        case TOK_STRIP:
             k = n >= st->a_size && !memcmp(s, st->a, st->a_size) ? st->a_size : 0;
-            put(out, s + k, n - k), cut(out);
+            tok_put(out, s + k, n - k), tok_cut(out);
             break;
-        case JOIN: put(out, " ", i > 0), put(out, s, n), cut(out); break;
+        case TOK_JOIN: tok_put(out, " ", i > 0), tok_put(out, s, n), tok_cut(out); break;
         }
     }
-    if (st->kind == BYTE_FALLBACK) end_fallback(out, run);
-    if (st->kind == FUSE || st->kind == UNBYTE_LEVEL) cut(out);
+    if (st->kind == TOK_BYTE_FALLBACK) tok_end_fallback(out, run);
+    if (st->kind == TOK_FUSE || st->kind == TOK_UNBYTE_LEVEL) tok_cut(out);
     return !out->failed;
 }
 
 // All steps; what p[0] holds is replaced by the result, p[1] is scratch.
-static bool apply_all(const retrofit_tokenizer *t, const steps *list, pieces p[2], bool first) {
+static bool tok_apply_all(const retrofit_tokenizer *t, const tok_steps *list, tok_pieces p[2], bool first) {
     for (size_t i = 0; i < list->count; i++) {
-        if (!apply(t, &list->at[i], &p[0], &p[1], first)) return false;
-        pieces swap = p[0];
+        if (!tok_apply(t, &list->at[i], &p[0], &p[1], first)) return false;
+        tok_pieces swap = p[0];
         p[0] = p[1], p[1] = swap;
     }
     return !p[0].failed;
@@ -1524,29 +1545,29 @@ static bool apply_all(const retrofit_tokenizer *t, const steps *list, pieces p[2
 
 // The slot of a token's text: its own, or the free one where it would go; SIZE_MAX after MAX_PROBE steps, which only a file made to
 // collide needs.
-static size_t text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
+static size_t tok_text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
     uint64_t hash = 0xcbf29ce484222325u;
     for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 0x100000001b3u;
     hash ^= hash >> 29;
-    for (size_t probe = 0; probe < MAX_PROBE; probe++) {
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
         size_t slot = (size_t)(hash + probe) & t->token_mask;
-        const token *k = t->by_text[slot] ? &t->tokens[t->by_text[slot] - 1] : NULL;
+        const tok_token *k = t->by_text[slot] ? &t->tokens[t->by_text[slot] - 1] : NULL;
         if (!k || (k->size == n && !memcmp(k->text, s, n))) return slot;
     }
     return SIZE_MAX;
 }
 
-static int32_t find_token(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
-    size_t slot = text_slot(t, s, n);
+static int32_t tok_find_token(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
+    size_t slot = tok_text_slot(t, s, n);
     int32_t id = slot == SIZE_MAX ? -1 : t->by_text[slot] - 1;
     return id >= 0 && model && !t->tokens[id].model ? -1 : id;
 }
 
-static merge *merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t right) {
+static tok_merge *tok_merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t right) {
     uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right, hash = pair * 0x9e3779b97f4a7c15u;
     hash ^= hash >> 32;
-    for (size_t probe = 0; probe < MAX_PROBE; probe++) {
-        merge *m = &t->merges[(size_t)(hash + probe) & t->merge_mask];
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        tok_merge *m = &t->merges[(size_t)(hash + probe) & t->merge_mask];
         if (!m->rank || m->pair == pair) return m;
     }
     return NULL;
@@ -1555,56 +1576,56 @@ static merge *merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t righ
 typedef struct {
     int32_t id; // -1: merged into the one before
     uint32_t previous, next;
-} symbol;
+} tok_symbol;
 typedef struct {
     uint64_t order; // rank << 32 | position: lowest rank first, then leftmost
     int32_t id;
-} candidate;
+} tok_candidate;
 typedef struct {
     const retrofit_tokenizer *t;
-    pieces text[2], work[2];
-    symbol *symbols;
-    candidate *heap;
+    tok_pieces text[2], work[2];
+    tok_symbol *symbols;
+    tok_candidate *heap;
     int32_t *ids;
     size_t symbol_count, symbol_room, heap_count, heap_room, count, room;
-} encoder;
+} tok_encoder;
 
-static bool add_id(encoder *e, int32_t id) {
+static bool tok_add_id(tok_encoder *e, int32_t id) {
     void *ids = e->ids;
-    if (!grow(&ids, &e->room, e->count + 1, sizeof *e->ids)) return false;
+    if (!tok_grow(&ids, &e->room, e->count + 1, sizeof *e->ids)) return false;
     e->ids = (int32_t *)ids, e->ids[e->count++] = id;
     return true;
 }
 
-static bool add_symbol(encoder *e, int32_t id) {
+static bool tok_add_symbol(tok_encoder *e, int32_t id) {
     void *symbols = e->symbols;
     size_t i = e->symbol_count;
     if (i >= UINT32_MAX - 1) return fail("more than %u symbols in one piece of text: encode it in parts", UINT32_MAX - 1);
-    if (!grow(&symbols, &e->symbol_room, i + 1, sizeof *e->symbols)) return false;
-    e->symbols = (symbol *)symbols;
-    symbol s = {id, (uint32_t)i - 1, (uint32_t)i + 1}; // for the first, previous is UINT32_MAX
+    if (!tok_grow(&symbols, &e->symbol_room, i + 1, sizeof *e->symbols)) return false;
+    e->symbols = (tok_symbol *)symbols;
+    tok_symbol s = {id, (uint32_t)i - 1, (uint32_t)i + 1}; // for the first, previous is UINT32_MAX
     e->symbols[e->symbol_count++] = s;
     return true;
 }
 
 // Queues the merge of the symbol at `at` with the next one, if there is such a merge.
-static bool add_candidate(encoder *e, uint32_t at) {
+static bool tok_add_candidate(tok_encoder *e, uint32_t at) {
     uint32_t next = at == UINT32_MAX ? at : e->symbols[at].next;
     if (next >= e->symbol_count) return true;
-    const merge *m = merge_slot(e->t, e->symbols[at].id, e->symbols[next].id);
+    const tok_merge *m = tok_merge_slot(e->t, e->symbols[at].id, e->symbols[next].id);
     if (!m || !m->rank) return true;
     void *heap = e->heap;
-    if (!grow(&heap, &e->heap_room, e->heap_count + 1, sizeof *e->heap)) return false;
-    e->heap = (candidate *)heap;
-    candidate c = {(uint64_t)m->rank << 32 | at, m->id};
+    if (!tok_grow(&heap, &e->heap_room, e->heap_count + 1, sizeof *e->heap)) return false;
+    e->heap = (tok_candidate *)heap;
+    tok_candidate c = {(uint64_t)m->rank << 32 | at, m->id};
     size_t i = e->heap_count++;
     for (; i && e->heap[(i - 1) / 2].order > c.order; i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
     e->heap[i] = c;
     return true;
 }
 
-static candidate best_candidate(encoder *e) {
-    candidate best = e->heap[0], c = e->heap[--e->heap_count];
+static tok_candidate tok_best_candidate(tok_encoder *e) {
+    tok_candidate best = e->heap[0], c = e->heap[--e->heap_count];
     size_t i = 0;
     for (size_t child; (child = 2 * i + 1) < e->heap_count; i = child) {
         if (child + 1 < e->heap_count && e->heap[child + 1].order < e->heap[child].order) child++;
@@ -1615,57 +1636,62 @@ static candidate best_candidate(encoder *e) {
     return best;
 }
 
-// Splits a piece into its characters' tokens; what has none becomes byte tokens, the unknown token, or nothing, in that order.
-static bool start_symbols(encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    bool unknown = false; // an unknown token is due before the next known one; later bytes overtake it, as in Hugging Face's
-    uint32_t c;
-    e->symbol_count = e->heap_count = 0;
-    for (size_t i = 0, k; i < n; i += k) {
-        k = utf8_next(s + i, n - i, &c);
-        int32_t id = find_token(t, s + i, k, true);
-        if (id >= 0) {
-            if ((unknown && !add_symbol(e, t->unk)) || !add_symbol(e, id)) return false;
-            unknown = false;
-            continue;
-        }
-        size_t bytes = 0;
-        while (t->byte_fallback && bytes < k && t->byte_ids[(unsigned char)s[i + bytes]] >= 0) bytes++;
-        for (size_t j = 0; bytes == k && j < k; j++)
-            if (!add_symbol(e, t->byte_ids[(unsigned char)s[i + j]])) return false;
-        if (bytes == k || t->unk < 0) continue;
-        if (unknown && !t->fuse_unk && !add_symbol(e, t->unk)) return false;
-        unknown = true;
-    }
-    return !unknown || add_symbol(e, t->unk);
-}
-
-// Byte-pair encoding of one piece: merges the lowest-ranked, leftmost pair until none is left.
-static bool encode_piece(encoder *e, const char *s, size_t n) {
-    int32_t whole = e->t->ignore_merges ? find_token(e->t, s, n, true) : -1;
-    if (whole >= 0) return add_id(e, whole);
-    if (!start_symbols(e, s, n)) return false;
-    for (uint32_t i = 0; i < e->symbol_count; i++)
-        if (!add_candidate(e, i)) return false;
+// Merges the lowest-ranked, leftmost pair of the symbols until none is left, and moves what remains to the ids.
+static bool tok_merge_symbols(tok_encoder *e) {
+    for (uint32_t i = 0; i + 1 < e->symbol_count; i++)
+        if (!tok_add_candidate(e, i)) return false;
     while (e->heap_count) {
-        candidate c = best_candidate(e);
-        symbol *left = &e->symbols[(uint32_t)c.order];
+        tok_candidate c = tok_best_candidate(e);
+        tok_symbol *left = &e->symbols[(uint32_t)c.order];
         if (left->id < 0 || left->next >= e->symbol_count) continue;
-        symbol *right = &e->symbols[left->next];
-        const merge *m = merge_slot(e->t, left->id, right->id);
+        tok_symbol *right = &e->symbols[left->next];
+        const tok_merge *m = tok_merge_slot(e->t, left->id, right->id);
         if (!m || !m->rank || m->id != c.id) continue; // outdated: one of the two has merged since
         left->id = c.id, left->next = right->next, right->id = -1;
         if (left->next < e->symbol_count) e->symbols[left->next].previous = (uint32_t)c.order;
-        if (!add_candidate(e, left->previous) || !add_candidate(e, (uint32_t)c.order)) return false;
+        if (!tok_add_candidate(e, left->previous) || !tok_add_candidate(e, (uint32_t)c.order)) return false;
     }
     for (size_t i = 0; i < e->symbol_count; i = e->symbols[i].next)
-        if (!add_id(e, e->symbols[i].id)) return false;
+        if (!tok_add_id(e, e->symbols[i].id)) return false;
+    e->symbol_count = 0;
     return true;
 }
 
+// Where a merge of tokens that end in a and begin with b is noted: characters that meet in no merge part words. Chance hits cost only time.
+static size_t tok_meeting(uint32_t a, uint32_t b) { return (a * 0x9e3779b1u ^ b * 0x85ebca77u) >> 16; }
+
+// Byte-pair encoding of one piece. Characters without a token become byte tokens, the unknown token, or nothing, in that order.
+static bool tok_encode_piece(tok_encoder *e, const char *s, size_t n) {
+    const retrofit_tokenizer *t = e->t;
+    int32_t whole = t->ignore_merges ? tok_find_token(t, s, n, true) : -1;
+    if (whole >= 0) return tok_add_id(e, whole);
+    bool unknown = false; // an unknown token is due before the next known one; later bytes overtake it, as in Hugging Face's
+    uint32_t c, before = UTF8_INVALID;
+    for (size_t i = 0, k; i < n; i += k) {
+        k = utf8_next(s + i, n - i, &c);
+        int32_t id = tok_find_token(t, s + i, k, true);
+        if (id >= 0) {
+            // Without this cut a SentencePiece text would be one word of megabytes: the result is the same, the queue stays in cache.
+            if (before != UTF8_INVALID && !t->meet[tok_meeting(before, c)] && !tok_merge_symbols(e)) return false;
+            if ((unknown && !tok_add_symbol(e, t->unk)) || !tok_add_symbol(e, id)) return false;
+            unknown = false, before = c;
+            continue;
+        }
+        before = UTF8_INVALID;
+        size_t bytes = 0;
+        while (t->byte_fallback && bytes < k && t->byte_ids[(unsigned char)s[i + bytes]] >= 0) bytes++;
+        for (size_t j = 0; bytes == k && j < k; j++)
+            if (!tok_add_symbol(e, t->byte_ids[(unsigned char)s[i + j]])) return false;
+        if (bytes == k || t->unk < 0) continue;
+        if (unknown && !t->fuse_unk && !tok_add_symbol(e, t->unk)) return false;
+        unknown = true;
+    }
+    return (!unknown || tok_add_symbol(e, t->unk)) && tok_merge_symbols(e);
+}
+
 // The longest added token that s begins with, or NULL: narrows the sorted list byte by byte.
-static const added_token *match_added(const added_set *set, const char *s, size_t n) {
-    const added_token *best = NULL;
+static const tok_added_token *tok_match_added(const tok_added_set *set, const char *s, size_t n) {
+    const tok_added_token *best = NULL;
     size_t low = 0, high = set->count;
     if (!set->first[(unsigned char)s[0]]) return NULL;
     for (size_t depth = 0; low < high; depth++) {
@@ -1686,57 +1712,57 @@ static const added_token *match_added(const added_set *set, const char *s, size_
     return best;
 }
 
-static bool encode_text(encoder *e, const char *s, size_t n, bool normalized, bool first);
+static bool tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized, bool first);
 
 // Text without added tokens: normalizes it, or, if it is normalized, cuts it into pieces and encodes those.
-static bool encode_gap(encoder *e, const char *s, size_t n, bool normalized, bool first) {
+static bool tok_encode_gap(tok_encoder *e, const char *s, size_t n, bool normalized, bool first) {
     if (!n) return true;
-    pieces *p = normalized ? e->work : e->text;
-    clear(p);
-    put(p, s, n), cut(p);
-    if (!apply_all(e->t, normalized ? &e->t->pre_tokenizer : &e->t->normalizer, p, first)) return false;
-    if (!normalized) return encode_text(e, p->bytes, p->size, true, first);
+    tok_pieces *p = normalized ? e->work : e->text;
+    tok_clear(p);
+    tok_put(p, s, n), tok_cut(p);
+    if (!tok_apply_all(e->t, normalized ? &e->t->pre_tokenizer : &e->t->normalizer, p, first)) return false;
+    if (!normalized) return tok_encode_text(e, p->bytes, p->size, true, first);
     for (size_t i = 0, from = 0; i < p->count; from = p->end[i++])
-        if (p->end[i] > from && !encode_piece(e, p->bytes + from, p->end[i] - from)) return false;
+        if (p->end[i] > from && !tok_encode_piece(e, p->bytes + from, p->end[i] - from)) return false;
     return true;
 }
 
 // Finds added tokens, leftmost and longest first, and encodes what is between them.
-static bool encode_text(encoder *e, const char *s, size_t n, bool normalized, bool first) {
-    const added_set *set = &e->t->added[normalized];
+static bool tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized, bool first) {
+    const tok_added_set *set = &e->t->added[normalized];
     size_t done = 0;
     for (size_t i = 0; i < n;) {
-        const added_token *a = match_added(set, s + i, n - i);
+        const tok_added_token *a = tok_match_added(set, s + i, n - i);
         if (!a) {
             i++;
             continue;
         }
-        size_t start = i, c;
-        i += a->size;
-        if (a->strip_right) i += run_of(e->t, s, i, n, SPACE, false);
+        size_t start = i, c, end = i += a->size; // searching goes on behind the token itself, whatever it strips
+        if (a->strip_right) end += tok_run_of(e->t, s, end, n, TOK_SPACE, false);
         while (a->strip_left && start > done) {
             for (c = start - 1; c > done && ((unsigned char)s[c] & 0xc0) == 0x80;) c--;
-            if (!run_of(e->t, s, c, start, SPACE, false)) break;
+            if (!tok_run_of(e->t, s, c, start, TOK_SPACE, false)) break;
             start = c;
         }
-        if (!encode_gap(e, s + done, start - done, normalized, first && !done) || !add_id(e, a->id)) return false;
-        done = i;
+        if (start > done && !tok_encode_gap(e, s + done, start - done, normalized, first && !done)) return false;
+        if (!tok_add_id(e, a->id)) return false;
+        done = end;
     }
-    return encode_gap(e, s + done, n - done, normalized, first && !done);
+    return tok_encode_gap(e, s + done, n - done, normalized, first && !done);
 }
 
 int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count) {
-    encoder e;
+    tok_encoder e;
     memset(&e, 0, sizeof e);
     e.t = t;
-    pieces valid = e.text[0];
-    put_lossy(&valid, size ? text : "", size);
-    bool ok = !valid.failed && grow((void **)&e.ids, &e.room, 1, sizeof *e.ids);
-    for (size_t i = 0; ok && with_special && i < t->before_count; i++) ok = add_id(&e, t->before[i]);
-    ok = ok && encode_text(&e, valid.bytes, valid.size, false, true);
-    for (size_t i = 0; ok && with_special && i < t->after_count; i++) ok = add_id(&e, t->after[i]);
-    pieces_free(&valid);
-    for (int i = 0; i < 2; i++) pieces_free(&e.text[i]), pieces_free(&e.work[i]);
+    tok_pieces valid = e.text[0];
+    tok_put_lossy(&valid, size ? text : "", size);
+    bool ok = !valid.failed && tok_grow((void **)&e.ids, &e.room, 1, sizeof *e.ids);
+    for (size_t i = 0; ok && with_special && i < t->before_count; i++) ok = tok_add_id(&e, t->before[i]);
+    ok = ok && tok_encode_text(&e, valid.bytes, valid.size, false, true);
+    for (size_t i = 0; ok && with_special && i < t->after_count; i++) ok = tok_add_id(&e, t->after[i]);
+    tok_pieces_free(&valid);
+    for (int i = 0; i < 2; i++) tok_pieces_free(&e.text[i]), tok_pieces_free(&e.work[i]);
     free(e.symbols), free(e.heap);
     if (ok) return *count = e.count, e.ids;
     free(e.ids);
@@ -1744,19 +1770,19 @@ int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t s
 }
 
 char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size) {
-    pieces p[2];
+    tok_pieces p[2];
     memset(p, 0, sizeof p);
     bool ok = true;
     for (size_t i = 0; ok && i < count; i++) {
-        const token *k = ids[i] >= 0 && (size_t)ids[i] < t->size ? &t->tokens[ids[i]] : NULL;
+        const tok_token *k = ids[i] >= 0 && (size_t)ids[i] < t->size ? &t->tokens[ids[i]] : NULL;
         if (!k || !k->used) ok = fail("id %d (number %zu of %zu) is no token's: ids go up to %zu", (int)ids[i], i, count, t->size - 1);
-        else if (!skip_special || !k->special) put(p, k->text, k->size), cut(p);
+        else if (!skip_special || !k->special) tok_put(p, k->text, k->size), tok_cut(p);
     }
-    ok = ok && apply_all(t, &t->decoder, p, true);
-    if (ok) *size = p->size, put(p, "", 1);
-    pieces_free(&p[1]);
+    ok = ok && tok_apply_all(t, &t->decoder, p, true);
+    if (ok) *size = p->size, tok_put(p, "", 1);
+    tok_pieces_free(&p[1]);
     if (ok && !p->failed) return free(p->end), p->bytes;
-    pieces_free(p);
+    tok_pieces_free(p);
     return NULL;
 }
 
@@ -1770,10 +1796,12 @@ char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, cons
     char *old = text ? retrofit_decode(t, ids, s->done - s->from, skip_special, &old_size) : NULL;
     bool wait = false;
     if (old && !last && count > s->from) { // U+FFFD may become a character; fallback bytes count only when their run is over
-        const token *k = &t->tokens[ids[count - 1 - s->from]];
+        size_t end = count - s->from;
+        while (end > 1 && skip_special && t->tokens[ids[end - 1]].special) end--;
+        const tok_token *k = &t->tokens[ids[end - 1]];
         wait = *size >= 3 && !memcmp(text + *size - 3, "\xef\xbf\xbd", 3);
         for (size_t i = 0; i < t->decoder.count; i++)
-            wait |= t->decoder.at[i].kind == BYTE_FALLBACK && fallback_byte(k->text, k->size) >= 0;
+            wait |= t->decoder.at[i].kind == TOK_BYTE_FALLBACK && tok_fallback_byte(k->text, k->size) >= 0;
     }
     if (old && (old_size > *size || memcmp(text, old, old_size)))
         fail("tokens %zu to %zu change text already given out: decode them together", s->done, count), free(old), old = NULL;
@@ -1788,50 +1816,51 @@ char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, cons
 
 int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t) { return t->bos; }
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t) { return t->eos; }
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return find_token(t, token, strlen(token), false); }
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find_token(t, token, strlen(token), false); }
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
 
 // What loading needs in every function. Errors stick: the first one is reported, and what is returned after it does not matter.
 typedef struct {
     retrofit_tokenizer *t;
     const char *where;
-    bool bad;
-} loader;
+    bool bad, template_seen;
+} tok_loader;
 
-static bool refuse(loader *l, const char *what, const char *which) {
+static bool tok_refuse(tok_loader *l, const char *what, const char *which) {
     if (!l->bad) fail("%s: %s \"%.200s\"", l->where, what, which);
     l->bad = true;
     return false;
 }
 
-static const retrofit_json *present(const retrofit_json *object, const char *key) { // null is as good as absent
+static const retrofit_json *tok_present(const retrofit_json *object, const char *key) { // null is as good as absent
     const retrofit_json *v = retrofit_json_get(object, key);
     return v && v->type == RETROFIT_JSON_NULL ? NULL : v;
 }
 
-static bool get_flag(loader *l, const retrofit_json *object, const char *key, bool otherwise) {
-    const retrofit_json *v = present(object, key);
+static bool tok_get_flag(tok_loader *l, const retrofit_json *object, const char *key, bool otherwise) {
+    const retrofit_json *v = tok_present(object, key);
     if (!v) return otherwise;
-    if (v->type != RETROFIT_JSON_BOOL) refuse(l, "expected true or false as", key);
+    if (v->type != RETROFIT_JSON_BOOL) tok_refuse(l, "expected true or false as", key);
     return v->number != 0;
 }
 
-static const retrofit_json *get(loader *l, const retrofit_json *object, const char *key, retrofit_json_type type) {
+static const retrofit_json *tok_get(tok_loader *l, const retrofit_json *object, const char *key, retrofit_json_type type) {
     static const retrofit_json none[] = {{RETROFIT_JSON_NULL, 0, 0, 0, "", "", 0, NULL, NULL}};
     const retrofit_json *v = retrofit_json_get(object, key);
     if (v && v->type == type) return v;
-    refuse(l, "missing, or of the wrong type:", key);
+    tok_refuse(l, "missing, or of the wrong type:", key);
     return none;
 }
 
-static int32_t get_id(loader *l, const retrofit_json *v) {
-    if (v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < MAX_ID && v->number == floor(v->number)) return (int32_t)v->number;
-    refuse(l, "not a token id from 0 to 4194303:", v->string ? v->string : "");
+static int32_t tok_get_id(tok_loader *l, const retrofit_json *v) {
+    if (v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < TOK_MAX_ID && v->number == floor(v->number))
+        return (int32_t)v->number;
+    tok_refuse(l, "not a token id from 0 to 4194303:", v->string ? v->string : "");
     return 0;
 }
 
 // A copy of a string of the file, which outlives the parsed JSON. The file's size is room for all of them.
-static const char *keep(loader *l, const char *s, size_t n) {
+static const char *tok_keep(tok_loader *l, const char *s, size_t n) {
     char *copy = l->t->strings + l->t->strings_used;
     memcpy(copy, s, n + 1);
     l->t->strings_used += n + 1;
@@ -1839,39 +1868,39 @@ static const char *keep(loader *l, const char *s, size_t n) {
 }
 
 // Refuses members whose name is not one of the words in `known`, which has spaces around all.
-static void only(loader *l, const retrofit_json *object, const char *known) {
-    if (object->type != RETROFIT_JSON_OBJECT) refuse(l, "expected an object with", known);
+static void tok_only(tok_loader *l, const retrofit_json *object, const char *known) {
+    if (object->type != RETROFIT_JSON_OBJECT) tok_refuse(l, "expected an object with", known);
     for (const retrofit_json *m = object->child; m && object->type == RETROFIT_JSON_OBJECT; m = m->next) {
         char word[64];
         snprintf(word, sizeof word, " %s ", m->key);
         if (m->key_length > 60 || strlen(m->key) != m->key_length || strchr(m->key, ' ') || !strstr(known, word))
-            refuse(l, "this implementation does not know the key", m->key);
+            tok_refuse(l, "this implementation does not know the key", m->key);
     }
 }
 
-static step *add_step(loader *l, steps *list, step_kind kind, int flag) {
-    if (list->count == MAX_STEPS) refuse(l, "too many steps in a", "Sequence"), list->count--;
-    step *st = &list->at[list->count++];
+static tok_step *tok_add_step(tok_loader *l, tok_steps *list, tok_step_kind kind, int flag) {
+    if (list->count == TOK_MAX_STEPS) tok_refuse(l, "too many steps in a", "Sequence"), list->count--;
+    tok_step *st = &list->at[list->count++];
     memset(st, 0, sizeof *st);
     st->kind = kind, st->flag = flag;
     return st;
 }
 
-static void set_a(loader *l, step *st, const retrofit_json *string) {
-    st->a = keep(l, string->string, string->length), st->a_size = string->length;
-    if (!st->a_size) refuse(l, "empty, and should not be:", string->key ? string->key : "");
+static void tok_set_a(tok_loader *l, tok_step *st, const retrofit_json *string) {
+    st->a = tok_keep(l, string->string, string->length), st->a_size = string->length;
+    if (!st->a_size) tok_refuse(l, "empty, and should not be:", string->key ? string->key : "");
 }
 
-static void load_replace(loader *l, const retrofit_json *o, steps *list) {
-    const retrofit_json *pattern = get(l, o, "pattern", RETROFIT_JSON_OBJECT), *content = get(l, o, "content", RETROFIT_JSON_STRING);
-    only(l, o, " type pattern content "), only(l, pattern, " String ");
-    step *st = add_step(l, list, REPLACE, 0);
-    set_a(l, st, get(l, pattern, "String", RETROFIT_JSON_STRING));
-    st->b = keep(l, content->string, content->length), st->b_size = content->length;
+static void tok_load_replace(tok_loader *l, const retrofit_json *o, tok_steps *list) {
+    const retrofit_json *pattern = tok_get(l, o, "pattern", RETROFIT_JSON_OBJECT),
+                        *content = tok_get(l, o, "content", RETROFIT_JSON_STRING);
+    tok_only(l, o, " type pattern content "), tok_only(l, pattern, " String ");
+    tok_step *st = tok_add_step(l, list, TOK_REPLACE, 0);
+    tok_set_a(l, st, tok_get(l, pattern, "String", RETROFIT_JSON_STRING));
+    st->b = tok_keep(l, content->string, content->length), st->b_size = content->length;
 }
 
-static void load_split(loader *l, const retrofit_json *o, steps *list) {
-    // Each pattern and the flag of its SPLIT step. Backslashes are doubled for C.
+static void tok_load_split(tok_loader *l, const retrofit_json *o, tok_steps *list) {
     static const struct {
         const char *pattern;
         int digits;
@@ -1883,212 +1912,225 @@ static void load_split(loader *l, const retrofit_json *o, steps *list) {
         {"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
          1},
     };
-    const retrofit_json *pattern = get(l, o, "pattern", RETROFIT_JSON_OBJECT);
-    only(l, o, " type pattern behavior invert "), only(l, pattern, " Regex ");
-    const char *regex = get(l, pattern, "Regex", RETROFIT_JSON_STRING)->string;
-    const char *behavior = get(l, o, "behavior", RETROFIT_JSON_STRING)->string;
-    if (strcmp(behavior, "Isolated")) refuse(l, "only the behavior Isolated is supported, not", behavior);
-    if (get_flag(l, o, "invert", false)) refuse(l, "not supported as true:", "invert");
+    const retrofit_json *pattern = tok_get(l, o, "pattern", RETROFIT_JSON_OBJECT);
+    tok_only(l, o, " type pattern behavior invert "), tok_only(l, pattern, " Regex ");
+    const char *regex = tok_get(l, pattern, "Regex", RETROFIT_JSON_STRING)->string;
+    const char *behavior = tok_get(l, o, "behavior", RETROFIT_JSON_STRING)->string;
+    if (strcmp(behavior, "Isolated")) tok_refuse(l, "only the behavior Isolated is supported, not", behavior);
+    if (tok_get_flag(l, o, "invert", false)) tok_refuse(l, "not supported as true:", "invert");
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (!strcmp(regex, known[i].pattern)) return (void)add_step(l, list, SPLIT, known[i].digits);
-    refuse(l, "only the patterns of GPT-2, Llama 3 and Qwen 2 are supported, not", regex);
+        if (!strcmp(regex, known[i].pattern)) return (void)tok_add_step(l, list, TOK_SPLIT, known[i].digits);
+    tok_refuse(l, "only the patterns of GPT-2, Llama 3 and Qwen 2 are supported, not", regex);
 }
 
 // Metaspace is a pre-tokenizer and a decoder. Older files say add_prefix_space, newer ones prepend_scheme.
-static void load_metaspace(loader *l, const retrofit_json *o, steps *list, bool decoder) {
-    only(l, o, " type replacement add_prefix_space prepend_scheme split str_rep ");
-    const retrofit_json *mark = get(l, o, "replacement", RETROFIT_JSON_STRING);
-    const char *scheme = get_flag(l, o, "add_prefix_space", true) ? "always" : "never";
-    if (present(o, "prepend_scheme")) scheme = get(l, o, "prepend_scheme", RETROFIT_JSON_STRING)->string;
+static void tok_load_metaspace(tok_loader *l, const retrofit_json *o, tok_steps *list, bool decoder) {
+    tok_only(l, o, " type replacement add_prefix_space prepend_scheme split str_rep ");
+    const retrofit_json *mark = tok_get(l, o, "replacement", RETROFIT_JSON_STRING);
+    const char *scheme = tok_get_flag(l, o, "add_prefix_space", true) ? "always" : "never";
+    if (tok_present(o, "prepend_scheme")) scheme = tok_get(l, o, "prepend_scheme", RETROFIT_JSON_STRING)->string;
     bool never = !strcmp(scheme, "never"), first = !strcmp(scheme, "first");
-    if (!never && !first && strcmp(scheme, "always")) refuse(l, "unknown prepend_scheme", scheme);
-    step *st = add_step(l, list, REPLACE, decoder && !never);
-    st->a = " ", st->b = keep(l, mark->string, mark->length), st->a_size = 1, st->b_size = mark->length;
+    if (!never && !first && strcmp(scheme, "always")) tok_refuse(l, "unknown prepend_scheme", scheme);
+    if (first && !decoder && (list->count || l->t->normalizer.count))
+        tok_refuse(l, "supported only without steps before it: prepend_scheme", scheme);
+    tok_step *st = tok_add_step(l, list, TOK_REPLACE, decoder && !never);
+    st->a = " ", st->b = tok_keep(l, mark->string, mark->length), st->a_size = 1, st->b_size = mark->length;
     if (decoder) st->a = st->b, st->b = " ", st->a_size = st->b_size, st->b_size = 1;
     uint32_t c;
-    if (!mark->length || utf8_next(mark->string, mark->length, &c) != mark->length) refuse(l, "not one character:", "replacement");
-    step mark_step = *st;
+    if (!mark->length || utf8_next(mark->string, mark->length, &c) != mark->length) tok_refuse(l, "not one character:", "replacement");
+    tok_step mark_step = *st;
     if (decoder) return;
     if (!never)
-        st = add_step(l, list, PREPEND, UNLESS_THERE | (first ? ONLY_FIRST : 0)), st->a = mark_step.b, st->a_size = mark_step.b_size;
-    if (get_flag(l, o, "split", true)) st = add_step(l, list, CUT_BEFORE, 0), st->a = mark_step.b, st->a_size = mark_step.b_size;
+        st = tok_add_step(l, list, TOK_PREPEND, TOK_UNLESS_THERE | (first ? TOK_ONLY_FIRST : 0)), st->a = mark_step.b,
+        st->a_size = mark_step.b_size;
+    if (tok_get_flag(l, o, "split", true))
+        st = tok_add_step(l, list, TOK_CUT_BEFORE, 0), st->a = mark_step.b, st->a_size = mark_step.b_size;
 }
 
-static void load_byte_level(loader *l, const retrofit_json *o, steps *list, bool decoder) {
-    only(l, o, " type add_prefix_space trim_offsets use_regex ");
+static void tok_load_byte_level(tok_loader *l, const retrofit_json *o, tok_steps *list, bool decoder) {
+    tok_only(l, o, " type add_prefix_space trim_offsets use_regex ");
     if (decoder) {
-        add_step(l, list, UNBYTE_LEVEL, 0), add_step(l, list, LOSSY, 0);
+        tok_add_step(l, list, TOK_UNBYTE_LEVEL, 0), tok_add_step(l, list, TOK_LOSSY, 0);
         return;
     }
-    if (get_flag(l, o, "add_prefix_space", true)) {
-        step *st = add_step(l, list, PREPEND, UNLESS_THERE);
+    if (tok_get_flag(l, o, "add_prefix_space", true)) {
+        tok_step *st = tok_add_step(l, list, TOK_PREPEND, TOK_UNLESS_THERE);
         st->a = " ", st->a_size = 1;
     }
-    if (get_flag(l, o, "use_regex", true)) add_step(l, list, SPLIT, 0);
-    add_step(l, list, BYTE_LEVEL, 0);
+    if (tok_get_flag(l, o, "use_regex", true)) tok_add_step(l, list, TOK_SPLIT, 0);
+    tok_add_step(l, list, TOK_BYTE_LEVEL, 0);
 }
 
-static void load_strip(loader *l, const retrofit_json *o, steps *list) {
-    only(l, o, " type content start stop ");
-    double start = get(l, o, "start", RETROFIT_JSON_NUMBER)->number;
-    if (get(l, o, "stop", RETROFIT_JSON_NUMBER)->number != 0 || (start != 0 && start != 1))
-        refuse(l, "only start 0 or 1 and stop 0 are supported in", "Strip");
-    if (start == 1) set_a(l, add_step(l, list, STRIP, 0), get(l, o, "content", RETROFIT_JSON_STRING));
+static void tok_load_strip(tok_loader *l, const retrofit_json *o, tok_steps *list) {
+    tok_only(l, o, " type content start stop ");
+    double start = tok_get(l, o, "start", RETROFIT_JSON_NUMBER)->number;
+    if (tok_get(l, o, "stop", RETROFIT_JSON_NUMBER)->number != 0 || (start != 0 && start != 1))
+        tok_refuse(l, "only start 0 or 1 and stop 0 are supported in", "Strip");
+    if (start == 1) tok_set_a(l, tok_add_step(l, list, TOK_STRIP, 0), tok_get(l, o, "content", RETROFIT_JSON_STRING));
 }
 
 // Appends the steps of a normalizer, pre_tokenizer or decoder. The parser's depth limit bounds the recursion.
-static void load_steps(loader *l, const retrofit_json *o, steps *list, const char *role) {
-    const char *type = get(l, o, "type", RETROFIT_JSON_STRING)->string;
+static void tok_load_steps(tok_loader *l, const retrofit_json *o, tok_steps *list, const char *role) {
+    const char *type = tok_get(l, o, "type", RETROFIT_JSON_STRING)->string;
     bool normalizer = *role == 'n', pre = *role == 'p', decoder = *role == 'd';
     if (l->bad) return;
     if (!strcmp(type, "Sequence")) {
         const char *key = normalizer ? "normalizers" : pre ? "pretokenizers" : "decoders";
-        only(l, o, normalizer ? " type normalizers " : pre ? " type pretokenizers " : " type decoders ");
-        for (const retrofit_json *m = get(l, o, key, RETROFIT_JSON_ARRAY)->child; m; m = m->next) load_steps(l, m, list, role);
-    } else if (!pre && !strcmp(type, "Replace")) load_replace(l, o, list);
-    else if (!normalizer && !strcmp(type, "ByteLevel")) load_byte_level(l, o, list, decoder);
-    else if (!normalizer && !strcmp(type, "Metaspace")) load_metaspace(l, o, list, decoder);
-    else if (pre && !strcmp(type, "Split")) load_split(l, o, list);
-    else if (decoder && !strcmp(type, "Strip")) load_strip(l, o, list);
+        tok_only(l, o, normalizer ? " type normalizers " : pre ? " type pretokenizers " : " type decoders ");
+        for (const retrofit_json *m = tok_get(l, o, key, RETROFIT_JSON_ARRAY)->child; m; m = m->next) tok_load_steps(l, m, list, role);
+    } else if (!pre && !strcmp(type, "Replace")) tok_load_replace(l, o, list);
+    else if (!normalizer && !strcmp(type, "ByteLevel")) tok_load_byte_level(l, o, list, decoder);
+    else if (!normalizer && !strcmp(type, "Metaspace")) tok_load_metaspace(l, o, list, decoder);
+    else if (pre && !strcmp(type, "Split")) tok_load_split(l, o, list);
+    else if (decoder && !strcmp(type, "Strip")) tok_load_strip(l, o, list);
     else if (normalizer && !strcmp(type, "Prepend"))
-        only(l, o, " type prepend "), set_a(l, add_step(l, list, PREPEND, 0), get(l, o, "prepend", RETROFIT_JSON_STRING));
+        tok_only(l, o, " type prepend "),
+            tok_set_a(l, tok_add_step(l, list, TOK_PREPEND, 0), tok_get(l, o, "prepend", RETROFIT_JSON_STRING));
     else if (pre && !strcmp(type, "Digits"))
-        only(l, o, " type individual_digits "), add_step(l, list, DIGITS, get_flag(l, o, "individual_digits", false));
-    else if (normalizer && !strcmp(type, "NFC")) only(l, o, " type "), add_step(l, list, NFC, 0);
-    else if (decoder && !strcmp(type, "ByteFallback")) only(l, o, " type "), add_step(l, list, BYTE_FALLBACK, 0);
-    else if (decoder && !strcmp(type, "Fuse")) only(l, o, " type "), add_step(l, list, FUSE, 0);
+        tok_only(l, o, " type individual_digits "), tok_add_step(l, list, TOK_DIGITS, tok_get_flag(l, o, "individual_digits", false));
+    else if (normalizer && !strcmp(type, "NFC")) tok_only(l, o, " type "), tok_add_step(l, list, TOK_NFC, 0);
+    else if (decoder && !strcmp(type, "ByteFallback")) tok_only(l, o, " type "), tok_add_step(l, list, TOK_BYTE_FALLBACK, 0);
+    else if (decoder && !strcmp(type, "Fuse")) tok_only(l, o, " type "), tok_add_step(l, list, TOK_FUSE, 0);
     else {
         char what[80];
         snprintf(what, sizeof what, "this implementation does not know the %s", role);
-        refuse(l, what, type);
+        tok_refuse(l, what, type);
     }
 }
 
-static void add_special(loader *l, int32_t id, bool after, size_t at) {
+static void tok_add_special(tok_loader *l, int32_t id, bool after) {
     retrofit_tokenizer *t = l->t;
-    int32_t *list = after ? t->after : t->before;
     size_t *count = after ? &t->after_count : &t->before_count;
-    if (*count == MAX_STEPS || (size_t)id >= t->size || !t->tokens[id].used)
-        return (void)refuse(l, "a bad or a 17th token in", "post_processor");
-    memmove(list + at + 1, list + at, (*count - at) * sizeof *list);
-    list[at] = id, ++*count;
+    if (*count == TOK_MAX_STEPS || (size_t)id >= t->size || !t->tokens[id].used)
+        return (void)tok_refuse(l, "a bad or a 17th token in", "post_processor");
+    (after ? t->after : t->before)[(*count)++] = id;
 }
 
-// Later processors of a Sequence put their tokens around those of earlier ones.
-static void load_post_processor(loader *l, const retrofit_json *o) {
-    const char *type = get(l, o, "type", RETROFIT_JSON_STRING)->string;
+// ByteLevel only moves offsets here. Of several templates Hugging Face applies but the first, which nobody can have wanted.
+static void tok_load_post_processor(tok_loader *l, const retrofit_json *o) {
+    const char *type = tok_get(l, o, "type", RETROFIT_JSON_STRING)->string;
     if (l->bad) return;
     if (!strcmp(type, "Sequence")) {
-        only(l, o, " type processors ");
-        for (const retrofit_json *m = get(l, o, "processors", RETROFIT_JSON_ARRAY)->child; m; m = m->next) load_post_processor(l, m);
+        tok_only(l, o, " type processors ");
+        for (const retrofit_json *m = tok_get(l, o, "processors", RETROFIT_JSON_ARRAY)->child; m; m = m->next)
+            tok_load_post_processor(l, m);
     } else if (!strcmp(type, "TemplateProcessing")) {
-        only(l, o, " type single pair special_tokens ");
-        const retrofit_json *specials = get(l, o, "special_tokens", RETROFIT_JSON_OBJECT);
-        size_t texts = 0, before = 0;
-        for (const retrofit_json *m = get(l, o, "single", RETROFIT_JSON_ARRAY)->child; m && !l->bad; m = m->next) {
-            only(l, m, " SpecialToken Sequence ");
+        tok_only(l, o, " type single pair special_tokens ");
+        const retrofit_json *specials = tok_get(l, o, "special_tokens", RETROFIT_JSON_OBJECT);
+        size_t texts = 0;
+        if (l->template_seen) tok_refuse(l, "more than one", type);
+        l->template_seen = true;
+        for (const retrofit_json *m = tok_get(l, o, "single", RETROFIT_JSON_ARRAY)->child; m && !l->bad; m = m->next) {
+            tok_only(l, m, " SpecialToken Sequence ");
             const retrofit_json *special = retrofit_json_get(m, "SpecialToken");
             if (!special) {
-                const char *id = get(l, get(l, m, "Sequence", RETROFIT_JSON_OBJECT), "id", RETROFIT_JSON_STRING)->string;
-                if (strcmp(id, "A") || texts++) refuse(l, "TemplateProcessing should have the text once, as A, not", id);
+                const char *id = tok_get(l, tok_get(l, m, "Sequence", RETROFIT_JSON_OBJECT), "id", RETROFIT_JSON_STRING)->string;
+                if (strcmp(id, "A") || texts++) tok_refuse(l, "TemplateProcessing should have the text once, as A, not", id);
                 continue;
             }
-            const retrofit_json *found = get(l, specials, get(l, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
-            for (const retrofit_json *id = get(l, found, "ids", RETROFIT_JSON_ARRAY)->child; id && !l->bad; id = id->next)
-                add_special(l, get_id(l, id), texts > 0, texts ? l->t->after_count : before++);
+            const retrofit_json *found =
+                tok_get(l, specials, tok_get(l, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
+            for (const retrofit_json *id = tok_get(l, found, "ids", RETROFIT_JSON_ARRAY)->child; id && !l->bad; id = id->next)
+                tok_add_special(l, tok_get_id(l, id), texts > 0);
         }
-        if (!texts) refuse(l, "no text in", "TemplateProcessing");
-    } else if (strcmp(type, "ByteLevel")) refuse(l, "this implementation does not know the post_processor", type); // it only moves offsets
+        if (!texts) tok_refuse(l, "no text in", "TemplateProcessing");
+    } else if (strcmp(type, "ByteLevel")) tok_refuse(l, "this implementation does not know the post_processor", type);
 }
 
-static void add_token(loader *l, const char *text, size_t size, int32_t id, bool model) {
+static void tok_add_token(tok_loader *l, const char *text, size_t size, int32_t id, bool model) {
     retrofit_tokenizer *t = l->t;
-    size_t slot = text_slot(t, text, size);
-    if (slot == SIZE_MAX) return (void)refuse(l, "too many hash collisions, at token", text);
-    if (t->by_text[slot] || t->tokens[id].used) return (void)refuse(l, "this text, or its id, is in the vocabulary twice:", text);
-    token k = {keep(l, text, size), size, true, model, false};
+    size_t slot = tok_text_slot(t, text, size);
+    if (slot == SIZE_MAX) return (void)tok_refuse(l, "too many hash collisions, at token", text);
+    if (t->by_text[slot] || t->tokens[id].used) return (void)tok_refuse(l, "this text, or its id, is in the vocabulary twice:", text);
+    tok_token k = {tok_keep(l, text, size), size, true, model, false};
     t->tokens[id] = k, t->by_text[slot] = id + 1;
 }
 
-static bool power_of_two_above(size_t count, size_t *mask) {
-    for (*mask = 1; *mask < 2 * count; *mask *= 2) {}
-    return (*mask)--, true;
+// One less than the size of a hash table, a power of two, that count entries fill at most by half.
+static size_t tok_mask_for(size_t count) {
+    size_t size = 2;
+    while (size < 2 * count) size *= 2;
+    return size - 1;
 }
 
-static int by_added_text(const void *a, const void *b) {
-    const added_token *x = (const added_token *)a, *y = (const added_token *)b;
+static int tok_by_added_text(const void *a, const void *b) {
+    const tok_added_token *x = (const tok_added_token *)a, *y = (const tok_added_token *)b;
     int order = memcmp(x->text, y->text, x->size < y->size ? x->size : y->size);
     return order ? order : (x->size > y->size) - (x->size < y->size);
 }
 
-static void load_vocabulary(loader *l, const retrofit_json *vocabulary, const retrofit_json *added) {
+static void tok_load_vocabulary(tok_loader *l, const retrofit_json *vocabulary, const retrofit_json *added) {
     retrofit_tokenizer *t = l->t;
     for (const retrofit_json *v = vocabulary->child; v; v = v->next) {
-        size_t id = (size_t)get_id(l, v);
+        size_t id = (size_t)tok_get_id(l, v);
         if (id >= t->size) t->size = id + 1;
     }
     for (const retrofit_json *v = added->child; v; v = v->next) {
-        only(l, v, " id content single_word lstrip rstrip normalized special ");
-        size_t id = (size_t)get_id(l, get(l, v, "id", RETROFIT_JSON_NUMBER));
+        tok_only(l, v, " id content single_word lstrip rstrip normalized special ");
+        size_t id = (size_t)tok_get_id(l, tok_get(l, v, "id", RETROFIT_JSON_NUMBER));
         if (id >= t->size) t->size = id + 1;
     }
-    power_of_two_above(vocabulary->count + added->count + 1, &t->token_mask);
-    t->tokens = (token *)allocate(t->size, sizeof *t->tokens);
+    if (!t->size) tok_refuse(l, "no token in the", "vocab");
+    t->token_mask = tok_mask_for(vocabulary->count + added->count);
+    t->tokens = (tok_token *)allocate(t->size, sizeof *t->tokens);
     t->by_text = (int32_t *)allocate(t->token_mask + 1, sizeof *t->by_text);
     if (!t->tokens || !t->by_text) l->bad = true;
-    for (const retrofit_json *v = vocabulary->child; v && !l->bad; v = v->next) add_token(l, v->key, v->key_length, get_id(l, v), true);
+    for (const retrofit_json *v = vocabulary->child; v && !l->bad; v = v->next)
+        tok_add_token(l, v->key, v->key_length, tok_get_id(l, v), true);
 }
 
-static void load_added(loader *l, const retrofit_json *added) {
+static void tok_load_added(tok_loader *l, const retrofit_json *added) {
     retrofit_tokenizer *t = l->t;
     for (int i = 0; i < 2; i++)
-        if (!(t->added[i].at = (added_token *)allocate(added->count, sizeof *t->added[i].at))) l->bad = true;
+        if (!(t->added[i].at = (tok_added_token *)allocate(added->count, sizeof *t->added[i].at))) l->bad = true;
     for (const retrofit_json *v = added->child; v && !l->bad; v = v->next) {
-        const retrofit_json *content = get(l, v, "content", RETROFIT_JSON_STRING);
+        const retrofit_json *content = tok_get(l, v, "content", RETROFIT_JSON_STRING);
         const char *text = content->string;
-        int32_t id = get_id(l, get(l, v, "id", RETROFIT_JSON_NUMBER)), known = find_token(t, text, content->length, false);
+        int32_t id = tok_get_id(l, tok_get(l, v, "id", RETROFIT_JSON_NUMBER)), known = tok_find_token(t, text, content->length, false);
         if (l->bad) return;
-        if (known < 0) add_token(l, text, content->length, id, false);
-        else if (known != id) refuse(l, "an added token has another id in the vocabulary:", text);
+        if (known < 0) tok_add_token(l, text, content->length, id, false);
+        else if (known != id) tok_refuse(l, "an added token has another id in the vocabulary:", text);
         if (l->bad) return;
-        if (get_flag(l, v, "single_word", false)) refuse(l, "single_word is not supported, as in the added token", text);
-        bool special = get_flag(l, v, "special", false), normalized = get_flag(l, v, "normalized", !special);
-        added_token a = {t->tokens[id].text, content->length, id, get_flag(l, v, "lstrip", false), get_flag(l, v, "rstrip", false)};
+        if (tok_get_flag(l, v, "single_word", false)) tok_refuse(l, "single_word is not supported, as in the added token", text);
+        bool special = tok_get_flag(l, v, "special", false), normalized = tok_get_flag(l, v, "normalized", !special);
+        tok_added_token a = {t->tokens[id].text, content->length, id, tok_get_flag(l, v, "lstrip", false),
+                             tok_get_flag(l, v, "rstrip", false)};
         t->tokens[id].special = special;
+        // Decoding gives the text as written here, as tokenizers 0.21 does; 0.23 gives the normalized text.
         if (normalized) { // added_text may move while it grows: its texts are pointed to below
-            pieces p[2];
+            tok_pieces p[2];
             memset(p, 0, sizeof p);
-            put(&p[0], text, a.size), cut(&p[0]);
-            if (!apply_all(t, &t->normalizer, p, true)) refuse(l, "cannot normalize the added token", text);
-            else put(&t->added_text, p[0].bytes, a.size = p[0].size), l->bad |= t->added_text.failed;
-            pieces_free(&p[0]), pieces_free(&p[1]);
+            tok_put(&p[0], text, a.size), tok_cut(&p[0]);
+            if (!tok_apply_all(t, &t->normalizer, p, true)) tok_refuse(l, "cannot normalize the added token", text);
+            else tok_put(&t->added_text, p[0].bytes, a.size = p[0].size), l->bad |= t->added_text.failed;
+            tok_pieces_free(&p[0]), tok_pieces_free(&p[1]);
         }
         // White space stripped on the right could be searched again and again if tokens began with it.
-        if (!a.size || a.size > MAX_ADDED || (a.strip_right && run_of(t, text, 0, content->length, SPACE, false)))
-            refuse(l, "an added token that is empty, longer than 512 bytes, or starts with white space and strips it:", text);
-        added_set *set = &t->added[normalized];
+        if (!a.size || a.size > TOK_MAX_ADDED || (a.strip_right && tok_run_of(t, text, 0, content->length, TOK_SPACE, false)))
+            tok_refuse(l, "an added token that is empty, longer than 512 bytes, or starts with white space and strips it:", text);
+        tok_added_set *set = &t->added[normalized];
         set->at[set->count++] = a;
     }
     for (size_t i = 0, from = 0; i < t->added[1].count; from += t->added[1].at[i++].size)
         t->added[1].at[i].text = t->added_text.bytes + from;
     for (int s = 0; s < 2 && !l->bad; s++) {
-        added_set *set = &t->added[s];
-        if (set->count) qsort(set->at, set->count, sizeof *set->at, by_added_text);
+        tok_added_set *set = &t->added[s];
+        if (set->count) qsort(set->at, set->count, sizeof *set->at, tok_by_added_text);
         for (size_t i = 0; i < set->count; i++) {
             set->first[(unsigned char)set->at[i].text[0]] = true;
-            if (i && !by_added_text(&set->at[i - 1], &set->at[i]))
-                refuse(l, "listed twice, the added token", t->tokens[set->at[i].id].text);
+            if (i && !tok_by_added_text(&set->at[i - 1], &set->at[i]))
+                tok_refuse(l, "listed twice, the added token", t->tokens[set->at[i].id].text);
         }
     }
 }
 
-static void load_merges(loader *l, const retrofit_json *merges) {
+static void tok_load_merges(tok_loader *l, const retrofit_json *merges) {
     retrofit_tokenizer *t = l->t;
     uint32_t rank = 0;
-    pieces joined;
+    tok_pieces joined;
     memset(&joined, 0, sizeof joined);
-    power_of_two_above(merges->count + 1, &t->merge_mask);
-    if (!(t->merges = (merge *)allocate(t->merge_mask + 1, sizeof *t->merges))) l->bad = true;
+    t->merge_mask = tok_mask_for(merges->count);
+    if (!(t->merges = (tok_merge *)allocate(t->merge_mask + 1, sizeof *t->merges))) l->bad = true;
     for (const retrofit_json *m = merges->child; m && !l->bad; m = m->next) {
         const char *part[2] = {m->string, NULL},
                    *space = m->type == RETROFIT_JSON_STRING ? (const char *)memchr(m->string, ' ', m->length) : NULL;
@@ -2099,47 +2141,53 @@ static void load_merges(loader *l, const retrofit_json *merges) {
                 const retrofit_json *v = i ? m->child->next : m->child;
                 if (v->type == RETROFIT_JSON_STRING) part[i] = v->string, size[i] = v->length;
             }
-        if (!part[0] || !part[1]) return refuse(l, "a merge should be [\"a\", \"b\"] or", "a b"), pieces_free(&joined);
-        clear(&joined), put(&joined, part[0], size[0]), put(&joined, part[1], size[1]), put(&joined, "", 1);
+        if (!part[0] || !part[1]) return tok_refuse(l, "a merge should be [\"a\", \"b\"] or", "a b"), tok_pieces_free(&joined);
+        tok_clear(&joined), tok_put(&joined, part[0], size[0]), tok_put(&joined, part[1], size[1]), tok_put(&joined, "", 1);
         if (joined.failed) break;
-        int32_t a = find_token(t, part[0], size[0], true), b = find_token(t, part[1], size[1], true);
-        int32_t both = find_token(t, joined.bytes, joined.size - 1, true);
-        merge *slot = a < 0 || b < 0 || both < 0 ? NULL : merge_slot(t, a, b);
-        if (!slot) refuse(l, "a merge whose parts or result are not in the vocabulary (or collide), with the result", joined.bytes);
+        int32_t a = tok_find_token(t, part[0], size[0], true), b = tok_find_token(t, part[1], size[1], true);
+        int32_t both = tok_find_token(t, joined.bytes, joined.size - 1, true);
+        tok_merge *slot = a < 0 || b < 0 || both < 0 ? NULL : tok_merge_slot(t, a, b);
+        size_t tail = size[0];
+        while (tail && ((unsigned char)part[0][--tail] & 0xc0) == 0x80) {}
+        uint32_t end, start;
+        utf8_next(part[0] + tail, size[0] - tail, &end), utf8_next(part[1], size[1], &start);
+        t->meet[tok_meeting(end, start)] = true;
+        if (!slot) tok_refuse(l, "a merge whose parts or result are not in the vocabulary (or collide), with the result", joined.bytes);
         else slot->pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b, slot->rank = ++rank, slot->id = both; // of equal ones the last counts
     }
     l->bad |= joined.failed;
-    pieces_free(&joined);
+    tok_pieces_free(&joined);
 }
 
-static void load_model(loader *l, const retrofit_json *o, const retrofit_json *added) {
+static void tok_load_model(tok_loader *l, const retrofit_json *o, const retrofit_json *added) {
     retrofit_tokenizer *t = l->t;
-    only(l, o, " type dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges vocab merges ");
-    const char *type = get(l, o, "type", RETROFIT_JSON_STRING)->string;
-    const retrofit_json *dropout = present(o, "dropout"), *unk = present(o, "unk_token");
-    if (strcmp(type, "BPE")) refuse(l, "only the model BPE is supported, not", type);
-    if (dropout && (dropout->type != RETROFIT_JSON_NUMBER || dropout->number != 0)) refuse(l, "not supported:", "dropout");
+    tok_only(l, o,
+             " type dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges vocab merges ");
+    const char *type = tok_get(l, o, "type", RETROFIT_JSON_STRING)->string;
+    const retrofit_json *dropout = tok_present(o, "dropout"), *unk = tok_present(o, "unk_token");
+    if (strcmp(type, "BPE")) tok_refuse(l, "only the model BPE is supported, not", type);
+    if (dropout && (dropout->type != RETROFIT_JSON_NUMBER || dropout->number != 0)) tok_refuse(l, "not supported:", "dropout");
     for (int i = 0; i < 2; i++) {
         const char *key = i ? "end_of_word_suffix" : "continuing_subword_prefix";
-        if (present(o, key) && get(l, o, key, RETROFIT_JSON_STRING)->length) refuse(l, "not supported:", key);
+        if (tok_present(o, key) && tok_get(l, o, key, RETROFIT_JSON_STRING)->length) tok_refuse(l, "not supported:", key);
     }
-    t->fuse_unk = get_flag(l, o, "fuse_unk", false), t->byte_fallback = get_flag(l, o, "byte_fallback", false);
-    t->ignore_merges = get_flag(l, o, "ignore_merges", false);
-    load_vocabulary(l, get(l, o, "vocab", RETROFIT_JSON_OBJECT), added);
-    if (!l->bad) load_merges(l, get(l, o, "merges", RETROFIT_JSON_ARRAY));
+    t->fuse_unk = tok_get_flag(l, o, "fuse_unk", false), t->byte_fallback = tok_get_flag(l, o, "byte_fallback", false);
+    t->ignore_merges = tok_get_flag(l, o, "ignore_merges", false);
+    tok_load_vocabulary(l, tok_get(l, o, "vocab", RETROFIT_JSON_OBJECT), added);
+    if (!l->bad) tok_load_merges(l, tok_get(l, o, "merges", RETROFIT_JSON_ARRAY));
     if (l->bad) return;
     for (unsigned i = 0; i < 256; i++) {
         char name[8];
         snprintf(name, sizeof name, "<0x%02X>", i);
-        t->byte_ids[i] = find_token(t, name, 6, true);
+        t->byte_ids[i] = tok_find_token(t, name, 6, true);
     }
     if (!unk) return;
-    unk = get(l, o, "unk_token", RETROFIT_JSON_STRING);
-    t->unk = find_token(t, unk->string, unk->length, true);
-    if (t->unk < 0) refuse(l, "not in the vocabulary, the unk_token", unk->string);
+    unk = tok_get(l, o, "unk_token", RETROFIT_JSON_STRING);
+    t->unk = tok_find_token(t, unk->string, unk->length, true);
+    if (t->unk < 0) tok_refuse(l, "not in the vocabulary, the unk_token", unk->string);
 }
 
-static void load_runs(retrofit_tokenizer *t, const uint16_t *runs, size_t count, int class_) {
+static void tok_load_runs(retrofit_tokenizer *t, const uint16_t *runs, size_t count, int class_) {
     size_t each = class_ ? 2 : 3; // without a class: the combining class is in the third number
     for (size_t i = 0, c = 0; i < count; i += each) {
         c += runs[i];
@@ -2147,76 +2195,74 @@ static void load_runs(retrofit_tokenizer *t, const uint16_t *runs, size_t count,
     }
 }
 
-static void load_tokenizer(loader *l, const retrofit_json *root) {
+static void tok_load_tokenizer(tok_loader *l, const retrofit_json *root) {
     retrofit_tokenizer *t = l->t;
-    only(l, root, " version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder model ");
-    if (present(root, "truncation")) refuse(l, "set to null what should not happen here:", "truncation");
-    if (present(root, "padding")) refuse(l, "set to null what should not happen here:", "padding");
+    tok_only(l, root, " version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder model ");
+    if (tok_present(root, "truncation")) tok_refuse(l, "set to null what should not happen here:", "truncation");
+    if (tok_present(root, "padding")) tok_refuse(l, "set to null what should not happen here:", "padding");
     static const retrofit_json none[] = {{RETROFIT_JSON_ARRAY, 0, 0, 0, "", "", 0, NULL, NULL}};
-    const retrofit_json *added = present(root, "added_tokens") ? get(l, root, "added_tokens", RETROFIT_JSON_ARRAY) : none;
+    const retrofit_json *added = tok_present(root, "added_tokens") ? tok_get(l, root, "added_tokens", RETROFIT_JSON_ARRAY) : none;
     static const char *const roles[] = {"normalizer", "pre_tokenizer", "decoder"};
-    steps *const lists[] = {&t->normalizer, &t->pre_tokenizer, &t->decoder};
+    tok_steps *const lists[] = {&t->normalizer, &t->pre_tokenizer, &t->decoder};
     for (int i = 0; i < 3; i++)
-        if (present(root, roles[i])) load_steps(l, present(root, roles[i]), lists[i], roles[i]);
-    if (!present(root, "decoder")) add_step(l, &t->decoder, JOIN, 0);
-    if (!l->bad) load_model(l, get(l, root, "model", RETROFIT_JSON_OBJECT), added);
-    if (!l->bad) load_added(l, added);
-    if (!l->bad && present(root, "post_processor")) load_post_processor(l, present(root, "post_processor"));
+        if (tok_present(root, roles[i])) tok_load_steps(l, tok_present(root, roles[i]), lists[i], roles[i]);
+    if (!tok_present(root, "decoder")) tok_add_step(l, &t->decoder, TOK_JOIN, 0);
+    if (!l->bad) tok_load_model(l, tok_get(l, root, "model", RETROFIT_JSON_OBJECT), added);
+    if (!l->bad) tok_load_added(l, added);
+    if (!l->bad && tok_present(root, "post_processor")) tok_load_post_processor(l, tok_present(root, "post_processor"));
 }
 
 // The id of a token in tokenizer_config.json: a string, an object with its content, or null.
-static int32_t config_token(loader *l, const retrofit_json *config, const char *key) {
-    const retrofit_json *v = present(config, key);
-    if (v && v->type == RETROFIT_JSON_OBJECT) v = get(l, v, "content", RETROFIT_JSON_STRING);
+static int32_t tok_config_token(tok_loader *l, const retrofit_json *config, const char *key) {
+    const retrofit_json *v = tok_present(config, key);
+    if (v && v->type == RETROFIT_JSON_OBJECT) v = tok_get(l, v, "content", RETROFIT_JSON_STRING);
     if (!v) return -1;
-    int32_t id = v->type == RETROFIT_JSON_STRING ? find_token(l->t, v->string, v->length, false) : -1;
-    if (id < 0) refuse(l, "tokenizer.json does not have the token that is said to be", key);
+    int32_t id = v->type == RETROFIT_JSON_STRING ? tok_find_token(l->t, v->string, v->length, false) : -1;
+    if (id < 0) tok_refuse(l, "tokenizer.json does not have the token that is said to be", key);
     return id;
 }
 
-static char *read_json(const char *directory, const char *name, char *path, size_t path_size, retrofit_json **root, size_t *size) {
-    *root = NULL;
-    if (snprintf(path, path_size, "%s/%s", directory, name) >= (int)path_size) return fail("%.200s...: path too long", path), (char *)NULL;
+static retrofit_json *tok_read_json(const char *directory, const char *name, char path[4096], size_t *size) {
+    if (snprintf(path, 4096, "%s/%s", directory, name) >= 4096) return fail("%.200s...: path too long", path), (retrofit_json *)NULL;
     char *text = read_file(path, size);
-    if (text && !(*root = retrofit_json_parse(text, *size, path))) free(text), text = NULL;
-    return text;
+    retrofit_json *root = text ? retrofit_json_parse(text, *size, path) : NULL;
+    free(text);
+    return root;
+}
+
+// tokenizer_config.json, which may be missing and may hold anything else too. own_specials: tokenizer.json has a post_processor.
+static void tok_load_config(tok_loader *l, const char *directory, char path[4096], bool own_specials) {
+    retrofit_tokenizer *t = l->t;
+    size_t size;
+    snprintf(path, 4096, "%s/tokenizer_config.json", directory);
+    if (access(path, F_OK) && errno == ENOENT) return;
+    retrofit_json *config = tok_read_json(directory, "tokenizer_config.json", path, &size);
+    if (!config) return (void)(l->bad = true);
+    t->bos = tok_config_token(l, config, "bos_token"), t->eos = tok_config_token(l, config, "eos_token");
+    if (!own_specials && tok_get_flag(l, config, "add_bos_token", false) && t->bos >= 0) t->before[t->before_count++] = t->bos;
+    if (!own_specials && tok_get_flag(l, config, "add_eos_token", false) && t->eos >= 0) t->after[t->after_count++] = t->eos;
+    retrofit_json_free(config);
 }
 
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
     char path[4096];
     size_t size;
-    retrofit_json *root = NULL, *config = NULL;
     retrofit_tokenizer *t = (retrofit_tokenizer *)allocate(1, sizeof *t);
-    loader l = {t, path, !t};
+    if (!t) return NULL;
+    retrofit_json *root = tok_read_json(directory, "tokenizer.json", path, &size);
+    tok_loader l = {t, path, !root, false};
+    t->bos = t->eos = t->unk = -1;
+    l.bad = l.bad || !(t->strings = (char *)allocate(size + 1, 1)) || !(t->unicode = (uint16_t *)allocate(0x110000, sizeof *t->unicode));
     if (!l.bad) {
-        t->bos = t->eos = t->unk = -1;
-        char *text = read_json(directory, "tokenizer.json", path, sizeof path, &root, &size);
-        free(text);
-        l.bad =
-            !text || !(t->strings = (char *)allocate(size + 1, 1)) || !(t->unicode = (uint16_t *)allocate(0x110000, sizeof *t->unicode));
+        tok_load_runs(t, tok_letter_runs, sizeof tok_letter_runs / sizeof *tok_letter_runs, TOK_LETTER);
+        tok_load_runs(t, tok_number_runs, sizeof tok_number_runs / sizeof *tok_number_runs, TOK_NUMBER);
+        tok_load_runs(t, tok_space_runs, sizeof tok_space_runs / sizeof *tok_space_runs, TOK_SPACE);
+        tok_load_runs(t, tok_unstable_runs, sizeof tok_unstable_runs / sizeof *tok_unstable_runs, TOK_UNSTABLE);
+        tok_load_runs(t, tok_combining_runs, sizeof tok_combining_runs / sizeof *tok_combining_runs, 0);
+        tok_load_tokenizer(&l, root);
     }
-    if (!l.bad) {
-        load_runs(t, letter_runs, sizeof letter_runs / sizeof *letter_runs, LETTER);
-        load_runs(t, number_runs, sizeof number_runs / sizeof *number_runs, NUMBER);
-        load_runs(t, space_runs, sizeof space_runs / sizeof *space_runs, SPACE);
-        load_runs(t, unstable_runs, sizeof unstable_runs / sizeof *unstable_runs, UNSTABLE);
-        load_runs(t, combining_runs, sizeof combining_runs / sizeof *combining_runs, 0);
-        load_tokenizer(&l, root);
-    }
-    bool own_specials = present(root, "post_processor") != NULL;
+    if (!l.bad) tok_load_config(&l, directory, path, tok_present(root, "post_processor") != NULL);
     retrofit_json_free(root);
-    if (!l.bad) {
-        snprintf(path, sizeof path, "%s/tokenizer_config.json", directory);
-        if (access(path, F_OK) == 0) {
-            char *text = read_json(directory, "tokenizer_config.json", path, sizeof path, &config, &size);
-            free(text);
-            l.bad = !text;
-        }
-        if (!l.bad) t->bos = config_token(&l, config, "bos_token"), t->eos = config_token(&l, config, "eos_token");
-        if (!own_specials && get_flag(&l, config, "add_bos_token", false) && t->bos >= 0) t->before[t->before_count++] = t->bos;
-        if (!own_specials && get_flag(&l, config, "add_eos_token", false) && t->eos >= 0) t->after[t->after_count++] = t->eos;
-        retrofit_json_free(config);
-    }
     if (!l.bad) return t;
     retrofit_tokenizer_free(t);
     return NULL;
@@ -2224,7 +2270,7 @@ retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
 
 void retrofit_tokenizer_free(retrofit_tokenizer *t) {
     if (!t) return;
-    pieces_free(&t->added_text);
+    tok_pieces_free(&t->added_text);
     free(t->strings), free(t->tokens), free(t->by_text), free(t->merges), free(t->unicode);
     free(t->added[0].at), free(t->added[1].at), free(t);
 }
@@ -2280,7 +2326,7 @@ static inline float fast_exp(float x) {
     memcpy(&bits, &shifted, 4), memcpy(&power, &p, 4);
     power += bits << 23;
     memcpy(&p, &power, 4);
-    return p;
+    return p + (x - x); // NaN stays NaN, whatever its bits
 }
 
 // Matrix multiplication, C = D + A·B.
@@ -2303,6 +2349,12 @@ typedef struct {
     size_t row, col; // element (i, j) is data[i * row + j * col]
 } matrix_view;
 
+// gcc in strict ISO mode (-std=c11) would not fuse multiplications and additions, at half the speed. No other liberty is taken.
+#if defined __GNUC__ && !defined __clang__
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
 #if defined __AVX512F__
 #define GEMM_LANES 16 // floats in a vector
 #define GEMM_ROWS  8  // of the kernel's block: 24 of the 32 registers hold it
@@ -2313,22 +2365,23 @@ typedef struct {
 #define GEMM_LANES 4
 #define GEMM_ROWS  4
 #endif
-#ifndef GEMM_DEPTH
-#define GEMM_DEPTH  384
-#endif
-#ifndef GEMM_BUFFER
-#define GEMM_BUFFER (384 * 384) // floats
-#endif
-#define GEMM_PANEL  (3 * GEMM_LANES)
-#define GEMM_FEW    8 // rows of A up to which gemm_dots is the faster way
-#ifndef GEMM_IN_PLACE
-#define GEMM_IN_PLACE (2 * GEMM_PANEL)
-#endif
-#define GEMM_INLINE static inline __attribute__((always_inline))
+#define GEMM_DEPTH    512
+#define GEMM_BUFFER   (512 * 288) // floats: 576 KiB
+#define GEMM_PANEL    (3 * GEMM_LANES)
+#define GEMM_FEW      8                // rows of A up to which gemm_dots is the faster way
+#define GEMM_IN_PLACE (2 * GEMM_PANEL) // columns of a tile up to which A is not packed
+#define GEMM_INLINE   static inline __attribute__((always_inline))
 #ifdef __clang__
 #define GEMM_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define GEMM_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Has the compiler keep in a register what it would else load again for every use, gcc 12 for one.
+#ifdef __x86_64__
+#define GEMM_KEEP(x) __asm__("" : "+v"(x))
+#else
+#define GEMM_KEEP(x)
 #endif
 
 // A vector, and the same in memory: aligned like its elements only, and free to alias them.
@@ -2336,6 +2389,7 @@ typedef float gemm_vector __attribute__((vector_size(4 * GEMM_LANES)));
 typedef float gemm_vector_at __attribute__((vector_size(4 * GEMM_LANES), aligned(4), may_alias));
 typedef uint16_t gemm_half_at __attribute__((vector_size(2 * GEMM_LANES), aligned(2), may_alias));
 typedef uint32_t gemm_word __attribute__((vector_size(4 * GEMM_LANES)));
+typedef uint32_t gemm_word_at __attribute__((vector_size(4 * GEMM_LANES), aligned(2), may_alias));
 typedef float gemm_quad __attribute__((vector_size(16)));
 typedef float gemm_quad_at __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint16_t gemm_quad_half_at __attribute__((vector_size(8), aligned(2), may_alias));
@@ -2370,47 +2424,53 @@ GEMM_INLINE void gemm_transpose4(gemm_quad q[4]) {
     q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5), q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
-// out[k * width + i] = V(i, k) for k < depth and i < count, and 0 for count <= i < width (a multiple of 4). Blocks of 4x4 are copied, or
-// transposed in registers, where V is contiguous in i or in k. The latter goes along k by whole cache lines, before they are evicted:
-// rows a power of two apart compete for the same few places in the cache.
-GEMM_INLINE void gemm_pack_as(float *out, size_t width, matrix_view V, retrofit_type type, bool transpose, size_t count, size_t depth) {
-    bool contiguous = transpose || V.row == 1;
-    size_t chunk = transpose ? 16 : 4;
-    for (size_t start = 0; start < depth; start += chunk)
-        for (size_t i = 0; i < width; i += 4)
-            for (size_t k = start; k < gemm_min(start + chunk, depth); k += 4) {
-                size_t at = i * V.row + k * V.col, step = transpose ? V.row : V.col;
-                float *to = out + k * width + i;
-                if (contiguous && i + 4 <= count && k + 4 <= depth) {
-                    gemm_quad q[4] = {gemm_load4(V.data, type, at), gemm_load4(V.data, type, at + step),
-                                      gemm_load4(V.data, type, at + 2 * step), gemm_load4(V.data, type, at + 3 * step)};
-                    if (transpose) gemm_transpose4(q);
-                    GEMM_UNROLL for (size_t r = 0; r < 4; r++) *(gemm_quad_at *)(to + r * width) = q[r];
-                } else
-                    for (size_t r = 0; r < gemm_min(4, depth - k); r++)
-                        for (size_t s = 0; s < 4; s++)
-                            to[r * width + s] = i + s < count ? gemm_element(V.data, type, at + s * V.row + r * V.col) : 0;
-            }
+// out[k * width + i] = V(i, k) for k < depth and i < count, and 0 for count <= i < width. What V has contiguous in i is copied by vectors.
+// What it has contiguous in k is transposed in blocks of 4x4, going along k by whole cache lines: rows a power of two apart compete for
+// the same few places in the cache, and would not be there when we came back. The edges, and matrices that are neither, go one by one.
+GEMM_INLINE void gemm_pack_as(float *out, size_t width, matrix_view V, retrofit_type type, size_t count, size_t depth) {
+    size_t i_done = 0, k_done = 0; // by vectors
+    if (V.row == 1) {
+        i_done = count / 4 * 4, k_done = depth;
+        for (size_t k = 0; k < depth; k++) {
+            size_t i = 0;
+            for (; i + GEMM_LANES <= count; i += GEMM_LANES)
+                *(gemm_vector_at *)(out + k * width + i) = gemm_load(V.data, type, k * V.col + i);
+            for (; i < i_done; i += 4) *(gemm_quad_at *)(out + k * width + i) = gemm_load4(V.data, type, k * V.col + i);
+        }
+    } else if (V.col == 1) {
+        i_done = count / 4 * 4, k_done = depth / 4 * 4;
+        for (size_t start = 0; start < k_done; start += 16)
+            for (size_t i = 0; i < i_done; i += 4)
+                for (size_t k = start; k < gemm_min(start + 16, k_done); k += 4) {
+                    size_t at = i * V.row + k;
+                    float *to = out + k * width + i;
+                    gemm_quad q[4] = {gemm_load4(V.data, type, at), gemm_load4(V.data, type, at + V.row),
+                                      gemm_load4(V.data, type, at + 2 * V.row), gemm_load4(V.data, type, at + 3 * V.row)};
+                    gemm_transpose4(q);
+                    GEMM_UNROLL for (size_t r = 0; r < 4; r++) * (gemm_quad_at *)(to + r * width) = q[r];
+                }
+    }
+    for (size_t k = i_done == width ? k_done : 0; k < depth; k++)
+        for (size_t i = k < k_done ? i_done : 0; i < width; i++)
+            out[k * width + i] = i < count ? gemm_element(V.data, type, i * V.row + k * V.col) : 0;
 }
 static void gemm_pack(float *out, size_t width, matrix_view V, size_t count, size_t depth) {
-    if (V.type == RETROFIT_F32 && V.col == 1) gemm_pack_as(out, width, V, RETROFIT_F32, true, count, depth);
-    else if (V.type == RETROFIT_F32) gemm_pack_as(out, width, V, RETROFIT_F32, false, count, depth);
-    else if (V.col == 1) gemm_pack_as(out, width, V, RETROFIT_BF16, true, count, depth);
-    else gemm_pack_as(out, width, V, RETROFIT_BF16, false, count, depth);
+    if (V.type == RETROFIT_F32) gemm_pack_as(out, width, V, RETROFIT_F32, count, depth);
+    else gemm_pack_as(out, width, V, RETROFIT_BF16, count, depth);
 }
 
 // The kernel: c = d + a·b for a block of GEMM_ROWS x (vectors * GEMM_LANES), of which the first m rows and n columns are stored.
 GEMM_INLINE void gemm_kernel(size_t vectors, size_t depth, const float *a, size_t a_row, size_t a_col, const float *b, size_t m, size_t n,
                              float *c, size_t c_row, const float *d, size_t d_row) {
-    gemm_vector sum[GEMM_ROWS][3];
-    GEMM_UNROLL for (size_t i = 0; i < GEMM_ROWS; i++) GEMM_UNROLL for (size_t v = 0; v < vectors; v++) sum[i][v] = (gemm_vector){0};
+    gemm_vector sum[GEMM_ROWS][3], zero = {0};
+    GEMM_UNROLL for (size_t i = 0; i < GEMM_ROWS; i++) GEMM_UNROLL for (size_t v = 0; v < vectors; v++) sum[i][v] = zero;
     for (size_t k = 0; k < depth; k++, a += a_col, b += vectors * GEMM_LANES)
         GEMM_UNROLL for (size_t i = 0; i < GEMM_ROWS; i++) GEMM_UNROLL for (size_t v = 0; v < vectors; v++) sum[i][v] +=
             a[i * a_row] * *(const gemm_vector_at *)(b + v * GEMM_LANES);
     GEMM_UNROLL for (size_t i = 0; i < GEMM_ROWS; i++) GEMM_UNROLL for (size_t v = 0; v < vectors; v++) {
         size_t j = v * GEMM_LANES;
         if (i >= m || j >= n) continue;
-        gemm_vector t = {0};
+        gemm_vector t = zero;
         if (n - j >= GEMM_LANES) {
             if (d) t = *(const gemm_vector_at *)(d + i * d_row + j);
             *(gemm_vector_at *)(c + i * c_row + j) = t + sum[i][v];
@@ -2429,8 +2489,7 @@ typedef struct {
     float *c;
     size_t c_row;
     const float *d;
-    size_t d_row;
-    size_t tiles_m, tiles_n;
+    size_t d_row, tiles_m, tiles_n;
 } gemm_job;
 
 // One tile of C, by the kernel.
@@ -2466,22 +2525,49 @@ static void gemm_tile(const gemm_job *g, size_t i0, size_t i1, size_t j0, size_t
     }
 }
 
-// The products of `rows` rows of A (packed, fp32, padded with zeros to whole vectors) and 4 columns of B, all contiguous in k: one number
-// per lane, then the lanes are summed, for the 4 columns at once.
-GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t depth, const float *a, size_t a_row, const void *b,
-                              const size_t column[4], float out[][4]) {
-    gemm_vector sum[2][4];
-    GEMM_UNROLL for (size_t i = 0; i < rows; i++) GEMM_UNROLL for (size_t j = 0; j < 4; j++) sum[i][j] = (gemm_vector){0};
-    size_t k = 0;
-    for (; k + GEMM_LANES <= depth; k += GEMM_LANES) GEMM_UNROLL for (size_t j = 0; j < 4; j++) {
-            gemm_vector w = gemm_load(b, type, column[j] + k);
-            GEMM_UNROLL for (size_t i = 0; i < rows; i++) sum[i][j] += w * *(const gemm_vector_at *)(a + i * a_row + k);
+// Decoding takes elements of B two vectors at a time. Of bf16 that is one vector of 32-bit words, which hold an odd element above an even
+// one: a shift and a mask widen them, the even ones (half = 0) and the odd ones (1) apart. A is put into the same order beforehand.
+enum { GEMM_PAIR = 2 * GEMM_LANES };
+GEMM_INLINE gemm_vector gemm_load_half(const char *p, retrofit_type type, size_t half) {
+    if (type == RETROFIT_F32) return *(const gemm_vector_at *)(p + half * sizeof(gemm_vector));
+    gemm_word words = *(const gemm_word_at *)p;
+    return (gemm_vector)(half ? words & 0xffff0000u : words << 16);
+}
+GEMM_INLINE void gemm_dots_step(size_t rows, retrofit_type type, const float *a, size_t a_row, const char *const b[4], size_t at,
+                                gemm_vector sum[4][4]) {
+    GEMM_UNROLL for (size_t half = 0; half < 2; half++) {
+        gemm_vector x[4];
+        GEMM_UNROLL for (size_t i = 0; i < rows; i++) {
+            x[i] = *(const gemm_vector_at *)(a + i * a_row + half * GEMM_LANES);
+            GEMM_KEEP(x[i]);
         }
-    if (k < depth) GEMM_UNROLL for (size_t j = 0; j < 4; j++) {
-            gemm_vector w = {0};
-            for (size_t l = 0; l < depth - k; l++) w[l] = gemm_element(b, type, column[j] + k + l);
-            GEMM_UNROLL for (size_t i = 0; i < rows; i++) sum[i][j] += w * *(const gemm_vector_at *)(a + i * a_row + k);
+        GEMM_UNROLL for (size_t j = 0; j < 4; j++) {
+            gemm_vector w = gemm_load_half(b[j] + at, type, half);
+            GEMM_KEEP(w);
+            GEMM_UNROLL for (size_t i = 0; i < rows; i++) sum[i][j] += w * x[i];
         }
+    }
+}
+
+// The products of `rows` rows of A and 4 columns of B, which are contiguous in k: one sum per lane, then the sum of the lanes, for 4
+// columns at once. A is packed: fp32, in the order said, and padded with zeros. A column is too short for the processor to find out by
+// itself what to fetch ahead, so we ask for the one `ahead` bytes on (asking for what does not exist does no harm).
+GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t depth, const float *a, size_t a_row, const char *const b[4],
+                              size_t ahead, float out[][4]) {
+    size_t size = type == RETROFIT_F32 ? 4 : 2, whole = depth / GEMM_PAIR * GEMM_PAIR;
+    gemm_vector sum[4][4], zero = {0};
+    GEMM_UNROLL for (size_t i = 0; i < rows; i++) GEMM_UNROLL for (size_t j = 0; j < 4; j++) sum[i][j] = zero;
+    for (size_t k = 0; k < whole; k += GEMM_PAIR) {
+        GEMM_UNROLL for (size_t j = 0; j < 4; j++) GEMM_UNROLL for (size_t line = 0; line < GEMM_PAIR * size; line += 64)
+            __builtin_prefetch(b[j] + k * size + line + ahead, 0, 2);
+        gemm_dots_step(rows, type, a + k, a_row, b, k * size, sum);
+    }
+    if (whole < depth) {
+        char rest[4][GEMM_PAIR * 4] = {{0}};
+        for (size_t j = 0; j < 4; j++) memcpy(rest[j], b[j] + whole * size, (depth - whole) * size);
+        const char *const from[4] = {rest[0], rest[1], rest[2], rest[3]};
+        gemm_dots_step(rows, type, a + whole, a_row, from, 0, sum);
+    }
     GEMM_UNROLL for (size_t i = 0; i < rows; i++) {
         gemm_quad q[4];
         GEMM_UNROLL for (size_t j = 0; j < 4; j++) {
@@ -2498,28 +2584,38 @@ GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t depth, con
 // Columns j0..j1 of a C with few rows, at the speed at which B can be read: 4 columns of B at a time meet all rows of A, in place.
 static void gemm_dots(const gemm_job *g, size_t j0, size_t j1) {
     bool f32 = g->B.type == RETROFIT_F32;
-    size_t most = GEMM_BUFFER / GEMM_FEW, step = gemm_ceil(g->K, gemm_ceil(g->K, most));
-    for (size_t k0 = 0; k0 < g->K; k0 += step) {
-        size_t depth = gemm_min(step, g->K - k0), a_row = gemm_ceil(depth, GEMM_LANES) * GEMM_LANES;
-        const float *from = k0 ? g->c : g->d;
-        size_t from_row = k0 ? g->c_row : g->d_row;
+    size_t size = f32 ? 4 : 2, parts = gemm_ceil(g->K, GEMM_BUFFER / GEMM_FEW);
+    size_t most = gemm_ceil(gemm_ceil(g->K, parts), GEMM_PAIR) * GEMM_PAIR, ahead = 8 * g->B.col * size;
+    for (size_t k0 = 0; k0 < g->K; k0 += most) {
+        size_t depth = gemm_min(most, g->K - k0), a_row = gemm_ceil(depth, GEMM_PAIR) * GEMM_PAIR;
+        const float *d = k0 ? g->c : g->d;
+        size_t d_row = k0 ? g->c_row : g->d_row;
         for (size_t i = 0; i < g->M; i++)
-            for (size_t k = 0; k < a_row; k++)
-                gemm_b[i * a_row + k] = k < depth ? gemm_element(g->A.data, g->A.type, i * g->A.row + (k0 + k) * g->A.col) : 0;
+            for (size_t k = 0; k < a_row; k += GEMM_PAIR) {
+                float x[GEMM_PAIR] = {0}, *to = gemm_b + i * a_row + k;
+                for (size_t l = 0; l < gemm_min(GEMM_PAIR, depth - k); l++)
+                    x[l] = gemm_element(g->A.data, g->A.type, i * g->A.row + (k0 + k + l) * g->A.col);
+                if (f32) memcpy(to, x, sizeof x);
+                else
+                    for (size_t l = 0; l < GEMM_LANES; l++) to[l] = x[2 * l], to[GEMM_LANES + l] = x[2 * l + 1];
+            }
         for (size_t j = j0; j < j1; j += 4) {
-            size_t column[4], n = gemm_min(4, j1 - j);
-            for (size_t s = 0; s < 4; s++) column[s] = gemm_min(j + s, j1 - 1) * g->B.col + k0; // past the end: the last one again
-            for (size_t i = 0; i < g->M; i += 2) {
+            const char *b[4];
+            for (size_t s = 0; s < 4; s++) // past the end: the last column again
+                b[s] = (const char *)g->B.data + (gemm_min(j + s, j1 - 1) * g->B.col + k0) * size;
+            for (size_t i = 0, step = GEMM_ROWS / 2; i < g->M; i += step) {
                 const float *a = gemm_b + i * a_row;
-                size_t m = gemm_min(2, g->M - i);
-                float out[2][4];
-                if (m == 1 && f32) gemm_dots_as(1, RETROFIT_F32, depth, a, a_row, g->B.data, column, out);
-                else if (m == 1) gemm_dots_as(1, RETROFIT_BF16, depth, a, a_row, g->B.data, column, out);
-                else if (f32) gemm_dots_as(2, RETROFIT_F32, depth, a, a_row, g->B.data, column, out);
-                else gemm_dots_as(2, RETROFIT_BF16, depth, a, a_row, g->B.data, column, out);
+                size_t m = gemm_min(step, g->M - i);
+                float out[4][4];
+                if (m == 1 && f32) gemm_dots_as(1, RETROFIT_F32, depth, a, a_row, b, ahead, out);
+                else if (m == 1) gemm_dots_as(1, RETROFIT_BF16, depth, a, a_row, b, ahead, out);
+                else if (m == 2 && f32) gemm_dots_as(2, RETROFIT_F32, depth, a, a_row, b, ahead, out);
+                else if (m == 2) gemm_dots_as(2, RETROFIT_BF16, depth, a, a_row, b, ahead, out);
+                else if (f32) gemm_dots_as(GEMM_ROWS / 2, RETROFIT_F32, depth, a, a_row, b, ahead, out); // of 3 rows too: the 4th is left
+                else gemm_dots_as(GEMM_ROWS / 2, RETROFIT_BF16, depth, a, a_row, b, ahead, out);
                 for (size_t r = 0; r < m; r++)
-                    for (size_t s = 0; s < n; s++)
-                        g->c[(i + r) * g->c_row + j + s] = (from ? from[(i + r) * from_row + j + s] : 0) + out[r][s];
+                    for (size_t s = 0; s < gemm_min(4, j1 - j); s++)
+                        g->c[(i + r) * g->c_row + j + s] = (d ? d[(i + r) * d_row + j + s] : 0) + out[r][s];
             }
         }
     }
@@ -2527,6 +2623,7 @@ static void gemm_dots(const gemm_job *g, size_t j0, size_t j1) {
 
 static bool gemm_few(const gemm_job *g) { return g->M <= GEMM_FEW && g->B.row == 1; }
 
+// Tile t of the grid. Tiles begin where blocks of the kernel do, and are as equal as that allows.
 static void gemm_run(const gemm_job *g, size_t t) {
     size_t rows = gemm_ceil(g->M, GEMM_ROWS), columns = gemm_ceil(g->N, GEMM_LANES), u = t / g->tiles_n, v = t % g->tiles_n;
     size_t i0 = u * rows / g->tiles_m * GEMM_ROWS, i1 = gemm_min(g->M, (u + 1) * rows / g->tiles_m * GEMM_ROWS);
@@ -2537,15 +2634,15 @@ static void gemm_run(const gemm_job *g, size_t t) {
 
 // Chooses the grid that takes `threads` threads the least time: a tile of m x n costs m * n multiplications and m + n packings per k, one
 // of which takes about as long as 8 multiplications. B's part of a tile has to fit into the buffer.
-static gemm_job gemm_plan(size_t threads, size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d,
-                          size_t d_row) {
+static gemm_job gemm_plan(size_t threads, size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
+                          const float *d, size_t d_row) {
     gemm_job g = {M, N, K, A, B, c, c_row, d, d_row, 0, 0};
     if (!K)
         for (size_t i = 0; i < M; i++)
             for (size_t j = 0; j < N; j++) c[i * c_row + j] = d ? d[i * d_row + j] : 0;
     if (!M || !N || !K) return g;
     size_t depth = gemm_ceil(K, gemm_ceil(K, GEMM_DEPTH)), rows = gemm_ceil(M, GEMM_ROWS), columns = gemm_ceil(N, GEMM_LANES);
-    size_t fit = GEMM_BUFFER / (depth * GEMM_LANES), least = SIZE_MAX;
+    size_t fit = gemm_few(&g) ? columns : GEMM_BUFFER / (depth * GEMM_LANES), least = SIZE_MAX;
     for (size_t p = 1; p <= gemm_min(threads, gemm_few(&g) ? 1 : rows); p++) {
         if (threads % p) continue;
         size_t q = gemm_min(columns, gemm_ceil(gemm_ceil(columns, fit), threads / p) * (threads / p)); // p * q: a multiple of threads
@@ -2574,6 +2671,9 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
 #endif
     gemm_serial(M, N, K, A, B, c, c_row, d, d_row);
 }
+#if defined __GNUC__ && !defined __clang__
+#pragma GCC pop_options
+#endif
 
 static matrix_view view(const void *data, size_t row) {
     matrix_view v = {data, RETROFIT_F32, row, 1};
@@ -3060,7 +3160,7 @@ static bool config_parse(retrofit_config *c, const retrofit_json *j, const char 
     if (c->tied && !plain) return fail("%s: tie_embeddings: recurrent models keep wte and lm_head apart", where);
     c->bos = (int32_t)fmax(-1, fmin(1e9, config_number(j, where, "bos_token_id", -1, &ok)));
     const retrofit_json *eos = retrofit_json_get(j, "eos_token_id"); // Llama-3's chat models list several: the first is the document's end
-    c->eos = eos && eos->type == RETROFIT_JSON_ARRAY ? (eos->child && eos->child->type == RETROFIT_JSON_NUMBER ? (int32_t)eos->child->number : -1)
+    c->eos = eos && eos->type == RETROFIT_JSON_ARRAY ? (eos->child && eos->child->type == RETROFIT_JSON_NUMBER ? (int32_t)fmax(-1, fmin(1e9, eos->child->number)) : -1)
                                                      : (int32_t)fmax(-1, fmin(1e9, config_number(j, where, "eos_token_id", -1, &ok)));
     return ok && retrofit_config_check(c, where);
 }
@@ -3084,11 +3184,12 @@ static const char *number_text(double x, char *buffer) {
     return buffer;
 }
 
-bool retrofit_config_write(const retrofit_config *c, const char *directory) {
+bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory) {
     char path[RETROFIT_PATH], a[32], b[32], d[32], e[32];
     if (!retrofit_path(path, directory, "config.json")) return false;
     FILE *f = fopen(path, "wb");
     if (!f) return fail("%s: %s", path, strerror(errno));
+    errno = 0;
     for (int digits = 1; digits <= 9; digits++) { // the shortest that reads back as the same float
         snprintf(a, sizeof a, "%.*g", digits, (double)c->norm_eps);
         if (strtof(a, NULL) == c->norm_eps) break;
@@ -3130,7 +3231,7 @@ bool retrofit_config_write(const retrofit_config *c, const char *directory) {
                 "  \"rope_scaling\": {\n    \"factor\": %s,\n    \"high_freq_factor\": %s,\n    \"low_freq_factor\": %s,\n"
                 "    \"original_max_position_embeddings\": %.0f,\n    \"rope_type\": \"llama3\"\n  },\n",
                 number_text(c->rope_factor, b), number_text(c->rope_high, d), number_text(c->rope_low, e), c->rope_original_context);
-    fprintf(f, "  \"rope_theta\": %s,\n  \"torch_dtype\": \"float32\"\n}\n", number_text(c->rope_theta, b));
+    fprintf(f, "  \"rope_theta\": %s,\n  \"torch_dtype\": \"%s\"\n}\n", number_text(c->rope_theta, b), type == RETROFIT_BF16 ? "bfloat16" : "float32");
     return finish_file(f, path, true);
 }
 
@@ -3380,6 +3481,7 @@ static bool check_all_used(const retrofit_model *m) {
             bool used = strstr(name, "rotary_emb.inv_freq") || (m->config.tied && !strcmp(name, "lm_head.weight"));
             for (size_t p = 0; !used && p < m->parameter_count; p++)
                 for (size_t j = 0; !used && j < m->parameters[p]->pieces; j++) used = !strcmp(name, m->parameters[p]->piece[j].name);
+            if (used && find_tensor(m, name) != &m->maps[f].tensors[i]) return fail("%s: tensor %s is there twice", m->maps[f].path, name);
             if (!used) return fail("%s: tensor %s has no place in a model of this config.json", m->maps[f].path, name);
         }
     return true;
@@ -3837,7 +3939,7 @@ const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_
     const retrofit_config *c = &m->config;
     size_t d = c->n_embd, V = c->vocab;
     if (!a->capacity || a->train) return fail("these activations have no KV cache"), (const float *)NULL;
-    if (c->core && (r == 0 || c->prelude + r * c->core + c->coda > a->slots))
+    if (c->core && (r == 0 || r > (a->slots - c->prelude - c->coda) / c->core))
         return fail("%zu recurrences, but the KV cache has room for %zu", r, (a->slots - c->prelude - c->coda) / c->core), (const float *)NULL;
     for (size_t i = 0; i < b && i < a->B; i++) {
         if (lengths && (lengths[i] < 1 || (size_t)lengths[i] > t)) return fail("row %zu: %d tokens of %zu", i, (int)lengths[i], t), (const float *)NULL;
@@ -3879,12 +3981,13 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, voi
     if (!(s->temperature > 0)) return retrofit_argmax(logits, V);
     weighed *c = (weighed *)scratch;
     size_t n = V;
-    float top = largest(logits, V);
-    for (size_t v = 0; v < V; v++) c[v].p = expf((logits[v] - top) / s->temperature), c[v].id = (int32_t)v;
-    if (s->min_p > 0) { // relative to the largest, whose weight is 1: needs no sorting, and leaves less to sort
+    float top = largest(logits, V), min_p = fminf(s->min_p, 1); // the largest stays, whatever min_p is
+    if (!isfinite(top)) return retrofit_argmax(logits, V);
+    for (size_t v = 0; v < V; v++) c[v].p = fmaxf(0, expf((logits[v] - top) / s->temperature)), c[v].id = (int32_t)v; // fmaxf: NaN is 0
+    if (min_p > 0 && !(s->top_p < 1)) { // relative to the largest, whose weight is 1: needs no sorting, and leaves less to sort
         n = 0;
         for (size_t v = 0; v < V; v++)
-            if (c[v].p >= s->min_p) c[n++] = c[v];
+            if (c[v].p >= min_p) c[n++] = c[v];
     }
     if (s->top_k || s->top_p < 1) qsort(c, n, sizeof *c, by_probability);
     if (s->top_k && s->top_k < n) n = s->top_k;
@@ -3893,7 +3996,8 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, voi
     if (s->top_p < 1) { // the fewest whose share reaches top_p
         size_t i = 0;
         while (i < n && kept < s->top_p * total) kept += c[i++].p;
-        n = i ? i : 1, total = i ? kept : c[0].p;
+        for (n = i ? i : 1; n > 1 && c[n - 1].p < min_p;) n--;
+        for (total = 0, i = 0; i < n; i++) total += c[i].p;
     }
     s->seed = hash64(s->seed, 0);
     double u = hash_uniform(s->seed, 1) * total;
@@ -3957,6 +4061,11 @@ bool retrofit_directory_commit(const char *temporary, const char *final) {
     if (n < 0 || n >= RETROFIT_PATH) return fail("%.60s…: a path longer than %d bytes", final, RETROFIT_PATH - 1);
     strcpy(parent, temporary);
     cut_to_parent(parent);
+    struct stat there;
+    char mark[RETROFIT_PATH]; // only what is empty or holds a model is ever replaced
+    if (lstat(final, &there) == 0 &&
+        (!S_ISDIR(there.st_mode) || (rmdir(final) && retrofit_path(mark, final, "config.json") && access(mark, F_OK))))
+        return fail("%s exists and is not a model's directory: remove it or choose another name", final);
     if (!sync_directory(temporary)) return false;
     bool replaced = rename(final, old) == 0;
     if (!replaced && errno != ENOENT) return fail("%s: cannot be replaced: %s", final, strerror(errno));
@@ -4024,7 +4133,7 @@ bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type
     size_t count;
     retrofit_tensor *t = tensors_of(m, &count);
     bool ok = t && retrofit_path(path, directory, "model.safetensors") &&
-              retrofit_safetensors_write(path, m->ops, t, count, type, NULL) && retrofit_config_write(&m->config, directory) &&
+              retrofit_safetensors_write(path, m->ops, t, count, type, NULL) && retrofit_config_write(&m->config, type, directory) &&
               (!tokenizer_from || copy_tokenizer(tokenizer_from, directory));
     free(t);
     return ok;
@@ -4214,6 +4323,7 @@ static size_t edit_distance(const char *a, const char *b) {
 }
 
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others, size_t *other_count) {
+    const char *program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
     for (int i = 1; i < argc; i++) {
         const char *arg = argv[i], *nearest = "help";
         if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) {
@@ -4228,7 +4338,7 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         }
         if (strncmp(arg, "--", 2)) {
             if (others) others[(*other_count)++] = arg;
-            else return fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n", argv[0], arg), 2;
+            else return fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n", program, arg), 2;
             continue;
         }
         const char *value = strchr(arg, '=');
@@ -4237,15 +4347,15 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         if (j == count) {
             for (size_t k = 0; k < count; k++)
                 if (table[k].type != RETROFIT_HEADING && edit_distance(table[k].name, arg + 2) < edit_distance(nearest, arg + 2)) nearest = table[k].name;
-            return fprintf(stderr, "%s: unknown option %s: did you mean --%s? (see --help)\n", argv[0], arg, nearest), 2;
+            return fprintf(stderr, "%s: unknown option %s: did you mean --%s? (see --help)\n", program, arg, nearest), 2;
         }
         if (table[j].type == RETROFIT_FLAG) {
-            if (value) return fprintf(stderr, "%s: --%s takes no value\n", argv[0], table[j].name), 2;
+            if (value) return fprintf(stderr, "%s: --%s takes no value\n", program, table[j].name), 2;
             *(bool *)table[j].value = true;
             continue;
         }
-        if (!value && i + 1 == argc) return fprintf(stderr, "%s: --%s needs a value (see --help)\n", argv[0], table[j].name), 2;
-        if (!read_option(&table[j], value ? value + 1 : argv[++i])) return fprintf(stderr, "%s: %s (see --help)\n", argv[0], retrofit_error()), 2;
+        if (!value && i + 1 == argc) return fprintf(stderr, "%s: --%s needs a value (see --help)\n", program, table[j].name), 2;
+        if (!read_option(&table[j], value ? value + 1 : argv[++i])) return fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error()), 2;
     }
     return -1;
 }

@@ -12,8 +12,8 @@ say "1. The task: follow variables to their digit. A small pretrained Llama (3 l
 head -n 1 $tasks
 ./infer --model $base --tasks $tasks
 
-say "2. Surgery: layer 0 becomes the recurrent core, layers 1-2 the coda; the adapter starts as [0 | I]."
-./convert --from $base --to $dir/recurrent --prelude none --core 0 --coda 1-2 --adapter-init identity --mean-recurrence 6 --backprop-depth 4
+say "2. Surgery: layer 0 is the prelude, layer 1 the recurrent core, layer 2 the coda; the adapter starts as [0 | I]."
+./convert --from $base --to $dir/recurrent --prelude 0 --core 1 --coda 2 --adapter-init identity --mean-recurrence 6 --backprop-depth 4
 
 say "3. Training data: fresh programs, one a row."
 $lookup 19200 1 8x3,6x4,4x6,3x8 >$dir/train.jsonl

@@ -32,7 +32,8 @@ static void write_file(const char *path, const void *data, size_t size) {
 // A call that must have failed, saying so in one line that names the culprit.
 static void refused(bool worked, const char *name, const char *what) {
     const char *e = retrofit_error();
-    check(!worked && *e && !strchr(e, '\n') && strstr(e, name), "%s: %s, error \"%s\" (must name %s)", what, worked ? "accepted" : "refused", e, name);
+    check(!worked && *e && !strchr(e, '\n') && strstr(e, name), "%s: %s, error \"%s\" (must name %s)", what,
+          worked ? "accepted" : "refused", e, name);
     error_text[0] = 0;
 }
 
@@ -44,7 +45,9 @@ static retrofit_model *load(const char *path, retrofit_mode mode) {
 
 // Largest difference between two models' parameters, by relative_error; 0 only if all bits are equal.
 enum { MASTER, GRAD, M, V };
-static const float *numbers(const retrofit_parameter *p, int which) { return which == MASTER ? p->master : which == GRAD ? p->grad : which == M ? p->m : p->v; }
+static const float *numbers(const retrofit_parameter *p, int which) {
+    return which == MASTER ? p->master : which == GRAD ? p->grad : which == M ? p->m : p->v;
+}
 static double difference(const retrofit_model *a, const retrofit_model *b, int which, const char **name) {
     double worst = 0;
     need(a->parameter_count == b->parameter_count, "models of one shape");
@@ -52,7 +55,9 @@ static double difference(const retrofit_model *a, const retrofit_model *b, int w
         const retrofit_parameter *p = a->parameters[i], *q = b->parameters[i];
         const float *x = numbers(p, which), *y = numbers(q, which);
         size_t n = p->rows * p->cols;
-        double e = p->rows != q->rows || p->cols != q->cols || !x != !y ? INFINITY : !x || !memcmp(x, y, n * 4) ? 0 : relative_error(x, y, n) + 1e-30;
+        double e = p->rows != q->rows || p->cols != q->cols || !x != !y ? INFINITY
+                   : !x || !memcmp(x, y, n * 4)                         ? 0
+                                                                        : relative_error(x, y, n) + 1e-30;
         if (e > worst) worst = e, *name = p->piece[0].name;
     }
     return worst;
@@ -71,8 +76,8 @@ static void sampler(void) {
     for (double rate; fscanf(f, "%zu %zu %zu %lf %zu %zu", &m, &r, &K, &rate, &n, &k) == 6; count++) {
         float mine;
         retrofit_draw_recurrences(m, r, K, &my_n, &my_k, &mine);
-        check(mine == (float)rate && my_n == n && my_k == k, "draw %zu, mean %zu, K %zu: rate %.9g (%zu,%zu), the authors' %.9g (%zu,%zu)", m, r, K,
-              (double)mine, my_n, my_k, rate, n, k);
+        check(mine == (float)rate && my_n == n && my_k == k, "draw %zu, mean %zu, K %zu: rate %.9g (%zu,%zu), the authors' %.9g (%zu,%zu)",
+              m, r, K, (double)mine, my_n, my_k, rate, n, k);
     }
     fclose(f);
     check(count == 8000, "%zu draws in the table, not 8000", count);
@@ -84,6 +89,8 @@ static void schedules(void) {
     char name[32];
     size_t S, t, up, count = 0;
     double w, c, min, peak, value;
+    // Step S is no step of training (they count from 0): there the authors' two curricula fall back to their start, which is an accident
+    // of their code, and nothing calls for; those nine rows are read, but not compared.
     for (; fscanf(f, "%31s %zu %lf %lf %lf %lf %zu %lf %zu", name, &S, &w, &c, &min, &peak, &t, &value, &up) == 9; count++) {
         double mine = !strcmp(name, "learning_rate")       ? retrofit_learning_rate(t, S, w, c, min, peak)
                       : !strcmp(name, "recurrence_linear") ? retrofit_curriculum(RETROFIT_CURRICULUM_LINEAR, t, S, w, peak)
@@ -91,10 +98,13 @@ static void schedules(void) {
                       : !strcmp(name, "backprop_linear")   ? retrofit_linear_schedule(t, S, w, min, peak)
                                                            : NAN;
         // one rounding of a double is 1.1e-16; near the decay's end 1 + cos(πx) cancels, which costs digits of the part above min·lr
-        check(fabs(mine - value) <= 1e-15 * fabs(value) && (size_t)ceil(mine) == up, "%s S %zu w %g step %zu: %.17g, ceil %g; the authors' %.17g, %zu",
-              name, S, w, t, mine, ceil(mine), value, up);
+        check((t == S && *name != 'l') || (fabs(mine - value) <= 1e-15 * fabs(value) && (size_t)ceil(mine) == up),
+              "%s S %zu w %g step %zu: %.17g, ceil %g; the authors' %.17g, %zu", name, S, w, t, mine, ceil(mine), value, up);
     }
     fclose(f);
+    // the tables' warm-ups are whole numbers of steps; ours is rounded up: 2.5 of 10 to 3, and so is the decay
+    double up_2 = retrofit_learning_rate(2, 10, 0.25, 0.25, 0.1, 1), down_8 = retrofit_learning_rate(8, 10, 0.25, 0.25, 0.1, 1);
+    check(fabs(up_2 - 0.7) < 1e-15 && fabs(down_8 - 0.775) < 1e-15, "warm-up or decay not rounded up: %.17g, %.17g", up_2, down_8);
     check(count == 1629, "%zu rows of schedules, not 1629", count);
 }
 
@@ -142,8 +152,8 @@ static double from(const retrofit_json *record, const char *key, size_t i, size_
 }
 
 static void close_to(double mine, double theirs, double tolerance, const char *kind, size_t t, const char *what) {
-    check(fabs(mine - theirs) <= tolerance * fabs(theirs), "%s step %zu: %s %.9g, the authors' %.9g (%.1e)", kind, t + 1, what, mine, theirs,
-          fabs(mine - theirs) / fabs(theirs));
+    check(fabs(mine - theirs) <= tolerance * fabs(theirs), "%s step %zu: %s %.9g, the authors' %.9g (%.1e)", kind, t + 1, what, mine,
+          theirs, fabs(mine - theirs) / fabs(theirs));
 }
 
 // Optimizer step t (from 0) of the recipe; with the authors' record of it also compared.
@@ -151,7 +161,8 @@ static void train_step(retrofit_model *m, retrofit_activations *a, retrofit_opti
     const char *name = kind == RETROFIT_MUON ? "muon" : "adamw";
     size_t accumulate = (size_t)setting("accumulation"), K = (size_t)setting("max_backprop_depth");
     double warmup = setting("lr_warmup"), cooldown = setting("lr_cooldown"), min = setting("min_lr_ratio");
-    size_t mean = (size_t)ceil(retrofit_curriculum(RETROFIT_CURRICULUM_1_SQRT, t, STEPS, setting("curriculum_warmup"), setting("max_mean_recurrence")));
+    size_t mean = (size_t)ceil(
+        retrofit_curriculum(RETROFIT_CURRICULUM_1_SQRT, t, STEPS, setting("curriculum_warmup"), setting("max_mean_recurrence")));
     if (mean == 0) mean = 1;
     if (K > mean) K = mean;
     retrofit_zero_grad(m);
@@ -160,15 +171,22 @@ static void train_step(retrofit_model *m, retrofit_activations *a, retrofit_opti
         retrofit_draw_recurrences(batch, mean, K, &n, &k, NULL);
         double loss = pass(a, ROWS * (batch - 1), ROWS, n, k, 1.0f / (float)accumulate);
         if (!theirs) continue;
-        check((double)n == from(theirs, "nk", i, 0) && (double)k == from(theirs, "nk", i, 1), "%s step %zu: drew (%zu,%zu)", name, t + 1, n, k);
+        check((double)n == from(theirs, "nk", i, 0) && (double)k == from(theirs, "nk", i, 1), "%s step %zu: drew (%zu,%zu)", name, t + 1, n,
+              k);
         close_to(loss, from(theirs, "micro_losses", i, 0), 1e-5, name, t, "loss");
     }
     double lr = retrofit_learning_rate(t, STEPS, warmup, cooldown, min, setting("lr"));
     double muon_lr = retrofit_learning_rate(t, STEPS, warmup, cooldown, min, setting("muon_lr"));
     const retrofit_json *betas = retrofit_json_get(recipe, "betas");
-    retrofit_optimizer o = {.kind = kind, .lr = (float)lr, .muon_lr = (float)muon_lr, .beta1 = (float)betas->child->number,
-                            .beta2 = (float)betas->child->next->number, .eps = kind == RETROFIT_MUON ? 1e-10f : (float)setting("eps"),
-                            .weight_decay = (float)setting("weight_decay"), .momentum = 0.95f, .clip = (float)setting("clip")};
+    retrofit_optimizer o = {.kind = kind,
+                            .lr = (float)lr,
+                            .muon_lr = (float)muon_lr,
+                            .beta1 = (float)betas->child->number,
+                            .beta2 = (float)betas->child->next->number,
+                            .eps = kind == RETROFIT_MUON ? 1e-10f : (float)setting("eps"),
+                            .weight_decay = (float)setting("weight_decay"),
+                            .momentum = 0.95f,
+                            .clip = (float)setting("clip")};
     double norm = retrofit_optimizer_step(m, &o, t + 1);
     if (!theirs) return;
     check((double)mean == from(theirs, "mean_recurrence", 0, 0) && (double)K == from(theirs, "backprop_depth", 0, 0),
@@ -190,7 +208,8 @@ static void ten_steps(retrofit_optimizer_kind kind) {
         const retrofit_parameter *p = m->parameters[i];
         const retrofit_tensor *final = fixture(&fixtures, "%s.final.%s", name, p->piece[0].name);
         size_t n = p->rows * p->cols;
-        double e = relative_error(p->master, (const float *)final->data, n), way = relative_error(start->parameters[i]->master, (const float *)final->data, n);
+        double e = relative_error(p->master, (const float *) final->data, n),
+               way = relative_error(start->parameters[i]->master, (const float *) final->data, n);
         check(final->count == n && e < 1e-4, "%s: %s after ten steps is off by %.2e; it moved by %.2e", name, p->piece[0].name, e, way);
         if (e > worst) worst = e;
         if (way < moved) moved = way;
@@ -206,23 +225,26 @@ static void ten_steps(retrofit_optimizer_kind kind) {
     char *final = strdup(at("runs/%s/latest", name)), *temporary = retrofit_directory_begin(final);
     const char *metadata[] = {"step", "5", "a \"key\"", "a\tvalue\n", NULL};
     need(temporary && retrofit_save(one, temporary, RETROFIT_F32, NULL) && retrofit_save_optimizer(one, temporary, metadata) &&
-             retrofit_directory_commit(temporary, final), "checkpoint");
+             retrofit_directory_commit(temporary, final),
+         "checkpoint");
     retrofit_activations_free(a);
     retrofit_map f;
     two = load(at("runs/%s", name), RETROFIT_TRAINING); // finds DIR/latest
     need(retrofit_optimizer_init(two, kind) && retrofit_load_optimizer(two, &f, final), "optimizer.safetensors");
     const char *step = retrofit_safetensors_metadata(&f, "step"), *odd = retrofit_safetensors_metadata(&f, "a \"key\"");
-    check(step && !strcmp(step, "5") && odd && !strcmp(odd, "a\tvalue\n") && !retrofit_safetensors_metadata(&f, "none"), "metadata came back as %s, %s",
-          step ? step : "nothing", odd ? odd : "nothing");
+    check(step && !strcmp(step, "5") && odd && !strcmp(odd, "a\tvalue\n") && !retrofit_safetensors_metadata(&f, "none"),
+          "metadata came back as %s, %s", step ? step : "nothing", odd ? odd : "nothing");
     retrofit_safetensors_close(&f);
-    same(two, one, MASTER, "parameters read back"), same(two, one, M, "first moments read back"), same(two, one, V, "second moments read back");
+    same(two, one, MASTER, "parameters read back"), same(two, one, M, "first moments read back"),
+        same(two, one, V, "second moments read back");
     a = activations(two, ROWS, 4);
     for (size_t t = 5; t < STEPS; t++) train_step(two, a, kind, t, NULL);
     same(two, m, MASTER, name), same(two, m, M, name), same(two, m, V, name);
 
     // another optimizer's moments, and another model's, are no good
     retrofit_model *other = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *plain = load(FIXTURES "tiny/base", RETROFIT_TRAINING);
-    need(retrofit_optimizer_init(other, kind == RETROFIT_MUON ? RETROFIT_ADAMW : RETROFIT_MUON) && retrofit_optimizer_init(plain, kind), "moments");
+    need(retrofit_optimizer_init(other, kind == RETROFIT_MUON ? RETROFIT_ADAMW : RETROFIT_MUON) && retrofit_optimizer_init(plain, kind),
+         "moments");
     refused(retrofit_load_optimizer(other, &f, final), final, "moments of another optimizer");
     refused(retrofit_load_optimizer(plain, &f, final), final, "moments of another model");
     refused(retrofit_load_optimizer(other, &f, root), "optimizer.safetensors", "moments that are not there");
@@ -247,9 +269,11 @@ static void finite_differences(const char *name, size_t k) {
         for (int random = 0; random < 2; random++) {
             double length = 0, slope = 0, loss[4];
             for (size_t j = 0; j < n; j++)
-                u[j] = p->grad[j] / (float)size + (random ? (hash64(i, j) & 1 ? 1.0f : -1.0f) / sqrtf((float)n) : 0), length += (double)u[j] * u[j];
+                u[j] = p->grad[j] / (float)size + (random ? (hash64(i, j) & 1 ? 1.0f : -1.0f) / sqrtf((float)n) : 0),
+                length += (double)u[j] * u[j];
             for (size_t j = 0; j < n; j++) slope += (double)p->grad[j] * u[j] / sqrt(length);
-            double h = 0.01 / size < 0.02 * sqrt((double)n) ? 0.01 / size : 0.02 * sqrt((double)n); // the loss changes by about 0.01
+            double h =
+                0.003 / size; // the loss changes by about 0.003: less drowns in rounding, more in the curvature of what few rows of wte do
             for (int s = 0; s < 4; s++) {
                 const double steps[] = {-2, -1, 1, 2};
                 for (size_t j = 0; j < n; j++) p->master[j] = (float)(old[j] + steps[s] * h * u[j] / sqrt(length));
@@ -292,9 +316,15 @@ static void truncation(void) {
     check(!memcmp(x, y, N * V_ * 4), "logits of (0,3) and (3,0) are %.2e apart", relative_error(x, y, N * V_));
     check(!memcmp(x, z, N * V_ * 4), "logits of (0,3) and three times (0,1) are %.2e apart", relative_error(x, z, N * V_));
     // a row's place in the batch changes nothing
-    for (size_t i = 0; i < T; i++) { int32_t other = tokens[i]; tokens[i] = tokens[T + i], tokens[T + i] = other; }
+    for (size_t i = 0; i < T; i++) {
+        int32_t other = tokens[i];
+        tokens[i] = tokens[T + i], tokens[T + i] = other;
+    }
     need(retrofit_forward(a, tokens, ROWS, T, 0, 0, 1, 2), "forward"), retrofit_logits(a, 0, N, x);
-    for (size_t i = 0; i < T; i++) { int32_t other = tokens[i]; tokens[i] = tokens[T + i], tokens[T + i] = other; }
+    for (size_t i = 0; i < T; i++) {
+        int32_t other = tokens[i];
+        tokens[i] = tokens[T + i], tokens[T + i] = other;
+    }
     need(retrofit_forward(a, tokens, ROWS, T, 0, 0, 1, 2), "forward"), retrofit_logits(a, 0, N, y);
     check(!memcmp(x, y + T * V_, T * V_ * 4) && !memcmp(x + T * V_, y, T * V_ * 4), "logits depend on the row's place in the batch");
     // what has no loss is no number
@@ -316,10 +346,10 @@ static void unrolled(void) {
     c.prelude = c.core = 0, c.coda = P + R * C + D;
     retrofit_model *stack = retrofit_model_new(&c, &retrofit_cpu);
     need(stack && retrofit_model_allocate(stack, RETROFIT_TRAINING), "stack");
-#define LAYER(i) ((i) < P ? &m->prelude[i] : (i) < P + R * C ? &m->core[((i) - P) % C] : &m->coda[(i) - P - R * C])
-#define EACH(X) X(norm_1) X(wqkv) X(proj) X(norm_2) X(fc) X(mlp_proj)
+#define LAYER(i) ((i) < P ? &m->prelude[i] : (i) < P + R * C ? &m->core[((i)-P) % C] : &m->coda[(i)-P - R * C])
+#define EACH(X)  X(norm_1) X(wqkv) X(proj) X(norm_2) X(fc) X(mlp_proj)
     for (size_t i = 0; i < c.coda; i++) {
-#define COPY(w) memcpy(stack->coda[i].w.master, LAYER(i)->w.master, LAYER(i)->w.rows * LAYER(i)->w.cols * 4);
+#define COPY(w) memcpy(stack->coda[i].w.master, LAYER(i)->w.master, LAYER(i)->w.rows *LAYER(i)->w.cols * 4);
         EACH(COPY)
     }
     memcpy(stack->wte.master, m->wte.master, V_ * d * 4), memcpy(stack->lm_head.master, m->lm_head.master, V_ * d * 4);
@@ -341,21 +371,26 @@ static void unrolled(void) {
         }
         retrofit_layer *u = &stack->coda[i < C ? P + i : P + R * C + i - C];
         double e;
-#define COMPARE(p) e = relative_error(w->p.grad, u->p.grad, w->p.rows * w->p.cols), check(e < 1e-6, "looped and unrolled: gradients of %s %.2e apart", w->p.piece[0].name, e);
+#define COMPARE(p)                                                   \
+    e = relative_error(w->p.grad, u->p.grad, w->p.rows * w->p.cols), \
+    check(e < 1e-6, "looped and unrolled: gradients of %s %.2e apart", w->p.piece[0].name, e);
         EACH(COMPARE)
     }
-    check(sum_squares(m->wte.grad, V_ * d) == 0 && sum_squares(m->prelude[0].wqkv.grad, m->prelude[0].wqkv.rows * d) == 0, "a gradient went past s_0");
+    check(sum_squares(m->wte.grad, V_ * d) == 0 && sum_squares(m->prelude[0].wqkv.grad, m->prelude[0].wqkv.rows * d) == 0,
+          "a gradient went past s_0");
     free(x), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m), retrofit_free(stack);
 }
 
 static void accumulation(void) {
     retrofit_model *m[4];
-    for (int i = 0; i < 4; i++) m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), need(retrofit_optimizer_init(m[i], RETROFIT_ADAMW), "moments");
+    for (int i = 0; i < 4; i++)
+        m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), need(retrofit_optimizer_init(m[i], RETROFIT_ADAMW), "moments");
     retrofit_activations *a = activations(m[0], ROWS, 3), *b = activations(m[1], 2 * ROWS, 3);
     double halves = pass(a, 0, ROWS, 1, 3, 0.5f) / 2 + pass(a, ROWS, ROWS, 1, 3, 0.5f) / 2, whole = pass(b, 0, 2 * ROWS, 1, 3, 1);
     const char *name = "";
     double e = difference(m[0], m[1], GRAD, &name);
-    check(e < 1e-6 && fabs(halves - whole) < 1e-6 * whole, "two micro-batches: loss %.9g, one: %.9g; gradients of %s %.2e apart", halves, whole, name, e);
+    check(e < 1e-6 && fabs(halves - whole) < 1e-6 * whole, "two micro-batches: loss %.9g, one: %.9g; gradients of %s %.2e apart", halves,
+          whole, name, e);
     retrofit_activations_free(a), retrofit_activations_free(b);
     for (int i = 2; i < 4; i++) { // the second run in buffers that have seen other work
         a = activations(m[i], ROWS + (size_t)i % 2, 4);
@@ -367,6 +402,28 @@ static void accumulation(void) {
     for (int i = 0; i < 4; i++) retrofit_free(m[i]);
 }
 
+// In the authors' steps weight decay is too weak to show. It takes lr·decay of the weight, whatever the gradient, beside the update.
+static void decay(retrofit_optimizer_kind kind) {
+    retrofit_model *m[2], *start = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
+    for (int i = 0; i < 2; i++) {
+        m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
+        retrofit_activations *a = activations(m[i], ROWS, 1);
+        retrofit_optimizer o = {kind, 0.01f, 0.02f, 0.9f, 0.95f, 1e-8f, i ? 0.5f : 0, 0.95f, 0};
+        need(retrofit_optimizer_init(m[i], kind), "moments"), pass(a, 0, ROWS, 0, 1, 1);
+        retrofit_optimizer_step(m[i], &o, 1), retrofit_activations_free(a);
+    }
+    for (size_t i = 0; i < start->parameter_count; i++) {
+        const retrofit_parameter *p = start->parameters[i];
+        double lr = kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX ? 0.02 : 0.01, worst = 0;
+        for (size_t j = 0; j < p->rows * p->cols; j++) {
+            double with = (double)m[1]->parameters[i]->master[j], without = (double)m[0]->parameters[i]->master[j];
+            worst = fmax(worst, fabs(with - without + lr * 0.5 * (double)p->master[j]));
+        }
+        check(worst < 1e-6, "%s: weight decay of %s is off by %.2e", kind == RETROFIT_MUON ? "muon" : "adamw", p->piece[0].name, worst);
+    }
+    retrofit_free(m[0]), retrofit_free(m[1]), retrofit_free(start);
+}
+
 // The source model trained by the same loop, on one batch again and again, must learn it.
 static void baseline(void) {
     retrofit_model *m = load(FIXTURES "tiny/base", RETROFIT_TRAINING);
@@ -374,7 +431,8 @@ static void baseline(void) {
     need(retrofit_optimizer_init(m, RETROFIT_ADAMW), "moments");
     double first = 0, last = 0;
     for (size_t t = 0; t < 20; t++) {
-        retrofit_optimizer o = {.kind = RETROFIT_ADAMW, .lr = 3e-3f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = 1e-4f, .clip = 1};
+        retrofit_optimizer o = {
+            .kind = RETROFIT_ADAMW, .lr = 3e-3f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .weight_decay = 1e-4f, .clip = 1};
         retrofit_zero_grad(m);
         last = pass(a, 0, ROWS, 0, 0, 1);
         if (t == 0) first = last;
@@ -394,215 +452,230 @@ static uint16_t nearest_bf16(float f) {
     return fabs(down) < fabs(up) || (fabs(down) == fabs(up) && below % 2 == 0) ? below : (uint16_t)(below + 1);
 }
 
-static void same_config(const retrofit_config *a, const retrofit_config *b, const char *name) {
-#define FIELD(f) check(a->f == b->f, "%s: config's " #f " is %g, was %g", name, (double)a->f, (double)b->f);
-    FIELD(n_embd) FIELD(n_heads) FIELD(n_kv_heads) FIELD(head_dim) FIELD(intermediate) FIELD(vocab) FIELD(context) FIELD(prelude) FIELD(core)
-    FIELD(coda) FIELD(norm_eps) FIELD(rope_theta) FIELD(rope_llama3) FIELD(rope_factor) FIELD(rope_low) FIELD(rope_high) FIELD(rope_original_context)
-    FIELD(state_std) FIELD(mean_recurrence) FIELD(backprop_depth) FIELD(bos) FIELD(eos)
+// Every field but `tied`: a saved model has a head of its own.
+static void describe(char *out, const retrofit_config *c) {
+    sprintf(out, "%zu %zu %zu %zu %zu %zu %zu, %zu %zu %zu, eps %a, theta %a, llama3 %d %a %a %a %a, std %a, %zu %zu, %d %d", c->n_embd,
+            c->n_heads, c->n_kv_heads, c->head_dim, c->intermediate, c->vocab, c->context, c->prelude, c->core, c->coda,
+            (double)c->norm_eps, c->rope_theta, c->rope_llama3, c->rope_factor, c->rope_low, c->rope_high, c->rope_original_context,
+            (double)c->state_std, c->mean_recurrence, c->backprop_depth, c->bos, c->eos);
 }
 
 static void there_and_back(const char *name) {
-    retrofit_model *m = load(name, RETROFIT_TRAINING), *n;
-    const float odd[] = {1 + 0x1p-8f, 1 + 0x3p-8f, -1 - 0x1p-8f, -1 - 0x3p-8f, 0x1.fep-1f + 0x1p-9f, 3e38f, 1e-40f, -0.0f, 1 + 0x1.0002p-8f, 1 + 0x1.fffcp-9f};
-    memcpy(m->wte.master, odd, sizeof odd); // ties, the largest, a denormal, -0, and neighbours of a tie
-    if (m->config.core) m->config.state_std = 0.0123456789f, m->config.mean_recurrence = 11, m->config.backprop_depth = 5, m->config.bos = 128000;
-    char *f32 = strdup(at("f32")), *bf16 = strdup(at("bf16"));
-    need((!mkdir(f32, 0777) || errno == EEXIST) && (!mkdir(bf16, 0777) || errno == EEXIST), "directories");
+    retrofit_model *m = load(name, RETROFIT_TRAINING), *n, *other;
+    // ties, the largest, a denormal, -0, and neighbours of a tie
+    const float odd[] = {0x1.01p0f, 0x1.03p0f, -0x1.01p0f, -0x1.03p0f, 0x1.ffp-1f, 3e38f, 1e-40f, -0.0f, 0x1.010002p0f, 0x1.00fffep0f};
+    char was[1024], is[1024], *f32 = strdup(at("f32")), *bf16 = strdup(at("bf16"));
+    memcpy(m->wte.master, odd, sizeof odd);
+    m->config.bos = 7, m->config.norm_eps = 1.2345678e-5f, m->config.rope_theta = 12345.678;
+    if (m->config.core) m->config.state_std = 0.0123456789f, m->config.mean_recurrence = 11, m->config.backprop_depth = 5;
+    mkdir(f32, 0777), mkdir(bf16, 0777);
     need(retrofit_save(m, f32, RETROFIT_F32, FIXTURES "lookup/base") && retrofit_save(m, bf16, RETROFIT_BF16, NULL), "save");
-    check(!access(at("f32/tokenizer.json"), R_OK) && !access(at("f32/tokenizer_config.json"), R_OK), "%s: no tokenizer beside the saved model", name);
-    n = load(f32, RETROFIT_TRAINING), same(n, m, MASTER, name), same_config(&n->config, &m->config, name), retrofit_free(n);
+    check(!access(at("f32/tokenizer.json"), R_OK) && access(at("bf16/tokenizer.json"), F_OK), "%s: a tokenizer is not where it should be",
+          name);
+    n = load(f32, RETROFIT_TRAINING), same(n, m, MASTER, name);
+    describe(was, &m->config), describe(is, &n->config), retrofit_free(n);
+    check(!strcmp(was, is), "%s: config\n%s read back as\n%s", name, was, is);
     n = load(bf16, RETROFIT_TRAINING);
     for (size_t i = 0, bad = 0; i < n->parameter_count; i++)
         for (size_t j = 0; !bad && j < n->parameters[i]->rows * n->parameters[i]->cols; j++) {
-            float was = m->parameters[i]->master[j], is = n->parameters[i]->master[j], should = bf16_to_float(nearest_bf16(was));
-            bad += !check(!memcmp(&is, &should, 4), "%s: %s[%zu] = %.9g in bf16 is %.9g, not %.9g", name, n->parameters[i]->piece[0].name, j, (double)was, (double)is, (double)should);
+            float x = m->parameters[i]->master[j], y = n->parameters[i]->master[j], z = bf16_to_float(nearest_bf16(x));
+            bad += !check(!memcmp(&y, &z, 4), "%s: %s[%zu] = %a in bf16 is %a, not %a", name, n->parameters[i]->piece[0].name, j, (double)x,
+                          (double)y, (double)z);
         }
-    retrofit_model *inference = load(bf16, RETROFIT_INFERENCE); // saved from bf16 as fp32 nothing may change either
-    need(retrofit_save(inference, f32, RETROFIT_F32, NULL), "save");
-    retrofit_model *wide = load(f32, RETROFIT_TRAINING);
-    same(wide, n, MASTER, "bf16 to fp32"), retrofit_free(n), retrofit_free(inference), retrofit_free(wide), retrofit_free(m);
-    free(f32), free(bf16);
+    other = load(bf16, RETROFIT_INFERENCE); // written as fp32 from bf16, nothing changes
+    need(retrofit_save(other, f32, RETROFIT_F32, NULL), "save");
+    retrofit_free(other), other = load(f32, RETROFIT_TRAINING), same(other, n, MASTER, "bf16 to fp32"), retrofit_free(other);
+    // another space in the header, and every bf16 lies at an odd address; for the sanitizer
+    size_t size;
+    char *file = read_file(at("bf16/model.safetensors"), &size);
+    need(file && ++*(uint8_t *)file, "a header whose length can be raised"), memmove(file + 10, file + 9, size - 9), file[9] = ' ';
+    write_file(at("bf16/model.safetensors"), file, size + 1), free(file);
+    other = load(bf16, RETROFIT_TRAINING), same(other, n, MASTER, "bf16 at odd addresses"), retrofit_free(other), retrofit_free(n);
+    retrofit_free(m), free(f32), free(bf16);
 }
 
 static size_t entries(const char *directory) {
     size_t n = 0;
     DIR *d = opendir(directory);
-    for (struct dirent *e; d && (e = readdir(d));) n += e->d_name[0] != '.' || strlen(e->d_name) > 2;
+    for (struct dirent *e; d && (e = readdir(d));) n += strcmp(e->d_name, ".") && strcmp(e->d_name, "..");
     if (d) closedir(d);
     return n;
 }
 
 // What was there stays until the new directory is complete; nothing else is left behind.
 static void directories(void) {
-    char *final = strdup(at("made/of/parts"));
+    char *final = strdup(at("made/of/parts")), name[600];
     for (int round = 0; round < 3; round++) {
-        char *temporary = retrofit_directory_begin(round == 1 ? at("made/of/parts/") : final), name[600];
+        char *temporary = retrofit_directory_begin(round == 1 ? at("made/of/parts/") : final);
         need(temporary != NULL, "begin");
         snprintf(name, sizeof name, "%s/%d", temporary, round), write_file(name, "x", 1);
-        check(entries(final) == (round > 0) && strcmp(temporary, final), "round %d: the directory changed before its time", round);
+        snprintf(name, sizeof name, "%s/config.json", temporary), write_file(name, "{}", 2); // only a model's directory is replaced
+        check(entries(final) == (round ? 2 : 0) && strcmp(temporary, final), "round %d: the directory changed before its time", round);
         if (round == 2) retrofit_directory_abandon(temporary);
         else check(retrofit_directory_commit(temporary, final), "round %d: %s", round, retrofit_error());
-        check(entries(at("made/of")) == 1 && entries(final) == 1, "round %d: %zu directories, %zu files", round, entries(at("made/of")), entries(final));
+        size_t all = entries(at("made/of")), files = entries(final);
+        check(all == 1 && files == 2, "round %d: %zu directories, %zu files; not one and two", round, all, files);
         free(temporary);
     }
     check(!access(at("made/of/parts/1"), R_OK), "the second directory did not replace the first, or the third was not abandoned");
     write_file(at("file"), "x", 1);
-    refused(retrofit_directory_begin(at("file/sub")), "file", "a directory in a file"), refused(retrofit_directory_begin(""), "''", "no name");
+    mkdir(at("letters"), 0777), write_file(at("letters/mine"), "x", 1);
+    char *temporary = retrofit_directory_begin(at("letters"));
+    refused(temporary && retrofit_directory_commit(temporary, at("letters")), "letters", "a directory that holds no model is replaced");
+    check(!access(at("letters/mine"), R_OK), "a file that is none of ours was removed");
+    if (temporary) retrofit_directory_abandon(temporary), free(temporary);
+    refused(retrofit_directory_begin(at("file/sub")), "file", "a directory in a file");
+    refused(retrofit_directory_begin(""), "''", "a directory without a name");
     refused(retrofit_directory_commit(at("nothing"), at("other")), "nothing", "commit of what is not there");
     free(final);
 }
 
-// ---- Files made to do harm ---------------------------------------------------------------------------------------------------
-static char *source; // tiny/base/model.safetensors, and its config beside what is written to hostile/
-static size_t source_size;
+// ---- Files made to do harm: in root/hostile, beside tiny/base's config.json ---------------------------------------------------
+static void hostile_load(const char *name, const char *what) {
+    for (int mode = RETROFIT_INFERENCE; mode <= RETROFIT_TRAINING; mode++) {
+        retrofit_model *m = retrofit_load(at("hostile"), &retrofit_cpu, (retrofit_mode)mode);
+        refused(m != NULL, name, what), retrofit_free(m);
+    }
+}
 
 static void hostile(const void *data, size_t size, const char *what) {
-    write_file(at("hostile/model.safetensors"), data, size);
-    retrofit_model *m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING);
-    refused(m != NULL, "hostile", what);
-    retrofit_free(m);
+    write_file(at("hostile/model.safetensors"), data, size), hostile_load("hostile", what);
 }
 
-static void hostile_header(const char *header) {
-    char data[4096] = {0};
+static bool opens(const char *header, size_t data_bytes) {
+    char data[1024] = {0};
     uint64_t n = strlen(header);
-    memcpy(data, &n, 8), memcpy(data + 8, header, n);
-    hostile(data, 8 + n + 64, header); // 64 bytes of data
-}
-
-// Everything of tiny/base except what `edit` does to the tensors; false leaves one out.
-typedef bool (*edit)(retrofit_tensor *t, size_t part);
-static bool all(retrofit_tensor *t, size_t part) { return (void)t, (void)part, true; }
-static bool no_norm(retrofit_tensor *t, size_t part) { return (void)part, strcmp(t->name, "model.norm.weight") != 0; }
-static bool integers(retrofit_tensor *t, size_t part) { return (void)part, strstr(t->name, "q_proj") ? t->type = RETROFIT_I32, true : true; }
-static bool turned(retrofit_tensor *t, size_t part) {
-    if (!part && strstr(t->name, "down_proj")) t->shape[0] = 88, t->shape[1] = 32;
-    return true;
-}
-static bool flat(retrofit_tensor *t, size_t part) { return (void)part, strstr(t->name, "o_proj") ? t->dims = 1, t->shape[0] = 1024, true : true; }
-static bool renamed(retrofit_tensor *t, size_t part) { return (void)part, strcmp(t->name, "model.norm.weight") ? true : (t->name = "model.layers.3.mlp.down_proj.weight", t->shape[0] = 32, true); }
-static bool half(retrofit_tensor *t, size_t part) { return (hash64(3, (uint64_t)(unsigned char)t->name[14]) & 1) == part; }
-static void rewrite(const char *path, edit keep, size_t part, bool extra) {
     retrofit_map f;
-    need(retrofit_safetensors_open(&f, FIXTURES "tiny/base/model.safetensors"), "tiny/base");
-    retrofit_tensor *t = (retrofit_tensor *)allocate(f.count + 1, sizeof *t);
-    size_t n = 0;
-    for (size_t i = 0; i < f.count; i++) t[n] = f.tensors[i], n += keep(&t[n], part);
-    if (extra) t[n] = t[0], t[n++].name = "model.layers.8.mlp.up_proj.weight";
-    need(retrofit_safetensors_write(path, &retrofit_cpu, t, n, RETROFIT_F32, NULL), path);
-    free(t), retrofit_safetensors_close(&f);
+    memcpy(data, &n, 8), memcpy(data + 8, header, n), write_file(at("hostile/header"), data, 8 + n + data_bytes);
+    bool ok = retrofit_safetensors_open(&f, at("hostile/header"));
+    if (ok) retrofit_safetensors_close(&f);
+    return ok;
 }
 
-static void hostile_safetensors(void) {
-    size_t config_size, header;
-    char *config = read_file(FIXTURES "tiny/base/config.json", &config_size), *copy;
-    need((source = read_file(FIXTURES "tiny/base/model.safetensors", &source_size)) && config, "tiny/base");
-    memcpy(&header, source, 8);
-    need(!mkdir(at("hostile"), 0777) && (copy = (char *)malloc(source_size)), "hostile"), write_file(at("hostile/config.json"), config, config_size);
-    for (size_t i = 0; i < 60; i++) { // cut at the seams and anywhere between
-        const size_t seams[] = {0, 1, 7, 8, 9, header, header + 7, header + 8, header + 9, source_size - 1, source_size - 4};
-        size_t cut = i < sizeof seams / sizeof *seams ? seams[i] : hash64(1, i) % (i % 2 ? source_size : header);
-        hostile(source, cut, "a truncated file");
+static void hostile_bytes(void) {
+    size_t size, header;
+    char *file = read_file(FIXTURES "tiny/base/model.safetensors", &size), *copy = file ? (char *)malloc(size) : NULL, text[512];
+    need(copy != NULL, "tiny/base"), memcpy(&header, file, 8);
+    for (size_t i = 0; i < 40; i++) { // cut at the seams and anywhere between
+        const size_t seams[] = {0, 1, 7, 8, 9, header, header + 7, header + 8, header + 9, size - 4, size - 1};
+        hostile(file, i < 11 ? seams[i] : hash64(1, i) % (i % 2 ? size : header), "a truncated file");
     }
-    const uint64_t lengths[] = {0, 1, header - 1, header + 1, source_size - 8, source_size - 7, source_size, 1ull << 31, 1ull << 63, UINT64_MAX - 7, UINT64_MAX};
-    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
-        memcpy(copy, source, source_size), memcpy(copy, &lengths[i], 8), hostile(copy, source_size, "a header of another length");
-    memcpy(copy, source, source_size), memset(copy + 8, ' ', header), hostile(copy, source_size, "a header of spaces");
-#define ONE(dtype, shape, offsets) "{\"a\":{\"dtype\":" dtype ",\"shape\":" shape ",\"data_offsets\":" offsets "}"
-    const char *const headers[] = {"[]", "null", "{\"a\":1}", "{\"a\":{}}", ONE("\"F32\"", "[1099511627776,1099511627776]", "[0,64]}"),
-        ONE("\"F32\"", "[4611686018427387904]", "[0,0]}"), ONE("\"F32\"", "[1099511627776,1099511627776,1099511627776]", "[0,0]}"),
-        ONE("\"F32\"", "[16]", "[0,63]}"), ONE("\"F32\"", "[16]", "[0,65]}"), ONE("\"F32\"", "[17]", "[0,68]}"), ONE("\"F32\"", "[4]", "[32,16]}"),
-        ONE("\"F32\"", "[4]", "[-16,0]}"), ONE("\"F32\"", "[4]", "[18446744073709551600,0]}"), ONE("\"F32\"", "[4]", "[0,1e300]}"), ONE("\"F32\"", "[4]", "[0.5,16.5]}"),
-        ONE("\"F32\"", "[4]", "[0]}"), ONE("\"F32\"", "[4]", "[0,16,16]}"), ONE("\"F32\"", "4", "[0,16]}"), ONE("\"F32\"", "[-4]", "[0,16]}"), ONE("\"F32\"", "[\"4\"]", "[0,16]}"),
-        ONE("\"F31\"", "[4]", "[0,16]}"), ONE("7", "[4]", "[0,16]}"), ONE("\"F32\"", "[4]", "[2,18]}"), ONE("\"F32\"", "[1,1,1,1,4]", "[0,16]}"),
-        ONE("\"F32\"", "[4]", "[0,16]") ",\"b\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[12,28]}}",
-        ONE("\"F32\"", "[4]", "[0,16]") ",\"b\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[0,16]}}",
-        ONE("\"F32\"", "[4]", "[0,16]") ",\"b\":{\"dtype\":\"I64\",\"shape\":[1],\"data_offsets\":[8,16]}}",
-        ONE("\"F32\"", "[4]", "[0,16]") ",\"a\":{\"dtype\":\"F32\",\"shape\":[4],\"data_offsets\":[16,32]}}",
-        "{\"a\\nb\":{\"dtype\":\"F31\",\"shape\":[4],\"data_offsets\":[0,16]}}", ONE("\"F32\"", "[4]", "[0,16]}}"), ONE("\"F32\"", "[4]", "[0,16]")};
-    for (size_t i = 0; i < sizeof headers / sizeof *headers; i++) hostile_header(headers[i]);
-    for (size_t i = 0; i < 200; i++) { // any byte of the header: refused, or a harmless change of metadata or of a name not used
-        memcpy(copy, source, source_size), copy[8 + hash64(2, i) % header] ^= (char)(1 << i % 8), error_text[0] = 0;
-        write_file(at("hostile/model.safetensors"), copy, source_size);
+    const uint64_t lengths[] = {0, 1, header - 1, header + 1, size - 8, size - 7, size, 1ull << 31, 1ull << 63, UINT64_MAX - 7, UINT64_MAX};
+    for (size_t i = 0; i < 11; i++) {
+        snprintf(text, sizeof text, "a header of %llu bytes, where %zu are right", (unsigned long long)lengths[i], header);
+        memcpy(copy, file, size), memcpy(copy, &lengths[i], 8), hostile(copy, size, text);
+    }
+    for (size_t i = 0; i < 200; i++) { // one bit of the header: refused, or harmless
+        memcpy(copy, file, size), copy[8 + hash64(2, i) % header] ^= (char)(1 << i % 8), error_text[0] = 0;
+        write_file(at("hostile/model.safetensors"), copy, size);
         retrofit_model *m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_INFERENCE);
         if (!m) refused(false, "hostile", "a header with one bit changed");
         retrofit_free(m);
     }
-    const struct { edit e; bool extra; const char *name, *what; } edits[] = {{no_norm, false, "model.norm.weight", "a missing tensor"}, {integers, false, "q_proj", "a weight of integers"},
-        {turned, false, "down_proj", "a transposed tensor"}, {flat, false, "o_proj", "a flattened tensor"}, {renamed, false, "down_proj", "a tensor twice"},
-        {all, true, "layers.8", "a tensor too many"}};
-    for (size_t i = 0; i < sizeof edits / sizeof *edits; i++) {
-        rewrite(at("hostile/model.safetensors"), edits[i].e, 0, edits[i].extra);
-        retrofit_model *m = retrofit_load(at("hostile"), &retrofit_cpu, i % 2 ? RETROFIT_INFERENCE : RETROFIT_TRAINING);
-        refused(m != NULL, edits[i].name, edits[i].what), retrofit_free(m);
+    free(file), free(copy);
+    // dtype, shape, offsets of a tensor a, bytes of data; the first two are right, each of the others has one thing wrong
+    char list[] = "'F32' [4] [0,16] 16;'I64' [1] [8,16]},'b':{'dtype':'F32','shape':[2],'data_offsets':[0,8] 16;"
+                  "'F32' [1099511627776,1099511627776] [0,64] 64;'F32' [4611686018427387904] [0,0] 0;"
+                  "'F32' [4294967296,4294967296,4294967296] [0,0] 0;'F32' [16] [0,63] 63;'F32' [16] [0,65] 65;'F32' [17] [0,68] 64;"
+                  "'F32' [4] [32,16] 32;'F32' [4] [-16,0] 16;'F32' [4] [18446744073709551600,0] 16;'F32' [4] [0,1e300] 16;"
+                  "'F32' [4] [0.5,16.5] 17;'F32' [4] [0] 16;'F32' [4] [0,16,16] 16;'F32' 4 [0,16] 16;'F32' [-4] [0,16] 16;"
+                  "'F32' ['4'] [0,16] 16;'F31' [4] [0,16] 16;7 [4] [0,16] 16;'F31\\n' [4] [0,16] 16;'F32' [1,1,1,1,4] [0,16] 16;"
+                  "'F32' [4] [0,16]}, 16;'F32' [4] [0,16]},'b':{'dtype':'F32','shape':[4],'data_offsets':[8,24] 32;"
+                  "'F32' [4] [0,16]},'b':{'dtype':'F32','shape':[4],'data_offsets':[0,16] 32;"
+                  "'F32' [4] [0,16]},'b':{'dtype':'I64','shape':[1],'data_offsets':[8,16] 24;'F32' [4] [0,16] 17;'F32' [4] [16,32] 32";
+    size_t number = 0;
+    for (char *e = list; *e; e++) *e = *e == '\'' ? '"' : *e;
+    for (char *e = strtok(list, ";"); e; e = strtok(NULL, ";"), number++) {
+        char *shape = strchr(e, ' ') + 1, *offsets = strchr(shape, ' ') + 1, *bytes = strrchr(e, ' ');
+        snprintf(text, sizeof text, "{\"a\":{\"dtype\":%.*s,\"shape\":%.*s,\"data_offsets\":%.*s}}", (int)(shape - e - 1), e,
+                 (int)(offsets - shape - 1), shape, (int)(bytes - offsets), offsets);
+        bool ok = opens(text, strtoul(bytes, NULL, 10));
+        if (number < 2) check(ok, "%s: %s", text, retrofit_error());
+        else refused(ok, "hostile/header", text);
     }
-    remove(at("hostile/model.safetensors")), refused(retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING), "hostile", "no weights");
+    static const char *const others[] = {"[]", "null", "{\"a\":1}", "{\"a\":{}}", "          ", "{", "{}}"};
+    for (size_t i = 0; i < sizeof others / sizeof *others; i++) refused(opens(others[i], 0), "hostile/header", others[i]);
+}
+
+// The tensors of tiny/base, written again with something done to them.
+typedef enum { ALL, FIRST_HALF, SECOND_HALF, MISSING, INTEGERS, TURNED, FLAT, F16S } edit;
+static uint16_t patterns[1 << 17];
+static bool edited(retrofit_tensor *t, edit e) { // false: left out
+    static size_t next;
+    if (e == FIRST_HALF || e == SECOND_HALF) return (strlen(t->name) % 2 == 0) == (e == FIRST_HALF);
+    if (e == INTEGERS && strstr(t->name, "q_proj")) t->type = RETROFIT_I32;
+    if (e == TURNED && strstr(t->name, "down_proj")) t->shape[0] = 88, t->shape[1] = 32;
+    if (e == FLAT && strstr(t->name, "o_proj")) t->dims = 1, t->shape[0] = 1024;
+    if (e == F16S) t->type = RETROFIT_F16, t->data = patterns + (next += t->count) % (1 << 16);
+    return e != MISSING || strcmp(t->name, "model.norm.weight");
+}
+static void rewrite(const char *path, edit e, const char *extra) {
+    retrofit_map f;
+    need(retrofit_safetensors_open(&f, FIXTURES "tiny/base/model.safetensors"), "tiny/base");
+    retrofit_tensor *t = (retrofit_tensor *)allocate(f.count + 1, sizeof *t);
+    size_t n = 0;
+    for (size_t i = 0; i < f.count; i++) t[n] = f.tensors[i], n += edited(&t[n], e);
+    if (extra) t[n] = t[0], t[n++].name = extra;
+    need(retrofit_safetensors_write(path, &retrofit_cpu, t, n, e == F16S ? RETROFIT_F16 : RETROFIT_F32, NULL), path);
+    free(t), retrofit_safetensors_close(&f);
+}
+
+static void hostile_tensors(void) {
+    char *one = strdup(at("hostile/model.safetensors")), *index = strdup(at("hostile/model.safetensors.index.json"));
+    rewrite(one, MISSING, NULL), hostile_load("model.norm.weight", "a missing tensor");
+    rewrite(one, INTEGERS, NULL), hostile_load("q_proj", "a weight of integers");
+    rewrite(one, TURNED, NULL), hostile_load("down_proj", "a transposed tensor");
+    rewrite(one, FLAT, NULL), hostile_load("o_proj", "a flattened tensor");
+    rewrite(one, ALL, "model.embed_tokens.weight"), hostile_load("embed_tokens", "a tensor twice");
+    rewrite(one, ALL, "model.layers.8.mlp.up_proj.weight"), hostile_load("layers.8", "a tensor too many");
+    // F16: every finite pattern, against ldexp
+    for (size_t i = 0; i < 1 << 17; i++) patterns[i] = (uint16_t)i & ((i >> 10 & 31) == 31 ? 0xfbff : 0xffff);
+    rewrite(one, F16S, NULL);
+    for (int mode = RETROFIT_INFERENCE; mode <= RETROFIT_TRAINING; mode++) {
+        retrofit_model *m = load(at("hostile"), (retrofit_mode)mode);
+        retrofit_map f;
+        need(retrofit_safetensors_open(&f, one), one);
+        for (size_t i = 0, bad = 0; i < m->parameter_count; i++) {
+            const float *w = (const float *)m->parameters[i]->weight.data;
+            need(m->parameters[i]->weight.type == RETROFIT_F32, "F16 read as F32");
+            for (size_t j = 0; j < m->parameters[i]->pieces; j++) {
+                const retrofit_tensor *t = fixture(&f, "%s", m->parameters[i]->piece[j].name);
+                for (size_t k = 0; !bad && k < t->count; k++, w++) {
+                    int bits = ((const uint16_t *)t->data)[k], e = bits >> 10 & 31;
+                    double value = (bits & 0x8000 ? -1 : 1) * ldexp((e ? 1024 : 0) + (bits & 1023), (e ? e : 1) - 25);
+                    bad += !check((double)*w == value, "F16 %04x is read as %.9g, not %.9g", bits, (double)*w, value);
+                }
+            }
+        }
+        retrofit_safetensors_close(&f), retrofit_free(m);
+    }
+    remove(one), hostile_load("hostile", "no weights");
 
     // in shards: as good as whole; but not without a shard, nor with a tensor in both, nor from outside the directory
     retrofit_model *whole = load(FIXTURES "tiny/base", RETROFIT_TRAINING), *m;
-    rewrite(at("hostile/one.st"), half, 0, false), rewrite(at("hostile/two.st"), half, 1, false);
-    const char *const maps[] = {"{\"weight_map\":{\"a\":\"one.st\",\"b\":\"two.st\",\"c\":\"one.st\"}}", "{\"weight_map\":{\"a\":\"one.st\"}}", "{\"weight_map\":{\"a\":\"three.st\"}}",
-        "{\"weight_map\":{\"a\":\"../hostile/one.st\",\"b\":\"two.st\"}}", "{\"weight_map\":{\"a\":\"..\"}}", "{\"weight_map\":{\"a\":1}}", "{\"weight_map\":[]}", "{\"weight_map\":7}", "{}", "[", ""};
-    for (size_t i = 0; i < sizeof maps / sizeof *maps; i++) {
-        write_file(at("hostile/model.safetensors.index.json"), maps[i], strlen(maps[i]));
-        m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING);
-        if (i) refused(m != NULL, "hostile", maps[i]);
-        else if (check(m != NULL, "shards: %s", retrofit_error())) same(m, whole, MASTER, "shards against one file");
-        retrofit_free(m);
-    }
-    write_file(at("hostile/model.safetensors.index.json"), maps[0], strlen(maps[0])), rewrite(at("hostile/two.st"), all, 0, false);
-    m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING), refused(m != NULL, "hostile", "tensors in two shards"), retrofit_free(m);
-    remove(at("hostile/model.safetensors.index.json"));
-
-    // F16: every finite pattern, against ldexp
-    retrofit_map f;
-    need(retrofit_safetensors_open(&f, FIXTURES "tiny/base/model.safetensors"), "tiny/base");
-    FILE *out = fopen(at("hostile/model.safetensors"), "wb");
-    char text[16384], *end = text + sprintf(text, "{\"__metadata__\":{}");
-    size_t offset = 0;
-    for (size_t i = 0; i < f.count; offset += 2 * f.tensors[i++].count) {
-        end += sprintf(end, ",\"%s\":{\"dtype\":\"F16\",\"shape\":[%zu", f.tensors[i].name, f.tensors[i].shape[0]);
-        if (f.tensors[i].dims > 1) end += sprintf(end, ",%zu", f.tensors[i].shape[1]);
-        end += sprintf(end, "],\"data_offsets\":[%zu,%zu]}", offset, offset + 2 * f.tensors[i].count);
-    }
-    uint64_t length = (uint64_t)(end + sprintf(end, "}") + 1 - 1 - text) + 0;
-    length = strlen(text), fwrite(&length, 8, 1, out), fwrite(text, 1, length, out);
-    for (size_t i = 0; i < f.count; i++)
-        for (uint16_t j = 0; j < f.tensors[i].count; j++) { uint16_t bits = (uint16_t)(j * 16 + i) & 0xfbff; fwrite(&bits, 2, 1, out); }
-    fclose(out);
-    for (int mode = 0; mode < 2; mode++) {
-        m = load(at("hostile"), mode ? RETROFIT_TRAINING : RETROFIT_INFERENCE);
-        for (size_t i = 0, bad = 0; i < f.count; i++)
-            for (size_t p = 0; p < m->parameter_count; p++)
-                if (m->parameters[p]->pieces == 1 && !strcmp(m->parameters[p]->piece[0].name, f.tensors[i].name))
-                    for (uint16_t j = 0; !bad && j < f.tensors[i].count; j++) {
-                        uint16_t bits = (uint16_t)(j * 16 + i) & 0xfbff, e = bits >> 10 & 31;
-                        double value = (bits & 0x8000 ? -1 : 1) * ldexp(e ? 1024 + (bits & 1023) : bits & 1023, (e ? e : 1) - 25);
-                        float is;
-                        to_float(&is, (const char *)m->parameters[p]->weight.data + j * retrofit_type_size(m->parameters[p]->weight.type), m->parameters[p]->weight.type, 1);
-                        bad += !check((double)is == value, "F16 %04x is read as %.9g, not %.9g", bits, (double)is, value);
-                    }
-        retrofit_free(m);
-    }
-    retrofit_safetensors_close(&f), retrofit_free(whole), free(source), free(copy);
-
-    for (size_t cut = 0; cut + 1 < config_size; cut++) { // the last byte may be a newline
-        write_file(at("hostile/config.json"), config, cut);
-        retrofit_config c;
-        refused(retrofit_config_read(&c, at("hostile")), "config.json", "a truncated config.json");
-    }
-    free(config);
+    rewrite(at("hostile/one.st"), FIRST_HALF, NULL), rewrite(at("hostile/two.st"), SECOND_HALF, NULL);
+    static const char good[] = "{\"weight_map\":{\"a\":\"one.st\",\"b\":\"two.st\",\"c\":\"one.st\"}}";
+    write_file(index, good, sizeof good - 1);
+    m = load(at("hostile"), RETROFIT_TRAINING), same(m, whole, MASTER, "shards against one file"), retrofit_free(m);
+    rewrite(at("hostile/two.st"), ALL, NULL), hostile_load("hostile", "tensors in two shards");
+    rewrite(at("hostile/two.st"), SECOND_HALF, NULL);
+    char maps[] = "{'a':'one.st'};{'a':'three.st'};{'a':'../hostile/one.st','b':'two.st'};{'a':'..'};{'a':''};{'a':1};[];7;[";
+    for (char *e = maps; *e; e++) *e = *e == '\'' ? '"' : *e;
+    for (char *e = strtok(maps, ";"), text[128]; e; e = strtok(NULL, ";"))
+        snprintf(text, sizeof text, "{\"weight_map\":%s}", e), write_file(index, text, strlen(text)), hostile_load("hostile", text);
+    write_file(index, "{}", 2), hostile_load("hostile", "an index without a map");
+    write_file(index, "", 0), hostile_load("hostile", "an empty index");
+    remove(index), retrofit_free(whole), free(one), free(index);
 }
 
-static bool read_config(bool recurrent, const char *key, const char *value) {
-    static const char *const fields[2][12][2] = {
-        {{"model_type", "\"llama\""}, {"hidden_size", "32"}, {"num_attention_heads", "4"}, {"num_key_value_heads", "2"}, {"intermediate_size", "88"}, {"num_hidden_layers", "8"},
-         {"vocab_size", "131"}, {"max_position_embeddings", "128"}, {"rms_norm_eps", "1e-5"}, {"rope_theta", "1e4"}},
-        {{"model_type", "\"huginn_raven\""}, {"n_embd", "32"}, {"n_heads", "4"}, {"num_key_value_heads", "2"}, {"intermediate_size", "88"}, {"n_layers_in_prelude", "2"},
-         {"n_layers_in_recurrent_block", "3"}, {"n_layers_in_coda", "2"}, {"vocab_size", "131"}, {"block_size", "128"}, {"norm_eps", "1e-5"}, {"mean_recurrence", "8"}}};
+// A config made of `fields` ("key value;…"), with key's value replaced, or left out if value is NULL.
+static bool read_config(const char *fields, const char *key, const char *value) {
     char text[2048], *end = text + sprintf(text, "{\"comment\":0");
-    for (size_t i = 0; i < 12 && fields[recurrent][i][0]; i++)
-        if (strcmp(key, fields[recurrent][i][0])) end += sprintf(end, ",\"%s\":%s", fields[recurrent][i][0], fields[recurrent][i][1]);
+    for (const char *f = fields; *f; f += strcspn(f, ";"), f += *f == ';') {
+        int name = (int)strcspn(f, " "), all = (int)strcspn(f, ";");
+        if ((size_t)name != strlen(key) || memcmp(f, key, strlen(key)))
+            end += sprintf(end, ",\"%.*s\":%.*s", name, f, all - name - 1, f + name + 1);
+    }
     if (value) end += sprintf(end, ",\"%s\":%s", key, value);
     sprintf(end, "}"), write_file(at("hostile/config.json"), text, strlen(text));
     retrofit_config c;
@@ -610,26 +683,51 @@ static bool read_config(bool recurrent, const char *key, const char *value) {
 }
 
 static void hostile_configs(void) {
-    const char *const sizes[] = {"hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings", "num_hidden_layers", "model_type"};
-    const char *const bad[] = {NULL, "0", "-1", "1.5", "1e30", "99999999999999999999", "1e999", "9007199254740993", "\"8\"", "null", "true", "[8]", "{}", "NaN", "0x10", "08"};
-    char what[128];
-    check(read_config(false, "", NULL) && read_config(true, "", NULL), "the configs these are made from: %s", retrofit_error());
-    for (size_t i = 0; i < 7; i++)
-        for (size_t j = 0; j < sizeof bad / sizeof *bad; j++)
-            snprintf(what, sizeof what, "config with %s %s", sizes[i], bad[j] ? bad[j] : "missing"), refused(read_config(false, sizes[i], bad[j]), "config.json", what);
-    const struct { bool recurrent; const char *key, *value; } cases[] = {
-        {0, "num_attention_heads", "3"}, {0, "num_attention_heads", "32"}, {0, "num_key_value_heads", "3"}, {0, "num_key_value_heads", "0"}, {0, "num_key_value_heads", "8"}, {0, "num_key_value_heads", "-2"},
-        {0, "head_dim", "16"}, {0, "head_dim", "\"8\""}, {0, "rms_norm_eps", "0"}, {0, "rms_norm_eps", "-1"}, {0, "rms_norm_eps", "1e30"}, {0, "rms_norm_eps", "1e300"}, {0, "rms_norm_eps", "\"x\""},
-        {0, "rope_theta", "0"}, {0, "rope_theta", "-5"}, {0, "rope_theta", "1e300"}, {0, "rope_theta", "[]"}, {0, "rope_scaling", "{\"rope_type\":\"yarn\",\"factor\":4}"}, {0, "rope_scaling", "{\"rope_type\":\"llama3\"}"},
-        {0, "rope_scaling", "{\"type\":\"linear\",\"factor\":2}"}, {0, "rope_scaling", "{\"rope_type\":\"llama3\",\"factor\":32,\"low_freq_factor\":4,\"high_freq_factor\":1,\"original_max_position_embeddings\":8192}"},
-        {0, "model_type", "\"gpt2\""}, {0, "model_type", "\"\""}, {0, "attention_bias", "true"}, {0, "mlp_bias", "true"}, {0, "hidden_act", "\"gelu\""}, {0, "eos_token_id", "\"x\""}, {0, "bos_token_id", "\"x\""},
-        {1, "n_layers_in_prelude", NULL}, {1, "n_layers_in_prelude", "-1"}, {1, "n_layers_in_coda", "5000"}, {1, "n_layers_in_recurrent_block", "0"}, {1, "n_layers_in_recurrent_block", "1e15"}, {1, "norm_eps", NULL},
-        {1, "mean_recurrence", "0"}, {1, "mean_recurrence", "-3"}, {1, "mean_recurrence", "1e300"}, {1, "mean_recurrence", "\"8\""}, {1, "mean_backprop_depth", "0"}, {1, "mean_backprop_depth", "70000"},
-        {1, "init_values", "{\"std\":-1}"}, {1, "init_values", "{\"std\":1e9}"}, {1, "init_values", "{\"embed_scale\":2}"}, {1, "tie_embeddings", "true"}, {1, "norm_class_name", "\"RMSNorm\""}, {1, "qk_bias", "true"}};
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        snprintf(what, sizeof what, "config with %s %s", cases[i].key, cases[i].value ? cases[i].value : "missing"), refused(read_config(cases[i].recurrent, cases[i].key, cases[i].value), "config.json", what);
-    check(read_config(false, "eos_token_id", "[1e300, 2]") || *retrofit_error(), "an end of text too large to be a token"); // for the sanitizer: no undefined cast
-    remove(at("hostile/config.json")), refused(retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_TRAINING), "config.json", "no config.json");
+    static const char llama[] = "model_type \"llama\";hidden_size 32;num_attention_heads 4;intermediate_size 88;num_hidden_layers 8;"
+                                "vocab_size 131;max_position_embeddings 128";
+    static const char raven[] = "model_type \"huginn_raven\";n_embd 32;n_heads 4;intermediate_size 88;n_layers_in_prelude 2;"
+                                "n_layers_in_recurrent_block 3;n_layers_in_coda 2;vocab_size 131;block_size 128;norm_eps 1e-5";
+    const char *const bad[] = {
+        NULL, "-1",  "1.5",  "1e30", "99999999999999999999", "1e999", "9007199254740993", "\"8\"", "null", "true", "[8]",
+        "{}", "NaN", "0x10", "08"};
+    char what[256], key[64];
+    check(read_config(llama, "", NULL) && read_config(raven, "", NULL), "the configs these are made from: %s", retrofit_error());
+    for (int recurrent = 0; recurrent < 2; recurrent++) // what every config must have, and all it must not be
+        for (const char *f = recurrent ? raven : llama; *f; f += strcspn(f, ";"), f += *f == ';')
+            for (size_t j = 0; j < sizeof bad / sizeof *bad; j++) {
+                snprintf(key, sizeof key, "%.*s", (int)strcspn(f, " "), f);
+                snprintf(what, sizeof what, "config with %s %s", key, bad[j] ? bad[j] : "missing");
+                refused(read_config(recurrent ? raven : llama, key, bad[j]), "config.json", what);
+            }
+    char llamas[] =
+        "num_attention_heads 0;hidden_size 0;vocab_size 0;num_hidden_layers 0;intermediate_size 0;max_position_embeddings 0;"
+        "num_attention_heads 3;num_attention_heads 32;num_key_value_heads 3;num_key_value_heads 0;num_key_value_heads 8;"
+        "num_key_value_heads -2;head_dim 16;head_dim '8';rms_norm_eps 0;rms_norm_eps -1;rms_norm_eps 1e30;rms_norm_eps 1e300;"
+        "rms_norm_eps 'x';rope_theta 0;rope_theta -5;rope_theta 1e300;rope_theta [];rope_scaling {'rope_type':'yarn','factor':4};"
+        "rope_scaling {'rope_type':'llama3'};rope_scaling {'type':'linear','factor':2};rope_scaling {'rope_type':'llama3','factor':32,"
+        "'low_freq_factor':4,'high_freq_factor':1,'original_max_position_embeddings':8192};model_type 'gpt2';model_type '';"
+        "attention_bias true;mlp_bias true;hidden_act 'gelu';eos_token_id 'x';bos_token_id 'x'";
+    char ravens[] =
+        "n_layers_in_coda 5000;n_layers_in_recurrent_block 0;n_layers_in_recurrent_block 1e15;mean_recurrence 0;mean_recurrence -3;"
+        "mean_recurrence 1e300;mean_recurrence '8';mean_backprop_depth 0;mean_backprop_depth 70000;init_values {'std':-1};"
+        "init_values {'std':1e9};init_values {'embed_scale':2};tie_embeddings true;norm_class_name 'RMSNorm';qk_bias true";
+    for (int recurrent = 0; recurrent < 2; recurrent++) {
+        char *list = recurrent ? ravens : llamas;
+        for (char *e = list; *e; e++) *e = *e == '\'' ? '"' : *e;
+        for (char *e = strtok(list, ";"); e; e = strtok(NULL, ";")) {
+            snprintf(what, sizeof what, "config with %s", e), e[strcspn(e, " ")] = 0;
+            refused(read_config(recurrent ? raven : llama, e, e + strlen(e) + 1), "config.json", what);
+        }
+    }
+    read_config(llama, "eos_token_id", "[1e300, 2]"); // accepted or not, without an undefined cast
+    size_t size;
+    char *config = read_file(FIXTURES "tiny/base/config.json", &size);
+    retrofit_config c;
+    for (size_t cut = 0; config && cut + 1 < size; cut++) { // the last byte may be a newline
+        write_file(at("hostile/config.json"), config, cut);
+        refused(retrofit_config_read(&c, at("hostile")), "config.json", "a truncated config.json");
+    }
+    free(config), remove(at("hostile/config.json")), hostile_load("config.json", "no config.json");
 }
 
 // ---- Token shards --------------------------------------------------------------------------------------------------------------
@@ -648,7 +746,8 @@ static void shard_file(const char *name, int32_t magic, int32_t version, int32_t
 static void shards(void) {
     enum { T = 4 };
     int32_t x[T], y[T];
-    shard_file("b_2.bin", RETROFIT_SHARD_MAGIC_16, 1, 12, 12, 65000), shard_file("b_0.bin", RETROFIT_SHARD_MAGIC_32, 7, 23, 23, 100000), shard_file("b_1.bin", RETROFIT_SHARD_MAGIC_16, 1, 3, 3, 0);
+    shard_file("b_2.bin", RETROFIT_SHARD_MAGIC_16, 1, 12, 12, 65000), shard_file("b_0.bin", RETROFIT_SHARD_MAGIC_32, 7, 23, 23, 100000),
+        shard_file("b_1.bin", RETROFIT_SHARD_MAGIC_16, 1, 3, 3, 0);
     retrofit_data *d = retrofit_data_open(at("b_*.bin"), T, 131072, false, 0), *e;
     need(d != NULL, "shards");
     check(retrofit_data_rows(d) == 6, "%zu rows, not 4 of the first shard, none of the second, 2 of the third", retrofit_data_rows(d));
@@ -675,22 +774,36 @@ static void shards(void) {
         }
         for (size_t i = 0; i < N; i++) lost += seen[i] != 1;
         check(lost == 0 && fixed < 10, "epoch %zu: %zu rows not seen once, %zu in their old place", epoch, lost, fixed);
-        for (size_t other = 0; other < epoch; other++) check(memcmp(order[epoch], order[other], sizeof *order) != 0, "orders %zu and %zu are equal", epoch, other);
+        for (size_t other = 0; other < epoch; other++)
+            check(memcmp(order[epoch], order[other], sizeof *order) != 0, "orders %zu and %zu are equal", epoch, other);
     }
     retrofit_data_close(e), e = retrofit_data_open(at("many.bin"), 1, 2 * N, true, 5);
     for (size_t i = 3 * N; i--;) // backwards, from another reader of the same seed
-        if (need(retrofit_data_row(e, i, x, y), "row"), x[0] != order[i / N][i % N]) { check(false, "row %zu depends on what was read before", i); break; }
+        if (need(retrofit_data_row(e, i, x, y), "row"), x[0] != order[i / N][i % N]) {
+            check(false, "row %zu depends on what was read before", i);
+            break;
+        }
     retrofit_data_close(d), retrofit_data_close(e);
 
-    d = retrofit_data_open(at("b_2.bin"), T, 65008, false, 0), need(d != NULL, "b_2.bin");
-    check(retrofit_data_row(d, 0, x, y), "ids below the vocabulary: %s", retrofit_error()), refused(retrofit_data_row(d, 1, x, y), "b_2.bin", "an id of V"), retrofit_data_close(d);
-    const struct { int32_t magic, version, promised; size_t count; const char *what; } bad[] = {{RETROFIT_SHARD_MAGIC_16, 1, 20, 19, "a truncated shard"}, {RETROFIT_SHARD_MAGIC_16, 1, 19, 20, "tokens too many"},
-        {RETROFIT_SHARD_MAGIC_16, 1, -20, 20, "a negative count"}, {RETROFIT_SHARD_MAGIC_16, 7, 20, 20, "another version"}, {RETROFIT_SHARD_MAGIC_32, 1, 20, 20, "another version"}, {20240521, 1, 20, 20, "another magic"},
-        {RETROFIT_SHARD_MAGIC_16, 1, 4, 4, "fewer tokens than a row"}, {RETROFIT_SHARD_MAGIC_16, 1, 0, 0, "no tokens"}};
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
-        shard_file("bad.bin", bad[i].magic, bad[i].version, bad[i].promised, bad[i].count, 0), refused(retrofit_data_open(at("bad.bin"), T, 99, i % 2, 0), "bad.bin", bad[i].what);
-    write_file(at("bad.bin"), "\0", 1023 * 0 + 1), refused(retrofit_data_open(at("bad.bin"), T, 99, false, 0), "bad.bin", "a shard of one byte");
-    write_file(at("bad.bin"), "", 0), refused(retrofit_data_open(at("b*.bin"), T, 131072, false, 0), "bad.bin", "an empty file among shards");
+    d = retrofit_data_open(at("b_2.bin"), T, 65009, false, 0), need(d != NULL, "b_2.bin");
+    check(retrofit_data_row(d, 0, x, y), "ids below the vocabulary: %s", retrofit_error()),
+        refused(retrofit_data_row(d, 1, x, y), "b_2.bin", "an id of V"), retrofit_data_close(d);
+    const struct {
+        int32_t magic, version, promised, count;
+        const char *what;
+    } bad[] = {
+        // clang-format off
+        {RETROFIT_SHARD_MAGIC_16, 1, 20, 19, "a truncated shard"}, {RETROFIT_SHARD_MAGIC_16, 1, 19, 20, "tokens too many"},
+        {RETROFIT_SHARD_MAGIC_16, 1, -20, 20, "a negative count"}, {RETROFIT_SHARD_MAGIC_16, 7, 20, 20, "another version"},
+        {RETROFIT_SHARD_MAGIC_32, 1, 20, 20, "another version"}, {20240521, 1, 20, 20, "another magic"},
+        {RETROFIT_SHARD_MAGIC_16, 1, 4, 4, "fewer tokens than a row"}, {RETROFIT_SHARD_MAGIC_16, 1, 0, 0, "no tokens"}}; // clang-format on
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        shard_file("bad.bin", bad[i].magic, bad[i].version, bad[i].promised, (size_t)bad[i].count, 0);
+        refused(retrofit_data_open(at("bad.bin"), T, 99, i % 2, 0), "bad.bin", bad[i].what);
+    }
+    write_file(at("bad.bin"), "\0", 1), refused(retrofit_data_open(at("bad.bin"), T, 99, false, 0), "bad.bin", "a shard of one byte");
+    write_file(at("bad.bin"), "", 0),
+        refused(retrofit_data_open(at("b*.bin"), T, 131072, false, 0), "bad.bin", "an empty file among shards");
     refused(retrofit_data_open(at("none*.bin"), T, 99, false, 0), "none*.bin", "a pattern without a match");
 }
 
@@ -699,13 +812,18 @@ int main(void) {
     size_t size;
     char *text = read_file(FIXTURES "tiny/train.json", &size);
     need(mkdtemp(root) && !atexit(remove_root), "temporary directory");
-    need(text && (recipe = retrofit_json_parse(text, size, "train.json")) && retrofit_safetensors_open(&fixtures, FIXTURES "tiny/train.safetensors"), "fixtures");
+    need(text && (recipe = retrofit_json_parse(text, size, "train.json")) &&
+             retrofit_safetensors_open(&fixtures, FIXTURES "tiny/train.safetensors"),
+         "fixtures");
     sampler(), schedules();
     ten_steps(RETROFIT_ADAMW), ten_steps(RETROFIT_MUON);
     finite_differences(FIXTURES "tiny/recurrent", 3), finite_differences(FIXTURES "tiny/base", 0);
-    truncation(), unrolled(), accumulation(), baseline();
+    truncation(), unrolled(), accumulation(), decay(RETROFIT_ADAMW), decay(RETROFIT_MUON), baseline();
     there_and_back(FIXTURES "tiny/recurrent"), there_and_back(FIXTURES "tiny/base"), there_and_back(FIXTURES "llama3/recurrent");
-    directories(), hostile_safetensors(), hostile_configs(), shards();
+    directories();
+    char *config = read_file(FIXTURES "tiny/base/config.json", &size);
+    need(config && !mkdir(at("hostile"), 0777), "hostile"), write_file(at("hostile/config.json"), config, size), free(config);
+    hostile_bytes(), hostile_tensors(), hostile_configs(), shards();
     retrofit_json_free(recipe), free(text), retrofit_safetensors_close(&fixtures);
     return finish("train");
 }
