@@ -172,7 +172,7 @@ typedef struct {
 //   swiglu_forward         out (N,F) = silu(gate)·up, fc (N,2F) = gate | up; backward: dfc (N,2F)
 //   cross_entropy          losses (N) = -log softmax(logits)[label], 0 where label is -100; if scale is not 0 the logits are
 //                          replaced by their gradient, scale·(softmax - onehot)
-//   cast, widen, add       out = (act) x; out = (float) x; x += y
+//   cast, add              out = (act) x; x += y
 //   state_init             s (B,T,d) ~ N(0, sigma²) cut at ±3 sigma, a function of (seed, b, past[b] + t, column) alone
 //   kv_store               writes k and v of qkv to keys, values (B,capacity,G·h) at positions past[b] + t
 //   attention_cached       out (N,d): T new queries per row against positions 0 .. past[b]+t of the cache
@@ -203,7 +203,6 @@ typedef struct {
     X(void, swiglu_backward, (act * dfc, const act *dout, const act *fc, size_t N, size_t F))                                              \
     X(void, cross_entropy, (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale))                           \
     X(void, cast, (act * out, const float *x, size_t n))                                                                                   \
-    X(void, widen, (float *out, const act *x, size_t n))                                                                                   \
     X(void, add, (float *x, const float *y, size_t n))                                                                                     \
     X(void, state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed))                         \
     X(void, kv_store,                                                                                                                      \
@@ -455,7 +454,7 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const
                                 retrofit_type type, const char *const *metadata);
 
 // A directory is made under a temporary name and takes its place in one step: begin returns the temporary name (malloc'd; NULL +
-// error), commit flushes and renames (replacing an old `final`), abandon removes it.
+// error), commit flushes and renames (`final` must not exist, or be empty), abandon removes a directory of files.
 char *retrofit_directory_begin(const char *final);
 bool retrofit_directory_commit(const char *temporary, const char *final);
 void retrofit_directory_abandon(const char *temporary);
@@ -2937,8 +2936,6 @@ static void cross_entropy(float *losses, act *logits, const int32_t *labels, siz
 // ---- Elementwise ------------------------------------------------------------------------------------------------------------
 static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
 
-static void widen(float *out, const act *x, size_t n) { memcpy(out, x, n * sizeof *out); }
-
 static void add(float *x, const float *y, size_t n) {
     PARALLEL_FOR
     for (size_t i = 0; i < n; i++) x[i] += y[i];
@@ -3088,80 +3085,81 @@ bool retrofit_config_check(const retrofit_config *c, const char *where) {
     return true;
 }
 
-// Required and optional numbers of a config; `ok` is sticky.
-static size_t config_size(const retrofit_json *j, const char *where, const char *key, bool *ok) {
-    size_t n = 0;
-    if (*ok && !json_size(retrofit_json_get(j, key), &n)) *ok = fail("%s: %s is missing or not a size", where, key);
-    return n;
-}
+// The sizes of a config, under a plain Llama's names and under the authors'.
+static const struct {
+    const char *plain, *recurrent; // NULL: not in such a config
+    size_t field;
+    bool required;
+} config_sizes[] = {{"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
+                    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
+                    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
+                    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
+                    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
+                    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context), true},
+                    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
+                    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
+                    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
+                    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
+                    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
 
-static double config_number(const retrofit_json *j, const char *where, const char *key, double otherwise, bool *ok) {
+// What a config may say in words, and the one thing that is supported.
+static const char *const config_words[][2] = {{"norm_class_name", "RMSNorm_llama"}, {"block_class_name", "SandwichBlock"}, {"hidden_act", "silu"},
+                                              {"nonlin_name", "SiLU"}, {"injection_type", "linear"}};
+static const char *const config_flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias", "tie_embeddings"}; // none of them may be true
+
+static double config_number(const retrofit_json *j, const char *where, const char *key, double otherwise, bool *ok) { // ok is sticky
     const retrofit_json *n = retrofit_json_get(j, key);
+    if (n && n->type == RETROFIT_JSON_ARRAY && n->child) n = n->child; // Llama-3's chat models list several ends: the first is the document's
     if (!n || n->type == RETROFIT_JSON_NULL) return otherwise;
     if (*ok && n->type != RETROFIT_JSON_NUMBER) *ok = fail("%s: %s is not a number", where, key);
-    return n->number;
+    return n->type == RETROFIT_JSON_NUMBER ? n->number : otherwise;
 }
+
+static bool config_is(const retrofit_json *j, const char *word) { return j && j->type == RETROFIT_JSON_STRING && !strcmp(j->string, word); }
 
 static bool config_true(const retrofit_json *j, const char *key) {
     const retrofit_json *b = retrofit_json_get(j, key);
     return b && b->type == RETROFIT_JSON_BOOL && b->number != 0;
 }
 
+static int32_t config_id(double x) { return (int32_t)fmax(-1, fmin(1 << 24, x)); }
+
 static bool config_parse(retrofit_config *c, const retrofit_json *j, const char *where) {
-    const retrofit_json *type = retrofit_json_get(j, "model_type"), *rope = retrofit_json_get(j, "rope_scaling"), *kind;
-    if (!type || type->type != RETROFIT_JSON_STRING) return fail("%s: no model_type", where);
-    bool ok = true, plain = !strcmp(type->string, "llama");
-    if (!plain && strcmp(type->string, "huginn_raven")) return fail("%s: model_type %s: only llama and huginn_raven are known", where, type->string);
+    const retrofit_json *type = retrofit_json_get(j, "model_type"), *init = retrofit_json_get(j, "init_values"), *n;
+    bool plain = config_is(type, "llama"), ok = true;
+    if (!plain && !config_is(type, "huginn_raven")) return fail("%s: model_type is neither llama nor huginn_raven: no other is known", where);
     memset(c, 0, sizeof *c);
-    c->n_embd = config_size(j, where, plain ? "hidden_size" : "n_embd", &ok);
-    c->n_heads = config_size(j, where, plain ? "num_attention_heads" : "n_heads", &ok);
-    c->n_kv_heads = retrofit_json_get(j, "num_key_value_heads") ? config_size(j, where, "num_key_value_heads", &ok) : c->n_heads;
-    c->intermediate = config_size(j, where, "intermediate_size", &ok);
-    c->vocab = config_size(j, where, !plain && retrofit_json_get(j, "padded_vocab_size") ? "padded_vocab_size" : "vocab_size", &ok);
-    c->context = config_size(j, where, retrofit_json_get(j, "max_position_embeddings") ? "max_position_embeddings" : "block_size", &ok);
-    c->prelude = plain ? 0 : config_size(j, where, "n_layers_in_prelude", &ok);
-    c->core = plain ? 0 : config_size(j, where, "n_layers_in_recurrent_block", &ok);
-    c->coda = config_size(j, where, plain ? "num_hidden_layers" : "n_layers_in_coda", &ok);
-    c->norm_eps = (float)config_number(j, where, plain ? "rms_norm_eps" : "norm_eps", plain ? 1e-6 : 0, &ok);
-    // transformers 5 moved rope_theta and the scaling into rope_parameters
-    const retrofit_json *parameters = retrofit_json_get(j, "rope_parameters");
-    if (parameters && parameters->type == RETROFIT_JSON_OBJECT) rope = parameters;
-    double theta = config_number(rope, where, "rope_theta", 10000, &ok);
-    c->rope_theta = config_number(j, where, "rope_theta", theta, &ok);
-    if (rope && rope->type == RETROFIT_JSON_OBJECT && ((kind = retrofit_json_get(rope, "rope_type")) || (kind = retrofit_json_get(rope, "type")))) {
-        c->rope_llama3 = kind->type == RETROFIT_JSON_STRING && !strcmp(kind->string, "llama3");
-        if (!c->rope_llama3 && (kind->type != RETROFIT_JSON_STRING || strcmp(kind->string, "default")))
-            return fail("%s: rope_scaling of type %s: only llama3 is known", where, kind->type == RETROFIT_JSON_STRING ? kind->string : "?");
+    c->mean_recurrence = c->backprop_depth = 1;
+    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
+        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
+        if (!key || (!(n = retrofit_json_get(j, key)) && !config_sizes[i].required)) continue;
+        if (!json_size(n, (size_t *)(void *)((char *)c + config_sizes[i].field))) return fail("%s: %s is missing or not a size", where, key);
+    }
+    if (!retrofit_json_get(j, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
+    if (c->vocab == 0 && !json_size(retrofit_json_get(j, "vocab_size"), &c->vocab)) return fail("%s: vocab_size is missing or not a size", where);
+    for (size_t i = 0; i < sizeof config_words / sizeof *config_words; i++)
+        if ((n = retrofit_json_get(j, config_words[i][0])) && !config_is(n, config_words[i][1]))
+            return fail("%s: %s is not %s: only Llama's blocks are supported", where, config_words[i][0], config_words[i][1]);
+    for (size_t i = 0; i < sizeof config_flags / sizeof *config_flags; i++)
+        if (config_true(j, config_flags[i])) return fail("%s: %s is true: such models are not supported", where, config_flags[i]);
+    // transformers 5 keeps rope_theta and the scaling in rope_parameters
+    const retrofit_json *rope = retrofit_json_get(j, retrofit_json_get(j, "rope_parameters") ? "rope_parameters" : "rope_scaling"), *kind;
+    c->rope_theta = config_number(j, where, "rope_theta", config_number(rope, where, "rope_theta", 10000, &ok), &ok);
+    if ((kind = retrofit_json_get(rope, "rope_type")) || (kind = retrofit_json_get(rope, "type"))) {
+        c->rope_llama3 = config_is(kind, "llama3");
+        if (!c->rope_llama3 && !config_is(kind, "default")) return fail("%s: rope_scaling is not of type llama3: no other is known", where);
         c->rope_factor = config_number(rope, where, "factor", 0, &ok), c->rope_low = config_number(rope, where, "low_freq_factor", 0, &ok);
         c->rope_high = config_number(rope, where, "high_freq_factor", 0, &ok);
         c->rope_original_context = config_number(rope, where, "original_max_position_embeddings", 0, &ok);
     }
-    if (!ok) return false;
     c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
-    double head_dim = config_number(j, where, "head_dim", (double)c->head_dim, &ok);
-    if (head_dim != (double)c->head_dim)
-        return fail("%s: head_dim %g is not %zu / %zu: such models are not supported", where, head_dim, c->n_embd, c->n_heads);
-    static const char *const unsupported[] = {"attention_bias", "mlp_bias", "qk_bias", "bias"};
-    for (size_t i = 0; i < 4; i++)
-        if (config_true(j, unsupported[i])) return fail("%s: %s: models with biases are not supported", where, unsupported[i]);
-    const retrofit_json *norm = retrofit_json_get(j, "norm_class_name"), *activation = retrofit_json_get(j, "hidden_act");
-    const retrofit_json *init = retrofit_json_get(j, "init_values"), *block = retrofit_json_get(j, "block_class_name");
-    if (norm && (norm->type != RETROFIT_JSON_STRING || strcmp(norm->string, "RMSNorm_llama")))
-        return fail("%s: norm_class_name is not RMSNorm_llama: only Llama's blocks are supported", where);
-    if (block && (block->type != RETROFIT_JSON_STRING || strcmp(block->string, "SandwichBlock")))
-        return fail("%s: block_class_name is not SandwichBlock, the authors' name for Llama's blocks: no others are supported", where);
-    if (activation && (activation->type != RETROFIT_JSON_STRING || strcmp(activation->string, "silu")))
-        return fail("%s: hidden_act is not silu", where);
-    if (config_number(init, where, "embed_scale", 1, &ok) != 1) return fail("%s: embed_scale is not 1", where);
+    if (config_number(j, where, "head_dim", (double)c->head_dim, &ok) != (double)c->head_dim && ok)
+        return fail("%s: head_dim is not %zu / %zu: such models are not supported", where, c->n_embd, c->n_heads);
+    if (config_number(init, where, "embed_scale", 1, &ok) != 1 && ok) return fail("%s: init_values.embed_scale is not 1", where);
+    c->norm_eps = (float)config_number(j, where, plain ? "rms_norm_eps" : "norm_eps", plain ? 1e-6 : 0, &ok);
     c->state_std = (float)config_number(init, where, "std", RETROFIT_STATE_STD, &ok);
-    c->mean_recurrence = (size_t)fmax(0, fmin(1e9, config_number(j, where, "mean_recurrence", 1, &ok)));
-    c->backprop_depth = (size_t)fmax(0, fmin(1e9, config_number(j, where, "mean_backprop_depth", 1, &ok)));
-    c->tied = config_true(j, plain ? "tie_word_embeddings" : "tie_embeddings");
-    if (c->tied && !plain) return fail("%s: tie_embeddings: recurrent models keep wte and lm_head apart", where);
-    c->bos = (int32_t)fmax(-1, fmin(1e9, config_number(j, where, "bos_token_id", -1, &ok)));
-    const retrofit_json *eos = retrofit_json_get(j, "eos_token_id"); // Llama-3's chat models list several: the first is the document's end
-    c->eos = eos && eos->type == RETROFIT_JSON_ARRAY ? (eos->child && eos->child->type == RETROFIT_JSON_NUMBER ? (int32_t)fmax(-1, fmin(1e9, eos->child->number)) : -1)
-                                                     : (int32_t)fmax(-1, fmin(1e9, config_number(j, where, "eos_token_id", -1, &ok)));
+    c->tied = plain && config_true(j, "tie_word_embeddings");
+    c->bos = config_id(config_number(j, where, "bos_token_id", -1, &ok)), c->eos = config_id(config_number(j, where, "eos_token_id", -1, &ok));
     return ok && retrofit_config_check(c, where);
 }
 
@@ -3175,63 +3173,56 @@ bool retrofit_config_read(retrofit_config *c, const char *directory) {
     return ok;
 }
 
-// The shortest decimal that reads back as the same double.
-static const char *number_text(double x, char *buffer) {
+static const char *number_text(double x, char *buffer) { // the shortest decimal that reads back as the same float, else double
+    bool narrow = (double)(float)x == x;
     for (int digits = 1; digits <= 17; digits++) {
         snprintf(buffer, 32, "%.*g", digits, x);
-        if (strtod(buffer, NULL) == x) break;
+        if (narrow ? strtof(buffer, NULL) == (float)x : strtod(buffer, NULL) == x) break;
     }
     return buffer;
 }
 
 bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory) {
-    char path[RETROFIT_PATH], a[32], b[32], d[32], e[32];
-    if (!retrofit_path(path, directory, "config.json")) return false;
-    FILE *f = fopen(path, "wb");
+    char path[RETROFIT_PATH], a[32], b[32], e[32];
+    bool plain = retrofit_is_plain(c);
+    FILE *f = retrofit_path(path, directory, "config.json") ? fopen(path, "wb") : NULL;
     if (!f) return fail("%s: %s", path, strerror(errno));
     errno = 0;
-    for (int digits = 1; digits <= 9; digits++) { // the shortest that reads back as the same float
-        snprintf(a, sizeof a, "%.*g", digits, (double)c->norm_eps);
-        if (strtof(a, NULL) == c->norm_eps) break;
-    }
     fprintf(f, "{\n");
-    if (retrofit_is_plain(c))
+    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
+        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
+        if (key) fprintf(f, "  \"%s\": %zu,\n", key, *(const size_t *)(const void *)((const char *)c + config_sizes[i].field));
+    }
+    if (plain)
+        fprintf(f, "  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"hidden_act\": \"silu\",\n"
+                   "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    else {
+        size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
+        double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
         fprintf(f,
-                "  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"hidden_size\": %zu,\n"
-                "  \"num_attention_heads\": %zu,\n  \"num_key_value_heads\": %zu,\n  \"head_dim\": %zu,\n  \"intermediate_size\": %zu,\n"
-                "  \"num_hidden_layers\": %zu,\n  \"vocab_size\": %zu,\n  \"max_position_embeddings\": %zu,\n  \"rms_norm_eps\": %s,\n"
-                "  \"hidden_act\": \"silu\",\n  \"attention_bias\": false,\n  \"mlp_bias\": false,\n  \"tie_word_embeddings\": false,\n",
-                c->n_embd, c->n_heads, c->n_kv_heads, c->head_dim, c->intermediate, c->coda, c->vocab, c->context, a);
-    else
-        fprintf(f,
-                "  \"architecture_class_name\": \"RecurrentGPT\",\n  \"architectures\": [\"RavenForCausalLM\"],\n"
+                "  \"architectures\": [\"RavenForCausalLM\"],\n  \"model_type\": \"huginn_raven\",\n"
                 "  \"auto_map\": {\n    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
                 "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n  },\n"
-                "  \"model_type\": \"huginn_raven\",\n  \"bias\": false,\n  \"block_class_name\": \"SandwichBlock\",\n  \"block_size\": %zu,\n"
-                "  \"effective_expected_depth\": %zu,\n  \"head_dim\": %zu,\n  \"init_strategy\": \"takase\",\n"
-                "  \"init_values\": {\n    \"embed_scale\": 1.0,\n    \"embedding\": %s,\n    \"out_proj\": %s,\n    \"std\": %s\n  },\n"
-                "  \"injection_type\": \"linear\",\n  \"intermediate_size\": %zu,\n  \"max_position_embeddings\": %zu,\n"
-                "  \"mean_backprop_depth\": %zu,\n  \"mean_recurrence\": %zu,\n  \"mlp_class_name\": \"GatedMLP\",\n  \"n_embd\": %zu,\n"
-                "  \"n_heads\": %zu,\n  \"n_layers\": %zu,\n  \"n_layers_in_coda\": %zu,\n  \"n_layers_in_prelude\": %zu,\n"
-                "  \"n_layers_in_recurrent_block\": %zu,\n  \"nonlin_name\": \"SiLU\",\n  \"norm_class_name\": \"RMSNorm_llama\",\n"
-                "  \"norm_eps\": %s,\n  \"num_key_value_heads\": %zu,\n  \"padded_vocab_size\": %zu,\n  \"vocab_size\": %zu,\n"
-                "  \"qk_bias\": false,\n  \"sampling_scheme\": \"poisson-lognormal-filling\",\n  \"state_init\": \"like-init\",\n"
-                "  \"test_time_noise\": 0,\n  \"test_time_noise_type\": \"fixed\",\n  \"tie_embeddings\": false,\n"
-                "  \"tie_word_embeddings\": false,\n",
-                c->context, c->prelude + c->core * c->mean_recurrence + c->coda, c->head_dim, number_text(sqrt(2.0 / (5.0 * (double)c->n_embd)), b),
-                number_text(sqrt(2.0 / (5.0 * (double)c->n_embd)) /
-                                sqrt(2.0 * (double)(c->prelude + c->core * c->mean_recurrence + c->coda)), d),
-                c->state_std == (float)RETROFIT_STATE_STD ? "0.008703882797784892" : number_text((double)c->state_std, e), c->intermediate,
-                c->context, c->backprop_depth, c->mean_recurrence, c->n_embd, c->n_heads, c->prelude + c->core + c->coda, c->coda, c->prelude,
-                c->core, a, c->n_kv_heads, c->vocab, c->vocab);
+                "  \"architecture_class_name\": \"RecurrentGPT\",\n  \"block_class_name\": \"SandwichBlock\",\n"
+                "  \"norm_class_name\": \"RMSNorm_llama\",\n  \"mlp_class_name\": \"GatedMLP\",\n  \"nonlin_name\": \"SiLU\",\n"
+                "  \"injection_type\": \"linear\",\n  \"state_init\": \"like-init\",\n  \"init_strategy\": \"takase\",\n"
+                "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n  \"test_time_noise\": 0,\n  \"test_time_noise_type\": \"fixed\",\n"
+                "  \"bias\": false,\n  \"qk_bias\": false,\n  \"tie_embeddings\": false,\n  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n"
+                "  \"n_layers\": %zu,\n  \"effective_expected_depth\": %zu,\n",
+                c->vocab, c->context, c->prelude + c->core + c->coda, depth);
+        fprintf(f, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, \"out_proj\": %s, \"std\": %s},\n", number_text(sigma, a),
+                number_text(sigma / sqrt(2.0 * (double)depth), b),
+                number_text(c->state_std == (float)RETROFIT_STATE_STD ? RETROFIT_STATE_STD : (double)c->state_std, e));
+    }
     if (c->bos >= 0) fprintf(f, "  \"bos_token_id\": %d,\n", (int)c->bos);
     if (c->eos >= 0) fprintf(f, "  \"eos_token_id\": %d,\n", (int)c->eos);
     if (c->rope_llama3)
-        fprintf(f,
-                "  \"rope_scaling\": {\n    \"factor\": %s,\n    \"high_freq_factor\": %s,\n    \"low_freq_factor\": %s,\n"
-                "    \"original_max_position_embeddings\": %.0f,\n    \"rope_type\": \"llama3\"\n  },\n",
-                number_text(c->rope_factor, b), number_text(c->rope_high, d), number_text(c->rope_low, e), c->rope_original_context);
-    fprintf(f, "  \"rope_theta\": %s,\n  \"torch_dtype\": \"%s\"\n}\n", number_text(c->rope_theta, b), type == RETROFIT_BF16 ? "bfloat16" : "float32");
+        fprintf(f, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, \"low_freq_factor\": %s, "
+                   "\"original_max_position_embeddings\": %.0f, \"rope_type\": \"llama3\"},\n",
+                number_text(c->rope_factor, a), number_text(c->rope_high, b), number_text(c->rope_low, e), c->rope_original_context);
+    fprintf(f, "  \"head_dim\": %zu,\n  \"%s\": %s,\n  \"rope_theta\": %s,\n  \"tie_word_embeddings\": false,\n  \"torch_dtype\": \"%s\"\n}\n",
+            c->head_dim, plain ? "rms_norm_eps" : "norm_eps", number_text((double)c->norm_eps, a), number_text(c->rope_theta, b),
+            type == RETROFIT_BF16 ? "bfloat16" : "float32");
     return finish_file(f, path, true);
 }
 
@@ -4056,27 +4047,12 @@ void retrofit_directory_abandon(const char *temporary) {
 }
 
 bool retrofit_directory_commit(const char *temporary, const char *final) {
-    char parent[RETROFIT_PATH], old[RETROFIT_PATH];
-    int n = snprintf(old, sizeof old, "%s.old", temporary);
-    if (n < 0 || n >= RETROFIT_PATH) return fail("%.60s…: a path longer than %d bytes", final, RETROFIT_PATH - 1);
-    strcpy(parent, temporary);
+    char parent[RETROFIT_PATH];
+    snprintf(parent, sizeof parent, "%s", temporary);
     cut_to_parent(parent);
-    struct stat there;
-    char mark[RETROFIT_PATH]; // only what is empty or holds a model is ever replaced
-    if (lstat(final, &there) == 0 &&
-        (!S_ISDIR(there.st_mode) || (rmdir(final) && retrofit_path(mark, final, "config.json") && access(mark, F_OK))))
-        return fail("%s exists and is not a model's directory: remove it or choose another name", final);
     if (!sync_directory(temporary)) return false;
-    bool replaced = rename(final, old) == 0;
-    if (!replaced && errno != ENOENT) return fail("%s: cannot be replaced: %s", final, strerror(errno));
-    if (rename(temporary, final)) {
-        fail("%s: %s", final, strerror(errno));
-        if (replaced) rename(old, final);
-        return false;
-    }
-    if (!sync_directory(parent)) return false;
-    if (replaced) retrofit_directory_abandon(old);
-    return true;
+    if (rename(temporary, final)) return fail("%s: %s", final, errno == ENOTEMPTY || errno == ENOTDIR ? "exists already: remove it" : strerror(errno));
+    return sync_directory(parent);
 }
 
 static bool copy_file(const char *from, const char *to) {
@@ -4109,76 +4085,71 @@ const char *retrofit_model_directory(const char *directory, char path[RETROFIT_P
     return directory;
 }
 
-// Every piece of every parameter as a tensor to write; data(p) is where its numbers lie, in type(p). NULL + error.
-static retrofit_tensor *tensors_of(const retrofit_model *m, size_t *count) {
-    retrofit_tensor *t = (retrofit_tensor *)allocate(3 * m->parameter_count, sizeof *t);
-    *count = 0;
-    for (size_t i = 0; t && i < m->parameter_count; i++) {
+// The tensors a checkpoint is written from: the weights (kind 'w'), every piece under its name; or a kind of moments ('m', 'v'), each
+// parameter whole under its label behind "m." or "v.". Appended to t; returns how many.
+enum { TENSOR_NAME = 96 };
+static size_t list_tensors(const retrofit_model *m, char kind, retrofit_tensor *t, char (*names)[TENSOR_NAME]) {
+    size_t count = 0;
+    for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
-        const char *data = p->master ? (const char *)p->master : (const char *)p->weight.data;
-        retrofit_type type = p->master ? RETROFIT_F32 : p->weight.type;
-        for (size_t j = 0; j < p->pieces; j++) {
-            retrofit_tensor *out = &t[(*count)++];
-            out->name = p->piece[j].name, out->type = type, out->data = data, out->count = p->piece[j].rows * p->cols;
-            out->dims = p->kind == RETROFIT_NORM ? 1 : 2;
-            out->shape[0] = p->kind == RETROFIT_NORM ? p->cols : p->piece[j].rows, out->shape[1] = p->cols;
-            data += out->count * retrofit_type_size(type);
+        const char *data = (const char *)(kind == 'm' ? p->m : kind == 'v' ? p->v : p->master ? p->master : p->weight.data);
+        retrofit_type type = kind == 'w' && !p->master ? p->weight.type : RETROFIT_F32;
+        for (size_t j = 0; data && j < (kind == 'w' ? p->pieces : 1); j++, count++) {
+            size_t rows = kind == 'w' ? p->piece[j].rows : p->rows;
+            snprintf(names[count], TENSOR_NAME, "%s%s", kind == 'm' ? "m." : kind == 'v' ? "v." : "", p->piece[j].name);
+            retrofit_tensor out = {names[count], type, 2, {rows, p->cols, 0, 0}, rows * p->cols, data};
+            if (kind == 'w' && p->kind == RETROFIT_NORM) out.dims = 1, out.shape[0] = p->cols;
+            data += out.count * retrofit_type_size(type);
+            t[count] = out;
         }
     }
-    return t;
+    return count;
+}
+
+typedef struct {
+    retrofit_tensor *t;
+    char (*names)[TENSOR_NAME];
+    size_t count;
+} tensor_list;
+
+static tensor_list tensors_of(const retrofit_model *m, const char *kinds) {
+    tensor_list l = {NULL, NULL, 0};
+    l.t = (retrofit_tensor *)allocate(3 * m->parameter_count, sizeof *l.t);
+    l.names = (char (*)[TENSOR_NAME])allocate(3 * m->parameter_count, sizeof *l.names);
+    for (; l.t && l.names && *kinds; kinds++) l.count += list_tensors(m, *kinds, l.t + l.count, l.names + l.count);
+    return l;
+}
+
+static bool write_tensors(const retrofit_model *m, const char *kinds, const char *directory, const char *file, retrofit_type type,
+                          const char *const *metadata) {
+    char path[RETROFIT_PATH];
+    tensor_list l = tensors_of(m, kinds);
+    bool ok = l.count && retrofit_path(path, directory, file) && retrofit_safetensors_write(path, m->ops, l.t, l.count, type, metadata);
+    free(l.t), free(l.names);
+    return ok;
 }
 
 bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from) {
-    char path[RETROFIT_PATH];
-    size_t count;
-    retrofit_tensor *t = tensors_of(m, &count);
-    bool ok = t && retrofit_path(path, directory, "model.safetensors") &&
-              retrofit_safetensors_write(path, m->ops, t, count, type, NULL) && retrofit_config_write(&m->config, type, directory) &&
-              (!tokenizer_from || copy_tokenizer(tokenizer_from, directory));
-    free(t);
-    return ok;
-}
-
-// The moments as tensors m.NAME and v.NAME, with NAME the parameter's label.
-static retrofit_tensor *moments_of(const retrofit_model *m, size_t *count) {
-    enum { NAME = 96 };
-    retrofit_tensor *t = (retrofit_tensor *)allocate(2 * m->parameter_count, sizeof *t + NAME);
-    char *names = (char *)(t + 2 * m->parameter_count);
-    *count = 0;
-    for (size_t i = 0; t && i < 2 * m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i / 2];
-        if (i % 2 && !p->v) continue;
-        snprintf(names + i * NAME, NAME, "%c.%s", i % 2 ? 'v' : 'm', p->piece[0].name);
-        retrofit_tensor *out = &t[(*count)++];
-        out->name = names + i * NAME, out->type = RETROFIT_F32, out->data = i % 2 ? p->v : p->m;
-        out->dims = 2, out->shape[0] = p->rows, out->shape[1] = p->cols, out->count = p->rows * p->cols;
-    }
-    return t;
+    return write_tensors(m, "w", directory, "model.safetensors", type, NULL) && retrofit_config_write(&m->config, type, directory) &&
+           (!tokenizer_from || copy_tokenizer(tokenizer_from, directory));
 }
 
 bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata) {
-    char path[RETROFIT_PATH];
-    size_t count;
-    retrofit_tensor *t = moments_of(m, &count);
-    bool ok = t && retrofit_path(path, directory, "optimizer.safetensors") &&
-              retrofit_safetensors_write(path, m->ops, t, count, RETROFIT_F32, metadata);
-    free(t);
-    return ok;
+    return write_tensors(m, "mv", directory, "optimizer.safetensors", RETROFIT_F32, metadata);
 }
 
 bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory) {
     char path[RETROFIT_PATH];
-    size_t count;
     if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(f, path)) return false;
-    retrofit_tensor *t = moments_of(m, &count);
-    bool ok = t && (count == f->count || fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, count));
-    for (size_t i = 0; ok && i < count; i++) {
-        const retrofit_tensor *saved = retrofit_safetensors_find(f, t[i].name);
-        if (!saved || saved->type != RETROFIT_F32 || saved->dims != 2 || saved->shape[0] != t[i].shape[0] || saved->shape[1] != t[i].shape[1])
-            ok = fail("%s: %s is missing or of another shape", path, t[i].name);
-        else m->ops->upload((void *)t[i].data, saved->data, saved->count * sizeof(float));
+    tensor_list l = tensors_of(m, "mv");
+    bool ok = l.count && (l.count == f->count || fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, l.count));
+    for (size_t i = 0; ok && i < l.count; i++) {
+        const retrofit_tensor *saved = retrofit_safetensors_find(f, l.t[i].name);
+        if (!saved || saved->type != RETROFIT_F32 || saved->dims != 2 || saved->shape[0] != l.t[i].shape[0] || saved->shape[1] != l.t[i].shape[1])
+            ok = fail("%s: %s is missing or of another shape", path, l.t[i].name);
+        else m->ops->upload((void *)l.t[i].data, saved->data, saved->count * sizeof(float));
     }
-    free(t);
+    free(l.t), free(l.names);
     if (!ok) retrofit_safetensors_close(f);
     return ok;
 }
@@ -4306,20 +4277,11 @@ static bool read_option(const retrofit_option *o, const char *text) {
     return fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
 }
 
-// How many letters two words differ by at the least: enough to guess what was meant.
-static size_t edit_distance(const char *a, const char *b) {
-    size_t row[64], n = least(strlen(b), 63);
-    for (size_t j = 0; j <= n; j++) row[j] = j;
-    for (size_t i = 1; *a; a++, i++) {
-        size_t diagonal = row[0];
-        row[0] = i;
-        for (size_t j = 1; j <= n; j++) {
-            size_t change = diagonal + (*a != b[j - 1]);
-            diagonal = row[j];
-            row[j] = least(change, least(row[j], row[j - 1]) + 1);
-        }
-    }
-    return row[n];
+static size_t common_letters(const char *a, const char *b) { // at their beginnings and ends: enough to guess what was meant
+    size_t n = strlen(a), m = strlen(b), front = 0, back = 0;
+    while (front < n && front < m && a[front] == b[front]) front++;
+    while (back < n && back < m && a[n - 1 - back] == b[m - 1 - back]) back++;
+    return front + back;
 }
 
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others, size_t *other_count) {
@@ -4346,7 +4308,7 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         while (j < count && (table[j].type == RETROFIT_HEADING || strlen(table[j].name) != length || strncmp(table[j].name, arg + 2, length))) j++;
         if (j == count) {
             for (size_t k = 0; k < count; k++)
-                if (table[k].type != RETROFIT_HEADING && edit_distance(table[k].name, arg + 2) < edit_distance(nearest, arg + 2)) nearest = table[k].name;
+                if (table[k].type != RETROFIT_HEADING && common_letters(table[k].name, arg + 2) > common_letters(nearest, arg + 2)) nearest = table[k].name;
             return fprintf(stderr, "%s: unknown option %s: did you mean --%s? (see --help)\n", program, arg, nearest), 2;
         }
         if (table[j].type == RETROFIT_FLAG) {

@@ -154,6 +154,7 @@ static void save(const retrofit_model *m, size_t step, double flops, const char 
     before[length > 0 ? length : 0] = 0;
     char *directory = retrofit_directory_begin(path);
     if (!directory) die(1, "%s", retrofit_error());
+    if (strcmp(before, name)) retrofit_directory_abandon(path); // written by a run that was stopped before it could link to it
     if (!retrofit_save(m, directory, RETROFIT_F32, tokenizer) || !retrofit_save_optimizer(m, directory, metadata) ||
         !retrofit_directory_commit(directory, path)) {
         retrofit_directory_abandon(directory);

@@ -659,15 +659,6 @@ TEST(cast) {
     check(!wrong, "%s, %s: %zu elements are not the nearest", op, shape, wrong);
 }
 
-TEST(widen) {
-    size_t n = pick(1, 5000);
-    SHAPE("n %zu", n);
-    array x = acts(n, 1), out = f32_unset(n);
-    if (trial & 1) poison(x, n / 2);
-    ops->widen(out.f, x.at, n);
-    near("out", out, x.x, NULL, 0);
-}
-
 TEST(add) {
     size_t n = pick(1, 5000);
     SHAPE("n %zu", n);
