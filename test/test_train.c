@@ -681,7 +681,7 @@ static void hostile_configs(void) {
     static const char llama[] = "model_type \"llama\";hidden_size 32;num_attention_heads 4;intermediate_size 88;num_hidden_layers 8;"
                                 "vocab_size 131;max_position_embeddings 128";
     static const char raven[] = "model_type \"huginn_raven\";n_embd 32;n_heads 4;intermediate_size 88;n_layers_in_prelude 2;"
-                                "n_layers_in_recurrent_block 3;n_layers_in_coda 2;vocab_size 131;block_size 128;norm_eps 1e-5";
+                                "n_layers_in_recurrent_block 3;n_layers_in_coda 2;vocab_size 131;max_position_embeddings 128;norm_eps 1e-5";
     const char *const bad[] = {
         NULL, "-1",  "1.5",  "1e30", "99999999999999999999", "1e999", "9007199254740993", "\"8\"", "null", "true", "[8]",
         "{}", "NaN", "0x10", "08"};
