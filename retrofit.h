@@ -305,7 +305,7 @@ size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *
 // One pass, piece by piece. tokens: (b,t) on the host; false + error if one is not below V or the batch is too large.
 bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t); // e and A_e·e
 void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed);                  // s_0; sigma 0: zero
-void retrofit_recur(retrofit_activations *a, size_t n, size_t k);                          // n, then k recurrences; k only if training
+void retrofit_recur(retrofit_activations *a, size_t n, size_t k);                          // n, then k recurrences; k when training, K at most in all
 void retrofit_coda(retrofit_activations *a);                                               // coda and final norm
 // All of it: e, s_0, n + k recurrences, coda. sigma and seed as in retrofit_start.
 bool retrofit_forward(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, float sigma, uint64_t seed, size_t n, size_t k);
@@ -363,15 +363,8 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, voi
 int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 
 // ---- JSON, tokenizer ------------------------------------------------------------------------------------------------------
-typedef enum {
-    RETROFIT_JSON_NULL,
-    RETROFIT_JSON_BOOL,
-    RETROFIT_JSON_NUMBER,
-    RETROFIT_JSON_STRING,
-    RETROFIT_JSON_ARRAY,
-    RETROFIT_JSON_OBJECT
-} retrofit_json_type;
-
+enum { RETROFIT_JSON_NULL, RETROFIT_JSON_BOOL, RETROFIT_JSON_NUMBER, RETROFIT_JSON_STRING, RETROFIT_JSON_ARRAY, RETROFIT_JSON_OBJECT };
+typedef int retrofit_json_type; // one of these
 typedef struct retrofit_json retrofit_json;
 struct retrofit_json {
     retrofit_json_type type;
@@ -392,18 +385,18 @@ void retrofit_json_free(retrofit_json *root);
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
 
 
-// A Hugging Face tokenizer.json (byte-pair encoding only), reproduced id for id. Read-only once loaded: threads may share one.
+// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3 and Qwen 2, and SentencePiece's
+// BPE as in Llama 2. Read-only once loaded: threads may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
 
 // Reads directory/tokenizer.json and, if there, tokenizer_config.json (bos_token, eos_token; add_bos_token and add_eos_token count only
-// where tokenizer.json has no post_processor). Returns a tokenizer, freed with retrofit_tokenizer_free, or NULL with retrofit_error():
-// whatever in tokenizer.json is unknown or unsupported is an error, nothing is skipped.
+// where tokenizer.json has no post_processor). Freed with retrofit_tokenizer_free. NULL with retrofit_error() for a step or option that is
+// not supported: none that would change ids is skipped.
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory);
-// Frees a tokenizer, or NULL.
-void retrofit_tokenizer_free(retrofit_tokenizer *t);
+void retrofit_tokenizer_free(retrofit_tokenizer *t); // or NULL
 // Encodes size bytes of UTF-8; special tokens written out in text become their ids. with_special adds what the post-processor adds (BOS,
 // mostly). Each stretch of invalid UTF-8 is read as U+FFFD, as Python's errors="replace" does before Hugging Face sees a text. Returns
-// malloc'd ids and *count, or NULL with retrofit_error(): out of memory, or text that is not in the NFC form the tokenizer asks for.
+// malloc'd ids and *count, or NULL with retrofit_error() if memory is out.
 int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count);
 // Decodes ids to malloc'd valid UTF-8 with a NUL behind it, *size without the NUL; skip_special leaves special tokens out. NULL with
 // retrofit_error() for an id that is no token's.
@@ -422,10 +415,8 @@ char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, cons
 // The ids of the beginning and end of text that tokenizer_config.json names; -1 if it names none.
 int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t);
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t);
-// The id of the token spelt so in tokenizer.json ("<|im_end|>", "▁the"); -1 if there is none.
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token);
-// Highest id + 1.
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); // of a token spelt as in the file ("▁the"), or -1
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
 
 
 // ---- Files -----------------------------------------------------------------------------------------------------------
@@ -565,6 +556,8 @@ static char *read_file(const char *path, size_t *size) {
     fclose(f);
     return text;
 }
+
+
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -731,188 +724,129 @@ static size_t utf8_put(uint32_t c, char *out) {
     return n;
 }
 
-// Nodes and strings live in blocks that the root owns: a big vocabulary has a million of them.
-typedef struct json_block json_block;
-struct json_block {
-    json_block *next;
-    size_t used, room;
-    char *bytes; // directly behind the block
-};
-
-typedef struct {
-    retrofit_json root; // first, so that a root's address is its tree's
-    json_block *blocks;
-} json_tree;
-
 typedef struct {
     const char *text, *where;
     size_t size, at;
-    json_tree *tree;
+    retrofit_json *nodes; // the next free one
+    char *strings;        // the next free byte
 } json_parser;
 
 static bool json_fail(const json_parser *p, const char *what) { return fail("%s: byte %zu: bad JSON: %s", p->where, p->at, what); }
-
-static void *json_take(json_parser *p, size_t size) {
-    size = (size + 15) / 16 * 16; // no overflow: size is at most a string of the text
-    json_block *b = p->tree->blocks;
-    if (!b || b->room - b->used < size) {
-        size_t room = p->size < 4096 ? 4096 : p->size < 1 << 20 ? p->size : 1 << 20; // small texts, small blocks
-        if (room < size) room = size;
-        if (!(b = (json_block *)malloc(sizeof *b + room))) return fail("%s: out of memory", p->where), (void *)NULL;
-        b->next = p->tree->blocks, b->used = 0, b->room = room, b->bytes = (char *)(b + 1);
-        p->tree->blocks = b;
-    }
-    b->used += size;
-    return b->bytes + b->used - size;
-}
-
 static char json_peek(const json_parser *p) { return p->at < p->size ? p->text[p->at] : 0; }
 
-static char json_skip(json_parser *p) {
-    while (p->at < p->size && strchr(" \t\r\n", p->text[p->at]) && p->text[p->at]) p->at++;
-    return json_peek(p);
-}
-
-static bool json_hex4(json_parser *p, uint32_t *c) {
-    *c = 0;
-    for (int i = 0; i < 4; i++, p->at++) {
-        char h = json_peek(p);
-        int digit = h >= '0' && h <= '9' ? h - '0' : h >= 'a' && h <= 'f' ? h - 'a' + 10 : h >= 'A' && h <= 'F' ? h - 'A' + 10 : -1;
-        if (digit < 0) return json_fail(p, "\\u needs four hexadecimal digits");
-        *c = *c << 4 | (uint32_t)digit;
-    }
-    return true;
-}
-
-// A string from its opening quote on.
-static bool json_string(json_parser *p, const char **string, size_t *length) {
-    if (json_peek(p) != '"') return json_fail(p, "expected a string");
-    size_t end = ++p->at;
-    while (end < p->size && p->text[end] != '"') end += p->text[end] == '\\' ? 2 : 1;
-    if (end >= p->size) return json_fail(p, "this string does not end");
-    char *out = (char *)json_take(p, end - p->at + 1), *start = out; // no escape is shorter than what it stands for
-    if (!out) return false;
-    while (p->at < end) {
-        uint32_t c, low;
-        size_t n = utf8_next(p->text + p->at, end - p->at, &c);
-        if (c == UTF8_INVALID) return json_fail(p, "not UTF-8");
-        if (c < 0x20) return json_fail(p, "a control character in a string must be escaped");
-        if (c != '\\') {
-            memcpy(out, p->text + p->at, n);
-            p->at += n, out += n;
-            continue;
-        }
-        static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-        char escape = p->text[p->at + 1]; // there: the loop above skipped over it
-        const char *name = escape ? strchr(names, escape) : NULL;
-        if (!name && escape != 'u') return json_fail(p, "unknown escape");
-        p->at += 2;
-        if (name) {
-            *out++ = values[name - names];
-            continue;
-        }
-        if (!json_hex4(p, &c)) return false;
-        if (c >= 0xd800 && c < 0xdc00 && json_peek(p) == '\\' && p->at + 1 < end && p->text[p->at + 1] == 'u') {
-            p->at += 2;
-            if (!json_hex4(p, &low)) return false;
-            if (low < 0xdc00 || low > 0xdfff) return json_fail(p, "a lone surrogate before this");
-            c = 0x10000 + ((c - 0xd800) << 10) + (low - 0xdc00);
-        } else if (c >= 0xd800 && c < 0xe000) return json_fail(p, "a lone surrogate before this");
-        out += utf8_put(c, out);
-    }
-    p->at = end + 1;
-    *out = 0;
-    *string = start, *length = (size_t)(out - start);
-    return true;
-}
-
-static size_t json_digits(json_parser *p) {
+static size_t json_span(json_parser *p, const char *set) {
     size_t from = p->at;
-    while (json_peek(p) >= '0' && json_peek(p) <= '9') p->at++;
+    while (json_peek(p) && strchr(set, json_peek(p))) p->at++;
     return p->at - from;
 }
 
+static char json_skip(json_parser *p) { return json_span(p, " \t\r\n"), json_peek(p); }
+
+static bool json_utf16(json_parser *p, uint32_t *unit) { // \uXXXX
+    char text[7] = {0};
+    memcpy(text, p->text + p->at, least(6, p->size - p->at));
+    *unit = (uint32_t)strtoul(text + 2, NULL, 16);
+    if (text[0] != '\\' || text[1] != 'u' || strspn(text + 2, "0123456789abcdefABCDEF") < 4)
+        return json_fail(p, "an unknown escape, or half of a surrogate pair");
+    return p->at += 6, true;
+}
+
+static bool json_escape(json_parser *p, uint32_t *c) {
+    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+    char escape = p->size - p->at > 1 ? p->text[p->at + 1] : 0;
+    const char *name = escape ? strchr(names, escape) : NULL;
+    if (name) return p->at += 2, *c = (uint32_t)values[name - names], true;
+    uint32_t low = 0;
+    if (!json_utf16(p, c)) return false;
+    if (*c < 0xd800 || *c > 0xdfff) return true;
+    if (*c < 0xdc00 && !json_utf16(p, &low)) return false;
+    if (low < 0xdc00 || low > 0xdfff) return json_fail(p, "half of a surrogate pair before this");
+    *c = 0x10000 + ((*c - 0xd800) << 10) + (low - 0xdc00);
+    return true;
+}
+
+static bool json_string(json_parser *p, const char **string, size_t *length) {
+    if (json_peek(p) != '"') return json_fail(p, "expected a string");
+    char *out = p->strings;
+    for (p->at++; json_peek(p) != '"';) {
+        if (p->at == p->size) return json_fail(p, "a string does not end");
+        uint32_t c;
+        size_t n = utf8_next(p->text + p->at, p->size - p->at, &c);
+        if (c == UTF8_INVALID) return json_fail(p, "not UTF-8");
+        if (c < 0x20) return json_fail(p, "a control character in a string must be escaped");
+        if (c != '\\') p->at += n;
+        else if (!json_escape(p, &c)) return false;
+        out += utf8_put(c, out);
+    }
+    *string = p->strings, *length = (size_t)(out - p->strings), *out = 0;
+    p->strings = out + 1;
+    return p->at++, true;
+}
+
 static bool json_number(json_parser *p, retrofit_json *v) {
-    size_t from = p->at;
-    if (json_peek(p) == '-') p->at++;
+    const char *digits = "0123456789";
+    size_t from = p->at, fraction = 1, exponent = 1;
+    p->at += json_peek(p) == '-';
     bool zero = json_peek(p) == '0';
-    size_t digits = json_digits(p);
-    if (!digits) return json_fail(p, "expected a value");
-    if (zero && digits > 1) return json_fail(p, "a number with a leading zero");
-    if (json_peek(p) == '.') {
-        p->at++;
-        if (!json_digits(p)) return json_fail(p, "expected a digit after the point");
-    }
-    if (json_peek(p) == 'e' || json_peek(p) == 'E') {
-        p->at++;
-        if (json_peek(p) == '+' || json_peek(p) == '-') p->at++;
-        if (!json_digits(p)) return json_fail(p, "expected a digit in the exponent");
-    }
-    v->length = p->at - from;
-    char *copy = (char *)json_take(p, v->length + 1), *end;
-    if (!copy) return false;
-    memcpy(copy, p->text + from, v->length);
-    copy[v->length] = 0;
-    v->type = RETROFIT_JSON_NUMBER, v->string = copy, v->number = strtod(copy, &end);
-    if (*end) return json_fail(p, "strtod stops early: set LC_NUMERIC to \"C\"");
-    return isfinite(v->number) ? true : json_fail(p, "a number too large for a double");
+    size_t whole = json_span(p, digits);
+    if (json_peek(p) == '.') p->at++, fraction = json_span(p, digits);
+    if (json_peek(p) == 'e' || json_peek(p) == 'E')
+        p->at++, p->at += json_peek(p) == '+' || json_peek(p) == '-', exponent = json_span(p, digits);
+    if (!whole || (zero && whole > 1) || !fraction || !exponent) return json_fail(p, "not a value");
+    char *end = p->strings;
+    v->type = RETROFIT_JSON_NUMBER, v->string = end, v->length = p->at - from;
+    memcpy(end, p->text + from, v->length);
+    end[v->length] = 0, p->strings += v->length + 1;
+    v->number = strtod(v->string, &end);
+    return (!*end && isfinite(v->number)) || json_fail(p, "a number too large for a double (or LC_NUMERIC is not \"C\")");
 }
 
 // Any value; v is zeroed. The depth bounds the recursion.
 static bool json_value(json_parser *p, retrofit_json *v, int depth) {
+    static const char *const words[] = {"null", "false", "true"};
     char c = json_skip(p);
     if (c == '"') return v->type = RETROFIT_JSON_STRING, json_string(p, &v->string, &v->length);
-    static const char *const words[] = {"null", "false", "true"};
     for (int i = 0; i < 3; i++) {
         size_t n = strlen(words[i]);
-        if (c != words[i][0] || p->size - p->at < n || memcmp(p->text + p->at, words[i], n)) continue;
-        p->at += n, v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2;
-        return true;
+        if (p->size - p->at >= n && !memcmp(p->text + p->at, words[i], n))
+            return p->at += n, v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2, true;
     }
     if (c != '[' && c != '{') return json_number(p, v);
     if (depth == 64) return json_fail(p, "more than 64 levels");
-    char close = c == '[' ? ']' : '}';
-    v->type = c == '[' ? RETROFIT_JSON_ARRAY : RETROFIT_JSON_OBJECT;
-    p->at++;
+    char close = c == '[' ? ']' : '}', after = ',';
+    p->at++, v->type = c == '[' ? RETROFIT_JSON_ARRAY : RETROFIT_JSON_OBJECT;
     if (json_skip(p) == close) return p->at++, true;
-    for (retrofit_json **tail = &v->child;; tail = &(*tail)->next) {
-        retrofit_json *child = (retrofit_json *)json_take(p, sizeof *child);
-        if (!child) return false;
-        memset(child, 0, sizeof *child);
-        *tail = child, v->count++;
-        if (close == '}') {
-            json_skip(p);
-            if (!json_string(p, &child->key, &child->key_length)) return false;
-            if (json_skip(p) != ':') return json_fail(p, "expected ':'");
-            p->at++;
-        }
+    for (retrofit_json **tail = &v->child; after == ','; tail = &(*tail)->next, p->at++) {
+        retrofit_json *child = *tail = p->nodes++;
+        v->count++, json_skip(p);
+        if (close == '}' && !json_string(p, &child->key, &child->key_length)) return false;
+        if (close == '}' && json_skip(p) != ':') return json_fail(p, "expected ':'");
+        p->at += close == '}';
         if (!json_value(p, child, depth + 1)) return false;
-        char after = json_skip(p);
+        after = json_skip(p);
         if (after != ',' && after != close) return json_fail(p, close == ']' ? "expected ',' or ']'" : "expected ',' or '}'");
-        p->at++;
-        if (after == close) return true;
     }
+    return true;
 }
 
+// All is one block: the nodes, at most as many as there are opening brackets and commas, and one more; then the strings, none of which
+// is longer with its NUL than in the text with its quotes (or, a number, with what follows it).
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
-    json_tree *tree = (json_tree *)allocate(1, sizeof *tree);
-    if (!tree) return NULL;
-    json_parser p = {text, where, size, 0, tree};
-    bool ok = json_value(&p, &tree->root, 0);
-    json_skip(&p);
-    if (ok && p.at < size) ok = json_fail(&p, "something follows the value");
-    if (ok) return &tree->root;
-    retrofit_json_free(&tree->root);
-    return NULL;
+    size_t nodes = 1;
+    bool quoted = false;
+    for (size_t i = 0; i < size; i++) {
+        if (text[i] == '"') quoted = !quoted;
+        else if (text[i] == '\\' && quoted) i++;
+        else nodes += !quoted && (text[i] == '[' || text[i] == '{' || text[i] == ',');
+    }
+    retrofit_json *root = (retrofit_json *)allocate(nodes + size / sizeof *root + 1, sizeof *root);
+    if (!root) return NULL;
+    json_parser p = {text, where, size, 0, root + 1, (char *)(root + nodes)};
+    if (json_value(&p, root, 0) && (json_skip(&p), p.at == size || json_fail(&p, "something follows the value"))) return root;
+    return free(root), (retrofit_json *)NULL;
 }
 
-void retrofit_json_free(retrofit_json *root) {
-    if (!root) return;
-    json_tree *tree = (json_tree *)(void *)root;
-    for (json_block *b = tree->blocks, *next; b; b = next) next = b->next, free(b);
-    free(tree);
-}
-
+void retrofit_json_free(retrofit_json *root) { free(root); }
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key) {
     if (!object || object->type != RETROFIT_JSON_OBJECT) return NULL;
     const retrofit_json *m = object->child;
@@ -926,8 +860,7 @@ static void json_write_string(FILE *f, const char *s, size_t n) {
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)s[i];
         if (c < 0x20) fprintf(f, "\\u%04x", c);
-        else if (c == '"' || c == '\\') fprintf(f, "\\%c", c);
-        else fputc(c, f);
+        else fprintf(f, c == '"' || c == '\\' ? "\\%c" : "%c", c);
     }
     fputc('"', f);
 }
@@ -1130,1148 +1063,616 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const
 // 4  Tokenizer
 // =====================================================================================================================
 
-// Unicode 16 in run lengths: so many code points outside the class, so many inside, and so on. The classes are \p{L}, \p{N} and \s.
-// In tok_combining_runs a third number is the canonical combining class (0 outside); tok_unstable_runs are the characters that NFC may
-// change. Runs too long for 16 bits are 65535, 0, rest.
+// Unicode 16's \p{L}, \p{N} and \s in run lengths: so many code points outside the class, so many inside, and so on; each number in base
+// 26, its last digit a capital.
 // clang-format off
-static const uint16_t tok_letter_runs[] = {
-    65, 26, 6, 26, 47, 1, 10, 1, 4, 1, 5, 23, 1, 31, 1, 458, 4, 12, 14, 5, 7, 1, 1, 1, 129, 5, 1, 2, 2, 4, 1, 1, 6, 1, 1, 3, 1, 1, 1, 20,
-    1, 83, 1, 139, 8, 166, 1, 38, 2, 1, 6, 41, 71, 27, 4, 4, 45, 43, 35, 2, 1, 99, 1, 1, 15, 2, 7, 2, 10, 3, 2, 1, 16, 1, 1, 30, 29, 89,
-    11, 1, 24, 33, 9, 2, 4, 1, 5, 22, 4, 1, 9, 1, 3, 1, 23, 25, 7, 11, 5, 24, 1, 6, 17, 42, 58, 54, 3, 1, 18, 1, 7, 10, 15, 16, 4, 8, 2, 2,
-    2, 22, 1, 7, 1, 1, 3, 4, 3, 1, 16, 1, 13, 2, 1, 3, 14, 2, 10, 1, 8, 6, 4, 2, 2, 22, 1, 7, 1, 2, 1, 2, 1, 2, 31, 4, 1, 1, 19, 3, 16, 9,
-    1, 3, 1, 22, 1, 7, 1, 2, 1, 5, 3, 1, 18, 1, 15, 2, 23, 1, 11, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 30, 2, 1, 3, 15, 1, 17, 1, 1, 6,
-    3, 3, 1, 4, 3, 2, 1, 1, 1, 2, 3, 2, 3, 3, 3, 12, 22, 1, 52, 8, 1, 3, 1, 23, 1, 16, 3, 1, 26, 3, 2, 1, 2, 2, 30, 1, 4, 8, 1, 3, 1, 23,
-    1, 10, 1, 5, 3, 1, 31, 2, 1, 2, 15, 2, 17, 9, 1, 3, 1, 41, 2, 1, 16, 1, 5, 3, 8, 3, 24, 6, 5, 18, 3, 24, 1, 9, 1, 1, 2, 7, 58, 48, 1,
-    2, 12, 7, 58, 2, 1, 1, 1, 5, 1, 24, 1, 1, 1, 10, 1, 2, 9, 1, 2, 5, 1, 1, 21, 4, 32, 1, 63, 8, 1, 36, 27, 5, 115, 43, 20, 1, 16, 6, 4,
-    4, 3, 1, 3, 2, 7, 3, 4, 13, 12, 1, 17, 38, 1, 1, 5, 1, 2, 43, 1, 333, 1, 4, 2, 7, 1, 1, 1, 4, 2, 41, 1, 4, 2, 33, 1, 4, 2, 7, 1, 1, 1,
-    4, 2, 15, 1, 57, 1, 4, 2, 67, 37, 16, 16, 86, 2, 6, 3, 620, 2, 17, 1, 26, 5, 75, 6, 8, 7, 18, 13, 19, 14, 18, 14, 13, 1, 3, 15, 52, 35,
-    1, 4, 1, 67, 89, 7, 5, 2, 34, 1, 1, 5, 70, 10, 31, 49, 30, 2, 5, 11, 44, 4, 26, 54, 23, 9, 53, 82, 1, 93, 47, 17, 8, 54, 30, 13, 2, 10,
-    44, 26, 36, 41, 3, 10, 36, 2, 11, 5, 43, 2, 3, 41, 4, 1, 6, 1, 2, 3, 1, 5, 192, 64, 278, 2, 6, 2, 38, 2, 6, 2, 8, 1, 1, 1, 1, 1, 1, 1,
-    31, 2, 53, 1, 7, 1, 1, 3, 3, 1, 7, 3, 4, 2, 6, 4, 13, 5, 3, 1, 7, 116, 1, 13, 1, 16, 13, 101, 1, 4, 1, 2, 10, 1, 1, 3, 5, 6, 1, 1, 1,
-    1, 1, 1, 4, 1, 11, 2, 4, 5, 5, 4, 1, 52, 2, 2683, 229, 6, 4, 3, 2, 12, 38, 1, 1, 5, 1, 2, 56, 7, 1, 16, 23, 9, 7, 1, 7, 1, 7, 1, 7, 1,
-    7, 1, 7, 1, 7, 1, 7, 80, 1, 469, 2, 42, 5, 5, 2, 4, 86, 6, 3, 1, 90, 1, 4, 5, 43, 1, 94, 17, 32, 48, 16, 512, 6592, 64, 22157, 67, 46,
-    2, 269, 3, 16, 10, 2, 20, 47, 16, 31, 2, 70, 49, 9, 2, 103, 2, 67, 2, 2, 1, 1, 1, 8, 21, 16, 1, 3, 1, 4, 1, 23, 29, 52, 14, 50, 62, 6,
-    3, 1, 1, 2, 11, 28, 10, 23, 25, 29, 7, 47, 28, 1, 16, 5, 1, 10, 10, 5, 1, 41, 23, 3, 1, 8, 20, 23, 3, 1, 3, 50, 1, 1, 3, 2, 2, 5, 2, 1,
-    1, 1, 24, 3, 2, 11, 7, 3, 12, 6, 2, 6, 2, 6, 9, 7, 1, 7, 1, 43, 1, 14, 6, 115, 29, 11172, 12, 23, 4, 49, 8452, 366, 2, 106, 38, 7, 12,
-    5, 5, 1, 1, 10, 1, 13, 1, 5, 1, 1, 1, 2, 1, 2, 1, 108, 33, 363, 18, 64, 2, 54, 40, 12, 116, 5, 1, 135, 36, 26, 6, 26, 11, 89, 3, 6, 2,
-    6, 2, 6, 2, 3, 35, 12, 1, 26, 1, 19, 1, 2, 1, 15, 2, 14, 34, 123, 389, 29, 3, 49, 47, 32, 13, 20, 1, 8, 6, 38, 10, 30, 2, 36, 4, 8, 48,
-    158, 18, 36, 4, 36, 4, 40, 8, 52, 12, 11, 1, 15, 1, 7, 1, 2, 1, 11, 1, 15, 1, 7, 1, 2, 3, 52, 12, 311, 9, 22, 10, 8, 24, 6, 1, 42, 1,
-    9, 69, 6, 2, 1, 1, 44, 1, 2, 3, 1, 2, 23, 10, 23, 9, 31, 65, 19, 1, 2, 10, 22, 10, 26, 70, 56, 6, 2, 64, 1, 15, 4, 1, 3, 1, 29, 42, 29,
-    3, 29, 35, 8, 1, 28, 27, 54, 10, 22, 10, 19, 13, 18, 110, 73, 55, 51, 13, 51, 13, 36, 38, 28, 9, 23, 250, 42, 6, 2, 16, 3, 59, 29, 10,
-    1, 8, 22, 42, 18, 46, 21, 27, 23, 12, 53, 57, 2, 2, 1, 13, 45, 32, 25, 26, 36, 29, 1, 2, 1, 8, 35, 3, 1, 12, 48, 14, 4, 21, 1, 1, 1,
-    35, 18, 1, 25, 19, 2, 63, 7, 1, 1, 1, 4, 1, 15, 1, 10, 7, 47, 38, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 18, 1, 12, 5, 30, 10, 1, 1,
-    2, 1, 1, 38, 1, 1, 25, 1, 1, 1, 44, 53, 18, 4, 20, 3, 30, 48, 20, 2, 1, 1, 184, 47, 41, 4, 36, 48, 20, 1, 59, 43, 13, 1, 71, 27, 37, 7,
-    185, 44, 116, 64, 31, 8, 2, 1, 2, 8, 1, 2, 1, 24, 15, 1, 1, 1, 94, 8, 2, 39, 16, 1, 1, 1, 28, 1, 10, 40, 7, 1, 21, 1, 11, 46, 19, 1,
-    18, 73, 199, 33, 31, 9, 1, 37, 17, 1, 49, 30, 112, 7, 1, 2, 1, 38, 21, 1, 25, 6, 1, 2, 1, 32, 14, 1, 327, 19, 15, 1, 1, 13, 1, 34, 124,
-    1, 79, 922, 230, 196, 2636, 97, 15, 1072, 17, 6, 25, 3995, 5, 583, 6841, 30, 1762, 569, 7, 31, 17, 79, 17, 30, 18, 48, 16, 4, 31, 21,
-    5, 19, 432, 45, 211, 64, 128, 75, 5, 1, 66, 13, 64, 2, 1, 1, 28, 6136, 8, 1238, 41, 10, 8935, 4, 1, 7, 1, 2, 1, 291, 15, 1, 29, 3, 2,
-    1, 14, 4, 8, 396, 2308, 107, 5, 13, 3, 9, 7, 10, 5990, 85, 1, 71, 1, 2, 2, 1, 2, 2, 2, 4, 1, 12, 1, 1, 1, 7, 1, 65, 1, 4, 2, 8, 1, 7,
-    1, 28, 1, 4, 1, 5, 1, 1, 3, 7, 1, 340, 2, 25, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 8, 1844, 31, 6, 6, 261,
-    62, 146, 45, 10, 7, 16, 1, 321, 30, 18, 44, 484, 28, 228, 30, 2, 1, 495, 7, 1, 4, 1, 2, 1, 15, 1, 197, 59, 68, 7, 1, 1204, 4, 1, 27, 1,
-    2, 1, 1, 2, 1, 1, 10, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1, 1, 1, 1, 1, 1, 3, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1, 2, 4, 1, 7,
-    1, 4, 1, 4, 1, 1, 1, 10, 1, 17, 5, 3, 1, 5, 1, 17, 4420, 42720, 32, 4154, 6, 222, 2, 5762, 14, 7473, 15, 622, 2466, 542, 1506, 4939, 5,
-    4192};
-static const uint16_t tok_number_runs[] = {
-    48, 10, 120, 2, 5, 1, 2, 3, 1441, 10, 134, 10, 198, 10, 412, 10, 118, 10, 4, 6, 108, 10, 118, 10, 118, 10, 2, 6, 110, 13, 115, 10, 8,
-    7, 103, 10, 104, 7, 7, 19, 109, 10, 96, 10, 118, 10, 70, 20, 268, 10, 70, 10, 719, 20, 881, 3, 239, 10, 6, 10, 22, 10, 300, 10, 128,
-    11, 165, 10, 6, 10, 182, 10, 86, 10, 134, 10, 6, 10, 1046, 1, 3, 6, 6, 10, 198, 51, 2, 5, 726, 60, 78, 22, 630, 30, 1385, 1, 777, 1,
-    25, 9, 14, 3, 343, 4, 138, 10, 30, 8, 1, 15, 32, 10, 39, 15, 29536, 10, 188, 10, 320, 6, 154, 10, 38, 10, 198, 10, 22, 10, 86, 10, 406,
-    10, 21270, 10, 493, 45, 12, 57, 17, 2, 341, 27, 36, 4, 29, 1, 8, 1, 134, 5, 202, 10, 942, 8, 25, 7, 39, 9, 75, 5, 22, 6, 160, 2, 2, 16,
-    2, 46, 64, 9, 52, 2, 30, 3, 75, 5, 104, 8, 24, 8, 41, 7, 330, 6, 48, 10, 6, 10, 278, 31, 158, 10, 42, 4, 112, 7, 134, 30, 128, 10, 60,
-    10, 144, 10, 7, 20, 251, 10, 342, 10, 118, 10, 374, 10, 102, 10, 6, 20, 76, 12, 420, 19, 93, 10, 662, 10, 86, 29, 227, 10, 70, 10, 422,
-    10, 102, 21, 1067, 111, 15553, 10, 2342, 10, 86, 10, 134, 10, 1, 7, 526, 10, 262, 23, 24153, 10, 1478, 20, 12, 20, 108, 25, 1109, 50,
-    2368, 10, 422, 10, 502, 10, 247, 10, 716, 9, 128, 10, 791, 59, 1, 3, 1, 4, 76, 45, 1, 15, 962, 13, 2787, 10};
-static const uint16_t tok_space_runs[] = {
-    9, 5, 18, 1, 100, 1, 26, 1, 5599, 1, 2431, 11, 29, 2, 5, 1, 47, 1, 4000, 1};
-static const uint16_t tok_combining_runs[] = {
-    768, 21, 230, 0, 1, 232, 0, 4, 220, 0, 1, 232, 0, 1, 216, 0, 5, 220, 0, 2, 202, 0, 4, 220, 0, 2, 202, 0, 11, 220, 0, 5, 1, 0, 4, 220,
-    0, 8, 230, 0, 1, 240, 0, 1, 230, 0, 3, 220, 0, 3, 230, 0, 2, 220, 1, 3, 230, 0, 4, 220, 0, 1, 230, 0, 1, 232, 0, 2, 220, 0, 1, 230, 0,
-    1, 233, 0, 2, 234, 0, 1, 233, 0, 2, 234, 0, 1, 233, 0, 13, 230, 275, 5, 230, 265, 1, 220, 0, 4, 230, 0, 1, 220, 0, 3, 230, 0, 1, 222,
-    0, 1, 220, 0, 6, 230, 0, 6, 220, 0, 2, 230, 0, 1, 220, 0, 2, 230, 0, 1, 222, 0, 1, 228, 0, 1, 230, 0, 1, 10, 0, 1, 11, 0, 1, 12, 0, 1,
-    13, 0, 1, 14, 0, 1, 15, 0, 1, 16, 0, 1, 17, 0, 1, 18, 0, 2, 19, 0, 1, 20, 0, 1, 21, 0, 1, 22, 1, 1, 23, 1, 1, 24, 0, 1, 25, 1, 1, 230,
-    0, 1, 220, 1, 1, 18, 72, 8, 230, 0, 1, 30, 0, 1, 31, 0, 1, 32, 48, 1, 27, 0, 1, 28, 0, 1, 29, 0, 1, 30, 0, 1, 31, 0, 1, 32, 0, 1, 33,
-    0, 1, 34, 0, 2, 230, 0, 2, 220, 0, 5, 230, 0, 1, 220, 0, 2, 230, 0, 1, 220, 16, 1, 35, 101, 7, 230, 2, 4, 230, 0, 1, 220, 0, 1, 230, 2,
-    2, 230, 1, 1, 220, 0, 2, 230, 0, 1, 220, 35, 1, 36, 30, 1, 230, 0, 1, 220, 0, 2, 230, 0, 1, 220, 0, 2, 230, 0, 3, 220, 0, 1, 230, 0, 2,
-    220, 0, 1, 230, 0, 1, 220, 0, 3, 230, 0, 1, 220, 0, 1, 230, 0, 1, 220, 0, 1, 230, 0, 1, 220, 0, 1, 230, 0, 1, 220, 0, 2, 230, 160, 7,
-    230, 0, 1, 220, 0, 1, 230, 9, 1, 220, 24, 4, 230, 1, 9, 230, 1, 3, 230, 1, 5, 230, 43, 3, 220, 60, 1, 230, 0, 3, 220, 0, 4, 230, 42, 5,
-    230, 0, 5, 220, 0, 14, 230, 1, 1, 220, 0, 2, 230, 0, 1, 220, 0, 2, 230, 0, 1, 220, 0, 3, 230, 0, 3, 220, 0, 1, 27, 0, 1, 28, 0, 1, 29,
-    0, 3, 230, 0, 1, 220, 0, 2, 230, 0, 2, 220, 0, 5, 230, 60, 1, 7, 16, 1, 9, 3, 1, 230, 0, 1, 220, 0, 2, 230, 103, 1, 7, 16, 1, 9, 48, 1,
-    230, 61, 1, 7, 16, 1, 9, 110, 1, 7, 16, 1, 9, 110, 1, 7, 16, 1, 9, 127, 1, 9, 110, 1, 7, 16, 1, 9, 7, 1, 84, 0, 1, 91, 101, 1, 7, 16,
-    1, 9, 109, 2, 9, 16, 1, 9, 124, 1, 9, 109, 2, 103, 0, 1, 9, 13, 4, 107, 108, 2, 118, 0, 1, 9, 13, 4, 122, 76, 2, 220, 27, 1, 220, 1, 1,
-    220, 1, 1, 216, 55, 1, 129, 0, 1, 130, 1, 1, 132, 5, 4, 130, 2, 1, 130, 1, 2, 230, 0, 1, 9, 1, 2, 230, 62, 1, 220, 112, 1, 7, 1, 2, 9,
-    82, 1, 220, 719, 3, 230, 948, 2, 9, 30, 1, 9, 157, 1, 9, 10, 1, 230, 203, 1, 228, 143, 1, 222, 0, 1, 230, 0, 1, 220, 219, 1, 230, 0, 1,
-    220, 71, 1, 9, 20, 8, 230, 2, 1, 220, 48, 5, 230, 0, 6, 220, 0, 2, 230, 0, 1, 220, 1, 2, 220, 0, 2, 230, 0, 2, 220, 0, 5, 230, 0, 1,
-    220, 0, 4, 230, 101, 1, 7, 15, 1, 9, 38, 1, 230, 0, 1, 220, 0, 7, 230, 54, 2, 9, 58, 1, 7, 11, 2, 9, 67, 1, 7, 152, 3, 230, 1, 1, 1, 0,
-    5, 220, 0, 2, 230, 0, 4, 220, 0, 1, 230, 1, 7, 1, 4, 1, 220, 6, 1, 230, 3, 2, 230, 198, 2, 230, 0, 1, 220, 0, 7, 230, 0, 1, 220, 0, 2,
-    230, 0, 1, 234, 0, 1, 214, 0, 1, 220, 0, 1, 202, 0, 37, 230, 0, 1, 232, 0, 2, 228, 0, 1, 220, 0, 1, 218, 0, 1, 230, 0, 1, 233, 0, 1,
-    220, 0, 1, 230, 0, 1, 220, 720, 2, 230, 0, 2, 1, 0, 4, 230, 0, 3, 1, 0, 2, 230, 4, 1, 230, 3, 2, 1, 0, 1, 230, 0, 1, 220, 0, 1, 230, 0,
-    2, 1, 0, 4, 220, 0, 1, 230, 3070, 3, 230, 141, 1, 9, 96, 32, 230, 554, 1, 218, 0, 1, 228, 0, 1, 232, 0, 1, 222, 0, 2, 224, 105, 2, 8,
-    30164, 1, 230, 4, 10, 230, 32, 2, 230, 80, 2, 230, 276, 1, 9, 37, 1, 9, 151, 1, 9, 27, 18, 230, 57, 3, 220, 37, 1, 9, 95, 1, 7, 12, 1,
-    9, 239, 1, 230, 1, 2, 230, 0, 1, 220, 2, 2, 230, 5, 2, 230, 1, 1, 230, 52, 1, 9, 246, 1, 9, 20272, 1, 26, 769, 7, 230, 0, 7, 220, 0, 2,
-    230, 973, 1, 220, 226, 1, 220, 149, 5, 230, 1682, 1, 220, 1, 1, 230, 40, 1, 230, 0, 1, 1, 0, 1, 220, 4, 1, 9, 165, 1, 230, 0, 1, 220,
-    573, 4, 230, 387, 2, 230, 153, 2, 220, 0, 3, 230, 0, 1, 220, 0, 1, 230, 0, 4, 220, 49, 1, 230, 0, 1, 220, 0, 1, 230, 0, 1, 220, 192, 1,
-    9, 41, 1, 9, 14, 1, 9, 57, 1, 9, 0, 1, 7, 69, 3, 230, 48, 2, 9, 62, 1, 7, 76, 1, 9, 9, 1, 7, 106, 1, 9, 0, 1, 7, 178, 1, 7, 0, 1, 9,
-    80, 2, 7, 16, 1, 9, 24, 7, 230, 3, 5, 230, 205, 1, 9, 3, 1, 7, 23, 1, 230, 99, 1, 9, 0, 1, 7, 251, 1, 9, 0, 1, 7, 126, 1, 9, 118, 1, 9,
-    0, 1, 7, 115, 1, 9, 269, 1, 9, 0, 1, 7, 258, 2, 9, 4, 1, 7, 156, 1, 9, 83, 1, 9, 18, 1, 9, 81, 1, 9, 421, 1, 9, 258, 1, 7, 1, 2, 9, 81,
-    1, 9, 19800, 5, 1, 59, 7, 230, 1209, 2, 6, 19628, 1, 1, 5318, 2, 216, 0, 3, 1, 3, 1, 226, 0, 5, 216, 8, 8, 220, 2, 5, 230, 0, 2, 220,
-    30, 4, 230, 148, 3, 230, 3515, 7, 230, 1, 17, 230, 2, 7, 230, 1, 2, 230, 1, 5, 230, 261, 7, 230, 375, 1, 230, 61, 4, 230, 1504, 7, 220,
-    109, 6, 230, 0, 1, 7};
-static const uint16_t tok_unstable_runs[] = {
-    768, 5, 1, 7, 2, 1, 1, 1, 1, 2, 6, 1, 7, 6, 4, 2, 1, 2, 6, 1, 7, 6, 46, 1, 9, 1, 8, 1, 715, 3, 742, 1, 27, 8, 94, 1, 24, 1, 4, 2, 1, 1,
-    83, 1, 2, 1, 34, 3, 2, 1, 223, 1, 23, 2, 4, 2, 96, 1, 24, 1, 126, 1, 107, 1, 18, 2, 103, 1, 24, 1, 114, 1, 4, 1, 15, 1, 355, 1, 9, 1,
-    4, 1, 4, 1, 4, 1, 12, 1, 9, 1, 1, 2, 1, 1, 8, 1, 17, 1, 9, 1, 4, 1, 4, 1, 4, 1, 12, 1, 116, 1, 306, 21, 50, 27, 2418, 1, 1083, 1, 1, 1,
-    1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 61, 1, 2, 1, 10, 1, 1, 1, 7, 1, 7, 1, 7, 1, 7, 1, 2, 2, 9, 1, 1, 1, 1, 1, 2, 2, 292, 1, 3, 2, 509, 2,
-    1969, 1, 1468, 2, 51301, 270, 2, 1, 1, 1, 2, 10, 1, 1, 1, 1, 2, 2, 3, 68, 2, 106, 67, 1, 1, 1, 10, 13, 1, 5, 1, 1, 1, 2, 1, 2, 1, 9,
-    5483, 1, 108, 1, 534, 1, 24, 1, 344, 1, 9, 1, 2, 1, 241, 1, 896, 1, 47149, 7, 86, 6, 65535, 0, 9792, 542};
+static const char *const tok_runs[] = {
+    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBBbEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDB"
+    "SBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJBDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCb"
+    "EBEIBDBXBKBFDBbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCHDENMBRbMBBFBCbRBmVBECHBBBEC"
+    "bPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcPdLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRC"
+    "DbPEBGBCDBFhKcMkSCGCbMCGCIBBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHBHBHBHBHBHBHBHd"
+    "CBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIVQBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDb"
+    "YBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqnSMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZb"
+    "DDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFcNTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBc"
+    "CKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBXMcBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKB"
+    "BCBBbMBBZBBBbScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScVhRbHbFJBbLRBbXbEeIHBCBbMVBZG"
+    "BCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRbESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpG"
+    "dkUeDFNDJHKiwKdHBcTBCCBCCCEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECBtBHBEBCBPBhPcHc"
+    "QHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclfCbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
+    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeYLgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWy"
+    "GbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKWKdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbP"
+    "HmSGbWKGKkSbFgCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGKkCXbjsZKceWUMUeEZbqRbYdnCKq"
+    "GKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
+    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB"};
 // clang-format on
 
-enum {
-    TOK_LETTER = 1,
-    TOK_NUMBER = 2,
-    TOK_SPACE = 4,
-    TOK_UNSTABLE = 8,
-    TOK_MAX_STEPS = 16,
-    TOK_MAX_ID = 1 << 22,
-    TOK_MAX_ADDED = 512,
-    TOK_MAX_PROBE = 1024
-};
-enum { TOK_ONLY_FIRST = 1, TOK_UNLESS_THERE = 2 }; // PREPEND only to the beginning of the text; only where a is not there already
+enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_MAX_ID = 1 << 22, TOK_MAX_PROBE = 1024, TOK_MAX_SPECIALS = 16 };
+#define TOK_MARK "▁" // SentencePiece's space, U+2581
 
-// A list of strings, end to end in one buffer: every step of encoding and decoding maps one such list to another. Running out of memory
-// sets `failed`, for callers to look at once at the end.
-typedef struct {
-    char *bytes;
-    size_t size, room, *end, count, slots;
-    bool failed;
-} tok_pieces;
+// All that may happen to text before and after BPE, in the only order there may be: the roles are the members of tokenizer.json, each a
+// step or a Sequence of steps; a step is known by its type and these settings.
+enum { TOK_PREPEND, TOK_REPLACE, TOK_DIGITS, TOK_GPT2, TOK_QWEN2, TOK_LLAMA3, TOK_BYTES, TOK_GPT2_BYTES };
+enum { TOK_UNREPLACE = TOK_GPT2_BYTES + 1, TOK_BYTE_FALLBACK, TOK_FUSE, TOK_STRIP, TOK_UNBYTES, TOK_OFFSETS, TOK_TEMPLATE, TOK_STEPS };
+static const char *const tok_roles[] = {"normalizer", "pre_tokenizer", "decoder", "post_processor"};
+static const char *const tok_lists[] = {"normalizers", "pretokenizers", "decoders", "processors"};
+// clang-format off
+#define TOK_SPLIT(pattern) {1, "Split", {"behavior", "Isolated", "invert", "false", "Regex", pattern}}
+#define TOK_PATTERN(digits) "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+static const struct { int role; const char *type, *settings[7]; } tok_steps[TOK_STEPS] = {
+    {0, "Prepend", {"prepend", TOK_MARK}}, {0, "Replace", {"String", " ", "content", TOK_MARK}},
+    {1, "Digits", {"individual_digits", "true"}}, // each digit for itself
+    TOK_SPLIT("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"),
+    TOK_SPLIT(TOK_PATTERN("\\p{N}")), TOK_SPLIT(TOK_PATTERN("\\p{N}{1,3}")),
+    {1, "ByteLevel", {"add_prefix_space", "false", "use_regex", "false"}}, // bytes to printable characters
+    {1, "ByteLevel", {"add_prefix_space", "false"}},                       // with GPT-2's pattern before that
+    {2, "Replace", {"String", TOK_MARK, "content", " "}}, {2, "ByteFallback", {NULL}}, // tokens like <0x0A> to bytes
+    {2, "Fuse", {NULL}}, {2, "Strip", {"content", " ", "start", "1", "stop", "0"}},    // a space off the front
+    {2, "ByteLevel", {NULL}}, {3, "ByteLevel", {NULL}}, {3, "TemplateProcessing", {NULL}}}; // the second does nothing here
 
-// One step of a normalizer, pre-tokenizer or decoder; Sequences are flattened into lists of them.
-typedef enum {
-    TOK_PREPEND,       // a in front of text that is not empty; flags below
-    TOK_REPLACE,       // a by b; flag: in the first piece by nothing
-    TOK_NFC,           // checks that the text is in that form already
-    TOK_BYTE_LEVEL,    // bytes to printable characters
-    TOK_SPLIT,         // into words: GPT-2's pattern, or Llama 3's if flag, which says how many digits make a piece
-    TOK_DIGITS,        // numbers apart from the rest; flag: each digit for itself
-    TOK_CUT_BEFORE,    // a piece begins at every a
-    TOK_UNBYTE_LEVEL,  // printable characters to bytes, all in one piece
-    TOK_LOSSY,         // invalid UTF-8 to U+FFFD
-    TOK_BYTE_FALLBACK, // tokens like <0x0A> to bytes
-    TOK_FUSE,          // all in one piece
-    TOK_STRIP,         // one a off the front
-    TOK_JOIN           // no decoder: spaces between tokens
-} tok_step_kind;
+// text: NULL if no token has the id. model: BPE may produce it; not so for most added tokens.
+typedef struct { const char *text; size_t size; bool model, added, special; } tok_token;
+// key: first byte, + 256 if the token is to be found in normalized text, where its own text is normalized too.
+typedef struct { const char *text; size_t size; int32_t id, key; } tok_added;
+typedef struct { uint64_t pair; uint32_t rank; int32_t id; } tok_merge; // pair: left id << 32 | right id; rank: 1 and up, 0 is a free slot
+typedef struct { int32_t id; uint32_t previous, next; } tok_symbol;     // id -1: merged into the one before
+typedef struct { uint64_t order; int32_t id; } tok_candidate;           // order: rank << 32 | position, lowest rank first, then leftmost
+// Bytes that grow. Running out of memory sets `failed`, for callers to look at once at the end.
+typedef struct { char *bytes; size_t size, room; bool failed; } tok_text;
 typedef struct {
-    tok_step_kind kind;
-    const char *a, *b;
-    size_t a_size, b_size;
-    int flag;
-} tok_step;
-typedef struct {
-    tok_step at[TOK_MAX_STEPS];
-    size_t count;
-} tok_steps;
-
-typedef struct {
-    const char *text;
-    size_t size;
-    bool used, model, special; // model: BPE may produce it; not so for most added tokens
-} tok_token;
-typedef struct {
-    const char *text; // as it is searched for: normalized if it says so
-    size_t size;
-    int32_t id;
-    bool strip_left, strip_right;
-} tok_added_token;
-typedef struct {
-    tok_added_token *at; // sorted by text
-    size_t count;
-    bool first[256]; // bytes a token begins with
-} tok_added_set;
-typedef struct {
-    uint64_t pair; // left id << 32 | right id
-    uint32_t rank; // 1 and up; 0 is a free slot
-    int32_t id;
-} tok_merge;
+    const retrofit_tokenizer *t; tok_text text, normal, piece, ids;
+    tok_symbol *symbols; tok_candidate *heap; size_t room, heap_count; uint32_t symbol_count; // room: for a piece of so many bytes
+} tok_encoder;
+// clang-format on
 
 struct retrofit_tokenizer {
-    char *strings; // what tokens and steps point to
-    size_t strings_used, size, merge_mask, token_mask;
-    tok_token *tokens;
-    int32_t *by_text;       // open-addressed hash table of id + 1; token_mask is its size - 1
-    tok_merge *merges;      // the same by pair
-    tok_added_set added[2]; // searched for in the text as given, and as normalized
-    tok_pieces added_text;
-    tok_steps normalizer, pre_tokenizer, decoder;
-    int32_t before[TOK_MAX_STEPS], after[TOK_MAX_STEPS]; // what with_special adds
-    size_t before_count, after_count;
-    int32_t bos, eos, unk, byte_ids[256];
-    bool fuse_unk, byte_fallback, ignore_merges, meet[1 << 16]; // meet: see tok_meeting
-    uint16_t *unicode; // by code point: class bits, combining class << 8; most of it pages never touched
+    char *strings;                      // what tokens point to
+    tok_token *tokens;                  // by id
+    int32_t *by_text;                   // open-addressed hash table of id + 1; token_mask is its size - 1
+    tok_merge *merges;                  // the same by pair
+    tok_added *added;                   // sorted by key, the longest first; those with key k are first[k] to first[k + 1]
+    uint8_t *classes;                   // by code point
+    uint16_t chars[256], bytes_of[324]; // of the byte-level alphabet, and back, + 1
+    size_t strings_used, size, token_mask, merge_mask, first[513], before_count, after_count;
+    int32_t before[TOK_MAX_SPECIALS], after[TOK_MAX_SPECIALS], bos, eos, unk;           // before, after: what with_special adds
+    int32_t byte_ids[256];                                                              // of tokens like <0x0A>, + 1
+    bool has[TOK_STEPS], split, bytes, decodes, fuse_unk, byte_fallback, ignore_merges; // decodes: if not, spaces go between tokens
+    bool meet[256][256], bad; // meet: whether a merge joins text ending in the one byte to text beginning with the other
+    int digits, last;         // digits: of the pattern, see tok_split. While loading: the last step, whether an error has been reported
+    const char *where;        // (the first counts; what functions return after it does not matter), and the file
 };
 
-static bool tok_grow(void **p, size_t *room, size_t need, size_t each) {
-    if (need <= *room) return true;
-    size_t more = need + need / 2 + 64;
-    void *bigger = more < need || more > SIZE_MAX / each ? NULL : realloc(*p, more * each);
-    if (!bigger) return fail("out of memory: %zu x %zu bytes", need, each);
-    *p = bigger, *room = more;
-    return true;
+static void tok_put(tok_text *out, const void *bytes, size_t n) {
+    if (!out->failed && out->size + n >= out->room) {
+        size_t room = out->room + out->room / 2 + n + 64;
+        char *bigger = (char *)realloc(out->bytes, room);
+        if (bigger) out->bytes = bigger, out->room = room;
+        else out->failed = !fail("out of memory: %zu bytes", room);
+    }
+    if (out->failed || !n) return;
+    memcpy(out->bytes + out->size, bytes, n);
+    out->size += n;
 }
 
-static void tok_put(tok_pieces *p, const char *bytes, size_t n) {
-    void *buffer = p->bytes;
-    if (p->failed || !tok_grow(&buffer, &p->room, p->size + n + 1, 1)) p->failed = true;
-    p->bytes = (char *)buffer;
-    if (p->failed || !n) return;
-    memcpy(p->bytes + p->size, bytes, n);
-    p->size += n;
-}
-
-static void tok_cut(tok_pieces *p) {
-    tok_put(p, "", 0); // so that bytes is never NULL where there is a piece
-    void *ends = p->end;
-    if (p->failed || !tok_grow(&ends, &p->slots, p->count + 1, sizeof *p->end)) p->failed = true;
-    p->end = (size_t *)ends;
-    if (!p->failed) p->end[p->count++] = p->size;
-}
-
-static void tok_clear(tok_pieces *p) { p->size = p->count = 0; }
-static void tok_pieces_free(tok_pieces *p) { free(p->bytes), free(p->end); }
-
-static void tok_put_lossy(tok_pieces *p, const char *s, size_t n) {
-    size_t start = 0, i = 0, k;
-    for (uint32_t c; i < n; i += k) {
+// Appends s with U+FFFD for what is not UTF-8; with `each` for each byte of s if any is not.
+static void tok_put_valid(tok_text *out, const char *s, size_t n, bool each) {
+    size_t start = out->size;
+    uint32_t c = 0;
+    for (size_t i = 0, k; i < n && !(each && c == UTF8_INVALID); i += k) {
         k = utf8_next(s + i, n - i, &c);
-        if (c != UTF8_INVALID) continue;
-        tok_put(p, s + start, i - start), tok_put(p, "\xef\xbf\xbd", 3);
-        start = i + k;
+        tok_put(out, c == UTF8_INVALID ? "\xef\xbf\xbd" : s + i, c == UTF8_INVALID ? 3 : k);
     }
-    tok_put(p, s + start, n - start);
+    if (!each || c != UTF8_INVALID) return;
+    for (out->size = start; n--;) tok_put(out, "\xef\xbf\xbd", 3);
 }
 
-// Byte-level alphabets show a byte that is not printable Latin-1 as the next free code point from 256 up.
-static uint32_t tok_byte_to_char(unsigned byte) {
-    if (byte <= 32) return 256 + byte;
-    if (byte >= 127 && byte <= 160) return 256 + 33 + byte - 127;
-    return byte == 173 ? 256 + 67 : byte;
+// The byte that a token "<0x0A>" stands for, or -1.
+static int tok_fallback_byte(const tok_token *k) {
+    bool is = k->size == 6 && !memcmp(k->text, "<0x", 3) && k->text[5] == '>' && strspn(k->text + 3, "0123456789ABCDEF") == 2;
+    return is ? (int)strtol(k->text + 3, NULL, 16) : -1;
 }
 
-static int tok_char_to_byte(uint32_t c) {
-    uint32_t byte = c < 256 ? c : c < 256 + 33 ? c - 256 : c < 256 + 67 ? c - 256 - 33 + 127 : 173;
-    return c <= 256 + 67 && tok_byte_to_char(byte) == c ? (int)byte : -1;
-}
-
-static int tok_class_of(const retrofit_tokenizer *t, uint32_t c) { return t->unicode[c] & 0xff; }
-
-// The length of the run of characters at s[i..n) that are in (or, if `out`, out of) the classes.
-static size_t tok_run_of(const retrofit_tokenizer *t, const char *s, size_t i, size_t n, int classes, bool out) {
-    size_t start = i;
-    for (uint32_t c; i < n;) {
-        size_t k = utf8_next(s + i, n - i, &c);
-        if (((tok_class_of(t, c) & classes) != 0) == out) break;
-        i += k;
-    }
-    return i - start;
+// The length of the run of characters at the beginning of s that are in (or, if `out`, out of) the classes.
+static size_t tok_run(const retrofit_tokenizer *t, const char *s, size_t n, int classes, bool out) {
+    size_t i = 0;
+    uint32_t c;
+    for (size_t k; i < n && (k = utf8_next(s + i, n - i, &c), !(t->classes[c] & classes) == out);) i += k;
+    return i;
 }
 
 // The length of 's 't 'm 'd 're 've 'll at s, or 0. fold is (?i:...), to which long s (U+017F) is an s too.
 static size_t tok_contraction(const char *s, size_t n, bool fold) {
     if (n < 2 || s[0] != '\'') return 0;
     if (fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2)) return 3;
-    char a = s[1], b = n > 2 ? s[2] : 0;
-    if (fold) a = (char)(a >= 'A' && a <= 'Z' ? a | 32 : a), b = (char)(b >= 'A' && b <= 'Z' ? b | 32 : b);
+    int a = s[1] | (fold ? 32 : 0), b = n > 2 ? s[2] | (fold ? 32 : 0) : 0;
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
     return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
 }
 
-// The length of the pattern's match at s, n > 0, alternative by alternative; every character is in one. digits: 0 is GPT-2's pattern
-//   's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-// and otherwise Llama 3's, with at most so many digits:
-//   (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
-static size_t tok_split_match(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
+// The length of the pattern's match at s, n > 0, alternative by alternative; every character is in one. digits: 0 is GPT-2's
+// pattern, 1 and 3 are Qwen 2's and Llama 3's with at most so many digits.
+static size_t tok_split(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
     uint32_t c;
-    size_t k = tok_contraction(s, n, digits != 0), first = utf8_next(s, n, &c), lead = c == ' ', spaces, last = 0, newline = 0;
+    size_t k = tok_contraction(s, n, digits != 0), first = utf8_next(s, n, &c), lead = c == ' ';
     if (k) return k;
-    int class_ = tok_class_of(t, c);
-    size_t letters_from = !digits ? lead : class_ & (TOK_LETTER | TOK_NUMBER) || c == '\r' || c == '\n' ? 0 : first;
-    if ((k = tok_run_of(t, s, letters_from, n, TOK_LETTER, false))) return letters_from + k;
-    if (!digits && (k = tok_run_of(t, s, lead, n, TOK_NUMBER, false))) return lead + k;
-    if (class_ & TOK_NUMBER) {
-        for (k = 0; digits-- && k < n; k += first) {
-            first = utf8_next(s + k, n - k, &c);
-            if (!(tok_class_of(t, c) & TOK_NUMBER)) break;
-        }
+    int class_ = t->classes[c];
+    size_t skip = !digits ? lead : class_ & (TOK_LETTER | TOK_NUMBER) || c == '\r' || c == '\n' ? 0 : first;
+    if ((k = tok_run(t, s + skip, n - skip, TOK_LETTER, false))) return skip + k;
+    if (!digits && (k = tok_run(t, s + lead, n - lead, TOK_NUMBER, false))) return lead + k;
+    while (class_ & TOK_NUMBER && digits-- && k < n && (first = utf8_next(s + k, n - k, &c), t->classes[c] & TOK_NUMBER)) k += first;
+    if (k) return k;
+    if ((k = tok_run(t, s + lead, n - lead, TOK_WHITE | TOK_LETTER | TOK_NUMBER, true))) {
+        for (k += lead; digits && k < n && (s[k] == '\r' || s[k] == '\n');) k++;
         return k;
     }
-    if ((k = tok_run_of(t, s, lead, n, TOK_SPACE | TOK_LETTER | TOK_NUMBER, true))) {
-        k += lead;
-        while (digits && k < n && (s[k] == '\r' || s[k] == '\n')) k++;
-        return k;
-    }
-    for (spaces = 0; spaces < n; last = spaces, spaces += k) {
-        k = utf8_next(s + spaces, n - spaces, &c);
-        if (!(tok_class_of(t, c) & TOK_SPACE)) break;
-        if (c == '\r' || c == '\n') newline = spaces + 1;
-    }
-    if (digits && newline) return newline;
-    return spaces == n ? n : last ? last : spaces; // the last space before a word goes with the word
+    size_t white = tok_run(t, s, n, TOK_WHITE, false), last = white;
+    for (k = white; digits && k; k--)
+        if (s[k - 1] == '\r' || s[k - 1] == '\n') return k;
+    while (((unsigned char)s[--last] & 0xc0) == 0x80) {}
+    return white < n && last ? last : white; // the last space before a word goes with the word
 }
 
-// Cuts text into pieces: numbers apart from the rest, and from each other if `each`.
-static void tok_split_digits(const retrofit_tokenizer *t, tok_pieces *out, const char *s, size_t n, bool each) {
-    uint32_t c;
-    for (size_t i = 0, k; i < n; i += k) {
-        bool number = tok_class_of(t, (utf8_next(s + i, n - i, &c), c)) & TOK_NUMBER;
-        k = number && each ? utf8_next(s + i, n - i, &c) : tok_run_of(t, s, i, n, TOK_NUMBER, !number);
-        tok_put(out, s + i, k), tok_cut(out);
-    }
-}
-
-// False if s may not be in NFC: Unicode's quick check, which takes all but texts with decomposed (or very rare) characters.
-static bool tok_is_nfc(const retrofit_tokenizer *t, const char *s, size_t n) {
-    uint32_t c;
-    unsigned before = 0, combining;
-    for (size_t i = 0; i < n; before = combining) {
-        i += utf8_next(s + i, n - i, &c);
-        combining = t->unicode[c] >> 8;
-        if (tok_class_of(t, c) & TOK_UNSTABLE || (combining && combining < before)) return false;
-    }
-    return true;
-}
-
-// The byte that a token "<0x0A>" stands for, or -1.
-static int tok_fallback_byte(const char *s, size_t n) {
-    static const char hex[] = "0123456789ABCDEF0123456789abcdef";
-    if (n != 6 || memcmp(s, "<0x", 3) || s[5] != '>' || !s[3] || !s[4]) return -1;
-    const char *high = strchr(hex, s[3]), *low = strchr(hex, s[4]);
-    return high && low ? (int)((high - hex) % 16 * 16 + (low - hex) % 16) : -1;
-}
-
-// A run of fallback bytes, out's last from `start` on, is kept if it is UTF-8 as a whole; otherwise each byte becomes U+FFFD.
-static void tok_end_fallback(tok_pieces *out, size_t start) {
-    uint32_t c = 0;
-    size_t n = out->size - start;
-    if (out->failed || !n) return;
-    for (size_t i = start; i < out->size && c != UTF8_INVALID;) i += utf8_next(out->bytes + i, out->size - i, &c);
-    if (c == UTF8_INVALID)
-        for (out->size = start; n--;) tok_put(out, "\xef\xbf\xbd", 3);
-    tok_cut(out);
-}
-
-// One step from `in` to `out`. first: in begins at the beginning of the whole text.
-static bool tok_apply(const retrofit_tokenizer *t, const tok_step *st, const tok_pieces *in, tok_pieces *out, bool first) {
-    tok_clear(out);
-    size_t run = 0; // where the current run of fallback bytes starts in out
-    for (size_t i = 0, from = 0, n, k; i < in->count; from = in->end[i++]) {
-        const char *s = in->bytes + from, *hit;
-        n = in->end[i] - from;
-        switch (st->kind) {
-        case TOK_PREPEND:
-            if (n && !(st->flag & TOK_ONLY_FIRST && (i || !first)) &&
-                !(st->flag & TOK_UNLESS_THERE && n >= st->a_size && !memcmp(s, st->a, st->a_size)))
-                tok_put(out, st->a, st->a_size);
-            tok_put(out, s, n), tok_cut(out);
-            break;
-        case TOK_REPLACE:
-            for (; (hit = (const char *)memmem(s, n, st->a, st->a_size)); n -= k, s += k) {
-                k = (size_t)(hit - s) + st->a_size;
-                tok_put(out, s, k - st->a_size), tok_put(out, st->b, st->flag && !i ? 0 : st->b_size);
-            }
-            tok_put(out, s, n), tok_cut(out);
-            break;
-        case TOK_NFC:
-            if (!tok_is_nfc(t, s, n)) return fail("the tokenizer wants text in Unicode form NFC, and this may not be: convert it first");
-            tok_put(out, s, n), tok_cut(out);
-            break;
-        case TOK_BYTE_LEVEL:
-            for (k = 0; k < n; k++) {
-                char c[4];
-                tok_put(out, c, utf8_put(tok_byte_to_char((unsigned char)s[k]), c));
-            }
-            tok_cut(out);
-            break;
-        case TOK_SPLIT:
-            for (; n; s += k, n -= k) tok_put(out, s, k = tok_split_match(t, s, n, st->flag)), tok_cut(out);
-            break;
-        case TOK_DIGITS: tok_split_digits(t, out, s, n, st->flag); break;
-        case TOK_CUT_BEFORE:
-            for (; n; s += k, n -= k) {
-                hit = n > st->a_size ? (const char *)memmem(s + 1, n - 1, st->a, st->a_size) : NULL;
-                tok_put(out, s, k = hit ? (size_t)(hit - s) : n), tok_cut(out);
-            }
-            break;
-        case TOK_UNBYTE_LEVEL:
-            run = out->size;
-            for (size_t j = 0; j < n;) {
-                uint32_t c;
-                j += utf8_next(s + j, n - j, &c);
-                char byte = (char)tok_char_to_byte(c);
-                if (tok_char_to_byte(c) >= 0) tok_put(out, &byte, 1);
-                else out->size = run, tok_put(out, s, n), j = n; // not byte-level, an added token: as it is
-            }
-            break;
-        case TOK_LOSSY: tok_put_lossy(out, s, n), tok_cut(out); break;
-        case TOK_BYTE_FALLBACK: {
-            int value = tok_fallback_byte(s, n);
-            char byte = (char)value;
-            if (value >= 0) tok_put(out, &byte, 1);
-            else tok_end_fallback(out, run), tok_put(out, s, n), tok_cut(out), run = out->size;
-            break;
-        }
-        case TOK_FUSE: tok_put(out, s, n); break;
-        case TOK_STRIP:
-            k = n >= st->a_size && !memcmp(s, st->a, st->a_size) ? st->a_size : 0;
-            tok_put(out, s + k, n - k), tok_cut(out);
-            break;
-        case TOK_JOIN: tok_put(out, " ", i > 0), tok_put(out, s, n), tok_cut(out); break;
-        }
-    }
-    if (st->kind == TOK_BYTE_FALLBACK) tok_end_fallback(out, run);
-    if (st->kind == TOK_FUSE || st->kind == TOK_UNBYTE_LEVEL) tok_cut(out);
-    return !out->failed;
-}
-
-// All steps; what p[0] holds is replaced by the result, p[1] is scratch.
-static bool tok_apply_all(const retrofit_tokenizer *t, const tok_steps *list, tok_pieces p[2], bool first) {
-    for (size_t i = 0; i < list->count; i++) {
-        if (!tok_apply(t, &list->at[i], &p[0], &p[1], first)) return false;
-        tok_pieces swap = p[0];
-        p[0] = p[1], p[1] = swap;
-    }
-    return !p[0].failed;
-}
-
-// The slot of a token's text: its own, or the free one where it would go; SIZE_MAX after MAX_PROBE steps, which only a file made to
-// collide needs.
-static size_t tok_text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
+// The slot of a token's text: its own, or the free one where it would go; NULL after MAX_PROBE steps: a file made to collide.
+static int32_t *tok_text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
     uint64_t hash = 0xcbf29ce484222325u;
     for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 0x100000001b3u;
-    hash ^= hash >> 29;
     for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        size_t slot = (size_t)(hash + probe) & t->token_mask;
-        const tok_token *k = t->by_text[slot] ? &t->tokens[t->by_text[slot] - 1] : NULL;
-        if (!k || (k->size == n && !memcmp(k->text, s, n))) return slot;
+        int32_t *slot = &t->by_text[((hash ^ hash >> 29) + probe) & t->token_mask];
+        if (!*slot || (t->tokens[*slot - 1].size == n && !memcmp(t->tokens[*slot - 1].text, s, n))) return slot;
     }
-    return SIZE_MAX;
+    return NULL;
 }
 
-static int32_t tok_find_token(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
-    size_t slot = tok_text_slot(t, s, n);
-    int32_t id = slot == SIZE_MAX ? -1 : t->by_text[slot] - 1;
-    return id >= 0 && model && !t->tokens[id].model ? -1 : id;
+// The id of a token, or -1; with `model` only if BPE may produce it.
+static int32_t tok_find(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
+    const int32_t *slot = tok_text_slot(t, s, n);
+    return slot && *slot && (!model || t->tokens[*slot - 1].model) ? *slot - 1 : -1;
 }
 
 static tok_merge *tok_merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t right) {
     uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right, hash = pair * 0x9e3779b97f4a7c15u;
-    hash ^= hash >> 32;
     for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        tok_merge *m = &t->merges[(size_t)(hash + probe) & t->merge_mask];
+        tok_merge *m = &t->merges[(size_t)((hash ^ hash >> 32) + probe) & t->merge_mask];
         if (!m->rank || m->pair == pair) return m;
     }
     return NULL;
 }
 
-typedef struct {
-    int32_t id; // -1: merged into the one before
-    uint32_t previous, next;
-} tok_symbol;
-typedef struct {
-    uint64_t order; // rank << 32 | position: lowest rank first, then leftmost
-    int32_t id;
-} tok_candidate;
-typedef struct {
-    const retrofit_tokenizer *t;
-    tok_pieces text[2], work[2];
-    tok_symbol *symbols;
-    tok_candidate *heap;
-    int32_t *ids;
-    size_t symbol_count, symbol_room, heap_count, heap_room, count, room;
-} tok_encoder;
-
-static bool tok_add_id(tok_encoder *e, int32_t id) {
-    void *ids = e->ids;
-    if (!tok_grow(&ids, &e->room, e->count + 1, sizeof *e->ids)) return false;
-    e->ids = (int32_t *)ids, e->ids[e->count++] = id;
-    return true;
-}
-
-static bool tok_add_symbol(tok_encoder *e, int32_t id) {
-    void *symbols = e->symbols;
-    size_t i = e->symbol_count;
-    if (i >= UINT32_MAX - 1) return fail("more than %u symbols in one piece of text: encode it in parts", UINT32_MAX - 1);
-    if (!tok_grow(&symbols, &e->symbol_room, i + 1, sizeof *e->symbols)) return false;
-    e->symbols = (tok_symbol *)symbols;
-    tok_symbol s = {id, (uint32_t)i - 1, (uint32_t)i + 1}; // for the first, previous is UINT32_MAX
+static void tok_add_symbol(tok_encoder *e, int32_t id) {
+    tok_symbol s = {id, e->symbol_count - 1, e->symbol_count + 1}; // for the first, previous is UINT32_MAX
     e->symbols[e->symbol_count++] = s;
-    return true;
 }
 
 // Queues the merge of the symbol at `at` with the next one, if there is such a merge.
-static bool tok_add_candidate(tok_encoder *e, uint32_t at) {
-    uint32_t next = at == UINT32_MAX ? at : e->symbols[at].next;
-    if (next >= e->symbol_count) return true;
-    const tok_merge *m = tok_merge_slot(e->t, e->symbols[at].id, e->symbols[next].id);
-    if (!m || !m->rank) return true;
-    void *heap = e->heap;
-    if (!tok_grow(&heap, &e->heap_room, e->heap_count + 1, sizeof *e->heap)) return false;
-    e->heap = (tok_candidate *)heap;
+static void tok_add_candidate(tok_encoder *e, uint32_t at) {
+    if (at == UINT32_MAX || e->symbols[at].next >= e->symbol_count) return;
+    const tok_merge *m = tok_merge_slot(e->t, e->symbols[at].id, e->symbols[e->symbols[at].next].id);
+    if (!m || !m->rank) return;
     tok_candidate c = {(uint64_t)m->rank << 32 | at, m->id};
     size_t i = e->heap_count++;
     for (; i && e->heap[(i - 1) / 2].order > c.order; i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
     e->heap[i] = c;
-    return true;
-}
-
-static tok_candidate tok_best_candidate(tok_encoder *e) {
-    tok_candidate best = e->heap[0], c = e->heap[--e->heap_count];
-    size_t i = 0;
-    for (size_t child; (child = 2 * i + 1) < e->heap_count; i = child) {
-        if (child + 1 < e->heap_count && e->heap[child + 1].order < e->heap[child].order) child++;
-        if (e->heap[child].order >= c.order) break;
-        e->heap[i] = e->heap[child];
-    }
-    e->heap[i] = c;
-    return best;
 }
 
 // Merges the lowest-ranked, leftmost pair of the symbols until none is left, and moves what remains to the ids.
-static bool tok_merge_symbols(tok_encoder *e) {
-    for (uint32_t i = 0; i + 1 < e->symbol_count; i++)
-        if (!tok_add_candidate(e, i)) return false;
+static void tok_merge_symbols(tok_encoder *e) {
+    for (uint32_t i = 0; i < e->symbol_count; i++) tok_add_candidate(e, i);
     while (e->heap_count) {
-        tok_candidate c = tok_best_candidate(e);
-        tok_symbol *left = &e->symbols[(uint32_t)c.order];
-        if (left->id < 0 || left->next >= e->symbol_count) continue;
-        tok_symbol *right = &e->symbols[left->next];
-        const tok_merge *m = tok_merge_slot(e->t, left->id, right->id);
-        if (!m || !m->rank || m->id != c.id) continue; // outdated: one of the two has merged since
-        left->id = c.id, left->next = right->next, right->id = -1;
-        if (left->next < e->symbol_count) e->symbols[left->next].previous = (uint32_t)c.order;
-        if (!tok_add_candidate(e, left->previous) || !tok_add_candidate(e, (uint32_t)c.order)) return false;
+        tok_candidate best = e->heap[0], c = e->heap[--e->heap_count];
+        size_t i = 0;
+        for (size_t child; (child = 2 * i + 1) < e->heap_count; e->heap[i] = e->heap[child], i = child) {
+            child += child + 1 < e->heap_count && e->heap[child + 1].order < e->heap[child].order;
+            if (e->heap[child].order >= c.order) break;
+        }
+        e->heap[i] = c;
+        uint32_t at = (uint32_t)best.order;
+        tok_symbol *left = &e->symbols[at], *right = left->next < e->symbol_count ? &e->symbols[left->next] : NULL;
+        const tok_merge *m = left->id >= 0 && right ? tok_merge_slot(e->t, left->id, right->id) : NULL;
+        if (!m || !m->rank || m->id != best.id) continue; // outdated: one of the two has merged since
+        left->id = best.id, left->next = right->next, right->id = -1;
+        if (left->next < e->symbol_count) e->symbols[left->next].previous = at;
+        tok_add_candidate(e, left->previous), tok_add_candidate(e, at);
     }
-    for (size_t i = 0; i < e->symbol_count; i = e->symbols[i].next)
-        if (!tok_add_id(e, e->symbols[i].id)) return false;
+    for (size_t i = 0; i < e->symbol_count; i = e->symbols[i].next) tok_put(&e->ids, &e->symbols[i].id, sizeof(int32_t));
     e->symbol_count = 0;
-    return true;
 }
-
-// Where a merge of tokens that end in a and begin with b is noted: characters that meet in no merge part words. Chance hits cost only time.
-static size_t tok_meeting(uint32_t a, uint32_t b) { return (a * 0x9e3779b1u ^ b * 0x85ebca77u) >> 16; }
 
 // Byte-pair encoding of one piece. Characters without a token become byte tokens, the unknown token, or nothing, in that order.
-static bool tok_encode_piece(tok_encoder *e, const char *s, size_t n) {
+static void tok_encode_piece(tok_encoder *e, const char *s, size_t n) {
     const retrofit_tokenizer *t = e->t;
-    int32_t whole = t->ignore_merges ? tok_find_token(t, s, n, true) : -1;
-    if (whole >= 0) return tok_add_id(e, whole);
-    bool unknown = false; // an unknown token is due before the next known one; later bytes overtake it, as in Hugging Face's
-    uint32_t c, before = UTF8_INVALID;
-    for (size_t i = 0, k; i < n; i += k) {
+    int32_t id = t->ignore_merges ? tok_find(t, s, n, true) : -1;
+    if (id >= 0) return tok_put(&e->ids, &id, sizeof id);
+    if (n > e->room) {
+        free(e->symbols), free(e->heap);
+        e->room = 2 * n; // no more symbols than bytes; each is queued once at first, and every merge queues two
+        e->symbols = (tok_symbol *)allocate(e->room, sizeof *e->symbols);
+        e->heap = (tok_candidate *)allocate(3 * e->room, sizeof *e->heap);
+    }
+    if (!e->symbols || !e->heap || (n >= UINT32_MAX && !fail("4 GB in one piece: encode the text in parts"))) e->ids.failed = true;
+    bool known = false, unknown = false; // an unknown token is due before the next known one; bytes overtake it, as in Hugging Face's
+    for (size_t i = 0, k; i < n && !e->ids.failed; i += k) {
+        uint32_t c;
         k = utf8_next(s + i, n - i, &c);
-        int32_t id = tok_find_token(t, s + i, k, true);
-        if (id >= 0) {
-            // Without this cut a SentencePiece text would be one word of megabytes: the result is the same, the queue stays in cache.
-            if (before != UTF8_INVALID && !t->meet[tok_meeting(before, c)] && !tok_merge_symbols(e)) return false;
-            if ((unknown && !tok_add_symbol(e, t->unk)) || !tok_add_symbol(e, id)) return false;
-            unknown = false, before = c;
+        if ((id = tok_find(t, s + i, k, true)) >= 0) { // where no merge can join two characters the text may be cut: the queue stays short
+            if (known && !t->meet[(unsigned char)s[i - 1]][(unsigned char)s[i]]) tok_merge_symbols(e);
+            if (unknown) tok_add_symbol(e, t->unk);
+            tok_add_symbol(e, id);
+            known = true, unknown = false;
             continue;
         }
-        before = UTF8_INVALID;
-        size_t bytes = 0;
-        while (t->byte_fallback && bytes < k && t->byte_ids[(unsigned char)s[i + bytes]] >= 0) bytes++;
-        for (size_t j = 0; bytes == k && j < k; j++)
-            if (!tok_add_symbol(e, t->byte_ids[(unsigned char)s[i + j]])) return false;
-        if (bytes == k || t->unk < 0) continue;
-        if (unknown && !t->fuse_unk && !tok_add_symbol(e, t->unk)) return false;
-        unknown = true;
+        bool bytes = t->byte_fallback;
+        for (size_t j = 0; j < k; j++) bytes = bytes && t->byte_ids[(unsigned char)s[i + j]];
+        for (size_t j = 0; bytes && j < k; j++) tok_add_symbol(e, t->byte_ids[(unsigned char)s[i + j]] - 1);
+        if (!bytes && unknown && !t->fuse_unk) tok_add_symbol(e, t->unk);
+        known = false, unknown |= !bytes && t->unk >= 0;
     }
-    return (!unknown || tok_add_symbol(e, t->unk)) && tok_merge_symbols(e);
+    if (unknown) tok_add_symbol(e, t->unk);
+    tok_merge_symbols(e);
 }
 
-// The longest added token that s begins with, or NULL: narrows the sorted list byte by byte.
-static const tok_added_token *tok_match_added(const tok_added_set *set, const char *s, size_t n) {
-    const tok_added_token *best = NULL;
-    size_t low = 0, high = set->count;
-    if (!set->first[(unsigned char)s[0]]) return NULL;
-    for (size_t depth = 0; low < high; depth++) {
-        if (set->at[low].size == depth) best = &set->at[low++];
-        if (depth == n) break;
-        unsigned byte = (unsigned char)s[depth];
-        for (int bound = 0; bound < 2; bound++) { // the first entry with at least this byte, then the first with more
-            size_t a = low, b = high;
-            while (a < b) {
-                size_t middle = a + (b - a) / 2;
-                if ((unsigned char)set->at[middle].text[depth] < byte + (unsigned)bound) a = middle + 1;
-                else b = middle;
-            }
-            if (bound) high = a;
-            else low = a;
-        }
-    }
-    return best;
+static void tok_replace(tok_text *out, const char *s, size_t n, const char *from, const char *to) {
+    const char *hit, *end = s + n;
+    for (; (hit = (const char *)memmem(s, (size_t)(end - s), from, strlen(from))); s = hit + strlen(from))
+        tok_put(out, s, (size_t)(hit - s)), tok_put(out, to, strlen(to));
+    tok_put(out, s, (size_t)(end - s));
 }
 
-static bool tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized, bool first);
-
-// Text without added tokens: normalizes it, or, if it is normalized, cuts it into pieces and encodes those.
-static bool tok_encode_gap(tok_encoder *e, const char *s, size_t n, bool normalized, bool first) {
-    if (!n) return true;
-    tok_pieces *p = normalized ? e->work : e->text;
-    tok_clear(p);
-    tok_put(p, s, n), tok_cut(p);
-    if (!tok_apply_all(e->t, normalized ? &e->t->pre_tokenizer : &e->t->normalizer, p, first)) return false;
-    if (!normalized) return tok_encode_text(e, p->bytes, p->size, true, first);
-    for (size_t i = 0, from = 0; i < p->count; from = p->end[i++])
-        if (p->end[i] > from && !tok_encode_piece(e, p->bytes + from, p->end[i] - from)) return false;
-    return true;
+static void tok_normalize(const retrofit_tokenizer *t, tok_text *out, const char *s, size_t n) {
+    out->size = 0;
+    if (t->has[TOK_PREPEND]) tok_put(out, TOK_MARK, 3);
+    tok_replace(out, s, n, " ", t->has[TOK_REPLACE] ? TOK_MARK : " ");
 }
 
-// Finds added tokens, leftmost and longest first, and encodes what is between them.
-static bool tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized, bool first) {
-    const tok_added_set *set = &e->t->added[normalized];
-    size_t done = 0;
-    for (size_t i = 0; i < n;) {
-        const tok_added_token *a = tok_match_added(set, s + i, n - i);
-        if (!a) {
-            i++;
-            continue;
-        }
-        size_t start = i, c, end = i += a->size; // searching goes on behind the token itself, whatever it strips
-        if (a->strip_right) end += tok_run_of(e->t, s, end, n, TOK_SPACE, false);
-        while (a->strip_left && start > done) {
-            for (c = start - 1; c > done && ((unsigned char)s[c] & 0xc0) == 0x80;) c--;
-            if (!tok_run_of(e->t, s, c, start, TOK_SPACE, false)) break;
-            start = c;
-        }
-        if (start > done && !tok_encode_gap(e, s + done, start - done, normalized, first && !done)) return false;
-        if (!tok_add_id(e, a->id)) return false;
-        done = end;
+// Cuts normalized text into pieces and encodes them.
+static void tok_encode_pieces(tok_encoder *e, const char *s, size_t n) {
+    const retrofit_tokenizer *t = e->t;
+    for (size_t i = 0, end = 0, k; i < n; i += k) { // end: of the digit, or of what is before the next digit
+        uint32_t c;
+        if (i == end) end = t->has[TOK_DIGITS] ? i + tok_run(t, s + i, n - i, TOK_NUMBER, true) : n;
+        if (i == end) end += utf8_next(s + i, n - i, &c);
+        k = t->split ? tok_split(t, s + i, end - i, t->digits) : end - i;
+        char text[4];
+        e->piece.size = 0;
+        for (size_t j = 0; t->bytes && j < k; j++) tok_put(&e->piece, text, utf8_put(t->chars[(unsigned char)s[i + j]], text));
+        tok_encode_piece(e, t->bytes ? e->piece.bytes : s + i, t->bytes ? e->piece.size : k);
     }
-    return tok_encode_gap(e, s + done, n - done, normalized, first && !done);
+}
+
+// Finds added tokens, the longest first, in text as it is given, and then others in what is between those, normalized.
+static void tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized) {
+    for (size_t i = 0, done = 0; i < n; done = i) {
+        const tok_added *a = NULL, *end = NULL;
+        for (; i < n; i++) {
+            const size_t *first = &e->t->first[(unsigned char)s[i] + (normalized ? 256 : 0)];
+            for (a = e->t->added + first[0], end = e->t->added + first[1]; a < end && (a->size > n - i || memcmp(a->text, s + i, a->size));)
+                a++;
+            if (a < end) break;
+        }
+        if (i > done && normalized) tok_encode_pieces(e, s + done, i - done);
+        else if (i > done) tok_normalize(e->t, &e->normal, s + done, i - done), tok_encode_text(e, e->normal.bytes, e->normal.size, true);
+        if (i < n) tok_put(&e->ids, &a->id, sizeof a->id), i += a->size;
+    }
 }
 
 int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count) {
-    tok_encoder e;
-    memset(&e, 0, sizeof e);
-    e.t = t;
-    tok_pieces valid = e.text[0];
-    tok_put_lossy(&valid, size ? text : "", size);
-    bool ok = !valid.failed && tok_grow((void **)&e.ids, &e.room, 1, sizeof *e.ids);
-    for (size_t i = 0; ok && with_special && i < t->before_count; i++) ok = tok_add_id(&e, t->before[i]);
-    ok = ok && tok_encode_text(&e, valid.bytes, valid.size, false, true);
-    for (size_t i = 0; ok && with_special && i < t->after_count; i++) ok = tok_add_id(&e, t->after[i]);
-    tok_pieces_free(&valid);
-    for (int i = 0; i < 2; i++) tok_pieces_free(&e.text[i]), tok_pieces_free(&e.work[i]);
-    free(e.symbols), free(e.heap);
-    if (ok) return *count = e.count, e.ids;
-    free(e.ids);
-    return NULL;
+    tok_encoder e = {t, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, NULL, NULL, 0, 0, 0};
+    tok_put_valid(&e.text, text, size, false);
+    tok_put(&e.ids, t->before, with_special ? t->before_count * sizeof *t->before : 0);
+    tok_encode_text(&e, e.text.bytes, e.text.size, false);
+    tok_put(&e.ids, t->after, with_special ? t->after_count * sizeof *t->after : 0);
+    bool ok = !e.text.failed && !e.normal.failed && !e.piece.failed && !e.ids.failed;
+    free(e.text.bytes), free(e.normal.bytes), free(e.piece.bytes), free(e.symbols), free(e.heap);
+    if (ok) return *count = e.ids.size / sizeof(int32_t), (int32_t *)(void *)e.ids.bytes;
+    return free(e.ids.bytes), (int32_t *)NULL;
 }
 
 char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size) {
-    tok_pieces p[2];
-    memset(p, 0, sizeof p);
-    bool ok = true;
+    tok_text out = {NULL, 0, 0, false}, run = out; // run: bytes, which need not be characters yet
+    bool ok = true, join = false;
     for (size_t i = 0; ok && i < count; i++) {
         const tok_token *k = ids[i] >= 0 && (size_t)ids[i] < t->size ? &t->tokens[ids[i]] : NULL;
-        if (!k || !k->used) ok = fail("id %d (number %zu of %zu) is no token's: ids go up to %zu", (int)ids[i], i, count, t->size - 1);
-        else if (!skip_special || !k->special) tok_put(p, k->text, k->size), tok_cut(p);
+        if (!k || !k->text) ok = fail("id %d (number %zu of %zu) is no token's: ids go up to %zu", (int)ids[i], i, count, t->size - 1);
+        if (!ok || (skip_special && k->special)) continue;
+        int byte = t->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(k) : -1;
+        char character = (char)byte;
+        if (byte >= 0) tok_put(&run, &character, 1);
+        else if (t->has[TOK_UNBYTES]) {
+            size_t start = run.size, n = 0;
+            for (uint32_t c; n < k->size && (n += utf8_next(k->text + n, k->size - n, &c), byte = c < 324 ? t->bytes_of[c] - 1 : -1) >= 0;)
+                character = (char)byte, tok_put(&run, &character, 1);
+            if (byte < 0) run.size = start, tok_put(&run, k->text, k->size); // not of the byte-level alphabet, an added token: as it is
+        } else {
+            tok_put_valid(&out, run.bytes, run.size, true), run.size = 0, tok_put(&out, " ", join);
+            tok_replace(&out, k->text, k->size, TOK_MARK, t->has[TOK_UNREPLACE] ? " " : TOK_MARK);
+        }
+        join = !t->decodes;
     }
-    ok = ok && tok_apply_all(t, &t->decoder, p, true);
-    if (ok) *size = p->size, tok_put(p, "", 1);
-    tok_pieces_free(&p[1]);
-    if (ok && !p->failed) return free(p->end), p->bytes;
-    tok_pieces_free(p);
-    return NULL;
+    tok_put_valid(&out, run.bytes, run.size, !t->has[TOK_UNBYTES]);
+    size_t strip = t->has[TOK_STRIP] && out.size && out.bytes[0] == ' ';
+    tok_put(&out, "", 1), free(run.bytes);
+    if (!ok || out.failed || run.failed) return free(out.bytes), (char *)NULL;
+    *size = out.size - strip - 1;
+    return (char *)memmove(out.bytes, out.bytes + strip, *size + 1);
 }
 
 char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size) {
     if (s->from > s->done || s->done > count)
         return fail("a stream at token %zu cannot go on with %zu tokens: zero it to start again", s->done, count), (char *)NULL;
-    size_t old_size = 0;
+    size_t old_size = 0, end = count - s->from;
     if (count) ids += s->from;
-    char *text = retrofit_decode(t, ids, count - s->from, skip_special, size);
+    char *text = retrofit_decode(t, ids, end, skip_special, size);
     char *old = text ? retrofit_decode(t, ids, s->done - s->from, skip_special, &old_size) : NULL;
-    bool wait = false;
-    if (old && !last && count > s->from) { // U+FFFD may become a character; fallback bytes count only when their run is over
-        size_t end = count - s->from;
-        while (end > 1 && skip_special && t->tokens[ids[end - 1]].special) end--;
-        const tok_token *k = &t->tokens[ids[end - 1]];
-        wait = *size >= 3 && !memcmp(text + *size - 3, "\xef\xbf\xbd", 3);
-        for (size_t i = 0; i < t->decoder.count; i++)
-            wait |= t->decoder.at[i].kind == TOK_BYTE_FALLBACK && tok_fallback_byte(k->text, k->size) >= 0;
-    }
-    if (old && (old_size > *size || memcmp(text, old, old_size)))
-        fail("tokens %zu to %zu change text already given out: decode them together", s->done, count), free(old), old = NULL;
-    free(old);
-    if (!old) return free(text), (char *)NULL;
-    *size = wait ? 0 : *size - old_size;
-    memmove(text, text + old_size, *size);
-    text[*size] = 0;
+    bool ok = old && old_size <= *size && !memcmp(text, old, old_size);
+    if (old && !ok) fail("tokens %zu to %zu change text already given out: decode them together", s->done, count);
+    if (free(old), !ok) return free(text), (char *)NULL;
+    // U+FFFD may yet become a character, and what a run of byte tokens stands for is known only when it is over.
+    while (end > 1 && skip_special && t->tokens[ids[end - 1]].special) end--;
+    bool wait = (*size >= 3 && !memcmp(text + *size - 3, "\xef\xbf\xbd", 3)) ||
+                (end && t->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(&t->tokens[ids[end - 1]]) >= 0);
+    *size = wait && !last ? 0 : *size - old_size;
+    memmove(text, text + old_size, *size), text[*size] = 0;
     if (*size) s->from = s->done, s->done = count; // else keep a window that yields text: only its first space may go
     return text;
 }
 
 int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t) { return t->bos; }
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t) { return t->eos; }
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find_token(t, token, strlen(token), false); }
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find(t, token, strlen(token), false); }
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
 
-// What loading needs in every function. Errors stick: the first one is reported, and what is returned after it does not matter.
-typedef struct {
-    retrofit_tokenizer *t;
-    const char *where;
-    bool bad, template_seen;
-} tok_loader;
-
-static bool tok_refuse(tok_loader *l, const char *what, const char *which) {
-    if (!l->bad) fail("%s: %s \"%.200s\"", l->where, what, which);
-    l->bad = true;
-    return false;
+static void tok_refuse(retrofit_tokenizer *t, const char *what, const char *name) {
+    char line[200]; // names come from the file: no control character of theirs may break the line
+    snprintf(line, sizeof line, "%s", name);
+    for (char *c = line; *c; c++) *c = (unsigned char)*c < 32 || *c == 127 ? '?' : *c;
+    if (!t->bad) t->bad = !fail("%s: %s \"%s\"", t->where, what, line);
 }
 
+static const retrofit_json tok_none = {RETROFIT_JSON_ARRAY, 0, 0, 0, "", "", 0, NULL, NULL};
 static const retrofit_json *tok_present(const retrofit_json *object, const char *key) { // null is as good as absent
     const retrofit_json *v = retrofit_json_get(object, key);
     return v && v->type == RETROFIT_JSON_NULL ? NULL : v;
 }
 
-static bool tok_get_flag(tok_loader *l, const retrofit_json *object, const char *key, bool otherwise) {
-    const retrofit_json *v = tok_present(object, key);
-    if (!v) return otherwise;
-    if (v->type != RETROFIT_JSON_BOOL) tok_refuse(l, "expected true or false as", key);
-    return v->number != 0;
-}
-
-static const retrofit_json *tok_get(tok_loader *l, const retrofit_json *object, const char *key, retrofit_json_type type) {
-    static const retrofit_json none[] = {{RETROFIT_JSON_NULL, 0, 0, 0, "", "", 0, NULL, NULL}};
+static const retrofit_json *tok_get(retrofit_tokenizer *t, const retrofit_json *object, const char *key, retrofit_json_type type) {
     const retrofit_json *v = retrofit_json_get(object, key);
     if (v && v->type == type) return v;
-    tok_refuse(l, "missing, or of the wrong type:", key);
-    return none;
+    return tok_refuse(t, "missing, or of the wrong type:", key), &tok_none;
 }
 
-static int32_t tok_get_id(tok_loader *l, const retrofit_json *v) {
-    if (v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < TOK_MAX_ID && v->number == floor(v->number))
-        return (int32_t)v->number;
-    tok_refuse(l, "not a token id from 0 to 4194303:", v->string ? v->string : "");
-    return 0;
+static bool tok_flag(retrofit_tokenizer *t, const retrofit_json *object, const char *key, bool otherwise) {
+    return tok_present(object, key) ? tok_get(t, object, key, RETROFIT_JSON_BOOL)->number != 0 : otherwise;
 }
 
-// A copy of a string of the file, which outlives the parsed JSON. The file's size is room for all of them.
-static const char *tok_keep(tok_loader *l, const char *s, size_t n) {
-    char *copy = l->t->strings + l->t->strings_used;
-    memcpy(copy, s, n + 1);
-    l->t->strings_used += n + 1;
+static int32_t tok_get_id(retrofit_tokenizer *t, const retrofit_json *v) {
+    bool good = v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < TOK_MAX_ID && v->number == floor(v->number);
+    if (!good) tok_refuse(t, "not a token id from 0 to 4194303:", v->string ? v->string : "");
+    return good ? (int32_t)v->number : 0;
+}
+
+static const char *tok_keep(retrofit_tokenizer *t, const char *s, size_t n) {
+    char *copy = (char *)memcpy(t->strings + t->strings_used, s, n);
+    t->strings_used += n + 1;
     return copy;
 }
 
-// Refuses members whose name is not one of the words in `known`, which has spaces around all.
-static void tok_only(tok_loader *l, const retrofit_json *object, const char *known) {
-    if (object->type != RETROFIT_JSON_OBJECT) tok_refuse(l, "expected an object with", known);
-    for (const retrofit_json *m = object->child; m && object->type == RETROFIT_JSON_OBJECT; m = m->next) {
-        char word[64];
-        snprintf(word, sizeof word, " %s ", m->key);
-        if (m->key_length > 60 || strlen(m->key) != m->key_length || strchr(m->key, ' ') || !strstr(known, word))
-            tok_refuse(l, "this implementation does not know the key", m->key);
+// A setting may be one of the step's pattern.
+static bool tok_setting_is(const retrofit_json *o, const char *key, const char *value) {
+    const retrofit_json *v = retrofit_json_get(o, key);
+    if (!v) v = retrofit_json_get(retrofit_json_get(o, "pattern"), key);
+    if (v && v->type == RETROFIT_JSON_BOOL) return !strcmp(value, v->number != 0 ? "true" : "false");
+    return v && v->string && !strcmp(value, v->string);
+}
+
+static void tok_load_template(retrofit_tokenizer *t, const retrofit_json *o) {
+    const retrofit_json *all = tok_get(t, o, "special_tokens", RETROFIT_JSON_OBJECT), *special, *v;
+    const retrofit_json *m = tok_get(t, o, "single", RETROFIT_JSON_ARRAY)->child;
+    bool text = false; // has been there: as A; B, of pairs, is not supported
+    for (; m && !t->bad; m = m->next) {
+        special = retrofit_json_get(m, "SpecialToken");
+        if (!special && (text || !tok_setting_is(retrofit_json_get(m, "Sequence"), "id", "A"))) break;
+        text |= !special;
+        if (special) special = tok_get(t, all, tok_get(t, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
+        for (v = special ? tok_get(t, special, "ids", RETROFIT_JSON_ARRAY)->child : NULL; v && !t->bad; v = v->next) {
+            size_t *count = text ? &t->after_count : &t->before_count, id = (size_t)tok_get_id(t, v);
+            if (*count == TOK_MAX_SPECIALS || id >= t->size || !t->tokens[id].text) tok_refuse(t, "a bad or a 17th", "SpecialToken");
+            else (text ? t->after : t->before)[(*count)++] = (int32_t)id;
+        }
     }
+    if (!text || m) tok_refuse(t, "needs the text once, as A:", "TemplateProcessing");
 }
 
-static tok_step *tok_add_step(tok_loader *l, tok_steps *list, tok_step_kind kind, int flag) {
-    if (list->count == TOK_MAX_STEPS) tok_refuse(l, "too many steps in a", "Sequence"), list->count--;
-    tok_step *st = &list->at[list->count++];
-    memset(st, 0, sizeof *st);
-    st->kind = kind, st->flag = flag;
-    return st;
-}
-
-static void tok_set_a(tok_loader *l, tok_step *st, const retrofit_json *string) {
-    st->a = tok_keep(l, string->string, string->length), st->a_size = string->length;
-    if (!st->a_size) tok_refuse(l, "empty, and should not be:", string->key ? string->key : "");
-}
-
-static void tok_load_replace(tok_loader *l, const retrofit_json *o, tok_steps *list) {
-    const retrofit_json *pattern = tok_get(l, o, "pattern", RETROFIT_JSON_OBJECT),
-                        *content = tok_get(l, o, "content", RETROFIT_JSON_STRING);
-    tok_only(l, o, " type pattern content "), tok_only(l, pattern, " String ");
-    tok_step *st = tok_add_step(l, list, TOK_REPLACE, 0);
-    tok_set_a(l, st, tok_get(l, pattern, "String", RETROFIT_JSON_STRING));
-    st->b = tok_keep(l, content->string, content->length), st->b_size = content->length;
-}
-
-static void tok_load_split(tok_loader *l, const retrofit_json *o, tok_steps *list) {
-    static const struct {
-        const char *pattern;
-        int digits;
-    } known[] = {
-        {"'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+", 0},
-        {"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}| "
-         "?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-         3},
-        {"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+",
-         1},
-    };
-    const retrofit_json *pattern = tok_get(l, o, "pattern", RETROFIT_JSON_OBJECT);
-    tok_only(l, o, " type pattern behavior invert "), tok_only(l, pattern, " Regex ");
-    const char *regex = tok_get(l, pattern, "Regex", RETROFIT_JSON_STRING)->string;
-    const char *behavior = tok_get(l, o, "behavior", RETROFIT_JSON_STRING)->string;
-    if (strcmp(behavior, "Isolated")) tok_refuse(l, "only the behavior Isolated is supported, not", behavior);
-    if (tok_get_flag(l, o, "invert", false)) tok_refuse(l, "not supported as true:", "invert");
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (!strcmp(regex, known[i].pattern)) return (void)tok_add_step(l, list, TOK_SPLIT, known[i].digits);
-    tok_refuse(l, "only the patterns of GPT-2, Llama 3 and Qwen 2 are supported, not", regex);
-}
-
-// Metaspace is a pre-tokenizer and a decoder. Older files say add_prefix_space, newer ones prepend_scheme.
-static void tok_load_metaspace(tok_loader *l, const retrofit_json *o, tok_steps *list, bool decoder) {
-    tok_only(l, o, " type replacement add_prefix_space prepend_scheme split str_rep ");
-    const retrofit_json *mark = tok_get(l, o, "replacement", RETROFIT_JSON_STRING);
-    const char *scheme = tok_get_flag(l, o, "add_prefix_space", true) ? "always" : "never";
-    if (tok_present(o, "prepend_scheme")) scheme = tok_get(l, o, "prepend_scheme", RETROFIT_JSON_STRING)->string;
-    bool never = !strcmp(scheme, "never"), first = !strcmp(scheme, "first");
-    if (!never && !first && strcmp(scheme, "always")) tok_refuse(l, "unknown prepend_scheme", scheme);
-    if (first && !decoder && (list->count || l->t->normalizer.count))
-        tok_refuse(l, "supported only without steps before it: prepend_scheme", scheme);
-    tok_step *st = tok_add_step(l, list, TOK_REPLACE, decoder && !never);
-    st->a = " ", st->b = tok_keep(l, mark->string, mark->length), st->a_size = 1, st->b_size = mark->length;
-    if (decoder) st->a = st->b, st->b = " ", st->a_size = st->b_size, st->b_size = 1;
-    uint32_t c;
-    if (!mark->length || utf8_next(mark->string, mark->length, &c) != mark->length) tok_refuse(l, "not one character:", "replacement");
-    tok_step mark_step = *st;
-    if (decoder) return;
-    if (!never)
-        st = tok_add_step(l, list, TOK_PREPEND, TOK_UNLESS_THERE | (first ? TOK_ONLY_FIRST : 0)), st->a = mark_step.b,
-        st->a_size = mark_step.b_size;
-    if (tok_get_flag(l, o, "split", true))
-        st = tok_add_step(l, list, TOK_CUT_BEFORE, 0), st->a = mark_step.b, st->a_size = mark_step.b_size;
-}
-
-static void tok_load_byte_level(tok_loader *l, const retrofit_json *o, tok_steps *list, bool decoder) {
-    tok_only(l, o, " type add_prefix_space trim_offsets use_regex ");
-    if (decoder) {
-        tok_add_step(l, list, TOK_UNBYTE_LEVEL, 0), tok_add_step(l, list, TOK_LOSSY, 0);
+// A step or a Sequence of steps. The parser's depth limit bounds the recursion.
+static void tok_load_step(retrofit_tokenizer *t, const retrofit_json *o, int role) {
+    const char *type = tok_get(t, o, "type", RETROFIT_JSON_STRING)->string;
+    int step = t->last + 1;
+    if (!strcmp(type, "Sequence")) {
+        const retrofit_json *s = tok_get(t, o, tok_lists[role], RETROFIT_JSON_ARRAY)->child;
+        for (; s && !t->bad; s = s->next) tok_load_step(t, s, role);
         return;
     }
-    if (tok_get_flag(l, o, "add_prefix_space", true)) {
-        tok_step *st = tok_add_step(l, list, TOK_PREPEND, TOK_UNLESS_THERE);
-        st->a = " ", st->a_size = 1;
+    for (; step < TOK_STEPS; step++) {
+        if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) continue;
+        const char *const *set = tok_steps[step].settings;
+        while (*set && tok_setting_is(o, set[0], set[1])) set += 2;
+        if (!*set) break;
     }
-    if (tok_get_flag(l, o, "use_regex", true)) tok_add_step(l, list, TOK_SPLIT, 0);
-    tok_add_step(l, list, TOK_BYTE_LEVEL, 0);
+    if (step == TOK_STEPS) return tok_refuse(t, "this step is unsupported (or its settings, or its place):", type);
+    t->has[t->last = step] = true;
+    if (step == TOK_TEMPLATE) tok_load_template(t, o);
 }
 
-static void tok_load_strip(tok_loader *l, const retrofit_json *o, tok_steps *list) {
-    tok_only(l, o, " type content start stop ");
-    double start = tok_get(l, o, "start", RETROFIT_JSON_NUMBER)->number;
-    if (tok_get(l, o, "stop", RETROFIT_JSON_NUMBER)->number != 0 || (start != 0 && start != 1))
-        tok_refuse(l, "only start 0 or 1 and stop 0 are supported in", "Strip");
-    if (start == 1) tok_set_a(l, tok_add_step(l, list, TOK_STRIP, 0), tok_get(l, o, "content", RETROFIT_JSON_STRING));
+static void tok_add_token(retrofit_tokenizer *t, const char *text, size_t size, int32_t id, bool model) {
+    int32_t *slot = tok_text_slot(t, text, size);
+    if (!slot || *slot || t->tokens[id].text) return tok_refuse(t, "this text, or its id, is in the vocabulary twice (or collides):", text);
+    tok_token k = {tok_keep(t, text, size), size, model, false, false};
+    t->tokens[id] = k, *slot = id + 1;
+    if (model && tok_fallback_byte(&k) >= 0) t->byte_ids[tok_fallback_byte(&k)] = id + 1;
 }
 
-// Appends the steps of a normalizer, pre_tokenizer or decoder. The parser's depth limit bounds the recursion.
-static void tok_load_steps(tok_loader *l, const retrofit_json *o, tok_steps *list, const char *role) {
-    const char *type = tok_get(l, o, "type", RETROFIT_JSON_STRING)->string;
-    bool normalizer = *role == 'n', pre = *role == 'p', decoder = *role == 'd';
-    if (l->bad) return;
-    if (!strcmp(type, "Sequence")) {
-        const char *key = normalizer ? "normalizers" : pre ? "pretokenizers" : "decoders";
-        tok_only(l, o, normalizer ? " type normalizers " : pre ? " type pretokenizers " : " type decoders ");
-        for (const retrofit_json *m = tok_get(l, o, key, RETROFIT_JSON_ARRAY)->child; m; m = m->next) tok_load_steps(l, m, list, role);
-    } else if (!pre && !strcmp(type, "Replace")) tok_load_replace(l, o, list);
-    else if (!normalizer && !strcmp(type, "ByteLevel")) tok_load_byte_level(l, o, list, decoder);
-    else if (!normalizer && !strcmp(type, "Metaspace")) tok_load_metaspace(l, o, list, decoder);
-    else if (pre && !strcmp(type, "Split")) tok_load_split(l, o, list);
-    else if (decoder && !strcmp(type, "Strip")) tok_load_strip(l, o, list);
-    else if (normalizer && !strcmp(type, "Prepend"))
-        tok_only(l, o, " type prepend "),
-            tok_set_a(l, tok_add_step(l, list, TOK_PREPEND, 0), tok_get(l, o, "prepend", RETROFIT_JSON_STRING));
-    else if (pre && !strcmp(type, "Digits"))
-        tok_only(l, o, " type individual_digits "), tok_add_step(l, list, TOK_DIGITS, tok_get_flag(l, o, "individual_digits", false));
-    else if (normalizer && !strcmp(type, "NFC")) tok_only(l, o, " type "), tok_add_step(l, list, TOK_NFC, 0);
-    else if (decoder && !strcmp(type, "ByteFallback")) tok_only(l, o, " type "), tok_add_step(l, list, TOK_BYTE_FALLBACK, 0);
-    else if (decoder && !strcmp(type, "Fuse")) tok_only(l, o, " type "), tok_add_step(l, list, TOK_FUSE, 0);
-    else {
-        char what[80];
-        snprintf(what, sizeof what, "this implementation does not know the %s", role);
-        tok_refuse(l, what, type);
-    }
+// A hash table that count entries fill at most by half; *mask is its size, a power of two, less one.
+static void *tok_table(size_t count, size_t each, size_t *mask) {
+    for (*mask = 1; *mask < 2 * count;) *mask = 2 * *mask + 1;
+    return allocate(*mask + 1, each);
 }
 
-static void tok_add_special(tok_loader *l, int32_t id, bool after) {
-    retrofit_tokenizer *t = l->t;
-    size_t *count = after ? &t->after_count : &t->before_count;
-    if (*count == TOK_MAX_STEPS || (size_t)id >= t->size || !t->tokens[id].used)
-        return (void)tok_refuse(l, "a bad or a 17th token in", "post_processor");
-    (after ? t->after : t->before)[(*count)++] = id;
-}
-
-// ByteLevel only moves offsets here. Of several templates Hugging Face applies but the first, which nobody can have wanted.
-static void tok_load_post_processor(tok_loader *l, const retrofit_json *o) {
-    const char *type = tok_get(l, o, "type", RETROFIT_JSON_STRING)->string;
-    if (l->bad) return;
-    if (!strcmp(type, "Sequence")) {
-        tok_only(l, o, " type processors ");
-        for (const retrofit_json *m = tok_get(l, o, "processors", RETROFIT_JSON_ARRAY)->child; m; m = m->next)
-            tok_load_post_processor(l, m);
-    } else if (!strcmp(type, "TemplateProcessing")) {
-        tok_only(l, o, " type single pair special_tokens ");
-        const retrofit_json *specials = tok_get(l, o, "special_tokens", RETROFIT_JSON_OBJECT);
-        size_t texts = 0;
-        if (l->template_seen) tok_refuse(l, "more than one", type);
-        l->template_seen = true;
-        for (const retrofit_json *m = tok_get(l, o, "single", RETROFIT_JSON_ARRAY)->child; m && !l->bad; m = m->next) {
-            tok_only(l, m, " SpecialToken Sequence ");
-            const retrofit_json *special = retrofit_json_get(m, "SpecialToken");
-            if (!special) {
-                const char *id = tok_get(l, tok_get(l, m, "Sequence", RETROFIT_JSON_OBJECT), "id", RETROFIT_JSON_STRING)->string;
-                if (strcmp(id, "A") || texts++) tok_refuse(l, "TemplateProcessing should have the text once, as A, not", id);
-                continue;
-            }
-            const retrofit_json *found =
-                tok_get(l, specials, tok_get(l, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
-            for (const retrofit_json *id = tok_get(l, found, "ids", RETROFIT_JSON_ARRAY)->child; id && !l->bad; id = id->next)
-                tok_add_special(l, tok_get_id(l, id), texts > 0);
-        }
-        if (!texts) tok_refuse(l, "no text in", "TemplateProcessing");
-    } else if (strcmp(type, "ByteLevel")) tok_refuse(l, "this implementation does not know the post_processor", type);
-}
-
-static void tok_add_token(tok_loader *l, const char *text, size_t size, int32_t id, bool model) {
-    retrofit_tokenizer *t = l->t;
-    size_t slot = tok_text_slot(t, text, size);
-    if (slot == SIZE_MAX) return (void)tok_refuse(l, "too many hash collisions, at token", text);
-    if (t->by_text[slot] || t->tokens[id].used) return (void)tok_refuse(l, "this text, or its id, is in the vocabulary twice:", text);
-    tok_token k = {tok_keep(l, text, size), size, true, model, false};
-    t->tokens[id] = k, t->by_text[slot] = id + 1;
-}
-
-// One less than the size of a hash table, a power of two, that count entries fill at most by half.
-static size_t tok_mask_for(size_t count) {
-    size_t size = 2;
-    while (size < 2 * count) size *= 2;
-    return size - 1;
-}
-
-static int tok_by_added_text(const void *a, const void *b) {
-    const tok_added_token *x = (const tok_added_token *)a, *y = (const tok_added_token *)b;
-    int order = memcmp(x->text, y->text, x->size < y->size ? x->size : y->size);
-    return order ? order : (x->size > y->size) - (x->size < y->size);
-}
-
-static void tok_load_vocabulary(tok_loader *l, const retrofit_json *vocabulary, const retrofit_json *added) {
-    retrofit_tokenizer *t = l->t;
-    for (const retrofit_json *v = vocabulary->child; v; v = v->next) {
-        size_t id = (size_t)tok_get_id(l, v);
-        if (id >= t->size) t->size = id + 1;
-    }
-    for (const retrofit_json *v = added->child; v; v = v->next) {
-        tok_only(l, v, " id content single_word lstrip rstrip normalized special ");
-        size_t id = (size_t)tok_get_id(l, tok_get(l, v, "id", RETROFIT_JSON_NUMBER));
-        if (id >= t->size) t->size = id + 1;
-    }
-    if (!t->size) tok_refuse(l, "no token in the", "vocab");
-    t->token_mask = tok_mask_for(vocabulary->count + added->count);
+static void tok_load_vocabulary(retrofit_tokenizer *t, const retrofit_json *vocabulary, const retrofit_json *added) {
+    const retrofit_json *v;
+    int32_t last = -1, id;
+    for (v = vocabulary->child; v; v = v->next) last = (id = tok_get_id(t, v)) > last ? id : last;
+    for (v = added->child; v; v = v->next) last = (id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER))) > last ? id : last;
+    t->size = (size_t)(last + 1);
+    if (!t->size) tok_refuse(t, "no token in the", "vocab");
     t->tokens = (tok_token *)allocate(t->size, sizeof *t->tokens);
-    t->by_text = (int32_t *)allocate(t->token_mask + 1, sizeof *t->by_text);
-    if (!t->tokens || !t->by_text) l->bad = true;
-    for (const retrofit_json *v = vocabulary->child; v && !l->bad; v = v->next)
-        tok_add_token(l, v->key, v->key_length, tok_get_id(l, v), true);
+    t->by_text = (int32_t *)tok_table(vocabulary->count + added->count, sizeof *t->by_text, &t->token_mask);
+    t->bad |= !t->tokens || !t->by_text;
+    for (v = vocabulary->child; v && !t->bad; v = v->next) tok_add_token(t, v->key, v->key_length, tok_get_id(t, v), true);
 }
 
-static void tok_load_added(tok_loader *l, const retrofit_json *added) {
-    retrofit_tokenizer *t = l->t;
-    for (int i = 0; i < 2; i++)
-        if (!(t->added[i].at = (tok_added_token *)allocate(added->count, sizeof *t->added[i].at))) l->bad = true;
-    for (const retrofit_json *v = added->child; v && !l->bad; v = v->next) {
-        const retrofit_json *content = tok_get(l, v, "content", RETROFIT_JSON_STRING);
-        const char *text = content->string;
-        int32_t id = tok_get_id(l, tok_get(l, v, "id", RETROFIT_JSON_NUMBER)), known = tok_find_token(t, text, content->length, false);
-        if (l->bad) return;
-        if (known < 0) tok_add_token(l, text, content->length, id, false);
-        else if (known != id) tok_refuse(l, "an added token has another id in the vocabulary:", text);
-        if (l->bad) return;
-        if (tok_get_flag(l, v, "single_word", false)) tok_refuse(l, "single_word is not supported, as in the added token", text);
-        bool special = tok_get_flag(l, v, "special", false), normalized = tok_get_flag(l, v, "normalized", !special);
-        tok_added_token a = {t->tokens[id].text, content->length, id, tok_get_flag(l, v, "lstrip", false),
-                             tok_get_flag(l, v, "rstrip", false)};
-        t->tokens[id].special = special;
-        // Decoding gives the text as written here, as tokenizers 0.21 does; 0.23 gives the normalized text.
-        if (normalized) { // added_text may move while it grows: its texts are pointed to below
-            tok_pieces p[2];
-            memset(p, 0, sizeof p);
-            tok_put(&p[0], text, a.size), tok_cut(&p[0]);
-            if (!tok_apply_all(t, &t->normalizer, p, true)) tok_refuse(l, "cannot normalize the added token", text);
-            else tok_put(&t->added_text, p[0].bytes, a.size = p[0].size), l->bad |= t->added_text.failed;
-            tok_pieces_free(&p[0]), tok_pieces_free(&p[1]);
-        }
-        // White space stripped on the right could be searched again and again if tokens began with it.
-        if (!a.size || a.size > TOK_MAX_ADDED || (a.strip_right && tok_run_of(t, text, 0, content->length, TOK_SPACE, false)))
-            tok_refuse(l, "an added token that is empty, longer than 512 bytes, or starts with white space and strips it:", text);
-        tok_added_set *set = &t->added[normalized];
-        set->at[set->count++] = a;
-    }
-    for (size_t i = 0, from = 0; i < t->added[1].count; from += t->added[1].at[i++].size)
-        t->added[1].at[i].text = t->added_text.bytes + from;
-    for (int s = 0; s < 2 && !l->bad; s++) {
-        tok_added_set *set = &t->added[s];
-        if (set->count) qsort(set->at, set->count, sizeof *set->at, tok_by_added_text);
-        for (size_t i = 0; i < set->count; i++) {
-            set->first[(unsigned char)set->at[i].text[0]] = true;
-            if (i && !tok_by_added_text(&set->at[i - 1], &set->at[i]))
-                tok_refuse(l, "listed twice, the added token", t->tokens[set->at[i].id].text);
-        }
-    }
-}
-
-static void tok_load_merges(tok_loader *l, const retrofit_json *merges) {
-    retrofit_tokenizer *t = l->t;
+// Merges are ["a", "b"] or "a b"; of equal ones the last counts.
+static void tok_load_merges(retrofit_tokenizer *t, const retrofit_json *merges) {
+    tok_text joined = {NULL, 0, 0, false};
     uint32_t rank = 0;
-    tok_pieces joined;
-    memset(&joined, 0, sizeof joined);
-    t->merge_mask = tok_mask_for(merges->count);
-    if (!(t->merges = (tok_merge *)allocate(t->merge_mask + 1, sizeof *t->merges))) l->bad = true;
-    for (const retrofit_json *m = merges->child; m && !l->bad; m = m->next) {
-        const char *part[2] = {m->string, NULL},
-                   *space = m->type == RETROFIT_JSON_STRING ? (const char *)memchr(m->string, ' ', m->length) : NULL;
-        size_t size[2] = {0, 0};
-        if (space) size[0] = (size_t)(space - m->string), part[1] = space + 1, size[1] = m->length - size[0] - 1;
-        else if (m->type == RETROFIT_JSON_ARRAY && m->count == 2)
-            for (int i = 0; i < 2; i++) {
-                const retrofit_json *v = i ? m->child->next : m->child;
-                if (v->type == RETROFIT_JSON_STRING) part[i] = v->string, size[i] = v->length;
-            }
-        if (!part[0] || !part[1]) return tok_refuse(l, "a merge should be [\"a\", \"b\"] or", "a b"), tok_pieces_free(&joined);
-        tok_clear(&joined), tok_put(&joined, part[0], size[0]), tok_put(&joined, part[1], size[1]), tok_put(&joined, "", 1);
-        if (joined.failed) break;
-        int32_t a = tok_find_token(t, part[0], size[0], true), b = tok_find_token(t, part[1], size[1], true);
-        int32_t both = tok_find_token(t, joined.bytes, joined.size - 1, true);
-        tok_merge *slot = a < 0 || b < 0 || both < 0 ? NULL : tok_merge_slot(t, a, b);
-        size_t tail = size[0];
-        while (tail && ((unsigned char)part[0][--tail] & 0xc0) == 0x80) {}
-        uint32_t end, start;
-        utf8_next(part[0] + tail, size[0] - tail, &end), utf8_next(part[1], size[1], &start);
-        t->meet[tok_meeting(end, start)] = true;
-        if (!slot) tok_refuse(l, "a merge whose parts or result are not in the vocabulary (or collide), with the result", joined.bytes);
-        else slot->pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b, slot->rank = ++rank, slot->id = both; // of equal ones the last counts
+    t->bad |= !(t->merges = (tok_merge *)tok_table(merges->count, sizeof *t->merges, &t->merge_mask));
+    for (const retrofit_json *m = merges->child; m && !t->bad; m = m->next, t->bad |= joined.failed) {
+        bool pair = m->type == RETROFIT_JSON_ARRAY && m->count == 2;
+        const char *space = m->type == RETROFIT_JSON_STRING ? (const char *)memchr(m->string, ' ', m->length) : NULL;
+        size_t cut = pair ? m->child->length : space ? (size_t)(space - m->string) : 0;
+        joined.size = 0;
+        if (pair) tok_put(&joined, m->child->string, cut), tok_put(&joined, m->child->next->string, m->child->next->length);
+        if (space) tok_put(&joined, m->string, cut), tok_put(&joined, space + 1, m->length - cut - 1);
+        tok_put(&joined, "", 1);
+        size_t n = joined.failed ? 0 : joined.size - 1;
+        int32_t a = tok_find(t, joined.bytes, n ? cut : 0, true), b = n ? tok_find(t, joined.bytes + cut, n - cut, true) : -1;
+        int32_t both = tok_find(t, joined.bytes, n, true);
+        tok_merge *slot = !cut || cut == n || a < 0 || b < 0 || both < 0 ? NULL : tok_merge_slot(t, a, b);
+        if (!slot && !joined.failed) tok_refuse(t, "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", joined.bytes);
+        if (!slot) continue;
+        slot->pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b, slot->rank = ++rank, slot->id = both;
+        t->meet[(unsigned char)joined.bytes[cut - 1]][(unsigned char)joined.bytes[cut]] = true;
     }
-    l->bad |= joined.failed;
-    tok_pieces_free(&joined);
+    free(joined.bytes);
 }
 
-static void tok_load_model(tok_loader *l, const retrofit_json *o, const retrofit_json *added) {
-    retrofit_tokenizer *t = l->t;
-    tok_only(l, o,
-             " type dropout unk_token continuing_subword_prefix end_of_word_suffix fuse_unk byte_fallback ignore_merges vocab merges ");
-    const char *type = tok_get(l, o, "type", RETROFIT_JSON_STRING)->string;
-    const retrofit_json *dropout = tok_present(o, "dropout"), *unk = tok_present(o, "unk_token");
-    if (strcmp(type, "BPE")) tok_refuse(l, "only the model BPE is supported, not", type);
-    if (dropout && (dropout->type != RETROFIT_JSON_NUMBER || dropout->number != 0)) tok_refuse(l, "not supported:", "dropout");
+static int tok_by_key(const void *a, const void *b) {
+    const tok_added *x = (const tok_added *)a, *y = (const tok_added *)b;
+    return x->key != y->key ? x->key - y->key : (x->size < y->size) - (x->size > y->size);
+}
+
+static void tok_load_added(retrofit_tokenizer *t, const retrofit_json *added) {
+    tok_text normal = {NULL, 0, 0, false};
+    size_t n = 0;
+    if (!(t->added = (tok_added *)allocate(added->count, sizeof *t->added))) t->bad = true;
+    for (const retrofit_json *v = added->child; v && !t->bad; v = v->next) {
+        const retrofit_json *content = tok_get(t, v, "content", RETROFIT_JSON_STRING);
+        int32_t id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER)), known = tok_find(t, content->string, content->length, false);
+        bool bad =
+            !content->length || (known >= 0 && (known != id || t->tokens[id].added)); // empty, or there with another id, or listed twice
+        if (bad || tok_flag(t, v, "lstrip", false) || tok_flag(t, v, "rstrip", false) || tok_flag(t, v, "single_word", false))
+            tok_refuse(t, "empty, twice there, or with lstrip, rstrip or single_word, which are unsupported: the added token",
+                       content->string);
+        if (known < 0 && !t->bad) tok_add_token(t, content->string, content->length, id, false);
+        if (t->bad) break;
+        tok_token *k = &t->tokens[id];
+        tok_added a = {k->text, k->size, id, 0};
+        k->added = true, k->special = tok_flag(t, v, "special", false);
+        if (tok_flag(t, v, "normalized", !k->special)) { // decoding gives the text as written here, as tokenizers 0.21 does
+            tok_normalize(t, &normal, k->text, k->size);
+            if ((t->bad |= normal.failed)) break;
+            a.text = tok_keep(t, normal.bytes, normal.size), a.size = normal.size, a.key = 256;
+        }
+        a.key += (unsigned char)a.text[0], t->added[n++] = a;
+    }
+    free(normal.bytes);
+    if (!t->bad) qsort(t->added, n, sizeof *t->added, tok_by_key);
+    for (size_t key = 0, i = 0; key < 513; t->first[key++] = i)
+        while (i < n && t->added[i].key < (int)key) i++;
+}
+
+static void tok_load_tokenizer(retrofit_tokenizer *t, const retrofit_json *root) {
+    static const char *const neutral[] = {"truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix"};
+    const retrofit_json *added = tok_present(root, "added_tokens") ? tok_get(t, root, "added_tokens", RETROFIT_JSON_ARRAY) : &tok_none;
+    const retrofit_json *model = tok_get(t, root, "model", RETROFIT_JSON_OBJECT), *v;
+    for (int i = 0; i < 5; i++)
+        if ((v = tok_present(i < 2 ? root : model, neutral[i])) && !(v->type == RETROFIT_JSON_STRING && !v->length))
+            tok_refuse(t, "not supported, should be null:", neutral[i]);
+    if (!tok_setting_is(model, "type", "BPE")) tok_refuse(t, "only BPE is supported as", "model");
+    for (int role = 0; role < 3 && !t->bad; role++)
+        if ((v = tok_present(root, tok_roles[role]))) tok_load_step(t, v, role);
+    for (int k = 0; k < 3; k++) {
+        unsigned c = 0, run = 0, inside = 0;
+        for (const char *p = tok_runs[k]; *p; inside ^= *p++ < 'a') {
+            run = run * 26 + (unsigned)((*p | 32) - 'a');
+            for (; *p < 'a' && run; run--) t->classes[c++] |= (uint8_t)(inside << k);
+        }
+    }
+    // The byte-level alphabet shows a byte that is not printable Latin-1 as the next free code point from 256 up.
+    for (unsigned b = 0, next = 256; b < 256; b++) {
+        t->chars[b] = (uint16_t)((b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++);
+        t->bytes_of[t->chars[b]] = (uint16_t)(b + 1);
+    }
+    const bool *has = t->has;
+    int patterns = has[TOK_GPT2] + has[TOK_QWEN2] + has[TOK_LLAMA3] + has[TOK_GPT2_BYTES], bytes = has[TOK_BYTES] + has[TOK_GPT2_BYTES];
+    if (patterns > 1 || bytes > 1 || (has[TOK_STRIP] && !has[TOK_FUSE]) ||
+        (has[TOK_UNBYTES] && (has[TOK_UNREPLACE] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE])))
+        tok_refuse(t, "steps that are not supported together, in", "pre_tokenizer or decoder");
+    t->split = patterns, t->bytes = bytes, t->digits = has[TOK_LLAMA3] ? 3 : has[TOK_QWEN2];
+    t->fuse_unk = tok_flag(t, model, "fuse_unk", false), t->byte_fallback = tok_flag(t, model, "byte_fallback", false);
+    t->ignore_merges = tok_flag(t, model, "ignore_merges", false), t->decodes = tok_present(root, "decoder") != NULL;
+    const retrofit_json *vocabulary = tok_get(t, model, "vocab", RETROFIT_JSON_OBJECT);
+    if (!t->bad) tok_load_vocabulary(t, vocabulary, added);
+    if (!t->bad) tok_load_merges(t, tok_get(t, model, "merges", RETROFIT_JSON_ARRAY));
+    if (!t->bad && tok_present(model, "unk_token")) {
+        v = tok_get(t, model, "unk_token", RETROFIT_JSON_STRING), t->unk = tok_find(t, v->string, v->length, true);
+        if (t->unk < 0) tok_refuse(t, "not in the vocabulary, the unk_token", v->string);
+    }
+    if (!t->bad) tok_load_added(t, added);
+    if (!t->bad && (v = tok_present(root, "post_processor"))) tok_load_step(t, v, 3);
+}
+
+// tokenizer_config.json may hold anything else too. own_specials: tokenizer.json has a post_processor.
+static void tok_load_config(retrofit_tokenizer *t, const retrofit_json *config, bool own_specials) {
     for (int i = 0; i < 2; i++) {
-        const char *key = i ? "end_of_word_suffix" : "continuing_subword_prefix";
-        if (tok_present(o, key) && tok_get(l, o, key, RETROFIT_JSON_STRING)->length) tok_refuse(l, "not supported:", key);
-    }
-    t->fuse_unk = tok_get_flag(l, o, "fuse_unk", false), t->byte_fallback = tok_get_flag(l, o, "byte_fallback", false);
-    t->ignore_merges = tok_get_flag(l, o, "ignore_merges", false);
-    tok_load_vocabulary(l, tok_get(l, o, "vocab", RETROFIT_JSON_OBJECT), added);
-    if (!l->bad) tok_load_merges(l, tok_get(l, o, "merges", RETROFIT_JSON_ARRAY));
-    if (l->bad) return;
-    for (unsigned i = 0; i < 256; i++) {
-        char name[8];
-        snprintf(name, sizeof name, "<0x%02X>", i);
-        t->byte_ids[i] = tok_find_token(t, name, 6, true);
-    }
-    if (!unk) return;
-    unk = tok_get(l, o, "unk_token", RETROFIT_JSON_STRING);
-    t->unk = tok_find_token(t, unk->string, unk->length, true);
-    if (t->unk < 0) tok_refuse(l, "not in the vocabulary, the unk_token", unk->string);
-}
-
-static void tok_load_runs(retrofit_tokenizer *t, const uint16_t *runs, size_t count, int class_) {
-    size_t each = class_ ? 2 : 3; // without a class: the combining class is in the third number
-    for (size_t i = 0, c = 0; i < count; i += each) {
-        c += runs[i];
-        for (size_t k = 0; k < runs[i + 1]; k++) t->unicode[c++] |= (uint16_t)(class_ ? class_ : runs[i + 2] << 8);
+        const char *key = i ? "eos_token" : "bos_token";
+        const retrofit_json *v = tok_present(config, key);
+        if (v && v->type == RETROFIT_JSON_OBJECT) v = tok_get(t, v, "content", RETROFIT_JSON_STRING);
+        int32_t id = v && v->type == RETROFIT_JSON_STRING ? tok_find(t, v->string, v->length, false) : -1;
+        if (v && id < 0) tok_refuse(t, "tokenizer.json does not have the token that is said to be", key);
+        *(i ? &t->eos : &t->bos) = id;
+        if (!own_specials && tok_flag(t, config, i ? "add_eos_token" : "add_bos_token", false) && id >= 0)
+            (i ? t->after : t->before)[0] = id, *(i ? &t->after_count : &t->before_count) = 1;
     }
 }
 
-static void tok_load_tokenizer(tok_loader *l, const retrofit_json *root) {
-    retrofit_tokenizer *t = l->t;
-    tok_only(l, root, " version truncation padding added_tokens normalizer pre_tokenizer post_processor decoder model ");
-    if (tok_present(root, "truncation")) tok_refuse(l, "set to null what should not happen here:", "truncation");
-    if (tok_present(root, "padding")) tok_refuse(l, "set to null what should not happen here:", "padding");
-    static const retrofit_json none[] = {{RETROFIT_JSON_ARRAY, 0, 0, 0, "", "", 0, NULL, NULL}};
-    const retrofit_json *added = tok_present(root, "added_tokens") ? tok_get(l, root, "added_tokens", RETROFIT_JSON_ARRAY) : none;
-    static const char *const roles[] = {"normalizer", "pre_tokenizer", "decoder"};
-    tok_steps *const lists[] = {&t->normalizer, &t->pre_tokenizer, &t->decoder};
-    for (int i = 0; i < 3; i++)
-        if (tok_present(root, roles[i])) tok_load_steps(l, tok_present(root, roles[i]), lists[i], roles[i]);
-    if (!tok_present(root, "decoder")) tok_add_step(l, &t->decoder, TOK_JOIN, 0);
-    if (!l->bad) tok_load_model(l, tok_get(l, root, "model", RETROFIT_JSON_OBJECT), added);
-    if (!l->bad) tok_load_added(l, added);
-    if (!l->bad && tok_present(root, "post_processor")) tok_load_post_processor(l, tok_present(root, "post_processor"));
-}
-
-// The id of a token in tokenizer_config.json: a string, an object with its content, or null.
-static int32_t tok_config_token(tok_loader *l, const retrofit_json *config, const char *key) {
-    const retrofit_json *v = tok_present(config, key);
-    if (v && v->type == RETROFIT_JSON_OBJECT) v = tok_get(l, v, "content", RETROFIT_JSON_STRING);
-    if (!v) return -1;
-    int32_t id = v->type == RETROFIT_JSON_STRING ? tok_find_token(l->t, v->string, v->length, false) : -1;
-    if (id < 0) tok_refuse(l, "tokenizer.json does not have the token that is said to be", key);
-    return id;
-}
-
-static retrofit_json *tok_read_json(const char *directory, const char *name, char path[4096], size_t *size) {
-    if (snprintf(path, 4096, "%s/%s", directory, name) >= 4096) return fail("%.200s...: path too long", path), (retrofit_json *)NULL;
-    char *text = read_file(path, size);
+static retrofit_json *tok_read(const char *directory, const char *name, char path[RETROFIT_PATH], size_t *size) {
+    char *text = retrofit_path(path, directory, name) ? read_file(path, size) : NULL;
     retrofit_json *root = text ? retrofit_json_parse(text, *size, path) : NULL;
-    free(text);
-    return root;
-}
-
-// tokenizer_config.json, which may be missing and may hold anything else too. own_specials: tokenizer.json has a post_processor.
-static void tok_load_config(tok_loader *l, const char *directory, char path[4096], bool own_specials) {
-    retrofit_tokenizer *t = l->t;
-    size_t size;
-    snprintf(path, 4096, "%s/tokenizer_config.json", directory);
-    if (access(path, F_OK) && errno == ENOENT) return;
-    retrofit_json *config = tok_read_json(directory, "tokenizer_config.json", path, &size);
-    if (!config) return (void)(l->bad = true);
-    t->bos = tok_config_token(l, config, "bos_token"), t->eos = tok_config_token(l, config, "eos_token");
-    if (!own_specials && tok_get_flag(l, config, "add_bos_token", false) && t->bos >= 0) t->before[t->before_count++] = t->bos;
-    if (!own_specials && tok_get_flag(l, config, "add_eos_token", false) && t->eos >= 0) t->after[t->after_count++] = t->eos;
-    retrofit_json_free(config);
+    return free(text), root;
 }
 
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
-    char path[4096];
-    size_t size;
-    retrofit_tokenizer *t = (retrofit_tokenizer *)allocate(1, sizeof *t);
-    if (!t) return NULL;
-    retrofit_json *root = tok_read_json(directory, "tokenizer.json", path, &size);
-    tok_loader l = {t, path, !root, false};
-    t->bos = t->eos = t->unk = -1;
-    l.bad = l.bad || !(t->strings = (char *)allocate(size + 1, 1)) || !(t->unicode = (uint16_t *)allocate(0x110000, sizeof *t->unicode));
-    if (!l.bad) {
-        tok_load_runs(t, tok_letter_runs, sizeof tok_letter_runs / sizeof *tok_letter_runs, TOK_LETTER);
-        tok_load_runs(t, tok_number_runs, sizeof tok_number_runs / sizeof *tok_number_runs, TOK_NUMBER);
-        tok_load_runs(t, tok_space_runs, sizeof tok_space_runs / sizeof *tok_space_runs, TOK_SPACE);
-        tok_load_runs(t, tok_unstable_runs, sizeof tok_unstable_runs / sizeof *tok_unstable_runs, TOK_UNSTABLE);
-        tok_load_runs(t, tok_combining_runs, sizeof tok_combining_runs / sizeof *tok_combining_runs, 0);
-        tok_load_tokenizer(&l, root);
+    char path[RETROFIT_PATH];
+    size_t size, ignored;
+    retrofit_json *root = tok_read(directory, "tokenizer.json", path, &size), *config = NULL;
+    retrofit_tokenizer *t = root ? (retrofit_tokenizer *)allocate(1, sizeof *t) : NULL;
+    if (!t) return retrofit_json_free(root), (retrofit_tokenizer *)NULL;
+    t->where = path, t->bos = t->eos = t->unk = t->last = -1;
+    t->strings = (char *)allocate(size + 1, 4); // enough: the texts of added tokens may be there twice, with ▁ for each space
+    t->classes = (uint8_t *)allocate(0x110000, 1);
+    if (!(t->bad = !t->strings || !t->classes)) tok_load_tokenizer(t, root);
+    if (!t->bad && (!retrofit_path(path, directory, "tokenizer_config.json") || !access(path, F_OK) || errno != ENOENT)) {
+        config = tok_read(directory, "tokenizer_config.json", path, &ignored);
+        if (!(t->bad = !config)) tok_load_config(t, config, tok_present(root, "post_processor") != NULL);
     }
-    if (!l.bad) tok_load_config(&l, directory, path, tok_present(root, "post_processor") != NULL);
-    retrofit_json_free(root);
-    if (!l.bad) return t;
-    retrofit_tokenizer_free(t);
-    return NULL;
+    retrofit_json_free(root), retrofit_json_free(config);
+    if (!t->bad) return t;
+    return retrofit_tokenizer_free(t), (retrofit_tokenizer *)NULL;
 }
 
 void retrofit_tokenizer_free(retrofit_tokenizer *t) {
     if (!t) return;
-    tok_pieces_free(&t->added_text);
-    free(t->strings), free(t->tokens), free(t->by_text), free(t->merges), free(t->unicode);
-    free(t->added[0].at), free(t->added[1].at), free(t);
+    free(t->strings), free(t->tokens), free(t->by_text), free(t->merges), free(t->added), free(t->classes), free(t);
 }
 
 // =====================================================================================================================
@@ -3558,9 +2959,15 @@ static bool allocate_blocks(retrofit_activations *s, const retrofit_config *c) {
     return s->prelude && s->core && s->coda && s->adapted && s->seen && s->next;
 }
 
+// Small enough that no size below overflows before take() sees it.
+static bool batch_possible(size_t B, size_t positions, size_t K, size_t recurrences) {
+    return B > 0 && positions > 0 && B <= ((size_t)1 << 32) / positions && K <= 1 << 16 && recurrences <= 1 << 20;
+}
+
 size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *ops, size_t B, size_t T, size_t K, bool train) {
     retrofit_activations s;
     arena a = {NULL, 0};
+    if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
     memset(&s, 0, sizeof s);
     s.B = B, s.T = T, s.K = train ? K : 0, s.train = train;
     if (allocate_blocks(&s, c)) lay_out_activations(&s, &a, c, ops->act_type);
@@ -3572,7 +2979,8 @@ retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B
                                                size_t recurrences) {
     const retrofit_config *c = &m->config;
     size_t positions = T > capacity ? T : capacity;
-    if (B == 0 || T == 0 || B > SIZE_MAX / 2 / T) return fail("a batch of %zu x %zu tokens", B, T), (retrofit_activations *)NULL;
+    if (T == 0 || !batch_possible(B, positions, K, recurrences))
+        return fail("a batch of %zu x %zu tokens (depth %zu, %zu recurrences) is impossible", B, T, K, recurrences), (retrofit_activations *)NULL;
     if (positions > c->context)
         return fail("%zu positions are more than the model's context of %zu", positions, c->context), (retrofit_activations *)NULL;
     retrofit_activations *s = (retrofit_activations *)allocate(1, sizeof *s);

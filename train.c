@@ -241,6 +241,7 @@ static void check_options(const retrofit_config *c) {
     if (!o.mean_recurrence) o.mean_recurrence = c->mean_recurrence;
     if (!o.backprop_depth) o.backprop_depth = c->backprop_depth;
     if (!o.steps) die(2, "--steps is needed: how many optimizer steps?");
+    if (o.batch > 1 << 24) die(2, "--batch-size is at most %d", 1 << 24);
     if (!o.micro || o.batch % o.micro) die(2, "--batch-size %zu is not a multiple of --micro-batch-size %zu", o.batch, o.micro);
     if (o.seq_len > c->context) die(2, "--seq-len %zu is more than the model's context of %zu", o.seq_len, c->context);
     if (o.mean_recurrence > 1 << 16 || o.backprop_depth > 1 << 16) die(2, "--mean-recurrence and --backprop-depth are at most 65536");
