@@ -1734,13 +1734,11 @@ static inline float fast_exp(float x) {
 // The arithmetic is done by a small kernel that keeps a block of C, GEMM_ROWS x 3 vectors, in registers, and for every k adds the outer
 // product of a column of A and a row of B: GEMM_ROWS numbers and 3 vectors are loaded for 3 * GEMM_ROWS multiply-adds, so that
 // arithmetic is the bottleneck and not loading. All else serves to keep that kernel fed from the caches:
-//   - K is cut into pieces of at most GEMM_DEPTH. The piece of B that goes with a tile of C is copied ("packed") into a thread's own
-//     buffer, which the second-level cache holds, as panels of 3 vectors in the very order in which the kernel reads them. Packing also
-//     widens bf16, and transposes.
-//   - Then GEMM_ROWS rows of A at a time, small enough for the first-level cache, meet every panel in turn. They are packed too if that
-//     pays: the kernel takes A with any strides, and what it reads once only or twice it may as well read in place.
-//   - C is cut into a grid of tiles for the threads. Every element of C belongs to one tile and sums over k in an order that depends on
-//     K alone: its bits depend neither on the number of threads nor on the tiles.
+//   - K is cut into pieces of at most GEMM_DEPTH, and N into strips, such that a piece of a strip of B fits the second-level cache. It is
+//     copied ("packed") into a thread's own buffer, as panels of 3 vectors in the very order in which the kernel reads them.
+//   - Then GEMM_ROWS rows of A at a time, small enough for the first-level cache, are packed and meet every panel in turn.
+//   - The threads divide C into tiles. Every element of C belongs to one tile and sums over k in an order that neither the tiles nor the
+//     number of threads have a say in, and so its bits don't depend on them.
 // A product with few rows (decoding some tokens) is another matter: every weight is needed only a few times, so reading B is all the
 // cost, and packing would double it. If B is stored with k contiguous (a weight matrix in X·Wᵀ), see gemm_dots.
 typedef struct {
@@ -1749,74 +1747,65 @@ typedef struct {
     size_t row, col; // element (i, j) is data[i * row + j * col]
 } matrix_view;
 
-// gcc in strict ISO mode (-std=c11) would not fuse multiplications and additions, at half the speed. No other liberty is taken.
-#if defined __GNUC__ && !defined __clang__
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=fast")
-#endif
-
 #if defined __AVX512F__
-#define GEMM_LANES 16 // floats in a vector
-#define GEMM_ROWS  8  // of the kernel's block: 24 of the 32 registers hold it
+#define GEMM_LANES  16 // floats in a vector
+#define GEMM_ALL(p) GEMM_8(p), GEMM_8((p) + 8)
+#define GEMM_ROWS   8 // of the kernel's block: 24 of the 32 registers hold it
 #elif defined __AVX2__ && defined __FMA__
-#define GEMM_LANES 8
-#define GEMM_ROWS  4 // 12 of 16 registers
+#define GEMM_LANES  8
+#define GEMM_ALL(p) GEMM_8(p)
+#define GEMM_ROWS   4 // 12 of 16 registers
 #else
-#define GEMM_LANES 4
-#define GEMM_ROWS  4
+#define GEMM_LANES  4
+#define GEMM_ALL(p) GEMM_4(p)
+#define GEMM_ROWS   4
 #endif
-#define GEMM_DEPTH    512
-#define GEMM_BUFFER   (512 * 288) // floats: 576 KiB
-#define GEMM_PANEL    (3 * GEMM_LANES)
-#define GEMM_FEW      8                // rows of A up to which gemm_dots is the faster way
-#define GEMM_IN_PLACE (2 * GEMM_PANEL) // columns of a tile up to which A is not packed
-#define GEMM_INLINE   static inline __attribute__((always_inline))
+#define GEMM_4(p)   (p)[0], (p)[1], (p)[2], (p)[3]
+#define GEMM_8(p)   GEMM_4(p), GEMM_4((p) + 4)
+#define GEMM_PANEL  (3 * GEMM_LANES)
+#define GEMM_DEPTH  512
+#define GEMM_BUFFER ((GEMM_DEPTH + 1) * 288) // floats: 577 KiB
+#define GEMM_FEW    8                        // rows of A up to which gemm_dots is the faster way
+#define GEMM_INLINE static inline __attribute__((always_inline))
 #ifdef __clang__
-#define GEMM_UNROLL _Pragma("clang loop unroll(full)")
+#define GEMM_EACH(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
 #else
-#define GEMM_UNROLL _Pragma("GCC unroll 16")
+#define GEMM_EACH(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
 #endif
 
-// Has the compiler keep in a register what it would else load again for every use, gcc 12 for one.
-#ifdef __x86_64__
-#define GEMM_KEEP(x) __asm__("" : "+v"(x))
-#else
-#define GEMM_KEEP(x)
-#endif
-
-// A vector, and the same in memory: aligned like its elements only, and free to alias them.
+// A vector, and the same in memory: aligned like its elements only, and free to alias them. A quad is what can be transposed everywhere.
 typedef float gemm_vector __attribute__((vector_size(4 * GEMM_LANES)));
 typedef float gemm_vector_at __attribute__((vector_size(4 * GEMM_LANES), aligned(4), may_alias));
-typedef uint16_t gemm_half_at __attribute__((vector_size(2 * GEMM_LANES), aligned(2), may_alias));
 typedef uint32_t gemm_word __attribute__((vector_size(4 * GEMM_LANES)));
-typedef uint32_t gemm_word_at __attribute__((vector_size(4 * GEMM_LANES), aligned(2), may_alias));
 typedef float gemm_quad __attribute__((vector_size(16)));
 typedef float gemm_quad_at __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint16_t gemm_quad_half_at __attribute__((vector_size(8), aligned(2), may_alias));
 typedef uint32_t gemm_quad_word __attribute__((vector_size(16)));
 
-static RETROFIT_THREAD_LOCAL __attribute__((aligned(64))) float gemm_b[GEMM_BUFFER];
-static RETROFIT_THREAD_LOCAL __attribute__((aligned(64))) float gemm_a[GEMM_ROWS * GEMM_DEPTH];
+static RETROFIT_THREAD_LOCAL __attribute__((aligned(64))) float gemm_b[GEMM_BUFFER], gemm_a[GEMM_ROWS * GEMM_DEPTH];
 
-GEMM_INLINE size_t gemm_min(size_t a, size_t b) { return a < b ? a : b; }
-GEMM_INLINE size_t gemm_ceil(size_t a, size_t b) { return (a + b - 1) / b; }
+static size_t gemm_ceil(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// bf16 is the upper half of an fp32.
-GEMM_INLINE float gemm_element(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return ((const float *)data)[at];
-    uint32_t bits = (uint32_t)((const uint16_t *)data)[at] << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
+// The part of a matrix that begins at (i, j).
+static matrix_view gemm_part(matrix_view V, size_t i, size_t j) {
+    V.data = (const char *)V.data + (i * V.row + j * V.col) * retrofit_type_size(V.type);
+    return V;
 }
-GEMM_INLINE gemm_vector gemm_load(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return *(const gemm_vector_at *)((const float *)data + at);
-    return (gemm_vector)(__builtin_convertvector(*(const gemm_half_at *)((const uint16_t *)data + at), gemm_word) << 16);
+
+// An element, 4, or a vector of them, as fp32. bf16 is the upper half of an fp32.
+GEMM_INLINE float gemm_load1(const void *data, retrofit_type type, size_t at) {
+    return type == RETROFIT_F32 ? ((const float *)data)[at] : bf16_to_float(((const uint16_t *)data)[at]);
 }
 GEMM_INLINE gemm_quad gemm_load4(const void *data, retrofit_type type, size_t at) {
     if (type == RETROFIT_F32) return *(const gemm_quad_at *)((const float *)data + at);
-    return (gemm_quad)(__builtin_convertvector(*(const gemm_quad_half_at *)((const uint16_t *)data + at), gemm_quad_word) << 16);
+    const uint16_t *half = (const uint16_t *)data + at;
+    return (gemm_quad)((gemm_quad_word){GEMM_4(half)} << 16);
 }
+GEMM_INLINE gemm_vector gemm_load(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return *(const gemm_vector_at *)((const float *)data + at);
+    const uint16_t *half = (const uint16_t *)data + at;
+    return (gemm_vector)((gemm_word){GEMM_ALL(half)} << 16);
+}
+
 GEMM_INLINE void gemm_transpose4(gemm_quad q[4]) {
     gemm_quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
     gemm_quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
@@ -1824,256 +1813,164 @@ GEMM_INLINE void gemm_transpose4(gemm_quad q[4]) {
     q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5), q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
-// out[k * width + i] = V(i, k) for k < depth and i < count, and 0 for count <= i < width. What V has contiguous in i is copied by vectors.
-// What it has contiguous in k is transposed in blocks of 4x4, going along k by whole cache lines: rows a power of two apart compete for
-// the same few places in the cache, and would not be there when we came back. The edges, and matrices that are neither, go one by one.
+// out[k * width + i] = V(i, k) for k < depth and i < count, and 0 for count <= i < width. What V has contiguous in k is transposed in
+// blocks of 4x4, going along k by whole cache lines: rows a power of two apart compete for the same few places in the cache, and would
+// not be there when we came back. What is contiguous in i is copied by vectors, the rest one by one.
 GEMM_INLINE void gemm_pack_as(float *out, size_t width, matrix_view V, retrofit_type type, size_t count, size_t depth) {
-    size_t i_done = 0, k_done = 0; // by vectors
-    if (V.row == 1) {
-        i_done = count / 4 * 4, k_done = depth;
-        for (size_t k = 0; k < depth; k++) {
-            size_t i = 0;
-            for (; i + GEMM_LANES <= count; i += GEMM_LANES)
-                *(gemm_vector_at *)(out + k * width + i) = gemm_load(V.data, type, k * V.col + i);
-            for (; i < i_done; i += 4) *(gemm_quad_at *)(out + k * width + i) = gemm_load4(V.data, type, k * V.col + i);
-        }
-    } else if (V.col == 1) {
-        i_done = count / 4 * 4, k_done = depth / 4 * 4;
-        for (size_t start = 0; start < k_done; start += 16)
-            for (size_t i = 0; i < i_done; i += 4)
-                for (size_t k = start; k < gemm_min(start + 16, k_done); k += 4) {
-                    size_t at = i * V.row + k;
-                    float *to = out + k * width + i;
-                    gemm_quad q[4] = {gemm_load4(V.data, type, at), gemm_load4(V.data, type, at + V.row),
-                                      gemm_load4(V.data, type, at + 2 * V.row), gemm_load4(V.data, type, at + 3 * V.row)};
-                    gemm_transpose4(q);
-                    GEMM_UNROLL for (size_t r = 0; r < 4; r++) * (gemm_quad_at *)(to + r * width) = q[r];
-                }
+    size_t i4 = V.col == 1 ? count / 4 * 4 : 0, k4 = depth / 4 * 4;
+    for (size_t start = 0; start < k4; start += 16)
+        for (size_t i = 0; i < i4; i += 4)
+            for (size_t k = start; k < least(start + 16, k4); k += 4) {
+                gemm_quad q[4];
+                GEMM_EACH(r, 4) q[r] = gemm_load4(V.data, type, (i + r) * V.row + k);
+                gemm_transpose4(q);
+                GEMM_EACH(r, 4) * (gemm_quad_at *)(out + (k + r) * width + i) = q[r];
+            }
+    for (size_t k = i4 == width ? k4 : 0; k < depth; k++) {
+        size_t i = k < k4 ? i4 : 0;
+        for (; V.row == 1 && i + GEMM_LANES <= count; i += GEMM_LANES)
+            *(gemm_vector_at *)(out + k * width + i) = gemm_load(V.data, type, k * V.col + i);
+        for (; V.row == 1 && i + 4 <= count; i += 4) *(gemm_quad_at *)(out + k * width + i) = gemm_load4(V.data, type, k * V.col + i);
+        for (; i < width; i++) out[k * width + i] = i < count ? gemm_load1(V.data, type, i * V.row + k * V.col) : 0;
     }
-    for (size_t k = i_done == width ? k_done : 0; k < depth; k++)
-        for (size_t i = k < k_done ? i_done : 0; i < width; i++)
-            out[k * width + i] = i < count ? gemm_element(V.data, type, i * V.row + k * V.col) : 0;
 }
 static void gemm_pack(float *out, size_t width, matrix_view V, size_t count, size_t depth) {
     if (V.type == RETROFIT_F32) gemm_pack_as(out, width, V, RETROFIT_F32, count, depth);
     else gemm_pack_as(out, width, V, RETROFIT_BF16, count, depth);
 }
 
+// The first n of a vector's elements.
+GEMM_INLINE void gemm_copy(void *to, const void *from, size_t n) {
+    if (n >= GEMM_LANES) *(gemm_vector_at *)to = *(const gemm_vector_at *)from;
+    else memcpy(to, from, n * 4);
+}
+
 // The kernel: c = d + a·b for a block of GEMM_ROWS x (vectors * GEMM_LANES), of which the first m rows and n columns are stored.
-GEMM_INLINE void gemm_kernel(size_t vectors, size_t depth, const float *a, size_t a_row, size_t a_col, const float *b, size_t m, size_t n,
-                             float *c, size_t c_row, const float *d, size_t d_row) {
+GEMM_INLINE void gemm_kernel(size_t vectors, size_t depth, matrix_view A, const float *b, size_t m, size_t n, float *c, size_t c_row,
+                             const float *d, size_t d_row) {
+    const float *a = (const float *)A.data;
     gemm_vector sum[GEMM_ROWS][3], zero = {0};
-    GEMM_UNROLL for (size_t i = 0; i < GEMM_ROWS; i++) GEMM_UNROLL for (size_t v = 0; v < vectors; v++) sum[i][v] = zero;
-    for (size_t k = 0; k < depth; k++, a += a_col, b += vectors * GEMM_LANES)
-        GEMM_UNROLL for (size_t i = 0; i < GEMM_ROWS; i++) GEMM_UNROLL for (size_t v = 0; v < vectors; v++) sum[i][v] +=
-            a[i * a_row] * *(const gemm_vector_at *)(b + v * GEMM_LANES);
-    GEMM_UNROLL for (size_t i = 0; i < GEMM_ROWS; i++) GEMM_UNROLL for (size_t v = 0; v < vectors; v++) {
+    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] = zero;
+    for (size_t k = 0; k < depth; k++, a += A.col, b += vectors * GEMM_LANES)
+        GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] += a[i * A.row] * *(const gemm_vector_at *)(b + v * GEMM_LANES);
+    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) {
         size_t j = v * GEMM_LANES;
-        if (i >= m || j >= n) continue;
         gemm_vector t = zero;
-        if (n - j >= GEMM_LANES) {
-            if (d) t = *(const gemm_vector_at *)(d + i * d_row + j);
-            *(gemm_vector_at *)(c + i * c_row + j) = t + sum[i][v];
-        } else {
-            if (d) memcpy(&t, d + i * d_row + j, (n - j) * sizeof *d);
-            t += sum[i][v];
-            memcpy(c + i * c_row + j, &t, (n - j) * sizeof *c);
+        if (i >= m || j >= n) continue;
+        if (d) gemm_copy(&t, d + i * d_row + j, n - j);
+        t += sum[i][v];
+        gemm_copy(c + i * c_row + j, &t, n - j);
+    }
+}
+
+// A product small enough for the buffers. What the kernel reads only once or twice of A it may as well read in place.
+static void gemm_tile(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
+    matrix_view columns = {B.data, B.type, B.col, B.row}, packed = {gemm_a, RETROFIT_F32, 1, GEMM_ROWS};
+    for (size_t j = 0; j < N; j += GEMM_PANEL) {
+        size_t n = least(GEMM_PANEL, N - j);
+        gemm_pack(gemm_b + j * K, gemm_ceil(n, GEMM_LANES) * GEMM_LANES, gemm_part(columns, j, 0), n, K);
+    }
+    for (size_t i = 0; i < M; i += GEMM_ROWS) {
+        size_t m = least(GEMM_ROWS, M - i);
+        matrix_view rows = gemm_part(A, i, 0);
+        if (m < GEMM_ROWS || N > 2 * GEMM_PANEL || A.type != RETROFIT_F32) gemm_pack(gemm_a, GEMM_ROWS, rows, m, K), rows = packed;
+        for (size_t j = 0; j < N; j += GEMM_PANEL) {
+            const float *b = gemm_b + j * K, *from = d ? d + i * d_row + j : NULL;
+            float *to = c + i * c_row + j;
+            size_t n = least(GEMM_PANEL, N - j);
+            if (n > 2 * GEMM_LANES) gemm_kernel(3, K, rows, b, m, n, to, c_row, from, d_row);
+            else if (n > GEMM_LANES) gemm_kernel(2, K, rows, b, m, n, to, c_row, from, d_row);
+            else gemm_kernel(1, K, rows, b, m, n, to, c_row, from, d_row);
         }
     }
 }
 
-// Everything a thread needs to know: the operands, and the grid of tiles that C is cut into.
-typedef struct {
-    size_t M, N, K;
-    matrix_view A, B;
-    float *c;
-    size_t c_row;
-    const float *d;
-    size_t d_row, tiles_m, tiles_n;
-} gemm_job;
-
-// One tile of C, by the kernel.
-static void gemm_tile(const gemm_job *g, size_t i0, size_t i1, size_t j0, size_t j1) {
-    size_t step = gemm_ceil(g->K, gemm_ceil(g->K, GEMM_DEPTH)), strip = j1 - j0;
-    for (size_t k0 = 0; k0 < g->K; k0 += step) {
-        size_t depth = gemm_min(step, g->K - k0);
-        const float *from = k0 ? g->c : g->d; // later pieces of K add to what the earlier ones left
-        size_t from_row = k0 ? g->c_row : g->d_row;
-        for (size_t j = 0; j < strip; j += GEMM_PANEL) {
-            size_t n = gemm_min(GEMM_PANEL, strip - j);
-            matrix_view B = {NULL, g->B.type, g->B.col, g->B.row}; // transposed: its columns are what a panel has side by side
-            B.data = (const char *)g->B.data + (k0 * g->B.row + (j0 + j) * g->B.col) * (B.type == RETROFIT_F32 ? 4 : 2);
-            gemm_pack(gemm_b + j * depth, gemm_ceil(n, GEMM_LANES) * GEMM_LANES, B, n, depth);
-        }
-        for (size_t i = i0; i < i1; i += GEMM_ROWS) {
-            size_t m = gemm_min(GEMM_ROWS, i1 - i);
-            matrix_view A = g->A;
-            A.data = (const char *)A.data + (i * A.row + k0 * A.col) * (A.type == RETROFIT_F32 ? 4 : 2);
-            if (m < GEMM_ROWS || strip > GEMM_IN_PLACE || A.type != RETROFIT_F32) {
-                gemm_pack(gemm_a, GEMM_ROWS, A, m, depth);
-                A.data = gemm_a, A.row = 1, A.col = GEMM_ROWS;
+// A product with few rows, at the speed at which B can be read, in place: 4 of its columns, which are contiguous in k, meet `rows` rows of
+// A; every lane has its own sum. A column is too short for the processor to find out by itself what to fetch ahead, so we ask for what is
+// 8 columns on (asking for what does not exist does no harm).
+GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t M, size_t N, size_t K, matrix_view B, float *c, size_t c_row,
+                              const float *d, size_t d_row) {
+    for (size_t j = 0; j < N; j += 4)
+        for (size_t i = 0; i < M; i += rows) {
+            const float *a = gemm_b + i * K;
+            gemm_vector sum[4][4], zero = {0};
+            size_t at[4], k = 0;
+            GEMM_EACH(s, 4) at[s] = least(j + s, N - 1) * B.col; // past the end: the last column again
+            GEMM_EACH(r, rows) GEMM_EACH(s, 4) sum[r][s] = zero;
+            for (; k + GEMM_LANES <= K; k += GEMM_LANES) {
+                gemm_vector w[4];
+                GEMM_EACH(s, 4) {
+                    __builtin_prefetch((const char *)B.data + (at[s] + 8 * B.col + k) * (type == RETROFIT_F32 ? 4 : 2), 0, 2);
+                    w[s] = gemm_load(B.data, type, at[s] + k);
+                }
+                GEMM_EACH(r, rows) {
+                    gemm_vector x = *(const gemm_vector_at *)(a + r * K + k);
+#ifdef __x86_64__
+                    __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
+#endif
+                    GEMM_EACH(s, 4) sum[r][s] += w[s] * x;
+                }
             }
-            for (size_t j = 0; j < strip; j += GEMM_PANEL) {
-                const float *a = (const float *)A.data, *b = gemm_b + j * depth, *d = from ? from + i * from_row + j0 + j : NULL;
-                float *c = g->c + i * g->c_row + j0 + j;
-                size_t n = gemm_min(GEMM_PANEL, strip - j);
-                if (n > 2 * GEMM_LANES) gemm_kernel(3, depth, a, A.row, A.col, b, m, n, c, g->c_row, d, from_row);
-                else if (n > GEMM_LANES) gemm_kernel(2, depth, a, A.row, A.col, b, m, n, c, g->c_row, d, from_row);
-                else gemm_kernel(1, depth, a, A.row, A.col, b, m, n, c, g->c_row, d, from_row);
-            }
-        }
-    }
-}
-
-// Decoding takes elements of B two vectors at a time. Of bf16 that is one vector of 32-bit words, which hold an odd element above an even
-// one: a shift and a mask widen them, the even ones (half = 0) and the odd ones (1) apart. A is put into the same order beforehand.
-enum { GEMM_PAIR = 2 * GEMM_LANES };
-GEMM_INLINE gemm_vector gemm_load_half(const char *p, retrofit_type type, size_t half) {
-    if (type == RETROFIT_F32) return *(const gemm_vector_at *)(p + half * sizeof(gemm_vector));
-    gemm_word words = *(const gemm_word_at *)p;
-    return (gemm_vector)(half ? words & 0xffff0000u : words << 16);
-}
-GEMM_INLINE void gemm_dots_step(size_t rows, retrofit_type type, const float *a, size_t a_row, const char *const b[4], size_t at,
-                                gemm_vector sum[4][4]) {
-    GEMM_UNROLL for (size_t half = 0; half < 2; half++) {
-        gemm_vector x[4];
-        GEMM_UNROLL for (size_t i = 0; i < rows; i++) {
-            x[i] = *(const gemm_vector_at *)(a + i * a_row + half * GEMM_LANES);
-            GEMM_KEEP(x[i]);
-        }
-        GEMM_UNROLL for (size_t j = 0; j < 4; j++) {
-            gemm_vector w = gemm_load_half(b[j] + at, type, half);
-            GEMM_KEEP(w);
-            GEMM_UNROLL for (size_t i = 0; i < rows; i++) sum[i][j] += w * x[i];
-        }
-    }
-}
-
-// The products of `rows` rows of A and 4 columns of B, which are contiguous in k: one sum per lane, then the sum of the lanes, for 4
-// columns at once. A is packed: fp32, in the order said, and padded with zeros. A column is too short for the processor to find out by
-// itself what to fetch ahead, so we ask for the one `ahead` bytes on (asking for what does not exist does no harm).
-GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t depth, const float *a, size_t a_row, const char *const b[4],
-                              size_t ahead, float out[][4]) {
-    size_t size = type == RETROFIT_F32 ? 4 : 2, whole = depth / GEMM_PAIR * GEMM_PAIR;
-    gemm_vector sum[4][4], zero = {0};
-    GEMM_UNROLL for (size_t i = 0; i < rows; i++) GEMM_UNROLL for (size_t j = 0; j < 4; j++) sum[i][j] = zero;
-    for (size_t k = 0; k < whole; k += GEMM_PAIR) {
-        GEMM_UNROLL for (size_t j = 0; j < 4; j++) GEMM_UNROLL for (size_t line = 0; line < GEMM_PAIR * size; line += 64)
-            __builtin_prefetch(b[j] + k * size + line + ahead, 0, 2);
-        gemm_dots_step(rows, type, a + k, a_row, b, k * size, sum);
-    }
-    if (whole < depth) {
-        char rest[4][GEMM_PAIR * 4] = {{0}};
-        for (size_t j = 0; j < 4; j++) memcpy(rest[j], b[j] + whole * size, (depth - whole) * size);
-        const char *const from[4] = {rest[0], rest[1], rest[2], rest[3]};
-        gemm_dots_step(rows, type, a + whole, a_row, from, 0, sum);
-    }
-    GEMM_UNROLL for (size_t i = 0; i < rows; i++) {
-        gemm_quad q[4];
-        GEMM_UNROLL for (size_t j = 0; j < 4; j++) {
-            gemm_quad part[GEMM_LANES / 4];
-            memcpy(part, &sum[i][j], sizeof part);
-            q[j] = part[0];
-            GEMM_UNROLL for (size_t l = 1; l < GEMM_LANES / 4; l++) q[j] += part[l];
-        }
-        gemm_transpose4(q);
-        *(gemm_quad_at *)out[i] = (q[0] + q[1]) + (q[2] + q[3]);
-    }
-}
-
-// Columns j0..j1 of a C with few rows, at the speed at which B can be read: 4 columns of B at a time meet all rows of A, in place.
-static void gemm_dots(const gemm_job *g, size_t j0, size_t j1) {
-    bool f32 = g->B.type == RETROFIT_F32;
-    size_t size = f32 ? 4 : 2, parts = gemm_ceil(g->K, GEMM_BUFFER / GEMM_FEW);
-    size_t most = gemm_ceil(gemm_ceil(g->K, parts), GEMM_PAIR) * GEMM_PAIR, ahead = 8 * g->B.col * size;
-    for (size_t k0 = 0; k0 < g->K; k0 += most) {
-        size_t depth = gemm_min(most, g->K - k0), a_row = gemm_ceil(depth, GEMM_PAIR) * GEMM_PAIR;
-        const float *d = k0 ? g->c : g->d;
-        size_t d_row = k0 ? g->c_row : g->d_row;
-        for (size_t i = 0; i < g->M; i++)
-            for (size_t k = 0; k < a_row; k += GEMM_PAIR) {
-                float x[GEMM_PAIR] = {0}, *to = gemm_b + i * a_row + k;
-                for (size_t l = 0; l < gemm_min(GEMM_PAIR, depth - k); l++)
-                    x[l] = gemm_element(g->A.data, g->A.type, i * g->A.row + (k0 + k + l) * g->A.col);
-                if (f32) memcpy(to, x, sizeof x);
-                else
-                    for (size_t l = 0; l < GEMM_LANES; l++) to[l] = x[2 * l], to[GEMM_LANES + l] = x[2 * l + 1];
-            }
-        for (size_t j = j0; j < j1; j += 4) {
-            const char *b[4];
-            for (size_t s = 0; s < 4; s++) // past the end: the last column again
-                b[s] = (const char *)g->B.data + (gemm_min(j + s, j1 - 1) * g->B.col + k0) * size;
-            for (size_t i = 0, step = GEMM_ROWS / 2; i < g->M; i += step) {
-                const float *a = gemm_b + i * a_row;
-                size_t m = gemm_min(step, g->M - i);
-                float out[4][4];
-                if (m == 1 && f32) gemm_dots_as(1, RETROFIT_F32, depth, a, a_row, b, ahead, out);
-                else if (m == 1) gemm_dots_as(1, RETROFIT_BF16, depth, a, a_row, b, ahead, out);
-                else if (m == 2 && f32) gemm_dots_as(2, RETROFIT_F32, depth, a, a_row, b, ahead, out);
-                else if (m == 2) gemm_dots_as(2, RETROFIT_BF16, depth, a, a_row, b, ahead, out);
-                else if (f32) gemm_dots_as(GEMM_ROWS / 2, RETROFIT_F32, depth, a, a_row, b, ahead, out); // of 3 rows too: the 4th is left
-                else gemm_dots_as(GEMM_ROWS / 2, RETROFIT_BF16, depth, a, a_row, b, ahead, out);
-                for (size_t r = 0; r < m; r++)
-                    for (size_t s = 0; s < gemm_min(4, j1 - j); s++)
-                        g->c[(i + r) * g->c_row + j + s] = (d ? d[(i + r) * d_row + j + s] : 0) + out[r][s];
+            GEMM_EACH(r, rows) {
+                gemm_quad q[4], part[GEMM_LANES / 4];
+                GEMM_EACH(s, 4) {
+                    memcpy(part, &sum[r][s], sizeof part);
+                    GEMM_EACH(l, GEMM_LANES / 4) q[s] = l ? q[s] + part[l] : part[l];
+                }
+                gemm_transpose4(q);
+                q[0] = (q[0] + q[1]) + (q[2] + q[3]);
+                for (size_t s = 0; s < least(4, N - j) && r < M - i; s++) {
+                    float total = q[0][s];
+                    for (size_t l = k; l < K; l++) total += a[r * K + l] * gemm_load1(B.data, type, at[s] + l);
+                    c[(i + r) * c_row + j + s] = (d ? d[(i + r) * d_row + j + s] : 0) + total;
+                }
             }
         }
-    }
 }
-
-static bool gemm_few(const gemm_job *g) { return g->M <= GEMM_FEW && g->B.row == 1; }
-
-// Tile t of the grid. Tiles begin where blocks of the kernel do, and are as equal as that allows.
-static void gemm_run(const gemm_job *g, size_t t) {
-    size_t rows = gemm_ceil(g->M, GEMM_ROWS), columns = gemm_ceil(g->N, GEMM_LANES), u = t / g->tiles_n, v = t % g->tiles_n;
-    size_t i0 = u * rows / g->tiles_m * GEMM_ROWS, i1 = gemm_min(g->M, (u + 1) * rows / g->tiles_m * GEMM_ROWS);
-    size_t j0 = v * columns / g->tiles_n * GEMM_LANES, j1 = gemm_min(g->N, (v + 1) * columns / g->tiles_n * GEMM_LANES);
-    if (gemm_few(g)) gemm_dots(g, j0, j1);
-    else gemm_tile(g, i0, i1, j0, j1);
-}
-
-// Chooses the grid that takes `threads` threads the least time: a tile of m x n costs m * n multiplications and m + n packings per k, one
-// of which takes about as long as 8 multiplications. B's part of a tile has to fit into the buffer.
-static gemm_job gemm_plan(size_t threads, size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
-                          const float *d, size_t d_row) {
-    gemm_job g = {M, N, K, A, B, c, c_row, d, d_row, 0, 0};
-    if (!K)
-        for (size_t i = 0; i < M; i++)
-            for (size_t j = 0; j < N; j++) c[i * c_row + j] = d ? d[i * d_row + j] : 0;
-    if (!M || !N || !K) return g;
-    size_t depth = gemm_ceil(K, gemm_ceil(K, GEMM_DEPTH)), rows = gemm_ceil(M, GEMM_ROWS), columns = gemm_ceil(N, GEMM_LANES);
-    size_t fit = gemm_few(&g) ? columns : GEMM_BUFFER / (depth * GEMM_LANES), least = SIZE_MAX;
-    for (size_t p = 1; p <= gemm_min(threads, gemm_few(&g) ? 1 : rows); p++) {
-        if (threads % p) continue;
-        size_t q = gemm_min(columns, gemm_ceil(gemm_ceil(columns, fit), threads / p) * (threads / p)); // p * q: a multiple of threads
-        size_t m = gemm_ceil(rows, p) * GEMM_ROWS, n = gemm_ceil(columns, q) * GEMM_LANES;
-        size_t cost = gemm_ceil(p * q, threads) * (m * n + 8 * (m + n));
-        if (cost < least) least = cost, g.tiles_m = p, g.tiles_n = q;
-    }
-    return g;
+static void gemm_dots(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
+    matrix_view columns = {A.data, A.type, A.col, A.row};
+    gemm_pack(gemm_b, K, columns, K, M); // A, row by row
+    if (M == 1 && B.type == RETROFIT_F32) gemm_dots_as(1, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
+    else if (M == 1) gemm_dots_as(1, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
+    else if (B.type == RETROFIT_F32) gemm_dots_as(GEMM_ROWS / 2, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
+    else gemm_dots_as(GEMM_ROWS / 2, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
 }
 
 static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    gemm_job g = gemm_plan(1, M, N, K, A, B, c, c_row, d, d_row);
-    for (size_t t = 0; t < g.tiles_m * g.tiles_n; t++) gemm_run(&g, t);
+    if (M <= GEMM_FEW && B.row == 1 && K <= GEMM_BUFFER / GEMM_FEW) gemm_dots(M, N, K, A, B, c, c_row, d, d_row);
+    else {
+        size_t pieces = K ? gemm_ceil(K, GEMM_DEPTH) : 1, strip = GEMM_BUFFER / (K / pieces + 1) / GEMM_LANES * GEMM_LANES;
+        for (size_t j = 0; j < N; j += strip)
+            for (size_t piece = 0; piece < pieces; piece++) { // the later ones add to what the earlier ones left
+                const float *from = piece ? c : d;
+                size_t k = piece * K / pieces, depth = (piece + 1) * K / pieces - k, from_row = piece ? c_row : d_row;
+                gemm_tile(M, least(strip, N - j), depth, gemm_part(A, 0, k), gemm_part(B, k, j), c + j, c_row, from ? from + j : NULL,
+                          from_row);
+            }
+    }
 }
 
 // The same with all threads, unless the product is so small that waking them would take longer.
 static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
 #ifdef _OPENMP
-    size_t threads = M * N * K < 65536 ? 1 : (size_t)omp_get_max_threads();
-    if (threads > 1 && !omp_in_parallel()) {
-        gemm_job g = gemm_plan(threads, M, N, K, A, B, c, c_row, d, d_row);
+    size_t threads = omp_in_parallel() || M * N * K < 65536 ? 1 : (size_t)omp_get_max_threads(), p = 1;
+    size_t rows = gemm_ceil(M, GEMM_ROWS), columns = gemm_ceil(N, GEMM_LANES);
+    if (threads > 1) {
+        // A grid of p x q tiles that are about square, not wide, and none so low that it would go gemm_dots's way if C as a whole does not.
+        for (size_t x = 2; x <= least(threads, rows / 3); x++)
+            if (threads % x == 0 && x * x * N <= threads * M) p = x;
+        size_t q = least(columns, threads / p * gemm_ceil(N, threads / p * 512));
 #pragma omp parallel for schedule(dynamic)
-        for (size_t t = 0; t < g.tiles_m * g.tiles_n; t++) gemm_run(&g, t);
+        for (size_t t = 0; t < p * q; t++) {
+            size_t i = t / q * rows / p * GEMM_ROWS, m = least(M, (t / q + 1) * rows / p * GEMM_ROWS) - i;
+            size_t j = t % q * columns / q * GEMM_LANES, n = least(N, (t % q + 1) * columns / q * GEMM_LANES) - j;
+            gemm_serial(m, n, K, gemm_part(A, i, 0), gemm_part(B, 0, j), c + i * c_row + j, c_row, d ? d + i * d_row + j : NULL, d_row);
+        }
         return;
     }
 #endif
     gemm_serial(M, N, K, A, B, c, c_row, d, d_row);
 }
-#if defined __GNUC__ && !defined __clang__
-#pragma GCC pop_options
-#endif
 
 static matrix_view view(const void *data, size_t row) {
     matrix_view v = {data, RETROFIT_F32, row, 1};

@@ -3,7 +3,7 @@
 #include <sys/wait.h>
 
 static char work[64]; // a directory of this run's own; everything is made in it
-static const char *program;
+static char *program;
 
 static const char *in_work(const char *format, ...) { // good for the next 31 calls
     static char paths[32][256];
@@ -593,7 +593,7 @@ static void bad_input(void) {
 }
 
 int main(void) {
-    program = getenv("CONVERT") ? getenv("CONVERT") : "./convert";
+    need(asprintf(&program, "%s/convert", getenv("BIN") ? getenv("BIN") : ".") > 0, "memory");
     strcpy(work, "/tmp/retrofit-convert-XXXXXX");
     need(access(program, X_OK) == 0 && mkdtemp(work), program);
     surgery("tiny", "--prelude 0-1 --core 3-5 --coda 6-7");
