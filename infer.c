@@ -86,12 +86,12 @@ static int32_t *prompt_ids(const retrofit_tokenizer *t, size_t *count) {
 
 // ---- Generation ---------------------------------------------------------------------------------------------------------------
 static void generate(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t n, r[2], V = m->config.vocab, produced = 0;
-    if (recurrences(m, r, 1, NULL) != 1) die(2, "--recurrences: one number for generation");
+    size_t n, r[2], V = retrofit_tokenizer_size(t), produced = 0; // ids beyond the tokenizer's are padding
+    if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for generation");
     int32_t *ids = prompt_ids(t, &n);
     if (n == 0) die(2, "--prompt: the prompt is empty");
     if (n >= m->config.context) die(1, "the prompt has %zu tokens, the model's context %zu: shorten it", n, m->config.context);
-    size_t capacity = least(n + o.max_tokens, m->config.context);
+    size_t capacity = n + least(o.max_tokens, m->config.context - n);
     ids = (int32_t *)need(realloc(ids, capacity * sizeof *ids));
     retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, false, capacity, r[0]));
     retrofit_sampling s = {(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, hash64(o.seed, 1)};
@@ -185,15 +185,16 @@ static task read_task(const retrofit_tokenizer *t, const char *line, size_t leng
 }
 
 static void answer_tasks(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t r[64], depths = recurrences(m, r, 64, "1,2,4,8,16"), count = 0, room = 0, T = 0, V = m->config.vocab, of[16] = {0}, most = 0, size = 0;
+    size_t r[64], depths = recurrences(m, r, 64, "1,2,4,8,16"), count = 0, number = 0, room = 0, T = 0, V = m->config.vocab, of[16] = {0}, most = 0, size = 0;
     FILE *f = fopen(o.tasks, "rb");
     if (!f) die(1, "%s: %s", o.tasks, strerror(errno));
     task *tasks = NULL;
     char *line = NULL;
     for (ssize_t length; (!o.rows || count < o.rows) && (length = getline(&line, &size, f)) > 0;) {
+        number++;
         if (length == 1) continue;
         if (count == room) tasks = (task *)need(realloc(tasks, (room = room * 2 + 64) * sizeof *tasks));
-        tasks[count] = read_task(t, line, (size_t)length, count + 1);
+        tasks[count] = read_task(t, line, (size_t)length, number);
         if (tasks[count].count > T) T = tasks[count].count;
         if (tasks[count].hops > most) most = tasks[count].hops;
         of[tasks[count++].hops]++;
@@ -251,7 +252,7 @@ static void answer_tasks(const retrofit_model *m, const retrofit_tokenizer *t) {
 static void write_logits(const retrofit_model *m, const retrofit_tokenizer *t) {
     size_t n = 0, r[2], V = m->config.vocab;
     int32_t *ids;
-    if (recurrences(m, r, 1, NULL) != 1) die(2, "--recurrences: one number for --logits");
+    if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for --logits");
     if (o.tokens) {
         ids = (int32_t *)need(malloc(strlen(o.tokens) * sizeof *ids));
         for (const char *p = o.tokens;; p++) {
@@ -280,6 +281,7 @@ int main(int argc, char **argv) {
                                 "infer --tokenizer DIR --prompt TEXT --print-tokens\n", NULL, NULL);
     if (code >= 0) return code;
     int modes = !!o.eval + !!o.tasks + !!o.logits + o.print_tokens;
+    if (o.tokens && !o.logits) die(2, "--tokens goes with --logits");
     if (modes > 1) die(2, "one of --eval, --tasks, --logits, --print-tokens at a time");
     if (!o.model && !(o.print_tokens && o.tokenizer)) die(2, "--model is needed (see --help)");
     if (!o.prompt && !o.eval && !o.tasks && !(o.logits && o.tokens)) die(2, "--prompt is needed (see --help)");

@@ -1679,11 +1679,12 @@ void retrofit_tokenizer_free(retrofit_tokenizer *t) {
 // 5  Operations on the CPU, forward beside backward (act is float here)
 // =====================================================================================================================
 
-#ifdef _OPENMP
-#define PARALLEL_FOR _Pragma("omp parallel for schedule(static)")
-#define PARALLEL_TASKS _Pragma("omp parallel for schedule(dynamic)") // tasks of unequal length that share no output
+#ifdef _OPENMP // `work`: elements; below some thousands waking the threads takes longer than the loop
+#define PRAGMA(x)          _Pragma(#x)
+#define PARALLEL_FOR(work) PRAGMA(omp parallel for schedule(static) if ((work) > 16384))
+#define PARALLEL_TASKS     PRAGMA(omp parallel for schedule(dynamic)) // of unequal length, sharing no output
 #else
-#define PARALLEL_FOR
+#define PARALLEL_FOR(work)
 #define PARALLEL_TASKS
 #endif
 enum { LANES = 16 }; // reductions run in this many partial sums, added in a fixed order, so that compilers can vectorise them
@@ -1984,7 +1985,7 @@ static matrix_view view_transposed(const void *data, size_t row) {
 
 // ---- Embedding: x_n = wte[token_n]. Backward runs over columns, so that rows of one token add up in order. --------
 static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d) {
-    PARALLEL_FOR
+    PARALLEL_FOR(N * d)
     for (size_t n = 0; n < N; n++) {
         const char *row = (const char *)wte.data + (size_t)tokens[n] * wte.stride * retrofit_type_size(wte.type);
         to_float(x + n * d, row, wte.type, d);
@@ -1992,7 +1993,7 @@ static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight w
 }
 
 static void embedding_backward(float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d) {
-    PARALLEL_FOR
+    PARALLEL_FOR(N * d)
     for (size_t c0 = 0; c0 < d; c0 += 64)
         for (size_t n = 0; n < N; n++) {
             float *dw = dwte + (size_t)tokens[n] * d;
@@ -2004,7 +2005,7 @@ static void embedding_backward(float *dwte, const int32_t *tokens, const float *
 // With g = dy·w: dx += ρ·(g - x·ρ²·mean(g·x)), dw += Σ_n dy·x·ρ.
 static void rmsnorm_forward(act *out_, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps) {
     float *out = (float *)out_;
-    PARALLEL_FOR
+    PARALLEL_FOR(N * d)
     for (size_t n = 0; n < N; n++) {
         float scale = 1.0f / sqrtf(dot(x + n * d, x + n * d, d) / (float)d + eps);
         for (size_t c = 0; c < d; c++) out[n * d + c] = x[n * d + c] * scale * weight[c];
@@ -2015,7 +2016,7 @@ static void rmsnorm_forward(act *out_, float *rstd, const float *x, const float 
 static void rmsnorm_backward(float *dx, float *dweight, const act *dout_, const float *x, const float *rstd, const float *weight, size_t N,
                              size_t d) {
     const float *dout = (const float *)dout_;
-    PARALLEL_FOR
+    PARALLEL_FOR(N * d)
     for (size_t n = 0; n < N; n++) {
         const float *dy = dout + n * d, *xn = x + n * d;
         float lanes[LANES] = {0}, tail = 0, r = rstd[n];
@@ -2026,7 +2027,7 @@ static void rmsnorm_backward(float *dx, float *dweight, const act *dout_, const 
         float along = (sum_lanes(lanes) + tail) * r * r / (float)d;
         for (c = 0; c < d; c++) dx[n * d + c] += r * (dy[c] * weight[c] - xn[c] * along);
     }
-    PARALLEL_FOR
+    PARALLEL_FOR(N * d)
     for (size_t c0 = 0; c0 < d; c0 += 64)
         for (size_t n = 0; n < N; n++)
             for (size_t c = c0; c < d && c < c0 + 64; c++) dweight[c] += dout[n * d + c] * x[n * d + c] * rstd[n];
@@ -2058,7 +2059,7 @@ static void matmul_backward_weight(float *dw, size_t stride, const act *dout, co
 // ---- RoPE: dims i and i + h/2 of q and k turn by the angle position·θ_i. Backward turns by the opposite angle. ------------
 static void rotate(float *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h, float sign) {
     size_t Q = (H + 2 * G) * h, half = h / 2;
-    PARALLEL_FOR
+    PARALLEL_FOR(B * T * Q)
     for (size_t n = 0; n < B * T; n++) {
         const float *angles = table + ((past ? (size_t)past[n / T] : 0) + n % T) * h;
         for (size_t head = 0; head < H + G; head++) {
@@ -2174,7 +2175,7 @@ static void attention_backward(act *dqkv_, const act *dout_, const act *qkv_, co
 // ---- SwiGLU: y = silu(g)·u, silu(g) = g·σ(g); dg = dy·u·σ(g)·(1 + g·(1 - σ(g))), du = dy·silu(g) ----------------------------
 static void swiglu_forward(act *out_, const act *fc_, size_t N, size_t F) {
     float *out = (float *)out_;
-    PARALLEL_FOR
+    PARALLEL_FOR(N * F)
     for (size_t n = 0; n < N; n++) {
         const float *gate = (const float *)fc_ + n * 2 * F, *up = gate + F;
         for (size_t i = 0; i < F; i++) out[n * F + i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
@@ -2182,7 +2183,7 @@ static void swiglu_forward(act *out_, const act *fc_, size_t N, size_t F) {
 }
 
 static void swiglu_backward(act *dfc, const act *dout, const act *fc, size_t N, size_t F) {
-    PARALLEL_FOR
+    PARALLEL_FOR(N * F)
     for (size_t n = 0; n < N; n++) {
         const float *gate = (const float *)fc + n * 2 * F, *up = gate + F, *dy = (const float *)dout + n * F;
         float *dgate = (float *)dfc + n * 2 * F, *dup = dgate + F;
@@ -2196,7 +2197,7 @@ static void swiglu_backward(act *dfc, const act *dout, const act *fc, size_t N, 
 
 // ---- Cross-entropy: loss = log Σ_v e^{z_v} - z_label; dz = scale·(softmax(z) - onehot) ---------------------------------------
 static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale) {
-    PARALLEL_FOR
+    PARALLEL_FOR(N * V)
     for (size_t n = 0; n < N; n++) {
         float *z = (float *)logits + n * V;
         int32_t label = labels[n];
@@ -2235,12 +2236,12 @@ static void cross_entropy(float *losses, act *logits, const int32_t *labels, siz
 static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
 
 static void add(float *x, const float *y, size_t n) {
-    PARALLEL_FOR
+    PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) x[i] += y[i];
 }
 
 static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
-    PARALLEL_FOR
+    PARALLEL_FOR(B * T * d)
     for (size_t n = 0; n < B * T; n++) {
         uint64_t key = hash64(hash64(seed, n / T), (past ? (uint64_t)past[n / T] : 0) + n % T);
         for (size_t c = 0; c < d; c++) s[n * d + c] = sigma == 0 ? 0 : sigma * hash_normal(key, c);
@@ -2276,7 +2277,7 @@ static double sum_squares(const float *x, size_t n) {
     enum { BLOCK = 1 << 14, MANY = 256 }; // blocks are summed side by side and added in order, whatever the number of threads
     for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
         double sums[MANY] = {0};
-        PARALLEL_FOR
+        PARALLEL_FOR(n - at)
         for (size_t i = 0; i < MANY; i++) {
             size_t begin = at + i * BLOCK, end = least(begin + BLOCK, n);
             for (size_t j = begin; j < end; j += 256) sums[i] += dot(x + j, x + j, least(end - j, 256));
@@ -2289,7 +2290,7 @@ static double sum_squares(const float *x, size_t n) {
 static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,
                          double bias2, float eps, float decay) {
     float step = (float)(lr / bias1), root = (float)sqrt(bias2), keep = 1.0f - lr * decay;
-    PARALLEL_FOR
+    PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) {
         float gi = g[i] * scale;
         m[i] += (1.0f - beta1) * (gi - m[i]);
@@ -2299,7 +2300,7 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
 }
 
 static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale, float momentum) {
-    PARALLEL_FOR
+    PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) {
         float gi = g[i] * scale;
         m[i] += (1.0f - momentum) * (gi - m[i]);
@@ -2309,7 +2310,7 @@ static void muon_momentum(float *u, float *m, const float *g, size_t n, float sc
 
 static void muon_load(act *x_, const float *u, size_t rows, size_t cols, float scale) {
     float *x = (float *)x_;
-    PARALLEL_FOR
+    PARALLEL_FOR(rows * cols)
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++) x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
 }
@@ -2317,13 +2318,13 @@ static void muon_load(act *x_, const float *u, size_t rows, size_t cols, float s
 static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
     float *y = (float *)y_;
     const float *x = (const float *)x_;
-    PARALLEL_FOR
+    PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
 }
 
 static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale, float decay) {
     const float *x = (const float *)x_;
-    PARALLEL_FOR
+    PARALLEL_FOR(rows * cols)
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++) {
             float u = x[rows > cols ? c * rows + r : r * cols + c];
@@ -3578,7 +3579,7 @@ static bool read_option(const retrofit_option *o, const char *text) {
     size_t n = strlen(text);
     const char *c = o->argument;
     for (int i = 0; c; i++, c = strchr(c, '|'), c += c != NULL)
-        if (!strncmp(c, text, n) && (c[n] == 0 || c[n] == '|')) return *(int *)o->value = i, true;
+        if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|')) return *(int *)o->value = i, true;
     return fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
 }
 

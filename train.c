@@ -1,12 +1,6 @@
 // train: teaches a model its recurrence (method: paper section 4), or trains a plain Llama by the same loop as the baseline.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
-#include <math.h>
-#include <stdarg.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/file.h>
-#include <unistd.h>
 
 static struct {
     const char *model, *data, *val, *out, *eval_list;
@@ -132,14 +126,16 @@ static void evaluate(retrofit_activations *a, retrofit_data *val, FILE *log, siz
 }
 
 // ---- Checkpoints: OUT/step_00000100, and OUT/latest, a link that always names a complete one ----------------------------
+static size_t data_rows;
 static void recipe(char *text, size_t size) { // what must not change between a run and its continuation
+    static const char *const curricula[] = {"none", "linear", "1-sqrt"};
     snprintf(text, size,
              "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu optimizer=%s lr=%.9g muon-lr=%.9g weight-decay=%.9g beta1=%.9g beta2=%.9g "
-             "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu curriculum=%d "
-             "curriculum-warmup=%.9g state-init=%d seed=%zu shuffle=%d",
+             "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu curriculum=%s "
+             "curriculum-warmup=%.9g state-init=%s seed=%zu shuffle=%d data-rows=%zu",
              o.steps, o.batch, o.micro, o.seq_len, o.optimizer == RETROFIT_MUON ? "muon" : "adamw", o.lr, o.muon_lr, o.weight_decay, o.beta1,
-             o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, o.curriculum, o.curriculum_warmup,
-             o.state_init, o.seed, o.shuffle);
+             o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, curricula[o.curriculum],
+             o.curriculum_warmup, o.state_init ? "zero" : "normal", o.seed, o.shuffle, data_rows);
 }
 
 static void save(const retrofit_model *m, size_t step, double flops, const char *tokenizer) {
@@ -167,25 +163,43 @@ static void save(const retrofit_model *m, size_t step, double flops, const char 
         retrofit_directory_abandon(path); // only now is the one before of no more use
 }
 
-// Takes up the moments and the progress of a checkpoint; log.jsonl is cut back to its step.
-static size_t resume(retrofit_model *m, const char *directory, double *flops) {
+// Removes what a run that was killed while saving left beside the checkpoint that `latest` names.
+static void sweep(const char *latest) {
+    char path[RETROFIT_PATH], keep[RETROFIT_PATH] = {0};
+    DIR *d = readlink(latest, keep, sizeof keep - 1) > 0 ? opendir(o.out) : NULL;
+    for (struct dirent *e; d && (e = readdir(d));)
+        if (!strncmp(e->d_name, "step_", 5) && strcmp(e->d_name, keep) && retrofit_path(path, o.out, e->d_name)) retrofit_directory_abandon(path);
+    if (d) closedir(d);
+}
+
+// Takes up the moments and the progress of a checkpoint; log.jsonl is cut back to its step. validated: whether the log has that step's
+// validation, which comes after the checkpoint.
+static size_t resume(retrofit_model *m, const char *directory, double *flops, bool *validated) {
     retrofit_map f;
     char text[1024], path[RETROFIT_PATH];
-    if (!retrofit_load_optimizer(m, &f, directory)) die(1, "%s", retrofit_error());
+    if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(&f, path)) die(1, "%s", retrofit_error());
     const char *step = retrofit_safetensors_metadata(&f, "step"), *spent = retrofit_safetensors_metadata(&f, "flops");
     const char *theirs = retrofit_safetensors_metadata(&f, "recipe");
     recipe(text, sizeof text);
     if (!step || !spent || !theirs) die(1, "%s/optimizer.safetensors: no step, flops and recipe: not written by train", directory);
-    if (strcmp(text, theirs)) die(1, "--resume: the options differ from the run's\n  then: %s\n  now:  %s", theirs, text);
+    for (const char *a = theirs, *b = text; *a || *b;) { // name=value, name=value, …
+        size_t n = strcspn(a, " "), k = strcspn(b, " ");
+        if (n != k || strncmp(a, b, n)) die(1, "--resume: the run has --%.*s, these options say --%.*s", (int)n, a, (int)k, b);
+        a += n + (a[n] == ' '), b += k + (b[k] == ' ');
+    }
+    sweep(directory);
     size_t done = strtoul(step, NULL, 10), size, keep = 0;
     *flops = strtod(spent, NULL);
+    retrofit_safetensors_close(&f);
+    if (!retrofit_load_optimizer(m, &f, directory)) die(1, "%s", retrofit_error());
     retrofit_safetensors_close(&f);
     if (!retrofit_path(path, o.out, "log.jsonl")) die(1, "%s", retrofit_error());
     char *log = read_file(path, &size);
     for (char *line = log; line && *line; line = strchr(line, '\n') + 1) {
-        size_t at;
+        size_t at = 0;
         if (!strchr(line, '\n') || (sscanf(line, "{\"step\":%zu", &at) == 1 && at > done)) break;
         keep = (size_t)(strchr(line, '\n') + 1 - log);
+        *validated = at == done && strstr(line, "\"val\"") && strstr(line, "\"val\"") < log + keep;
     }
     if (log && truncate(path, (off_t)keep)) die(1, "%s: %s", path, strerror(errno));
     free(log);
@@ -194,6 +208,7 @@ static size_t resume(retrofit_model *m, const char *directory, double *flops) {
 
 // ---- Dry run ------------------------------------------------------------------------------------------------------------------
 static void dry_run(retrofit_model *m) {
+    if (retrofit_activations_bytes(&m->config, m->ops, o.micro, o.seq_len, o.backprop_depth, true) == SIZE_MAX) die(1, "%s", retrofit_error());
     static const char *const parts[] = {"embedding", "prelude", "adapter", "core", "coda", "final norm", "head"};
     const retrofit_config *c = &m->config;
     size_t in[RETROFIT_PARTS] = {0}, matrices = 0;
@@ -276,10 +291,6 @@ int main(int argc, char **argv) {
     size_t accumulate = o.batch / o.micro, T = o.seq_len, N = o.micro * T;
     retrofit_data *data = retrofit_data_open(o.data, T, config.vocab, o.shuffle, o.seed), *val = NULL;
     if (!data || (o.val && !(val = retrofit_data_open(o.val, T, config.vocab, false, 0)))) die(1, "%s", retrofit_error());
-    char *begun = retrofit_directory_begin(o.out); // makes the parents; the directory itself is made for good
-    if (!begun) die(1, "%s", retrofit_error());
-    rmdir(begun), free(begun);
-    if (mkdir(o.out, 0777) && errno != EEXIST) die(1, "%s: %s", o.out, strerror(errno));
     if (!retrofit_path(latest, o.out, "latest") || !retrofit_path(path, o.out, "log.jsonl")) die(1, "%s", retrofit_error());
     bool exists = access(latest, F_OK) == 0;
     if (exists && !o.resume) die(2, "%s holds a run already: give --resume to go on with it, or another --out", o.out);
@@ -288,18 +299,25 @@ int main(int argc, char **argv) {
     retrofit_model *m = retrofit_load(o.resume ? latest : source, &retrofit_cpu, RETROFIT_TRAINING);
     if (!m || !retrofit_optimizer_init(m, (retrofit_optimizer_kind)o.optimizer)) die(1, "%s", retrofit_error());
     double flops = 0;
-    size_t first = o.resume ? resume(m, latest, &flops) : 0;
+    data_rows = retrofit_data_rows(data);
+    bool validated = true;
+    size_t first = o.resume ? resume(m, latest, &flops, &validated) : 0;
     m->config.mean_recurrence = o.mean_recurrence, m->config.backprop_depth = o.backprop_depth;
     retrofit_activations *a = retrofit_activations_new(m, o.micro, T, o.backprop_depth, true, 0, 0);
     int32_t *tokens = malloc(N * sizeof *tokens), *labels = malloc(N * sizeof *labels);
     if (!a || !tokens || !labels) die(1, "%s", a ? "out of memory" : retrofit_error());
-    FILE *log = fopen(path, "ab");
+    char *begun = o.resume ? NULL : retrofit_directory_begin(o.out); // makes the parents; the directory itself is made for good
+    if (!o.resume && !begun) die(1, "%s", retrofit_error());
+    if (begun) rmdir(begun), free(begun);
+    if (mkdir(o.out, 0777) && errno != EEXIST) die(1, "%s: %s", o.out, strerror(errno));
+    FILE *log = fopen(path, o.resume ? "ab" : "wb"); // a run that ended before its first checkpoint begins anew
     if (!log) die(1, "%s: %s", path, strerror(errno));
     retrofit_optimizer optimizer = {(retrofit_optimizer_kind)o.optimizer, 0, 0, (float)o.beta1, (float)o.beta2,
                                     o.optimizer == RETROFIT_MUON ? 1e-10f : 1e-8f, (float)o.weight_decay, 0.95f, (float)o.clip};
     double ahead = flops_of(&m->config, first, o.steps), begin = retrofit_seconds(), spent = 0, step_time = 0;
     fprintf(stderr, "%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs\n", first ? "resumed: " : "", m->weight_count,
             retrofit_data_rows(data), T, o.steps, o.batch * T, ahead);
+    if (val && !validated && (first == o.steps || (o.eval_every && first % o.eval_every == 0))) evaluate(a, val, log, first, tokens, labels);
     for (size_t step = first; step < o.steps; step++) {
         plan p = plan_of(&m->config, step);
         double loss = 0, before = retrofit_seconds(), step_flops = 0;

@@ -2,6 +2,7 @@
 # The whole road on what the repository ships: surgery, training with the curriculum, the baseline at equal FLOPs, and what recurrence buys.
 # The model and the task: test/fixtures/lookup/README.md.
 set -e
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT-1000}" # threads that wait give way soon: costs nothing alone, much time where others compute
 lookup=$1 dir=build/demo base=test/fixtures/lookup/base tasks=test/fixtures/lookup/tasks.jsonl
 rm -rf $dir && mkdir -p $dir
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }

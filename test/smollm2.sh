@@ -2,6 +2,7 @@
 # SmolLM2-135M (Hugging Face, Apache 2.0), retrofitted: download, check against the authors' framework, surgery, training on Wikipedia
 # introductions (CC BY-SA 4.0), loss by recurrences. Everything lies in local/smollm2. STEPS= makes it longer or shorter.
 set -e
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT-1000}" # threads that wait give way soon: costs nothing alone, much time where others compute
 check=$1 dir=local/smollm2 steps=${STEPS:-80}
 say() { printf '\n%s\n' "$*"; }
 mkdir -p $dir
