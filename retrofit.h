@@ -26,7 +26,8 @@
    Usage: in ONE C or C++ file
        #define RETROFIT_IMPLEMENTATION
        #include "retrofit.h"
-   and plain #include "retrofit.h" elsewhere. Compile with -fopenmp for threads, -march=native for the fast kernels, link with -lm.
+   and plain #include "retrofit.h" elsewhere. Compile with -O3 -march=native -ffp-contract=fast for the fast
+   kernels, -fopenmp for threads; link with -lm.
    Functions that can fail return false or NULL; retrofit_error() then says what was wrong, where, and what to do.
 
    Contents                                              Where the paper's equations are
@@ -384,7 +385,6 @@ void retrofit_json_free(retrofit_json *root);
 // The first member of that name; NULL if there is none or object is not an object (NULL included). Cannot fail.
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
 
-
 // A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3 and Qwen 2, and SentencePiece's
 // BPE as in Llama 2. Read-only once loaded: threads may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
@@ -417,7 +417,6 @@ int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t);
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t);
 int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); // of a token spelt as in the file ("▁the"), or -1
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
-
 
 // ---- Files -----------------------------------------------------------------------------------------------------------
 typedef struct {
@@ -514,7 +513,6 @@ extern "C" {
 #define RETROFIT_THREAD_LOCAL _Thread_local
 #endif
 
-
 // =====================================================================================================================
 // 2  Memory, files, errors, random numbers
 // =====================================================================================================================
@@ -556,8 +554,6 @@ static char *read_file(const char *path, size_t *size) {
     fclose(f);
     return text;
 }
-
-
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -2542,30 +2538,28 @@ static void list(retrofit_model *m, retrofit_parameter *p, size_t cols, retrofit
     m->weight_count += p->rows * cols;
 }
 
-// One layer under the authors' names, or under a plain Llama's, whose q, k, v and gate, up are separate tensors.
+// A layer's parameters, by the authors' names and by a plain Llama's, where q, k, v and gate, up are tensors of their own.
+static const struct {
+    size_t field;
+    retrofit_kind kind;
+    const char *name, *plain[3];
+} layer_list[] = {{offsetof(retrofit_layer, norm_1), RETROFIT_NORM, "norm_1", {"input_layernorm", NULL, NULL}},
+                  {offsetof(retrofit_layer, wqkv), RETROFIT_MATRIX, "attn.Wqkv", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}},
+                  {offsetof(retrofit_layer, proj), RETROFIT_MATRIX, "attn.proj", {"self_attn.o_proj", NULL, NULL}},
+                  {offsetof(retrofit_layer, norm_2), RETROFIT_NORM, "norm_2", {"post_attention_layernorm", NULL, NULL}},
+                  {offsetof(retrofit_layer, fc), RETROFIT_MATRIX, "mlp.fc", {"mlp.gate_proj", "mlp.up_proj", NULL}},
+                  {offsetof(retrofit_layer, mlp_proj), RETROFIT_MATRIX, "mlp.proj", {"mlp.down_proj", NULL, NULL}}};
+
 static void list_layer(retrofit_model *m, retrofit_layer *w, const char *group, size_t i, retrofit_part part) {
-    const retrofit_config *c = &m->config;
-    size_t d = c->n_embd, F = c->intermediate, kv = c->n_kv_heads * c->head_dim;
-    if (retrofit_is_plain(c)) {
-        piece(&w->norm_1, 1, "model.layers.%zu.input_layernorm.weight", i);
-        piece(&w->wqkv, d, "model.layers.%zu.self_attn.q_proj.weight", i);
-        piece(&w->wqkv, kv, "model.layers.%zu.self_attn.k_proj.weight", i);
-        piece(&w->wqkv, kv, "model.layers.%zu.self_attn.v_proj.weight", i);
-        piece(&w->proj, d, "model.layers.%zu.self_attn.o_proj.weight", i);
-        piece(&w->norm_2, 1, "model.layers.%zu.post_attention_layernorm.weight", i);
-        piece(&w->fc, F, "model.layers.%zu.mlp.gate_proj.weight", i);
-        piece(&w->fc, F, "model.layers.%zu.mlp.up_proj.weight", i);
-        piece(&w->mlp_proj, d, "model.layers.%zu.mlp.down_proj.weight", i);
-    } else {
-        piece(&w->norm_1, 1, "transformer.%s.%zu.norm_1.weight", group, i);
-        piece(&w->wqkv, d + 2 * kv, "transformer.%s.%zu.attn.Wqkv.weight", group, i);
-        piece(&w->proj, d, "transformer.%s.%zu.attn.proj.weight", group, i);
-        piece(&w->norm_2, 1, "transformer.%s.%zu.norm_2.weight", group, i);
-        piece(&w->fc, 2 * F, "transformer.%s.%zu.mlp.fc.weight", group, i);
-        piece(&w->mlp_proj, d, "transformer.%s.%zu.mlp.proj.weight", group, i);
+    size_t d = m->config.n_embd, F = m->config.intermediate, kv = m->config.n_kv_heads * m->config.head_dim;
+    size_t rows[6][3] = {{1, 0, 0}, {d, kv, kv}, {d, 0, 0}, {1, 0, 0}, {F, F, 0}, {d, 0, 0}}, cols[6] = {d, d, d, d, d, F};
+    for (size_t j = 0; j < 6; j++) {
+        retrofit_parameter *p = (retrofit_parameter *)(void *)((char *)w + layer_list[j].field);
+        if (!retrofit_is_plain(&m->config)) piece(p, rows[j][0] + rows[j][1] + rows[j][2], "transformer.%s.%zu.%s.weight", group, i, layer_list[j].name);
+        else
+            for (size_t k = 0; k < 3 && layer_list[j].plain[k]; k++) piece(p, rows[j][k], "model.layers.%zu.%s.weight", i, layer_list[j].plain[k]);
+        list(m, p, cols[j], layer_list[j].kind, part);
     }
-    list(m, &w->norm_1, d, RETROFIT_NORM, part), list(m, &w->wqkv, d, RETROFIT_MATRIX, part), list(m, &w->proj, d, RETROFIT_MATRIX, part);
-    list(m, &w->norm_2, d, RETROFIT_NORM, part), list(m, &w->fc, d, RETROFIT_MATRIX, part), list(m, &w->mlp_proj, F, RETROFIT_MATRIX, part);
 }
 
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops) {
@@ -3139,15 +3133,18 @@ void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t
     if (rate) *rate = drawn;
 }
 
+// Step S, behind the last, has the authors' schedules back at their start; so do these.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
     double warm = ceil(w * (double)S);
-    if (kind == RETROFIT_CURRICULUM_NONE || (double)t >= warm) return R;
+    if (kind == RETROFIT_CURRICULUM_NONE || ((double)t >= warm && t < S)) return R;
+    if (t >= S) return 0;
     double x = (double)t / warm;
     return R * (kind == RETROFIT_CURRICULUM_LINEAR ? x : 1 - sqrt(1 - x));
 }
 
 double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base) {
     double warm = ceil(w * (double)S);
+    if (t >= S) return base * start;
     return (double)t >= warm ? base : base * (start + (1 - start) * ((double)t / warm));
 }
 
