@@ -115,7 +115,7 @@ static void generate(const retrofit_model *m, const retrofit_tokenizer *t) {
         if (n < capacity && produced < o.max_tokens)
             logits = (const float *)need((void *)retrofit_feed(a, ids + n - 1, 1, 1, NULL, r[0], sigma(m), o.seed));
     }
-    putchar('\n');
+    putchar('\n'), fflush(stdout);
     double seconds = retrofit_seconds() - first;
     fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", prompt, first - begin, produced, seconds,
             produced > 1 ? (double)(produced - 1) / seconds : 0);
@@ -304,5 +304,6 @@ int main(int argc, char **argv) {
         free(ids);
     } else generate(m, t);
     retrofit_tokenizer_free(t), retrofit_free(m);
-    return fflush(stdout) || ferror(stdout) ? 1 : 0;
+    if (fflush(stdout) || ferror(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
+    return 0;
 }
