@@ -623,18 +623,14 @@ typedef struct {
 static void mt19937_seed(mt19937 *g, uint32_t seed) {
     g->state[0] = seed;
     for (uint32_t i = 1; i < 624; i++) g->state[i] = 1812433253u * (g->state[i - 1] ^ g->state[i - 1] >> 30) + i;
-    g->next = 624;
+    g->next = 0;
 }
 
-static uint32_t mt19937_next(mt19937 *g) {
-    if (g->next == 624) {
-        for (size_t i = 0; i < 624; i++) {
-            uint32_t y = (g->state[i] & 0x80000000u) | (g->state[(i + 1) % 624] & 0x7fffffffu);
-            g->state[i] = g->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
-        }
-        g->next = 0;
-    }
-    uint32_t y = g->state[g->next++];
+static uint32_t mt19937_next(mt19937 *g) { // twists one word at a time, as it is needed: most draws need few of the 624
+    size_t i = g->next;
+    g->next = (i + 1) % 624;
+    uint32_t y = (g->state[i] & 0x80000000u) | (g->state[g->next] & 0x7fffffffu);
+    y = g->state[i] = g->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
     y ^= y >> 11, y ^= y << 7 & 0x9d2c5680u, y ^= y << 15 & 0xefc60000u;
     return y ^ y >> 18;
 }
