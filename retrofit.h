@@ -539,20 +539,40 @@ static void *allocate(size_t count, size_t size) {
     return p;
 }
 
+// Opens a regular file for reading.
+static FILE *open_file(const char *path, size_t *size) {
+    FILE *f = fopen(path, "rbe");
+    if (!f) return fail("%s: %s", path, strerror(errno)), (FILE *)NULL;
+    struct stat st;
+    if (!fstat(fileno(f), &st) && S_ISREG(st.st_mode)) return *size = (size_t)st.st_size, f;
+    return fclose(f), fail("%s: not a regular file", path), (FILE *)NULL;
+}
+
 // The whole file, with a NUL behind it; NULL and an error. Freed with free().
 static char *read_file(const char *path, size_t *size) {
-    FILE *f = fopen(path, "rb");
-    if (!f) return fail("%s: %s", path, strerror(errno)), (char *)NULL;
-    struct stat st;
-    char *text = NULL;
-    if (fstat(fileno(f), &st) || !S_ISREG(st.st_mode)) fail("%s: not a regular file", path);
-    else if ((text = (char *)allocate((size_t)st.st_size + 1, 1)) && fread(text, 1, (size_t)st.st_size, f) != (size_t)st.st_size) {
-        fail("%s: reading failed: %s", path, ferror(f) ? strerror(errno) : "the file became shorter");
-        free(text), text = NULL;
-    }
-    if (text) *size = (size_t)st.st_size;
-    fclose(f);
-    return text;
+    FILE *f = open_file(path, size);
+    char *text = f ? (char *)allocate(*size + 1, 1) : NULL;
+    bool ok = text && (fread(text, 1, *size, f) == *size || fail("%s: reading failed, or it became shorter", path));
+    if (f) fclose(f);
+    return ok ? text : (free(text), (char *)NULL);
+}
+
+// The whole file mapped into memory; NULL and an error, also for a file of no bytes.
+static void *map_file(const char *path, size_t *size) {
+    FILE *f = open_file(path, size);
+    if (!f) return NULL;
+    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(f), 0);
+    if (base == MAP_FAILED) base = NULL, fail("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
+    return fclose(f), base;
+}
+
+// Flushes and closes; a file that could not be written whole is removed.
+static bool finish_file(FILE *f, const char *path, bool ok) {
+    ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
+    int why = errno;
+    if (fclose(f) && ok) ok = false, why = errno;
+    if (!ok) remove(path), fail("%s: writing failed: %s", path, strerror(why ? why : EIO));
+    return ok;
 }
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
@@ -592,26 +612,20 @@ static uint16_t float_to_bf16(float f) { // round to nearest even; NaN stays NaN
 }
 
 static float f16_to_float(uint16_t x) {
-    uint32_t exponent = x >> 10 & 31, mantissa = x & 1023;
-    float f = exponent == 31  ? (mantissa ? NAN : INFINITY)
-              : exponent == 0 ? ldexpf((float)mantissa, -24)
-                              : ldexpf((float)(mantissa | 1024), (int)exponent - 25);
+    int exponent = x >> 10 & 31, mantissa = x & 1023;
+    float f = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+    if (exponent == 31) f = mantissa ? NAN : INFINITY;
     return x >> 15 ? -f : f;
-}
-
-static uint16_t half_at(const void *data, size_t i) { // at any address: a file's header may have an odd length
-    uint16_t x;
-    memcpy(&x, (const char *)data + 2 * i, 2);
-    return x;
 }
 
 // n elements of a tensor in a file's type as fp32.
 static void to_float(float *out, const void *data, retrofit_type type, size_t n) {
     if (type == RETROFIT_F32) memcpy(out, data, n * 4);
-    else if (type == RETROFIT_BF16)
-        for (size_t i = 0; i < n; i++) out[i] = bf16_to_float(half_at(data, i));
-    else
-        for (size_t i = 0; i < n; i++) out[i] = f16_to_float(half_at(data, i));
+    for (size_t i = 0; type != RETROFIT_F32 && i < n; i++) {
+        uint16_t x;
+        memcpy(&x, (const char *)data + 2 * i, 2); // at any address: a file's header may have an odd length
+        out[i] = type == RETROFIT_BF16 ? bf16_to_float(x) : f16_to_float(x);
+    }
 }
 
 // ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -------------------------------
@@ -671,9 +685,8 @@ static uint64_t hash64(uint64_t seed, uint64_t counter) {
     return z ^ z >> 31;
 }
 
-static double hash_uniform(uint64_t seed, uint64_t counter) { // (0, 1)
-    return ((double)(hash64(seed, counter) >> 11) + 0.5) * 0x1p-53;
-}
+// In (0, 1).
+static double hash_uniform(uint64_t seed, uint64_t counter) { return ((double)(hash64(seed, counter) >> 11) + 0.5) * 0x1p-53; }
 
 // A standard normal cut at ±3, by Box and Muller; the one draw in 370 beyond is drawn again.
 static float hash_normal(uint64_t seed, uint64_t counter) {
@@ -692,18 +705,16 @@ static float hash_normal(uint64_t seed, uint64_t counter) {
 #define UTF8_INVALID UINT32_MAX
 static size_t utf8_next(const char *s, size_t n, uint32_t *c) {
     unsigned lead = (unsigned char)s[0];
-    *c = lead;
-    if (lead < 0x80) return 1;
+    if (lead < 0x80) return *c = lead, 1;
     size_t more = lead < 0xc2 ? 0 : lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : lead < 0xf5 ? 3 : 0;
     // The second byte's range is narrower where the full one would allow overlong forms, surrogates or values above U+10FFFF.
     unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80, high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-    *c = lead & (0x3fu >> more);
+    *c = more ? lead & (0x3fu >> more) : UTF8_INVALID;
     for (size_t i = 1; i <= more; i++, low = 0x80, high = 0xbf) {
         unsigned byte = i < n ? (unsigned char)s[i] : 0;
         if (byte < low || byte > high) return *c = UTF8_INVALID, i;
         *c = *c << 6 | (byte & 0x3f);
     }
-    if (!more) *c = UTF8_INVALID;
     return more + 1;
 }
 
@@ -716,81 +727,63 @@ static size_t utf8_put(uint32_t c, char *out) {
     return n;
 }
 
+// The parser works on its own copy of the text, with a NUL behind it, and decodes strings in place: `out` never overtakes `at`.
 typedef struct {
-    const char *text, *where;
-    size_t size, at;
+    const char *where, *begin;
+    char *at, *out;       // the next character to read; where the next decoded string goes
     retrofit_json *nodes; // the next free one
-    char *strings;        // the next free byte
 } json_parser;
 
-static bool json_fail(const json_parser *p, const char *what) { return fail("%s: byte %zu: bad JSON: %s", p->where, p->at, what); }
-static char json_peek(const json_parser *p) { return p->at < p->size ? p->text[p->at] : 0; }
+static bool json_fail(const json_parser *p, const char *why) { return fail("%s: byte %td: bad JSON: %s", p->where, p->at - p->begin, why); }
 
-static size_t json_span(json_parser *p, const char *set) {
-    size_t from = p->at;
-    while (json_peek(p) && strchr(set, json_peek(p))) p->at++;
-    return p->at - from;
-}
-
-static char json_skip(json_parser *p) { return json_span(p, " \t\r\n"), json_peek(p); }
-
-static bool json_utf16(json_parser *p, uint32_t *unit) { // \uXXXX
-    char text[7] = {0};
-    memcpy(text, p->text + p->at, least(6, p->size - p->at));
-    *unit = (uint32_t)strtoul(text + 2, NULL, 16);
-    if (text[0] != '\\' || text[1] != 'u' || strspn(text + 2, "0123456789abcdefABCDEF") < 4)
-        return json_fail(p, "an unknown escape, or half of a surrogate pair");
-    return p->at += 6, true;
+static char json_skip(json_parser *p) { // white space; the character behind it
+    while (*p->at == ' ' || *p->at == '\t' || *p->at == '\r' || *p->at == '\n') p->at++;
+    return *p->at;
 }
 
 static bool json_escape(json_parser *p, uint32_t *c) {
     static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-    char escape = p->size - p->at > 1 ? p->text[p->at + 1] : 0;
-    const char *name = escape ? strchr(names, escape) : NULL;
+    const char *name = p->at[1] ? strchr(names, p->at[1]) : NULL;
     if (name) return p->at += 2, *c = (uint32_t)values[name - names], true;
-    uint32_t low = 0;
-    if (!json_utf16(p, c)) return false;
+    uint32_t unit[2] = {0, 0}; // UTF-16; the second only behind the first half of a pair
+    for (int i = 0; i == 0 || (i == 1 && unit[0] >> 10 == 0xd800 >> 10); i++, p->at += 6) {
+        bool ok = p->at[0] == '\\' && p->at[1] == 'u' && strspn(p->at + 2, "0123456789abcdefABCDEF") >= 4;
+        if (!ok) return json_fail(p, "an unknown escape, or half of a surrogate pair");
+        for (int j = 2; j < 6; j++) unit[i] = unit[i] << 4 | ((p->at[j] & 15) + (p->at[j] > '9' ? 9 : 0));
+    }
+    *c = unit[0];
     if (*c < 0xd800 || *c > 0xdfff) return true;
-    if (*c < 0xdc00 && !json_utf16(p, &low)) return false;
-    if (low < 0xdc00 || low > 0xdfff) return json_fail(p, "half of a surrogate pair before this");
-    *c = 0x10000 + ((*c - 0xd800) << 10) + (low - 0xdc00);
-    return true;
+    *c = 0x10000 + ((unit[0] - 0xd800) << 10) + (unit[1] - 0xdc00);
+    return unit[1] >> 10 == 0xdc00 >> 10 || json_fail(p, "half of a surrogate pair before this");
 }
 
 static bool json_string(json_parser *p, const char **string, size_t *length) {
-    if (json_peek(p) != '"') return json_fail(p, "expected a string");
-    char *out = p->strings;
-    for (p->at++; json_peek(p) != '"';) {
-        if (p->at == p->size) return json_fail(p, "a string does not end");
-        uint32_t c;
-        size_t n = utf8_next(p->text + p->at, p->size - p->at, &c);
-        if (c == UTF8_INVALID) return json_fail(p, "not UTF-8");
-        if (c < 0x20) return json_fail(p, "a control character in a string must be escaped");
-        if (c != '\\') p->at += n;
-        else if (!json_escape(p, &c)) return false;
-        out += utf8_put(c, out);
+    if (*p->at != '"') return json_fail(p, "expected a string");
+    *string = p->out;
+    uint32_t c = 0;
+    for (p->at++; *p->at != '"';) {
+        if ((unsigned char)*p->at < ' ') return json_fail(p, "a string does not end, or a control character in it is not escaped");
+        if (*p->at != '\\') *p->out++ = *p->at++;
+        else if (json_escape(p, &c)) p->out += utf8_put(c, p->out);
+        else return false;
     }
-    *string = p->strings, *length = (size_t)(out - p->strings), *out = 0;
-    p->strings = out + 1;
+    *length = (size_t)(p->out - *string);
+    *p->out++ = 0;
     return p->at++, true;
 }
 
 static bool json_number(json_parser *p, retrofit_json *v) {
-    const char *digits = "0123456789";
-    size_t from = p->at, fraction = 1, exponent = 1;
-    p->at += json_peek(p) == '-';
-    bool zero = json_peek(p) == '0';
-    size_t whole = json_span(p, digits);
-    if (json_peek(p) == '.') p->at++, fraction = json_span(p, digits);
-    if (json_peek(p) == 'e' || json_peek(p) == 'E')
-        p->at++, p->at += json_peek(p) == '+' || json_peek(p) == '-', exponent = json_span(p, digits);
-    if (!whole || (zero && whole > 1) || !fraction || !exponent) return json_fail(p, "not a value");
-    char *end = p->strings;
-    v->type = RETROFIT_JSON_NUMBER, v->string = end, v->length = p->at - from;
-    memcpy(end, p->text + from, v->length);
-    end[v->length] = 0, p->strings += v->length + 1;
-    v->number = strtod(v->string, &end);
-    return (!*end && isfinite(v->number)) || json_fail(p, "a number too large for a double (or LC_NUMERIC is not \"C\")");
+    static const char digits[] = "0123456789";
+    char *text = p->out, *end;
+    size_t n = strspn(p->at, "0123456789+-.eE");
+    memmove(text, p->at, n), text[n] = 0;
+    v->type = RETROFIT_JSON_NUMBER, v->string = text, v->length = n, v->number = strtod(text, &end);
+    // What strtod takes and JSON does not: leading zeros or '+', no digit before or behind the point.
+    const char *first = text + (*text == '-'), *point = strchr(text, '.');
+    size_t whole = strspn(first, digits);
+    if (*end || !whole || (whole > 1 && *first == '0') || (point && !strspn(point + 1, digits)) || !isfinite(v->number))
+        return json_fail(p, "not a value, or a number too large for a double (or LC_NUMERIC is not \"C\")");
+    return p->at += n, p->out += n + 1, true;
 }
 
 // Any value; v is zeroed. The depth bounds the recursion.
@@ -798,62 +791,65 @@ static bool json_value(json_parser *p, retrofit_json *v, int depth) {
     static const char *const words[] = {"null", "false", "true"};
     char c = json_skip(p);
     if (c == '"') return v->type = RETROFIT_JSON_STRING, json_string(p, &v->string, &v->length);
-    for (int i = 0; i < 3; i++) {
-        size_t n = strlen(words[i]);
-        if (p->size - p->at >= n && !memcmp(p->text + p->at, words[i], n))
-            return p->at += n, v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2, true;
-    }
+    for (int i = 0; i < 3; i++)
+        if (!strncmp(p->at, words[i], strlen(words[i])))
+            return p->at += strlen(words[i]), v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2, true;
     if (c != '[' && c != '{') return json_number(p, v);
     if (depth == 64) return json_fail(p, "more than 64 levels");
-    char close = c == '[' ? ']' : '}', after = ',';
-    p->at++, v->type = c == '[' ? RETROFIT_JSON_ARRAY : RETROFIT_JSON_OBJECT;
+    char object = c == '{', close = object ? '}' : ']';
+    p->at++, v->type = object ? RETROFIT_JSON_OBJECT : RETROFIT_JSON_ARRAY;
     if (json_skip(p) == close) return p->at++, true;
-    for (retrofit_json **tail = &v->child; after == ','; tail = &(*tail)->next, p->at++) {
+    for (retrofit_json **tail = &v->child; c != close; tail = &(*tail)->next, p->at++) {
         retrofit_json *child = *tail = p->nodes++;
         v->count++, json_skip(p);
-        if (close == '}' && !json_string(p, &child->key, &child->key_length)) return false;
-        if (close == '}' && json_skip(p) != ':') return json_fail(p, "expected ':'");
-        p->at += close == '}';
+        if (object && !json_string(p, &child->key, &child->key_length)) return false;
+        if (object && json_skip(p) != ':') return json_fail(p, "expected ':'");
+        p->at += object;
         if (!json_value(p, child, depth + 1)) return false;
-        after = json_skip(p);
-        if (after != ',' && after != close) return json_fail(p, close == ']' ? "expected ',' or ']'" : "expected ',' or '}'");
+        c = json_skip(p);
+        if (c != ',' && c != close) return json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
     }
     return true;
 }
 
-// All is one block: the nodes, at most as many as there are opening brackets and commas, and one more; then the strings, none of which
-// is longer with its NUL than in the text with its quotes (or, a number, with what follows it).
+// All is one block: the nodes, at most one for each opening bracket and comma, and one more; then the text. It starts a byte late, so
+// that a number has room for its NUL: before every other one, a bracket, comma or colon has been read.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
     size_t nodes = 1;
-    bool quoted = false;
-    for (size_t i = 0; i < size; i++) {
-        if (text[i] == '"') quoted = !quoted;
-        else if (text[i] == '\\' && quoted) i++;
-        else nodes += !quoted && (text[i] == '[' || text[i] == '{' || text[i] == ',');
+    for (size_t i = 0; i < size;) {
+        uint32_t c;
+        size_t n = utf8_next(text + i, size - i, &c);
+        if (c == UTF8_INVALID) return fail("%s: byte %zu: bad JSON: not UTF-8", where, i), (retrofit_json *)NULL;
+        nodes += c == '[' || c == '{' || c == ',', i += n;
     }
-    retrofit_json *root = (retrofit_json *)allocate(nodes + size / sizeof *root + 1, sizeof *root);
+    retrofit_json *root = (retrofit_json *)allocate(nodes + (size + 2) / sizeof *root + 1, sizeof *root);
     if (!root) return NULL;
-    json_parser p = {text, where, size, 0, root + 1, (char *)(root + nodes)};
-    if (json_value(&p, root, 0) && (json_skip(&p), p.at == size || json_fail(&p, "something follows the value"))) return root;
+    char *out = (char *)(root + nodes), *begin = (char *)memcpy(out + 1, text, size);
+    json_parser p = {where, begin, begin, out, root + 1};
+    if (json_value(&p, root, 0) && (json_skip(&p), p.at == begin + size || json_fail(&p, "something follows the value"))) return root;
     return free(root), (retrofit_json *)NULL;
 }
 
 void retrofit_json_free(retrofit_json *root) { free(root); }
+
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key) {
-    if (!object || object->type != RETROFIT_JSON_OBJECT) return NULL;
-    const retrofit_json *m = object->child;
+    const retrofit_json *m = object && object->type == RETROFIT_JSON_OBJECT ? object->child : NULL;
     while (m && (m->key_length != strlen(key) || memcmp(m->key, key, m->key_length))) m = m->next;
     return m;
+}
+
+// A JSON number that is a size.
+static bool json_size(const retrofit_json *j, size_t *out) {
+    if (!j || j->type != RETROFIT_JSON_NUMBER || j->number < 0 || j->number > 0x1p53 || j->number != floor(j->number)) return false;
+    return *out = (size_t)j->number, true;
 }
 
 // Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
 static void json_write_string(FILE *f, const char *s, size_t n) {
     fputc('"', f);
-    for (size_t i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)s[i];
-        if (c < 0x20) fprintf(f, "\\u%04x", c);
-        else fprintf(f, c == '"' || c == '\\' ? "\\%c" : "%c", c);
-    }
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)s[i] < 0x20) fprintf(f, "\\u%04x", s[i]);
+        else fprintf(f, s[i] == '"' || s[i] == '\\' ? "\\%c" : "%c", s[i]);
     fputc('"', f);
 }
 
@@ -863,109 +859,74 @@ static void json_write_string(FILE *f, const char *s, size_t n) {
 
 static const struct {
     const char *name;
-    int type; // -1: known, but nothing this library reads
     size_t size;
-} file_types[] = {{"F32", RETROFIT_F32, 4}, {"BF16", RETROFIT_BF16, 2}, {"F16", RETROFIT_F16, 2}, {"I32", RETROFIT_I32, 4},
-                  {"F64", -1, 8},           {"I64", -1, 8},             {"U64", -1, 8},           {"U32", -1, 4},
-                  {"I16", -1, 2},           {"U16", -1, 2},             {"I8", -1, 1},            {"U8", -1, 1},
-                  {"BOOL", -1, 1}};
+} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // in retrofit_type's order; the others are known, but not read
+                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {NULL, 1}};
 
-// A JSON number that is a size.
-static bool json_size(const retrofit_json *j, size_t *out) {
-    if (!j || j->type != RETROFIT_JSON_NUMBER || !(j->number >= 0) || j->number > 0x1p53 || j->number != floor(j->number)) return false;
-    *out = (size_t)j->number;
-    return true;
-}
-
-// Maps a file for reading. A file of no bytes is an error.
-static void *map_file(const char *path, size_t *bytes) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return fail("%s: %s", path, strerror(errno)), (void *)NULL;
-    struct stat st;
-    void *base = MAP_FAILED;
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode) || st.st_size == 0) fail("%s: not a file with anything in it", path);
-    else if ((base = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0)) == MAP_FAILED)
-        fail("%s: mapping %zu bytes failed: %s", path, (size_t)st.st_size, strerror(errno));
-    else *bytes = (size_t)st.st_size;
-    close(fd);
-    return base == MAP_FAILED ? NULL : base;
-}
-
-static int by_address(const void *a, const void *b) {
-    const char *x = *(const char *const *)a, *y = *(const char *const *)b;
+static int by_size(const void *a, const void *b) {
+    size_t x = *(const size_t *)a, y = *(const size_t *)b;
     return x < y ? -1 : x > y;
 }
 
-static bool safetensors_entry(retrofit_map *f, const retrofit_json *j, const char *data, size_t data_bytes, const char **range) {
+// Checks the entry j of the header; the tensor joins the list if its type is one of ours.
+static bool safetensors_entry(retrofit_map *f, const retrofit_json *j, const char *data, size_t data_bytes, size_t range[2]) {
     const retrofit_json *dtype = retrofit_json_get(j, "dtype"), *shape = retrofit_json_get(j, "shape");
     const retrofit_json *offsets = retrofit_json_get(j, "data_offsets");
-    size_t begin = 0, end = 0, type = 0, count = 1, types = sizeof file_types / sizeof *file_types;
+    size_t begin = 0, end = 0, type = 0, bytes;
     if (!dtype || dtype->type != RETROFIT_JSON_STRING || !shape || shape->type != RETROFIT_JSON_ARRAY || !offsets || offsets->count != 2 ||
         !json_size(offsets->child, &begin) || !json_size(offsets->child->next, &end))
         return fail("%s: tensor %s: needs dtype, shape and two data_offsets", f->path, j->key);
-    while (type < types && strcmp(file_types[type].name, dtype->string)) type++;
-    if (type == types) return fail("%s: tensor %s: unknown dtype %s", f->path, j->key, dtype->string);
-    retrofit_tensor *t = &f->tensors[f->count];
-    if (shape->count > 4 && file_types[type].type >= 0) return fail("%s: tensor %s: %zu dimensions, at most 4", f->path, j->key, shape->count);
-    for (const retrofit_json *s = shape->child; s; s = s->next) {
+    while (file_types[type].name && strcmp(file_types[type].name, dtype->string)) type++;
+    bool ours = type <= RETROFIT_I32, sizes = !ours || shape->count <= 4;
+    retrofit_tensor t = {j->key, ours ? (retrofit_type)type : RETROFIT_F32, 0, {0}, 1, NULL};
+    for (const retrofit_json *s = shape->child; s && sizes; s = s->next) {
         size_t n = 0;
-        if (!json_size(s, &n) || __builtin_mul_overflow(count, n, &count))
-            return fail("%s: tensor %s: the shape is not a list of sizes, or too large", f->path, j->key);
-        if (t->dims < 4) t->shape[t->dims++] = n;
+        sizes = json_size(s, &n) && !__builtin_mul_overflow(t.count, n, &t.count);
+        if (ours) t.shape[t.dims++] = n;
     }
-    if (begin > end || end > data_bytes)
-        return fail("%s: tensor %s: bytes %zu to %zu lie outside the %zu bytes of data: truncated?", f->path, j->key, begin, end, data_bytes);
-    if (count > SIZE_MAX / 8 || count * file_types[type].size != end - begin)
-        return fail("%s: tensor %s: its shape needs %zu elements of %s, its offsets hold %zu bytes", f->path, j->key, count, dtype->string,
-                    end - begin);
-    if (begin % file_types[type].size) return fail("%s: tensor %s: offset %zu is not aligned to %s", f->path, j->key, begin, dtype->string);
-    range[0] = data + begin, range[1] = data + end;
-    if (file_types[type].type < 0) return t->dims = 0, true; // the place is used again
-    t->name = j->key, t->type = (retrofit_type)file_types[type].type, t->count = count, t->data = data + begin;
-    f->count++;
+    bool fits = !__builtin_mul_overflow(t.count, file_types[type].size, &bytes);
+    const char *wrong = !file_types[type].name              ? "unknown dtype"
+                        : !sizes || !fits                   ? "the shape is not at most 4 sizes, or too large"
+                        : begin > end || end > data_bytes   ? "it lies outside the data: truncated?"
+                        : bytes != end - begin              ? "its shape needs another number of bytes"
+                        : begin % file_types[type].size > 0 ? "it is not aligned to its dtype"
+                                                            : NULL;
+    if (wrong) return fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", f->path, j->key, dtype->string, begin, end, data_bytes, wrong);
+    range[0] = begin, range[1] = end;
+    t.data = data + begin;
+    if (ours) f->tensors[f->count++] = t;
     return true;
+}
+
+static bool safetensors_read(retrofit_map *f) { // what it has opened so far when it fails, its caller closes
+    if (!(f->base = map_file(f->path, &f->bytes))) return false;
+    const char *text = (const char *)f->base + 8;
+    uint64_t header = 0;
+    if (f->bytes >= 8) memcpy(&header, f->base, 8);
+    if (f->bytes < 8 || header < 2 || header > f->bytes - 8 || header > 100000000)
+        return fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu", f->path, f->bytes, (unsigned long long)header);
+    if (!(f->header = retrofit_json_parse(text, (size_t)header, f->path))) return false;
+    if (f->header->type != RETROFIT_JSON_OBJECT) return fail("%s: the header is not a JSON object", f->path);
+    size_t bytes = f->bytes - 8 - (size_t)header, n = 0, covered = 0;
+    f->tensors = (retrofit_tensor *)allocate(f->header->count + 1, sizeof *f->tensors + 2 * sizeof(size_t));
+    if (!f->tensors) return false;
+    size_t *ranges = (size_t *)(f->tensors + f->header->count + 1); // begin, end; begin, end; … of those that are not empty
+    for (const retrofit_json *j = f->header->child; j; j = j->next) {
+        if (!strcmp(j->key, "__metadata__")) continue;
+        if (!safetensors_entry(f, j, text + header, bytes, ranges + n)) return false;
+        n += ranges[n] != ranges[n + 1] ? 2 : 0;
+    }
+    // In the order of the file, every tensor must begin where the one before it ends, and the last one end with the file.
+    qsort(ranges, n / 2, 2 * sizeof *ranges, by_size);
+    size_t i = 0;
+    for (; i < n && ranges[i] == covered; i += 2) covered = ranges[i + 1];
+    return (i == n && covered == bytes) || fail("%s: tensors overlap or leave a hole at byte %zu of %zu", f->path, covered, bytes);
 }
 
 bool retrofit_safetensors_open(retrofit_map *f, const char *path) {
     memset(f, 0, sizeof *f);
-    uint64_t header = 0;
-    const char **ranges = NULL;
-    size_t n = 0, covered = 0;
-    bool ok = false;
-    if (!(f->path = strdup(path))) return fail("out of memory");
-    if (!(f->base = map_file(path, &f->bytes))) goto done;
-    if (f->bytes >= 8) memcpy(&header, f->base, 8);
-    if (f->bytes < 8 || header < 2 || header > f->bytes - 8 || header > 100000000) {
-        fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu", path, f->bytes, (unsigned long long)header);
-        goto done;
-    }
-    if (!(f->header = retrofit_json_parse((const char *)f->base + 8, (size_t)header, path))) goto done;
-    if (f->header->type != RETROFIT_JSON_OBJECT) {
-        fail("%s: the header is not a JSON object", path);
-        goto done;
-    }
-    f->tensors = (retrofit_tensor *)allocate(f->header->count + 1, sizeof *f->tensors);
-    ranges = (const char **)allocate(2 * f->header->count + 2, sizeof *ranges);
-    if (!f->tensors || !ranges) goto done;
-    for (const retrofit_json *j = f->header->child; j; j = j->next) {
-        if (!strcmp(j->key, "__metadata__")) continue;
-        if (!safetensors_entry(f, j, (const char *)f->base + 8 + header, f->bytes - 8 - (size_t)header, ranges + 2 * n)) goto done;
-        if (ranges[2 * n] != ranges[2 * n + 1]) n++;
-    }
-    // Sorted, the ends of ranges that do not overlap come in turn: begin, end, begin, end, …, each begin at or after the end before.
-    qsort(ranges, n, 2 * sizeof *ranges, by_address);
-    for (size_t i = 1; i < n; i++)
-        if (ranges[2 * i] < ranges[2 * i - 1]) {
-            fail("%s: two tensors overlap at byte %zu of the data", path, (size_t)(ranges[2 * i] - (const char *)f->base) - 8 - (size_t)header);
-            goto done;
-        }
-    for (size_t i = 0; i < n; i++) covered += (size_t)(ranges[2 * i + 1] - ranges[2 * i]);
-    ok = covered == f->bytes - 8 - (size_t)header;
-    if (!ok) fail("%s: the tensors cover %zu of %zu bytes of data: damaged?", path, covered, f->bytes - 8 - (size_t)header);
-done:
-    free(ranges);
-    if (!ok) retrofit_safetensors_close(f);
-    return ok;
+    if ((f->path = strdup(path)) ? safetensors_read(f) : fail("out of memory")) return true;
+    return retrofit_safetensors_close(f), false;
 }
 
 void retrofit_safetensors_close(retrofit_map *f) {
@@ -986,69 +947,50 @@ const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key
     return j && j->type == RETROFIT_JSON_STRING ? j->string : NULL;
 }
 
-// Flushes and closes; a file that could not be written whole is removed.
-static bool finish_file(FILE *f, const char *path, bool ok) {
-    int why = errno;
-    if (ok && (ferror(f) || fflush(f) || fsync(fileno(f)))) ok = false, why = errno;
-    if (fclose(f) && ok) ok = false, why = errno;
-    if (why == 0) why = EIO;
-    if (!ok) remove(path), fail("%s: writing failed: %s", path, strerror(why));
-    return ok;
-}
+static retrofit_type stored_type(const retrofit_tensor *t, retrofit_type floats) { return t->type == RETROFIT_I32 ? RETROFIT_I32 : floats; }
 
+// Failures to write show in ferror(f), for finish_file.
 bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
                                 retrofit_type type, const char *const *metadata) {
-    static const char *names[] = {"F32", "BF16", "F16", "I32"};
     enum { CHUNK = 1 << 18 };
-    char *text = NULL;
-    size_t length = 0, offset = 0;
-    FILE *h = open_memstream(&text, &length);
-    float *in = (float *)allocate(CHUNK, sizeof *in);
-    uint16_t *out = (uint16_t *)allocate(CHUNK, sizeof *out);
-    FILE *f = h && in && out ? fopen(path, "wb") : NULL;
-    bool ok = f != NULL;
-    if (h && in && out && !f) fail("%s: %s", path, strerror(errno));
-    if (ok) {
-        fprintf(h, "{\"__metadata__\":{\"format\":\"pt\"");
-        for (size_t i = 0; metadata && metadata[i]; i += 2) {
-            fputc(',', h), json_write_string(h, metadata[i], strlen(metadata[i]));
-            fputc(':', h), json_write_string(h, metadata[i + 1], strlen(metadata[i + 1]));
-        }
-        fputc('}', h);
-        for (size_t i = 0; i < count; i++) {
-            retrofit_type stored = tensors[i].type == RETROFIT_I32 ? RETROFIT_I32 : type;
-            fputc(',', h), json_write_string(h, tensors[i].name, strlen(tensors[i].name));
-            fprintf(h, ":{\"dtype\":\"%s\",\"shape\":[", names[stored]);
-            for (size_t j = 0; j < tensors[i].dims; j++) fprintf(h, "%s%zu", j ? "," : "", tensors[i].shape[j]);
-            fprintf(h, "],\"data_offsets\":[%zu,%zu]}", offset, offset + tensors[i].count * retrofit_type_size(stored));
-            offset += tensors[i].count * retrofit_type_size(stored);
-        }
-        fputc('}', h);
-        fflush(h);
-        while ((8 + length) % 64) fputc(' ', h), fflush(h); // tensors start aligned, so that they can be used where they lie
-        uint64_t header = length;
-        errno = 0;
-        ok = fwrite(&header, 8, 1, f) == 1 && fwrite(text, 1, length, f) == length;
-        for (size_t i = 0; ok && i < count; i++) {
-            retrofit_type stored = tensors[i].type == RETROFIT_I32 ? RETROFIT_I32 : type;
-            size_t size = retrofit_type_size(tensors[i].type);
-            for (size_t at = 0; ok && at < tensors[i].count; at += CHUNK) {
-                size_t n = least(tensors[i].count - at, CHUNK);
-                void *raw = size == 4 ? (void *)in : (void *)out;
-                ops->download(raw, (const char *)tensors[i].data + at * size, n * size);
-                if (stored != tensors[i].type) {
-                    if (tensors[i].type != RETROFIT_F32) to_float(in, out, tensors[i].type, n);
-                    for (size_t j = 0; stored == RETROFIT_BF16 && j < n; j++) out[j] = float_to_bf16(in[j]);
-                    raw = stored == RETROFIT_F32 ? (void *)in : (void *)out;
-                }
-                ok = fwrite(raw, retrofit_type_size(stored), n, f) == n;
-            }
-        }
-        ok = finish_file(f, path, ok);
+    float *wide = (float *)allocate(CHUNK, sizeof(float) + sizeof(uint16_t));
+    if (!wide) return false;
+    uint16_t *half = (uint16_t *)(wide + CHUNK);
+    FILE *f = fopen(path, "wb");
+    if (!f) return free(wide), fail("%s: %s", path, strerror(errno));
+    uint64_t header = 0;
+    size_t offset = 0;
+    fwrite(&header, 8, 1, f); // its length, written again once it is known
+    fprintf(f, "{\"__metadata__\":{\"format\":\"pt\"");
+    for (size_t i = 0; metadata && metadata[i]; i++) fputc(i % 2 ? ':' : ',', f), json_write_string(f, metadata[i], strlen(metadata[i]));
+    fputc('}', f);
+    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
+        size_t bytes = t->count * retrofit_type_size(stored_type(t, type));
+        fputc(',', f), json_write_string(f, t->name, strlen(t->name));
+        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", file_types[stored_type(t, type)].name);
+        for (size_t j = 0; j < t->dims; j++) fprintf(f, "%s%zu", j ? "," : "", t->shape[j]);
+        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
+        offset += bytes;
     }
-    if (h) fclose(h);
-    free(text), free(in), free(out);
-    return ok;
+    fputc('}', f);
+    long at = ftell(f);
+    for (; at % 64; at++) fputc(' ', f); // tensors start aligned, so that they can be used where they lie
+    header = (uint64_t)at - 8;
+    bool ok = at > 0 && !fseek(f, 0, SEEK_SET) && fwrite(&header, 8, 1, f) == 1 && !fseek(f, at, SEEK_SET);
+    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
+        retrofit_type stored = stored_type(t, type);
+        size_t size = retrofit_type_size(t->type);
+        for (size_t i = 0; ok && i < t->count; i += CHUNK) {
+            size_t n = least(t->count - i, CHUNK);
+            ops->download(size == 4 ? (void *)wide : (void *)half, (const char *)t->data + i * size, n * size);
+            if (stored != t->type && size == 2) to_float(wide, half, t->type, n);
+            for (size_t j = 0; stored != t->type && stored == RETROFIT_BF16 && j < n; j++) half[j] = float_to_bf16(wide[j]);
+            size_t to = retrofit_type_size(stored);
+            ok = fwrite(to == 4 ? (void *)wide : (void *)half, to, n, f) == n;
+        }
+    }
+    free(wide);
+    return finish_file(f, path, ok);
 }
 
 // =====================================================================================================================
@@ -2112,16 +2054,22 @@ static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const flo
     }
 }
 
-static void attention_forward(act *out_, float *lse, const act *qkv_, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    float *out = (float *)out_;
+// Every tile of queries of every head, against keys and values kv_row apart, kv_batch from one sequence to the next.
+static void attend_tiles(float *out, float *lse, const float *q, const float *k, const float *v, size_t kv_row, size_t kv_batch,
+                       const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
     PARALLEL_TASKS
     for (size_t task = 0; task < B * H * tiles; task++) {
         size_t b = task / tiles / H, head = task / tiles % H, t0 = task % tiles * TILE, n = b * T + t0;
-        const float *row = (const float *)qkv_ + b * T * Q, *k = row + (H + head / (H / G)) * h;
-        attend(out + n * H * h + head * h, H * h, lse + n * H + head, H, row + t0 * Q + head * h, Q, k, k + G * h, Q,
-               least(T - t0, TILE), t0, h);
+        size_t kv = b * kv_batch + head / (H / G) * h;
+        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, k + kv, v + kv, kv_row,
+               least(T - t0, TILE), (past ? (size_t)past[b] : 0) + t0, h);
     }
+}
+
+static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h) {
+    const float *q = (const float *)qkv, *k = q + H * h;
+    attend_tiles((float *)out, lse, q, k, k + G * h, (H + 2 * G) * h, T * (H + 2 * G) * h, NULL, B, T, H, G, h);
 }
 
 // dV = Pᵀ·dO;  dS = P∘(dO·Vᵀ - δ)/√h with δ_t = dO_t·O_t;  dQ = dS·K;  dK = dSᵀ·Q. The heads of one key/value head in turn.
@@ -2253,14 +2201,7 @@ static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past
 
 static void attention_cached(act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T,
                              size_t capacity, size_t H, size_t G, size_t h) {
-    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
-    PARALLEL_TASKS
-    for (size_t task = 0; task < B * H * tiles; task++) {
-        size_t b = task / tiles / H, head = task / tiles % H, t0 = task % tiles * TILE, n = b * T + t0;
-        size_t kv = b * capacity * G * h + head / (H / G) * h;
-        attend((float *)out + n * H * h + head * h, H * h, NULL, 0, (const float *)qkv + n * Q + head * h, Q, (const float *)keys + kv,
-               (const float *)values + kv, G * h, least(T - t0, TILE), (size_t)past[b] + t0, h);
-    }
+    attend_tiles((float *)out, NULL, (const float *)qkv, (const float *)keys, (const float *)values, G * h, capacity * G * h, past, B, T, H, G, h);
 }
 
 // ---- Optimizers: the arithmetic of one tensor (section 8 explains) -----------------------------------------------------------
@@ -3302,38 +3243,30 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, voi
 
 static bool sync_directory(const char *path) {
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    bool ok = fd >= 0 && fsync(fd) == 0;
-    if (!ok) fail("%s: %s", path, strerror(errno));
+    bool ok = (fd >= 0 && fsync(fd) == 0) || fail("%s: %s", path, strerror(errno));
     if (fd >= 0) close(fd);
     return ok;
 }
 
-// The directory a path lies in, in place.
-static void cut_to_parent(char *path) {
-    size_t n = strlen(path);
-    while (n > 1 && path[n - 1] == '/') path[--n] = 0;
+static void cut_to_parent(char *path) { // in place
     char *slash = strrchr(path, '/');
-    if (!slash) strcpy(path, ".");
-    else slash[slash == path] = 0;
+    if (slash) slash[slash == path] = 0;
+    else strcpy(path, ".");
 }
 
 char *retrofit_directory_begin(const char *final) {
-    char path[RETROFIT_PATH];
     size_t n = strlen(final);
     while (n > 1 && final[n - 1] == '/') n--;
     if (n == 0 || n > 4000) return fail("'%s' is no name for a directory", final), (char *)NULL;
-    snprintf(path, sizeof path, "%.*s", (int)n, final);
-    for (char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) { // its parents, as mkdir -p does
-        *slash = 0;
-        if (mkdir(path, 0777) && errno != EEXIST) return fail("%s: %s", path, strerror(errno)), (char *)NULL;
-        *slash = '/';
-    }
-    snprintf(path + n, sizeof path - n, ".tmp-%ld", (long)getpid());
+    char *path = (char *)allocate(RETROFIT_PATH, 1), *end = path;
+    if (!path) return NULL;
+    snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)n, final, (long)getpid());
     retrofit_directory_abandon(path); // of an earlier process of this number
-    if (mkdir(path, 0777)) return fail("%s: %s", path, strerror(errno)), (char *)NULL;
-    char *name = strdup(path);
-    if (!name) fail("out of memory");
-    return name;
+    for (char next = '/'; next; *end = next) { // made like mkdir -p: a parent may exist, the directory itself may not
+        end += 1 + strcspn(end + 1, "/"), next = *end, *end = 0;
+        if (mkdir(path, 0777) && (errno != EEXIST || !next)) return fail("%s: %s", path, strerror(errno)), free(path), (char *)NULL;
+    }
+    return path;
 }
 
 void retrofit_directory_abandon(const char *temporary) {
@@ -3347,125 +3280,107 @@ void retrofit_directory_abandon(const char *temporary) {
 
 bool retrofit_directory_commit(const char *temporary, const char *final) {
     char parent[RETROFIT_PATH];
-    snprintf(parent, sizeof parent, "%s", temporary);
-    cut_to_parent(parent);
+    snprintf(parent, sizeof parent, "%s", temporary), cut_to_parent(parent);
     if (!sync_directory(temporary)) return false;
-    if (rename(temporary, final)) return fail("%s: %s", final, errno == ENOTEMPTY || errno == ENOTDIR ? "exists already: remove it" : strerror(errno));
+    if (rename(temporary, final))
+        return fail("%s: %s", final, errno == ENOTEMPTY || errno == ENOTDIR ? "exists already: remove it" : strerror(errno));
     return sync_directory(parent);
+}
+
+const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
+    bool here = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
+    bool latest = !here && retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0;
+    return latest && retrofit_path(path, directory, "latest") ? path : directory;
+}
+
+// What a checkpoint is written from: the weights, every piece under its name; or the moments, each parameter whole under its label behind
+// "m." or "v.". malloc'd, with the names behind the tensors.
+static retrofit_tensor *list_tensors(const retrofit_model *m, bool moments, size_t *count) {
+    enum { MOST = 3, NAME = 96 }; // tensors of a parameter, bytes of a name
+    retrofit_tensor *t = (retrofit_tensor *)allocate(MOST * m->parameter_count, sizeof *t + NAME);
+    *count = 0;
+    for (size_t i = 0; t && i < m->parameter_count; i++) {
+        const retrofit_parameter *p = m->parameters[i];
+        const char *data = (const char *)(p->master ? p->master : p->weight.data);
+        for (size_t j = 0; j < (moments ? 2 : p->pieces); j++) {
+            if (moments) data = (const char *)(j ? p->v : p->m);
+            if (!data) continue;
+            char *name = (char *)(t + MOST * m->parameter_count) + *count * NAME;
+            snprintf(name, NAME, "%s%s", !moments ? "" : j ? "v." : "m.", p->piece[moments ? 0 : j].name);
+            size_t rows = moments ? p->rows : p->piece[j].rows;
+            retrofit_type type = moments || p->master ? RETROFIT_F32 : p->weight.type;
+            retrofit_tensor out = {name, type, 2, {rows, p->cols, 0, 0}, rows * p->cols, data};
+            if (!moments && p->kind == RETROFIT_NORM) out.dims = 1, out.shape[0] = p->cols;
+            data += out.count * retrofit_type_size(type);
+            t[(*count)++] = out;
+        }
+    }
+    return t;
+}
+
+static bool write_tensors(const retrofit_model *m, bool moments, const char *directory, retrofit_type type, const char *const *metadata) {
+    char path[RETROFIT_PATH];
+    size_t count;
+    retrofit_tensor *t = list_tensors(m, moments, &count);
+    bool ok = t && retrofit_path(path, directory, moments ? "optimizer.safetensors" : "model.safetensors") &&
+              retrofit_safetensors_write(path, m->ops, t, count, type, metadata);
+    free(t);
+    return ok;
 }
 
 static bool copy_file(const char *from, const char *to) {
     size_t size;
     char *text = read_file(from, &size);
     FILE *f = text ? fopen(to, "wb") : NULL;
-    bool ok = f != NULL;
-    if (text && !f) fail("%s: %s", to, strerror(errno));
-    if (f) errno = 0, ok = finish_file(f, to, fwrite(text, 1, size, f) == size);
+    bool ok = f ? finish_file(f, to, fwrite(text, 1, size, f) == size) : text && fail("%s: %s", to, strerror(errno));
     free(text);
     return ok;
 }
 
-// What belongs to a tokenizer, and the authors' modelling code where the source has it.
-static bool copy_tokenizer(const char *from, const char *to) {
+bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from) {
+    // What belongs to a tokenizer, and the authors' modelling code where the source has it.
     static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                                         "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
                                         "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+    bool ok = write_tensors(m, false, directory, type, NULL) && retrofit_config_write(&m->config, type, directory);
+    for (size_t i = 0; ok && tokenizer_from && i < sizeof names / sizeof *names; i++) {
         char source[RETROFIT_PATH], target[RETROFIT_PATH];
-        if (!retrofit_path(source, from, names[i]) || !retrofit_path(target, to, names[i])) return false;
-        if (strcmp(from, to) && access(source, F_OK) == 0 && !copy_file(source, target)) return false;
+        ok = retrofit_path(source, tokenizer_from, names[i]) && retrofit_path(target, directory, names[i]) &&
+             (access(source, F_OK) || copy_file(source, target));
     }
-    return true;
-}
-
-const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
-    bool here = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
-    if (!here && retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0 && retrofit_path(path, directory, "latest")) return path;
-    return directory;
-}
-
-// The tensors a checkpoint is written from: the weights (kind 'w'), every piece under its name; or a kind of moments ('m', 'v'), each
-// parameter whole under its label behind "m." or "v.". Appended to t; returns how many.
-enum { TENSOR_NAME = 96 };
-static size_t list_tensors(const retrofit_model *m, char kind, retrofit_tensor *t, char (*names)[TENSOR_NAME]) {
-    size_t count = 0;
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        const char *data = (const char *)(kind == 'm' ? p->m : kind == 'v' ? p->v : p->master ? p->master : p->weight.data);
-        retrofit_type type = kind == 'w' && !p->master ? p->weight.type : RETROFIT_F32;
-        for (size_t j = 0; data && j < (kind == 'w' ? p->pieces : 1); j++, count++) {
-            size_t rows = kind == 'w' ? p->piece[j].rows : p->rows;
-            snprintf(names[count], TENSOR_NAME, "%s%s", kind == 'm' ? "m." : kind == 'v' ? "v." : "", p->piece[j].name);
-            retrofit_tensor out = {names[count], type, 2, {rows, p->cols, 0, 0}, rows * p->cols, data};
-            if (kind == 'w' && p->kind == RETROFIT_NORM) out.dims = 1, out.shape[0] = p->cols;
-            data += out.count * retrofit_type_size(type);
-            t[count] = out;
-        }
-    }
-    return count;
-}
-
-typedef struct {
-    retrofit_tensor *t;
-    char (*names)[TENSOR_NAME];
-    size_t count;
-} tensor_list;
-
-static tensor_list tensors_of(const retrofit_model *m, const char *kinds) {
-    tensor_list l = {NULL, NULL, 0};
-    l.t = (retrofit_tensor *)allocate(3 * m->parameter_count, sizeof *l.t);
-    l.names = (char (*)[TENSOR_NAME])allocate(3 * m->parameter_count, sizeof *l.names);
-    for (; l.t && l.names && *kinds; kinds++) l.count += list_tensors(m, *kinds, l.t + l.count, l.names + l.count);
-    return l;
-}
-
-static bool write_tensors(const retrofit_model *m, const char *kinds, const char *directory, const char *file, retrofit_type type,
-                          const char *const *metadata) {
-    char path[RETROFIT_PATH];
-    tensor_list l = tensors_of(m, kinds);
-    bool ok = l.count && retrofit_path(path, directory, file) && retrofit_safetensors_write(path, m->ops, l.t, l.count, type, metadata);
-    free(l.t), free(l.names);
     return ok;
 }
 
-bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from) {
-    return write_tensors(m, "w", directory, "model.safetensors", type, NULL) && retrofit_config_write(&m->config, type, directory) &&
-           (!tokenizer_from || copy_tokenizer(tokenizer_from, directory));
-}
-
 bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata) {
-    return write_tensors(m, "mv", directory, "optimizer.safetensors", RETROFIT_F32, metadata);
+    return write_tensors(m, true, directory, RETROFIT_F32, metadata);
 }
 
 bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory) {
     char path[RETROFIT_PATH];
     if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(f, path)) return false;
-    tensor_list l = tensors_of(m, "mv");
-    bool ok = l.count && (l.count == f->count || fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, l.count));
-    for (size_t i = 0; ok && i < l.count; i++) {
-        const retrofit_tensor *saved = retrofit_safetensors_find(f, l.t[i].name);
-        if (!saved || saved->type != RETROFIT_F32 || saved->dims != 2 || saved->shape[0] != l.t[i].shape[0] || saved->shape[1] != l.t[i].shape[1])
-            ok = fail("%s: %s is missing or of another shape", path, l.t[i].name);
-        else m->ops->upload((void *)l.t[i].data, saved->data, saved->count * sizeof(float));
+    size_t count;
+    retrofit_tensor *t = list_tensors(m, true, &count);
+    bool ok = t && (count == f->count || fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, count));
+    for (size_t i = 0; ok && i < count; i++) {
+        const retrofit_tensor *saved = retrofit_safetensors_find(f, t[i].name);
+        ok = saved && saved->type == RETROFIT_F32 && saved->dims == 2 && !memcmp(saved->shape, t[i].shape, 2 * sizeof *t->shape);
+        if (ok) m->ops->upload((void *)t[i].data, saved->data, saved->count * sizeof(float));
+        else fail("%s: %s is missing or of another shape", path, t[i].name);
     }
-    free(l.t), free(l.names);
+    free(t);
     if (!ok) retrofit_safetensors_close(f);
     return ok;
 }
 
 // ---- Token shards -----------------------------------------------------------------------------------------------------------
-typedef struct {
-    void *base;
-    size_t bytes, tokens, width, rows; // width: bytes of a token
-} shard;
+typedef struct { void *base; size_t bytes, width, rows; } shard; // width: bytes of a token
 
 struct retrofit_data {
-    size_t T, vocab, rows, shards;
-    shard *shard;
-    bool shuffle;
+    size_t T, vocab, rows;
+    glob_t files;
+    shard *shard;         // [files.gl_pathc]
     uint64_t seed, epoch; // of `order`
-    size_t *order;        // [rows] the rows of this epoch, when shuffling
-    char *pattern;
+    size_t *order;        // [rows] the rows of this epoch; NULL: as they lie in the files
 };
 
 static bool open_shard(retrofit_data *d, shard *s, const char *path) {
@@ -3475,62 +3390,52 @@ static bool open_shard(retrofit_data *d, shard *s, const char *path) {
     if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) s->width = 2;
     else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) s->width = 4;
     else return fail("%s: not a token shard (magic %d, version %d): make one with convert --tokenize", path, header[0], header[1]);
-    s->tokens = (s->bytes - 1024) / s->width;
-    if (header[2] < 0 || (size_t)header[2] != s->tokens || (s->bytes - 1024) % s->width)
-        return fail("%s: the header promises %d tokens, the file holds %zu: truncated?", path, header[2], s->tokens);
-    s->rows = s->tokens / (d->T + 1);
-    d->rows += s->rows;
+    size_t tokens = (s->bytes - 1024) / s->width;
+    if (header[2] < 0 || (size_t)header[2] != tokens || (s->bytes - 1024) % s->width)
+        return fail("%s: the header promises %d tokens, the file holds %zu: truncated?", path, header[2], tokens);
+    d->rows += s->rows = tokens / (d->T + 1);
     return true;
 }
 
 retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed) {
-    glob_t found;
-    memset(&found, 0, sizeof found);
     retrofit_data *d = (retrofit_data *)allocate(1, sizeof *d);
-    int why = glob(pattern, 0, NULL, &found);
-    bool ok = d && (why == 0 || fail("%s: %s", pattern, why == GLOB_NOMATCH ? "no such file" : "cannot be searched"));
-    if (ok) {
-        d->T = T, d->vocab = vocab, d->shuffle = shuffle, d->seed = seed, d->epoch = UINT64_MAX;
-        d->pattern = strdup(pattern);
-        d->shard = (shard *)allocate(found.gl_pathc, sizeof *d->shard);
-        ok = d->pattern && d->shard;
-        for (size_t i = 0; ok && i < found.gl_pathc; i++) d->shards++, ok = open_shard(d, &d->shard[i], found.gl_pathv[i]);
-        if (ok && d->rows == 0) ok = fail("%s: fewer tokens than one row of %zu: no data", pattern, T + 1);
-        if (ok && shuffle) ok = (d->order = (size_t *)allocate(d->rows, sizeof *d->order)) != NULL;
-    }
-    globfree(&found);
+    if (!d) return NULL;
+    d->T = T, d->vocab = vocab, d->seed = seed, d->epoch = UINT64_MAX;
+    int why = glob(pattern, 0, NULL, &d->files);
+    bool ok = why == 0 ? (d->shard = (shard *)allocate(d->files.gl_pathc, sizeof *d->shard)) != NULL
+                       : fail("%s: %s", pattern, why == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+    for (size_t i = 0; ok && i < d->files.gl_pathc; i++) ok = open_shard(d, &d->shard[i], d->files.gl_pathv[i]);
+    if (ok && d->rows == 0) ok = fail("%s: fewer tokens than one row of %zu: no data", pattern, T + 1);
+    if (ok && shuffle) ok = (d->order = (size_t *)allocate(d->rows, sizeof *d->order)) != NULL;
     if (!ok) retrofit_data_close(d), d = NULL;
     return d;
 }
 
 void retrofit_data_close(retrofit_data *d) {
     if (!d) return;
-    for (size_t i = 0; i < d->shards; i++)
+    for (size_t i = 0; d->shard && i < d->files.gl_pathc; i++)
         if (d->shard[i].base) munmap(d->shard[i].base, d->shard[i].bytes);
-    free(d->shard), free(d->order), free(d->pattern), free(d);
+    globfree(&d->files), free(d->shard), free(d->order), free(d);
 }
 
 size_t retrofit_data_rows(const retrofit_data *d) { return d->rows; }
 
 bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels) {
-    size_t row = (size_t)(index % d->rows), s = 0;
-    if (d->shuffle && d->epoch != index / d->rows) { // Fisher and Yates, from the seed and the epoch alone
-        d->epoch = index / d->rows;
-        uint64_t key = hash64(d->seed, d->epoch);
+    if (d->order && d->epoch != index / d->rows) { // Fisher and Yates, from the seed and the epoch alone
+        uint64_t key = hash64(d->seed, d->epoch = index / d->rows);
         for (size_t i = 0; i < d->rows; i++) {
             size_t j = (size_t)(hash64(key, i) % (i + 1));
             d->order[i] = d->order[j], d->order[j] = i;
         }
     }
-    if (d->shuffle) row = d->order[row];
+    size_t place = (size_t)(index % d->rows), row = d->order ? d->order[place] : place, s = 0;
     while (row >= d->shard[s].rows) row -= d->shard[s++].rows;
-    const char *at = (const char *)d->shard[s].base + 1024 + row * (d->T + 1) * d->shard[s].width;
-    for (size_t t = 0; t <= d->T; t++) {
+    for (size_t t = 0, first = row * (d->T + 1), width = d->shard[s].width; t <= d->T; t++) {
         uint32_t id = 0;
-        memcpy(&id, at + t * d->shard[s].width, d->shard[s].width);
+        memcpy(&id, (const char *)d->shard[s].base + 1024 + (first + t) * width, width);
         if (id >= d->vocab)
-            return fail("%s: shard %zu, token %zu is %u, but the vocabulary has %zu entries: tokenized for another model?", d->pattern, s,
-                        row * (d->T + 1) + t, id, d->vocab);
+            return fail("%s: token %zu is %u, but the vocabulary has %zu entries: tokenized for another model?", d->files.gl_pathv[s],
+                        first + t, id, d->vocab);
         if (t < d->T) tokens[t] = (int32_t)id;
         if (t > 0) labels[t - 1] = (int32_t)id;
     }
@@ -3545,24 +3450,25 @@ double retrofit_seconds(void) {
 }
 
 bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count) {
-    for (*count = 0;; text++) {
-        char *end;
+    *count = 0;
+    for (char *end;; text = end + 1) {
         unsigned long long n = strtoull(text, &end, 10);
-        if (*text < '0' || *text > '9' || n == 0 || n > 1 << 20) return fail("'%s' is not a list of positive numbers like 1,2,4", text);
+        if (*text < '0' || *text > '9' || n == 0 || n > 1 << 20 || (*end && *end != ','))
+            return fail("'%s' is not a list of positive numbers like 1,2,4", text);
         if (*count == most) return fail("a list of more than %zu numbers", most);
         out[(*count)++] = (size_t)n;
-        if (*(text = end) == 0) return true;
-        if (*text != ',') return fail("'%s' is not a list of positive numbers like 1,2,4", text);
+        if (*end == 0) return true;
     }
 }
 
-static bool read_option(const retrofit_option *o, const char *text) {
+static bool read_option(const retrofit_option *o, const char *text) { // text: the value; NULL if there is none
     char *end = NULL;
+    if (o->type == RETROFIT_FLAG) return text ? fail("--%s takes no value", o->name) : (*(bool *)o->value = true);
+    if (!text) return fail("--%s needs a value", o->name);
     if (o->type == RETROFIT_STRING) return *(const char **)o->value = text, true;
     if (o->type == RETROFIT_SIZE) {
         errno = 0;
-        unsigned long long n = strtoull(text, &end, 10);
-        *(size_t *)o->value = (size_t)n;
+        *(size_t *)o->value = (size_t)strtoull(text, &end, 10);
         return (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) || fail("--%s needs a whole number, not '%s'", o->name, text);
     }
     if (o->type == RETROFIT_REAL) {
@@ -3583,40 +3489,36 @@ static size_t common_letters(const char *a, const char *b) { // at their beginni
     return front + back;
 }
 
-int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others, size_t *other_count) {
+int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others,
+                     size_t *other_count) {
     const char *program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
     for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i], *nearest = "help";
+        const char *arg = argv[i], *value = strchr(arg, '='), *nearest = "help";
         if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) {
             printf("%s", usage);
-            for (size_t j = 0; j < count; j++) {
-                char left[64];
-                snprintf(left, sizeof left, "--%s %s", table[j].name, table[j].argument ? table[j].argument : "");
-                if (table[j].type == RETROFIT_HEADING) printf("\n%s\n", table[j].name);
-                else printf(strlen(left) <= 32 ? "  %-32s  %s\n" : "  %s\n                                    %s\n", left, table[j].help);
+            for (const retrofit_option *o = table; o < table + count; o++) {
+                bool heading = o->type == RETROFIT_HEADING;
+                int n = heading ? printf("\n%s\n", o->name) : printf("  --%s %s", o->name, o->argument ? o->argument : "");
+                if (!heading) printf("%s%*s%s\n", n > 34 ? "\n" : "", n > 34 ? 36 : 36 - n, "", o->help);
             }
             return 0;
         }
         if (strncmp(arg, "--", 2)) {
-            if (others) others[(*other_count)++] = arg;
-            else return fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n", program, arg), 2;
+            if (!others) return fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n", program, arg), 2;
+            others[(*other_count)++] = arg;
             continue;
         }
-        const char *value = strchr(arg, '=');
-        size_t length = value ? (size_t)(value - arg - 2) : strlen(arg) - 2, j = 0;
-        while (j < count && (table[j].type == RETROFIT_HEADING || strlen(table[j].name) != length || strncmp(table[j].name, arg + 2, length))) j++;
-        if (j == count) {
-            for (size_t k = 0; k < count; k++)
-                if (table[k].type != RETROFIT_HEADING && common_letters(table[k].name, arg + 2) > common_letters(nearest, arg + 2)) nearest = table[k].name;
-            return fprintf(stderr, "%s: unknown option %s: did you mean --%s? (see --help)\n", program, arg, nearest), 2;
+        const retrofit_option *found = NULL;
+        size_t length = strcspn(arg, "=") - 2;
+        for (const retrofit_option *o = table; o < table + count; o++) {
+            if (o->type == RETROFIT_HEADING) continue;
+            if (!found && strlen(o->name) == length && !strncmp(o->name, arg + 2, length)) found = o;
+            if (common_letters(o->name, arg + 2) > common_letters(nearest, arg + 2)) nearest = o->name;
         }
-        if (table[j].type == RETROFIT_FLAG) {
-            if (value) return fprintf(stderr, "%s: --%s takes no value\n", program, table[j].name), 2;
-            *(bool *)table[j].value = true;
-            continue;
-        }
-        if (!value && i + 1 == argc) return fprintf(stderr, "%s: --%s needs a value (see --help)\n", program, table[j].name), 2;
-        if (!read_option(&table[j], value ? value + 1 : argv[++i])) return fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error()), 2;
+        if (value) value++;
+        else if (found && found->type != RETROFIT_FLAG && i + 1 < argc) value = argv[++i];
+        if (!(found ? read_option(found, value) : fail("unknown option %s: did you mean --%s?", arg, nearest)))
+            return fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error()), 2;
     }
     return -1;
 }
