@@ -704,9 +704,7 @@ static void make_random(void) {
         bool residual = strstr(name, "attn.proj.") || strstr(name, "mlp.proj.") || strstr(name, "o_proj.") || strstr(name, "down_proj.");
         float std = (float)(residual ? sigma / sqrt(2 * depth) : sigma); // what writes to the residual stream starts smaller
         uint64_t key = hash64(o.seed, i);
-#ifdef _OPENMP
-#pragma omp parallel for
-#endif
+        PARALLEL_FOR(p->rows * p->cols)
         for (size_t j = 0; j < p->rows * p->cols; j++) p->master[j] = p->kind == RETROFIT_NORM ? 1 : std * hash_normal(key, j);
     }
     write_model(m, (const retrofit_parameter *const *)m->parameters, o.tokenizer);
@@ -790,9 +788,7 @@ static void show(void) {
 }
 
 static void encode_batch(document *batch, size_t count, const char *path) {
-#ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic)
-#endif
+    PARALLEL_TASKS
     for (size_t i = 0; i < count; i++)
         if (!encode_document(&batch[i], path)) batch[i].error = strdup(retrofit_error()); // each thread has its own
     for (size_t i = 0; i < count; i++) {

@@ -1895,7 +1895,7 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
         for (size_t x = 2; x <= least(threads, rows / 3); x++)
             if (threads % x == 0 && x * x * N <= threads * M) p = x;
         size_t q = least(columns, threads / p * gemm_ceil(N, threads / p * 512));
-#pragma omp parallel for schedule(dynamic)
+        PARALLEL_TASKS
         for (size_t t = 0; t < p * q; t++) {
             size_t i = t / q * rows / p * GEMM_ROWS, m = least(M, (t / q + 1) * rows / p * GEMM_ROWS) - i;
             size_t j = t % q * columns / q * GEMM_LANES, n = least(N, (t % q + 1) * columns / q * GEMM_LANES) - j;
@@ -3254,19 +3254,26 @@ static void cut_to_parent(char *path) { // in place
     else strcpy(path, ".");
 }
 
+// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written to, but left as it was.
+static bool make_directories(char *path, bool fresh) {
+    char *end = path;
+    if (!*path) return fail("'' is no name for a directory");
+    for (char next = '/'; next; *end = next) {
+        end += 1 + strcspn(end + 1, "/"), next = *end, *end = 0;
+        if (mkdir(path, 0777) && (errno != EEXIST || (fresh && !next))) return fail("%s: %s", path, strerror(errno));
+    }
+    return true;
+}
+
 char *retrofit_directory_begin(const char *final) {
     size_t n = strlen(final);
     while (n > 1 && final[n - 1] == '/') n--;
     if (n == 0 || n > 4000) return fail("'%s' is no name for a directory", final), (char *)NULL;
-    char *path = (char *)allocate(RETROFIT_PATH, 1), *end = path;
+    char *path = (char *)allocate(RETROFIT_PATH, 1);
     if (!path) return NULL;
     snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)n, final, (long)getpid());
     retrofit_directory_abandon(path); // of an earlier process of this number
-    for (char next = '/'; next; *end = next) { // made like mkdir -p: a parent may exist, the directory itself may not
-        end += 1 + strcspn(end + 1, "/"), next = *end, *end = 0;
-        if (mkdir(path, 0777) && (errno != EEXIST || !next)) return fail("%s: %s", path, strerror(errno)), free(path), (char *)NULL;
-    }
-    return path;
+    return make_directories(path, true) ? path : (free(path), (char *)NULL);
 }
 
 void retrofit_directory_abandon(const char *temporary) {

@@ -97,30 +97,30 @@ static double flops_of(const retrofit_config *c, size_t from, size_t to) {
 }
 
 // ---- Validation: the same rows and start states every time; s_r of every r lies on one way -----------------------------
-static double validate(retrofit_activations *a, retrofit_data *val, size_t r, int32_t *tokens, int32_t *labels) {
-    size_t rows = retrofit_data_rows(val) < o.eval_rows ? retrofit_data_rows(val) : o.eval_rows, T = o.seq_len;
-    double sum = 0;
-    for (size_t at = 0; at < rows; at += o.micro) {
-        size_t b = rows - at < o.micro ? rows - at : o.micro;
-        for (size_t i = 0; i < b; i++)
-            if (!retrofit_data_row(val, at + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
-        if (!retrofit_forward(a, tokens, b, T, o.state_init ? 0 : a->model->config.state_std, at, r, 0)) die(1, "%s", retrofit_error());
-        sum += retrofit_loss(a, labels, 0) * (double)b;
-    }
-    return sum / (double)rows;
-}
-
 static void evaluate(retrofit_activations *a, retrofit_data *val, FILE *log, size_t step, int32_t *tokens, int32_t *labels) {
-    size_t r[32], count;
+    size_t r[32], count, rows = least(retrofit_data_rows(val), o.eval_rows), T = o.seq_len;
+    double loss[32] = {0};
     retrofit_sizes(o.eval_list, r, 32, &count);
     if (retrofit_is_plain(&a->model->config)) count = 1, r[0] = 0;
+    for (size_t at = 0; at < rows; at += o.micro) {
+        size_t b = least(rows - at, o.micro), done = SIZE_MAX; // recurrences so far; a list that goes back begins anew
+        for (size_t i = 0; i < b; i++)
+            if (!retrofit_data_row(val, at + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
+        if (!retrofit_prelude(a, tokens, b, T)) die(1, "%s", retrofit_error());
+        for (size_t i = 0; i < count; i++) {
+            if (r[i] < done && r[i]) retrofit_start(a, o.state_init ? 0 : a->model->config.state_std, at);
+            if (r[i] < done) done = 0;
+            retrofit_recur(a, r[i] - done, 0), done = r[i];
+            retrofit_coda(a);
+            loss[i] += retrofit_loss(a, labels, 0) * (double)b;
+        }
+    }
     fprintf(stderr, "step %zu: validation loss", step);
     fprintf(log, "{\"step\":%zu,\"val\":{", step);
     for (size_t i = 0; i < count; i++) {
-        double loss = validate(a, val, r[i], tokens, labels);
         if (r[i]) fprintf(stderr, "  r=%zu", r[i]);
-        fprintf(stderr, " %.4f", loss);
-        fprintf(log, "%s\"%zu\":%.6f", i ? "," : "", r[i], loss);
+        fprintf(stderr, " %.4f", loss[i] / (double)rows);
+        fprintf(log, "%s\"%zu\":%.6f", i ? "," : "", r[i], loss[i] / (double)rows);
     }
     fprintf(stderr, "\n"), fprintf(log, "}}\n"), fflush(log);
 }
@@ -306,10 +306,9 @@ int main(int argc, char **argv) {
     retrofit_activations *a = retrofit_activations_new(m, o.micro, T, o.backprop_depth, true, 0, 0);
     int32_t *tokens = malloc(N * sizeof *tokens), *labels = malloc(N * sizeof *labels);
     if (!a || !tokens || !labels) die(1, "%s", a ? "out of memory" : retrofit_error());
-    char *begun = o.resume ? NULL : retrofit_directory_begin(o.out); // makes the parents; the directory itself is made for good
-    if (!o.resume && !begun) die(1, "%s", retrofit_error());
-    if (begun) rmdir(begun), free(begun);
-    if (mkdir(o.out, 0777) && errno != EEXIST) die(1, "%s: %s", o.out, strerror(errno));
+    char out[RETROFIT_PATH];
+    snprintf(out, sizeof out, "%s", o.out);
+    if (!make_directories(out, false)) die(1, "%s", retrofit_error());
     FILE *log = fopen(path, o.resume ? "ab" : "wb"); // a run that ended before its first checkpoint begins anew
     if (!log) die(1, "%s: %s", path, strerror(errno));
     retrofit_optimizer optimizer = {(retrofit_optimizer_kind)o.optimizer, 0, 0, (float)o.beta1, (float)o.beta2,
