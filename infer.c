@@ -6,7 +6,7 @@ static struct {
     const char *model, *prompt, *recurrences, *eval, *tasks, *tokens, *logits, *tokenizer;
     size_t max_tokens, top_k, seed, seq_len, rows;
     double temperature, top_p, min_p;
-    int state_init, device;
+    int state_init, device, precision;
     bool print_tokens;
 } o = {.max_tokens = 128, .seed = 1, .top_p = 1};
 
@@ -33,7 +33,8 @@ static const retrofit_option options[] = {
     {"print-tokens", RETROFIT_FLAG, &o.print_tokens, NULL, "prints the prompt's ids, with the special tokens encoding adds"},
     {"tokenizer", RETROFIT_STRING, &o.tokenizer, "DIR", "where tokenizer.json lies (the model's directory)"},
     {"Machine", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"device", RETROFIT_CHOICE, &o.device, "auto|cpu", "where to compute (auto)"},
+    {"device", RETROFIT_CHOICE, &o.device, "auto|cpu|cuda", "where to compute; auto: on a GPU if there is one (auto)"},
+    {"precision", RETROFIT_CHOICE, &o.precision, "bf16|fp32", "of weights and activations on a GPU; a CPU takes weights as the file has them (bf16)"},
 };
 
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
@@ -43,6 +44,8 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     va_end(args);
     exit(code);
 }
+
+static char device[256]; // what computes
 
 static void *need(void *p) { // what retrofit could not give
     if (!p) die(1, "%s", retrofit_error());
@@ -93,7 +96,7 @@ static void generate(const retrofit_model *m, const retrofit_tokenizer *t) {
     if (n >= m->config.context) die(1, "the prompt has %zu tokens, the model's context %zu: shorten it", n, m->config.context);
     size_t capacity = n + least(o.max_tokens, m->config.context - n);
     ids = (int32_t *)need(realloc(ids, capacity * sizeof *ids));
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, false, capacity, r[0]));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, capacity, r[0]));
     retrofit_sampling s = {(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, hash64(o.seed, 1)};
     void *scratch = need(malloc(V * 8));
     retrofit_stream stream = {0, 0};
@@ -119,7 +122,8 @@ static void generate(const retrofit_model *m, const retrofit_tokenizer *t) {
     double seconds = retrofit_seconds() - first;
     fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", prompt, first - begin, produced, seconds,
             produced > 1 ? (double)(produced - 1) / seconds : 0);
-    fprintf(stderr, r[0] ? ", %zu recurrences\n" : "\n", r[0]);
+    if (r[0]) fprintf(stderr, ", %zu recurrences", r[0]);
+    fprintf(stderr, ", on %s\n", device);
     free(ids), free(scratch), retrofit_activations_free(a);
 }
 
@@ -129,7 +133,7 @@ static void evaluate(const retrofit_model *m) {
     if (T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", T, m->config.context);
     retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, T, m->config.vocab, false, 0));
     size_t rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), B = least(rows, 1 + 1024 / T);
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, false, 0, 0));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, 0, 0));
     int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens)), *labels = (int32_t *)need(malloc(B * T * sizeof *labels));
     double loss[64] = {0}, seconds[64] = {0}, shown = retrofit_seconds();
     for (size_t at = 0; at < rows; at += B) {
@@ -204,7 +208,7 @@ static void answer_tasks(const retrofit_model *m, const retrofit_tokenizer *t) {
     if (T > m->config.context) die(1, "%s: a task of %zu tokens, the model's context is %zu", o.tasks, T, m->config.context);
     size_t B = least(count, 1 + 4096 / T), right[64][16] = {{0}};
     double loss[64] = {0}, shown = retrofit_seconds();
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, false, 0, 0));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, 0, 0));
     int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens));
     float *logits = (float *)need(malloc(T * V * sizeof *logits));
     for (size_t at = 0; at < count; at += B) {
@@ -226,7 +230,7 @@ static void answer_tasks(const retrofit_model *m, const retrofit_tokenizer *t) {
                 right[j][k->hops] += ok;
                 float losses[1];
                 for (size_t p = 0; p < answer; p++)
-                    m->ops->cross_entropy(losses, logits + p * V, &k->ids[k->prompt + p], 1, V, 0), loss[j] += losses[0] / (double)answer;
+                    retrofit_cpu.cross_entropy(losses, logits + p * V, &k->ids[k->prompt + p], 1, V, 0), loss[j] += losses[0] / (double)answer;
             }
         }
         if (retrofit_seconds() - shown > 2) fprintf(stderr, "%zu of %zu tasks\n", at + b, count), shown = retrofit_seconds();
@@ -265,7 +269,7 @@ static void write_logits(const retrofit_model *m, const retrofit_tokenizer *t) {
         }
     } else ids = prompt_ids(t, &n);
     if (n == 0) die(2, "--logits: the prompt is empty");
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, false, 0, 0));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, 0, 0));
     float *logits = (float *)need(allocate(n * V, sizeof *logits));
     if (!retrofit_forward(a, ids, 1, n, sigma(m), o.seed, r[0], 0)) die(1, "%s", retrofit_error());
     retrofit_logits(a, 0, n, logits);
@@ -290,7 +294,8 @@ int main(int argc, char **argv) {
     char path[RETROFIT_PATH];
     const char *directory = o.tokenizer ? o.tokenizer : retrofit_model_directory(o.model, path);
     retrofit_tokenizer *t = o.eval || o.tokens ? NULL : (retrofit_tokenizer *)need(retrofit_tokenizer_load(directory));
-    retrofit_model *m = o.print_tokens ? NULL : (retrofit_model *)need(retrofit_load(o.model, &retrofit_cpu, RETROFIT_INFERENCE));
+    const retrofit_ops *ops = o.print_tokens ? &retrofit_cpu : (const retrofit_ops *)need((void *)retrofit_device((retrofit_place)o.device, o.precision, device));
+    retrofit_model *m = o.print_tokens ? NULL : (retrofit_model *)need(retrofit_load(o.model, ops, RETROFIT_INFERENCE));
     if (m && t && retrofit_tokenizer_size(t) > m->config.vocab)
         die(1, "the tokenizer of %s has ids up to %zu, the model's vocabulary %zu: another model's?", directory, retrofit_tokenizer_size(t) - 1, m->config.vocab);
     if (o.eval) evaluate(m);

@@ -149,7 +149,8 @@ typedef struct {
     size_t parameter_count, weight_count; // entries of that list; numbers in them
     void *weights, *masters, *grads, *moments; // arenas; what is unused is NULL
     size_t grad_bytes, moment_bytes;
-    float *muon_u;                      // Newton-Schulz scratch for the largest matrix, in the moments' arena
+    double *sums;                       // [2] of squares: of all gradients, of one update; in the moments' arena, like
+    float *muon_u;                      // Newton-Schulz scratch for the largest matrix
     act *muon_x, *muon_y, *muon_a, *muon_b;
     struct retrofit_map *maps;          // files the weights lie in (inference)
     size_t map_count;
@@ -169,18 +170,19 @@ typedef struct {
 //   matmul_backward_weight dw (O,I; rows `stride` apart) += doutᵀ · inp
 //   rope_forward           rotates q and k of qkv (N,Q) in place by the table (positions, h/2, {cos, sin}); row b starts at
 //                          position past[b], or 0 if past is NULL;         backward: rotates dqkv back
-//   attention_forward      out (N,d), lse (N,H) = causal grouped-query attention over qkv; backward: dqkv (N,Q)
-//   swiglu_forward         out (N,F) = silu(gate)·up, fc (N,2F) = gate | up; backward: dfc (N,2F)
+//   attention_forward      out (N,d), lse (N,H) = causal grouped-query attention over qkv;
+//                          backward: dqkv (N,Q), and delta (N,H) = Σ_c dout·out, which it needs on the way
+//   swiglu_forward         out (N,F) = silu(gate)·up, fc (N,2F) = gate | up; backward: dfc (N,2F), and out again
 //   cross_entropy          losses (N) = -log softmax(logits)[label], 0 where label is -100; if scale is not 0 the logits are
 //                          replaced by their gradient, scale·(softmax - onehot)
 //   cast, add              out = (act) x; x += y
 //   state_init             s (B,T,d) ~ N(0, sigma²) cut at ±3 sigma, a function of (seed, b, past[b] + t, column) alone
 //   kv_store               writes k and v of qkv to keys, values (B,capacity,G·h) at positions past[b] + t
 //   attention_cached       out (N,d): T new queries per row against positions 0 .. past[b]+t of the cache
-//   sum_squares            returns Σ x² (summed in double)
+//   sum_squares            *sum += Σ x², in double, on the device
 //   adamw_update           w, m, v from g·scale; bias1/2 = 1 - beta^t
 //   muon_momentum          m = lerp(m, scale·g, 1-momentum); u = lerp(scale·g, m, momentum)
-//   muon_load              x = scale·u as act, transposed if rows > cols: (min, max)
+//   muon_load              x = u / (sqrt(*squares) + 1e-7) as act, transposed if rows > cols: (min, max)
 //   axpby                  y = a·x + b·y
 //   muon_update            w = w·(1 - lr·decay) - lr·scale·x, x as muon_load laid it out
 #define RETROFIT_OPS(X)                                                                                                                    \
@@ -199,9 +201,10 @@ typedef struct {
     X(void, rope_backward, (act * dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, size_t h))                             \
     X(void, attention_forward, (act * out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h))                  \
     X(void, attention_backward,                                                                                                            \
-      (act * dqkv, const act *dout, const act *qkv, const act *out, const float *lse, size_t B, size_t T, size_t H, size_t G, size_t h))   \
+      (act * dqkv, float *delta, const act *dout, const act *qkv, const act *out, const float *lse, size_t B, size_t T, size_t H,          \
+       size_t G, size_t h))                                                                                                                \
     X(void, swiglu_forward, (act * out, const act *fc, size_t N, size_t F))                                                                \
-    X(void, swiglu_backward, (act * dfc, const act *dout, const act *fc, size_t N, size_t F))                                              \
+    X(void, swiglu_backward, (act * dfc, act * out, const act *dout, const act *fc, size_t N, size_t F))                                   \
     X(void, cross_entropy, (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale))                           \
     X(void, cast, (act * out, const float *x, size_t n))                                                                                   \
     X(void, add, (float *x, const float *y, size_t n))                                                                                     \
@@ -211,29 +214,43 @@ typedef struct {
     X(void, attention_cached,                                                                                                              \
       (act * out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,  \
        size_t G, size_t h))                                                                                                                \
-    X(double, sum_squares, (const float *x, size_t n))                                                                                     \
+    X(void, sum_squares, (double *sum, const float *x, size_t n))                                                                          \
     X(void, adamw_update,                                                                                                                  \
       (float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,              \
        double bias2, float eps, float decay))                                                                                              \
     X(void, muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float momentum))                                    \
-    X(void, muon_load, (act * x, const float *u, size_t rows, size_t cols, float scale))                                                   \
+    X(void, muon_load, (act * x, const float *u, const double *squares, size_t rows, size_t cols))                                         \
     X(void, axpby, (act * y, const act *x, size_t n, float a, float b))                                                                    \
     X(void, muon_update, (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, float decay))
 
 struct retrofit_ops {
     const char *name;       // "cpu", "cuda", "cuda-fp32"
-    retrofit_type act_type; // of `act`; also the type matrices have while training
-    void *(*alloc)(size_t bytes); // zeroed, 64-byte aligned; NULL + error
+    retrofit_type act_type; // of `act`; also the type matrices have while training (and on a GPU always)
+    size_t head_dim;        // the largest h its attention takes
+    bool (*start)(char text[256]); // makes the device ready; text: its name, or why there is none (false)
+    double (*peak)(void);          // FLOP/s its data sheet promises for matrices of act_type; 0: not known
+    size_t (*room)(void);          // bytes of memory that are free
+    void *(*alloc)(size_t bytes);  // zeroed, 64-byte aligned; NULL + error
     void (*free)(void *p);
-    void (*upload)(void *to, const void *host, size_t bytes);
+    void (*upload)(void *to, const void *host, size_t bytes); // host may be overwritten on return
     void (*download)(void *host, const void *from, size_t bytes);
     void (*copy)(void *to, const void *from, size_t bytes); // within the device
     void (*zero)(void *p, size_t bytes);
+    void (*record)(void);        // NULL if it cannot: operations and copies are noted, not done, until `recorded` returns the list
+    void *(*recorded)(void);     // of them, to be done again with the same arguments by replay, in one go
+    void (*replay)(void *list);
+    void (*forget)(void *list);
 #define X(type, name, parameters) type(*name) parameters;
     RETROFIT_OPS(X)
 #undef X
 };
 extern const retrofit_ops retrofit_cpu;
+extern const retrofit_ops retrofit_cuda, retrofit_cuda_fp32; // in retrofit_cuda.cu: bf16 as told above, and fp32 throughout
+
+typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place;
+// The table for a place, ready for use; text: what it is, and if AUTO took the CPU in a program built with RETROFIT_CUDA, why. NULL + error.
+const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
+bool retrofit_fail(const char *text); // records an error; returns false: for tables of operations in other files
 
 // ---- The model: load, forward, backward ----------------------------------------------------------------------------
 typedef enum { RETROFIT_INFERENCE, RETROFIT_TRAINING } retrofit_mode;
@@ -261,12 +278,16 @@ typedef struct {         // what backward needs of one block; norms and swiglu a
     float *out;          // (N,d)
 } retrofit_block;
 
-// Buffers for batches of up to B·T tokens on one device. For training they hold K recurrences; without, blocks run in place.
+// What a forward pass keeps for backward: nothing (blocks run in place), all that retrofit_block lists, or only each block's input, from
+// which backward computes the rest again: a sixth of the memory for a third more work.
+typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } retrofit_keep;
+
+// Buffers for batches of up to B·T tokens on one device. For training they hold K recurrences.
 typedef struct {
     const retrofit_model *model;
     size_t B, T, K, capacity; // largest batch, recurrences with gradient, positions in the KV cache (0: none)
     size_t slots;             // (layer, recurrence) pairs the cache holds
-    bool train;
+    retrofit_keep keep;
     void *arena;
     size_t bytes;
     // of the current batch
@@ -292,16 +313,21 @@ typedef struct {
     float *wide;              // (chunk or B,V) fp32 logits
     float *next;              // (B,V)   the same on the host: what retrofit_feed returns
     int32_t *seen;            // (B)     `past`, on the host
+    void *step;               // one decoding step as the device recorded it, for the batch, recurrences and start state below
+    size_t step_b, step_r, steps;
+    float step_sigma;
+    uint64_t step_seed;
     act *keys, *values;       // (slots,B,capacity,G·h)
     float *dx, *dinjected;    // (N,d)
+    float *delta;             // (N,H)   of attention's backward pass
     act *dbranch, *dinner, *dattention, *dqkv, *dswiglu, *dfc, *dfinal; // gradients of the branches' activations
 } retrofit_activations;
 
-// NULL + error. K is ignored unless train; capacity and recurrences (the largest r a cache must hold) unless it is for decoding.
-retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, bool train, size_t capacity,
+// NULL + error. K is ignored where nothing is kept; capacity and recurrences (the largest r a cache must hold) unless it is for decoding.
+retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, retrofit_keep keep, size_t capacity,
                                                size_t recurrences);
 void retrofit_activations_free(retrofit_activations *a);
-size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *ops, size_t B, size_t T, size_t K, bool train);
+size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *ops, size_t B, size_t T, size_t K, retrofit_keep keep);
 
 // One pass, piece by piece. tokens: (b,t) on the host; false + error if one is not below V or the batch is too large.
 bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t); // e and A_e·e
@@ -345,6 +371,8 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
 
 // Memory for the optimizer's moments (and Muon's scratch). false + error.
 bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind);
+// What training a model will take, of one that has no memory yet: bytes of weights (with their copies in act_type), gradients, moments.
+void retrofit_training_bytes(retrofit_model *m, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients, size_t *moments);
 
 // ---- Decoding ----------------------------------------------------------------------------------------------------------
 // Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all) through r recurrences and the KV cache of
@@ -574,6 +602,8 @@ static bool finish_file(FILE *f, const char *path, bool ok) {
     if (!ok) remove(path), fail("%s: writing failed: %s", path, strerror(why ? why : EIO));
     return ok;
 }
+
+bool retrofit_fail(const char *text) { return fail("%s", text); }
 
 static size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
@@ -2073,21 +2103,21 @@ static void attention_forward(act *out, float *lse, const act *qkv, size_t B, si
 }
 
 // dV = Pᵀ·dO;  dS = P∘(dO·Vᵀ - δ)/√h with δ_t = dO_t·O_t;  dQ = dS·K;  dK = dSᵀ·Q. The heads of one key/value head in turn.
-static void attention_backward(act *dqkv_, const act *dout_, const act *qkv_, const act *out_, const float *lse, size_t B, size_t T, size_t H,
-                               size_t G, size_t h) {
+static void attention_backward(act *dqkv_, float *delta, const act *dout_, const act *qkv_, const act *out_, const float *lse, size_t B, size_t T,
+                               size_t H, size_t G, size_t h) {
     float *dqkv = (float *)dqkv_, scale = 1.0f / sqrtf((float)h);
     size_t Q = (H + 2 * G) * h, O = H * h;
     PARALLEL_TASKS
     for (size_t task = 0; task < B * G; task++) {
         size_t b = task / G, g = task % G;
-        float p[TILE * TILE], ds[TILE * TILE], delta[TILE];
+        float p[TILE * TILE], ds[TILE * TILE];
         for (size_t head = g * (H / G); head < (g + 1) * (H / G); head++)
             for (size_t t0 = 0; t0 < T; t0 += TILE) {
                 size_t rows = least(T - t0, TILE), n = b * T + t0;
                 const float *q = (const float *)qkv_ + n * Q + head * h, *o = (const float *)out_ + n * O + head * h;
                 const float *dout = (const float *)dout_ + n * O + head * h;
                 float *dq = dqkv + n * Q + head * h;
-                for (size_t i = 0; i < rows; i++) delta[i] = dot(dout + i * O, o + i * O, h);
+                for (size_t i = 0; i < rows; i++) delta[(n + i) * H + head] = dot(dout + i * O, o + i * O, h);
                 for (size_t u0 = 0; u0 < t0 + rows; u0 += TILE) {
                     size_t width = least(t0 + rows - u0, TILE);
                     const float *k = (const float *)qkv_ + (b * T + u0) * Q + (H + g) * h, *v = k + G * h;
@@ -2098,9 +2128,9 @@ static void attention_backward(act *dqkv_, const act *dout_, const act *qkv_, co
                     gemm_serial(rows, width, h, view(dout, O), view_transposed(v, Q), ds, TILE, NULL, 0);
                     for (size_t i = 0; i < rows; i++) {
                         size_t seen = least(t0 + i + 1 - u0, width);
-                        float *pi = p + i * TILE, *di = ds + i * TILE, l = lse[(n + i) * H + head];
+                        float *pi = p + i * TILE, *di = ds + i * TILE, l = lse[(n + i) * H + head], mean = delta[(n + i) * H + head];
                         for (size_t u = 0; u < seen; u++) pi[u] = fast_exp(pi[u] * scale - l);
-                        for (size_t u = 0; u < seen; u++) di[u] = pi[u] * (di[u] - delta[i]) * scale;
+                        for (size_t u = 0; u < seen; u++) di[u] = pi[u] * (di[u] - mean) * scale;
                         for (size_t u = seen; u < width; u++) pi[u] = di[u] = 0;
                     }
                     // (4) dV, dK, dQ
@@ -2122,15 +2152,16 @@ static void swiglu_forward(act *out_, const act *fc_, size_t N, size_t F) {
     }
 }
 
-static void swiglu_backward(act *dfc, const act *dout, const act *fc, size_t N, size_t F) {
+static void swiglu_backward(act *dfc, act *out, const act *dout, const act *fc, size_t N, size_t F) {
     PARALLEL_FOR(N * F)
     for (size_t n = 0; n < N; n++) {
         const float *gate = (const float *)fc + n * 2 * F, *up = gate + F, *dy = (const float *)dout + n * F;
-        float *dgate = (float *)dfc + n * 2 * F, *dup = dgate + F;
+        float *dgate = (float *)dfc + n * 2 * F, *dup = dgate + F, *y = (float *)out + n * F;
         for (size_t i = 0; i < F; i++) {
             float sigma = 1.0f / (1.0f + fast_exp(-gate[i]));
             dgate[i] = dy[i] * up[i] * sigma * (1.0f + gate[i] * (1.0f - sigma));
             dup[i] = dy[i] * gate[i] * sigma;
+            y[i] = gate[i] * sigma * up[i];
         }
     }
 }
@@ -2205,7 +2236,7 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
 }
 
 // ---- Optimizers: the arithmetic of one tensor (section 8 explains) -----------------------------------------------------------
-static double sum_squares(const float *x, size_t n) {
+static void sum_squares(double *sum, const float *x, size_t n) {
     double total = 0;
     enum { BLOCK = 1 << 14, MANY = 256 }; // blocks are summed side by side and added in order, whatever the number of threads
     for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
@@ -2217,7 +2248,7 @@ static double sum_squares(const float *x, size_t n) {
         }
         for (size_t i = 0; i < MANY; i++) total += sums[i];
     }
-    return total;
+    *sum += total;
 }
 
 static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,
@@ -2241,8 +2272,8 @@ static void muon_momentum(float *u, float *m, const float *g, size_t n, float sc
     }
 }
 
-static void muon_load(act *x_, const float *u, size_t rows, size_t cols, float scale) {
-    float *x = (float *)x_;
+static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
+    float *x = (float *)x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
     PARALLEL_FOR(rows * cols)
     for (size_t r = 0; r < rows; r++)
         for (size_t c = 0; c < cols; c++) x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
@@ -2276,14 +2307,41 @@ static void *cpu_alloc(size_t bytes) { // calloc's fresh pages are zero without 
 static void cpu_free(void *p) {
     if (p) free(((void **)p)[-1]);
 }
+static bool cpu_start(char text[256]) { return snprintf(text, 256, "the CPU"), true; }
+static double cpu_peak(void) { return 0; }
+static size_t cpu_room(void) { // what the system would still give without swapping
+    size_t size = 0, kilobytes;
+    FILE *f = fopen("/proc/meminfo", "re");
+    for (char line[256]; f && fgets(line, sizeof line, f);)
+        if (sscanf(line, "MemAvailable: %zu", &kilobytes) == 1) size = kilobytes << 10;
+    if (f) fclose(f);
+    return size ? size : SIZE_MAX;
+}
 static void cpu_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
 static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 
-const retrofit_ops retrofit_cpu = {"cpu",    RETROFIT_F32, cpu_alloc, cpu_free, cpu_copy, cpu_copy, cpu_copy, cpu_zero,
+const retrofit_ops retrofit_cpu = {"cpu",    RETROFIT_F32, SIZE_MAX, cpu_start, cpu_peak, cpu_room, cpu_alloc, cpu_free,
+                                   cpu_copy, cpu_copy,     cpu_copy, cpu_zero,  NULL,     NULL,     NULL,      NULL,
 #define X(type, name, parameters) name,
                                    RETROFIT_OPS(X)
 #undef X
 };
+
+const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]) {
+    char why[256] = "";
+#ifdef RETROFIT_CUDA
+    const retrofit_ops *cuda = fp32 ? &retrofit_cuda_fp32 : &retrofit_cuda;
+    if (place != RETROFIT_ON_CPU && cuda->start(text)) return cuda;
+    snprintf(why, sizeof why, "%s", text);
+#else
+    (void)fp32;
+    if (place == RETROFIT_ON_CUDA) snprintf(why, sizeof why, "this program was built without it: make, with the CUDA toolkit's nvcc on PATH");
+#endif
+    if (place == RETROFIT_ON_CUDA) return fail("no GPU: %s", why), (const retrofit_ops *)NULL;
+    retrofit_cpu.start(text);
+    if (place == RETROFIT_AUTO && *why) snprintf(text, 256, "the CPU (no GPU: %.200s)", why);
+    return &retrofit_cpu;
+}
 
 // =====================================================================================================================
 // 6  The model: configuration, parameters, block and model forward and backward
@@ -2501,6 +2559,8 @@ static void list_layer(retrofit_model *m, retrofit_layer *w, const char *group, 
 
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops) {
     if (!retrofit_config_check(config, "model")) return NULL;
+    if (config->head_dim > ops->head_dim)
+        return fail("heads of %zu are more than the %zu that %s takes: use the CPU", config->head_dim, ops->head_dim, ops->name), (retrofit_model *)NULL;
     retrofit_model *m = (retrofit_model *)allocate(1, sizeof *m);
     if (!m) return NULL;
     m->config = *config, m->ops = ops;
@@ -2539,17 +2599,17 @@ void retrofit_free(retrofit_model *m) {
 // One fp32 copy of every parameter in one arena: its size, and where each copy lies (`member`: which of master, grad, m, v).
 static float **copy_of(retrofit_parameter *p, size_t member) { return (float **)(void *)((char *)p + member); }
 
+static void lay_out_copies(retrofit_model *m, arena *a, size_t member) {
+    for (size_t i = 0; i < m->parameter_count; i++)
+        *copy_of(m->parameters[i], member) = (float *)take(a, m->parameters[i]->rows * m->parameters[i]->cols, sizeof(float));
+}
+
 static void *allocate_copies(retrofit_model *m, size_t member, size_t *bytes) {
     arena a = {NULL, 0};
-    for (int pass = 0; pass < 2; pass++) {
-        for (size_t i = 0; i < m->parameter_count; i++)
-            *copy_of(m->parameters[i], member) = (float *)take(&a, m->parameters[i]->rows * m->parameters[i]->cols, sizeof(float));
-        if (pass == 0) {
-            if (bytes) *bytes = a.used;
-            if (!(a.base = (char *)m->ops->alloc(a.used))) return NULL;
-            a.used = 0;
-        }
-    }
+    lay_out_copies(m, &a, member);
+    if (bytes) *bytes = a.used;
+    if (!(a.base = (char *)m->ops->alloc(a.used))) return NULL;
+    a.used = 0, lay_out_copies(m, &a, member);
     return a.base;
 }
 
@@ -2558,21 +2618,22 @@ static retrofit_type compute_type(const retrofit_model *m, const retrofit_parame
     return p->kind == RETROFIT_NORM || p->kind == RETROFIT_EMBEDDING ? RETROFIT_F32 : m->ops->act_type;
 }
 
+// What the operations read: the master itself, or its copy in the table's type.
+static void lay_out_weights(retrofit_model *m, arena *a) {
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        retrofit_parameter *p = m->parameters[i];
+        p->weight.type = compute_type(m, p), p->weight.data = p->master;
+        if (p->weight.type != RETROFIT_F32) p->weight.data = take(a, p->rows * p->cols, retrofit_type_size(p->weight.type));
+    }
+}
+
 bool retrofit_model_allocate(retrofit_model *m, retrofit_mode mode) {
     if (!(m->masters = allocate_copies(m, offsetof(retrofit_parameter, master), NULL))) return false;
     if (mode == RETROFIT_TRAINING && !(m->grads = allocate_copies(m, offsetof(retrofit_parameter, grad), &m->grad_bytes))) return false;
     arena a = {NULL, 0};
-    for (int pass = 0; pass < 2; pass++) {
-        for (size_t i = 0; i < m->parameter_count; i++) {
-            retrofit_parameter *p = m->parameters[i];
-            p->weight.type = compute_type(m, p), p->weight.data = p->master;
-            if (p->weight.type != RETROFIT_F32) p->weight.data = take(&a, p->rows * p->cols, retrofit_type_size(p->weight.type));
-        }
-        if (pass == 0 && a.used) {
-            if (!(m->weights = m->ops->alloc(a.used))) return false;
-            a.base = (char *)m->weights, a.used = 0;
-        }
-    }
+    lay_out_weights(m, &a);
+    if (a.used && !(m->weights = m->ops->alloc(a.used))) return false;
+    a.base = (char *)m->weights, a.used = 0, lay_out_weights(m, &a);
     return true;
 }
 
@@ -2742,13 +2803,20 @@ static void rope_table(float *table, const retrofit_config *c, size_t positions)
 
 enum { LOGITS_BYTES = 1 << 26 }; // rows of logits exist in chunks of about this size, never (N,V) at once
 
-static void lay_out_block(retrofit_block *s, arena *a, const retrofit_config *c, size_t N, size_t size, bool in_place) {
+static void lay_out_block(retrofit_block *s, arena *a, const retrofit_config *c, size_t N, size_t size) {
     s->rstd_1 = (float *)take(a, N, 4), s->rstd_2 = (float *)take(a, N, 4);
     s->qkv = take(a, N * retrofit_qkv_width(c), size);
     s->attention = take(a, N * c->n_embd, size);
     s->lse = (float *)take(a, N * c->n_heads, 4);
     s->fc = take(a, N * 2 * c->intermediate, size);
-    if (!in_place) s->mid = (float *)take(a, N * c->n_embd, 4), s->out = (float *)take(a, N * c->n_embd, 4);
+}
+
+static void lay_out_blocks(retrofit_activations *s, retrofit_block *blocks, size_t count, arena *a, const retrofit_config *c, size_t size) {
+    for (size_t i = 0; s->keep && i < count; i++) {
+        if (s->keep == RETROFIT_KEEP_INPUTS) blocks[i] = s->scratch; // all but the output is shared
+        else lay_out_block(&blocks[i], a, c, s->B * s->T, size), blocks[i].mid = (float *)take(a, s->B * s->T * c->n_embd, 4);
+        blocks[i].out = (float *)take(a, s->B * s->T * c->n_embd, 4);
+    }
 }
 
 static void lay_out_activations(retrofit_activations *s, arena *a, const retrofit_config *c, retrofit_type type) {
@@ -2757,21 +2825,23 @@ static void lay_out_activations(retrofit_activations *s, arena *a, const retrofi
     s->tokens = (int32_t *)take(a, N, 4), s->labels = (int32_t *)take(a, N, 4), s->past = (int32_t *)take(a, s->B, 4);
     s->rope = (float *)take(a, positions * c->head_dim, 4);
     s->embedded = (float *)take(a, N * d, 4), s->state = (float *)take(a, N * d, 4), s->injected = (float *)take(a, N * d, 4);
-    s->x = s->train ? NULL : (float *)take(a, N * d, 4);
-    lay_out_block(&s->scratch, a, c, N, size, true);
-    for (size_t i = 0; s->train && i < c->prelude; i++) lay_out_block(&s->prelude[i], a, c, N, size, false);
-    for (size_t i = 0; s->train && i < s->K * c->core; i++) lay_out_block(&s->core[i], a, c, N, size, false);
-    for (size_t i = 0; s->train && i < c->coda; i++) lay_out_block(&s->coda[i], a, c, N, size, false);
-    for (size_t i = 0; s->train && i < s->K; i++) s->adapted[i] = (float *)take(a, N * d, 4);
+    s->x = s->keep ? NULL : (float *)take(a, N * d, 4);
+    lay_out_block(&s->scratch, a, c, N, size);
+    if (s->keep == RETROFIT_KEEP_INPUTS) s->scratch.mid = (float *)take(a, N * d, 4);
+    lay_out_blocks(s, s->prelude, c->prelude, a, c, size);
+    lay_out_blocks(s, s->core, s->K * c->core, a, c, size);
+    lay_out_blocks(s, s->coda, c->coda, a, c, size);
+    for (size_t i = 0; s->keep && i < s->K; i++) s->adapted[i] = (float *)take(a, N * d, 4);
     s->rstd_f = (float *)take(a, N, 4), s->final = take(a, N * d, size), s->losses = (float *)take(a, N, 4);
     s->norm = take(a, N * d, size), s->swiglu = take(a, N * c->intermediate, size);
-    s->chunk = least(N, LOGITS_BYTES / (V * size) + 16);
+    s->chunk = LOGITS_BYTES / (V * size) / 128 * 128 + 128; // whole tiles of a matrix product
+    s->chunk = least(N, s->chunk);
     s->logits = take(a, s->chunk * V, size);
     s->wide = (float *)take(a, s->chunk > s->B ? s->chunk * V : s->B * V, 4);
     s->keys = take(a, s->slots * s->B * s->capacity, c->n_kv_heads * c->head_dim * size);
     s->values = take(a, s->slots * s->B * s->capacity, c->n_kv_heads * c->head_dim * size);
-    if (!s->train) return;
-    s->dx = (float *)take(a, N * d, 4), s->dinjected = (float *)take(a, N * d, 4);
+    if (!s->keep) return;
+    s->dx = (float *)take(a, N * d, 4), s->dinjected = (float *)take(a, N * d, 4), s->delta = (float *)take(a, N * c->n_heads, 4);
     s->dbranch = take(a, N * d, size), s->dinner = take(a, N * d, size), s->dattention = take(a, N * d, size), s->dfinal = take(a, N * d, size);
     s->dqkv = take(a, N * retrofit_qkv_width(c), size);
     s->dswiglu = take(a, N * c->intermediate, size), s->dfc = take(a, N * 2 * c->intermediate, size);
@@ -2793,18 +2863,18 @@ static bool batch_possible(size_t B, size_t positions, size_t K, size_t recurren
     return B > 0 && positions > 0 && B <= ((size_t)1 << 32) / positions && K <= 1 << 16 && recurrences <= 1 << 20;
 }
 
-size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *ops, size_t B, size_t T, size_t K, bool train) {
+size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *ops, size_t B, size_t T, size_t K, retrofit_keep keep) {
     retrofit_activations s;
     arena a = {NULL, 0};
     if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
     memset(&s, 0, sizeof s);
-    s.B = B, s.T = T, s.K = train ? K : 0, s.train = train;
+    s.B = B, s.T = T, s.K = keep && c->core ? K : 0, s.keep = keep;
     if (allocate_blocks(&s, c)) lay_out_activations(&s, &a, c, ops->act_type);
     free(s.prelude), free(s.core), free(s.coda), free(s.adapted), free(s.seen), free(s.next);
     return a.used;
 }
 
-retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, bool train, size_t capacity,
+retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, retrofit_keep keep, size_t capacity,
                                                size_t recurrences) {
     const retrofit_config *c = &m->config;
     size_t positions = T > capacity ? T : capacity;
@@ -2814,7 +2884,7 @@ retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B
         return fail("%zu positions are more than the model's context of %zu", positions, c->context), (retrofit_activations *)NULL;
     retrofit_activations *s = (retrofit_activations *)allocate(1, sizeof *s);
     if (!s) return NULL;
-    s->model = m, s->B = B, s->T = T, s->K = train && c->core ? K : 0, s->train = train, s->capacity = capacity;
+    s->model = m, s->B = B, s->T = T, s->K = keep && c->core ? K : 0, s->keep = keep, s->capacity = capacity;
     s->slots = capacity ? c->prelude + recurrences * c->core + c->coda : 0;
     arena a = {NULL, 0};
     float *table = (float *)allocate(positions * c->head_dim, 4);
@@ -2835,6 +2905,7 @@ retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B
 
 void retrofit_activations_free(retrofit_activations *a) {
     if (!a) return;
+    if (a->step) a->model->ops->forget(a->step);
     if (a->arena) a->model->ops->free(a->arena);
     free(a->prelude), free(a->core), free(a->coda), free(a->adapted), free(a->seen), free(a->next), free(a);
 }
@@ -2842,8 +2913,9 @@ void retrofit_activations_free(retrofit_activations *a) {
 // ---- Block: x += proj(attention(RMSNorm_1 x)); x += mlp_proj(swiglu(fc(RMSNorm_2 x))) ----------------------------------------
 static act *act_at(const retrofit_ops *ops, act *p, size_t i) { return (char *)p + i * retrofit_type_size(ops->act_type); }
 
-// x may be s->mid and s->out too: then nothing but the result is kept. slot: where in the KV cache this layer's keys go, if there is one.
-static void block_forward(retrofit_activations *a, const retrofit_layer *w, retrofit_block *s, const float *x, size_t slot) {
+// All of a block but its last matrix product. x may be s->mid too: then nothing but the result is kept. slot: where in the KV cache this
+// layer's keys go, if there is one.
+static void block_inside(retrofit_activations *a, const retrofit_layer *w, retrofit_block *s, const float *x, size_t slot) {
     const retrofit_config *c = &a->model->config;
     const retrofit_ops *ops = a->model->ops;
     size_t N = a->N, d = c->n_embd, Q = retrofit_qkv_width(c), F = c->intermediate, H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
@@ -2860,22 +2932,29 @@ static void block_forward(retrofit_activations *a, const retrofit_layer *w, retr
     ops->matmul_residual_forward(s->mid, x, s->attention, w->proj.weight, N, d, d);
     ops->rmsnorm_forward(a->norm, s->rstd_2, s->mid, (const float *)w->norm_2.weight.data, N, d, c->norm_eps);
     ops->matmul_forward(s->fc, a->norm, w->fc.weight, N, d, 2 * F);
-    ops->swiglu_forward(a->swiglu, s->fc, N, F);
-    ops->matmul_residual_forward(s->out, s->mid, a->swiglu, w->mlp_proj.weight, N, F, d);
+}
+
+static void block_forward(retrofit_activations *a, const retrofit_layer *w, retrofit_block *s, const float *x, size_t slot) {
+    const retrofit_ops *ops = a->model->ops;
+    size_t d = a->model->config.n_embd, F = a->model->config.intermediate;
+    block_inside(a, w, s, x, slot);
+    ops->swiglu_forward(a->swiglu, s->fc, a->N, F);
+    ops->matmul_residual_forward(s->out, s->mid, a->swiglu, w->mlp_proj.weight, a->N, F, d);
 }
 
 // a->dx comes in as the gradient of s->out and leaves as that of s->x. Norms and swiglu are computed again.
-static void block_backward(retrofit_activations *a, retrofit_layer *w, const retrofit_block *s) {
+static void block_backward(retrofit_activations *a, retrofit_layer *w, retrofit_block *s) {
     const retrofit_config *c = &a->model->config;
     const retrofit_ops *ops = a->model->ops;
     size_t N = a->N, d = c->n_embd, Q = retrofit_qkv_width(c), F = c->intermediate, H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
     const float *norm_1 = (const float *)w->norm_1.weight.data, *norm_2 = (const float *)w->norm_2.weight.data;
 
+    if (a->keep == RETROFIT_KEEP_INPUTS) block_inside(a, w, s, s->x, 0);
+
     ops->cast(a->dbranch, a->dx, N * d);
-    ops->swiglu_forward(a->swiglu, s->fc, N, F);
-    ops->matmul_backward_weight(w->mlp_proj.grad, F, a->dbranch, a->swiglu, N, F, d);
     ops->matmul_backward_input(a->dswiglu, a->dbranch, w->mlp_proj.weight, N, F, d);
-    ops->swiglu_backward(a->dfc, a->dswiglu, s->fc, N, F);
+    ops->swiglu_backward(a->dfc, a->swiglu, a->dswiglu, s->fc, N, F);
+    ops->matmul_backward_weight(w->mlp_proj.grad, F, a->dbranch, a->swiglu, N, F, d);
     ops->rmsnorm_forward(a->norm, s->rstd_2, s->mid, norm_2, N, d, c->norm_eps);
     ops->matmul_backward_weight(w->fc.grad, d, a->dfc, a->norm, N, d, 2 * F);
     ops->matmul_backward_input(a->dinner, a->dfc, w->fc.weight, N, d, 2 * F);
@@ -2884,7 +2963,7 @@ static void block_backward(retrofit_activations *a, retrofit_layer *w, const ret
     ops->cast(a->dbranch, a->dx, N * d);
     ops->matmul_backward_weight(w->proj.grad, d, a->dbranch, s->attention, N, d, d);
     ops->matmul_backward_input(a->dattention, a->dbranch, w->proj.weight, N, d, d);
-    ops->attention_backward(a->dqkv, a->dattention, s->qkv, s->attention, s->lse, a->b, a->t, H, G, h);
+    ops->attention_backward(a->dqkv, a->delta, a->dattention, s->qkv, s->attention, s->lse, a->b, a->t, H, G, h);
     ops->rope_backward(a->dqkv, a->rope, a->b, a->t, H, G, h);
     ops->rmsnorm_forward(a->norm, s->rstd_1, s->x, norm_1, N, d, c->norm_eps);
     ops->matmul_backward_weight(w->wqkv.grad, d, a->dqkv, a->norm, N, d, Q);
@@ -2903,7 +2982,7 @@ static const float *blocks_forward(retrofit_activations *a, const retrofit_layer
     return x;
 }
 
-static void blocks_backward(retrofit_activations *a, retrofit_layer *layers, size_t count, const retrofit_block *saved) {
+static void blocks_backward(retrofit_activations *a, retrofit_layer *layers, size_t count, retrofit_block *saved) {
     while (count--) block_backward(a, &layers[count], &saved[count]);
 }
 
@@ -2915,21 +2994,30 @@ static retrofit_weight adapter_half(const retrofit_model *m, bool second) {
     return w;
 }
 
-bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t) {
+// The batch to come: b, t, its tokens.
+static bool set_batch(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t) {
     const retrofit_model *m = a->model;
-    size_t d = m->config.n_embd;
     if (b == 0 || t == 0 || b > a->B || t > a->T) return fail("a batch of %zu x %zu tokens where at most %zu x %zu fit", b, t, a->B, a->T);
     for (size_t i = 0; i < b * t; i++)
         if (tokens[i] < 0 || (size_t)tokens[i] >= m->config.vocab)
             return fail("token %zu is %d, but the vocabulary has %zu entries", i, (int)tokens[i], m->config.vocab);
     a->b = b, a->t = t, a->N = b * t, a->n = a->k = 0;
     m->ops->upload(a->tokens, tokens, a->N * sizeof *tokens);
+    return true;
+}
+
+static void prelude_forward(retrofit_activations *a) {
+    const retrofit_model *m = a->model;
+    size_t d = m->config.n_embd;
     m->ops->embedding_forward(a->embedded, a->tokens, m->wte.weight, a->N, d);
-    a->e = blocks_forward(a, m->prelude, m->config.prelude, a->train ? a->prelude : NULL, a->embedded, 0);
-    if (retrofit_is_plain(&m->config)) return true;
+    a->e = blocks_forward(a, m->prelude, m->config.prelude, a->keep ? a->prelude : NULL, a->embedded, 0);
+    if (retrofit_is_plain(&m->config)) return;
     m->ops->cast(a->norm, a->e, a->N * d);
     m->ops->matmul_residual_forward(a->injected, NULL, a->norm, adapter_half(m, true), a->N, d, d);
-    return true;
+}
+
+bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t) {
+    return set_batch(a, tokens, b, t) && (prelude_forward(a), true);
 }
 
 void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed) {
@@ -2962,18 +3050,21 @@ void retrofit_coda(retrofit_activations *a) {
     const retrofit_model *m = a->model;
     const retrofit_config *c = &m->config;
     float *x = (float *)latest_state(a);
-    if (!a->train) m->ops->copy(a->x, x, a->N * c->n_embd * sizeof *x), x = a->x; // the state goes on; the coda works on a copy
-    a->last = blocks_forward(a, m->coda, c->coda, a->train ? a->coda : NULL, x, a->slots - (a->slots ? c->coda : 0));
+    if (!a->keep) m->ops->copy(a->x, x, a->N * c->n_embd * sizeof *x), x = a->x; // the state goes on; the coda works on a copy
+    a->last = blocks_forward(a, m->coda, c->coda, a->keep ? a->coda : NULL, x, a->slots - (a->slots ? c->coda : 0));
     m->ops->rmsnorm_forward(a->final, a->rstd_f, a->last, (const float *)m->ln_f.weight.data, a->N, c->n_embd, c->norm_eps);
+}
+
+static void forward(retrofit_activations *a, float sigma, uint64_t seed, size_t n, size_t k) {
+    prelude_forward(a);
+    if (a->model->config.core) retrofit_start(a, sigma, seed);
+    retrofit_recur(a, n, k);
+    retrofit_coda(a);
 }
 
 bool retrofit_forward(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, float sigma, uint64_t seed, size_t n, size_t k) {
     if (k > a->K && a->model->config.core) return fail("%zu recurrences with gradient where %zu fit", k, a->K);
-    if (!retrofit_prelude(a, tokens, b, t)) return false;
-    if (a->model->config.core) retrofit_start(a, sigma, seed);
-    retrofit_recur(a, n, k);
-    retrofit_coda(a);
-    return true;
+    return set_batch(a, tokens, b, t) && (forward(a, sigma, seed, n, k), true);
 }
 
 void retrofit_logits(retrofit_activations *a, size_t first, size_t count, float *logits) {
@@ -3099,29 +3190,36 @@ double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min
 
 static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) { return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX; }
 
+static void lay_out_moments(retrofit_model *m, arena *a, retrofit_optimizer_kind kind) {
+    size_t size = retrofit_type_size(m->ops->act_type), largest = 0, side = 0;
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        retrofit_parameter *p = m->parameters[i];
+        size_t n = p->rows * p->cols, shorter = p->rows < p->cols ? p->rows : p->cols;
+        p->m = (float *)take(a, n, 4);
+        p->v = by_muon(p, kind) ? NULL : (float *)take(a, n, 4);
+        if (by_muon(p, kind) && n > largest) largest = n;
+        if (by_muon(p, kind) && shorter > side) side = shorter;
+    }
+    m->sums = (double *)take(a, 2, sizeof(double));
+    m->muon_u = (float *)take(a, largest, 4);
+    m->muon_x = take(a, largest, size), m->muon_y = take(a, largest, size);
+    m->muon_a = take(a, side * side, size), m->muon_b = take(a, side * side, size);
+}
+
 bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind) {
     arena a = {NULL, 0};
-    size_t size = retrofit_type_size(m->ops->act_type);
-    for (int pass = 0; pass < 2; pass++) {
-        size_t largest = 0, side = 0;
-        for (size_t i = 0; i < m->parameter_count; i++) {
-            retrofit_parameter *p = m->parameters[i];
-            size_t n = p->rows * p->cols, shorter = p->rows < p->cols ? p->rows : p->cols;
-            p->m = (float *)take(&a, n, 4);
-            p->v = by_muon(p, kind) ? NULL : (float *)take(&a, n, 4);
-            if (by_muon(p, kind) && n > largest) largest = n;
-            if (by_muon(p, kind) && shorter > side) side = shorter;
-        }
-        m->muon_u = (float *)take(&a, largest, 4);
-        m->muon_x = take(&a, largest, size), m->muon_y = take(&a, largest, size);
-        m->muon_a = take(&a, side * side, size), m->muon_b = take(&a, side * side, size);
-        if (pass == 0) {
-            m->moment_bytes = a.used;
-            if (!(m->moments = m->ops->alloc(a.used))) return false;
-            a.base = (char *)m->moments, a.used = 0;
-        }
-    }
+    lay_out_moments(m, &a, kind);
+    m->moment_bytes = a.used;
+    if (!(m->moments = m->ops->alloc(a.used))) return false;
+    a.base = (char *)m->moments, a.used = 0, lay_out_moments(m, &a, kind);
     return true;
+}
+
+void retrofit_training_bytes(retrofit_model *m, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients, size_t *moments) {
+    arena a = {NULL, 0}, g = {NULL, 0}, o = {NULL, 0};
+    lay_out_copies(m, &a, offsetof(retrofit_parameter, master)), lay_out_weights(m, &a);
+    lay_out_copies(m, &g, offsetof(retrofit_parameter, grad)), lay_out_moments(m, &o, kind);
+    *weights = a.used, *gradients = g.used, *moments = o.used;
 }
 
 // Muon: the momentum's update direction u, with its singular values pushed towards 1 by five steps of the quintic iteration
@@ -3131,7 +3229,9 @@ static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retr
     size_t rows = p->rows, cols = p->cols, r = rows < cols ? rows : cols, c = rows < cols ? cols : rows;
     retrofit_weight x = {m->muon_x, ops->act_type, c}, a = {m->muon_a, ops->act_type, r};
     ops->muon_momentum(m->muon_u, p->m, p->grad, rows * cols, scale, o->momentum);
-    ops->muon_load(m->muon_x, m->muon_u, rows, cols, (float)(1 / (sqrt(ops->sum_squares(m->muon_u, rows * cols)) + 1e-7)));
+    ops->zero(m->sums + 1, sizeof *m->sums);
+    ops->sum_squares(m->sums + 1, m->muon_u, rows * cols);
+    ops->muon_load(m->muon_x, m->muon_u, m->sums + 1, rows, cols);
     for (int i = 0; i < 5; i++) {
         ops->matmul_forward(m->muon_a, m->muon_x, x, r, c, r);
         ops->matmul_forward(m->muon_b, m->muon_a, a, r, r, r); // A is symmetric: A·Aᵀ = A²
@@ -3143,7 +3243,11 @@ static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retr
 }
 
 double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t) {
-    double norm = sqrt(m->ops->sum_squares((const float *)m->grads, m->grad_bytes / sizeof(float)));
+    double norm;
+    m->ops->zero(m->sums, sizeof *m->sums);
+    m->ops->sum_squares(m->sums, (const float *)m->grads, m->grad_bytes / sizeof(float));
+    m->ops->download(&norm, m->sums, sizeof norm);
+    norm = sqrt(norm);
     float scale = o->clip > 0 ? (float)fmin(1, o->clip / (norm + 1e-6)) : 1;
     double bias1 = 1 - pow(o->beta1, (double)t), bias2 = 1 - pow(o->beta2, (double)t);
     for (size_t i = 0; i < m->parameter_count; i++) {
@@ -3161,6 +3265,25 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
 // 9  Decoding with a KV cache
 // =====================================================================================================================
 
+// One token for each of b rows. A step is hundreds of short operations that differ from those of the step before only in what lies in
+// memory: a device that can record them does so (the second time: the first may still have to prepare itself) and then repeats them.
+static void decode_step(retrofit_activations *a, size_t r, float sigma, uint64_t seed) {
+    const retrofit_model *m = a->model;
+    const retrofit_ops *ops = m->ops;
+    if (a->b != a->step_b || r != a->step_r || sigma != a->step_sigma || seed != a->step_seed) {
+        if (a->step) ops->forget(a->step);
+        a->step = NULL, a->steps = 0, a->step_b = a->b, a->step_r = r, a->step_sigma = sigma, a->step_seed = seed;
+    }
+    bool record = ops->record && a->steps++ == 1;
+    if (record) ops->record();
+    if (!a->step) {
+        forward(a, sigma, seed, r, 0);
+        ops->matmul_residual_forward(a->wide, NULL, a->final, m->lm_head.weight, a->b, m->config.n_embd, m->config.vocab);
+    }
+    if (record) a->step = ops->recorded();
+    if (a->step) ops->replay(a->step), a->n = m->config.core ? r : 0;
+}
+
 // Each (layer, recurrence) has keys and values of its own: prelude layer i in slot i, core layer j of recurrence i in slot
 // P + i·C + j, the coda in the last D. A row shorter than t is padded on the right: what the padding leaves in the cache lies behind
 // the row's end, where no query looks before the next tokens have overwritten it.
@@ -3169,7 +3292,7 @@ const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_
     const retrofit_model *m = a->model;
     const retrofit_config *c = &m->config;
     size_t d = c->n_embd, V = c->vocab;
-    if (!a->capacity || a->train) return fail("these activations have no KV cache"), (const float *)NULL;
+    if (!a->capacity || a->keep) return fail("these activations have no KV cache"), (const float *)NULL;
     if (c->core && (r == 0 || r > (a->slots - c->prelude - c->coda) / c->core))
         return fail("%zu recurrences, but the KV cache has room for %zu", r, (a->slots - c->prelude - c->coda) / c->core), (const float *)NULL;
     for (size_t i = 0; i < b && i < a->B; i++) {
@@ -3177,14 +3300,15 @@ const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_
         if ((size_t)a->seen[i] + t > a->capacity)
             return fail("%zu tokens after %d do not fit in a context of %zu", t, (int)a->seen[i], a->capacity), (const float *)NULL;
     }
+    if (!set_batch(a, tokens, b, t)) return NULL;
     m->ops->upload(a->past, a->seen, a->B * sizeof *a->seen);
-    if (!retrofit_forward(a, tokens, b, t, sigma, seed, r, 0)) return NULL;
+    if (t == 1) decode_step(a, r, sigma, seed);
+    else forward(a, sigma, seed, r, 0);
     for (size_t i = 0; i < b; i++) {
         size_t length = lengths ? (size_t)lengths[i] : t;
         if (t > 1) m->ops->matmul_residual_forward(a->wide + i * V, NULL, act_at(m->ops, a->final, (i * t + length - 1) * d), m->lm_head.weight, 1, d, V);
         a->seen[i] += (int32_t)length;
     }
-    if (t == 1) m->ops->matmul_residual_forward(a->wide, NULL, a->final, m->lm_head.weight, b, d, V);
     m->ops->download(a->next, a->wide, b * V * sizeof *a->next);
     return a->next;
 }

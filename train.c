@@ -6,8 +6,8 @@ static struct {
     const char *model, *data, *val, *out, *eval_list;
     size_t steps, batch, micro, seq_len, mean_recurrence, backprop_depth, seed, save_every, eval_every, eval_rows;
     double lr, muon_lr, weight_decay, beta1, beta2, clip, warmup, cooldown, min_lr_ratio, curriculum_warmup;
-    int optimizer, curriculum, state_init, device;
-    bool shuffle, resume, dry_run;
+    int optimizer, curriculum, state_init, device, precision;
+    bool shuffle, resume, dry_run, recompute;
 } o = {.eval_list = "1,2,4,8",     .micro = 8,       .seed = 1,      .eval_rows = 64,          .lr = 5e-5,        .muon_lr = 1e-3,
        .weight_decay = 1e-4,       .beta1 = 0.9,     .beta2 = 0.95,  .clip = 1,                .warmup = 0.0025,  .cooldown = 0.6,
        .min_lr_ratio = 0.001,      .curriculum_warmup = 0.75,        .curriculum = RETROFIT_CURRICULUM_1_SQRT, .optimizer = RETROFIT_MUON};
@@ -50,7 +50,9 @@ static const retrofit_option options[] = {
     {"eval-recurrences", RETROFIT_STRING, &o.eval_list, "1,2,4,8", "recurrences to validate with"},
     {"eval-rows", RETROFIT_SIZE, &o.eval_rows, "N", "rows of --val to use (64)"},
     {"Machine", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"device", RETROFIT_CHOICE, &o.device, "auto|cpu", "where to compute (auto)"},
+    {"device", RETROFIT_CHOICE, &o.device, "auto|cpu|cuda", "where to compute; auto: on a GPU if there is one (auto)"},
+    {"precision", RETROFIT_CHOICE, &o.precision, "bf16|fp32", "of matrices and activations on a GPU; masters and sums are fp32 (bf16)"},
+    {"recompute", RETROFIT_FLAG, &o.recompute, NULL, "keep a sixth of the activations and compute the rest again: a third more work"},
 };
 
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
@@ -206,27 +208,59 @@ static size_t resume(retrofit_model *m, const char *directory, double *flops, bo
     return done;
 }
 
+// ---- Memory -------------------------------------------------------------------------------------------------------------------
+typedef struct {
+    size_t weights, gradients, moments, activations, all; // bytes
+} memory;
+
+static retrofit_keep keep(void) { return o.recompute ? RETROFIT_KEEP_INPUTS : RETROFIT_KEEP_ALL; }
+
+static memory memory_of(retrofit_model *m, size_t micro, retrofit_keep how) { // of a model that has no memory yet
+    memory n;
+    retrofit_training_bytes(m, (retrofit_optimizer_kind)o.optimizer, &n.weights, &n.gradients, &n.moments);
+    n.activations = retrofit_activations_bytes(&m->config, m->ops, micro, o.seq_len, o.backprop_depth, how);
+    if (n.activations == SIZE_MAX) die(1, "--micro-batch-size %zu of --seq-len %zu is more than memory can hold", micro, o.seq_len);
+    n.all = n.weights + n.gradients + n.moments + n.activations;
+    return n;
+}
+
+// Ends a run that would not fit before it begins, with what would: smaller micro-batches of the same batch, recomputing if need be.
+static void check_memory(retrofit_model *m) {
+    size_t room = m->ops->room(), need = memory_of(m, o.micro, keep()).all;
+    if (need <= room) return;
+    for (int how = keep(); how <= RETROFIT_KEEP_INPUTS; how++)
+        for (size_t micro = o.micro; micro; micro--)
+            if (o.batch % micro == 0 && memory_of(m, micro, (retrofit_keep)how).all <= room)
+                die(1, "training needs %.1f GB, %.1f GB are free: --batch-size %zu --micro-batch-size %zu%s would fit (%.1f GB)", (double)need / 1e9,
+                    (double)room / 1e9, o.batch, micro, how == RETROFIT_KEEP_INPUTS ? " --recompute" : "",
+                    (double)memory_of(m, micro, (retrofit_keep)how).all / 1e9);
+    die(1, "training needs %.1f GB, %.1f GB are free, and no micro-batch fits: try a shorter --seq-len or smaller --backprop-depth",
+        (double)need / 1e9, (double)room / 1e9);
+}
+
 // ---- Dry run ------------------------------------------------------------------------------------------------------------------
-static void dry_run(retrofit_model *m) {
-    if (retrofit_activations_bytes(&m->config, m->ops, o.micro, o.seq_len, o.backprop_depth, true) == SIZE_MAX) die(1, "%s", retrofit_error());
+static void dry_run(retrofit_model *m, const char *device) {
+    memory need = memory_of(m, o.micro, keep());
     static const char *const parts[] = {"embedding", "prelude", "adapter", "core", "coda", "final norm", "head"};
     const retrofit_config *c = &m->config;
-    size_t in[RETROFIT_PARTS] = {0}, matrices = 0;
+    size_t in[RETROFIT_PARTS] = {0};
     for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
         in[p->part] += p->rows * p->cols;
-        if (p->kind == RETROFIT_MATRIX) matrices += p->rows * p->cols;
     }
     printf("parameters\n");
     for (int i = 0; i < RETROFIT_PARTS; i++)
         if (in[i]) printf("  %-12s %14zu\n", parts[i], in[i]);
-    double n = 4.0 * (double)m->weight_count, moments = n * 2 - (o.optimizer == RETROFIT_MUON ? 4.0 * (double)matrices : 0);
-    double activations = (double)retrofit_activations_bytes(c, m->ops, o.micro, o.seq_len, o.backprop_depth, true);
-    printf("  %-12s %14zu\nmemory\n", "all", m->weight_count);
+    printf("  %-12s %14zu\nmemory on %s\n", "all", m->weight_count, device);
     printf("  weights      %10.3f GB\n  gradients    %10.3f GB\n  optimizer    %10.3f GB\n  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu)\n"
-           "  all          %10.3f GB\n", n / 1e9, n / 1e9, moments / 1e9, activations / 1e9, o.micro, o.seq_len, c->core ? o.backprop_depth : 0,
-           (2 * n + moments + activations) / 1e9);
-    printf("checkpoint     %10.3f GB on disk\n", (n + moments) / 1e9);
+           "  all          %10.3f GB, %.3f GB are free\n", (double)need.weights / 1e9, (double)need.gradients / 1e9, (double)need.moments / 1e9,
+           (double)need.activations / 1e9, o.micro, o.seq_len, c->core ? o.backprop_depth : 0, (double)need.all / 1e9, (double)m->ops->room() / 1e9);
+    double disk = 4 * (double)m->weight_count;
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        const retrofit_parameter *p = m->parameters[i];
+        disk += (p->kind == RETROFIT_MATRIX && o.optimizer == RETROFIT_MUON ? 4.0 : 8.0) * (double)(p->rows * p->cols);
+    }
+    printf("checkpoint     %10.3f GB on disk\n", disk / 1e9);
     printf("training       %10.3g FLOPs, %zu steps of %zu tokens (%zu micro-batches)\n\n", flops_of(c, 0, o.steps), o.steps, o.batch * o.seq_len,
            o.batch / o.micro);
     printf("%8s %6s %6s %12s %12s   (n,k) of the micro-batches\n", "step", "mean", "depth", "lr", "muon lr");
@@ -239,13 +273,15 @@ static void dry_run(retrofit_model *m) {
 }
 
 // ---- The live line --------------------------------------------------------------------------------------------------------------
-static void show(size_t step, double loss, double norm, const plan *p, size_t n, size_t k, double rate, double speed, double left) {
+static void show(size_t step, double loss, double norm, const plan *p, size_t n, size_t k, double rate, double speed, double peak, double left) {
     static double last;
+    char share[32] = "";
     bool live = isatty(2);
     if (!live && step != 1 && step != o.steps && retrofit_seconds() - last < 2) return; // a log file wants no line per step
     last = retrofit_seconds();
-    fprintf(stderr, "%sstep %zu/%zu  loss %.4f  %.0f tok/s  %.1f GFLOP/s  n,k %zu,%zu  r %zu  lr %.2e  |g| %.2f  ETA %zu:%02zu:%02zu%s", live ? "\r" : "",
-            step, o.steps, loss, rate, speed / 1e9, n, k, p->mean, (double)(o.optimizer == RETROFIT_MUON ? p->muon_lr : p->lr), norm,
+    if (peak > 0) snprintf(share, sizeof share, " (%.0f %% of peak)", 100 * speed / peak);
+    fprintf(stderr, "%sstep %zu/%zu  loss %.4f  %.0f tok/s  %.1f %cFLOP/s%s  n,k %zu,%zu  r %zu  lr %.2e  |g| %.2f  ETA %zu:%02zu:%02zu%s", live ? "\r" : "",
+            step, o.steps, loss, rate, speed / (speed < 1e12 ? 1e9 : 1e12), speed < 1e12 ? 'G' : 'T', share, n, k, p->mean, (double)(o.optimizer == RETROFIT_MUON ? p->muon_lr : p->lr), norm,
             (size_t)left / 3600, (size_t)left / 60 % 60, (size_t)left % 60, live ? (step == o.steps ? "\033[K\n" : "\033[K") : "\n");
 }
 
@@ -282,12 +318,11 @@ int main(int argc, char **argv) {
     retrofit_config config;
     if (!retrofit_config_read(&config, source)) die(1, "%s", retrofit_error());
     check_options(&config);
-    if (o.dry_run) {
-        retrofit_model *shape = retrofit_model_new(&config, &retrofit_cpu);
-        if (!shape) die(1, "%s", retrofit_error());
-        dry_run(shape), retrofit_free(shape);
-        return 0;
-    }
+    char device[256];
+    const retrofit_ops *ops = retrofit_device((retrofit_place)o.device, o.precision, device);
+    retrofit_model *shape = ops ? retrofit_model_new(&config, ops) : NULL;
+    if (!shape) die(1, "%s", retrofit_error());
+    if (o.dry_run) return dry_run(shape, device), retrofit_free(shape), 0;
     size_t accumulate = o.batch / o.micro, T = o.seq_len, N = o.micro * T;
     retrofit_data *data = retrofit_data_open(o.data, T, config.vocab, o.shuffle, o.seed), *val = NULL;
     if (!data || (o.val && !(val = retrofit_data_open(o.val, T, config.vocab, false, 0)))) die(1, "%s", retrofit_error());
@@ -296,14 +331,15 @@ int main(int argc, char **argv) {
     if (exists && !o.resume) die(2, "%s holds a run already: give --resume to go on with it, or another --out", o.out);
     if (!exists && o.resume) die(2, "--resume: there is no checkpoint in %s", o.out);
 
-    retrofit_model *m = retrofit_load(o.resume ? latest : source, &retrofit_cpu, RETROFIT_TRAINING);
+    check_memory(shape), retrofit_free(shape);
+    retrofit_model *m = retrofit_load(o.resume ? latest : source, ops, RETROFIT_TRAINING);
     if (!m || !retrofit_optimizer_init(m, (retrofit_optimizer_kind)o.optimizer)) die(1, "%s", retrofit_error());
     double flops = 0;
     data_rows = retrofit_data_rows(data);
     bool validated = true;
     size_t first = o.resume ? resume(m, latest, &flops, &validated) : 0;
     m->config.mean_recurrence = o.mean_recurrence, m->config.backprop_depth = o.backprop_depth;
-    retrofit_activations *a = retrofit_activations_new(m, o.micro, T, o.backprop_depth, true, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, o.micro, T, o.backprop_depth, keep(), 0, 0);
     int32_t *tokens = malloc(N * sizeof *tokens), *labels = malloc(N * sizeof *labels);
     if (!a || !tokens || !labels) die(1, "%s", a ? "out of memory" : retrofit_error());
     char out[RETROFIT_PATH];
@@ -314,8 +350,8 @@ int main(int argc, char **argv) {
     retrofit_optimizer optimizer = {(retrofit_optimizer_kind)o.optimizer, 0, 0, (float)o.beta1, (float)o.beta2,
                                     o.optimizer == RETROFIT_MUON ? 1e-10f : 1e-8f, (float)o.weight_decay, 0.95f, (float)o.clip};
     double ahead = flops_of(&m->config, first, o.steps), begin = retrofit_seconds(), spent = 0, step_time = 0;
-    fprintf(stderr, "%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs\n", first ? "resumed: " : "", m->weight_count,
-            retrofit_data_rows(data), T, o.steps, o.batch * T, ahead);
+    fprintf(stderr, "%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s\n", first ? "resumed: " : "", m->weight_count,
+            retrofit_data_rows(data), T, o.steps, o.batch * T, ahead, device);
     if (val && !validated && (first == o.steps || (o.eval_every && first % o.eval_every == 0))) evaluate(a, val, log, first, tokens, labels);
     for (size_t step = first; step < o.steps; step++) {
         plan p = plan_of(&m->config, step);
@@ -340,7 +376,7 @@ int main(int argc, char **argv) {
         flops += step_flops, spent += step_flops;
         step_time = retrofit_seconds() - before;
         double elapsed = retrofit_seconds() - begin;
-        show(step + 1, loss, norm, &p, n, k, (double)(o.batch * T) / step_time, step_flops / step_time, (ahead - spent) * elapsed / spent);
+        show(step + 1, loss, norm, &p, n, k, (double)(o.batch * T) / step_time, step_flops / step_time, ops->peak(), (ahead - spent) * elapsed / spent);
         fprintf(log,
                 "{\"step\":%zu,\"loss\":%.7g,\"grad_norm\":%.7g,\"mean_recurrence\":%zu,\"n\":%zu,\"k\":%zu,\"lr\":%.7g,\"muon_lr\":%.7g,"
                 "\"tokens\":%zu,\"flops\":%.7g,\"seconds\":%.3f}\n",

@@ -27,8 +27,8 @@ int main(int argc, char **argv) {
         size_t i = 0;
         for (const retrofit_json *id = ids->child; same && id; id = id->next) same = tokens[i++] == (int32_t)id->number;
         check(same, "\"%s\": the ids differ", prompt->string);
-        retrofit_activations *a = retrofit_activations_new(m, 1, n, 0, false, n + 16, 1);
-        retrofit_activations *whole = retrofit_activations_new(m, 1, n, 0, false, 0, 0);
+        retrofit_activations *a = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, n + 16, 1);
+        retrofit_activations *whole = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, 0, 0);
         float *logits = (float *)allocate(n * V, 4), worst = 0, loss;
         need(a && whole && retrofit_forward(whole, tokens, 1, n, 0, 0, 0, 0), "forward");
         retrofit_logits(whole, 0, n, logits);

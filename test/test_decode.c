@@ -5,7 +5,7 @@
 static int32_t nth(size_t row, size_t i, size_t V) { return (int32_t)(hash64(row + 1, i) % V); }
 
 static retrofit_activations *with_cache(const retrofit_model *m, size_t B, size_t T, size_t capacity, size_t r) {
-    retrofit_activations *a = retrofit_activations_new(m, B, T, 0, false, capacity, r);
+    retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, capacity, r);
     need(a != NULL, "activations with a cache");
     return a;
 }
@@ -16,7 +16,7 @@ static float *full(const retrofit_model *m, size_t B, size_t L, size_t r, float 
     int32_t *tokens = (int32_t *)allocate(B * L, 4);
     float *logits = (float *)allocate(B * L * V, 4);
     for (size_t i = 0; i < B * L; i++) tokens[i] = nth(i / L, i % L, V);
-    retrofit_activations *a = retrofit_activations_new(m, B, L, 0, false, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, 0, 0);
     need(a && retrofit_forward(a, tokens, B, L, sigma, seed, r, 0), "full forward");
     retrofit_logits(a, 0, B * L, logits);
     retrofit_activations_free(a), free(tokens);
@@ -102,7 +102,7 @@ static void errors(void) {
     need(m != NULL, "tiny");
     int32_t V = (int32_t)m->config.vocab, tokens[64] = {1, 2, 3};
     retrofit_activations *a = with_cache(m, 2, 8, 12, 3), *quiet = with_cache(m, 2, 8, 12, 3),
-                         *none = retrofit_activations_new(m, 2, 8, 0, false, 0, 0);
+                         *none = retrofit_activations_new(m, 2, 8, 0, RETROFIT_KEEP_NOTHING, 0, 0);
     float before[2][256];
     need(V <= 256 && none && retrofit_feed(a, tokens, 2, 5, NULL, 3, 0, 0) && retrofit_feed(quiet, tokens, 2, 5, NULL, 3, 0, 0), "feed");
     for (int i = 0; i < 2; i++) memcpy(before[i], quiet->next + (size_t)(i * V), (size_t)V * 4);
@@ -145,9 +145,9 @@ static void errors(void) {
     for (int i = 0; i < 2; i++)
         check(!memcmp(a->next + (size_t)(i * V), before[i], (size_t)V * 4), "after rewinding, row %d has other logits", i);
     error_text[0] = 0;
-    check(!retrofit_activations_new(m, 1, 8, 0, false, m->config.context + 1, 3) && *retrofit_error(),
+    check(!retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, m->config.context + 1, 3) && *retrofit_error(),
           "a cache longer than the model's context");
-    check(!retrofit_activations_new(m, 1, m->config.context + 1, 0, false, 0, 0) && !retrofit_activations_new(m, 0, 8, 0, false, 8, 1),
+    check(!retrofit_activations_new(m, 1, m->config.context + 1, 0, RETROFIT_KEEP_NOTHING, 0, 0) && !retrofit_activations_new(m, 0, 8, 0, RETROFIT_KEEP_NOTHING, 8, 1),
           "no batch that could be");
     retrofit_activations_free(a), retrofit_activations_free(quiet), retrofit_activations_free(none), retrofit_free(m);
 }

@@ -14,10 +14,11 @@ static const size_t guard = 0; // the sanitizer watches what lies behind a block
 #else
 static const size_t guard = 64; // bytes behind each block that must stay as they are
 #endif
-enum { TRIALS = 12 };
+static size_t trials;
 static const double U = 0x1p-24;
 
 static const retrofit_ops *device;
+static bool on_cpu; // which reads matrices in either type; a GPU in its act_type only
 static const char *op;  // the operation under test
 static char shape[256]; // and the sizes it is given: both go into every message
 static size_t trial;    // 0: the smallest sizes, 1: the largest, then random ones
@@ -272,9 +273,9 @@ static void products(const retrofit_ops *ops, which_product which) {
     const size_t *sizes = trial >= 2 && trial < 7 ? large[trial - 2] : NULL;
     size_t N = sizes ? sizes[0] : pick(1, 70), I = sizes ? sizes[1] : pick(1, 100), O = sizes ? sizes[2] : pick(1, 100);
     size_t stride = I + (trial % 3 ? any(1, 9) : 0);
-    retrofit_type type = trial & 1 ? RETROFIT_BF16 : RETROFIT_F32;
+    retrofit_type type = on_cpu ? (trial & 1 ? RETROFIT_BF16 : RETROFIT_F32) : ops->act_type;
     bool with_nan = trial % 4 == 3;
-    SHAPE("N %zu I %zu O %zu stride %zu, w %s%s", N, I, O, stride, trial & 1 ? "bf16" : "f32", with_nan ? ", with NaN" : "");
+    SHAPE("N %zu I %zu O %zu stride %zu, w %s%s", N, I, O, stride, type == RETROFIT_BF16 ? "bf16" : "f32", with_nan ? ", with NaN" : "");
     array inp = acts(N * I, 1), dout = acts(N * O, 1), w = matrix(type, O, I, stride);
     if (with_nan)
         poison(trial & 8 ? w : which < INPUT ? inp : dout, trial & 8 ? (O - 1) * stride + I / 2 : N / 2 * (which < INPUT ? I : O));
@@ -343,9 +344,9 @@ typedef struct {
 } heads;
 
 static heads pick_heads(size_t longest) {
-    static const size_t sizes[] = {2, 6, 8, 16, 64}, groups[][2] = {{1, 1}, {8, 1}, {3, 3}, {4, 2}, {9, 3}, {6, 1}};
+    static const size_t sizes[] = {2, 6, 8, 16, 64, 40, 128}, groups[][2] = {{1, 1}, {8, 1}, {3, 3}, {4, 2}, {9, 3}, {6, 1}};
     const size_t *g = groups[trial < 6 ? trial : any(0, 5)];
-    heads s = {pick(1, 3), pick(1, longest), g[0], g[1], sizes[trial < 5 ? trial : any(0, 4)], 0};
+    heads s = {pick(1, 3), pick(1, longest), g[0], g[1], sizes[trial < 7 ? trial : any(0, 6)], 0};
     s.Q = (s.H + 2 * s.G) * s.h;
     SHAPE("B %zu T %zu H %zu G %zu h %zu", s.B, s.T, s.H, s.G, s.h);
     return s;
@@ -483,9 +484,12 @@ TEST(attention_backward) {
         }
     }
     attend_all(o, l, NULL, NULL, qkv.x, s, 0);
-    array out = array_of(ops->act_type, N * d, o), lse_ = array_of(RETROFIT_F32, N * s.H, l);
-    ops->attention_backward(dqkv.at, dout.at, qkv.at, out.at, lse_.f, s.B, s.T, s.H, s.G, s.h);
+    array out = array_of(ops->act_type, N * d, o), lse_ = array_of(RETROFIT_F32, N * s.H, l), delta = f32_unset(N * s.H);
+    ops->attention_backward(dqkv.at, delta.f, dout.at, qkv.at, out.at, lse_.f, s.B, s.T, s.H, s.G, s.h);
     near_tensor("dqkv", dqkv, want);
+    double *sums = doubles(N * s.H), *sizes = doubles(N * s.H);
+    for (size_t i = 0; i < N * d; i++) sums[i / s.h] += dout.x[i] * out.x[i], sizes[i / s.h] += fabs(dout.x[i] * out.x[i]);
+    near("delta", delta, sums, sizes, sum_of(s.h));
     // With a NaN in dout: the query's gradient, those of all keys it sees and their values' are NaN; other groups' and rows' stay.
     double *again = fetch(dqkv), *terms = doubles(N * s.Q);
     size_t n = any(0, N - 1), head = any(0, s.H - 1), c = any(0, s.h - 1);
@@ -496,7 +500,7 @@ TEST(attention_backward) {
         else terms[i] = INFINITY;
     }
     poison(dout, n * d + head * s.h + c), send(dqkv);
-    ops->attention_backward(dqkv.at, dout.at, qkv.at, out.at, lse_.f, s.B, s.T, s.H, s.G, s.h);
+    ops->attention_backward(dqkv.at, delta.f, dout.at, qkv.at, out.at, lse_.f, s.B, s.T, s.H, s.G, s.h);
     near("dqkv with NaN in dout", dqkv, again, terms, 0);
 }
 
@@ -583,17 +587,19 @@ TEST(swiglu_forward) {
 TEST(swiglu_backward) {
     size_t N = pick(1, 70), F = pick(1, 100);
     SHAPE("N %zu F %zu", N, F);
-    array fc = acts(N * 2 * F, trial % 3 ? 1 : 4), dout = acts(N * F, 1), dfc = acts_unset(N * 2 * F);
-    double *want = doubles(N * 2 * F), *y = doubles(F);
+    array fc = acts(N * 2 * F, trial % 3 ? 1 : 4), dout = acts(N * F, 1), dfc = acts_unset(N * 2 * F), out = acts_unset(N * F);
+    double *want = doubles(N * 2 * F), *y = doubles(F), *forward = doubles(N * F);
     for (size_t n = 0; n < N; n++)
         DIFFERENCES(want + n * 2 * F, fc.x + n * 2 * F, 2 * F, gated(y, fc.x + n * 2 * F, 1, F), y, dout.x + n * F, F);
-    ops->swiglu_backward(dfc.at, dout.at, fc.at, N, F);
+    gated(forward, fc.x, N, F);
+    ops->swiglu_backward(dfc.at, out.at, dout.at, fc.at, N, F);
     near_tensor("dfc", dfc, want);
+    near("out", out, forward, forward, 8 * U);
     size_t bad = any(0, N * F - 1); // with a NaN: the two derivatives it goes into, and no other
     double *again = fetch(dfc);
     again[bad / F * 2 * F + bad % F] = again[bad / F * 2 * F + F + bad % F] = NAN;
     poison(dout, bad), send(dfc);
-    ops->swiglu_backward(dfc.at, dout.at, fc.at, N, F);
+    ops->swiglu_backward(dfc.at, out.at, dout.at, fc.at, N, F);
     near("dfc with NaN", dfc, again, NULL, 0);
 }
 
@@ -746,13 +752,19 @@ TEST(sum_squares) {
     size_t n = trial == 3 ? (1 << 22) + 4097 : trial == 4 ? 16384 : trial == 5 ? 16385 : pick(1, 100000);
     SHAPE("n %zu", n);
     array x = f32(n);
-    double want = 0, got = ops->sum_squares(x.f, n);
+    double want = 0.75, got = want, *sum = (double *)device->alloc(sizeof *sum);
+    need(sum != NULL, "device memory");
+    device->upload(sum, &got, sizeof got);
+    ops->sum_squares(sum, x.f, n); // adds to what is there
+    device->download(&got, sum, sizeof got);
     for (size_t i = 0; i < n; i++) want += x.x[i] * x.x[i];
     digest += (uint64_t)llrint(ldexp(got, 20)) * (trial + 1);
     check(fabs(got - want) <= 8 * U * want, // in double, but a few hundred squares at a time may be summed in fp32
           "%s, %s: %.17g, should be %.17g", op, shape, got, want);
     poison(x, n / 2);
-    check(isnan(ops->sum_squares(x.f, n)), "%s, %s: NaN does not show", op, shape);
+    ops->sum_squares(sum, x.f, n);
+    device->download(&got, sum, sizeof got), device->free(sum);
+    check(isnan(got), "%s, %s: NaN does not show", op, shape);
 }
 
 TEST(adamw_update) { // torch.optim.AdamW, the single-tensor form
@@ -795,12 +807,15 @@ TEST(muon_momentum) {
 
 TEST(muon_load) {
     size_t rows = pick(1, 70), cols = trial == 2 ? rows : pick(1, 50);
-    float scale = (float)normal();
     SHAPE("rows %zu cols %zu", rows, cols);
     array u = f32(rows * cols), x = acts_unset(rows * cols);
+    double squares = trial == 3 ? 0 : exp(4 * normal()), scale = 1 / (sqrt(squares) + 1e-7), *at = (double *)device->alloc(sizeof *at);
+    need(at != NULL, "device memory");
+    device->upload(at, &squares, sizeof squares);
     for (size_t i = 0; i < x.n; i++) x.x[rows > cols ? i % cols * rows + i / cols : i] = u.x[i] * scale;
-    ops->muon_load(x.at, u.f, rows, cols, scale);
-    near("x", x, x.x, x.x, U);
+    ops->muon_load(x.at, u.f, at, rows, cols);
+    device->free(at);
+    near("x", x, x.x, x.x, 2 * U);
 }
 
 TEST(muon_update) {
@@ -841,7 +856,7 @@ static void test_table(const retrofit_ops *ops, const char *only) {
         uint64_t digests[2];
         for (int run = 0; run < 2; run++) {
             op = cases[i].name, device = ops, rng = 1000 + i, draws = digest = 0, replay = run, threads(run ? 1 : 3);
-            for (trial = 0; trial < TRIALS; trial++, release()) cases[i].run(ops);
+            for (trial = 0; trial < trials; trial++, release()) cases[i].run(ops);
             digests[run] = digest;
         }
         check(digests[0] == digests[1], "%s %s: a second run, with another number of threads, gives other bits", ops->name, op);
@@ -855,8 +870,18 @@ static void *exact_alloc(size_t bytes) { // retrofit_cpu's own blocks are a litt
 }
 
 int main(int count, char **args) { // an argument: only operations that have it in their name
+    const char *only = count > 1 ? args[1] : NULL;
+#ifdef RETROFIT_CUDA
+    char text[256];
+    need(retrofit_device(RETROFIT_ON_CUDA, false, text) != NULL, "a GPU");
+    trials = getenv("TRIALS") ? strtoul(getenv("TRIALS"), NULL, 10) : 52;
+    test_table(&retrofit_cuda, only), test_table(&retrofit_cuda_fp32, only);
+    return finish("operations on a GPU");
+#else
     retrofit_ops cpu = retrofit_cpu;
     if (!guard) cpu.alloc = exact_alloc, cpu.free = free;
-    test_table(&cpu, count > 1 ? args[1] : NULL);
+    on_cpu = true, trials = 12;
+    test_table(&cpu, only);
     return finish("operations");
+#endif
 }

@@ -132,7 +132,7 @@ static void runs(const char *optimizer) {
           "--dry-run does not tell memory and FLOPs: %s", out);
     size_t sum = 0, all = 0, number, steps = 0, count = 0, mean, n, k;
     double lr, muon;
-    char *memory = strstr(out, "memory\n"), *line = out;
+    char *memory = strstr(out, "memory on "), *line = out;
     retrofit_map f;
     need(retrofit_safetensors_open(&f, "f/tiny/recurrent/model.safetensors"), "tiny");
     for (size_t i = 0; i < f.count; i++) count += f.tensors[i].count;

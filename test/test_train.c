@@ -118,7 +118,7 @@ static double setting(const char *key) {
 }
 
 static retrofit_activations *activations(const retrofit_model *m, size_t rows, size_t K) {
-    retrofit_activations *a = retrofit_activations_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, true, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, RETROFIT_KEEP_ALL, 0, 0);
     need(a != NULL, "activations");
     return a;
 }
@@ -263,7 +263,8 @@ static void finite_differences(const char *name, size_t k) {
         size_t n = p->rows * p->cols;
         float *old = (float *)allocate(n, 4), *u = (float *)allocate(n, 4);
         memcpy(old, p->master, n * 4);
-        double size = sqrt(sum_squares(p->grad, n));
+        double size = 0;
+        sum_squares(&size, p->grad, n), size = sqrt(size);
         for (int random = 0; random < 2; random++) {
             double length = 0, slope = 0, loss[4];
             for (size_t j = 0; j < n; j++)
@@ -353,7 +354,7 @@ static void unrolled(void) {
     memcpy(stack->wte.master, m->wte.master, V_ * d * 4), memcpy(stack->lm_head.master, m->lm_head.master, V_ * d * 4);
     memcpy(stack->ln_f.master, m->ln_f.master, d * 4);
     retrofit_refresh(m), retrofit_refresh(stack);
-    retrofit_activations *a = retrofit_activations_new(m, 1, T, R, true, 0, 0), *b = retrofit_activations_new(stack, 1, T, 0, true, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, 1, T, R, RETROFIT_KEEP_ALL, 0, 0), *b = retrofit_activations_new(stack, 1, T, 0, RETROFIT_KEEP_ALL, 0, 0);
     const int32_t *tokens = (const int32_t *)fixture(&fixtures, "train.tokens")->data;
     need(a && b && retrofit_prelude(a, tokens, 1, T) && retrofit_forward(b, tokens, 1, T, 0, 0, 0, 0), "forward");
     memcpy(a->state, a->e, T * d * 4), retrofit_recur(a, 0, R), retrofit_coda(a);
@@ -374,8 +375,9 @@ static void unrolled(void) {
     check(e < 1e-6, "looped and unrolled: gradients of %s %.2e apart", w->p.piece[0].name, e);
         EACH(COMPARE)
     }
-    check(sum_squares(m->wte.grad, V_ * d) == 0 && sum_squares(m->prelude[0].wqkv.grad, m->prelude[0].wqkv.rows * d) == 0,
-          "a gradient went past s_0");
+    double squares = 0;
+    sum_squares(&squares, m->wte.grad, V_ * d), sum_squares(&squares, m->prelude[0].wqkv.grad, m->prelude[0].wqkv.rows * d);
+    check(squares == 0, "a gradient went past s_0");
     free(x), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m), retrofit_free(stack);
 }
 

@@ -1,0 +1,85 @@
+#!/bin/sh
+# train and infer on a GPU, as a user calls them: built over the emulator, they must do what they do on a CPU, go on after a stop to the same
+# bits, and say clearly what they can't.
+passed=0 failed=0
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+train=$OUT/emulated_train infer=$OUT/emulated_infer tiny=test/fixtures/tiny/recurrent
+export OMP_NUM_THREADS=1
+check() { # what, then a command that must succeed
+    what=$1
+    shift
+    if ("$@") >"$work/out" 2>&1; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        printf 'FAILED %s: %s\n' "$what" "$*"
+        head -n 5 "$work/out"
+    fi
+    cp "$work/out" "$work/said"
+}
+fails() { # exit code, text on stderr, command
+    code=$1 text=$2
+    shift 2
+    "$@" >"$work/stdout" 2>"$work/stderr"
+    [ $? -eq "$code" ] && [ "$(wc -l <"$work/stderr")" -eq 1 ] && grep -q -e "$text" "$work/stderr"
+}
+close() { # tolerance, log, log: losses of every step and validation, number by number
+    for log in "$2" "$3"; do
+        grep -o '"loss":[^,]*\|"grad_norm":[^,]*\|"[0-9]*":[0-9.]*' "$log" | sed 's/.*://' >"$log.numbers"
+    done
+    [ "$(wc -l <"$2.numbers")" -gt 6 ] && paste "$2.numbers" "$3.numbers" |
+        awk -v t="$1" 'NF != 2 || ($1 - $2) ^ 2 > (t * $2) ^ 2 { print; bad = 1 } END { exit bad }'
+}
+# 40 rows of 17 random tokens as a shard: 256 int32 of header, then uint16
+awk 'BEGIN {
+    split("20240520 1 680", header)
+    for (i = 1; i <= 256; i++) for (b = 0; b < 4; b++) printf "\\0%o", int(header[i] / 256 ^ b) % 256
+    srand(1)
+    for (i = 0; i < 680; i++) printf "\\0%o\\000", int(rand() * 131)
+}' >"$work/shard.txt"
+printf '%b' "$(cat "$work/shard.txt")" >"$work/shard.bin"
+run() { # out, options
+    out=$1
+    shift
+    exec "$train" --model $tiny --data "$work/shard.bin" --val "$work/shard.bin" --out "$work/$out" --steps 3 --seq-len 16 --micro-batch-size 2 \
+        --batch-size 4 --mean-recurrence 4 --eval-recurrences 1,3 --eval-rows 4 --lr 1e-3 "$@"
+}
+check "a CPU" run cpu --device cpu
+check "fp32" run fp32 --device cuda --precision fp32
+check "fp32 as on a CPU" close 1e-4 "$work/fp32/log.jsonl" "$work/cpu/log.jsonl"
+check "bf16" run bf16 --save-every 1
+check "it says where" grep -q "on emulator" "$work/said"
+check "bf16 as on a CPU" close 3e-2 "$work/bf16/log.jsonl" "$work/cpu/log.jsonl"
+check "recomputing" run recompute --recompute
+check "recomputing: the same bits" cmp "$work/bf16/latest/model.safetensors" "$work/recompute/latest/model.safetensors"
+(run killed --save-every 1) >"$work/said" 2>&1 &
+pid=$!
+while [ ! -e "$work/killed/latest" ] && kill -0 $pid 2>/dev/null; do sleep 0.02; done
+kill -9 $pid 2>/dev/null
+wait $pid 2>/dev/null
+check "going on after kill -9" run killed --save-every 1 --resume
+check "going on: the same bits" cmp "$work/bf16/latest/model.safetensors" "$work/killed/latest/model.safetensors"
+check "going on: the same moments" cmp "$work/bf16/latest/optimizer.safetensors" "$work/killed/latest/optimizer.safetensors"
+
+# no GPU, too little memory
+EMULATOR_DEVICES=0 check "without a GPU, auto" sh -c "'$train' --model $tiny --steps 2 --dry-run | grep -q 'memory on the CPU (no GPU: '"
+EMULATOR_DEVICES=0 check "without a GPU, cuda" fails 1 "no GPU: " "$train" --model $tiny --steps 2 --dry-run --device cuda
+small() { EMULATOR_MEMORY=$1 "$train" --model $tiny --data "$work/shard.bin" --out "$work/small" --steps 1 --seq-len 64 --micro-batch-size 8 --backprop-depth 8 $2; }
+check "out of memory, with what would fit" fails 1 "GB are free: --batch-size 8 --micro-batch-size [1-4]* would fit" small 44000000 ""
+fit=$(sed -n 's/.*free: \(.*\) would fit.*/\1/p' "$work/stderr")
+check "what would fit does" small 44000000 "$fit"
+rm -rf "$work/small"
+check "out of memory, recomputing" fails 1 "--recompute would fit" small 35800000 ""
+check "out of memory, whatever one does" fails 1 "no micro-batch fits" small 34500000 ""
+
+# inference
+for place in "cpu bf16" "cuda fp32" "cuda bf16"; do
+    set -- $place
+    "$infer" --model $tiny --tokens 5,9,2,77,31 --recurrences 3 --state-init zero --logits "$work/$1.$2" --device $1 --precision $2 2>&1
+    "$infer" --model $tiny --eval "$work/shard.bin" --seq-len 16 --rows 6 --recurrences 1,4 --device $1 --precision $2 | awk 'NR > 1 { print $2 }' >"$work/$1.$2.eval"
+done
+same() { paste "$2" "$3" | awk -v t="$1" 'NF != 2 || $1 == 0 || ($1 - $2) ^ 2 > t ^ 2 { bad = 1 } END { exit bad || NR != 2 }'; }
+check "--eval in fp32" same 0.0002 "$work/cuda.fp32.eval" "$work/cpu.bf16.eval"
+check "--eval in bf16" same 0.02 "$work/cuda.bf16.eval" "$work/cpu.bf16.eval"
+check "--logits in fp32 differ from bf16's" sh -c "! cmp -s '$work/cuda.fp32' '$work/cuda.bf16'"
+printf '%-24s %d passed, %d failed\n' "train, infer on a GPU" $passed $failed
+[ $failed -eq 0 ]
