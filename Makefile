@@ -109,9 +109,10 @@ build/cuda_%: test/%.c test/test.h retrofit.h $(CUDA_OBJECT)
 test-cuda: $(ON_GPU)
 	@for t in $(ON_GPU); do $$t || exit 1; done
 
+SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(CUDA_HOME)/bin/compute-sanitizer)
 sanitize-cuda: $(ON_GPU)
 	@for tool in memcheck racecheck initcheck synccheck; do for t in $(ON_GPU); do \
-	    echo "$$tool $$t"; $(CUDA_HOME)/bin/compute-sanitizer --tool $$tool --error-exitcode 1 $$t || exit 1; done; done
+	    echo "$$tool $$t"; TRIALS=4 $(SANITIZER) --tool $$tool --error-exitcode 1 $$t || exit 1; done; done
 
 bench-cuda: build/cuda_bench_cuda
 	@sh test/bench_cuda.sh $<

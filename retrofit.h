@@ -297,7 +297,7 @@ typedef struct {
     float *rope;              // (max(T, capacity), h/2, 2)
     float *embedded;          // (N,d)   wte[tokens]
     const float *e;           // (N,d)   the prelude's output
-    float *injected;          // (N,d)   A_e·e, the same in every recurrence
+    float *injected;          // (N,d)   A_e·e, the same in every recurrence, until backward
     float *state;             // (N,d)   s_0 at first, then s_n (training) or the latest state (inference)
     float **adapted;          // [K]     (N,d) the adapter's output, input of the core's first block
     retrofit_block *prelude, *core, *coda; // [P], [K·C], [D]: what backward needs; only when training
@@ -305,7 +305,7 @@ typedef struct {
     float *x;                 // (N,d)   the coda's stream when not training
     const float *last;        // (N,d)   the coda's output
     float *rstd_f;            // (N)
-    act *final;               // (N,d)   RMSNorm_f of it: what the head reads
+    act *final;               // (N,d)   RMSNorm_f of it: what the head reads, until the next block
     float *losses;            // (N)
     act *logits;              // (chunk,V)
     size_t chunk;             // rows of logits that exist at a time
@@ -366,7 +366,7 @@ typedef struct {
     float beta1, beta2, eps, weight_decay, momentum;
     float clip;                 // largest global gradient norm; 0: none
 } retrofit_optimizer;
-// One optimizer step (t from 1) from the accumulated gradients; returns their 2-norm before clipping.
+// One optimizer step (t from 1) from the accumulated gradients; returns their 2-norm before clipping. If that is not finite, nothing changes.
 double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t);
 
 // Memory for the optimizer's moments (and Muon's scratch). false + error.
@@ -2801,7 +2801,7 @@ static void rope_table(float *table, const retrofit_config *c, size_t positions)
     }
 }
 
-enum { LOGITS_BYTES = 1 << 26 }; // rows of logits exist in chunks of about this size, never (N,V) at once
+enum { LOGITS_BYTES = 1 << 26, WIDE_ROWS = 256 }; // rows of logits exist in chunks of about so many bytes, in fp32 of so many rows; never (N,V)
 
 static void lay_out_block(retrofit_block *s, arena *a, const retrofit_config *c, size_t N, size_t size) {
     s->rstd_1 = (float *)take(a, N, 4), s->rstd_2 = (float *)take(a, N, 4);
@@ -2832,19 +2832,24 @@ static void lay_out_activations(retrofit_activations *s, arena *a, const retrofi
     lay_out_blocks(s, s->core, s->K * c->core, a, c, size);
     lay_out_blocks(s, s->coda, c->coda, a, c, size);
     for (size_t i = 0; s->keep && i < s->K; i++) s->adapted[i] = (float *)take(a, N * d, 4);
-    s->rstd_f = (float *)take(a, N, 4), s->final = take(a, N * d, size), s->losses = (float *)take(a, N, 4);
+    s->rstd_f = (float *)take(a, N, 4), s->losses = (float *)take(a, N, 4);
     s->norm = take(a, N * d, size), s->swiglu = take(a, N * c->intermediate, size);
+    s->final = s->norm; // what is never needed at the same time shares memory, here and below
     s->chunk = LOGITS_BYTES / (V * size) / 128 * 128 + 128; // whole tiles of a matrix product
     s->chunk = least(N, s->chunk);
     s->logits = take(a, s->chunk * V, size);
-    s->wide = (float *)take(a, s->chunk > s->B ? s->chunk * V : s->B * V, 4);
+    s->wide = (float *)take(a, (least(s->chunk, WIDE_ROWS) > s->B ? least(s->chunk, WIDE_ROWS) : s->B) * V, 4);
     s->keys = take(a, s->slots * s->B * s->capacity, c->n_kv_heads * c->head_dim * size);
     s->values = take(a, s->slots * s->B * s->capacity, c->n_kv_heads * c->head_dim * size);
     if (!s->keep) return;
-    s->dx = (float *)take(a, N * d, 4), s->dinjected = (float *)take(a, N * d, 4), s->delta = (float *)take(a, N * c->n_heads, 4);
-    s->dbranch = take(a, N * d, size), s->dinner = take(a, N * d, size), s->dattention = take(a, N * d, size), s->dfinal = take(a, N * d, size);
-    s->dqkv = take(a, N * retrofit_qkv_width(c), size);
-    s->dswiglu = take(a, N * c->intermediate, size), s->dfc = take(a, N * 2 * c->intermediate, size);
+    s->dx = (float *)take(a, N * d, 4), s->delta = (float *)take(a, N * c->n_heads, 4);
+    s->dbranch = take(a, N * d, size), s->dinner = take(a, N * d, size), s->dswiglu = take(a, N * c->intermediate, size);
+    s->dinjected = s->injected, s->dfinal = s->dinner;
+    if (s->keep == RETROFIT_KEEP_ALL) s->dattention = s->scratch.attention, s->dqkv = s->scratch.qkv, s->dfc = s->scratch.fc;
+    else {
+        s->dattention = take(a, N * d, size), s->dqkv = take(a, N * retrofit_qkv_width(c), size);
+        s->dfc = take(a, N * 2 * c->intermediate, size);
+    }
 }
 
 // The arrays of pointers that live on the host; false + error.
@@ -3070,8 +3075,8 @@ bool retrofit_forward(retrofit_activations *a, const int32_t *tokens, size_t b, 
 void retrofit_logits(retrofit_activations *a, size_t first, size_t count, float *logits) {
     const retrofit_model *m = a->model;
     size_t d = m->config.n_embd, V = m->config.vocab;
-    for (size_t at = 0; at < count; at += a->chunk) {
-        size_t rows = least(count - at, a->chunk);
+    for (size_t at = 0, rows; at < count; at += rows) {
+        rows = least(count - at, least(a->chunk, WIDE_ROWS));
         m->ops->matmul_residual_forward(a->wide, NULL, act_at(m->ops, a->final, (first + at) * d), m->lm_head.weight, rows, d, V);
         m->ops->download(logits + at * V, a->wide, rows * V * sizeof *logits);
     }
@@ -3247,7 +3252,7 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
     m->ops->zero(m->sums, sizeof *m->sums);
     m->ops->sum_squares(m->sums, (const float *)m->grads, m->grad_bytes / sizeof(float));
     m->ops->download(&norm, m->sums, sizeof norm);
-    norm = sqrt(norm);
+    if (!isfinite(norm = sqrt(norm))) return norm;
     float scale = o->clip > 0 ? (float)fmin(1, o->clip / (norm + 1e-6)) : 1;
     double bias1 = 1 - pow(o->beta1, (double)t), bias2 = 1 - pow(o->beta2, (double)t);
     for (size_t i = 0; i < m->parameter_count; i++) {
