@@ -181,6 +181,8 @@ typedef struct {
 //   attention_cached       out (N,d): T new queries per row against positions 0 .. past[b]+t of the cache
 //   sum_squares            *sum += Σ x², in double, on the device
 //   adamw_update           w, m, v from g·scale; bias1/2 = 1 - beta^t
+//   ellisadam_moments      m, v from g·scale, v being eps² at least; *sum += Σ (g·scale)² / v
+//   ellisadam_update       w = w·(1 - decay) - lr / bias1 / max(1, sqrt(*sum / n)) · atan2(m, sqrt(v / bias2))
 //   muon_momentum          m = lerp(m, scale·g, 1-momentum); u = lerp(scale·g, m, momentum)
 //   muon_load              x = u / (sqrt(*squares) + 1e-7) as act, transposed if rows > cols: (min, max)
 //   axpby                  y = a·x + b·y
@@ -218,6 +220,10 @@ typedef struct {
     X(void, adamw_update,                                                                                                                  \
       (float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,              \
        double bias2, float eps, float decay))                                                                                              \
+    X(void, ellisadam_moments,                                                                                                             \
+      (float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps))                       \
+    X(void, ellisadam_update,                                                                                                              \
+      (float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2, float decay))          \
     X(void, muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float momentum))                                    \
     X(void, muon_load, (act * x, const float *u, const double *squares, size_t rows, size_t cols))                                         \
     X(void, axpby, (act * y, const act *x, size_t n, float a, float b))                                                                    \
@@ -359,12 +365,14 @@ double retrofit_linear_schedule(size_t t, size_t S, double w, double start, doub
 // Warm-up from min·lr over ceil(w·S) steps, stable, then cosine decay over the last ceil(c·S) steps to min·lr.
 double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr);
 
-typedef enum { RETROFIT_ADAMW, RETROFIT_MUON } retrofit_optimizer_kind;
+typedef enum { RETROFIT_ADAMW, RETROFIT_MUON, RETROFIT_ELLISADAM } retrofit_optimizer_kind;
 typedef struct {
     retrofit_optimizer_kind kind;
     float lr, muon_lr;          // this step's
     float beta1, beta2, eps, weight_decay, momentum;
     float clip;                 // largest global gradient norm; 0: none
+    float peak_lr;              // ELLISADAM: the weight decay is for this lr and shrinks with it; 0: for lr itself
+    float throttle;             // divides the learning rates of adapter and core; 0: 1
 } retrofit_optimizer;
 // One optimizer step (t from 1) from the accumulated gradients; returns their 2-norm before clipping. If that is not finite, nothing changes.
 double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t);
@@ -2263,6 +2271,32 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
     }
 }
 
+static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps) {
+    double total = 0;
+    enum { BLOCK = 1 << 12, MANY = 256 }; // as in sum_squares
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
+        double sums[MANY] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < MANY; i++)
+            for (size_t j = at + i * BLOCK; j < least(at + (i + 1) * BLOCK, n); j++) {
+                float gj = g[j] * scale;
+                m[j] += (1.0f - beta1) * (gj - m[j]);
+                v[j] = beta2 * v[j] + (1.0f - beta2) * gj * gj;
+                if (v[j] < eps * eps) v[j] = eps * eps;
+                sums[i] += gj * gj / v[j];
+            }
+        for (size_t i = 0; i < MANY; i++) total += sums[i];
+    }
+    *sum += total;
+}
+
+static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2,
+                             float decay) {
+    float step = (float)(lr / bias1 / fmax(1, sqrt(*sum / (double)n))), root = (float)sqrt(bias2);
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) w[i] = w[i] * (1.0f - decay) - step * atan2f(m[i], sqrtf(v[i]) / root);
+}
+
 static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale, float momentum) {
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) {
@@ -3229,7 +3263,7 @@ void retrofit_training_bytes(retrofit_model *m, retrofit_optimizer_kind kind, si
 
 // Muon: the momentum's update direction u, with its singular values pushed towards 1 by five steps of the quintic iteration
 // X ← aX + (bA + cA²)X, A = XXᵀ, on X = u/(‖u‖ + 1e-7); X is kept with at most as many rows as columns.
-static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale) {
+static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr) {
     const retrofit_ops *ops = m->ops;
     size_t rows = p->rows, cols = p->cols, r = rows < cols ? rows : cols, c = rows < cols ? cols : rows;
     retrofit_weight x = {m->muon_x, ops->act_type, c}, a = {m->muon_a, ops->act_type, r};
@@ -3244,7 +3278,18 @@ static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retr
         ops->matmul_backward_input(m->muon_y, m->muon_b, x, r, c, r);
         ops->axpby(m->muon_x, m->muon_y, r * c, 1, 3.4445f);
     }
-    ops->muon_update(p->master, m->muon_x, rows, cols, o->muon_lr, sqrtf(fmaxf(1, (float)rows / (float)cols)), o->weight_decay);
+    ops->muon_update(p->master, m->muon_x, rows, cols, lr, sqrtf(fmaxf(1, (float)rows / (float)cols)), o->weight_decay);
+}
+
+// AdamW*, the authors' ELLISAdam: m and v begin as the first gradient and its square; atan2 needs no eps, but v is never below eps²; a tensor
+// whose gradient is larger than v expects takes a smaller step; weight decay follows the schedule, not the learning rate.
+static void ellisadam_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr, size_t t,
+                           double bias1, double bias2) {
+    size_t n = p->rows * p->cols;
+    m->ops->zero(m->sums + 1, sizeof *m->sums);
+    m->ops->ellisadam_moments(p->m, p->v, m->sums + 1, p->grad, n, scale, t > 1 ? o->beta1 : 0, t > 1 ? o->beta2 : 0, o->eps);
+    m->ops->ellisadam_update(p->master, p->m, p->v, m->sums + 1, n, lr, bias1, bias2,
+                             o->weight_decay * (o->peak_lr > 0 ? o->lr / o->peak_lr : 1));
 }
 
 double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t) {
@@ -3257,10 +3302,13 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
     double bias1 = 1 - pow(o->beta1, (double)t), bias2 = 1 - pow(o->beta2, (double)t);
     for (size_t i = 0; i < m->parameter_count; i++) {
         retrofit_parameter *p = m->parameters[i];
-        if (by_muon(p, o->kind)) muon_step(m, p, o, scale);
+        bool throttled = o->throttle > 0 && (p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER);
+        float slower = throttled ? o->throttle : 1, lr = o->lr / slower;
+        size_t n = p->rows * p->cols;
+        if (by_muon(p, o->kind)) muon_step(m, p, o, scale, o->muon_lr / slower);
+        else if (o->kind == RETROFIT_ELLISADAM) ellisadam_step(m, p, o, scale, lr, t, bias1, bias2);
         else
-            m->ops->adamw_update(p->master, p->m, p->v, p->grad, p->rows * p->cols, scale, o->lr, o->beta1, o->beta2, bias1, bias2, o->eps,
-                                 o->weight_decay);
+            m->ops->adamw_update(p->master, p->m, p->v, p->grad, n, scale, lr, o->beta1, o->beta2, bias1, bias2, o->eps, o->weight_decay);
     }
     retrofit_refresh(m);
     return norm;

@@ -526,13 +526,14 @@ static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const f
 #ifdef WITH_CUBLAS
 // cuBLASLt is half a gigabyte: it is opened when first needed, so that a program on a machine without a GPU, or without it, starts as if it
 // were not there.
-#define CUBLAS_FUNCTIONS(X)                                                                                      \
-    X(cublasLtCreate)                                                                                            \
-    X(cublasLtMatmulDescCreate)                                                                                  \
-    X(cublasLtMatmulDescSetAttribute)                                                                            \
-    X(cublasLtMatrixLayoutCreate)                                                                                \
-    X(cublasLtMatmulPreferenceCreate) X(cublasLtMatmulPreferenceSetAttribute) X(cublasLtMatmulPreferenceDestroy) \
-        X(cublasLtMatmulAlgoGetHeuristic) X(cublasLtMatmul) X(cublasLtGetStatusString)
+#define CUBLAS_FUNCTIONS(X)                 \
+    X(cublasLtCreate)                       \
+    X(cublasLtMatmulDescCreate)             \
+    X(cublasLtMatmulDescSetAttribute)       \
+    X(cublasLtMatrixLayoutCreate)           \
+    X(cublasLtMatmulPreferenceCreate)       \
+    X(cublasLtMatmulPreferenceSetAttribute) \
+    X(cublasLtMatmulPreferenceDestroy) X(cublasLtMatmulAlgoGetHeuristic) X(cublasLtMatmul) X(cublasLtGetStatusString)
 static struct {
     bool tried;
     cublasLtHandle_t handle;
@@ -1422,6 +1423,49 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
                          double bias1, double bias2, float eps, float decay) {
     LAUNCH(adamw_kernel, blocks_of8(n), THREADS, 0, w, m, v, g, n, scale, (float)(lr / bias1), 1.0f - lr * decay, beta1, beta2,
            (float)sqrt(bias2), eps);
+}
+
+__global__ void ellisadam_moments_kernel(float *m, float *v, double *sums, const float *g, size_t n, float scale, float beta1, float beta2,
+                                         float eps) {
+    double sum = 0;
+    for (size_t i = first_of8(); i < n; i += 8 * THREADS * (size_t)gridDim.x) {
+        float mi[8], vi[8], gi[8], ratio = 0;
+        load8(mi, m + i, n - i), load8(vi, v + i, n - i), load8(gi, g + i, n - i);
+        for (int j = 0; j < 8; j++) {
+            float x = gi[j] * scale;
+            mi[j] += (1.0f - beta1) * (x - mi[j]);
+            vi[j] = beta2 * vi[j] + (1.0f - beta2) * x * x;
+            if (vi[j] < eps * eps) vi[j] = eps * eps;
+            ratio += x * x / vi[j];
+        }
+        store8(m + i, mi, n - i), store8(v + i, vi, n - i);
+        sum += (double)ratio;
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+template <typename E>
+static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps) {
+    size_t blocks = least_of(blocks_of8(n), 2048);
+    LAUNCH(ellisadam_moments_kernel, blocks, THREADS, 0, m, v, (double *)workspace, g, n, scale, beta1, beta2, eps);
+    LAUNCH(add_sums_kernel, blocks > 0, THREADS, 0, sum, (const double *)workspace, (unsigned)blocks);
+}
+
+__global__ void ellisadam_update_kernel(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1,
+                                        float root, float keep) {
+    size_t i = first_of8();
+    if (i >= n) return;
+    float wi[8], mi[8], vi[8], step = (float)(lr / bias1 / fmax(1.0, sqrt(*sum / (double)n)));
+    load8(wi, w + i, n - i), load8(mi, m + i, n - i), load8(vi, v + i, n - i);
+    for (int j = 0; j < 8; j++) wi[j] = wi[j] * keep - step * atan2f(mi[j], sqrtf(vi[j]) / root);
+    store8(w + i, wi, n - i);
+}
+
+template <typename E>
+static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2,
+                             float decay) {
+    LAUNCH(ellisadam_update_kernel, blocks_of8(n), THREADS, 0, w, m, v, sum, n, lr, bias1, (float)sqrt(bias2), 1.0f - decay);
 }
 
 __global__ void muon_momentum_kernel(float *u, float *m, const float *g, size_t n, float scale, float momentum) {

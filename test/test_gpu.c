@@ -164,7 +164,7 @@ static retrofit_model *three_steps(const retrofit_ops *ops, const char *name, re
     retrofit_activations *a = retrofit_activations_new(m, B, T, 2, RETROFIT_KEEP_ALL, 0, 0);
     need(a && retrofit_optimizer_init(m, kind), "memory");
     for (size_t t = 1; t <= 3; t++) {
-        retrofit_optimizer o = {kind, 1e-3f, 2e-3f, 0.9f, 0.95f, kind == RETROFIT_MUON ? 1e-10f : 1e-8f, 0.01f, 0.95f, 1};
+        retrofit_optimizer o = {kind, 1e-3f, 2e-3f, 0.9f, 0.95f, kind == RETROFIT_MUON ? 1e-10f : 1e-6f, 0.01f, 0.95f, 1, 2e-3f, 1.5f};
         retrofit_zero_grad(m);
         for (size_t micro = 0; micro < 2; micro++) {
             for (size_t i = 0; i < B * T; i++)
@@ -182,7 +182,7 @@ static retrofit_model *three_steps(const retrofit_ops *ops, const char *name, re
 static void training(const char *name, retrofit_optimizer_kind kind) {
     double norms[4][3], of = 0, worst = 0;
     char what[64];
-    snprintf(what, sizeof what, "three steps of %s, %s", name, kind == RETROFIT_MUON ? "muon" : "adamw");
+    snprintf(what, sizeof what, "three steps of %s, %s", name, (const char *[]){"adamw", "muon", "ellisadam"}[kind]);
     retrofit_model *start = load(name, &retrofit_cpu, RETROFIT_TRAINING), *exact = three_steps(&retrofit_cpu, name, kind, norms[0]);
     retrofit_model *strict = three_steps(&retrofit_cuda_fp32, name, kind, norms[1]), *explained = three_steps(&rounded, name, kind, norms[2]);
     retrofit_model *fast = three_steps(&retrofit_cuda, name, kind, norms[3]);
@@ -308,7 +308,7 @@ int main(void) {
     fixture_runs("tiny", "n2k3", 2, 3);
     fixture_runs("llama3", "n1k2", 1, 2);
     fixture_runs("head64", "n1k2", 1, 2);
-    training("tiny/recurrent", RETROFIT_ADAMW), training("tiny/recurrent", RETROFIT_MUON), training("head64/recurrent", RETROFIT_ADAMW);
+    training("tiny/recurrent", RETROFIT_ADAMW), training("tiny/recurrent", RETROFIT_MUON), training("head64/recurrent", RETROFIT_ELLISADAM);
     training("tiny/base", RETROFIT_ADAMW); // the plain Llama
     decoding(&retrofit_cuda_fp32, "tiny/recurrent", 1e-5), decoding(&retrofit_cuda, "tiny/recurrent", 0.03), decoding(&retrofit_cuda_fp32, "head64/recurrent", 1e-5);
     memory();

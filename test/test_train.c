@@ -107,6 +107,7 @@ static void schedules(void) {
 }
 
 // ---- The authors' ten steps ----------------------------------------------------------------------------------------------
+static const char *const names[] = {"adamw", "muon", "ellisadam"}; // by retrofit_optimizer_kind
 static retrofit_map fixtures;
 static retrofit_json *recipe;
 enum { STEPS = 10, ROWS = 2 }; // rows in a micro-batch
@@ -156,7 +157,7 @@ static void close_to(double mine, double theirs, double tolerance, const char *k
 
 // Optimizer step t (from 0) of the recipe; with the authors' record of it also compared.
 static void train_step(retrofit_model *m, retrofit_activations *a, retrofit_optimizer_kind kind, size_t t, const retrofit_json *theirs) {
-    const char *name = kind == RETROFIT_MUON ? "muon" : "adamw";
+    const char *name = names[kind];
     size_t accumulate = (size_t)setting("accumulation"), K = (size_t)setting("max_backprop_depth");
     double warmup = setting("lr_warmup"), cooldown = setting("lr_cooldown"), min = setting("min_lr_ratio");
     size_t mean = (size_t)ceil(
@@ -181,7 +182,8 @@ static void train_step(retrofit_model *m, retrofit_activations *a, retrofit_opti
                             .muon_lr = (float)muon_lr,
                             .beta1 = (float)betas->child->number,
                             .beta2 = (float)betas->child->next->number,
-                            .eps = kind == RETROFIT_MUON ? 1e-10f : (float)setting("eps"),
+                            .eps = kind == RETROFIT_MUON ? 1e-10f : kind == RETROFIT_ELLISADAM ? 1e-6f : (float)setting("eps"),
+                            .peak_lr = (float)setting("lr"),
                             .weight_decay = (float)setting("weight_decay"),
                             .momentum = 0.95f,
                             .clip = (float)setting("clip")};
@@ -189,13 +191,14 @@ static void train_step(retrofit_model *m, retrofit_activations *a, retrofit_opti
     if (!theirs) return;
     check((double)mean == from(theirs, "mean_recurrence", 0, 0) && (double)K == from(theirs, "backprop_depth", 0, 0),
           "%s step %zu: mean recurrence %zu, backprop depth %zu", name, t + 1, mean, K);
-    close_to(lr, from(theirs, "lr", 0, 0), 1e-15, name, t, "learning rate");
-    close_to(kind == RETROFIT_MUON ? muon_lr : lr, from(theirs, "lr_first_group", 0, 0), 1e-15, name, t, "first group's learning rate");
+    double exact = kind == RETROFIT_ELLISADAM ? 0x1p-23 : 1e-15; // theirs keeps its learning rate in fp32
+    close_to(lr, from(theirs, "lr", 0, 0), exact, name, t, "learning rate");
+    close_to(kind == RETROFIT_MUON ? muon_lr : lr, from(theirs, "lr_first_group", 0, 0), exact, name, t, "first group's learning rate");
     close_to(norm, from(theirs, "grad_norm", 0, 0), 1e-5, name, t, "gradient norm");
 }
 
 static void ten_steps(retrofit_optimizer_kind kind) {
-    const char *name = kind == RETROFIT_MUON ? "muon" : "adamw";
+    const char *name = names[kind];
     retrofit_model *m = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *start = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
     retrofit_activations *a = activations(m, ROWS, 4);
     need(retrofit_optimizer_init(m, kind), "moments");
@@ -402,26 +405,51 @@ static void accumulation(void) {
     for (int i = 0; i < 4; i++) retrofit_free(m[i]);
 }
 
-// In the authors' steps weight decay is too weak to show. It takes lr·decay of the weight, whatever the gradient, beside the update.
+// In the authors' steps weight decay is too weak to show. It takes lr·decay of the weight, whatever the gradient, beside the update; of ELLISAdam
+// lr/peak·decay, which is all of it where no peak is named.
 static void decay(retrofit_optimizer_kind kind) {
     retrofit_model *m[2], *start = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
     for (int i = 0; i < 2; i++) {
         m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
         retrofit_activations *a = activations(m[i], ROWS, 1);
-        retrofit_optimizer o = {kind, 0.01f, 0.02f, 0.9f, 0.95f, 1e-8f, i ? 0.5f : 0, 0.95f, 0};
+        retrofit_optimizer o = {kind, 0.01f, 0.02f, 0.9f, 0.95f, 1e-8f, i ? 0.5f : 0, 0.95f, 0, 0, 0};
         need(retrofit_optimizer_init(m[i], kind), "moments"), pass(a, 0, ROWS, 0, 1, 1);
         retrofit_optimizer_step(m[i], &o, 1), retrofit_activations_free(a);
     }
     for (size_t i = 0; i < start->parameter_count; i++) {
         const retrofit_parameter *p = start->parameters[i];
-        double lr = kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX ? 0.02 : 0.01, worst = 0;
+        double lr = kind == RETROFIT_ELLISADAM ? 1 : kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX ? 0.02 : 0.01, worst = 0;
         for (size_t j = 0; j < p->rows * p->cols; j++) {
             double with = (double)m[1]->parameters[i]->master[j], without = (double)m[0]->parameters[i]->master[j];
             worst = fmax(worst, fabs(with - without + lr * 0.5 * (double)p->master[j]));
         }
-        check(worst < 1e-6, "%s: weight decay of %s is off by %.2e", kind == RETROFIT_MUON ? "muon" : "adamw", p->piece[0].name, worst);
+        check(worst < 1e-6, "%s: weight decay of %s is off by %.2e", names[kind], p->piece[0].name, worst);
     }
     retrofit_free(m[0]), retrofit_free(m[1]), retrofit_free(start);
+}
+
+// With a throttle of 4, adapter and core go a quarter of the way, and all else goes all of it.
+static void throttling(void) {
+    for (int kind = RETROFIT_ADAMW; kind <= RETROFIT_ELLISADAM; kind++) {
+        retrofit_model *m[2], *start = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
+        for (int i = 0; i < 2; i++) {
+            m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
+            retrofit_activations *a = activations(m[i], ROWS, 1);
+            retrofit_optimizer o = {(retrofit_optimizer_kind)kind, 0.01f, 0.02f, 0.9f, 0.95f, 1e-8f, 0, 0.95f, 0, 0, i ? 4.0f : 0};
+            need(retrofit_optimizer_init(m[i], (retrofit_optimizer_kind)kind), "moments"), pass(a, 0, ROWS, 0, 1, 1);
+            retrofit_optimizer_step(m[i], &o, 1), retrofit_activations_free(a);
+        }
+        for (size_t i = 0; i < start->parameter_count; i++) {
+            const retrofit_parameter *p = start->parameters[i];
+            double worst = 0, share = p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER ? 0.25 : 1;
+            for (size_t j = 0; j < p->rows * p->cols; j++) {
+                double way = (double)m[0]->parameters[i]->master[j] - p->master[j], slow = (double)m[1]->parameters[i]->master[j] - p->master[j];
+                worst = fmax(worst, fabs(slow - share * way));
+            }
+            check(worst < 1e-6, "%s: throttled by 4, %s is %.2e off", names[kind], p->piece[0].name, worst);
+        }
+        retrofit_free(m[0]), retrofit_free(m[1]), retrofit_free(start);
+    }
 }
 
 // The source model trained by the same loop, on one batch again and again, must learn it.
@@ -811,9 +839,9 @@ int main(void) {
              retrofit_safetensors_open(&fixtures, FIXTURES "tiny/train.safetensors"),
          "fixtures");
     sampler(), schedules();
-    ten_steps(RETROFIT_ADAMW), ten_steps(RETROFIT_MUON);
+    ten_steps(RETROFIT_ADAMW), ten_steps(RETROFIT_MUON), ten_steps(RETROFIT_ELLISADAM);
     finite_differences(FIXTURES "tiny/recurrent", 3), finite_differences(FIXTURES "tiny/base", 0);
-    truncation(), unrolled(), accumulation(), decay(RETROFIT_ADAMW), decay(RETROFIT_MUON), baseline();
+    truncation(), unrolled(), accumulation(), decay(RETROFIT_ADAMW), decay(RETROFIT_MUON), decay(RETROFIT_ELLISADAM), throttling(), baseline();
     there_and_back(FIXTURES "tiny/recurrent"), there_and_back(FIXTURES "tiny/base"), there_and_back(FIXTURES "llama3/recurrent");
     directories();
     char *config = read_file(FIXTURES "tiny/base/config.json", &size);
