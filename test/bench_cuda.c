@@ -280,6 +280,16 @@ OP(adamw_update, ROWS, "Wd fc") {
     about.terms = 4;
     on->adamw_update(both(F32, n), both(F32, n), both(POSITIVE, n), in(F32, n), n, 0.5f, 1e-3f, 0.9f, 0.95f, 0.5, 0.4, 1e-8f, 0.1f);
 }
+OP(ellisadam_moments, ALL, "Wd fc") {
+    size_t n = s[0] * s[1];
+    about.terms = 256;
+    on->ellisadam_moments(both(F32, n), both(POSITIVE, n), number('b', 0), in(F32, n), n, 0.5f, 0.9f, 0.95f, 1e-6f);
+}
+OP(ellisadam_update, ROWS, "Wd fc") {
+    size_t n = s[0] * s[1];
+    about.terms = 4;
+    on->ellisadam_update(both(F32, n), in(F32, n), in(POSITIVE, n), number('i', (double)n), n, 1e-3f, 0.5, 0.4, 0.1f);
+}
 OP(muon_momentum, ROWS, "Wd fc") {
     size_t n = s[0] * s[1];
     on->muon_momentum(out(F32, n), both(F32, n), in(F32, n), n, 0.5f, 0.95f);
@@ -496,7 +506,7 @@ static void determinism(void) {
 static void train_steps(retrofit_model *m, retrofit_optimizer_kind kind, size_t n, size_t k, retrofit_keep keep, size_t fixed,
                         size_t before) {
     const char *name = kind == RETROFIT_MUON ? "Muon" : "AdamW", *kept = keep == RETROFIT_KEEP_INPUTS ? "inputs" : "all";
-    retrofit_optimizer o = {kind, 5e-5f, 1e-3f, 0.9f, 0.95f, kind == RETROFIT_MUON ? 1e-10f : 1e-8f, 1e-4f, 0.95f, 1};
+    retrofit_optimizer o = {kind, 5e-5f, 1e-3f, 0.9f, 0.95f, kind == RETROFIT_MUON ? 1e-10f : 1e-8f, 1e-4f, 0.95f, 1, 0, 0};
     size_t B = sizes['B'], T = sizes['T'], bytes = retrofit_activations_bytes(&m->config, device, B, T, k, keep),
            rounds = miniature ? 1 : 5;
     char what[64];

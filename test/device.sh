@@ -81,5 +81,6 @@ same() { paste "$2" "$3" | awk -v t="$1" 'NF != 2 || $1 == 0 || ($1 - $2) ^ 2 > 
 check "--eval in fp32" same 0.0002 "$work/cuda.fp32.eval" "$work/cpu.bf16.eval"
 check "--eval in bf16" same 0.02 "$work/cuda.bf16.eval" "$work/cpu.bf16.eval"
 check "--logits in fp32 differ from bf16's" sh -c "! cmp -s '$work/cuda.fp32' '$work/cuda.bf16'"
+check "bench-cuda in miniature: errors that rounding explains, the same bits five times" "$OUT/emulated_bench_cuda" --miniature
 printf '%-24s %d passed, %d failed\n' "train, infer on a GPU" $passed $failed
 [ $failed -eq 0 ]
