@@ -348,6 +348,9 @@ void retrofit_logits(retrofit_activations *a, size_t first, size_t count, float 
 double retrofit_loss(retrofit_activations *a, const int32_t *labels, float scale);
 void retrofit_backward(retrofit_activations *a);                                           // adds to every parameter's grad
 void retrofit_zero_grad(retrofit_model *m);
+// Root mean squares of the states s_n .. s_{n+k} of a training pass (k + 1 of them; the number is returned): if they grow from one
+// recurrence to the next, training is about to fail. Needs the optimizer's memory.
+size_t retrofit_state_sizes(const retrofit_activations *a, double *rms);
 
 // Floating-point operations of training on one token with (n,k): 2 per multiply-add of a matrix, attention included; forward
 // costs 1, backward 2, gradient-free recurrences no backward.
@@ -3173,6 +3176,18 @@ void retrofit_backward(retrofit_activations *a) {
         blocks_backward(a, m->prelude, m->config.prelude, a->prelude);
     }
     ops->embedding_backward(m->wte.grad, a->tokens, a->dx, a->N, d);
+}
+
+size_t retrofit_state_sizes(const retrofit_activations *a, double *rms) {
+    const retrofit_model *m = a->model;
+    size_t C = m->config.core, count = a->N * m->config.n_embd;
+    for (size_t j = 0; C && j <= a->k; j++) {
+        m->ops->zero(m->sums + 1, sizeof *m->sums);
+        m->ops->sum_squares(m->sums + 1, j ? a->core[j * C - 1].out : a->state, count);
+        m->ops->download(&rms[j], m->sums + 1, sizeof *rms);
+        rms[j] = sqrt(rms[j] / (double)count);
+    }
+    return C ? a->k + 1 : 0;
 }
 
 double retrofit_flops_per_token(const retrofit_config *c, size_t T, size_t n, size_t k) {

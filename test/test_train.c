@@ -106,6 +106,27 @@ static void schedules(void) {
     check(count == 1629, "%zu rows of schedules, not 1629", count);
 }
 
+// The sizes of the states against a pass that stops at each of them.
+static void state_sizes(void) {
+    retrofit_model *m = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
+    int32_t tokens[12];
+    double rms[8];
+    for (int i = 0; i < 12; i++) tokens[i] = i * 7 % 131;
+    retrofit_activations *a = retrofit_activations_new(m, 2, 6, 3, RETROFIT_KEEP_ALL, 0, 0);
+    retrofit_activations *b = retrofit_activations_new(m, 2, 6, 0, RETROFIT_KEEP_NOTHING, 0, 0);
+    need(a && b && retrofit_optimizer_init(m, RETROFIT_ADAMW) && retrofit_forward(a, tokens, 2, 6, 0.5f, 3, 2, 3), "forward");
+    size_t count = retrofit_state_sizes(a, rms);
+    check(count == 4, "%zu sizes of 4 states", count);
+    for (size_t j = 0; j < count; j++) {
+        double sum = 0;
+        need(retrofit_forward(b, tokens, 2, 6, 0.5f, 3, 2 + j, 0), "forward");
+        for (size_t i = 0; i < 12 * m->config.n_embd; i++) sum += (double)b->state[i] * b->state[i];
+        sum = sqrt(sum / (12.0 * (double)m->config.n_embd));
+        check(fabs(rms[j] - sum) < 1e-6 * sum, "the size of s_%zu is %g, should be %g", 2 + j, rms[j], sum);
+    }
+    retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m);
+}
+
 // ---- The authors' ten steps ----------------------------------------------------------------------------------------------
 static const char *const names[] = {"adamw", "muon", "ellisadam"}; // by retrofit_optimizer_kind
 static retrofit_map fixtures;
@@ -841,7 +862,7 @@ int main(void) {
     sampler(), schedules();
     ten_steps(RETROFIT_ADAMW), ten_steps(RETROFIT_MUON), ten_steps(RETROFIT_ELLISADAM);
     finite_differences(FIXTURES "tiny/recurrent", 3), finite_differences(FIXTURES "tiny/base", 0);
-    truncation(), unrolled(), accumulation(), decay(RETROFIT_ADAMW), decay(RETROFIT_MUON), decay(RETROFIT_ELLISADAM), throttling(), baseline();
+    truncation(), unrolled(), state_sizes(), accumulation(), decay(RETROFIT_ADAMW), decay(RETROFIT_MUON), decay(RETROFIT_ELLISADAM), throttling(), baseline();
     there_and_back(FIXTURES "tiny/recurrent"), there_and_back(FIXTURES "tiny/base"), there_and_back(FIXTURES "llama3/recurrent");
     directories();
     char *config = read_file(FIXTURES "tiny/base/config.json", &size);
