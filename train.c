@@ -1,16 +1,19 @@
 // train: teaches a model its recurrence (method: paper section 4), or trains a plain Llama by the same loop as the baseline.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
+#include <signal.h>
+#include <sys/statvfs.h>
 
 static struct {
-    const char *model, *data, *val, *out, *eval_list;
-    size_t steps, batch, micro, seq_len, mean_recurrence, backprop_depth, seed, save_every, eval_every, eval_rows;
-    double lr, muon_lr, weight_decay, beta1, beta2, clip, warmup, cooldown, min_lr_ratio, curriculum_warmup;
+    const char *model, *data, *val, *out, *eval_list, *fixed;
+    size_t steps, batch, micro, seq_len, mean_recurrence, backprop_depth, seed, save_every, keep, eval_every, eval_rows, max_bad_steps;
+    double lr, muon_lr, weight_decay, beta1, beta2, clip, warmup, cooldown, min_lr_ratio, curriculum_warmup, flops, time_limit, save_before;
     int optimizer, curriculum, state_init, device, precision;
-    bool shuffle, resume, dry_run, recompute;
+    bool shuffle, resume, resume_anyway, dry_run, recompute, throttle;
 } o = {.eval_list = "1,2,4,8",     .micro = 8,       .seed = 1,      .eval_rows = 64,          .lr = 5e-5,        .muon_lr = 1e-3,
        .weight_decay = 1e-4,       .beta1 = 0.9,     .beta2 = 0.95,  .clip = 1,                .warmup = 0.0025,  .cooldown = 0.6,
-       .min_lr_ratio = 0.001,      .curriculum_warmup = 0.75,        .curriculum = RETROFIT_CURRICULUM_1_SQRT, .optimizer = RETROFIT_MUON};
+       .min_lr_ratio = 0.001,      .curriculum_warmup = 0.75,        .curriculum = RETROFIT_CURRICULUM_1_SQRT, .optimizer = RETROFIT_MUON,
+       .keep = 1,                  .max_bad_steps = 5,               .save_before = 5};
 
 static const retrofit_option options[] = {
     {"Files", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -19,10 +22,17 @@ static const retrofit_option options[] = {
     {"val", RETROFIT_STRING, &o.val, "'GLOB'", "shards for the validation loss"},
     {"out", RETROFIT_STRING, &o.out, "DIR", "gets step_00000100/ (a model), latest -> the newest, log.jsonl"},
     {"resume", RETROFIT_FLAG, &o.resume, NULL, "go on from DIR/latest, to the same bits as if never stopped"},
+    {"resume-anyway", RETROFIT_FLAG, &o.resume_anyway, NULL, "the same with options that alter the run; says which"},
     {"save-every", RETROFIT_SIZE, &o.save_every, "N", "steps between checkpoints (0: at the end only)"},
+    {"keep", RETROFIT_SIZE, &o.keep, "N", "the newest checkpoints that stay (1)"},
     {"dry-run", RETROFIT_FLAG, &o.dry_run, NULL, "print parameters, memory, FLOPs and schedule, and stop"},
-    {"Batches", RETROFIT_HEADING, NULL, NULL, NULL},
+    {"When to stop (SIGINT and SIGTERM do so too: after the running step, with a checkpoint)", RETROFIT_HEADING, NULL, NULL, NULL},
     {"steps", RETROFIT_SIZE, &o.steps, "N", "optimizer steps"},
+    {"flops", RETROFIT_REAL, &o.flops, "F", "end once this many, 1e18 say, are spent; the schedules keep to --steps"},
+    {"time-limit", RETROFIT_REAL, &o.time_limit, "MINUTES", "stop in time to be done by then; --resume goes on"},
+    {"save-before", RETROFIT_REAL, &o.save_before, "MINUTES", "before the time limit saving begins (5)"},
+    {"max-bad-steps", RETROFIT_SIZE, &o.max_bad_steps, "N", "fail when in so many steps in a row loss or gradient is no number (5)"},
+    {"Batches", RETROFIT_HEADING, NULL, NULL, NULL},
     {"micro-batch-size", RETROFIT_SIZE, &o.micro, "ROWS", "rows in memory at a time; one draw of recurrences each (8)"},
     {"batch-size", RETROFIT_SIZE, &o.batch, "ROWS", "rows per optimizer step (one micro-batch)"},
     {"seq-len", RETROFIT_SIZE, &o.seq_len, "T", "tokens in a row (1024, or the model's context)"},
@@ -33,9 +43,11 @@ static const retrofit_option options[] = {
     {"backprop-depth", RETROFIT_SIZE, &o.backprop_depth, "K", "recurrences that get gradients (the model's)"},
     {"curriculum", RETROFIT_CHOICE, &o.curriculum, "none|linear|1-sqrt", "how the mean grows to R (1-sqrt)"},
     {"curriculum-warmup", RETROFIT_REAL, &o.curriculum_warmup, "F", "over this share of the steps (.75)"},
+    {"fixed-recurrences", RETROFIT_STRING, &o.fixed, "n,k", "the same n without and k with gradients always: no draws, no curriculum"},
     {"state-init", RETROFIT_CHOICE, &o.state_init, "normal|zero", "the start state (normal)"},
     {"Optimizer", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"optimizer", RETROFIT_CHOICE, &o.optimizer, "adamw|muon", "muon: matrices of the body; embedding, head, norms by adamw (muon)"},
+    {"optimizer", RETROFIT_CHOICE, &o.optimizer, "adamw|muon|ellisadam", "muon: matrices of the body, the rest by adamw; ellisadam: the paper's AdamW* (muon)"},
+    {"throttle", RETROFIT_FLAG, &o.throttle, NULL, "divide the learning rates of adapter and core by the step's mean k"},
     {"lr", RETROFIT_REAL, &o.lr, "F", "peak learning rate of AdamW (5e-5)"},
     {"muon-lr", RETROFIT_REAL, &o.muon_lr, "F", "peak learning rate of Muon (1e-3)"},
     {"weight-decay", RETROFIT_REAL, &o.weight_decay, "F", "on every parameter (1e-4)"},
@@ -55,13 +67,45 @@ static const retrofit_option options[] = {
     {"recompute", RETROFIT_FLAG, &o.recompute, NULL, "keep a sixth of the activations and compute the rest again: a third more work"},
 };
 
+// Where the run is; all of it goes into every checkpoint. in_a_row: steps skipped up to this one; norm: the gradient's, averaged.
+static struct {
+    size_t step, skipped, in_a_row;
+    double flops, norm;
+} now;
+static size_t fixed_n, fixed_k; // of --fixed-recurrences; k is 0 without it
+static FILE *journal;           // OUT/log.jsonl
+static bool live_line;          // the terminal's cursor is behind a line that the next one is to replace
+
+static void end_live_line(void) {
+    if (live_line) fputc('\n', stderr);
+    live_line = false;
+}
+
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fputs("train: ", stderr), vfprintf(stderr, format, args), fputc('\n', stderr);
+    end_live_line(), fputs("train: ", stderr), vfprintf(stderr, format, args), fputc('\n', stderr);
     va_end(args);
     exit(code);
 }
+
+// ---- When to stop ----------------------------------------------------------------------------------------------------------
+static volatile sig_atomic_t stop; // the signal that asked for it
+static double started, seconds_per_flop, seconds_to_save; // the slowest step's; the last checkpoint's
+
+static void on_signal(int which) { // another one ends the program at once
+    stop = which;
+    signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
+}
+
+// Whether to stop now: a signal came, or work of this many more FLOPs would end later than saving must begin.
+static bool stopping(double flops) {
+    double left = 60 * o.time_limit - fmax(60 * o.save_before, seconds_to_save) - (retrofit_seconds() - started);
+    return stop || (o.time_limit > 0 && flops * seconds_per_flop > left) || (o.time_limit > 0 && left < 0);
+}
+
+static bool ended(void) { return now.step >= o.steps || (o.flops > 0 && now.flops >= o.flops); }
+static bool due(void) { return o.val && (ended() || (o.eval_every && now.step % o.eval_every == 0)); } // a validation
 
 // ---- What one step does ----------------------------------------------------------------------------------------------------
 typedef struct {
@@ -74,6 +118,7 @@ static plan plan_of(const retrofit_config *c, size_t step) { // step from 0
     if (!retrofit_is_plain(c)) {
         p.mean = (size_t)ceil(retrofit_curriculum((retrofit_curriculum_kind)o.curriculum, step, o.steps, o.curriculum_warmup, (double)o.mean_recurrence));
         if (p.mean == 0) p.mean = 1;
+        if (fixed_k) p.mean = fixed_n + fixed_k;
         p.depth = p.mean < o.backprop_depth ? p.mean : o.backprop_depth;
     }
     p.lr = (float)retrofit_learning_rate(step, o.steps, o.warmup, o.cooldown, o.min_lr_ratio, o.lr);
@@ -83,8 +128,8 @@ static plan plan_of(const retrofit_config *c, size_t step) { // step from 0
 
 // n and k of micro-batch j (from 0) of a step; none for a plain Llama.
 static void draw(const plan *p, size_t step, size_t j, size_t *n, size_t *k) {
-    *n = *k = 0;
-    if (p->mean) retrofit_draw_recurrences(step * (o.batch / o.micro) + j + 1, p->mean, p->depth, n, k, NULL);
+    *n = fixed_n, *k = fixed_k;
+    if (p->mean && !fixed_k) retrofit_draw_recurrences(step * (o.batch / o.micro) + j + 1, p->mean, p->depth, n, k, NULL);
 }
 
 // FLOPs of the steps [from, to), by the draws they will make.
@@ -99,12 +144,24 @@ static double flops_of(const retrofit_config *c, size_t from, size_t to) {
 }
 
 // ---- Validation: the same rows and start states every time; s_r of every r lies on one way -----------------------------
-static void evaluate(retrofit_activations *a, retrofit_data *val, FILE *log, size_t step, int32_t *tokens, int32_t *labels) {
+static const char *number(char text[32], const char *format, double x) { // as JSON has it, which knows no NaN
+    return isfinite(x) ? snprintf(text, 32, format, x) : snprintf(text, 32, "null"), text;
+}
+
+static void flush_journal(void) {
+    if (ferror(journal) || fflush(journal))
+        die(1, "%s/log.jsonl: writing failed: %s (the checkpoint before is untouched)", o.out, strerror(errno));
+}
+
+// False if it was stopped; the next run does it then.
+static bool evaluate(retrofit_activations *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
+    char text[32];
     size_t r[32], count, rows = least(retrofit_data_rows(val), o.eval_rows), T = o.seq_len;
     double loss[32] = {0};
     retrofit_sizes(o.eval_list, r, 32, &count);
     if (retrofit_is_plain(&a->model->config)) count = 1, r[0] = 0;
     for (size_t at = 0; at < rows; at += o.micro) {
+        if (stopping(0)) return false;
         size_t b = least(rows - at, o.micro), done = SIZE_MAX; // recurrences so far; a list that goes back begins anew
         for (size_t i = 0; i < b; i++)
             if (!retrofit_data_row(val, at + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
@@ -117,95 +174,293 @@ static void evaluate(retrofit_activations *a, retrofit_data *val, FILE *log, siz
             loss[i] += retrofit_loss(a, labels, 0) * (double)b;
         }
     }
-    fprintf(stderr, "step %zu: validation loss", step);
-    fprintf(log, "{\"step\":%zu,\"val\":{", step);
+    end_live_line(), fprintf(stderr, "step %zu: validation loss", now.step);
+    fprintf(journal, "{\"step\":%zu,\"val\":{", now.step);
     for (size_t i = 0; i < count; i++) {
         if (r[i]) fprintf(stderr, "  r=%zu", r[i]);
         fprintf(stderr, " %.4f", loss[i] / (double)rows);
-        fprintf(log, "%s\"%zu\":%.6f", i ? "," : "", r[i], loss[i] / (double)rows);
+        fprintf(journal, "%s\"%zu\":%s", i ? "," : "", r[i], number(text, "%.6f", loss[i] / (double)rows));
     }
-    fprintf(stderr, "\n"), fprintf(log, "}}\n"), fflush(log);
+    fprintf(stderr, "\n"), fprintf(journal, "}}\n"), flush_journal();
+    return true;
+}
+
+// ---- Numbers that go wrong ------------------------------------------------------------------------------------------------
+// The first parameter whose gradient is not finite, or NULL.
+static const char *bad_gradient(const retrofit_model *m) {
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        const retrofit_parameter *p = m->parameters[i];
+        double sum;
+        m->ops->zero(m->sums + 1, sizeof sum);
+        m->ops->sum_squares(m->sums + 1, p->grad, p->rows * p->cols);
+        m->ops->download(&sum, m->sums + 1, sizeof sum);
+        if (!isfinite(sum)) return p->piece[0].name;
+    }
+    return NULL;
+}
+
+// Takes note of a step's gradient norm, NaN if its loss was not finite: then nothing was changed, and too many of those end the run.
+static void judge(const retrofit_model *m, double loss, double norm) {
+    if (isfinite(norm)) {
+        now.in_a_row = 0;
+        double times = now.norm > 0 ? norm / now.norm : 1;
+        if (times > 10)
+            end_live_line(), fprintf(stderr, "step %zu: the gradient's norm, %.3g, is %.0f times its average\n", now.step, norm, times);
+        now.norm = now.norm > 0 ? now.norm * (0.95 + 0.05 * fmin(times, 10)) : norm; // fmin: the next one shall be seen too
+        return;
+    }
+    char what[256];
+    const char *bad = bad_gradient(m);
+    snprintf(what, sizeof what, "step %zu: the loss is %g, %s%s", now.step, isnan(loss) ? NAN : loss,
+             bad ? "not finite is the gradient of " : "every gradient is finite", bad ? bad : "");
+    now.skipped++, now.in_a_row++;
+    if (now.in_a_row >= o.max_bad_steps)
+        die(1, "%s: %zu bad steps in a row; the last checkpoint is untouched: --resume-anyway with a lower --lr", what, now.in_a_row);
+    end_live_line(), fprintf(stderr, "%s: skipped (%zu in a row, %zu end the run)\n", what, now.in_a_row, o.max_bad_steps);
 }
 
 // ---- Checkpoints: OUT/step_00000100, and OUT/latest, a link that always names a complete one ----------------------------
-static size_t data_rows;
-static void recipe(char *text, size_t size) { // what must not change between a run and its continuation
-    static const char *const curricula[] = {"none", "linear", "1-sqrt"};
-    snprintf(text, size,
-             "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu optimizer=%s lr=%.9g muon-lr=%.9g weight-decay=%.9g beta1=%.9g beta2=%.9g "
-             "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu curriculum=%s "
-             "curriculum-warmup=%.9g state-init=%s seed=%zu shuffle=%d data-rows=%zu",
-             o.steps, o.batch, o.micro, o.seq_len, o.optimizer == RETROFIT_MUON ? "muon" : "adamw", o.lr, o.muon_lr, o.weight_decay, o.beta1,
-             o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, curricula[o.curriculum],
-             o.curriculum_warmup, o.state_init ? "zero" : "normal", o.seed, o.shuffle, data_rows);
+// What each file was when the checkpoint was made: size and hash, 64-bit FNV-1a by 8 bytes, folded so that no bit stays on top.
+static bool hash_file(const char *path, size_t *size, char hash[17]) {
+    static uint64_t words[1 << 13];
+    uint64_t h = 0xcbf29ce484222325;
+    FILE *f = open_file(path, size);
+    *size = 0;
+    for (size_t n; f && (n = fread(words, 1, sizeof words, f)); *size += n) {
+        memset((char *)words + n, 0, (8 - n % 8) % 8);
+        for (size_t i = 0; i < (n + 7) / 8; i++) h = (h ^ words[i]) * 0x100000001b3, h ^= h >> 32;
+    }
+    bool ok = f && (!ferror(f) || fail("%s: %s", path, strerror(errno)));
+    if (f) fclose(f);
+    return snprintf(hash, 17, "%016llx", (unsigned long long)h), ok;
 }
 
-static void save(const retrofit_model *m, size_t step, double flops, const char *tokenizer) {
-    char name[32], path[RETROFIT_PATH], link[RETROFIT_PATH], temporary[RETROFIT_PATH], before[RETROFIT_PATH], text[1024], done[32], spent[32];
-    snprintf(name, sizeof name, "step_%08zu", step);
+static int visible(const struct dirent *e) { return *e->d_name != '.'; }
+
+static bool write_manifest(const char *directory) { // of all files that are there
+    char path[RETROFIT_PATH];
+    struct dirent **e;
+    int count = scandir(directory, &e, visible, alphasort);
+    FILE *f = count > 0 && retrofit_path(path, directory, "manifest.json") ? fopen(path, "wb") : NULL;
+    bool ok = f || fail("%s/manifest.json: %s", directory, strerror(errno));
+    if (f) fprintf(f, "{\n  \"step\": %zu,\n  \"files\": [", now.step);
+    for (int i = 0; i < count; free(e[i++])) {
+        size_t size;
+        char hash[17];
+        ok = ok && retrofit_path(path, directory, e[i]->d_name) && hash_file(path, &size, hash);
+        if (ok) fprintf(f, "%s\n    {\"name\": \"%s\", \"size\": %zu, \"hash\": \"%s\"}", i ? "," : "", e[i]->d_name, size, hash);
+    }
+    if (count >= 0) free(e);
+    if (f) fprintf(f, "\n  ]\n}\n"), ok = retrofit_path(path, directory, "manifest.json") && finish_file(f, path, ok) && ok;
+    return ok;
+}
+
+static bool intact(const char *directory) { // false + error, which names the file
+    char path[RETROFIT_PATH], hash[17];
+    size_t size;
+    if (!retrofit_path(path, directory, "manifest.json")) return false;
+    char *text = read_file(path, &size);
+    retrofit_json *root = text ? retrofit_json_parse(text, size, path) : NULL;
+    const retrofit_json *files = retrofit_json_get(root, "files"), *f = files ? files->child : NULL;
+    bool ok = root && (f || fail("%s: names no files: not written by train", path));
+    for (; ok && f; f = f->next) {
+        const retrofit_json *name = retrofit_json_get(f, "name"), *sum = retrofit_json_get(f, "hash"), *bytes = retrofit_json_get(f, "size");
+        if (!name || !name->string || !bytes || !sum || !sum->string) ok = fail("%s: a file without name, size and hash", path);
+        ok = ok && retrofit_path(path, directory, name->string) && hash_file(path, &size, hash);
+        if (ok && ((double)size != bytes->number || strcmp(hash, sum->string)))
+            ok = fail("%s: damaged: %zu bytes with hash %s, the manifest says %.0f with %s", path, size, hash, bytes->number, sum->string);
+    }
+    return free(text), retrofit_json_free(root), ok;
+}
+
+static int is_step(const struct dirent *e) { return !strncmp(e->d_name, "step_", 5); }
+static size_t step_of(const char *name) { return strtoul(name + 5, NULL, 10); }
+static int newest_first(const struct dirent **a, const struct dirent **b) {
+    size_t x = step_of((*a)->d_name), y = step_of((*b)->d_name);
+    return x < y ? 1 : x > y ? -1 : strcmp((*a)->d_name, (*b)->d_name);
+}
+
+// Removes the checkpoints older than the --keep newest, and what a run that was killed left: half a checkpoint, one not linked to.
+static void prune(const char *latest) {
+    char path[RETROFIT_PATH];
+    struct dirent **e;
+    int count = scandir(o.out, &e, is_step, newest_first);
+    size_t kept = 0;
+    for (int i = 0; i < count; free(e[i++])) {
+        bool whole = !strchr(e[i]->d_name, '.') && step_of(e[i]->d_name) <= step_of(latest);
+        if (whole && kept < o.keep) kept++;
+        else if (retrofit_path(path, o.out, e[i]->d_name)) retrofit_directory_abandon(path);
+    }
+    if (count >= 0) free(e);
+}
+
+// Ends the program unless `latest` is what was written; says which older checkpoint is, if one is.
+static void check_latest(const char *latest) {
+    char path[RETROFIT_PATH], name[RETROFIT_PATH] = {0}, wrong[1024];
+    struct dirent **e;
+    if (intact(latest)) return;
+    snprintf(wrong, sizeof wrong, "%s", retrofit_error());
+    if (readlink(latest, name, sizeof name - 1) < 0) die(1, "%s", wrong);
+    int count = scandir(o.out, &e, is_step, newest_first);
+    for (int i = 0; i < count; i++)
+        if (strcmp(e[i]->d_name, name) && !strchr(e[i]->d_name, '.') && retrofit_path(path, o.out, e[i]->d_name) && intact(path))
+            die(1, "%s; %s is intact: ln -sfn %s %s, then --resume", wrong, path, e[i]->d_name, latest);
+    die(1, "%s; no other checkpoint in %s is intact", wrong, o.out);
+}
+
+static size_t data_rows;
+static const retrofit_ops *place;
+static void recipe(char *text, size_t size) { // what must not change between a run and its continuation
+    static const char *const curricula[] = {"none", "linear", "1-sqrt"}, *const optimizers[] = {"adamw", "muon", "ellisadam"};
+    char fixed[48] = "none";
+    if (fixed_k) snprintf(fixed, sizeof fixed, "%zu,%zu", fixed_n, fixed_k);
+    snprintf(text, size,
+             "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu optimizer=%s throttle=%d lr=%.9g muon-lr=%.9g weight-decay=%.9g beta1=%.9g beta2=%.9g "
+             "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu curriculum=%s "
+             "curriculum-warmup=%.9g fixed-recurrences=%s state-init=%s seed=%zu shuffle=%d data-rows=%zu device=%.4s precision=%s",
+             o.steps, o.batch, o.micro, o.seq_len, optimizers[o.optimizer], o.throttle, o.lr, o.muon_lr, o.weight_decay, o.beta1,
+             o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, curricula[o.curriculum],
+             o.curriculum_warmup, fixed, o.state_init ? "zero" : "normal", o.seed, o.shuffle, data_rows, place->name,
+             place->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
+}
+
+static double checkpoint_bytes(const retrofit_model *m) { // of the two large files
+    double bytes = 4 * (double)m->weight_count;
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        const retrofit_parameter *p = m->parameters[i];
+        bytes += (p->kind == RETROFIT_MATRIX && o.optimizer == RETROFIT_MUON ? 4.0 : 8.0) * (double)(p->rows * p->cols) + 1280; // headers
+    }
+    return bytes;
+}
+
+static void check_disk(const retrofit_model *m, const char *tokenizer) { // before anything is written
+    static const char *const names[] = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}; // of files beside, the large ones
+    char path[RETROFIT_PATH];
+    struct statvfs disk;
+    struct stat file;
+    double need = checkpoint_bytes(m) + 1e5, room;
+    for (size_t i = 0; i < 4; i++) need += retrofit_path(path, tokenizer, names[i]) && !stat(path, &file) ? (double)file.st_size : 0;
+    if (!statvfs(o.out, &disk) && (room = (double)disk.f_bavail * (double)disk.f_frsize) < need)
+        die(1, "%s: a checkpoint needs %.0f bytes, %.0f are free: make room (the checkpoint before is untouched)", o.out, need, room);
+}
+
+static bool all_finite(const char *directory, const char *name) { // false + error: a step's update can overflow though its gradient did not
+    char path[RETROFIT_PATH];
+    retrofit_map f;
+    bool ok = retrofit_path(path, directory, name) && retrofit_safetensors_open(&f, path);
+    if (!ok) return false;
+    for (const retrofit_tensor *t = f.tensors; ok && t < f.tensors + f.count; t++) {
+        const float *x = t->data;
+        for (size_t i = 0; i < t->count; i++) ok &= isfinite(x[i]) != 0;
+        if (!ok) fail("step %zu: %s of %s holds nan or infinity: not saved; try a lower --lr", now.step, t->name, name);
+    }
+    return retrofit_safetensors_close(&f), ok;
+}
+
+static void save(const retrofit_model *m, const char *tokenizer) {
+    double begin = retrofit_seconds();
+    char name[32], path[RETROFIT_PATH], link[RETROFIT_PATH], temporary[RETROFIT_PATH], before[RETROFIT_PATH], text[1024], value[5][32];
+    snprintf(name, sizeof name, "step_%08zu", now.step);
     if (!retrofit_path(path, o.out, name) || !retrofit_path(link, o.out, "latest") || !retrofit_path(temporary, o.out, "latest.tmp"))
         die(1, "%s", retrofit_error());
-    snprintf(done, sizeof done, "%zu", step), snprintf(spent, sizeof spent, "%.17g", flops);
+    check_disk(m, tokenizer);
+    snprintf(value[0], 32, "%zu", now.step), snprintf(value[1], 32, "%.17g", now.flops), snprintf(value[2], 32, "%zu", now.skipped);
+    snprintf(value[3], 32, "%zu", now.in_a_row), snprintf(value[4], 32, "%.17g", now.norm);
     recipe(text, sizeof text);
-    const char *metadata[] = {"step", done, "flops", spent, "recipe", text, NULL};
+    const char *metadata[] = {"step", value[0], "flops",  value[1], "skipped", value[2], "bad_in_a_row", value[3],
+                              "norm", value[4], "recipe", text,     NULL};
     ssize_t length = readlink(link, before, sizeof before - 1);
     before[length > 0 ? length : 0] = 0;
     char *directory = retrofit_directory_begin(path);
-    if (!directory) die(1, "%s", retrofit_error());
+    if (!directory) die(1, "%s (the checkpoint before is untouched)", retrofit_error());
     if (strcmp(before, name)) retrofit_directory_abandon(path); // written by a run that was stopped before it could link to it
     if (!retrofit_save(m, directory, RETROFIT_F32, tokenizer) || !retrofit_save_optimizer(m, directory, metadata) ||
-        !retrofit_directory_commit(directory, path)) {
+        !all_finite(directory, "model.safetensors") || !all_finite(directory, "optimizer.safetensors") || !write_manifest(directory) ||
+        (fsync(fileno(journal)) && !fail("%s/log.jsonl: %s", o.out, strerror(errno))) || !retrofit_directory_commit(directory, path)) {
         retrofit_directory_abandon(directory);
+        if (strcmp(before, name)) retrofit_directory_abandon(path); // renamed, but not for good
         die(1, "%s (the checkpoint before is untouched)", retrofit_error());
     }
     free(directory);
     unlink(temporary);
-    if (symlink(name, temporary) || rename(temporary, link) || !sync_directory(o.out)) die(1, "%s: %s", link, strerror(errno));
-    if (*before && strcmp(before, name) && !strchr(before, '/') && retrofit_path(path, o.out, before))
-        retrofit_directory_abandon(path); // only now is the one before of no more use
+    if (symlink(name, temporary) || rename(temporary, link)) {
+        fail("%s: %s (the checkpoint before is untouched)", link, strerror(errno));
+        unlink(temporary), retrofit_directory_abandon(path);
+        die(1, "%s", retrofit_error());
+    }
+    if (!sync_directory(o.out)) die(1, "%s", retrofit_error());
+    prune(name); // only now are older ones of no more use
+    seconds_to_save = retrofit_seconds() - begin;
 }
 
-// Removes what a run that was killed while saving left beside the checkpoint that `latest` names.
-static void sweep(const char *latest) {
-    char path[RETROFIT_PATH], keep[RETROFIT_PATH] = {0};
-    DIR *d = readlink(latest, keep, sizeof keep - 1) > 0 ? opendir(o.out) : NULL;
-    for (struct dirent *e; d && (e = readdir(d));)
-        if (!strncmp(e->d_name, "step_", 5) && strcmp(e->d_name, keep) && retrofit_path(path, o.out, e->d_name)) retrofit_directory_abandon(path);
-    if (d) closedir(d);
+// What the options change of the recipe a run was begun with, listed; the number of changes.
+static size_t changes(const char *theirs, const char *ours, char *list, size_t size) {
+    size_t count = 0, used = 0;
+    for (*list = 0; *ours; ours += strcspn(ours, " "), ours += *ours == ' ') { // name=value, name=value, …
+        size_t name = strcspn(ours, "=") + 1, n = strcspn(ours, " ") - name;
+        const char *old = theirs;
+        while (*old && strncmp(old, ours, name)) old += strcspn(old, " "), old += *old == ' ';
+        const char *was = *old ? old + name : "none";
+        size_t k = strcspn(was, " ");
+        if (k == n && !strncmp(was, ours + name, n)) continue;
+        int more = snprintf(list + used, size - used, "%s--%.*s was %.*s, is %.*s", count++ ? "; " : "", (int)name - 1, ours, (int)k, was, (int)n,
+                            ours + name);
+        used = least(used + (size_t)more, size - 1);
+    }
+    return count;
 }
 
 // Takes up the moments and the progress of a checkpoint; log.jsonl is cut back to its step. validated: whether the log has that step's
 // validation, which comes after the checkpoint.
-static size_t resume(retrofit_model *m, const char *directory, double *flops, bool *validated) {
+static void resume(retrofit_model *m, const char *directory, bool *validated) {
+    static const char *const keys[] = {"step", "flops", "skipped", "bad_in_a_row", "norm", "recipe"};
     retrofit_map f;
-    char text[1024], path[RETROFIT_PATH];
+    char text[1024], list[4096], path[RETROFIT_PATH];
+    const char *value[6];
     if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(&f, path)) die(1, "%s", retrofit_error());
-    const char *step = retrofit_safetensors_metadata(&f, "step"), *spent = retrofit_safetensors_metadata(&f, "flops");
-    const char *theirs = retrofit_safetensors_metadata(&f, "recipe");
+    for (size_t i = 0; i < 6; i++)
+        if (!(value[i] = retrofit_safetensors_metadata(&f, keys[i]))) die(1, "%s: no %s: not written by train", path, keys[i]);
     recipe(text, sizeof text);
-    if (!step || !spent || !theirs) die(1, "%s/optimizer.safetensors: no step, flops and recipe: not written by train", directory);
-    for (const char *a = theirs, *b = text; *a || *b;) { // name=value, name=value, …
-        size_t n = strcspn(a, " "), k = strcspn(b, " ");
-        if (n != k || strncmp(a, b, n)) die(1, "--resume: the run has --%.*s, these options say --%.*s", (int)n, a, (int)k, b);
-        a += n + (a[n] == ' '), b += k + (b[k] == ' ');
-    }
-    sweep(directory);
-    size_t done = strtoul(step, NULL, 10), size, keep = 0;
-    *flops = strtod(spent, NULL);
+    bool changed = changes(value[5], text, list, sizeof list);
+    if (changed && !o.resume_anyway) die(1, "--resume: another run: %s (--resume-anyway goes on with these)", list);
+    if (changed) fprintf(stderr, "--resume-anyway: %s\n", list);
+    now.step = strtoul(value[0], NULL, 10), now.flops = strtod(value[1], NULL), now.skipped = strtoul(value[2], NULL, 10);
+    now.in_a_row = strtoul(value[3], NULL, 10), now.norm = strtod(value[4], NULL);
     retrofit_safetensors_close(&f);
     if (!retrofit_load_optimizer(m, &f, directory)) die(1, "%s", retrofit_error());
     retrofit_safetensors_close(&f);
+    char name[32];
+    snprintf(name, sizeof name, "step_%08zu", now.step), prune(name);
     if (!retrofit_path(path, o.out, "log.jsonl")) die(1, "%s", retrofit_error());
+    size_t size, keep = 0;
     char *log = read_file(path, &size);
     for (char *line = log; line && *line; line = strchr(line, '\n') + 1) {
         size_t at = 0;
-        if (!strchr(line, '\n') || (sscanf(line, "{\"step\":%zu", &at) == 1 && at > done)) break;
+        if (!strchr(line, '\n') || (sscanf(line, "{\"step\":%zu", &at) == 1 && at > now.step)) break;
         keep = (size_t)(strchr(line, '\n') + 1 - log);
-        *validated = at == done && strstr(line, "\"val\"") && strstr(line, "\"val\"") < log + keep;
+        *validated = at == now.step && strstr(line, "\"val\"") && strstr(line, "\"val\"") < log + keep;
     }
     if (log && truncate(path, (off_t)keep)) die(1, "%s: %s", path, strerror(errno));
     free(log);
-    return done;
+}
+
+// ---- The lock: one run at a time in OUT; the kernel lets go of it, however the run ends ---------------------------------
+static char lock_path[RETROFIT_PATH];
+static void unlock(void) { unlink(lock_path); }
+
+static void lock_output(void) {
+    for (struct stat mine, there; !*lock_path;) {
+        char path[RETROFIT_PATH];
+        int fd = retrofit_path(path, o.out, "lock") ? open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666) : -1;
+        struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+        if (fd < 0) die(1, "%s: %s", path, strerror(errno));
+        if (!fcntl(fd, F_SETLK, &lock)) { // a file that a run which just ended has removed is no lock any more
+            if (!fstat(fd, &mine) && !stat(path, &there) && mine.st_ino == there.st_ino) strcpy(lock_path, path), atexit(unlock);
+        } else if (errno != EACCES && errno != EAGAIN) die(1, "%s: cannot be locked: %s", path, strerror(errno));
+        else if (!fcntl(fd, F_GETLK, &lock) && lock.l_type != F_UNLCK)
+            die(1, "%s: process %ld trains there: wait for its end, or give another --out", o.out, (long)lock.l_pid);
+        if (!*lock_path) close(fd);
+    }
 }
 
 // ---- Memory -------------------------------------------------------------------------------------------------------------------
@@ -231,10 +486,10 @@ static void check_memory(retrofit_model *m) {
     for (int how = keep(); how <= RETROFIT_KEEP_INPUTS; how++)
         for (size_t micro = o.micro; micro; micro--)
             if (o.batch % micro == 0 && memory_of(m, micro, (retrofit_keep)how).all <= room)
-                die(1, "training needs %.1f GB, %.1f GB are free: --batch-size %zu --micro-batch-size %zu%s would fit (%.1f GB)", (double)need / 1e9,
+                die(1, "training needs %.3g GB, %.3g GB are free: --batch-size %zu --micro-batch-size %zu%s would fit (%.3g GB)", (double)need / 1e9,
                     (double)room / 1e9, o.batch, micro, how == RETROFIT_KEEP_INPUTS ? " --recompute" : "",
                     (double)memory_of(m, micro, (retrofit_keep)how).all / 1e9);
-    die(1, "training needs %.1f GB, %.1f GB are free, and no micro-batch fits: try a shorter --seq-len or smaller --backprop-depth",
+    die(1, "training needs %.3g GB, %.3g GB are free, and no micro-batch fits: try a shorter --seq-len or smaller --backprop-depth",
         (double)need / 1e9, (double)room / 1e9);
 }
 
@@ -255,15 +510,15 @@ static void dry_run(retrofit_model *m, const char *device) {
     printf("  weights      %10.3f GB\n  gradients    %10.3f GB\n  optimizer    %10.3f GB\n  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu)\n"
            "  all          %10.3f GB, %.3f GB are free\n", (double)need.weights / 1e9, (double)need.gradients / 1e9, (double)need.moments / 1e9,
            (double)need.activations / 1e9, o.micro, o.seq_len, c->core ? o.backprop_depth : 0, (double)need.all / 1e9, (double)m->ops->room() / 1e9);
-    double disk = 4 * (double)m->weight_count;
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        disk += (p->kind == RETROFIT_MATRIX && o.optimizer == RETROFIT_MUON ? 4.0 : 8.0) * (double)(p->rows * p->cols);
-    }
-    printf("checkpoint     %10.3f GB on disk\n", disk / 1e9);
-    printf("training       %10.3g FLOPs, %zu steps of %zu tokens (%zu micro-batches)\n\n", flops_of(c, 0, o.steps), o.steps, o.batch * o.seq_len,
+    printf("checkpoint     %10.3f GB on disk\n", checkpoint_bytes(m) / 1e9);
+    printf("training       %10.3g FLOPs, %zu steps of %zu tokens (%zu micro-batches)\n", flops_of(c, 0, o.steps), o.steps, o.batch * o.seq_len,
            o.batch / o.micro);
-    printf("%8s %6s %6s %12s %12s   (n,k) of the micro-batches\n", "step", "mean", "depth", "lr", "muon lr");
+    if (o.flops > 0) {
+        while (!ended()) now.flops += flops_of(c, now.step, now.step + 1), now.step++;
+        printf("--flops %g: ends after step %zu of %zu, with %.3g FLOPs spent\n", o.flops, now.step, o.steps, now.flops);
+    }
+    if (fixed_k) printf("--fixed-recurrences %zu,%zu in every micro-batch, without draws or a curriculum\n", fixed_n, fixed_k);
+    printf("\n%8s %6s %6s %12s %12s   (n,k) of the micro-batches\n", "step", "mean", "depth", "lr", "muon lr");
     for (size_t i = 0, step = 0; step < o.steps; step = ++i * o.steps / 24 > step ? i * o.steps / 24 : step + 1) {
         plan p = plan_of(c, step);
         printf("%8zu %6zu %6zu %12.4e %12.4e  ", step + 1, p.mean, p.depth, (double)p.lr, o.optimizer == RETROFIT_MUON ? (double)p.muon_lr : 0.0);
@@ -273,16 +528,18 @@ static void dry_run(retrofit_model *m, const char *device) {
 }
 
 // ---- The live line --------------------------------------------------------------------------------------------------------------
-static void show(size_t step, double loss, double norm, const plan *p, size_t n, size_t k, double rate, double speed, double peak, double left) {
+static void show(double loss, double norm, const plan *p, size_t n, size_t k, double rate, double speed, double peak, double left) {
     static double last;
     char share[32] = "";
     bool live = isatty(2);
-    if (!live && step != 1 && step != o.steps && retrofit_seconds() - last < 2) return; // a log file wants no line per step
+    if (!live && now.step != 1 && !ended() && retrofit_seconds() - last < 2) return; // a log file wants no line per step
     last = retrofit_seconds();
     if (peak > 0) snprintf(share, sizeof share, " (%.0f %% of peak)", 100 * speed / peak);
     fprintf(stderr, "%sstep %zu/%zu  loss %.4f  %.0f tok/s  %.1f %cFLOP/s%s  n,k %zu,%zu  r %zu  lr %.2e  |g| %.2f  ETA %zu:%02zu:%02zu%s", live ? "\r" : "",
-            step, o.steps, loss, rate, speed / (speed < 1e12 ? 1e9 : 1e12), speed < 1e12 ? 'G' : 'T', share, n, k, p->mean, (double)(o.optimizer == RETROFIT_MUON ? p->muon_lr : p->lr), norm,
-            (size_t)left / 3600, (size_t)left / 60 % 60, (size_t)left % 60, live ? (step == o.steps ? "\033[K\n" : "\033[K") : "\n");
+            now.step, o.steps, loss, rate, speed / (speed < 1e12 ? 1e9 : 1e12), speed < 1e12 ? 'G' : 'T', share, n, k, p->mean,
+            (double)(o.optimizer == RETROFIT_MUON ? p->muon_lr : p->lr), norm, (size_t)left / 3600, (size_t)left / 60 % 60, (size_t)left % 60,
+            live ? "\033[K" : "\n");
+    live_line = live;
 }
 
 static void check_options(const retrofit_config *c) {
@@ -291,6 +548,14 @@ static void check_options(const retrofit_config *c) {
     if (!o.seq_len) o.seq_len = c->context < 1024 ? c->context : 1024;
     if (!o.mean_recurrence) o.mean_recurrence = c->mean_recurrence;
     if (!o.backprop_depth) o.backprop_depth = c->backprop_depth;
+    if (o.fixed) {
+        int end = 0;
+        if (retrofit_is_plain(c)) die(2, "--fixed-recurrences: %s has no recurrence", o.model);
+        if (strspn(o.fixed, "0123456789,") != strlen(o.fixed) || sscanf(o.fixed, "%zu,%zu%n", &fixed_n, &fixed_k, &end) != 2 || o.fixed[end] ||
+            !fixed_k || fixed_n > 1 << 15 || fixed_k > 1 << 15)
+            die(2, "--fixed-recurrences is n,k like 4,8: n without gradients, k from 1 on with, not '%s'", o.fixed);
+        o.mean_recurrence = fixed_n + fixed_k, o.backprop_depth = fixed_k;
+    }
     if (!o.steps) die(2, "--steps is needed: how many optimizer steps?");
     if (o.batch > 1 << 24) die(2, "--batch-size is at most %d", 1 << 24);
     if (!o.micro || o.batch % o.micro) die(2, "--batch-size %zu is not a multiple of --micro-batch-size %zu", o.batch, o.micro);
@@ -299,27 +564,32 @@ static void check_options(const retrofit_config *c) {
     struct { const char *name; double value, low, high; } ranges[] = {
         {"lr", o.lr, 0, 1e3}, {"muon-lr", o.muon_lr, 0, 1e3}, {"weight-decay", o.weight_decay, 0, 1e3}, {"beta1", o.beta1, 0, 0.999999},
         {"beta2", o.beta2, 0, 0.9999999}, {"clip", o.clip, 0, 1e9}, {"warmup", o.warmup, 0, 1}, {"cooldown", o.cooldown, 0, 1},
-        {"min-lr-ratio", o.min_lr_ratio, 0, 1}, {"curriculum-warmup", o.curriculum_warmup, 0, 1}};
+        {"min-lr-ratio", o.min_lr_ratio, 0, 1}, {"curriculum-warmup", o.curriculum_warmup, 0, 1}, {"flops", o.flops, 0, 1e300},
+        {"time-limit", o.time_limit, 0, 1e9}, {"save-before", o.save_before, 0, 1e9}};
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (!(ranges[i].value >= ranges[i].low && ranges[i].value <= ranges[i].high))
             die(2, "--%s %g is not between %g and %g", ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high);
     if (!retrofit_sizes(o.eval_list, r, 32, &count)) die(2, "--eval-recurrences: %s", retrofit_error());
-    if (!o.eval_rows) die(2, "--eval-rows is at least 1");
+    if (!o.eval_rows || !o.keep || !o.max_bad_steps) die(2, "--%s is at least 1", !o.eval_rows ? "eval-rows" : !o.keep ? "keep" : "max-bad-steps");
+    if (o.time_limit > 0 && o.time_limit <= o.save_before)
+        die(2, "--time-limit %g leaves no time to train: saving begins --save-before %g minutes earlier", o.time_limit, o.save_before);
 }
 
 int main(int argc, char **argv) {
+    started = retrofit_seconds();
     int code = retrofit_options(argc, argv, options, sizeof options / sizeof *options,
                                 "train --model DIR --data 'GLOB' --out DIR --steps N [options]\n"
                                 "Trains a recurrent model made by convert, or a plain Llama as the baseline.\n", NULL, NULL);
     if (code >= 0) return code;
     if (!o.model || (!o.dry_run && (!o.data || !o.out))) die(2, "--model, --data, --out and --steps are needed (see --help)");
+    if (o.resume_anyway) o.resume = true;
     char resolved[RETROFIT_PATH], latest[RETROFIT_PATH], path[RETROFIT_PATH];
     const char *source = retrofit_model_directory(o.model, resolved);
     retrofit_config config;
     if (!retrofit_config_read(&config, source)) die(1, "%s", retrofit_error());
     check_options(&config);
     char device[256];
-    const retrofit_ops *ops = retrofit_device((retrofit_place)o.device, o.precision, device);
+    const retrofit_ops *ops = place = retrofit_device((retrofit_place)o.device, o.precision, device);
     retrofit_model *shape = ops ? retrofit_model_new(&config, ops) : NULL;
     if (!shape) die(1, "%s", retrofit_error());
     if (o.dry_run) return dry_run(shape, device), retrofit_free(shape), 0;
@@ -327,67 +597,88 @@ int main(int argc, char **argv) {
     retrofit_data *data = retrofit_data_open(o.data, T, config.vocab, o.shuffle, o.seed), *val = NULL;
     if (!data || (o.val && !(val = retrofit_data_open(o.val, T, config.vocab, false, 0)))) die(1, "%s", retrofit_error());
     if (!retrofit_path(latest, o.out, "latest") || !retrofit_path(path, o.out, "log.jsonl")) die(1, "%s", retrofit_error());
-    bool exists = access(latest, F_OK) == 0;
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
+    if (access(o.out, F_OK) == 0) lock_output(); // else once all is well: what fails leaves nothing behind
+    struct stat link;
+    bool exists = lstat(latest, &link) == 0;
     if (exists && !o.resume) die(2, "%s holds a run already: give --resume to go on with it, or another --out", o.out);
     if (!exists && o.resume) die(2, "--resume: there is no checkpoint in %s", o.out);
 
+    if (o.resume) check_latest(latest);
     check_memory(shape), retrofit_free(shape);
-    retrofit_model *m = retrofit_load(o.resume ? latest : source, ops, RETROFIT_TRAINING);
+    if (o.resume) source = latest;
+    retrofit_model *m = retrofit_load(source, ops, RETROFIT_TRAINING);
     if (!m || !retrofit_optimizer_init(m, (retrofit_optimizer_kind)o.optimizer)) die(1, "%s", retrofit_error());
-    double flops = 0;
     data_rows = retrofit_data_rows(data);
     bool validated = true;
-    size_t first = o.resume ? resume(m, latest, &flops, &validated) : 0;
+    if (o.resume) resume(m, latest, &validated);
     m->config.mean_recurrence = o.mean_recurrence, m->config.backprop_depth = o.backprop_depth;
     retrofit_activations *a = retrofit_activations_new(m, o.micro, T, o.backprop_depth, keep(), 0, 0);
     int32_t *tokens = malloc(N * sizeof *tokens), *labels = malloc(N * sizeof *labels);
-    if (!a || !tokens || !labels) die(1, "%s", a ? "out of memory" : retrofit_error());
+    double *rms = malloc((o.backprop_depth + 1) * sizeof *rms);
+    if (!a || !tokens || !labels || !rms) die(1, "%s", a ? "out of memory" : retrofit_error());
     char out[RETROFIT_PATH];
     snprintf(out, sizeof out, "%s", o.out);
     if (!make_directories(out, false)) die(1, "%s", retrofit_error());
-    FILE *log = fopen(path, o.resume ? "ab" : "wb"); // a run that ended before its first checkpoint begins anew
-    if (!log) die(1, "%s: %s", path, strerror(errno));
-    retrofit_optimizer optimizer = {(retrofit_optimizer_kind)o.optimizer, 0, 0, (float)o.beta1, (float)o.beta2,
-                                    o.optimizer == RETROFIT_MUON ? 1e-10f : 1e-8f, (float)o.weight_decay, 0.95f, (float)o.clip};
-    double ahead = flops_of(&m->config, first, o.steps), begin = retrofit_seconds(), spent = 0, step_time = 0;
+    lock_output();
+    if (!o.resume && lstat(latest, &link) == 0) die(2, "%s holds a run already, begun after this one: give another --out", o.out);
+    journal = fopen(path, o.resume ? "ab" : "wb"); // a run that ended before its first checkpoint begins anew
+    if (!journal) die(1, "%s: %s", path, strerror(errno));
+    retrofit_optimizer optimizer = {.kind = (retrofit_optimizer_kind)o.optimizer, .beta1 = (float)o.beta1, .beta2 = (float)o.beta2,
+                                    .eps = (const float[]){1e-8f, 1e-10f, 1e-6f}[o.optimizer], .weight_decay = (float)o.weight_decay,
+                                    .momentum = 0.95f, .clip = (float)o.clip, .peak_lr = (float)o.lr};
+    size_t first = now.step, saved = first;
+    double ahead = flops_of(&config, first, o.steps), begin = retrofit_seconds(), spent = 0;
+    if (o.flops > 0) ahead = fmin(ahead, fmax(0, o.flops - now.flops));
     fprintf(stderr, "%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s\n", first ? "resumed: " : "", m->weight_count,
             retrofit_data_rows(data), T, o.steps, o.batch * T, ahead, device);
-    if (val && !validated && (first == o.steps || (o.eval_every && first % o.eval_every == 0))) evaluate(a, val, log, first, tokens, labels);
-    for (size_t step = first; step < o.steps; step++) {
-        plan p = plan_of(&m->config, step);
-        double loss = 0, before = retrofit_seconds(), step_flops = 0;
+    if (!ended()) check_disk(m, source);
+    if (due() && !validated) validated = evaluate(a, val, tokens, labels);
+    for (double next = 0; !ended() && (!stopping(next) || now.step == 0);) { // a run that has nothing to go on from takes its first step
+        plan p = plan_of(&m->config, now.step);
+        double loss = 0, before = retrofit_seconds(), step_flops = 0, norm = NAN, mean_k = 0;
         size_t n = 0, k = 0;
         retrofit_zero_grad(m);
         for (size_t j = 0; j < accumulate; j++) {
-            uint64_t batch = (uint64_t)step * accumulate + j;
+            uint64_t batch = (uint64_t)now.step * accumulate + j;
             for (size_t i = 0; i < o.micro; i++)
                 if (!retrofit_data_row(data, batch * o.micro + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
-            draw(&p, step, j, &n, &k);
+            draw(&p, now.step, j, &n, &k);
             if (!retrofit_forward(a, tokens, o.micro, T, o.state_init ? 0 : m->config.state_std, hash64(o.seed, batch), n, k)) die(1, "%s", retrofit_error());
-            double micro_loss = retrofit_loss(a, labels, 1.0f / (float)accumulate);
-            if (!isfinite(micro_loss)) die(1, "step %zu, micro-batch %zu: the loss is %g: nothing was saved since the last checkpoint; try a lower --lr", step + 1, j + 1, micro_loss);
+            loss += retrofit_loss(a, labels, 1.0f / (float)accumulate) / (double)accumulate;
             retrofit_backward(a);
-            loss += micro_loss / (double)accumulate;
             step_flops += retrofit_flops_per_token(&m->config, T, n, k) * (double)N;
+            mean_k += (double)k / (double)accumulate;
         }
-        optimizer.lr = p.lr, optimizer.muon_lr = p.muon_lr;
-        double norm = retrofit_optimizer_step(m, &optimizer, step + 1);
-        if (!isfinite(norm)) die(1, "step %zu: the gradient's norm is %g: nothing was saved since the last checkpoint; try a lower --lr", step + 1, norm);
-        flops += step_flops, spent += step_flops;
-        step_time = retrofit_seconds() - before;
-        double elapsed = retrofit_seconds() - begin;
-        show(step + 1, loss, norm, &p, n, k, (double)(o.batch * T) / step_time, step_flops / step_time, ops->peak(), (ahead - spent) * elapsed / spent);
-        fprintf(log,
-                "{\"step\":%zu,\"loss\":%.7g,\"grad_norm\":%.7g,\"mean_recurrence\":%zu,\"n\":%zu,\"k\":%zu,\"lr\":%.7g,\"muon_lr\":%.7g,"
-                "\"tokens\":%zu,\"flops\":%.7g,\"seconds\":%.3f}\n",
-                step + 1, loss, norm, p.mean, n, k, (double)p.lr, o.optimizer == RETROFIT_MUON ? (double)p.muon_lr : 0.0, (step + 1) * o.batch * T, flops, step_time);
-        fflush(log);
-        bool last = step + 1 == o.steps;
-        if (last || (o.save_every && (step + 1) % o.save_every == 0)) save(m, step + 1, flops, o.resume ? latest : source);
-        if (val && (last || (o.eval_every && (step + 1) % o.eval_every == 0))) evaluate(a, val, log, step + 1, tokens, labels);
+        if (o.throttle) optimizer.throttle = (float)mean_k;
+        optimizer.lr = p.lr, optimizer.muon_lr = p.muon_lr, now.step++; // also if the step is skipped
+        if (isfinite(loss)) norm = retrofit_optimizer_step(m, &optimizer, now.step - now.skipped); // its own count is of steps it made
+        now.flops += step_flops, spent += step_flops;
+        double time = retrofit_seconds() - before, elapsed = retrofit_seconds() - begin;
+        seconds_per_flop = fmax(seconds_per_flop, time / step_flops);
+        judge(m, loss, norm);
+        show(loss, norm, &p, n, k, (double)(o.batch * T) / time, step_flops / time, ops->peak(), fmax(0, ahead - spent) * elapsed / spent);
+        char numbers[2][32];
+        fprintf(journal,
+                "{\"step\":%zu,\"loss\":%s,\"grad_norm\":%s,\"mean_recurrence\":%zu,\"n\":%zu,\"k\":%zu,\"lr\":%.7g,\"muon_lr\":%.7g,"
+                "\"tokens\":%zu,\"flops\":%.7g,\"skipped\":%zu,\"seconds\":%.3f,\"state_rms\":[",
+                now.step, number(numbers[0], "%.7g", loss), number(numbers[1], "%.7g", norm), p.mean, n, k, (double)p.lr,
+                o.optimizer == RETROFIT_MUON ? (double)p.muon_lr : 0.0, now.step * o.batch * T, now.flops, now.skipped, time);
+        for (size_t j = 0, states = retrofit_state_sizes(a, rms); j < states; j++) // of the last micro-batch: s_n .. s_{n+k}
+            fprintf(journal, "%s%s", j ? "," : "", number(numbers[0], "%.4g", rms[j]));
+        fprintf(journal, "]}\n"), flush_journal();
+        next = flops_of(&config, now.step, now.step + 1);
+        if (ended() || stopping(next) || (o.save_every && now.step % o.save_every == 0)) save(m, source), saved = now.step;
+        if (due()) validated = !stopping(0) && evaluate(a, val, tokens, labels);
     }
-    fprintf(stderr, "%s/latest after %zu steps, %.3g FLOPs, %.0f s\n", o.out, o.steps, flops, retrofit_seconds() - begin);
-    if (fclose(log)) die(1, "%s: writing failed: %s", path, strerror(errno));
-    free(tokens), free(labels), retrofit_activations_free(a), retrofit_free(m), retrofit_data_close(data), retrofit_data_close(val);
+    if (saved != now.step) save(m, source); // stopped while it validated
+    end_live_line();
+    if (!ended() || (due() && !validated))
+        fprintf(stderr, "train: %s: stopped after step %zu of %zu, saved in %s: --resume goes on\n",
+                stop == SIGINT ? "SIGINT" : stop ? "SIGTERM" : "--time-limit", now.step, o.steps, latest);
+    else fprintf(stderr, "%s after %zu steps, %.3g FLOPs, %.0f s\n", latest, now.step, now.flops, retrofit_seconds() - begin);
+    if (fclose(journal)) die(1, "%s: writing failed: %s", path, strerror(errno));
+    free(tokens), free(labels), free(rms), retrofit_activations_free(a), retrofit_free(m), retrofit_data_close(data), retrofit_data_close(val);
     return 0;
 }

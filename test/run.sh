@@ -10,7 +10,8 @@ export EMULATOR_ORDER=2 EMULATOR_SEED=${EMULATOR_SEED:-$(date +%Y%m%d)}
 emulated() { OMP_NUM_THREADS=1 "$OUT/$1" >"$beside/$1" 2>&1; echo $? >"$beside/$1.code"; }
 (
     emulated test_emulator
-    if [ -e "$OUT/races_test_ops" ]; then emulated emulated_test_ops; else TRIALS=14 emulated emulated_test_ops; fi
+    [ -e "$OUT/races_test_ops" ] || export TRIALS=14
+    emulated emulated_test_ops
     emulated emulated_test_gpu
     [ ! -e "$OUT/races_test_ops" ] || EMULATOR_ORDER=0 TRIALS=10 emulated races_test_ops
 ) &
@@ -24,7 +25,7 @@ count() { # name, exit code, output
     passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
     [ "$2" -eq 0 ] || [ "${counts#* }" -ne 0 ] || { echo "FAILED $1: exit code $2"; failed=$((failed + 1)); }
 }
-for t in "$@" "sh test/compilers.sh" "sh test/example.sh" "sh test/device.sh"; do
+for t in "$@" "sh test/compilers.sh" "sh test/example.sh" "sh test/device.sh" "sh test/runs.sh"; do
     out=$($t 2>&1)
     count "$t" $? "$out"
 done

@@ -79,7 +79,8 @@ static void same_bits(const char *a, const char *b) {
 // OUT holds the last checkpoint, the link to it, the log, and nothing else; and the checkpoint loads.
 static void check_checkpoint(const char *dir, size_t steps) {
     char expected[160];
-    snprintf(expected, sizeof expected, "step_%08zu\nlatest\nlog.jsonl\nstep_%08zu\nconfig.json\nmodel.safetensors\noptimizer.safetensors\n", steps, steps);
+    snprintf(expected, sizeof expected, "step_%08zu\nlatest\nlog.jsonl\nstep_%08zu\nconfig.json\nmanifest.json\nmodel.safetensors\noptimizer.safetensors\n", steps,
+             steps);
     works("readlink %s/latest && ls -A %s && ls -A %s/latest/", dir, dir, dir);
     check(!strcmp(out, expected), "%s holds %s instead of %s", dir, out, expected);
     retrofit_model *m = retrofit_load(dir, &retrofit_cpu, RETROFIT_TRAINING);
@@ -437,8 +438,9 @@ int main(void) {
     static const struct { const char *name; size_t count, vocab; } shards[] = {
         {"rows.bin", 251, 131}, {"val.bin", 80, 131}, {"one.bin", 25, 131}, {"two.bin", 50, 131}, {"low.bin", 50, 60}};
     for (size_t i = 0; i < 5; i++) shard_of(shards[i].name, 20240520, 1, shards[i].count, shards[i].count, shards[i].vocab, -1);
-    runs("muon"), runs("adamw");
-    continues("muon"), continues("adamw");
+    runs("muon"), runs("adamw"), runs("ellisadam");
+    continues("muon"), continues("adamw"), continues("ellisadam");
+    works(TRAIN "recurrent --steps 6 --shuffle --optimizer adamw --throttle --out throttled && ! cmp -s throttled/latest/model.safetensors adamw.a/latest/model.safetensors");
     nan_weight(), plain_stays_plain(), learning();
     tokens_printed("llama2_style"), tokens_printed("llama3_style"), tokens_printed("smollm_style");
     authors_logits("tiny"), authors_logits("llama3"), authors_logits("head64");
