@@ -105,10 +105,15 @@ static void read_log(const char *dir, size_t steps, size_t every, logged *log) {
         step += !val;
         check(at->number == (double)step && step <= steps, "%s: step %g where %zu is due of %zu", path, at->number, step, steps);
         for (e = (val ? val : j)->child; e; e = e->next)
-            check(e->type == RETROFIT_JSON_NUMBER && isfinite(e->number), "%s: step %zu: %s is no number", path, step, e->key);
+            if (e->type == RETROFIT_JSON_ARRAY) // of the states s_n .. s_{n+k}; a plain model has none
+                for (const retrofit_json *x = e->child; x; x = x->next)
+                    check(x->type == RETROFIT_JSON_NUMBER && x->number >= 0 && isfinite(x->number), "%s: step %zu: %s holds no number", path, step, e->key);
+            else check(e->type == RETROFIT_JSON_NUMBER && isfinite(e->number), "%s: step %zu: %s is no number", path, step, e->key);
         if (val && step <= steps) validations++, log[step].validation = ((e = retrofit_json_get(val, "2")) ? e : val->child)->number;
         for (size_t i = 0; !val && step <= steps && i < 7; i++)
             if (check((e = retrofit_json_get(j, keys[i])) != NULL, "%s: step %zu: no %s", path, step, keys[i])) (&log[step].loss)[i] = e->number;
+        const retrofit_json *states = retrofit_json_get(j, "state_rms"), *k = retrofit_json_get(j, "k");
+        if (!val && k) check(states && states->count == (k->number > 0 ? (size_t)k->number + 1 : 0), "%s: step %zu: sizes of %zu states", path, step, states ? states->count : 0);
         retrofit_json_free(j);
     }
     every = every ? (steps + every - 1) / every : 0;
