@@ -66,7 +66,7 @@ build/retrofit_cuda%o: retrofit_cuda.cu retrofit.h
 	$(NVCC) $(NVFLAGS) -c $< -o $@
 
 # Static functions a test does not call are no fault of the test.
-$(OUT)/%: test/%.c test/test.h retrofit.h
+$(OUT)/%: test/%.c test/test.h test/check.h retrofit.h
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ -lm -ldl
 
@@ -88,13 +88,13 @@ $(OUT)/emulator.o: test/emulator.cpp test/emulator.h
 $(OUT)/races.o: retrofit_cuda.cu retrofit.h test/emulator.h
 	@mkdir -p $(@D)
 	$(EMULATE) -O1 -fsanitize=thread -DEMULATOR_NO_MMA_F32 -x c++ $< -o $@
-$(OUT)/emulated_%: test/%.c test/test.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o
+$(OUT)/emulated_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o
 	$(emulated)
 $(OUT)/emulated_train $(OUT)/emulated_infer: $(OUT)/emulated_%: %.c retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o
 	$(emulated)
-$(OUT)/races_%: test/%.c test/test.h retrofit.h $(OUT)/races.o $(OUT)/emulator.o
+$(OUT)/races_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/races.o $(OUT)/emulator.o
 	$(emulated)
-$(OUT)/test_emulator: test/test_emulator.cpp test/emulator.h $(OUT)/emulator.o
+$(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)/emulator.o
 	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
 
 test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example
@@ -103,7 +103,7 @@ test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example
 # ---- On a GPU ----
 ifneq ($(NVCC),)
 ON_GPU := $(addprefix build/cuda_,test_ops test_gpu)
-build/cuda_%: test/%.c test/test.h retrofit.h $(CUDA_OBJECT)
+build/cuda_%: test/%.c test/test.h test/check.h retrofit.h $(CUDA_OBJECT)
 	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ $(FOR_GPU) -lm
 
 test-cuda: $(ON_GPU)
@@ -133,6 +133,6 @@ bench: $(OUT)/bench
 clean:
 	rm -rf build convert train infer
 
-.PHONY: all test test-cuda sanitize-cuda demo test bench bench-cuda smollm2 clean
+.PHONY: all test test-cuda sanitize-cuda demo bench bench-cuda smollm2 clean
 .DELETE_ON_ERROR:
 .SECONDARY:

@@ -1,21 +1,9 @@
 #!/bin/sh
 # train and infer on a GPU, as a user calls them: built over the emulator, they must do what they do on a CPU, go on after a stop to the same
 # bits, and say clearly what they can't.
-passed=0 failed=0
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
+. test/check.sh
 train=$OUT/emulated_train infer=$OUT/emulated_infer tiny=test/fixtures/tiny/recurrent
 export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 # what ends with an error does not tidy up
-check() { # what, then a command that must succeed
-    what=$1
-    shift
-    if ("$@") >"$work/out" 2>&1; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        printf 'FAILED %s: %s\n' "$what" "$*"
-        head -n 5 "$work/out"
-    fi
-    cp "$work/out" "$work/said"
-}
 fails() { # exit code, text on stderr, command
     code=$1 text=$2
     shift 2
@@ -29,14 +17,7 @@ close() { # tolerance, log, log: losses of every step and validation, number by 
     [ "$(wc -l <"$2.numbers")" -gt 6 ] && paste "$2.numbers" "$3.numbers" |
         awk -v t="$1" 'NF != 2 || ($1 - $2) ^ 2 > (t * $2) ^ 2 { print; bad = 1 } END { exit bad }'
 }
-# 40 rows of 17 random tokens as a shard: 256 int32 of header, then uint16
-awk 'BEGIN {
-    split("20240520 1 680", header)
-    for (i = 1; i <= 256; i++) for (b = 0; b < 4; b++) printf "\\0%o", int(header[i] / 256 ^ b) % 256
-    srand(1)
-    for (i = 0; i < 680; i++) printf "\\0%o\\000", int(rand() * 131)
-}' >"$work/shard.txt"
-printf '%b' "$(cat "$work/shard.txt")" >"$work/shard.bin"
+shard >"$work/shard.bin"
 run() { # out, options
     out=$1
     shift

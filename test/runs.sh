@@ -1,22 +1,11 @@
 #!/bin/sh
 # Runs that are not lost: killed, stopped, failing and damaged in every way that comes to mind, train goes on to the same bits, or says why not.
 # test/shim.c makes calls fail.
-passed=0 failed=0
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
+. test/check.sh
 train=$BIN/train tiny=test/fixtures/tiny/recurrent shim=$work/shim.so
 export OMP_NUM_THREADS=1 ASAN_OPTIONS=verify_asan_link_order=0:detect_leaks=0
 many=40 some=20 every=1
 case $BIN in *san*) many=10 some=6 every=7 ;; esac # the sanitizers are slow
-check() { # what, then a command that must succeed
-    what=$1
-    shift
-    if ("$@") >"$work/out" 2>&1; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        printf 'FAILED %s: %s\n' "$what" "$*"
-        head -n 5 "$work/out"
-    fi
-}
 fails() { # exit code, text on stderr, command: its last line, the only one that train says of itself, has the text
     code=$1 text=$2
     shift 2
@@ -27,16 +16,6 @@ says() { # text on stderr, command that succeeds
     text=$1
     shift
     ("$@") >"$work/stdout" 2>"$work/stderr" && grep -q -e "$text" "$work/stderr"
-}
-# A shard of 40 rows of 17 random tokens below 130, with token 130 at the places named: 256 int32 of header, then uint16
-shard() {
-    awk -v bad=" $* " 'BEGIN {
-        split("20240520 1 680", header)
-        for (i = 1; i <= 256; i++) for (b = 0; b < 4; b++) printf "\\0%o", int(header[i] / 256 ^ b) % 256
-        srand(1)
-        for (i = 0; i < 680; i++) { t = int(rand() * 130); printf "\\0%o\\000", index(bad, " " i " ") ? 130 : t }
-    }' >"$work/shard.txt"
-    printf '%b' "$(cat "$work/shard.txt")"
 }
 shard >"$work/shard.bin"
 run() { # out, options

@@ -4,22 +4,7 @@
 #define RETROFIT_IMPLEMENTATION
 #include "../retrofit.h"
 
-static size_t passed, failed;
-
-// One line for every check that fails; the count of both at the end of the program.
-__attribute__((format(printf, 2, 3))) static bool check(bool ok, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    ok ? passed++ : failed++;
-    if (!ok) fputs("FAILED ", stdout), vprintf(format, args), puts("");
-    va_end(args);
-    return ok;
-}
-
-static int finish(const char *name) {
-    printf("%-24s %zu passed, %zu failed\n", name, passed, failed);
-    return failed != 0;
-}
+#include "check.h"
 
 // For what a test cannot go on without.
 static void need(bool ok, const char *what) {

@@ -1,7 +1,7 @@
 // The emulator of CUDA against what CUDA says: layouts of fragments, numbers, warp operations, the runtime API, small kernels in every
 // order of threads; and errors put into those kernels on purpose, each of which must be found, and by the build that claims to.
 #include "emulator.h"
-#include <stdarg.h>
+#include "check.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/wait.h>
@@ -19,16 +19,6 @@ enum { RACE = 0, ADDRESS = 1 };
 enum { RACE = 0, ADDRESS = 0 };
 #endif
 enum { SEEDS = 6 };
-
-static size_t passed, failed;
-__attribute__((format(printf, 2, 3))) static bool check(bool ok, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    ok ? passed++ : failed++;
-    if (!ok) fputs("FAILED ", stdout), vprintf(format, args), puts("");
-    va_end(args);
-    return ok;
-}
 
 typedef __nv_bfloat16 bf16;
 template <typename T> static void store(T *to, float x) { *to = std::is_integral<T>::value ? T() : (T)x; }
@@ -656,6 +646,5 @@ int main(void) {
             for (int kind = 1; kind < 3; kind++) found = found || find(bug, text, kind, seed);
         if (text) check(found, "not found: %s", bug.name);
     }
-    printf("%-24s %zu passed, %zu failed\n", "emulator", passed, failed);
-    return failed != 0;
+    return finish("emulator");
 }
