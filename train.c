@@ -305,7 +305,7 @@ static void check_latest(const char *latest) {
     for (int i = 0; i < count; i++)
         if (strcmp(e[i]->d_name, name) && !strchr(e[i]->d_name, '.') && retrofit_path(path, o.out, e[i]->d_name) && intact(path))
             die(1, "%s; %s is intact: ln -sfn %s %s, then --resume", wrong, path, e[i]->d_name, latest);
-    die(1, "%s; no other checkpoint in %s is intact", wrong, o.out);
+    die(1, "%s; no other checkpoint in %s is intact: begin anew with another --out", wrong, o.out);
 }
 
 static size_t data_rows;
