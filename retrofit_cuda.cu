@@ -375,8 +375,9 @@ static void *cuda_alloc(size_t bytes) {
     if (!start(text)) return retrofit_fail(text), (void *)NULL;
     if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
         cudaGetLastError();
-        snprintf(text, sizeof text, "out of memory on %.100s: %.2f GB asked for, %.2f of %.2f GB are free", device.name,
-                 (double)bytes / 1e9, (double)room() / 1e9, (double)device.totalGlobalMem / 1e9);
+        snprintf(text, sizeof text,
+                 "out of memory on %.100s: %.2f GB asked for, %.2f of %.2f GB are free: try fewer tokens at a time, or --device cpu",
+                 device.name, (double)bytes / 1e9, (double)room() / 1e9, (double)device.totalGlobalMem / 1e9);
         return retrofit_fail(text), (void *)NULL;
     }
     cuda_zero(p, bytes);
@@ -833,13 +834,23 @@ template <typename E> static void rope_backward(act *dqkv, const float *table, s
 // (group = H/G), so that a tile of keys is read once for all of them and the diagonal cuts off few scores. A warp owns 16 rows of a
 // product's result, so softmax needs the four lanes of a row only. D: the head size rounded up to 32, 64 or 128; what is beyond h is 0.
 constexpr float LOG2E = 1.44269504f; // exponentials are taken to base 2
-// Token, and head of the group, of row r. It divides by a multiplication: exact as long as r·group < 2^32.
+// The rows of one (b,g). Row r's token, counted from the sequence's first, is found by a multiplication: exact as long as r·group < 2^32.
 struct packed_rows {
-    int group;
+    int group, count;
+    size_t first, head0, H; // the sequence's first token, the group's first head
     uint64_t inverse;
-    __device__ explicit packed_rows(size_t heads) : group((int)heads), inverse(((uint64_t)1 << 32) / heads + 1) {}
+    __device__ packed_rows(size_t b, size_t g, size_t T, size_t H, size_t G)
+        : group((int)(H / G)), count((int)T * group), first(b * T), head0(g * (H / G)), H(H), inverse(((uint64_t)1 << 32) / (H / G) + 1) {}
     __device__ int token(int r) const { return (int)((uint64_t)r * inverse >> 32); }
-    __device__ int head(int r) const { return r - token(r) * group; }
+    __device__ size_t head(int r) const { return head0 + (r - token(r) * group); }
+    __device__ size_t at(int r) const { return (first + token(r)) * H + head(r); } // in (N,H)
+    // Where its h numbers lie in qkv (N,Q) and in (N,d); NULL behind the last row.
+    template <typename E> __device__ const E *query(const E *qkv, int r, size_t Q, size_t h) const {
+        return r < count ? qkv + (first + token(r)) * Q + head(r) * h : (const E *)nullptr;
+    }
+    template <typename E> __device__ const E *output(const E *out, int r, size_t h) const {
+        return r < count ? out + at(r) * h : (const E *)nullptr;
+    }
 };
 template <typename E> __host__ __device__ constexpr int key_tile(void) { return sizeof(E) == 2 ? 64 : 32; }
 
@@ -871,8 +882,8 @@ __global__ void __launch_bounds__(32 * WARPS)
     E *kv_tiles = q_tile + ROWS * STRIDE; // [2][keys, values]
     unsigned split = blockIdx.x % splits, pair = blockIdx.x / splits % (unsigned)(B * G), tiles = gridDim.x / (splits * (unsigned)(B * G));
     size_t b = pair / G, g = pair % G, Q = (H + 2 * G) * h;
-    packed_rows packed(H / G);
-    int rows = (int)T * packed.group, seen = past ? past[b] : 0;
+    packed_rows packed(b, g, T, H, G);
+    int rows = packed.count, seen = past ? past[b] : 0;
     int row0 = (int)(tiles - 1 - blockIdx.x / splits / (unsigned)(B * G)) * ROWS; // the longest first
     int end = seen + packed.token(int_min(row0 + ROWS, rows) - 1) + 1;            // behind the last key any of the rows sees
     int part = (end + KEYS * (int)splits - 1) / (KEYS * (int)splits) * KEYS, from = int_min(part * (int)split, end),
@@ -887,12 +898,7 @@ __global__ void __launch_bounds__(32 * WARPS)
         load_tile<KEYS, D, 32 * WARPS>(tile + KEYS * STRIDE, at(v), h, aligned);
     };
     load_tile<ROWS, D, 32 * WARPS>(
-        q_tile,
-        [=](int r) {
-            return row0 + r < rows ? q + (b * T + packed.token(row0 + r)) * Q + (g * packed.group + packed.head(row0 + r)) * h
-                                   : (const E *)nullptr;
-        },
-        h, aligned);
+        q_tile, [=](int r) { return packed.query(q, row0 + r, Q, h); }, h, aligned);
     load_kv(from, 0);
     cp_async_commit();
 
@@ -947,16 +953,16 @@ __global__ void __launch_bounds__(32 * WARPS)
             int r = first + 16 * m + lane / 4 + 8 * i;
             float total = quad_sum(sum[m][i]);
             if (r >= rows) continue;
-            size_t head = g * packed.group + packed.head(r), n = b * T + packed.token(r);
+            size_t at = packed.at(r);
             float *mine = shares + ((size_t)split * B * G * rows + (size_t)pair * rows + r) * (h + 2);
             EACH (c, D / 8) {
                 size_t column = 8 * c + lane % 4 * 2;
                 if (column >= h) continue;
                 if (splits > 1) store2(mine + column, o[m][c][2 * i], o[m][c][2 * i + 1]);
-                else store2(out + (n * H + head) * h + column, o[m][c][2 * i] / total, o[m][c][2 * i + 1] / total);
+                else store2(out + at * h + column, o[m][c][2 * i] / total, o[m][c][2 * i + 1] / total);
             }
             if (lane % 4 == 0 && splits > 1) store2(mine + h, largest[m][i] * scale, total);
-            if (lane % 4 == 0 && lse) lse[n * H + head] = (largest[m][i] * scale) / LOG2E + logf(total);
+            if (lane % 4 == 0 && lse) lse[at] = (largest[m][i] * scale) / LOG2E + logf(total);
         }
 }
 
@@ -1040,8 +1046,8 @@ __global__ void __launch_bounds__(128)
     SMEM(float, stats, 2 * 2 * ROWS); // [2][lse, delta] of their rows
     unsigned pair = blockIdx.x % (unsigned)(B * G);
     size_t b = pair / G, g = pair % G, Q = (H + 2 * G) * h;
-    packed_rows packed(H / G);
-    int rows = (int)T * packed.group, u0 = (int)(blockIdx.x / (unsigned)(B * G)) * KEYS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    packed_rows packed(b, g, T, H, G);
+    int rows = packed.count, u0 = (int)(blockIdx.x / (unsigned)(B * G)) * KEYS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const E *k = qkv + b * T * Q + (H + g) * h;
 
     auto key_row = [=](const E *x) { return [=](int r) { return u0 + r < (int)T ? x + (u0 + r) * Q : (const E *)nullptr; }; };
@@ -1059,15 +1065,12 @@ __global__ void __launch_bounds__(128)
 
     auto load_rows = [&](int r0, int stage) {
         E *tile = tiles + stage * 2 * ROWS * STRIDE;
-        auto token = [=](int r) { return b * T + packed.token(r0 + r); };
-        auto head = [=](int r) { return g * packed.group + packed.head(r0 + r); };
         load_tile<ROWS, D, 128>(
-            tile, [=](int r) { return r0 + r < rows ? qkv + token(r) * Q + head(r) * h : (const E *)nullptr; }, h, aligned);
+            tile, [=](int r) { return packed.query(qkv, r0 + r, Q, h); }, h, aligned);
         load_tile<ROWS, D, 128>(
-            tile + ROWS * STRIDE, [=](int r) { return r0 + r < rows ? dout + (token(r) * H + head(r)) * h : (const E *)nullptr; }, h,
-            aligned);
+            tile + ROWS * STRIDE, [=](int r) { return packed.output(dout, r0 + r, h); }, h, aligned);
         for (int r = threadIdx.x; r < ROWS; r += 128) {
-            size_t at = r0 + r < rows ? token(r) * H + head(r) : 0;
+            size_t at = packed.at(r0 + r < rows ? r0 + r : 0);
             stats[(2 * stage) * ROWS + r] = lse[at] * LOG2E, stats[(2 * stage + 1) * ROWS + r] = delta[at];
         }
     };
@@ -1135,19 +1138,16 @@ __global__ void __launch_bounds__(128)
     DYN_SMEM(E, tiles); // [2][keys, values], at first queries and dout
     unsigned pair = blockIdx.x % (unsigned)(B * G), count = gridDim.x / (unsigned)(B * G);
     size_t b = pair / G, g = pair % G, Q = (H + 2 * G) * h;
-    packed_rows packed(H / G);
-    int rows = (int)T * packed.group, row0 = (int)(count - 1 - blockIdx.x / (unsigned)(B * G)) * ROWS, lane = threadIdx.x % 32,
+    packed_rows packed(b, g, T, H, G);
+    int rows = packed.count, row0 = (int)(count - 1 - blockIdx.x / (unsigned)(B * G)) * ROWS, lane = threadIdx.x % 32,
         warp = threadIdx.x / 32;
     int end = packed.token(int_min(row0 + ROWS, rows) - 1) + 1;
     const E *k = qkv + b * T * Q + (H + g) * h, *v = k + G * h;
 
-    auto token = [=](int r) { return b * T + packed.token(row0 + r); };
-    auto head = [=](int r) { return g * packed.group + packed.head(row0 + r); };
     load_tile<ROWS, D, 128>(
-        tiles, [=](int r) { return row0 + r < rows ? qkv + token(r) * Q + head(r) * h : (const E *)nullptr; }, h, aligned);
+        tiles, [=](int r) { return packed.query(qkv, row0 + r, Q, h); }, h, aligned);
     load_tile<ROWS, D, 128>(
-        tiles + ROWS * STRIDE, [=](int r) { return row0 + r < rows ? dout + (token(r) * H + head(r)) * h : (const E *)nullptr; }, h,
-        aligned);
+        tiles + ROWS * STRIDE, [=](int r) { return packed.output(dout, row0 + r, h); }, h, aligned);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -1165,11 +1165,11 @@ __global__ void __launch_bounds__(128)
         load_tile<KEYS, D, 128>(tile + KEYS * STRIDE, at(v), h, aligned);
     };
     float dq[D / 8][4] = {}, base[2], mean[2], root = 1.0f / sqrtf((float)h), scale = LOG2E * root;
-    int sees[2], first = 16 * warp + lane / 4; // of the block's rows
+    int sees[2], first = row0 + 16 * warp + lane / 4; // the lane's first row
     EACH (i, 2) {
-        int r = int_min(row0 + first + 8 * i, rows - 1) - row0;
-        size_t at = token(r) * H + head(r);
-        base[i] = lse[at] * LOG2E, mean[i] = delta[at], sees[i] = packed.token(row0 + r);
+        int r = int_min(first + 8 * i, rows - 1);
+        size_t at = packed.at(r);
+        base[i] = lse[at] * LOG2E, mean[i] = delta[at], sees[i] = packed.token(r);
     }
     load_kv(0, 0);
     cp_async_commit();
@@ -1211,7 +1211,7 @@ __global__ void __launch_bounds__(128)
         EACH (c, D / 8) {
             int r = first + 8 * i;
             size_t column = 8 * c + lane % 4 * 2;
-            if (row0 + r < rows && column < h) store2(dqkv + token(r) * Q + head(r) * h + column, dq[c][2 * i], dq[c][2 * i + 1]);
+            if (r < rows && column < h) store2(const_cast<E *>(packed.query(dqkv, r, Q, h)) + column, dq[c][2 * i], dq[c][2 * i + 1]);
         }
 }
 
