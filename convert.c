@@ -860,6 +860,8 @@ static void tokenize(const char *const *files, size_t count) {
     if (isatty(2) && t.shown > t.began) fputs("\r\033[K", stderr);
     if (!t.documents) die(1, "there is no text in %s%s", files[0], count > 1 ? " and the others" : "");
     header[0] = t.narrow ? RETROFIT_SHARD_MAGIC_16 : RETROFIT_SHARD_MAGIC_32, header[1] = t.narrow ? 1 : 7, header[2] = (int32_t)t.tokens;
+    uint64_t hash = retrofit_tokenizer_hash(t.tokenizer);
+    header[3] = (int32_t)(uint32_t)hash, header[4] = (int32_t)(uint32_t)(hash >> 32);
     errno = 0;
     bool ok = !fseek(t.f, 0, SEEK_SET) && fwrite(header, sizeof header, 1, t.f) == 1;
     if (!finish_file(t.f, unfinished, ok)) die(1, "%s", retrofit_error());

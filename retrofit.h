@@ -121,7 +121,8 @@ typedef struct {
     retrofit_kind kind;
     retrofit_part part;
     retrofit_weight weight;       // (rows, cols), what the operations read
-    float *master, *grad, *m, *v; // (rows, cols), training only: fp32 weight, gradient, first and second moment
+    float *master, *grad, *m, *v; // (rows, cols), training only: fp32 weight, gradient, first and second moment; a frozen one has the first
+    bool frozen;
 } retrofit_parameter;
 
 typedef struct {
@@ -163,7 +164,7 @@ typedef struct {
 // order, so a run repeats bit for bit. `act` is the table's type for branch activations (act_type): norm outputs, qkv,
 // attention, fc, swiglu and their gradients. The residual stream, states, parameters and their gradients are fp32.
 //   embedding_forward      x (N,d) = wte[tokens];                          backward: dwte[tokens] += dx
-//   rmsnorm_forward        out (N,d) = x·rstd·weight, rstd (N) = 1/sqrt(mean(x²) + eps); backward: dx +=, dweight +=
+//   rmsnorm_forward        out (N,d) = x·rstd·weight, rstd (N) = 1/sqrt(mean(x²) + eps); backward: dx +=, dweight += unless NULL
 //   matmul_forward         out (N,O) = inp (N,I) · wᵀ, w (O,I)
 //   matmul_residual_forward  out = residual + inp · wᵀ in fp32; residual may be NULL (zero) or out itself
 //   matmul_backward_input  dinp (N,I) = dout (N,O) · w;  matmul_residual_backward_input: the same into fp32
@@ -259,14 +260,15 @@ const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[2
 bool retrofit_fail(const char *text); // records an error; returns false: for tables of operations in other files
 
 // ---- The model: load, forward, backward ----------------------------------------------------------------------------
-typedef enum { RETROFIT_INFERENCE, RETROFIT_TRAINING } retrofit_mode;
+// TRAINING_CORE trains the adapter and the core, TRAINING_ADAPTER the adapter alone: the rest is frozen, without gradients and moments.
+typedef enum { RETROFIT_INFERENCE, RETROFIT_TRAINING, RETROFIT_TRAINING_CORE, RETROFIT_TRAINING_ADAPTER } retrofit_mode;
 
 // A model of this shape without weights: the list of parameters alone. NULL + error.
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
-// Memory for its parameters, in fp32, zeroed; for TRAINING also gradients and optimizer state. false + error.
+// Memory for its parameters, in fp32, zeroed; for training also gradients. false + error.
 bool retrofit_model_allocate(retrofit_model *m, retrofit_mode mode);
 // Reads a Hugging Face directory (config.json, model.safetensors or its shards), or DIR/latest if DIR itself holds no model.
-// INFERENCE on a CPU leaves the weights in the mapped files, in their type; TRAINING makes fp32 copies. NULL + error.
+// INFERENCE on a CPU leaves the weights in the mapped files, in their type; the others make fp32 copies. NULL + error.
 retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
 void retrofit_free(retrofit_model *m);
 // Copies the masters into the type the matrices have on this device; needed after masters were changed by hand.
@@ -353,8 +355,11 @@ void retrofit_zero_grad(retrofit_model *m);
 size_t retrofit_state_sizes(const retrofit_activations *a, double *rms);
 
 // Floating-point operations of training on one token with (n,k): 2 per multiply-add of a matrix, attention included; forward
-// costs 1, backward 2, gradient-free recurrences no backward.
-double retrofit_flops_per_token(const retrofit_config *c, size_t T, size_t n, size_t k);
+// costs 1, backward 1 for what came in and 1 for the weights unless they are frozen, gradient-free recurrences no backward.
+double retrofit_flops_per_token(const retrofit_config *c, retrofit_mode mode, size_t T, size_t n, size_t k);
+// The same as the paper's figures count them, 6·N_1 + 2·N_2: N_1 the parameters of prelude, k times the core, and coda, N_2 those of n times the
+// core; attention, adapter, embedding and head are not counted.
+double retrofit_paper_flops_per_token(const retrofit_config *c, size_t n, size_t k);
 
 // ---- Training: sampler, schedules, optimizers (method: paper section 3; the authors' code) --------------------------
 // n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and backprop depth K; *rate (may be NULL): the log-normal draw.
@@ -383,7 +388,8 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
 // Memory for the optimizer's moments (and Muon's scratch). false + error.
 bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind);
 // What training a model will take, of one that has no memory yet: bytes of weights (with their copies in act_type), gradients, moments.
-void retrofit_training_bytes(retrofit_model *m, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients, size_t *moments);
+void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
+                             size_t *moments);
 
 // ---- Decoding ----------------------------------------------------------------------------------------------------------
 // Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all) through r recurrences and the KV cache of
@@ -456,6 +462,7 @@ int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t);
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t);
 int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); // of a token spelt as in the file ("▁the"), or -1
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t); // of what decides ids, however the file is laid out; never 0
 
 // ---- Files -----------------------------------------------------------------------------------------------------------
 typedef struct {
@@ -496,7 +503,8 @@ bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type
 bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata);
 bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory); // leaves f open for its metadata
 
-// Token shards (llm.c's .bin): 256 int32 of header {magic, version, tokens}, then uint16 or uint32 tokens.
+// Token shards (llm.c's .bin): 256 int32 of header {magic, version, tokens}, then uint16 or uint32 tokens. Ours also have the tokenizer's
+// hash in the header, its low half in int32 3, its high half in 4; llm.c's have zeros there.
 #define RETROFIT_SHARD_MAGIC_16 20240520 // version 1
 #define RETROFIT_SHARD_MAGIC_32 20240801 // version 7
 typedef struct retrofit_data retrofit_data;
@@ -505,16 +513,18 @@ typedef struct retrofit_data retrofit_data;
 retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed);
 void retrofit_data_close(retrofit_data *d);
 size_t retrofit_data_rows(const retrofit_data *d);
+// false + error if a shard was made with another tokenizer than that of this hash; shards that do not say pass.
+bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer);
 // Row `index` (counted on over epochs): T tokens and the T that follow each. false + error if an id is not below vocab.
 bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels);
 
 // ---- Command lines: what the three programs share ----------------------------------------------------------------------------
-typedef enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_HEADING } retrofit_option_type;
+typedef enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_SWITCH, RETROFIT_HEADING } retrofit_option_type;
 typedef struct {
     const char *name;     // without the dashes; a HEADING's is a line of the help
     retrofit_option_type type;
-    void *value;          // bool *, const char **, size_t *, double *, int * (the choice's index)
-    const char *argument; // what the help calls it; a CHOICE's alternatives, "a|b|c"
+    void *value;          // bool *, const char **, size_t *, double *, int * (the choice's index; a SWITCH's + 2, or 1 for the name alone)
+    const char *argument; // what the help calls it; a CHOICE's or SWITCH's alternatives, "a|b|c"
     const char *help;
 } retrofit_option;
 // Reads --name value and --name=value by the table; what has no dashes goes to `others` if that is not NULL (at most argc). Returns -1 to go
@@ -1397,6 +1407,18 @@ int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t) { return t->eos; }
 int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find(t, token, strlen(token), false); }
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
 
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t) {
+    uint64_t h = t->size, merges = 0;
+    for (size_t id = 0; id < t->size; id++) {
+        for (size_t i = 0; i < t->tokens[id].size; i++) h = (h ^ (unsigned char)t->tokens[id].text[i]) * 0x100000001b3;
+        h = hash64(h, id);
+    }
+    for (size_t i = 0; i <= t->merge_mask; i++) // in the order of the table, hence a sum
+        if (t->merges[i].rank) merges += hash64(t->merges[i].pair, t->merges[i].rank);
+    for (size_t i = 0; i < TOK_STEPS; i++) h = hash64(h, t->has[i]);
+    return h + merges ? h + merges : 1;
+}
+
 static void tok_refuse(retrofit_tokenizer *t, const char *what, const char *name) {
     char line[200]; // names come from the file: no control character of theirs may break the line
     snprintf(line, sizeof line, "%s", name);
@@ -2002,6 +2024,7 @@ static void rmsnorm_backward(float *dx, float *dweight, const act *dout_, const 
         float along = (sum_lanes(lanes) + tail) * r * r / (float)d;
         for (c = 0; c < d; c++) dx[n * d + c] += r * (dy[c] * weight[c] - xn[c] * along);
     }
+    if (!dweight) return;
     PARALLEL_FOR(N * d)
     for (size_t c0 = 0; c0 < d; c0 += 64)
         for (size_t n = 0; n < N; n++)
@@ -2633,12 +2656,24 @@ void retrofit_free(retrofit_model *m) {
     free(m->maps), free(m->prelude), free(m->core), free(m->coda), free(m->parameters), free(m);
 }
 
-// One fp32 copy of every parameter in one arena: its size, and where each copy lies (`member`: which of master, grad, m, v).
+// Marks what a mode does not train.
+static void freeze(retrofit_model *m, retrofit_mode mode) {
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        retrofit_parameter *p = m->parameters[i];
+        p->frozen = (mode == RETROFIT_TRAINING_CORE || mode == RETROFIT_TRAINING_ADAPTER) && p->part != RETROFIT_PART_ADAPTER &&
+                    (mode == RETROFIT_TRAINING_ADAPTER || p->part != RETROFIT_PART_CORE);
+    }
+}
+
+// One fp32 copy of every parameter in one arena: its size, and where each copy lies (`member`: master or grad; a frozen one has no grad).
 static float **copy_of(retrofit_parameter *p, size_t member) { return (float **)(void *)((char *)p + member); }
 
 static void lay_out_copies(retrofit_model *m, arena *a, size_t member) {
-    for (size_t i = 0; i < m->parameter_count; i++)
-        *copy_of(m->parameters[i], member) = (float *)take(a, m->parameters[i]->rows * m->parameters[i]->cols, sizeof(float));
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        retrofit_parameter *p = m->parameters[i];
+        bool none = p->frozen && member == offsetof(retrofit_parameter, grad);
+        *copy_of(p, member) = none ? NULL : (float *)take(a, p->rows * p->cols, sizeof(float));
+    }
 }
 
 static void *allocate_copies(retrofit_model *m, size_t member, size_t *bytes) {
@@ -2665,8 +2700,9 @@ static void lay_out_weights(retrofit_model *m, arena *a) {
 }
 
 bool retrofit_model_allocate(retrofit_model *m, retrofit_mode mode) {
+    freeze(m, mode);
     if (!(m->masters = allocate_copies(m, offsetof(retrofit_parameter, master), NULL))) return false;
-    if (mode == RETROFIT_TRAINING && !(m->grads = allocate_copies(m, offsetof(retrofit_parameter, grad), &m->grad_bytes))) return false;
+    if (mode != RETROFIT_INFERENCE && !(m->grads = allocate_copies(m, offsetof(retrofit_parameter, grad), &m->grad_bytes))) return false;
     arena a = {NULL, 0};
     lay_out_weights(m, &a);
     if (a.used && !(m->weights = m->ops->alloc(a.used))) return false;
@@ -2776,14 +2812,14 @@ static bool load_weights(retrofit_model *m, retrofit_mode mode, const char *wher
                 p->weight.data = take(&a, p->rows * p->cols, retrofit_type_size(p->weight.type));
             }
             if (pass == 0) continue;
-            char *to = mode == RETROFIT_TRAINING ? (char *)p->master : (char *)p->weight.data;
-            retrofit_type type = mode == RETROFIT_TRAINING ? RETROFIT_F32 : p->weight.type;
+            char *to = mode != RETROFIT_INFERENCE ? (char *)p->master : (char *)p->weight.data;
+            retrofit_type type = mode != RETROFIT_INFERENCE ? RETROFIT_F32 : p->weight.type;
             for (size_t j = 0; j < p->pieces; j++) {
                 if (!store(m->ops, to, type, (const char *)t[j]->data, t[j]->type, t[j]->count)) return false;
                 to += t[j]->count * retrofit_type_size(type);
             }
         }
-        if (pass == 0 && mode == RETROFIT_TRAINING && !retrofit_model_allocate(m, mode)) return false;
+        if (pass == 0 && mode != RETROFIT_INFERENCE && !retrofit_model_allocate(m, mode)) return false;
         if (pass == 0 && a.used) {
             if (!(m->weights = m->ops->alloc(a.used))) return false;
             a.base = (char *)m->weights, a.used = 0;
@@ -2814,7 +2850,7 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
     retrofit_model *m = retrofit_model_new(&config, ops);
     if (!m) return NULL;
     if (!open_maps(m, directory) || !load_weights(m, mode, directory) || !check_all_used(m)) return retrofit_free(m), (retrofit_model *)NULL;
-    if (mode == RETROFIT_TRAINING) {
+    if (mode != RETROFIT_INFERENCE) {
         retrofit_refresh(m);
         while (m->map_count) retrofit_safetensors_close(&m->maps[--m->map_count]);
     }
@@ -2990,25 +3026,30 @@ static void block_backward(retrofit_activations *a, retrofit_layer *w, retrofit_
     const retrofit_ops *ops = a->model->ops;
     size_t N = a->N, d = c->n_embd, Q = retrofit_qkv_width(c), F = c->intermediate, H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
     const float *norm_1 = (const float *)w->norm_1.weight.data, *norm_2 = (const float *)w->norm_2.weight.data;
+    bool trains = !w->wqkv.frozen; // a layer is frozen as a whole
 
     if (a->keep == RETROFIT_KEEP_INPUTS) block_inside(a, w, s, s->x, 0);
 
     ops->cast(a->dbranch, a->dx, N * d);
     ops->matmul_backward_input(a->dswiglu, a->dbranch, w->mlp_proj.weight, N, F, d);
     ops->swiglu_backward(a->dfc, a->swiglu, a->dswiglu, s->fc, N, F);
-    ops->matmul_backward_weight(w->mlp_proj.grad, F, a->dbranch, a->swiglu, N, F, d);
-    ops->rmsnorm_forward(a->norm, s->rstd_2, s->mid, norm_2, N, d, c->norm_eps);
-    ops->matmul_backward_weight(w->fc.grad, d, a->dfc, a->norm, N, d, 2 * F);
+    if (trains) {
+        ops->matmul_backward_weight(w->mlp_proj.grad, F, a->dbranch, a->swiglu, N, F, d);
+        ops->rmsnorm_forward(a->norm, s->rstd_2, s->mid, norm_2, N, d, c->norm_eps);
+        ops->matmul_backward_weight(w->fc.grad, d, a->dfc, a->norm, N, d, 2 * F);
+    }
     ops->matmul_backward_input(a->dinner, a->dfc, w->fc.weight, N, d, 2 * F);
     ops->rmsnorm_backward(a->dx, w->norm_2.grad, a->dinner, s->mid, s->rstd_2, norm_2, N, d);
 
     ops->cast(a->dbranch, a->dx, N * d);
-    ops->matmul_backward_weight(w->proj.grad, d, a->dbranch, s->attention, N, d, d);
+    if (trains) ops->matmul_backward_weight(w->proj.grad, d, a->dbranch, s->attention, N, d, d);
     ops->matmul_backward_input(a->dattention, a->dbranch, w->proj.weight, N, d, d);
     ops->attention_backward(a->dqkv, a->delta, a->dattention, s->qkv, s->attention, s->lse, a->b, a->t, H, G, h);
     ops->rope_backward(a->dqkv, a->rope, a->b, a->t, H, G, h);
-    ops->rmsnorm_forward(a->norm, s->rstd_1, s->x, norm_1, N, d, c->norm_eps);
-    ops->matmul_backward_weight(w->wqkv.grad, d, a->dqkv, a->norm, N, d, Q);
+    if (trains) {
+        ops->rmsnorm_forward(a->norm, s->rstd_1, s->x, norm_1, N, d, c->norm_eps);
+        ops->matmul_backward_weight(w->wqkv.grad, d, a->dqkv, a->norm, N, d, Q);
+    }
     ops->matmul_backward_input(a->dinner, a->dqkv, w->wqkv.weight, N, d, Q);
     ops->rmsnorm_backward(a->dx, w->norm_1.grad, a->dinner, s->x, s->rstd_1, norm_1, N, d);
 }
@@ -3136,7 +3177,7 @@ double retrofit_loss(retrofit_activations *a, const int32_t *labels, float scale
         ops->matmul_forward(a->logits, final, m->lm_head.weight, rows, d, V);
         ops->cross_entropy(a->losses + at, a->logits, a->labels + at, rows, V, scale / (float)counted);
         if (scale == 0) continue;
-        ops->matmul_backward_weight(m->lm_head.grad, d, a->logits, final, rows, d, V);
+        if (!m->lm_head.frozen) ops->matmul_backward_weight(m->lm_head.grad, d, a->logits, final, rows, d, V);
         ops->matmul_backward_input(act_at(ops, a->dfinal, at * d), a->logits, m->lm_head.weight, rows, d, V);
     }
     if (scale != 0) {
@@ -3172,6 +3213,7 @@ void retrofit_backward(retrofit_activations *a) {
         ops->cast(a->dbranch, a->dinjected, a->N * d);
         ops->cast(a->norm, a->e, a->N * d);
         ops->matmul_backward_weight(m->adapter.grad + d, 2 * d, a->dbranch, a->norm, a->N, d, d);
+        if (m->wte.frozen) return; // and with it the prelude
         ops->matmul_residual_backward_input(a->dx, a->dbranch, adapter_half(m, true), a->N, d, d);
         blocks_backward(a, m->prelude, m->config.prelude, a->prelude);
     }
@@ -3190,12 +3232,18 @@ size_t retrofit_state_sizes(const retrofit_activations *a, double *rms) {
     return C ? a->k + 1 : 0;
 }
 
-double retrofit_flops_per_token(const retrofit_config *c, size_t T, size_t n, size_t k) {
+double retrofit_flops_per_token(const retrofit_config *c, retrofit_mode mode, size_t T, size_t n, size_t k) {
     double d = (double)c->n_embd, F = (double)c->intermediate;
     double layer = 2 * (d * (double)retrofit_qkv_width(c) + d * d + 3 * d * F) + 2 * (double)T * d; // causal attention: T/2 keys on average
-    double outside = (double)(c->prelude + c->coda) * layer + 2 * d * (double)c->vocab;
-    double recurrence = c->core ? (double)c->core * layer + 2 * 2 * d * d : 0;
-    return 3 * outside + recurrence * (double)(n + 3 * k);
+    double recurrence = c->core ? (double)c->core * layer + 2 * 2 * d * d : 0, behind = (double)c->coda * layer + 2 * d * (double)c->vocab;
+    double of_prelude = mode == RETROFIT_TRAINING ? 3 : 1, of_core = mode == RETROFIT_INFERENCE ? 1 : mode == RETROFIT_TRAINING_ADAPTER ? 2 : 3;
+    double of_coda = mode == RETROFIT_INFERENCE ? 1 : mode == RETROFIT_TRAINING ? 3 : 2;
+    return of_prelude * (double)c->prelude * layer + recurrence * ((double)n + of_core * (double)k) + of_coda * behind;
+}
+
+double retrofit_paper_flops_per_token(const retrofit_config *c, size_t n, size_t k) {
+    double d = (double)c->n_embd, layer = d * (double)retrofit_qkv_width(c) + d * d + 3 * d * (double)c->intermediate + 2 * d; // with its norms
+    return layer * (6 * (double)(c->prelude + k * c->core + c->coda) + 2 * (double)(n * c->core));
 }
 
 // =====================================================================================================================
@@ -3249,6 +3297,7 @@ static void lay_out_moments(retrofit_model *m, arena *a, retrofit_optimizer_kind
     for (size_t i = 0; i < m->parameter_count; i++) {
         retrofit_parameter *p = m->parameters[i];
         size_t n = p->rows * p->cols, shorter = p->rows < p->cols ? p->rows : p->cols;
+        if (p->frozen) continue;
         p->m = (float *)take(a, n, 4);
         p->v = by_muon(p, kind) ? NULL : (float *)take(a, n, 4);
         if (by_muon(p, kind) && n > largest) largest = n;
@@ -3269,8 +3318,10 @@ bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind) {
     return true;
 }
 
-void retrofit_training_bytes(retrofit_model *m, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients, size_t *moments) {
+void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
+                             size_t *moments) {
     arena a = {NULL, 0}, g = {NULL, 0}, o = {NULL, 0};
+    freeze(m, mode);
     lay_out_copies(m, &a, offsetof(retrofit_parameter, master)), lay_out_weights(m, &a);
     lay_out_copies(m, &g, offsetof(retrofit_parameter, grad)), lay_out_moments(m, &o, kind);
     *weights = a.used, *gradients = g.used, *moments = o.used;
@@ -3320,6 +3371,7 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
         bool throttled = o->throttle > 0 && (p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER);
         float slower = throttled ? o->throttle : 1, lr = o->lr / slower;
         size_t n = p->rows * p->cols;
+        if (p->frozen) continue;
         if (by_muon(p, o->kind)) muon_step(m, p, o, scale, o->muon_lr / slower);
         else if (o->kind == RETROFIT_ELLISADAM) ellisadam_step(m, p, o, scale, lr, t, bias1, bias2);
         else
@@ -3619,6 +3671,17 @@ void retrofit_data_close(retrofit_data *d) {
 
 size_t retrofit_data_rows(const retrofit_data *d) { return d->rows; }
 
+bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer) {
+    for (size_t i = 0; i < d->files.gl_pathc; i++) {
+        const uint32_t *header = (const uint32_t *)d->shard[i].base;
+        uint64_t made_with = header[3] | (uint64_t)header[4] << 32;
+        if (made_with && made_with != tokenizer)
+            return fail("%s: made with another tokenizer (%016llx) than the model's (%016llx): convert --tokenize with --tokenizer MODEL makes it anew",
+                        d->files.gl_pathv[i], (unsigned long long)made_with, (unsigned long long)tokenizer);
+    }
+    return true;
+}
+
 bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels) {
     if (d->order && d->epoch != index / d->rows) { // Fisher and Yates, from the seed and the epoch alone
         uint64_t key = hash64(d->seed, d->epoch = index / d->rows);
@@ -3662,6 +3725,7 @@ bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count) {
 
 static bool read_option(const retrofit_option *o, const char *text) { // text: the value; NULL if there is none
     char *end = NULL;
+    if (o->type == RETROFIT_SWITCH && !text) return *(int *)o->value = 1, true;
     if (o->type == RETROFIT_FLAG) return text ? fail("--%s takes no value", o->name) : (*(bool *)o->value = true);
     if (!text) return fail("--%s needs a value", o->name);
     if (o->type == RETROFIT_STRING) return *(const char **)o->value = text, true;
@@ -3677,7 +3741,7 @@ static bool read_option(const retrofit_option *o, const char *text) { // text: t
     size_t n = strlen(text);
     const char *c = o->argument;
     for (int i = 0; c; i++, c = strchr(c, '|'), c += c != NULL)
-        if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|')) return *(int *)o->value = i, true;
+        if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|')) return *(int *)o->value = i + (o->type == RETROFIT_SWITCH ? 2 : 0), true;
     return fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
 }
 
@@ -3697,7 +3761,8 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
             printf("%s", usage);
             for (const retrofit_option *o = table; o < table + count; o++) {
                 bool heading = o->type == RETROFIT_HEADING;
-                int n = heading ? printf("\n%s\n", o->name) : printf("  --%s %s", o->name, o->argument ? o->argument : "");
+                const char *form = o->type == RETROFIT_SWITCH ? "  --%s[=%s]" : "  --%s %s";
+                int n = heading ? printf("\n%s\n", o->name) : printf(form, o->name, o->argument ? o->argument : "");
                 if (!heading) printf("%s%*s%s\n", n > 34 ? "\n" : "", n > 34 ? 36 : 36 - n, "", o->help);
             }
             return 0;
@@ -3715,7 +3780,7 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
             if (common_letters(o->name, arg + 2) > common_letters(nearest, arg + 2)) nearest = o->name;
         }
         if (value) value++;
-        else if (found && found->type != RETROFIT_FLAG && i + 1 < argc) value = argv[++i];
+        else if (found && found->type != RETROFIT_FLAG && found->type != RETROFIT_SWITCH && i + 1 < argc) value = argv[++i];
         if (!(found ? read_option(found, value) : fail("unknown option %s: did you mean --%s?", arg, nearest)))
             return fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error()), 2;
     }

@@ -518,7 +518,7 @@ static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const f
                              size_t d) {
     size_t blocks = least_of(least_of(N, 1024), WORKSPACE / sizeof(float) / d);
     LAUNCH(rmsnorm_backward_kernel<E>, blocks, THREADS, 0, dx, (float *)workspace, (const E *)dout, x, rstd, weight, N, d);
-    LAUNCH(add_rows_kernel, ceil_of(d, 32), THREADS, 0, dweight, (const float *)workspace, blocks, d);
+    if (dweight) LAUNCH(add_rows_kernel, ceil_of(d, 32), THREADS, 0, dweight, (const float *)workspace, blocks, d);
 }
 
 // ---- Matrix products: c (M,N) = residual + a (M,K) · b (K,N) --------------------------------------------------------------------

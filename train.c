@@ -5,12 +5,12 @@
 #include <sys/statvfs.h>
 
 static struct {
-    const char *model, *data, *val, *out, *eval_list, *fixed;
-    size_t steps, batch, micro, seq_len, mean_recurrence, backprop_depth, seed, save_every, keep, eval_every, eval_rows, max_bad_steps;
-    double lr, muon_lr, weight_decay, beta1, beta2, clip, warmup, cooldown, min_lr_ratio, curriculum_warmup, flops, time_limit, save_before;
-    int optimizer, curriculum, state_init, device, precision;
-    bool shuffle, resume, resume_anyway, dry_run, recompute, throttle;
-} o = {.eval_list = "1,2,4,8",     .micro = 8,       .seed = 1,      .eval_rows = 64,          .lr = 5e-5,        .muon_lr = 1e-3,
+    const char *model, *data, *val, *out, *eval_list, *fixed, *samples;
+    size_t steps, batch, micro, seq_len, mean_recurrence, backprop_depth, depth_start, seed, save_every, keep, eval_every, eval_rows, sample_tokens, max_bad_steps;
+    double lr, muon_lr, weight_decay, beta1, beta2, clip, warmup, cooldown, min_lr_ratio, curriculum_warmup, depth_warmup, flops, time_limit, save_before;
+    int optimizer, trains, curriculum, state_init, device, precision, dry_run;
+    bool shuffle, resume, resume_anyway, recompute, throttle;
+} o = {.eval_list = "1,2,4,8,16,32", .depth_start = 1, .sample_tokens = 32, .micro = 8,       .seed = 1,      .eval_rows = 64,          .lr = 5e-5,        .muon_lr = 1e-3,
        .weight_decay = 1e-4,       .beta1 = 0.9,     .beta2 = 0.95,  .clip = 1,                .warmup = 0.0025,  .cooldown = 0.6,
        .min_lr_ratio = 0.001,      .curriculum_warmup = 0.75,        .curriculum = RETROFIT_CURRICULUM_1_SQRT, .optimizer = RETROFIT_MUON,
        .keep = 1,                  .max_bad_steps = 5,               .save_before = 5};
@@ -25,7 +25,7 @@ static const retrofit_option options[] = {
     {"resume-anyway", RETROFIT_FLAG, &o.resume_anyway, NULL, "the same with options that alter the run; says which"},
     {"save-every", RETROFIT_SIZE, &o.save_every, "N", "steps between checkpoints (0: at the end only)"},
     {"keep", RETROFIT_SIZE, &o.keep, "N", "the newest checkpoints that stay (1)"},
-    {"dry-run", RETROFIT_FLAG, &o.dry_run, NULL, "print parameters, memory, FLOPs and schedule, and stop"},
+    {"dry-run", RETROFIT_SWITCH, &o.dry_run, "schedule", "print memory, FLOPs, time and schedule (or each micro-batch of it), and stop"},
     {"When to stop (SIGINT and SIGTERM do so too: after the running step, with a checkpoint)", RETROFIT_HEADING, NULL, NULL, NULL},
     {"steps", RETROFIT_SIZE, &o.steps, "N", "optimizer steps"},
     {"flops", RETROFIT_REAL, &o.flops, "F", "end once this many, 1e18 say, are spent; the schedules keep to --steps"},
@@ -41,12 +41,15 @@ static const retrofit_option options[] = {
     {"Recurrence", RETROFIT_HEADING, NULL, NULL, NULL},
     {"mean-recurrence", RETROFIT_SIZE, &o.mean_recurrence, "R", "mean of the drawn recurrences at the end of the curriculum (the model's)"},
     {"backprop-depth", RETROFIT_SIZE, &o.backprop_depth, "K", "recurrences that get gradients (the model's)"},
+    {"depth-warmup", RETROFIT_REAL, &o.depth_warmup, "F", "over this share of the steps K grows linearly (0: it is K from the beginning)"},
+    {"depth-start", RETROFIT_SIZE, &o.depth_start, "N", "from N (1)"},
     {"curriculum", RETROFIT_CHOICE, &o.curriculum, "none|linear|1-sqrt", "how the mean grows to R (1-sqrt)"},
     {"curriculum-warmup", RETROFIT_REAL, &o.curriculum_warmup, "F", "over this share of the steps (.75)"},
     {"fixed-recurrences", RETROFIT_STRING, &o.fixed, "n,k", "the same n without and k with gradients always: no draws, no curriculum"},
     {"state-init", RETROFIT_CHOICE, &o.state_init, "normal|zero", "the start state (normal)"},
     {"Optimizer", RETROFIT_HEADING, NULL, NULL, NULL},
     {"optimizer", RETROFIT_CHOICE, &o.optimizer, "adamw|muon|ellisadam", "muon: matrices of the body, the rest by adamw; ellisadam: the paper's AdamW* (muon)"},
+    {"train", RETROFIT_CHOICE, &o.trains, "all|core|adapter", "core: adapter and core alone; what is frozen needs no gradients and moments (all)"},
     {"throttle", RETROFIT_FLAG, &o.throttle, NULL, "divide the learning rates of adapter and core by the step's mean k"},
     {"lr", RETROFIT_REAL, &o.lr, "F", "peak learning rate of AdamW (5e-5)"},
     {"muon-lr", RETROFIT_REAL, &o.muon_lr, "F", "peak learning rate of Muon (1e-3)"},
@@ -59,8 +62,10 @@ static const retrofit_option options[] = {
     {"min-lr-ratio", RETROFIT_REAL, &o.min_lr_ratio, "F", "where it starts and ends, as a share of the peak (.001)"},
     {"Validation", RETROFIT_HEADING, NULL, NULL, NULL},
     {"eval-every", RETROFIT_SIZE, &o.eval_every, "N", "steps between validations (0: at the end only)"},
-    {"eval-recurrences", RETROFIT_STRING, &o.eval_list, "1,2,4,8", "recurrences to validate with"},
+    {"eval-recurrences", RETROFIT_STRING, &o.eval_list, "1,2,4", "recurrences to validate with (1,2,4,8,16,32)"},
     {"eval-rows", RETROFIT_SIZE, &o.eval_rows, "N", "rows of --val to use (64)"},
+    {"sample-prompts", RETROFIT_STRING, &o.samples, "FILE", "a prompt a line: each is continued at all these recurrences, by the likeliest tokens"},
+    {"sample-tokens", RETROFIT_SIZE, &o.sample_tokens, "N", "by so many (32)"},
     {"Machine", RETROFIT_HEADING, NULL, NULL, NULL},
     {"device", RETROFIT_CHOICE, &o.device, "auto|cpu|cuda", "where to compute; auto: on a GPU if there is one (auto)"},
     {"precision", RETROFIT_CHOICE, &o.precision, "bf16|fp32", "of matrices and activations on a GPU; masters and sums are fp32 (bf16)"},
@@ -70,7 +75,7 @@ static const retrofit_option options[] = {
 // Where the run is; all of it goes into every checkpoint. in_a_row: steps skipped up to this one; norm: the gradient's, averaged.
 static struct {
     size_t step, skipped, in_a_row;
-    double flops, norm;
+    double flops, paper_flops, norm;
 } now;
 static size_t fixed_n, fixed_k; // of --fixed-recurrences; k is 0 without it
 static FILE *journal;           // OUT/log.jsonl
@@ -104,8 +109,9 @@ static bool stopping(double flops) {
     return stop || (o.time_limit > 0 && flops * seconds_per_flop > left) || (o.time_limit > 0 && left < 0);
 }
 
+static retrofit_mode mode(void) { return (retrofit_mode)(RETROFIT_TRAINING + o.trains); }
 static bool ended(void) { return now.step >= o.steps || (o.flops > 0 && now.flops >= o.flops); }
-static bool due(void) { return o.val && (ended() || (o.eval_every && now.step % o.eval_every == 0)); } // a validation
+static bool due(void) { return (o.val || o.samples) && (ended() || (o.eval_every && now.step % o.eval_every == 0)); } // a validation
 
 // ---- What one step does ----------------------------------------------------------------------------------------------------
 typedef struct {
@@ -119,7 +125,9 @@ static plan plan_of(const retrofit_config *c, size_t step) { // step from 0
         p.mean = (size_t)ceil(retrofit_curriculum((retrofit_curriculum_kind)o.curriculum, step, o.steps, o.curriculum_warmup, (double)o.mean_recurrence));
         if (p.mean == 0) p.mean = 1;
         if (fixed_k) p.mean = fixed_n + fixed_k;
-        p.depth = p.mean < o.backprop_depth ? p.mean : o.backprop_depth;
+        double K = (double)o.backprop_depth; // less a little before rounding up: start/K·K may be a bit more than start
+        p.depth = (size_t)ceil(retrofit_linear_schedule(step, o.steps, fixed_k ? 0 : o.depth_warmup, (double)o.depth_start / K, K) - 1e-9);
+        p.depth = least(p.mean, p.depth);
     }
     p.lr = (float)retrofit_learning_rate(step, o.steps, o.warmup, o.cooldown, o.min_lr_ratio, o.lr);
     p.muon_lr = (float)retrofit_learning_rate(step, o.steps, o.warmup, o.cooldown, o.min_lr_ratio, o.muon_lr);
@@ -132,15 +140,25 @@ static void draw(const plan *p, size_t step, size_t j, size_t *n, size_t *k) {
     if (p->mean && !fixed_k) retrofit_draw_recurrences(step * (o.batch / o.micro) + j + 1, p->mean, p->depth, n, k, NULL);
 }
 
-// FLOPs of the steps [from, to), by the draws they will make.
-static double flops_of(const retrofit_config *c, size_t from, size_t to) {
-    double flops = 0;
+// What the steps [from, to) take by the draws they will make: FLOPs, ours and the paper's; the largest draw, and its step from 1.
+typedef struct {
+    double flops, paper;
+    size_t most, at;
+} cost;
+
+static cost cost_of(const retrofit_config *c, size_t from, size_t to) {
+    cost all = {0, 0, 0, 0};
+    double tokens = (double)(o.micro * o.seq_len);
     for (size_t step = from; step < to; step++) {
         plan p = plan_of(c, step);
-        for (size_t j = 0, n, k; j < o.batch / o.micro; j++)
-            draw(&p, step, j, &n, &k), flops += retrofit_flops_per_token(c, o.seq_len, n, k) * (double)(o.micro * o.seq_len);
+        for (size_t j = 0, n, k; j < o.batch / o.micro; j++) {
+            draw(&p, step, j, &n, &k);
+            all.flops += retrofit_flops_per_token(c, mode(), o.seq_len, n, k) * tokens;
+            all.paper += retrofit_paper_flops_per_token(c, n, k) * tokens;
+            if (n + k > all.most) all.most = n + k, all.at = step + 1;
+        }
     }
-    return flops;
+    return all;
 }
 
 // ---- Validation: the same rows and start states every time; s_r of every r lies on one way -----------------------------
@@ -153,13 +171,17 @@ static void flush_journal(void) {
         die(1, "%s/log.jsonl: writing failed: %s (the checkpoint before is untouched)", o.out, strerror(errno));
 }
 
+static size_t eval_depths(const retrofit_config *c, size_t r[32]) {
+    size_t count = 1;
+    if (retrofit_is_plain(c)) return r[0] = 0, count;
+    return retrofit_sizes(o.eval_list, r, 32, &count), count;
+}
+
 // False if it was stopped; the next run does it then.
-static bool evaluate(retrofit_activations *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
+static bool validate(retrofit_activations *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
     char text[32];
-    size_t r[32], count, rows = least(retrofit_data_rows(val), o.eval_rows), T = o.seq_len;
+    size_t r[32], count = eval_depths(&a->model->config, r), rows = least(retrofit_data_rows(val), o.eval_rows), T = o.seq_len;
     double loss[32] = {0};
-    retrofit_sizes(o.eval_list, r, 32, &count);
-    if (retrofit_is_plain(&a->model->config)) count = 1, r[0] = 0;
     for (size_t at = 0; at < rows; at += o.micro) {
         if (stopping(0)) return false;
         size_t b = least(rows - at, o.micro), done = SIZE_MAX; // recurrences so far; a list that goes back begins anew
@@ -181,8 +203,81 @@ static bool evaluate(retrofit_activations *a, retrofit_data *val, int32_t *token
         fprintf(stderr, " %.4f", loss[i] / (double)rows);
         fprintf(journal, "%s\"%zu\":%s", i ? "," : "", r[i], number(text, "%.6f", loss[i] / (double)rows));
     }
-    fprintf(stderr, "\n"), fprintf(journal, "}}\n"), flush_journal();
+    fprintf(stderr, "\n"), fprintf(journal, "}}\n");
     return true;
+}
+
+// ---- Samples: what the model makes of the same prompts, at several recurrences ------------------------------------------------
+static struct {
+    retrofit_tokenizer *tokenizer;
+    struct { char *text; int32_t *ids; size_t count; } *prompt; // ids: with room for sample_tokens more
+    size_t prompts;
+    retrofit_activations *a;
+} samples;
+
+static void open_samples(const retrofit_model *m, const char *directory) {
+    size_t size, longest = 0, r[32], deepest = 0;
+    char *text = read_file(o.samples, &size);
+    if (!text || !(samples.tokenizer = retrofit_tokenizer_load(directory))) die(1, "--sample-prompts: %s", retrofit_error());
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), samples.prompts++) {
+        if (!(samples.prompt = realloc(samples.prompt, (samples.prompts + 1) * sizeof *samples.prompt))) die(1, "out of memory");
+        size_t count, end = strlen(line);
+        int32_t *ids = retrofit_encode(samples.tokenizer, line, end, true, &count);
+        if (!ids) die(1, "%s: %s", o.samples, retrofit_error());
+        if (!count || count + o.sample_tokens > m->config.context)
+            die(1, "%s: prompt %zu has %zu tokens; with --sample-tokens %zu the model's context of %zu does not hold it", o.samples, samples.prompts + 1, count,
+                o.sample_tokens, m->config.context);
+        for (size_t i = 0; i < count; i++)
+            if ((size_t)ids[i] >= m->config.vocab) die(1, "%s: token %d is beyond the model's vocabulary of %zu", o.samples, (int)ids[i], m->config.vocab);
+        samples.prompt[samples.prompts].text = strdup(line), samples.prompt[samples.prompts].count = count;
+        samples.prompt[samples.prompts].ids = realloc(ids, (count + o.sample_tokens) * sizeof *ids);
+        if (!samples.prompt[samples.prompts].text || !samples.prompt[samples.prompts].ids) die(1, "out of memory");
+        longest = count > longest ? count : longest;
+    }
+    free(text);
+    if (!samples.prompts) die(1, "%s: there is no prompt in it", o.samples);
+    for (size_t i = 0, count = eval_depths(&m->config, r); i < count; i++) deepest = r[i] > deepest ? r[i] : deepest;
+    if (!(samples.a = retrofit_activations_new(m, 1, longest, 0, RETROFIT_KEEP_NOTHING, longest + o.sample_tokens, deepest))) die(1, "%s", retrofit_error());
+}
+
+static bool sample(void) { // false if it was stopped
+    const retrofit_config *c = &samples.a->model->config;
+    size_t r[32], depths = eval_depths(c, r), size, known = least(c->vocab, retrofit_tokenizer_size(samples.tokenizer));
+    for (size_t p = 0; p < samples.prompts; p++)
+        for (size_t i = 0; i < depths; i++) {
+            int32_t *ids = samples.prompt[p].ids, eos = retrofit_tokenizer_eos(samples.tokenizer);
+            size_t n = samples.prompt[p].count, fed = 0, end = n + o.sample_tokens;
+            retrofit_rewind(samples.a);
+            while (n < end) {
+                if (stopping(0)) return false;
+                const float *logits = retrofit_feed(samples.a, ids + fed, 1, n - fed, NULL, r[i], o.state_init ? 0 : c->state_std, o.seed);
+                if (!logits) die(1, "%s", retrofit_error());
+                fed = n, ids[n++] = retrofit_argmax(logits, known);
+                if (ids[n - 1] == eos) break;
+            }
+            char *all = retrofit_decode(samples.tokenizer, ids, n, true, &size), *before = retrofit_decode(samples.tokenizer, ids, samples.prompt[p].count, true, &fed);
+            if (!all || !before) die(1, "%s", retrofit_error());
+            const char *text = all + least(fed, size); // decoded alone, a first token would lose its space
+            fprintf(journal, "{\"step\":%zu,\"sample\":{\"prompt\":", now.step);
+            json_write_string(journal, samples.prompt[p].text, strlen(samples.prompt[p].text));
+            fprintf(journal, ",\"recurrences\":%zu,\"text\":", r[i]), json_write_string(journal, text, strlen(text)), fprintf(journal, "}}\n");
+            end_live_line(), fprintf(stderr, "step %zu: r=%zu: %s|", now.step, r[i], samples.prompt[p].text);
+            for (const char *t = text; *t; t++) fputc((unsigned char)*t < ' ' || *t == 127 ? ' ' : *t, stderr); // one line it stays
+            fputc('\n', stderr), free(all), free(before);
+        }
+    return true;
+}
+
+static void close_samples(void) {
+    for (size_t i = 0; i < samples.prompts; i++) free(samples.prompt[i].text), free(samples.prompt[i].ids);
+    free(samples.prompt), retrofit_activations_free(samples.a), retrofit_tokenizer_free(samples.tokenizer);
+}
+
+// Samples and validation, whose lines end with one that says so: where it is missing, a run that was stopped does both again.
+static bool evaluate(retrofit_activations *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
+    if ((o.samples && !sample()) || (val && !validate(a, val, tokens, labels))) return false;
+    if (!val) fprintf(journal, "{\"step\":%zu,\"sampled\":%zu}\n", now.step, samples.prompts);
+    return flush_journal(), true;
 }
 
 // ---- Numbers that go wrong ------------------------------------------------------------------------------------------------
@@ -191,6 +286,7 @@ static const char *bad_gradient(const retrofit_model *m) {
     for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
         double sum;
+        if (p->frozen) continue;
         m->ops->zero(m->sums + 1, sizeof sum);
         m->ops->sum_squares(m->sums + 1, p->grad, p->rows * p->cols);
         m->ops->download(&sum, m->sums + 1, sizeof sum);
@@ -311,15 +407,16 @@ static void check_latest(const char *latest) {
 static size_t data_rows;
 static const retrofit_ops *place;
 static void recipe(char *text, size_t size) { // what must not change between a run and its continuation
-    static const char *const curricula[] = {"none", "linear", "1-sqrt"}, *const optimizers[] = {"adamw", "muon", "ellisadam"};
+    static const char *const curricula[] = {"none", "linear", "1-sqrt"}, *const optimizers[] = {"adamw", "muon", "ellisadam"},
+                      *const trained[] = {"all", "core", "adapter"};
     char fixed[48] = "none";
     if (fixed_k) snprintf(fixed, sizeof fixed, "%zu,%zu", fixed_n, fixed_k);
     snprintf(text, size,
-             "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu optimizer=%s throttle=%d lr=%.9g muon-lr=%.9g weight-decay=%.9g beta1=%.9g beta2=%.9g "
-             "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu curriculum=%s "
+             "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu train=%s optimizer=%s throttle=%d lr=%.9g muon-lr=%.9g weight-decay=%.9g beta1=%.9g beta2=%.9g "
+             "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu depth-warmup=%.9g depth-start=%zu curriculum=%s "
              "curriculum-warmup=%.9g fixed-recurrences=%s state-init=%s seed=%zu shuffle=%d data-rows=%zu device=%.4s precision=%s",
-             o.steps, o.batch, o.micro, o.seq_len, optimizers[o.optimizer], o.throttle, o.lr, o.muon_lr, o.weight_decay, o.beta1,
-             o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, curricula[o.curriculum],
+             o.steps, o.batch, o.micro, o.seq_len, trained[o.trains], optimizers[o.optimizer], o.throttle, o.lr, o.muon_lr, o.weight_decay, o.beta1,
+             o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, o.depth_warmup, o.depth_start, curricula[o.curriculum],
              o.curriculum_warmup, fixed, o.state_init ? "zero" : "normal", o.seed, o.shuffle, data_rows, place->name,
              place->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
 }
@@ -328,7 +425,8 @@ static double checkpoint_bytes(const retrofit_model *m) { // of the two large fi
     double bytes = 4 * (double)m->weight_count;
     for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
-        bytes += (p->kind == RETROFIT_MATRIX && o.optimizer == RETROFIT_MUON ? 4.0 : 8.0) * (double)(p->rows * p->cols) + 1280; // headers
+        double moments = p->frozen ? 0 : p->kind == RETROFIT_MATRIX && o.optimizer == RETROFIT_MUON ? 4 : 8;
+        bytes += moments * (double)(p->rows * p->cols) + 1280; // headers
     }
     return bytes;
 }
@@ -359,16 +457,16 @@ static bool all_finite(const char *directory, const char *name) { // false + err
 
 static void save(const retrofit_model *m, const char *tokenizer) {
     double begin = retrofit_seconds();
-    char name[32], path[RETROFIT_PATH], link[RETROFIT_PATH], temporary[RETROFIT_PATH], before[RETROFIT_PATH], text[1024], value[5][32];
+    char name[32], path[RETROFIT_PATH], link[RETROFIT_PATH], temporary[RETROFIT_PATH], before[RETROFIT_PATH], text[1024], value[6][32];
     snprintf(name, sizeof name, "step_%08zu", now.step);
     if (!retrofit_path(path, o.out, name) || !retrofit_path(link, o.out, "latest") || !retrofit_path(temporary, o.out, "latest.tmp"))
         die(1, "%s", retrofit_error());
     check_disk(m, tokenizer);
     snprintf(value[0], 32, "%zu", now.step), snprintf(value[1], 32, "%.17g", now.flops), snprintf(value[2], 32, "%zu", now.skipped);
-    snprintf(value[3], 32, "%zu", now.in_a_row), snprintf(value[4], 32, "%.17g", now.norm);
+    snprintf(value[3], 32, "%zu", now.in_a_row), snprintf(value[4], 32, "%.17g", now.norm), snprintf(value[5], 32, "%.17g", now.paper_flops);
     recipe(text, sizeof text);
     const char *metadata[] = {"step", value[0], "flops",  value[1], "skipped", value[2], "bad_in_a_row", value[3],
-                              "norm", value[4], "recipe", text,     NULL};
+                              "norm", value[4], "paper_flops", value[5], "recipe", text, NULL};
     ssize_t length = readlink(link, before, sizeof before - 1);
     before[length > 0 ? length : 0] = 0;
     char *directory = retrofit_directory_begin(path);
@@ -413,19 +511,19 @@ static size_t changes(const char *theirs, const char *ours, char *list, size_t s
 // Takes up the moments and the progress of a checkpoint; log.jsonl is cut back to its step. validated: whether the log has that step's
 // validation, which comes after the checkpoint.
 static void resume(retrofit_model *m, const char *directory, bool *validated) {
-    static const char *const keys[] = {"step", "flops", "skipped", "bad_in_a_row", "norm", "recipe"};
+    static const char *const keys[] = {"step", "flops", "skipped", "bad_in_a_row", "norm", "paper_flops", "recipe"};
     retrofit_map f;
     char text[1024], list[4096], path[RETROFIT_PATH];
-    const char *value[6];
+    const char *value[7];
     if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(&f, path)) die(1, "%s", retrofit_error());
-    for (size_t i = 0; i < 6; i++)
+    for (size_t i = 0; i < 7; i++)
         if (!(value[i] = retrofit_safetensors_metadata(&f, keys[i]))) die(1, "%s: no %s: not written by train", path, keys[i]);
     recipe(text, sizeof text);
-    bool changed = changes(value[5], text, list, sizeof list);
+    bool changed = changes(value[6], text, list, sizeof list);
     if (changed && !o.resume_anyway) die(1, "--resume: another run: %s (--resume-anyway goes on with these)", list);
     if (changed) fprintf(stderr, "--resume-anyway: %s\n", list);
     now.step = strtoul(value[0], NULL, 10), now.flops = strtod(value[1], NULL), now.skipped = strtoul(value[2], NULL, 10);
-    now.in_a_row = strtoul(value[3], NULL, 10), now.norm = strtod(value[4], NULL);
+    now.in_a_row = strtoul(value[3], NULL, 10), now.norm = strtod(value[4], NULL), now.paper_flops = strtod(value[5], NULL);
     retrofit_safetensors_close(&f);
     if (!retrofit_load_optimizer(m, &f, directory)) die(1, "%s", retrofit_error());
     retrofit_safetensors_close(&f);
@@ -437,8 +535,9 @@ static void resume(retrofit_model *m, const char *directory, bool *validated) {
     for (char *line = log; line && *line; line = strchr(line, '\n') + 1) {
         size_t at = 0;
         if (!strchr(line, '\n') || (sscanf(line, "{\"step\":%zu", &at) == 1 && at > now.step)) break;
-        keep = (size_t)(strchr(line, '\n') + 1 - log);
-        *validated = at == now.step && strstr(line, "\"val\"") && strstr(line, "\"val\"") < log + keep;
+        const char *what = line + strcspn(line, ",");
+        *validated = at == now.step && (!strncmp(what, ",\"val\"", 6) || !strncmp(what, ",\"sampled\"", 10));
+        if (at < now.step || strncmp(what, ",\"sample\"", 9)) keep = (size_t)(strchr(line, '\n') + 1 - log); // samples count with the line that ends them
     }
     if (log && truncate(path, (off_t)keep)) die(1, "%s: %s", path, strerror(errno));
     free(log);
@@ -472,7 +571,7 @@ static retrofit_keep keep(void) { return o.recompute ? RETROFIT_KEEP_INPUTS : RE
 
 static memory memory_of(retrofit_model *m, size_t micro, retrofit_keep how) { // of a model that has no memory yet
     memory n;
-    retrofit_training_bytes(m, (retrofit_optimizer_kind)o.optimizer, &n.weights, &n.gradients, &n.moments);
+    retrofit_training_bytes(m, mode(), (retrofit_optimizer_kind)o.optimizer, &n.weights, &n.gradients, &n.moments);
     n.activations = retrofit_activations_bytes(&m->config, m->ops, micro, o.seq_len, o.backprop_depth, how);
     if (n.activations == SIZE_MAX) die(1, "--micro-batch-size %zu of --seq-len %zu is more than memory can hold", micro, o.seq_len);
     n.all = n.weights + n.gradients + n.moments + n.activations;
@@ -494,37 +593,86 @@ static void check_memory(retrofit_model *m) {
 }
 
 // ---- Dry run ------------------------------------------------------------------------------------------------------------------
-static void dry_run(retrofit_model *m, const char *device) {
+static double muon_lr_of(const plan *p) { return o.optimizer == RETROFIT_MUON ? (double)p->muon_lr : 0; }
+
+static void print_schedule(const retrofit_config *c) { // every micro-batch
+    printf("step micro_batch mean_recurrence depth n k lr muon_lr\n");
+    for (size_t step = 0; step < o.steps; step++) {
+        plan p = plan_of(c, step);
+        for (size_t j = 0, n, k; j < o.batch / o.micro; j++) {
+            draw(&p, step, j, &n, &k);
+            printf("%zu %zu %zu %zu %zu %zu %.7g %.7g\n", step + 1, j + 1, p.mean, p.depth, n, k, (double)p.lr, muon_lr_of(&p));
+        }
+    }
+}
+
+// FLOP/s of a matrix product of this model's shape, measured for half a second: what a step can hope for.
+static double speed_of(const retrofit_model *m) {
+    const retrofit_ops *ops = m->ops;
+    size_t N = least(o.micro * o.seq_len, 4096), d = m->config.n_embd, O = 2 * m->config.intermediate, size = retrofit_type_size(ops->act_type);
+    char *memory = ops->alloc((N * d + O * d + N * O) * size);
+    if (!memory) die(1, "%s", retrofit_error());
+    retrofit_weight w = {memory + N * d * size, ops->act_type, d};
+    float sink;
+    double begin = 0, seconds = 0, flops = 0;
+    for (int i = 0; seconds < 0.5; i++) {
+        if (i == 2) begin = retrofit_seconds(), flops = 0; // the first ones make ready
+        for (int j = 0; j < (i < 2 ? 1 : i); j++) ops->matmul_forward(memory + (N + O) * d * size, memory, w, N, d, O), flops += 2 * (double)(N * d * O);
+        ops->download(&sink, memory, sizeof sink); // waits for it
+        if (i >= 2) seconds = retrofit_seconds() - begin;
+    }
+    return ops->free(memory), flops / seconds;
+}
+
+static void print_time(const char *what, double seconds) {
+    if (seconds < 3600) printf("%s %.0f s", what, seconds);
+    else printf("%s %.1f %s", what, seconds / (seconds < 86400 ? 3600 : 86400), seconds < 86400 ? "hours" : "days");
+}
+
+static void dry_run(retrofit_model *m, const char *device, retrofit_data *data) {
     memory need = memory_of(m, o.micro, keep());
-    static const char *const parts[] = {"embedding", "prelude", "adapter", "core", "coda", "final norm", "head"};
+    static const char *const parts[] = {"embedding", "prelude", "adapter", "core", "coda", "final norm", "head", "all"};
+    static const char *const by[] = {"adamw", "muon", "ellisadam"};
     const retrofit_config *c = &m->config;
-    size_t in[RETROFIT_PARTS] = {0};
+    size_t in[RETROFIT_PARTS + 1][3] = {{0}}, column = 0; // by muon, by the other, frozen; the last row: all
     for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
-        in[p->part] += p->rows * p->cols;
+        int how = p->frozen ? 2 : p->kind != RETROFIT_MATRIX || o.optimizer != RETROFIT_MUON;
+        in[p->part][how] += p->rows * p->cols, in[RETROFIT_PARTS][how] += p->rows * p->cols;
     }
-    printf("parameters\n");
-    for (int i = 0; i < RETROFIT_PARTS; i++)
-        if (in[i]) printf("  %-12s %14zu\n", parts[i], in[i]);
-    printf("  %-12s %14zu\nmemory on %s\n", "all", m->weight_count, device);
-    printf("  weights      %10.3f GB\n  gradients    %10.3f GB\n  optimizer    %10.3f GB\n  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu)\n"
+    char text[1024];
+    recipe(text, sizeof text), printf("options");
+    for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) printf(column++ % 6 ? "  %s" : "\n  %s", word);
+    printf("\nparameters                 by muon  by %-9s         frozen\n", by[o.optimizer == RETROFIT_MUON ? RETROFIT_ADAMW : o.optimizer]);
+    for (int i = 0; i <= RETROFIT_PARTS; i++)
+        if (in[i][0] + in[i][1] + in[i][2]) printf("  %-12s %15zu %15zu %15zu\n", parts[i], in[i][0], in[i][1], in[i][2]);
+    printf("memory on %s\n", device);
+    printf("  weights      %10.3f GB\n  gradients    %10.3f GB\n  optimizer    %10.3f GB\n  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu: any draw)\n"
            "  all          %10.3f GB, %.3f GB are free\n", (double)need.weights / 1e9, (double)need.gradients / 1e9, (double)need.moments / 1e9,
            (double)need.activations / 1e9, o.micro, o.seq_len, c->core ? o.backprop_depth : 0, (double)need.all / 1e9, (double)m->ops->room() / 1e9);
-    printf("checkpoint     %10.3f GB on disk\n", checkpoint_bytes(m) / 1e9);
-    printf("training       %10.3g FLOPs, %zu steps of %zu tokens (%zu micro-batches)\n", flops_of(c, 0, o.steps), o.steps, o.batch * o.seq_len,
-           o.batch / o.micro);
+    printf("checkpoint     %10.3f GB on disk, %zu of them and one in the making\n", checkpoint_bytes(m) / 1e9, o.keep);
+    if (data)
+        printf("data           %zu rows of %zu tokens, read %.2f times\n", data_rows, o.seq_len, (double)o.steps * (double)o.batch / (double)data_rows);
+    cost all = cost_of(c, 0, o.steps);
+    double speed = speed_of(m);
+    printf("training       %10.3g FLOPs (%.3g as the paper counts them), %zu steps of %zu tokens (%zu micro-batches)\n", all.flops, all.paper, o.steps,
+           o.batch * o.seq_len, o.batch / o.micro);
+    if (all.most) printf("               the largest draw is %zu recurrences, in step %zu\n", all.most, all.at);
+    print_time("time           about", all.flops / speed), printf(" at best: this device multiplies matrices of this model at %.3g TFLOP/s\n", speed / 1e12);
     if (o.flops > 0) {
-        while (!ended()) now.flops += flops_of(c, now.step, now.step + 1), now.step++;
+        while (!ended()) now.flops += cost_of(c, now.step, now.step + 1).flops, now.step++;
         printf("--flops %g: ends after step %zu of %zu, with %.3g FLOPs spent\n", o.flops, now.step, o.steps, now.flops);
     }
     if (fixed_k) printf("--fixed-recurrences %zu,%zu in every micro-batch, without draws or a curriculum\n", fixed_n, fixed_k);
     printf("\n%8s %6s %6s %12s %12s   (n,k) of the micro-batches\n", "step", "mean", "depth", "lr", "muon lr");
     for (size_t i = 0, step = 0; step < o.steps; step = ++i * o.steps / 24 > step ? i * o.steps / 24 : step + 1) {
         plan p = plan_of(c, step);
-        printf("%8zu %6zu %6zu %12.4e %12.4e  ", step + 1, p.mean, p.depth, (double)p.lr, o.optimizer == RETROFIT_MUON ? (double)p.muon_lr : 0.0);
+        printf("%8zu %6zu %6zu %12.4e %12.4e  ", step + 1, p.mean, p.depth, (double)p.lr, muon_lr_of(&p));
         for (size_t j = 0, a, b; j < o.batch / o.micro && j < 6; j++) draw(&p, step, j, &a, &b), printf(" %zu,%zu", a, b);
         printf("%s\n", o.batch / o.micro > 6 ? " …" : "");
     }
+    if (fflush(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
+    check_memory(m);
 }
 
 // ---- The live line --------------------------------------------------------------------------------------------------------------
@@ -540,6 +688,13 @@ static void show(double loss, double norm, const plan *p, size_t n, size_t k, do
             (double)(o.optimizer == RETROFIT_MUON ? p->muon_lr : p->lr), norm, (size_t)left / 3600, (size_t)left / 60 % 60, (size_t)left % 60,
             live ? "\033[K" : "\n");
     live_line = live;
+}
+
+static void check_tokenizer(const char *directory, const retrofit_data *data, const retrofit_data *val) { // where the model has one that we can read
+    retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
+    if (t && (!retrofit_data_check(data, retrofit_tokenizer_hash(t)) || (val && !retrofit_data_check(val, retrofit_tokenizer_hash(t)))))
+        die(1, "%s", retrofit_error());
+    retrofit_tokenizer_free(t);
 }
 
 static void check_options(const retrofit_config *c) {
@@ -564,12 +719,15 @@ static void check_options(const retrofit_config *c) {
     struct { const char *name; double value, low, high; } ranges[] = {
         {"lr", o.lr, 0, 1e3}, {"muon-lr", o.muon_lr, 0, 1e3}, {"weight-decay", o.weight_decay, 0, 1e3}, {"beta1", o.beta1, 0, 0.999999},
         {"beta2", o.beta2, 0, 0.9999999}, {"clip", o.clip, 0, 1e9}, {"warmup", o.warmup, 0, 1}, {"cooldown", o.cooldown, 0, 1},
-        {"min-lr-ratio", o.min_lr_ratio, 0, 1}, {"curriculum-warmup", o.curriculum_warmup, 0, 1}, {"flops", o.flops, 0, 1e300},
+        {"min-lr-ratio", o.min_lr_ratio, 0, 1}, {"curriculum-warmup", o.curriculum_warmup, 0, 1}, {"depth-warmup", o.depth_warmup, 0, 1}, {"flops", o.flops, 0, 1e300},
         {"time-limit", o.time_limit, 0, 1e9}, {"save-before", o.save_before, 0, 1e9}};
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (!(ranges[i].value >= ranges[i].low && ranges[i].value <= ranges[i].high))
             die(2, "--%s %g is not between %g and %g", ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high);
     if (!retrofit_sizes(o.eval_list, r, 32, &count)) die(2, "--eval-recurrences: %s", retrofit_error());
+    if (o.depth_start < 1 || o.depth_start > o.backprop_depth) die(2, "--depth-start %zu is not between 1 and --backprop-depth %zu", o.depth_start, o.backprop_depth);
+    if (o.trains && retrofit_is_plain(c)) die(2, "--train %s: %s is a plain Llama, it has neither adapter nor core", o.trains == 1 ? "core" : "adapter", o.model);
+    if (o.samples && (!o.sample_tokens || o.sample_tokens > c->context)) die(2, "--sample-tokens is from 1 to the model's context of %zu", c->context);
     if (!o.eval_rows || !o.keep || !o.max_bad_steps) die(2, "--%s is at least 1", !o.eval_rows ? "eval-rows" : !o.keep ? "keep" : "max-bad-steps");
     if (o.time_limit > 0 && o.time_limit <= o.save_before)
         die(2, "--time-limit %g leaves no time to train: saving begins --save-before %g minutes earlier", o.time_limit, o.save_before);
@@ -592,10 +750,12 @@ int main(int argc, char **argv) {
     const retrofit_ops *ops = place = retrofit_device((retrofit_place)o.device, o.precision, device);
     retrofit_model *shape = ops ? retrofit_model_new(&config, ops) : NULL;
     if (!shape) die(1, "%s", retrofit_error());
-    if (o.dry_run) return dry_run(shape, device), retrofit_free(shape), 0;
+    if (o.dry_run == 2) return print_schedule(&config), retrofit_free(shape), 0;
     size_t accumulate = o.batch / o.micro, T = o.seq_len, N = o.micro * T;
-    retrofit_data *data = retrofit_data_open(o.data, T, config.vocab, o.shuffle, o.seed), *val = NULL;
-    if (!data || (o.val && !(val = retrofit_data_open(o.val, T, config.vocab, false, 0)))) die(1, "%s", retrofit_error());
+    retrofit_data *data = o.data ? retrofit_data_open(o.data, T, config.vocab, o.shuffle, o.seed) : NULL, *val = NULL;
+    if ((o.data && !data) || (o.val && !(val = retrofit_data_open(o.val, T, config.vocab, false, 0)))) die(1, "%s", retrofit_error());
+    if (data) data_rows = retrofit_data_rows(data), check_tokenizer(source, data, val);
+    if (o.dry_run) return dry_run(shape, device, data), retrofit_free(shape), retrofit_data_close(data), retrofit_data_close(val), 0;
     if (!retrofit_path(latest, o.out, "latest") || !retrofit_path(path, o.out, "log.jsonl")) die(1, "%s", retrofit_error());
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
@@ -608,9 +768,8 @@ int main(int argc, char **argv) {
     if (o.resume) check_latest(latest);
     check_memory(shape), retrofit_free(shape);
     if (o.resume) source = latest;
-    retrofit_model *m = retrofit_load(source, ops, RETROFIT_TRAINING);
+    retrofit_model *m = retrofit_load(source, ops, mode());
     if (!m || !retrofit_optimizer_init(m, (retrofit_optimizer_kind)o.optimizer)) die(1, "%s", retrofit_error());
-    data_rows = retrofit_data_rows(data);
     bool validated = true;
     if (o.resume) resume(m, latest, &validated);
     m->config.mean_recurrence = o.mean_recurrence, m->config.backprop_depth = o.backprop_depth;
@@ -618,6 +777,7 @@ int main(int argc, char **argv) {
     int32_t *tokens = malloc(N * sizeof *tokens), *labels = malloc(N * sizeof *labels);
     double *rms = malloc((o.backprop_depth + 1) * sizeof *rms);
     if (!a || !tokens || !labels || !rms) die(1, "%s", a ? "out of memory" : retrofit_error());
+    if (o.samples) open_samples(m, source);
     char out[RETROFIT_PATH];
     snprintf(out, sizeof out, "%s", o.out);
     if (!make_directories(out, false)) die(1, "%s", retrofit_error());
@@ -629,7 +789,7 @@ int main(int argc, char **argv) {
                                     .eps = (const float[]){1e-8f, 1e-10f, 1e-6f}[o.optimizer], .weight_decay = (float)o.weight_decay,
                                     .momentum = 0.95f, .clip = (float)o.clip, .peak_lr = (float)o.lr};
     size_t first = now.step, saved = first;
-    double ahead = flops_of(&config, first, o.steps), begin = retrofit_seconds(), spent = 0;
+    double ahead = cost_of(&config, first, o.steps).flops, begin = retrofit_seconds(), spent = 0;
     if (o.flops > 0) ahead = fmin(ahead, fmax(0, o.flops - now.flops));
     fprintf(stderr, "%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s\n", first ? "resumed: " : "", m->weight_count,
             retrofit_data_rows(data), T, o.steps, o.batch * T, ahead, device);
@@ -648,7 +808,8 @@ int main(int argc, char **argv) {
             if (!retrofit_forward(a, tokens, o.micro, T, o.state_init ? 0 : m->config.state_std, hash64(o.seed, batch), n, k)) die(1, "%s", retrofit_error());
             loss += retrofit_loss(a, labels, 1.0f / (float)accumulate) / (double)accumulate;
             retrofit_backward(a);
-            step_flops += retrofit_flops_per_token(&m->config, T, n, k) * (double)N;
+            step_flops += retrofit_flops_per_token(&m->config, mode(), T, n, k) * (double)N;
+            now.paper_flops += retrofit_paper_flops_per_token(&m->config, n, k) * (double)N;
             mean_k += (double)k / (double)accumulate;
         }
         if (o.throttle) optimizer.throttle = (float)mean_k;
@@ -662,13 +823,13 @@ int main(int argc, char **argv) {
         char numbers[2][32];
         fprintf(journal,
                 "{\"step\":%zu,\"loss\":%s,\"grad_norm\":%s,\"mean_recurrence\":%zu,\"n\":%zu,\"k\":%zu,\"lr\":%.7g,\"muon_lr\":%.7g,"
-                "\"tokens\":%zu,\"flops\":%.7g,\"skipped\":%zu,\"seconds\":%.3f,\"state_rms\":[",
+                "\"throttle\":%.7g,\"tokens\":%zu,\"flops\":%.7g,\"paper_flops\":%.7g,\"skipped\":%zu,\"seconds\":%.3f,\"state_rms\":[",
                 now.step, number(numbers[0], "%.7g", loss), number(numbers[1], "%.7g", norm), p.mean, n, k, (double)p.lr,
-                o.optimizer == RETROFIT_MUON ? (double)p.muon_lr : 0.0, now.step * o.batch * T, now.flops, now.skipped, time);
+                muon_lr_of(&p), o.throttle ? mean_k : 1, now.step * o.batch * T, now.flops, now.paper_flops, now.skipped, time);
         for (size_t j = 0, states = retrofit_state_sizes(a, rms); j < states; j++) // of the last micro-batch: s_n .. s_{n+k}
             fprintf(journal, "%s%s", j ? "," : "", number(numbers[0], "%.4g", rms[j]));
         fprintf(journal, "]}\n"), flush_journal();
-        next = flops_of(&config, now.step, now.step + 1);
+        next = cost_of(&config, now.step, now.step + 1).flops;
         if (ended() || stopping(next) || (o.save_every && now.step % o.save_every == 0)) save(m, source), saved = now.step;
         if (due()) validated = !stopping(0) && evaluate(a, val, tokens, labels);
     }
@@ -679,6 +840,6 @@ int main(int argc, char **argv) {
                 stop == SIGINT ? "SIGINT" : stop ? "SIGTERM" : "--time-limit", now.step, o.steps, latest);
     else fprintf(stderr, "%s after %zu steps, %.3g FLOPs, %.0f s\n", latest, now.step, now.flops, retrofit_seconds() - begin);
     if (fclose(journal)) die(1, "%s: writing failed: %s", path, strerror(errno));
-    free(tokens), free(labels), free(rms), retrofit_activations_free(a), retrofit_free(m), retrofit_data_close(data), retrofit_data_close(val);
+    free(tokens), free(labels), free(rms), close_samples(), retrofit_activations_free(a), retrofit_free(m), retrofit_data_close(data), retrofit_data_close(val);
     return 0;
 }

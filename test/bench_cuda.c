@@ -475,7 +475,7 @@ static double pass(retrofit_activations *a, const int32_t *tokens, size_t n, siz
 static void determinism(void) {
     size_t B = sizes['B'], T = sizes['T'], weights, gradients, moments, runs = miniature ? 5 : 20, differ = 0;
     retrofit_model *m = new_model(1, 2, 1);
-    retrofit_training_bytes(m, RETROFIT_ADAMW, &weights, &gradients, &moments);
+    retrofit_training_bytes(m, RETROFIT_TRAINING, RETROFIT_ADAMW, &weights, &gradients, &moments);
     say(LINE, "## Determinism");
     if (fits("The model", weights + gradients + retrofit_activations_bytes(&m->config, device, B, T, 2, RETROFIT_KEEP_ALL))) {
         if (!retrofit_model_allocate(m, RETROFIT_TRAINING)) need(NULL, "model");
@@ -523,7 +523,7 @@ static void train_steps(retrofit_model *m, retrofit_optimizer_kind kind, size_t 
         step[i] = retrofit_seconds() - start;
     }
     double t = median(step + 2 * !miniature, rounds), p = median(passes + 2 * !miniature, rounds), speed = (double)(B * T) / t,
-           flops = speed * retrofit_flops_per_token(&m->config, T, n, k);
+           flops = speed * retrofit_flops_per_token(&m->config, RETROFIT_TRAINING, T, n, k);
     say(ROW, "%s|(%zu,%zu)|%s|%.0f|%.1f|%s|%.3f|%.1f|%.1f|%.2f|%.2f", name, n, k, kept, speed, flops / 1e12, share(flops, device->peak()),
         flops / matmul_limit, 1e3 * p, 1e3 * (t - p), (double)(fixed + bytes) / 1e9, (double)(before - device->room()) / 1e9);
     free(tokens), retrofit_activations_free(a);
@@ -534,7 +534,7 @@ static void training(void) {
     retrofit_model *m = miniature ? new_model(1, 2, 1) : new_model(4, 8, 4);
     size_t before = device->room(), weights, gradients, moments[2];
     for (int kind = RETROFIT_ADAMW; kind <= RETROFIT_MUON; kind++)
-        retrofit_training_bytes(m, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments[kind]);
+        retrofit_training_bytes(m, RETROFIT_TRAINING, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments[kind]);
     say(LINE, "## Training: %zu-%zu-%zu layers, %.3fG parameters, micro-batches of %zu x %zu tokens", m->config.prelude, m->config.core,
         m->config.coda, (double)m->weight_count / 1e9, sizes['B'], sizes['T']);
     if (fits("The model", weights + gradients + moments[RETROFIT_ADAMW])) {
@@ -558,7 +558,7 @@ static void decoding(void) {
            unused[2];
     retrofit_model *m = miniature ? new_model(1, 2, 1) : new_model(4, 8, 4);
     const retrofit_config *c = &m->config;
-    retrofit_training_bytes(m, RETROFIT_ADAMW, &weights, &unused[0], &unused[1]);
+    retrofit_training_bytes(m, RETROFIT_TRAINING, RETROFIT_ADAMW, &weights, &unused[0], &unused[1]);
     say(LINE, "## Decoding: %zu tokens, one at a time, after a prompt of %zu, weights in bf16", tokens, prompt);
     if (fits("The model", weights)) {
         if (!retrofit_model_allocate(m, RETROFIT_INFERENCE)) need(NULL, "model");

@@ -32,6 +32,9 @@ check "it says where" grep -q "on emulator" "$work/said"
 check "bf16 as on a CPU" close 3e-2 "$work/bf16/log.jsonl" "$work/cpu/log.jsonl"
 check "recomputing" run recompute --recompute
 check "recomputing: the same bits" cmp "$work/bf16/latest/model.safetensors" "$work/recompute/latest/model.safetensors"
+check "frozen but for the core" run frozen --train core --precision fp32
+check "frozen but for the core, on a CPU" run frozen_cpu --train core --device cpu
+check "frozen: fp32 as on a CPU" close 1e-4 "$work/frozen/log.jsonl" "$work/frozen_cpu/log.jsonl"
 (run killed --save-every 1) >"$work/said" 2>&1 &
 pid=$!
 while [ ! -e "$work/killed/latest" ] && kill -0 $pid 2>/dev/null; do sleep 0.02; done

@@ -223,7 +223,7 @@ static void same_shard(const char *name, const char *path, const id_list *expect
     const int32_t *header = (const int32_t *)(void *)bytes;
     if (!check(bytes && size == 1024 + expected->count * (size_t)width, "%s: %zu bytes for %zu tokens", name, size, expected->count)) return free(bytes);
     check(header[0] == (width == 2 ? RETROFIT_SHARD_MAGIC_16 : RETROFIT_SHARD_MAGIC_32) && header[1] == (width == 2 ? 1 : 7) &&
-              header[2] == (int32_t)expected->count && header[3] == 0, "%s: header", name);
+              header[2] == (int32_t)expected->count && (header[3] || header[4]) && header[5] == 0, "%s: header", name);
     size_t wrong = 0;
     for (size_t i = 0; i < expected->count; i++) {
         uint32_t id = 0;

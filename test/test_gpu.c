@@ -284,7 +284,7 @@ static void memory(void) {
             need(retrofit_config_read(&c, FIXTURES "head64/recurrent"), "config");
             retrofit_model *shape = retrofit_model_new(&c, &counting);
             need(shape != NULL, "model");
-            retrofit_training_bytes(shape, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments);
+            retrofit_training_bytes(shape, RETROFIT_TRAINING, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments);
             activations = retrofit_activations_bytes(&c, &counting, 2, 16, 3, (retrofit_keep)keep);
             retrofit_free(shape);
             taken = 0;

@@ -144,7 +144,7 @@ static void runs(const char *optimizer) {
     for (size_t i = 0; i < f.count; i++) count += f.tensors[i].count;
     retrofit_safetensors_close(&f);
     for (; memory && line < memory && (end = strchr(line, '\n')); line = end + 1) // "  final norm   32"
-        if (sscanf(line, " %31[a-z ] %zu\n", name, &number) == 2) strncmp(name, "all", 3) ? (sum += number) : (all = number);
+        if (sscanf(line, " %31[a-z ] %zu %zu %zu\n", name, &number, &n, &k) == 4) strncmp(name, "all", 3) ? (sum += number + n + k) : (all = number + n + k);
     for (line = strstr(out, "   step"); line && (line = strchr(line, '\n')) && line[1]; line++)
         if (sscanf(line, "%zu %zu %*u %lf %lf %*u,%*u %zu,%zu", &number, &mean, &lr, &muon, &n, &k) == 6 && number == ++steps && number <= 6)
             check((double)mean == log[number].mean && (double)n == log[number].n && (double)k == log[number].k &&
@@ -197,6 +197,94 @@ static void continues(const char *optimizer) {
     }
     for (size_t i = 1; i <= 24; i++)
         check(log[i].loss == whole[i].loss && log[i].validation == whole[i].validation, "%s: step %zu: another loss than in one go", dir, i);
+}
+
+// The whole schedule, micro-batch by micro-batch, is what the log says of one per step; the depth grows from its start.
+static void schedule(void) {
+    static logged log[13];
+    const char *options = "recurrent --batch-size 2 --steps 12 --mean-recurrence 6 --backprop-depth 5 --depth-warmup .5 --depth-start 2";
+    works(TRAIN "%s --out scheduled", options), read_log("scheduled", 12, 0, log);
+    works(TRAIN "%s --dry-run=schedule", options);
+    size_t step = 0, number, micro, mean, depth, n, k, deepest = 0, lines = 0;
+    double lr, muon;
+    for (char *line = out; (line = strchr(line, '\n')) && *++line; lines++) {
+        if (!check(sscanf(line, "%zu %zu %zu %zu %zu %zu %lf %lf\n", &number, &micro, &mean, &depth, &n, &k, &lr, &muon) == 8, "no line of a schedule: %.80s", line)) break;
+        step++;
+        check(number == step && step <= 12 && micro == 1 && depth >= deepest && depth <= 5 && k <= depth, "a schedule's step %zu: %.80s", step, line);
+        check(step > 12 || ((double)mean == log[step].mean && (double)n == log[step].n && (double)k == log[step].k && lr == log[step].lr && muon == log[step].muon_lr),
+              "step %zu is not what the log has: %.80s", step, line);
+        deepest = depth;
+    }
+    check(lines == 12 && deepest == 5, "%zu lines of 12 steps, the last of depth %zu", lines, deepest);
+    works(TRAIN "recurrent --steps 3 --curriculum none --mean-recurrence 6 --backprop-depth 5 --depth-warmup 1 --depth-start 2 --dry-run=schedule");
+    size_t depths[6], i = 0;
+    for (char *line = out; i < 6 && (line = strchr(line, '\n')) && *++line; i++) sscanf(line, "%*u %*u %*u %zu", &depths[i]);
+    check(i == 6 && depths[0] == 2 && depths[1] == 2 && depths[2] == 3 && depths[3] == 3 && depths[4] == 4 && depths[5] == 4,
+          "depths 2 + 3·t/3 rounded up are not 2 3 4: %s", out);
+}
+
+// Samples stand in the log before the line that ends them, and are what infer makes of the same checkpoint.
+static void sampled(void) {
+    works("convert --from f/lookup/base --to loop --prelude 0 --core 1 --coda 2 --mean-recurrence 2 --backprop-depth 2");
+    shell("printf 'a=1 b=a | b\\n\\nc=2 \\n' >prompts");
+    const char *command = "train --model loop --data low.bin --seq-len 24 --micro-batch-size 2 --steps 2 --sample-prompts prompts --sample-tokens 5 --eval-recurrences 1,3 "
+                          "--eval-every 1 --save-every 1 --keep 9";
+    for (int val = 0; val < 2; val++) {
+        char dir[16];
+        size_t size, found = 0, ends = 0;
+        snprintf(dir, sizeof dir, "sampled.%d", val);
+        works("%s --out %s%s", command, dir, val ? " --val low.bin --eval-rows 1" : "");
+        char *path = val ? (char *)"sampled.1/log.jsonl" : (char *)"sampled.0/log.jsonl", *text = slurp(path, &size), *end;
+        for (char *line = text; (end = strchr(line, '\n')); line = end + 1) {
+            retrofit_json *j = retrofit_json_parse(line, (size_t)(end - line), path);
+            const retrofit_json *s = retrofit_json_get(j, "sample"), *step = retrofit_json_get(j, "step"), *p = retrofit_json_get(s, "prompt"), *t = retrofit_json_get(s, "text"),
+                                *r = retrofit_json_get(s, "recurrences");
+            check(j != NULL, "%s: %s", path, retrofit_error());
+            if (retrofit_json_get(j, val ? "val" : "sampled")) ends++, check(found == 4 * ends, "%s: %zu samples before the end of evaluation %zu", path, found, ends);
+            if (s && check(p && t && r && step, "%s: %.*s", path, (int)(end - line), line)) {
+                found++;
+                works("infer --model %s/step_%08.0f --prompt '%s' --recurrences %.0f --max-tokens 5", dir, step->number, p->string, r->number);
+                check(out_size == t->length + 1 && !memcmp(out, t->string, t->length), "a sample '%s', infer says '%s'", t->string, out);
+            }
+            retrofit_json_free(j);
+        }
+        free(text), check(ends == 2, "%s: %zu evaluations of 2", path, ends);
+        // Without the line that ends them, samples are of a run that was stopped: the next one makes them anew.
+        works("cp %s/log.jsonl whole && sed -i '$d' %s/log.jsonl && %s --out %s%s --resume && cmp whole %s/log.jsonl", dir, dir, command, dir,
+              val ? " --val low.bin --eval-rows 1" : "", dir);
+    }
+}
+
+// What is frozen stays as it is, to the bit; the checkpoint goes on; another --train is another run.
+static void frozen(void) {
+    static const char *const trained[] = {"adapter", "core"};
+    for (int i = 0; i < 2; i++) {
+        works(TRAIN "recurrent --steps 4 --train %s --out frozen.%d", trained[i], i);
+        works(TRAIN "recurrent --steps 4 --train %s --out halves.%d --flops 1 && " TRAIN "recurrent --steps 4 --train %s --out halves.%d --resume", trained[i], i, trained[i], i);
+        char a[32], b[32];
+        snprintf(a, sizeof a, "frozen.%d", i), snprintf(b, sizeof b, "halves.%d", i), same_bits(a, b);
+        fails(1, "train was", TRAIN "recurrent --steps 4 --out halves.%d --resume", i);
+        retrofit_model *m = retrofit_load(a, &retrofit_cpu, RETROFIT_INFERENCE), *before = retrofit_load("f/tiny/recurrent", &retrofit_cpu, RETROFIT_INFERENCE);
+        need(m && before, "a frozen model");
+        for (size_t j = 0; j < m->parameter_count; j++) {
+            const retrofit_parameter *p = m->parameters[j];
+            bool moves = p->part == RETROFIT_PART_ADAPTER || (i && p->part == RETROFIT_PART_CORE);
+            check(moves == (memcmp(p->weight.data, before->parameters[j]->weight.data, p->rows * p->cols * 4) != 0), "--train %s: %s moved, or did not", trained[i], p->piece[0].name);
+        }
+        retrofit_free(m), retrofit_free(before);
+    }
+}
+
+// Shards of another tokenizer are refused, for training and validation.
+static void other_tokenizers(void) {
+    shell("echo '{\"text\":\"a=1 b=a | b1 \"}' >text.jsonl && for i in 1 2 3 4 5 6; do cat text.jsonl text.jsonl >more && mv more text.jsonl; done");
+    works("convert --tokenize text.jsonl --tokenizer f/lookup/base --to ours.bin && convert --tokenize text.jsonl --tokenizer f/tokenizers/llama2_style --to theirs.bin");
+    works("train --model f/lookup/base --data ours.bin --seq-len 24 --micro-batch-size 2 --steps 1 --out ours");
+    works("cp -r f/lookup/base indented && chmod -R u+w indented && sed -i 's/^/ /' indented/tokenizer.json && ! cmp -s indented/tokenizer.json f/lookup/base/tokenizer.json");
+    works("train --model indented --data ours.bin --seq-len 24 --micro-batch-size 2 --steps 1 --dry-run");
+    fails(1, "another tokenizer", "train --model f/lookup/base --data '[ot]*s.bin' --seq-len 24 --micro-batch-size 2 --steps 1 --out bad");
+    fails(1, "another tokenizer", "train --model f/lookup/base --data ours.bin --val theirs.bin --seq-len 24 --micro-batch-size 2 --steps 1 --out bad");
+    fails(1, "another tokenizer", "train --model f/lookup/base --data theirs.bin --seq-len 24 --micro-batch-size 2 --steps 1 --dry-run");
 }
 
 static void nan_weight(void) {
@@ -402,6 +490,10 @@ static void bad_options(void) {
         {2, "multiple of --micro-batch-size 2", "--batch-size 3"}, {2, "--micro-batch-size 0", "--micro-batch-size 0"},
         {2, "context of 128", "--seq-len 129"}, {2, "--eval-rows", "--eval-rows 0"}, {2, "--eval-recurrences", "--eval-recurrences 1,,2"},
         {2, "65536", "--mean-recurrence 65537"}, {2, "--resume", "--resume"}, {1, "file", "--out file"}, {1, "Not a directory", "--out file/below"},
+        {2, "--depth-start 9", "--backprop-depth 8 --depth-start 9"}, {2, "all|core|adapter", "--train coda"}, {2, "neither", "--train core --model f/tiny/base"},
+        {2, "--dry-run is one of schedule", "--dry-run=all"}, {1, "No such file", "--sample-prompts missing"}, {1, "tokenizer", "--sample-prompts file"},
+        {1, "no prompt", "--model f/lookup/base --data low.bin --sample-prompts file"},
+        {1, "does not hold", "--model f/lookup/base --data low.bin --sample-prompts prompts --sample-tokens 256"},
         {2, "at most", "--micro-batch-size 4611686018427387904"}, {2, "at most", "--micro-batch-size 4611686018427387904 --dry-run"}};
     static const struct { int code; const char *what, *options; } infer[] = {
         {2, "--prompt is needed", ""}, {2, "--prompt needs a value", "--prompt"}, {2, "empty", "--prompt ''"}, {2, "empty", "--prompt - </dev/null"},
@@ -423,6 +515,7 @@ static void bad_options(void) {
               train[i].options);
     shell("printf '{\"prompt\":\"a=1 | a\",\"answer\":\"=1\"}\\n\\n{\"prompt\":\"a\"}\\n' >tasks");
     for (size_t i = 0; i < sizeof infer / sizeof *infer; i++) fails(infer[i].code, infer[i].what, INFER "%s", infer[i].options);
+    works("! " TRAIN "recurrent --steps 2 --batch-size 16777216 --micro-batch-size 16777216 --dry-run >dry 2>&1 && tail -n 1 dry | grep 'would fit'");
     fails(2, "--help", "train"), fails(2, "--model is needed", "infer");
     for (int i = 0; i < 2; i++) {
         works("%s --help && ! %s --help 2>&1 >ls | grep .", i ? "infer" : "train", i ? "infer" : "train");
@@ -446,6 +539,7 @@ int main(void) {
     runs("muon"), runs("adamw"), runs("ellisadam");
     continues("muon"), continues("adamw"), continues("ellisadam");
     works(TRAIN "recurrent --steps 6 --shuffle --optimizer adamw --throttle --out throttled && ! cmp -s throttled/latest/model.safetensors adamw.a/latest/model.safetensors");
+    schedule(), sampled(), frozen(), other_tokenizers();
     nan_weight(), plain_stays_plain(), learning();
     tokens_printed("llama2_style"), tokens_printed("llama3_style"), tokens_printed("smollm_style");
     authors_logits("tiny"), authors_logits("llama3"), authors_logits("head64");
