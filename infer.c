@@ -96,14 +96,15 @@ static void generate(const retrofit_model *m, const retrofit_tokenizer *t) {
     if (n >= m->config.context) die(1, "the prompt has %zu tokens, the model's context %zu: shorten it", n, m->config.context);
     size_t capacity = n + least(o.max_tokens, m->config.context - n);
     ids = (int32_t *)need(realloc(ids, capacity * sizeof *ids));
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, capacity, r[0]));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = capacity, .recurrences = r[0]}));
     retrofit_sampling s = {(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, hash64(o.seed, 1)};
+    retrofit_thinking how = {.recurrences = r[0], .sigma = sigma(m), .seed = o.seed};
     void *scratch = need(malloc(V * 8));
     retrofit_stream stream = {0, 0};
     free(need(retrofit_decode_next(t, &stream, ids, n, true, false, &(size_t){0}))); // the prompt itself is not printed
     int32_t eos = retrofit_tokenizer_eos(t) >= 0 ? retrofit_tokenizer_eos(t) : m->config.eos;
     double begin = retrofit_seconds(), first = 0;
-    const float *logits = (const float *)need((void *)retrofit_feed(a, ids, 1, n, NULL, r[0], sigma(m), o.seed));
+    const float *logits = (const float *)need((void *)retrofit_feed(a, ids, 1, n, NULL, &how));
     first = retrofit_seconds();
     size_t prompt = n;
     for (;;) {
@@ -116,7 +117,7 @@ static void generate(const retrofit_model *m, const retrofit_tokenizer *t) {
         fwrite(text, 1, size, stdout), fflush(stdout), free(text);
         if (last) break;
         if (n < capacity && produced < o.max_tokens)
-            logits = (const float *)need((void *)retrofit_feed(a, ids + n - 1, 1, 1, NULL, r[0], sigma(m), o.seed));
+            logits = (const float *)need((void *)retrofit_feed(a, ids + n - 1, 1, 1, NULL, &how));
     }
     putchar('\n'), fflush(stdout);
     double seconds = retrofit_seconds() - first;
@@ -133,7 +134,7 @@ static void evaluate(const retrofit_model *m) {
     if (T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", T, m->config.context);
     retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, T, m->config.vocab, false, 0));
     size_t rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), B = least(rows, 1 + 1024 / T);
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, 0, 0));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens)), *labels = (int32_t *)need(malloc(B * T * sizeof *labels));
     double loss[64] = {0}, seconds[64] = {0}, shown = retrofit_seconds();
     for (size_t at = 0; at < rows; at += B) {
@@ -208,7 +209,7 @@ static void answer_tasks(const retrofit_model *m, const retrofit_tokenizer *t) {
     if (T > m->config.context) die(1, "%s: a task of %zu tokens, the model's context is %zu", o.tasks, T, m->config.context);
     size_t B = least(count, 1 + 4096 / T), right[64][16] = {{0}};
     double loss[64] = {0}, shown = retrofit_seconds();
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, 0, 0));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens));
     float *logits = (float *)need(malloc(T * V * sizeof *logits));
     for (size_t at = 0; at < count; at += B) {
@@ -269,7 +270,7 @@ static void write_logits(const retrofit_model *m, const retrofit_tokenizer *t) {
         }
     } else ids = prompt_ids(t, &n);
     if (n == 0) die(2, "--logits: the prompt is empty");
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, 0, 0));
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL));
     float *logits = (float *)need(allocate(n * V, sizeof *logits));
     if (!retrofit_forward(a, ids, 1, n, sigma(m), o.seed, r[0], 0)) die(1, "%s", retrofit_error());
     retrofit_logits(a, 0, n, logits);

@@ -176,10 +176,13 @@ typedef struct {
 //   swiglu_forward         out (N,F) = silu(gate)·up, fc (N,2F) = gate | up; backward: dfc (N,2F), and out again
 //   cross_entropy          losses (N) = -log softmax(logits)[label], 0 where label is -100; if scale is not 0 the logits are
 //                          replaced by their gradient, scale·(softmax - onehot)
-//   cast, add              out = (act) x; x += y
+//   cast, add              out = (act) x; x = keep·x + y
 //   state_init             s (B,T,d) ~ N(0, sigma²) cut at ±3 sigma, a function of (seed, b, past[b] + t, column) alone
-//   kv_store               writes k and v of qkv to keys, values (B,capacity,G·h) at positions past[b] + t
+//   kv_store               writes k and v of qkv to keys, values (B,capacity,G·h) at positions past[b] + t; they are of `type`: the table's,
+//                          or bf16 on a CPU
 //   attention_cached       out (N,d): T new queries per row against positions 0 .. past[b]+t of the cache
+//   kv_lend                slots used[b] .. S-1 of each of C layers get the entries (G·h) that slot used[b]-1 has at position past[b]; layer j of
+//                          slot i begins (i·C + j)·stride after keys, values
 //   sum_squares            *sum += Σ x², in double, on the device
 //   adamw_update           w, m, v from g·scale; bias1/2 = 1 - beta^t
 //   ellisadam_moments      m, v from g·scale, v being eps² at least; *sum += Σ (g·scale)² / v
@@ -210,13 +213,17 @@ typedef struct {
     X(void, swiglu_backward, (act * dfc, act * out, const act *dout, const act *fc, size_t N, size_t F))                                   \
     X(void, cross_entropy, (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale))                           \
     X(void, cast, (act * out, const float *x, size_t n))                                                                                   \
-    X(void, add, (float *x, const float *y, size_t n))                                                                                     \
+    X(void, add, (float *x, const float *y, size_t n, float keep))                                                                                 \
     X(void, state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed))                         \
     X(void, kv_store,                                                                                                                      \
-      (act * keys, act * values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h))  \
+      (act * keys, act * values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h,   \
+       retrofit_type type))                                                                                                                \
     X(void, attention_cached,                                                                                                              \
       (act * out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,  \
-       size_t G, size_t h))                                                                                                                \
+       size_t G, size_t h, retrofit_type type))                                                                                            \
+    X(void, kv_lend,                                                                                                                       \
+      (act * keys, act * values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B, size_t capacity,   \
+       size_t G, size_t h, retrofit_type type))                                                                                            \
     X(void, sum_squares, (double *sum, const float *x, size_t n))                                                                          \
     X(void, adamw_update,                                                                                                                  \
       (float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,              \
@@ -290,11 +297,48 @@ typedef struct {         // what backward needs of one block; norms and swiglu a
 // which backward computes the rest again: a sixth of the memory for a third more work.
 typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } retrofit_keep;
 
+// A KV cache, and where recurrence i = 0, 1, … of a core layer has its keys and values: in slot i (full), i mod M (shared: the newest
+// recurrence wins) or i div M (grouped). A token that stopped early lends the entries of its last recurrence to the slots it did not reach.
+typedef enum { RETROFIT_CACHE_FULL, RETROFIT_CACHE_SHARED, RETROFIT_CACHE_GROUPED } retrofit_cache_kind;
+typedef struct {
+    size_t capacity, recurrences; // positions; the largest r
+    retrofit_cache_kind kind;
+    size_t M;
+    bool bf16;                    // keys and values in bf16 where activations are fp32; on a CPU
+} retrofit_cache;
+
+// When a token stops thinking (method: section 6; thresholds as in the authors' code): what of its next-token distribution p_i, or of its
+// state, changed less from one recurrence to the next. Prompts never stop early.
+typedef enum {
+    RETROFIT_EXIT_NONE,
+    RETROFIT_EXIT_ENTROPY_DIFF,     // |H(p_i) - H(p_{i-1})| < 1e-3 nats
+    RETROFIT_EXIT_LATENT_DIFF,      // ‖s_i - s_{i-1}‖ / ‖s_i‖ < .03: the only one that needs no coda and head in every recurrence
+    RETROFIT_EXIT_KL,               // KL(p_{i-1} | p_i) < 5e-4
+    RETROFIT_EXIT_MINP_KL,          // the same < 1e-6 after tokens below a tenth of the largest got 1/V
+    RETROFIT_EXIT_ARGMAX_STABILITY, // the likeliest token was the same for 5 more recurrences
+} retrofit_exit;
+// Test-time noise, s ← (1-x)·s + x·z before each recurrence i = 1, 2, …, z normal; y = noise·σ: x = y, y/i, y/√i, max(y, 1-(i-1)/r), 2uy (u uniform).
+typedef enum { RETROFIT_NOISE_FIXED, RETROFIT_NOISE_GEOM, RETROFIT_NOISE_SQRT, RETROFIT_NOISE_LINE, RETROFIT_NOISE_CHI } retrofit_noise;
+typedef struct {
+    size_t recurrences;  // r; with an exit the most that a token takes
+    float sigma;         // of s_0 and
+    uint64_t seed;       // its seed, as in retrofit_start
+    retrofit_exit exit;
+    float threshold;     // of the exit; below 0: the authors'
+    bool continuous;     // a token that is fed alone starts from the last state of the one before, instead of from s_0
+    float noise;         // 0: none
+    retrofit_noise noise_kind;
+} retrofit_thinking;
+
+#define RETROFIT_LOOKAHEAD 16 // tokens that can be drafted at a time
+
 // Buffers for batches of up to B·T tokens on one device. For training they hold K recurrences.
 typedef struct {
     const retrofit_model *model;
     size_t B, T, K, capacity; // largest batch, recurrences with gradient, positions in the KV cache (0: none)
-    size_t slots;             // (layer, recurrence) pairs the cache holds
+    retrofit_cache cache;
+    retrofit_type kv_type;
+    size_t slots;             // of the cache: prelude layers, core layers times those of a layer, coda layers
     retrofit_keep keep;
     void *arena;
     size_t bytes;
@@ -321,26 +365,34 @@ typedef struct {
     float *wide;              // (chunk or B,V) fp32 logits
     float *next;              // (B,V)   the same on the host: what retrofit_feed returns
     int32_t *seen;            // (B)     `past`, on the host
-    void *step;               // one decoding step as the device recorded it, for the batch, recurrences and start state below
-    size_t step_b, step_r, steps;
-    float step_sigma;
-    uint64_t step_seed;
-    act *keys, *values;       // (slots,B,capacity,G·h)
+    int32_t *used;            // (B)     recurrences that each row's last token took, on the host
+    double *measure;          // (B,V)   what the exit compares: entropy, likeliest token and how long, logarithms of p; on the host
+    float *latent;            // (2,B,d) states before and now, on the host
+    int32_t *reached;         // (B)     slots that hold entries of the row's newest token
+    float *carried;           // (B,d)   states of rows that stopped, and with `continuous` those to start from
+    size_t carries;           // rows of it
+    float *drafted;           // (2,RETROFIT_LOOKAHEAD,d) states and A_e·e of drafted tokens
+    void *step;               // one decoding step as the device recorded it, for the batch and the thinking below
+    size_t step_b, steps;
+    retrofit_thinking step_how;
+    act *keys, *values;       // (slots,B,capacity,G·h), of kv_type
     float *dx, *dinjected;    // (N,d)
     float *delta;             // (N,H)   of attention's backward pass
     act *dbranch, *dinner, *dattention, *dqkv, *dswiglu, *dfc, *dfinal; // gradients of the branches' activations
 } retrofit_activations;
 
-// NULL + error. K is ignored where nothing is kept; capacity and recurrences (the largest r a cache must hold) unless it is for decoding.
-retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, retrofit_keep keep, size_t capacity,
-                                               size_t recurrences);
+// NULL + error. K is ignored where nothing is kept; cache: NULL unless it is for decoding.
+retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, retrofit_keep keep,
+                                               const retrofit_cache *cache);
 void retrofit_activations_free(retrofit_activations *a);
 size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *ops, size_t B, size_t T, size_t K, retrofit_keep keep);
+size_t retrofit_cache_bytes(const retrofit_activations *a); // of keys and values, per token
 
 // One pass, piece by piece. tokens: (b,t) on the host; false + error if one is not below V or the batch is too large.
 bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t); // e and A_e·e
 void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed);                  // s_0; sigma 0: zero
 void retrofit_recur(retrofit_activations *a, size_t n, size_t k);                          // n, then k recurrences; k when training, K at most in all
+void retrofit_think(retrofit_activations *a, const retrofit_thinking *how, size_t n);      // n recurrences, with noise if there is to be any
 void retrofit_coda(retrofit_activations *a);                                               // coda and final norm
 // All of it: e, s_0, n + k recurrences, coda. sigma and seed as in retrofit_start.
 bool retrofit_forward(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, float sigma, uint64_t seed, size_t n, size_t k);
@@ -393,9 +445,9 @@ void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_opt
 
 // ---- Decoding ----------------------------------------------------------------------------------------------------------
 // Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all) through r recurrences and the KV cache of
-// `a`, and returns the logits (b,V) after each row's last token, on the host, valid until the next call. NULL + error.
-const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths, size_t r, float sigma,
-                           uint64_t seed);
+// `a`, and returns the logits (b,V) after each row's last token, on the host, valid until the next call. a->used[i] then tells the recurrences
+// that row's last token took. NULL + error.
+const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths, const retrofit_thinking *how);
 void retrofit_rewind(retrofit_activations *a); // empties the cache
 
 typedef struct {
@@ -407,6 +459,12 @@ typedef struct {
 // Draws a token; filters in the order temperature, top-k, top-p, min-p. scratch: V pairs of 8 bytes. logits are left as they are.
 int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch);
 int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
+// Self-speculative decoding (Leviathan et al. 2023, with the model itself at fewer recurrences as the draft): `token` and L - 1 tokens drafted
+// behind it go through `draft` recurrences each, then through the other r - draft together, from the states they have, with the same keys and
+// values. Returns how many tokens follow `token` (1..L; out: room for L), distributed exactly as those of plain decoding; greedy ones are the same
+// tokens. The last one is not fed yet. One row; no exit, noise or `continuous`. scratch: (2L + 2)·V floats. 0 + error.
+size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how, retrofit_sampling *s,
+                          int32_t *out, float *scratch);
 
 // ---- JSON, tokenizer ------------------------------------------------------------------------------------------------------
 enum { RETROFIT_JSON_NULL, RETROFIT_JSON_BOOL, RETROFIT_JSON_NUMBER, RETROFIT_JSON_STRING, RETROFIT_JSON_ARRAY, RETROFIT_JSON_OBJECT };
@@ -2084,14 +2142,15 @@ static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, siz
 enum { TILE = 96 };
 
 // One tile of queries against keys [0, keys): o (rows, h; o_row apart) and lse (lse_row apart). Query i may see keys up to first + i.
-static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const float *q, size_t q_row, const float *k, const float *v,
-                   size_t kv_row, size_t rows, size_t first, size_t h) {
+static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const float *q, size_t q_row, const void *k, const void *v,
+                   retrofit_type type, size_t kv_row, size_t rows, size_t first, size_t h) {
     float s[TILE * TILE], maximum[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
     size_t keys = first + rows;
+    matrix_view key = {k, type, 1, kv_row}, value = {v, type, kv_row, 1};
     for (size_t u0 = 0; u0 < keys; u0 += TILE) {
         size_t width = least(keys - u0, TILE);
         // (1) scores of the tile
-        gemm_serial(rows, width, h, view(q, q_row), view_transposed(k + u0 * kv_row, kv_row), s, TILE, NULL, 0);
+        gemm_serial(rows, width, h, view(q, q_row), gemm_part(key, 0, u0), s, TILE, NULL, 0);
         for (size_t i = 0; i < rows; i++) {
             float *p = s + i * TILE, top = u0 ? maximum[i] : -INFINITY, lanes[LANES] = {0}, tail = 0;
             size_t seen = first + i + 1 <= u0 ? 0 : least(first + i + 1 - u0, width), u = 0;
@@ -2102,15 +2161,15 @@ static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const flo
             // (3) e^{score - maximum}, and their sum
             for (u = 0; u < seen; u++) p[u] = fast_exp((p[u] - top) * scale);
             for (; u < width; u++) p[u] = 0;
-            for (u = 0; u + LANES <= width; u += LANES)
+            for (u = 0; u + LANES <= seen; u += LANES) // not to width: a query's bits shall not depend on how many come with it
                 for (int l = 0; l < LANES; l++) lanes[l] += p[u + l];
-            for (; u < width; u++) tail += p[u];
+            for (; u < seen; u++) tail += p[u];
             sum[i] = (u0 ? sum[i] * shrink : 0) + sum_lanes(lanes) + tail;
             maximum[i] = top;
             for (size_t c = 0; u0 && c < h; c++) o[i * o_row + c] *= shrink;
         }
         // (4) the tile's share of the output
-        gemm_serial(rows, h, width, view(s, TILE), view(v + u0 * kv_row, kv_row), o, o_row, u0 ? o : NULL, o_row);
+        gemm_serial(rows, h, width, view(s, TILE), gemm_part(value, u0, 0), o, o_row, u0 ? o : NULL, o_row);
     }
     for (size_t i = 0; i < rows; i++) {
         for (size_t c = 0; c < h; c++) o[i * o_row + c] /= sum[i];
@@ -2119,21 +2178,21 @@ static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const flo
 }
 
 // Every tile of queries of every head, against keys and values kv_row apart, kv_batch from one sequence to the next.
-static void attend_tiles(float *out, float *lse, const float *q, const float *k, const float *v, size_t kv_row, size_t kv_batch,
-                       const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
+static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v, retrofit_type type, size_t kv_row, size_t kv_batch,
+                         const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
     PARALLEL_TASKS
     for (size_t task = 0; task < B * H * tiles; task++) {
         size_t b = task / tiles / H, head = task / tiles % H, t0 = task % tiles * TILE, n = b * T + t0;
-        size_t kv = b * kv_batch + head / (H / G) * h;
-        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, k + kv, v + kv, kv_row,
+        size_t kv = (b * kv_batch + head / (H / G) * h) * retrofit_type_size(type);
+        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, (const char *)k + kv, (const char *)v + kv, type, kv_row,
                least(T - t0, TILE), (past ? (size_t)past[b] : 0) + t0, h);
     }
 }
 
 static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h) {
     const float *q = (const float *)qkv, *k = q + H * h;
-    attend_tiles((float *)out, lse, q, k, k + G * h, (H + 2 * G) * h, T * (H + 2 * G) * h, NULL, B, T, H, G, h);
+    attend_tiles((float *)out, lse, q, k, k + G * h, RETROFIT_F32, (H + 2 * G) * h, T * (H + 2 * G) * h, NULL, B, T, H, G, h);
 }
 
 // dV = Pᵀ·dO;  dS = P∘(dO·Vᵀ - δ)/√h with δ_t = dO_t·O_t;  dQ = dS·K;  dK = dSᵀ·Q. The heads of one key/value head in turn.
@@ -2240,9 +2299,9 @@ static void cross_entropy(float *losses, act *logits, const int32_t *labels, siz
 // ---- Elementwise ------------------------------------------------------------------------------------------------------------
 static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
 
-static void add(float *x, const float *y, size_t n) {
+static void add(float *x, const float *y, size_t n, float keep) {
     PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) x[i] += y[i];
+    for (size_t i = 0; i < n; i++) x[i] = keep * x[i] + y[i];
 }
 
 static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
@@ -2255,18 +2314,33 @@ static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t
 
 // ---- KV cache: what a new token needs of the old ones --------------------------------------------------------------------
 static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G,
-                     size_t h) {
+                     size_t h, retrofit_type type) {
     size_t width = G * h;
     for (size_t n = 0; n < B * T; n++) {
-        const float *k = (const float *)qkv + n * (H + 2 * G) * h + H * h;
+        const float *k = (const float *)qkv + n * (H + 2 * G) * h + H * h, *v = k + width;
         size_t at = (n / T * capacity + (size_t)past[n / T] + n % T) * width;
-        memcpy((float *)keys + at, k, width * sizeof *k), memcpy((float *)values + at, k + width, width * sizeof *k);
+        if (type == RETROFIT_F32) memcpy((float *)keys + at, k, width * sizeof *k), memcpy((float *)values + at, v, width * sizeof *v);
+        else
+            for (size_t c = 0; c < width; c++)
+                ((uint16_t *)keys)[at + c] = float_to_bf16(k[c]), ((uint16_t *)values)[at + c] = float_to_bf16(v[c]);
     }
 }
 
 static void attention_cached(act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T,
-                             size_t capacity, size_t H, size_t G, size_t h) {
-    attend_tiles((float *)out, NULL, (const float *)qkv, (const float *)keys, (const float *)values, G * h, capacity * G * h, past, B, T, H, G, h);
+                             size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
+    attend_tiles((float *)out, NULL, (const float *)qkv, keys, values, type, G * h, capacity * G * h, past, B, T, H, G, h);
+}
+
+static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B, size_t capacity,
+                    size_t G, size_t h, retrofit_type type) {
+    size_t bytes = G * h * retrofit_type_size(type);
+    for (size_t b = 0; b < B; b++)
+        for (size_t i = (size_t)used[b]; i < S; i++)
+            for (size_t j = 0; j < C; j++) {
+                size_t in_layer = (b * capacity + (size_t)past[b]) * bytes, layer = stride * retrofit_type_size(type);
+                size_t from = ((size_t)(used[b] - 1) * C + j) * layer + in_layer, to = (i * C + j) * layer + in_layer;
+                memcpy((char *)keys + to, (char *)keys + from, bytes), memcpy((char *)values + to, (char *)values + from, bytes);
+            }
 }
 
 // ---- Optimizers: the arithmetic of one tensor (section 8 explains) -----------------------------------------------------------
@@ -2912,8 +2986,11 @@ static void lay_out_activations(retrofit_activations *s, arena *a, const retrofi
     s->chunk = least(N, s->chunk);
     s->logits = take(a, s->chunk * V, size);
     s->wide = (float *)take(a, (least(s->chunk, WIDE_ROWS) > s->B ? least(s->chunk, WIDE_ROWS) : s->B) * V, 4);
-    s->keys = take(a, s->slots * s->B * s->capacity, c->n_kv_heads * c->head_dim * size);
-    s->values = take(a, s->slots * s->B * s->capacity, c->n_kv_heads * c->head_dim * size);
+    if (s->capacity) {
+        size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(s->kv_type);
+        s->reached = (int32_t *)take(a, s->B, 4), s->carried = (float *)take(a, s->B * d, 4), s->drafted = (float *)take(a, 2 * RETROFIT_LOOKAHEAD * d, 4);
+        s->keys = take(a, s->slots * s->B * s->capacity, entry), s->values = take(a, s->slots * s->B * s->capacity, entry);
+    }
     if (!s->keep) return;
     s->dx = (float *)take(a, N * d, 4), s->delta = (float *)take(a, N * c->n_heads, 4);
     s->dbranch = take(a, N * d, size), s->dinner = take(a, N * d, size), s->dswiglu = take(a, N * c->intermediate, size);
@@ -2932,8 +3009,14 @@ static bool allocate_blocks(retrofit_activations *s, const retrofit_config *c) {
     s->coda = (retrofit_block *)allocate(c->coda, sizeof *s->coda);
     s->adapted = (float **)allocate(s->K, sizeof *s->adapted);
     s->seen = (int32_t *)allocate(s->B, sizeof *s->seen);
-    s->next = (float *)allocate(s->capacity ? s->B * c->vocab : 1, sizeof *s->next);
-    return s->prelude && s->core && s->coda && s->adapted && s->seen && s->next;
+    size_t decoded = s->capacity ? s->B : 0; // rows
+    s->next = (float *)allocate(decoded * c->vocab, sizeof *s->next), s->measure = (double *)allocate(decoded * c->vocab, sizeof *s->measure);
+    s->latent = (float *)allocate(2 * decoded * c->n_embd, sizeof *s->latent), s->used = (int32_t *)allocate(s->B, sizeof *s->used);
+    return s->prelude && s->core && s->coda && s->adapted && s->seen && s->next && s->measure && s->latent && s->used;
+}
+
+static void free_blocks(retrofit_activations *s) {
+    free(s->prelude), free(s->core), free(s->coda), free(s->adapted), free(s->seen), free(s->next), free(s->measure), free(s->latent), free(s->used);
 }
 
 // Small enough that no size below overflows before take() sees it.
@@ -2948,22 +3031,40 @@ size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *
     memset(&s, 0, sizeof s);
     s.B = B, s.T = T, s.K = keep && c->core ? K : 0, s.keep = keep;
     if (allocate_blocks(&s, c)) lay_out_activations(&s, &a, c, ops->act_type);
-    free(s.prelude), free(s.core), free(s.coda), free(s.adapted), free(s.seen), free(s.next);
+    free_blocks(&s);
     return a.used;
 }
 
-retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, retrofit_keep keep, size_t capacity,
-                                               size_t recurrences) {
+// Slots of a core layer after so many recurrences.
+static size_t slots_of(const retrofit_cache *cache, size_t recurrences) {
+    return cache->kind == RETROFIT_CACHE_SHARED    ? least(cache->M, recurrences)
+           : cache->kind == RETROFIT_CACHE_GROUPED ? (recurrences + cache->M - 1) / cache->M
+                                                   : recurrences;
+}
+
+size_t retrofit_cache_bytes(const retrofit_activations *a) {
+    return 2 * a->slots * a->model->config.n_kv_heads * a->model->config.head_dim * retrofit_type_size(a->kv_type);
+}
+
+retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, retrofit_keep keep,
+                                               const retrofit_cache *cache) {
     const retrofit_config *c = &m->config;
-    size_t positions = T > capacity ? T : capacity;
+    const retrofit_cache none = {0, 0, RETROFIT_CACHE_FULL, 0, false};
+    if (!cache) cache = &none;
+    size_t capacity = cache->capacity, recurrences = cache->recurrences, positions = T > capacity ? T : capacity;
     if (T == 0 || !batch_possible(B, positions, K, recurrences))
         return fail("a batch of %zu x %zu tokens (depth %zu, %zu recurrences) is impossible", B, T, K, recurrences), (retrofit_activations *)NULL;
     if (positions > c->context)
         return fail("%zu positions are more than the model's context of %zu", positions, c->context), (retrofit_activations *)NULL;
+    if (cache->kind != RETROFIT_CACHE_FULL && (cache->M == 0 || cache->M > 1 << 20))
+        return fail("a KV cache of %zu slots a layer: from 1 to %d", cache->M, 1 << 20), (retrofit_activations *)NULL;
+    if (cache->bf16 && m->ops != &retrofit_cpu && m->ops->act_type != RETROFIT_BF16)
+        return fail("%s keeps keys and values in its own precision: use --precision bf16", m->ops->name), (retrofit_activations *)NULL;
     retrofit_activations *s = (retrofit_activations *)allocate(1, sizeof *s);
     if (!s) return NULL;
+    s->cache = *cache, s->kv_type = cache->bf16 ? RETROFIT_BF16 : m->ops->act_type;
     s->model = m, s->B = B, s->T = T, s->K = keep && c->core ? K : 0, s->keep = keep, s->capacity = capacity;
-    s->slots = capacity ? c->prelude + recurrences * c->core + c->coda : 0;
+    s->slots = capacity ? c->prelude + slots_of(cache, recurrences) * c->core + c->coda : 0;
     arena a = {NULL, 0};
     float *table = (float *)allocate(positions * c->head_dim, 4);
     if (table && allocate_blocks(s, c)) {
@@ -2985,7 +3086,7 @@ void retrofit_activations_free(retrofit_activations *a) {
     if (!a) return;
     if (a->step) a->model->ops->forget(a->step);
     if (a->arena) a->model->ops->free(a->arena);
-    free(a->prelude), free(a->core), free(a->coda), free(a->adapted), free(a->seen), free(a->next), free(a);
+    free_blocks(a), free(a);
 }
 
 // ---- Block: x += proj(attention(RMSNorm_1 x)); x += mlp_proj(swiglu(fc(RMSNorm_2 x))) ----------------------------------------
@@ -3002,10 +3103,10 @@ static void block_inside(retrofit_activations *a, const retrofit_layer *w, retro
     ops->matmul_forward(s->qkv, a->norm, w->wqkv.weight, N, d, Q);
     ops->rope_forward(s->qkv, a->rope, a->capacity ? a->past : NULL, a->b, a->t, H, G, h);
     if (a->capacity) {
-        size_t at = slot * a->B * a->capacity * G * h;
-        act *keys = act_at(ops, a->keys, at), *values = act_at(ops, a->values, at);
-        ops->kv_store(keys, values, s->qkv, a->past, a->b, a->t, a->capacity, H, G, h);
-        ops->attention_cached(s->attention, s->qkv, keys, values, a->past, a->b, a->t, a->capacity, H, G, h);
+        size_t at = slot * a->B * a->capacity * G * h * retrofit_type_size(a->kv_type);
+        act *keys = (char *)a->keys + at, *values = (char *)a->values + at;
+        ops->kv_store(keys, values, s->qkv, a->past, a->b, a->t, a->capacity, H, G, h, a->kv_type);
+        ops->attention_cached(s->attention, s->qkv, keys, values, a->past, a->b, a->t, a->capacity, H, G, h, a->kv_type);
     } else ops->attention_forward(s->attention, s->lse, s->qkv, a->b, a->t, H, G, h);
     ops->matmul_residual_forward(s->mid, x, s->attention, w->proj.weight, N, d, d);
     ops->rmsnorm_forward(a->norm, s->rstd_2, s->mid, (const float *)w->norm_2.weight.data, N, d, c->norm_eps);
@@ -3118,7 +3219,8 @@ void retrofit_recur(retrofit_activations *a, size_t n, size_t k) {
         float *x = save ? a->adapted[j] : a->state;
         m->ops->cast(a->norm, s, a->N * d);
         m->ops->matmul_residual_forward(x, a->injected, a->norm, adapter_half(m, false), a->N, d, d);
-        blocks_forward(a, m->core, C, save ? &a->core[j * C] : NULL, x, m->config.prelude + (a->n + a->k) * C);
+        size_t slot = a->cache.kind == RETROFIT_CACHE_SHARED ? a->n % a->cache.M : a->cache.kind == RETROFIT_CACHE_GROUPED ? a->n / a->cache.M : a->n;
+        blocks_forward(a, m->core, C, save ? &a->core[j * C] : NULL, x, m->config.prelude + slot * C);
         if (save) a->k++;
         else a->n++;
     }
@@ -3127,6 +3229,25 @@ void retrofit_recur(retrofit_activations *a, size_t n, size_t k) {
 static const float *latest_state(const retrofit_activations *a) {
     const retrofit_config *c = &a->model->config;
     return retrofit_is_plain(c) ? a->embedded : a->k ? a->core[a->k * c->core - 1].out : a->state;
+}
+
+// z goes where the coda's stream will be: it is not there yet.
+static void add_noise(retrofit_activations *a, const retrofit_thinking *how) {
+    const retrofit_model *m = a->model;
+    uint64_t key = hash64(how->seed, ~(uint64_t)a->n);
+    float i = (float)(a->n + 1), y = how->noise * m->config.state_std, x = y;
+    if (how->noise_kind == RETROFIT_NOISE_GEOM) x = y / i;
+    if (how->noise_kind == RETROFIT_NOISE_SQRT) x = y / sqrtf(i);
+    if (how->noise_kind == RETROFIT_NOISE_LINE) x = fmaxf(y, 1 - (i - 1) / (float)how->recurrences);
+    if (how->noise_kind == RETROFIT_NOISE_CHI) x = 2 * y * (float)hash_uniform(key, (uint64_t)a->seen[0]);
+    m->ops->state_init(a->x, a->capacity ? a->past : NULL, a->b, a->t, m->config.n_embd, x, key);
+    m->ops->add(a->state, a->x, a->N * m->config.n_embd, 1 - x);
+}
+
+void retrofit_think(retrofit_activations *a, const retrofit_thinking *how, size_t n) {
+    bool noisy = how->noise > 0 && !a->keep && a->model->config.core;
+    for (; noisy && n; n--) add_noise(a, how), retrofit_recur(a, 1, 0);
+    retrofit_recur(a, n, 0);
 }
 
 void retrofit_coda(retrofit_activations *a) {
@@ -3204,7 +3325,7 @@ void retrofit_backward(retrofit_activations *a) {
         ops->zero(a->dinjected, a->N * d * sizeof *a->dx);
         for (size_t j = a->k; j--;) {
             blocks_backward(a, m->core, C, &a->core[j * C]);
-            ops->add(a->dinjected, a->dx, a->N * d);
+            ops->add(a->dinjected, a->dx, a->N * d, 1);
             ops->cast(a->dbranch, a->dx, a->N * d);
             ops->cast(a->norm, j ? a->core[j * C - 1].out : a->state, a->N * d);
             ops->matmul_backward_weight(m->adapter.grad, 2 * d, a->dbranch, a->norm, a->N, d, d);
@@ -3385,36 +3506,116 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
 // 9  Decoding with a KV cache
 // =====================================================================================================================
 
-// One token for each of b rows. A step is hundreds of short operations that differ from those of the step before only in what lies in
-// memory: a device that can record them does so (the second time: the first may still have to prepare itself) and then repeats them.
-static void decode_step(retrofit_activations *a, size_t r, float sigma, uint64_t seed) {
-    const retrofit_model *m = a->model;
-    const retrofit_ops *ops = m->ops;
-    if (a->b != a->step_b || r != a->step_r || sigma != a->step_sigma || seed != a->step_seed) {
-        if (a->step) ops->forget(a->step);
-        a->step = NULL, a->steps = 0, a->step_b = a->b, a->step_r = r, a->step_sigma = sigma, a->step_seed = seed;
-    }
-    bool record = ops->record && a->steps++ == 1;
-    if (record) ops->record();
-    if (!a->step) {
-        forward(a, sigma, seed, r, 0);
-        ops->matmul_residual_forward(a->wide, NULL, a->final, m->lm_head.weight, a->b, m->config.n_embd, m->config.vocab);
-    }
-    if (record) a->step = ops->recorded();
-    if (a->step) ops->replay(a->step), a->n = m->config.core ? r : 0;
+static void begin_thinking(retrofit_activations *a, const retrofit_thinking *how) {
+    const retrofit_config *c = &a->model->config;
+    prelude_forward(a);
+    if (!c->core) return;
+    if (how->continuous && a->t == 1 && a->b <= a->carries) a->model->ops->copy(a->state, a->carried, a->b * c->n_embd * sizeof *a->state);
+    else retrofit_start(a, how->sigma, how->seed);
 }
 
-// Each (layer, recurrence) has keys and values of its own: prelude layer i in slot i, core layer j of recurrence i in slot
-// P + i·C + j, the coda in the last D. A row shorter than t is padded on the right: what the padding leaves in the cache lies behind
-// the row's end, where no query looks before the next tokens have overwritten it.
-const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths, size_t r, float sigma,
-                           uint64_t seed) {
+// Logits of the next token after each of b rows of one token.
+static void read_next(retrofit_activations *a) {
+    const retrofit_model *m = a->model;
+    retrofit_coda(a);
+    m->ops->matmul_residual_forward(a->wide, NULL, a->final, m->lm_head.weight, a->b, m->config.n_embd, m->config.vocab);
+}
+
+// One token for each of b rows. A step is hundreds of short operations that differ from those of the step before only in what lies in
+// memory: a device that can record them does so (the second time: the first may still have to prepare itself) and then repeats them.
+static void decode_step(retrofit_activations *a, const retrofit_thinking *how) {
+    const retrofit_ops *ops = a->model->ops;
+    const retrofit_thinking *was = &a->step_how;
+    bool carried = how->continuous && a->b <= a->carries;
+    if (a->b != a->step_b || how->recurrences != was->recurrences || how->sigma != was->sigma || how->seed != was->seed || carried != was->continuous ||
+        how->noise != was->noise || how->noise_kind != was->noise_kind) {
+        if (a->step) ops->forget(a->step);
+        a->step = NULL, a->steps = 0, a->step_b = a->b, a->step_how = *how, a->step_how.continuous = carried;
+    }
+    bool record = ops->record && a->steps++ == 1 && !(how->noise > 0);
+    if (record) ops->record();
+    if (!a->step) begin_thinking(a, how), retrofit_think(a, how, how->recurrences), read_next(a);
+    if (record) a->step = ops->recorded();
+    if (a->step) ops->replay(a->step), a->n = a->model->config.core ? how->recurrences : 0;
+}
+
+// Whether a row may stop after recurrence i = 1, 2, …, by its logits z; `was` is what the criterion noted the recurrence before.
+static bool settled(const retrofit_thinking *how, size_t i, const float *z, size_t V, double *was) {
+    static const double usual[] = {0, 1e-3, 0.03, 5e-4, 1e-6, 5};
+    double limit = how->threshold < 0 ? usual[how->exit] : how->threshold, top = largest(z, V), sum = 0, entropy = 0, kl = 0;
+    if (how->exit == RETROFIT_EXIT_ARGMAX_STABILITY) {
+        double likeliest = retrofit_argmax(z, V);
+        was[1] = i > 1 && was[0] == likeliest ? was[1] + 1 : 0, was[0] = likeliest;
+        return was[1] >= limit;
+    }
+    for (size_t v = 0; v < V; v++) sum += exp(z[v] - top);
+    if (how->exit == RETROFIT_EXIT_ENTROPY_DIFF) {
+        for (size_t v = 0; v < V; v++) entropy -= exp(z[v] - top) / sum * (z[v] - top - log(sum));
+        double before = i > 1 ? was[0] : 100; // nats: more than there are
+        return was[0] = entropy, fabs(entropy - before) < limit;
+    }
+    bool cut = how->exit == RETROFIT_EXIT_MINP_KL;
+    double total = 0, low = -log((double)V);
+    for (size_t v = 0; cut && v < V; v++) total += exp(z[v] - top) < 0.1 ? exp(low) : exp(z[v] - top) / sum;
+    for (size_t v = 0; v < V; v++) {
+        double before = i > 1 ? was[v] : low, now = z[v] - top - log(sum);
+        if (cut) now = (exp(z[v] - top) < 0.1 ? low : now) - log(total);
+        kl += exp(before) * (before - now), was[v] = now;
+    }
+    return kl < limit;
+}
+
+// The same token by token as long as it takes, at most r recurrences. Rows that have stopped go through the motions until all have; their
+// states are put aside, and nobody reads what their deeper recurrences leave in the cache: it is overwritten by what they lend.
+static void think_until_settled(retrofit_activations *a, const retrofit_thinking *how) {
+    const retrofit_model *m = a->model;
+    const retrofit_ops *ops = m->ops;
+    size_t b = a->b, d = m->config.n_embd, V = m->config.vocab, i = 0, stopped = 0, G = m->config.n_kv_heads, h = m->config.head_dim;
+    bool by_latent = how->exit == RETROFIT_EXIT_LATENT_DIFF, read = false;
+    begin_thinking(a, how);
+    memset(a->used, 0, b * sizeof *a->used);
+    if (by_latent) ops->download(a->latent, a->state, b * d * sizeof(float));
+    while (stopped < b && i < how->recurrences) {
+        retrofit_think(a, how, 1), i++;
+        const float *before = a->latent + (i - 1) % 2 * b * d, *now = a->latent + i % 2 * b * d;
+        if (by_latent) ops->download((float *)now, a->state, b * d * sizeof(float));
+        else read_next(a), ops->download(a->next, a->wide, b * V * sizeof(float));
+        read = !by_latent;
+        for (size_t row = 0; row < b; row++) {
+            double size = 0, change = 0;
+            if (a->used[row]) continue;
+            for (size_t c = row * d; by_latent && c < (row + 1) * d; c++)
+                size += (double)now[c] * now[c], change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
+            if (i < how->recurrences && !(by_latent ? sqrt(change) < (how->threshold < 0 ? 0.03 : how->threshold) * sqrt(size)
+                                                    : settled(how, i, a->next + row * V, V, a->measure + row * V)))
+                continue;
+            a->used[row] = (int32_t)i, stopped++;
+            ops->copy(a->carried + row * d, a->state + row * d, d * sizeof(float));
+        }
+    }
+    for (size_t row = 0; row < b; row++) read = read && (size_t)a->used[row] == i;
+    ops->copy(a->state, a->carried, b * d * sizeof(float));
+    if (!read) read_next(a);
+    int32_t *reached = (int32_t *)a->latent; // on the host; the states in there have served
+    for (size_t row = 0; row < b; row++) reached[row] = (int32_t)slots_of(&a->cache, (size_t)a->used[row]);
+    ops->upload(a->reached, reached, b * sizeof *reached);
+    size_t first = m->config.prelude * a->B * a->capacity * G * h * retrofit_type_size(a->kv_type);
+    ops->kv_lend((char *)a->keys + first, (char *)a->values + first, a->past, a->reached, slots_of(&a->cache, a->cache.recurrences), m->config.core,
+                 a->B * a->capacity * G * h, b, a->capacity, G, h, a->kv_type);
+}
+
+// Prelude layer i has its keys and values in slot i, core layer j of recurrence i in slot P + i·C + j (or that which the cache's kind says),
+// the coda in the last D. A row shorter than t is padded on the right: what the padding leaves in the cache lies behind the row's end, where no
+// query looks before the next tokens have overwritten it.
+const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths, const retrofit_thinking *how) {
     const retrofit_model *m = a->model;
     const retrofit_config *c = &m->config;
-    size_t d = c->n_embd, V = c->vocab;
+    size_t d = c->n_embd, V = c->vocab, r = how->recurrences;
     if (!a->capacity || a->keep) return fail("these activations have no KV cache"), (const float *)NULL;
-    if (c->core && (r == 0 || r > (a->slots - c->prelude - c->coda) / c->core))
-        return fail("%zu recurrences, but the KV cache has room for %zu", r, (a->slots - c->prelude - c->coda) / c->core), (const float *)NULL;
+    if (c->core && (r == 0 || r > a->cache.recurrences))
+        return fail("%zu recurrences, but the KV cache has room for %zu", r, a->cache.recurrences), (const float *)NULL;
+    if (how->exit && b > 1 && a->cache.kind != RETROFIT_CACHE_FULL) // of these slots a row that has stopped would lose what it wrote
+        return fail("rows that stop thinking at different times need the full KV cache, or one row at a time"), (const float *)NULL;
     for (size_t i = 0; i < b && i < a->B; i++) {
         if (lengths && (lengths[i] < 1 || (size_t)lengths[i] > t)) return fail("row %zu: %d tokens of %zu", i, (int)lengths[i], t), (const float *)NULL;
         if ((size_t)a->seen[i] + t > a->capacity)
@@ -3422,18 +3623,21 @@ const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_
     }
     if (!set_batch(a, tokens, b, t)) return NULL;
     m->ops->upload(a->past, a->seen, a->B * sizeof *a->seen);
-    if (t == 1) decode_step(a, r, sigma, seed);
-    else forward(a, sigma, seed, r, 0);
+    for (size_t i = 0; i < b; i++) a->used[i] = c->core ? (int32_t)r : 0;
+    if (t == 1 && c->core && how->exit) think_until_settled(a, how);
+    else if (t == 1) decode_step(a, how);
+    else begin_thinking(a, how), retrofit_think(a, how, r), retrofit_coda(a);
     for (size_t i = 0; i < b; i++) {
-        size_t length = lengths ? (size_t)lengths[i] : t;
-        if (t > 1) m->ops->matmul_residual_forward(a->wide + i * V, NULL, act_at(m->ops, a->final, (i * t + length - 1) * d), m->lm_head.weight, 1, d, V);
-        a->seen[i] += (int32_t)length;
+        size_t last = i * t + (lengths ? (size_t)lengths[i] : t) - 1;
+        if (t > 1) m->ops->matmul_residual_forward(a->wide + i * V, NULL, act_at(m->ops, a->final, last * d), m->lm_head.weight, 1, d, V);
+        if (how->continuous && c->core) m->ops->copy(a->carried + i * d, a->state + last * d, d * sizeof(float)), a->carries = b;
+        a->seen[i] += (int32_t)(last - i * t + 1);
     }
     m->ops->download(a->next, a->wide, b * V * sizeof *a->next);
     return a->next;
 }
 
-void retrofit_rewind(retrofit_activations *a) { memset(a->seen, 0, a->B * sizeof *a->seen); }
+void retrofit_rewind(retrofit_activations *a) { memset(a->seen, 0, a->B * sizeof *a->seen), a->carries = 0; }
 
 int32_t retrofit_argmax(const float *logits, size_t V) {
     size_t best = 0;
@@ -3452,12 +3656,11 @@ static int by_probability(const void *x, const void *y) { // descending; equals 
     return a->p > b->p ? -1 : a->p < b->p ? 1 : a->id < b->id ? -1 : 1;
 }
 
-int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch) {
-    if (!(s->temperature > 0)) return retrofit_argmax(logits, V);
-    weighed *c = (weighed *)scratch;
+// What the filters leave of the distribution, as weights that add up to *total; their number.
+static size_t filtered(const float *logits, size_t V, const retrofit_sampling *s, weighed *c, double *total) {
     size_t n = V;
     float top = largest(logits, V), min_p = fminf(s->min_p, 1); // the largest stays, whatever min_p is
-    if (!isfinite(top)) return retrofit_argmax(logits, V);
+    if (!(s->temperature > 0) || !isfinite(top)) return c->p = 1, c->id = retrofit_argmax(logits, V), *total = 1, (size_t)1;
     for (size_t v = 0; v < V; v++) c[v].p = fmaxf(0, expf((logits[v] - top) / s->temperature)), c[v].id = (int32_t)v; // fmaxf: NaN is 0
     if (min_p > 0 && !(s->top_p < 1)) { // relative to the largest, whose weight is 1: needs no sorting, and leaves less to sort
         n = 0;
@@ -3466,19 +3669,85 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, voi
     }
     if (s->top_k || s->top_p < 1) qsort(c, n, sizeof *c, by_probability);
     if (s->top_k && s->top_k < n) n = s->top_k;
-    double total = 0, kept = 0;
-    for (size_t i = 0; i < n; i++) total += c[i].p;
+    double kept = 0;
+    *total = 0;
+    for (size_t i = 0; i < n; i++) *total += c[i].p;
     if (s->top_p < 1) { // the fewest whose share reaches top_p
         size_t i = 0;
-        while (i < n && kept < s->top_p * total) kept += c[i++].p;
+        while (i < n && kept < s->top_p * *total) kept += c[i++].p;
         for (n = i ? i : 1; n > 1 && c[n - 1].p < min_p;) n--;
-        for (total = 0, i = 0; i < n; i++) total += c[i].p;
+        for (*total = 0, i = 0; i < n; i++) *total += c[i].p;
     }
-    s->seed = hash64(s->seed, 0);
-    double u = hash_uniform(s->seed, 1) * total;
+    return n;
+}
+
+static double draw_uniform(retrofit_sampling *s) { return s->seed = hash64(s->seed, 0), hash_uniform(s->seed, 1); }
+
+static int32_t draw_from(const weighed *c, size_t n, double u) { // u: in (0, their sum)
     for (size_t i = 0; i < n; i++)
         if ((u -= c[i].p) < 0) return c[i].id;
     return c[n - 1].id;
+}
+
+int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch) {
+    double total;
+    size_t n = filtered(logits, V, s, (weighed *)scratch, &total);
+    return n == 1 ? ((weighed *)scratch)->id : draw_from((weighed *)scratch, n, draw_uniform(s) * total);
+}
+
+// ---- Self-speculative decoding ------------------------------------------------------------------------------------------------
+// The rule that keeps the distribution: a token y drafted from q stays with probability min(1, p(y)/q(y)), where p is what the whole depth says;
+// if not, another is drawn from what p has more than q. q (V): probabilities; logits: the whole depth's. Returns y or the other one.
+static int32_t keep_or_redraw(int32_t y, const float *q, const float *logits, size_t V, retrofit_sampling *s, weighed *c) {
+    double total, p = 0, rest = 0;
+    size_t n = filtered(logits, V, s, c, &total), left = 0;
+    for (size_t i = 0; i < n; i++) p = c[i].id == y ? c[i].p / total : p;
+    if (n == 1) return c->id; // greedy, or nothing else is left: y stays if it is that
+    if (draw_uniform(s) * q[y] < p) return y;
+    for (size_t i = 0; i < n; i++) {
+        weighed more = {(float)(c[i].p / total - q[c[i].id]), c[i].id};
+        if (more.p > 0) rest += more.p, c[left++] = more;
+    }
+    return left ? draw_from(c, left, draw_uniform(s) * rest) : y; // none: p and q are equal but for rounding
+}
+
+size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how, retrofit_sampling *s,
+                          int32_t *out, float *scratch) {
+    const retrofit_model *m = a->model;
+    const retrofit_ops *ops = m->ops;
+    size_t d = m->config.n_embd, V = m->config.vocab, r = how->recurrences, count = 0;
+    if (!m->config.core || draft == 0 || draft >= r) return fail("a draft of %zu recurrences for %zu: from 1 to one less", draft, r), (size_t)0;
+    if (L == 0 || L > RETROFIT_LOOKAHEAD || L > a->T) return fail("%zu tokens cannot be drafted: from 1 to %zu", L, least(RETROFIT_LOOKAHEAD, a->T)), (size_t)0;
+    if (how->exit || how->continuous || how->noise > 0) return fail("drafts go with no exit, continuous thinking or noise"), (size_t)0;
+    if (a->cache.kind != RETROFIT_CACHE_FULL) return fail("drafts need the full KV cache"), (size_t)0;
+    weighed *c = (weighed *)(void *)scratch;
+    float *q = scratch + 2 * V, *logits = q + L * V;
+    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token}, start = a->seen[0];
+    retrofit_thinking shallow = *how;
+    shallow.recurrences = draft;
+    for (size_t j = 0; j < L; j++) {
+        const float *z = retrofit_feed(a, &fed[j], 1, 1, NULL, &shallow);
+        if (!z) return a->seen[0] = start, (size_t)0;
+        ops->copy(a->drafted + j * d, a->state, d * sizeof(float));
+        ops->copy(a->drafted + (RETROFIT_LOOKAHEAD + j) * d, a->injected, d * sizeof(float));
+        double total;
+        size_t n = filtered(z, V, s, c, &total);
+        memset(q + j * V, 0, V * sizeof *q);
+        for (size_t i = 0; i < n; i++) q[j * V + (size_t)c[i].id] = (float)(c[i].p / total);
+        fed[j + 1] = n == 1 ? c->id : draw_from(c, n, draw_uniform(s) * total);
+    }
+    a->seen[0] = start;
+    if (!set_batch(a, fed, 1, L)) return 0;
+    ops->upload(a->past, a->seen, a->B * sizeof *a->seen);
+    ops->copy(a->state, a->drafted, L * d * sizeof(float)), ops->copy(a->injected, a->drafted + RETROFIT_LOOKAHEAD * d, L * d * sizeof(float));
+    a->n = draft;
+    retrofit_recur(a, r - draft, 0), retrofit_coda(a), retrofit_logits(a, 0, L, logits);
+    while (count < L) {
+        out[count] = keep_or_redraw(fed[count + 1], q + count * V, logits + count * V, V, s, c);
+        count++;
+        if (out[count - 1] != fed[count]) break;
+    }
+    return a->seen[0] = start + (int32_t)count, a->used[0] = (int32_t)r, count;
 }
 
 // =====================================================================================================================

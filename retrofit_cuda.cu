@@ -1313,16 +1313,18 @@ template <typename E> static void cast(act *out, const float *x, size_t n) {
     LAUNCH(cast_kernel<E>, blocks_of8(n), THREADS, 0, (E *)out, x, n);
 }
 
-__global__ void add_kernel(float *x, const float *y, size_t n) {
+__global__ void add_kernel(float *x, const float *y, size_t n, float keep) {
     size_t i = first_of8();
     if (i >= n) return;
     float a[8], b[8];
     load8(a, x + i, n - i), load8(b, y + i, n - i);
-    for (int j = 0; j < 8; j++) a[j] += b[j];
+    for (int j = 0; j < 8; j++) a[j] = keep * a[j] + b[j];
     store8(x + i, a, n - i);
 }
 
-template <typename E> static void add(float *x, const float *y, size_t n) { LAUNCH(add_kernel, blocks_of8(n), THREADS, 0, x, y, n); }
+template <typename E> static void add(float *x, const float *y, size_t n, float keep) {
+    LAUNCH(add_kernel, blocks_of8(n), THREADS, 0, x, y, n, keep);
+}
 
 // The header's counter-based generator: the same numbers as on a CPU.
 __device__ uint64_t hash64(uint64_t seed, uint64_t counter) {
@@ -1365,16 +1367,35 @@ __global__ void kv_store_kernel(E *keys, E *values, const E *qkv, const int32_t 
 
 template <typename E>
 static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G,
-                     size_t h) {
+                     size_t h, retrofit_type) {
     LAUNCH(kv_store_kernel<E>, ceil_of(B * T * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys, (E *)values, (const E *)qkv, past, B, T,
            capacity, H, G, h);
 }
 
 template <typename E>
 static void attention_cached(act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T,
-                             size_t capacity, size_t H, size_t G, size_t h) {
+                             size_t capacity, size_t H, size_t G, size_t h, retrofit_type) {
     BY_HEAD_SIZE(h, attend, (E *)out, NULL, (const E *)qkv, (const E *)keys, (const E *)values, G * h, capacity * G * h, past, capacity, B,
                  T, H, G, h);
+}
+
+template <typename E>
+__global__ void kv_lend_kernel(E *keys, E *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
+                               size_t capacity, size_t width) {
+    size_t c, j, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (width + 7) / 8, c), b = divide(n, C, j);
+    if (b >= B) return;
+    size_t slot = (size_t)used[b], in_layer = (b * capacity + (size_t)past[b]) * width + (c *= 8);
+    float k[8], v[8];
+    load8(k, keys + ((slot - 1) * C + j) * stride + in_layer, width - c), load8(v, values + ((slot - 1) * C + j) * stride + in_layer, width - c);
+    for (; slot < S; slot++)
+        store8(keys + (slot * C + j) * stride + in_layer, k, width - c), store8(values + (slot * C + j) * stride + in_layer, v, width - c);
+}
+
+template <typename E>
+static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B, size_t capacity,
+                    size_t G, size_t h, retrofit_type) {
+    LAUNCH(kv_lend_kernel<E>, ceil_of(B * C * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys, (E *)values, past, used, S, C, stride, B,
+           capacity, G * h);
 }
 
 // ---- Optimizers ---------------------------------------------------------------------------------------------------------------------

@@ -237,7 +237,8 @@ static void open_samples(const retrofit_model *m, const char *directory) {
     free(text);
     if (!samples.prompts) die(1, "%s: there is no prompt in it", o.samples);
     for (size_t i = 0, count = eval_depths(&m->config, r); i < count; i++) deepest = r[i] > deepest ? r[i] : deepest;
-    if (!(samples.a = retrofit_activations_new(m, 1, longest, 0, RETROFIT_KEEP_NOTHING, longest + o.sample_tokens, deepest))) die(1, "%s", retrofit_error());
+    retrofit_cache cache = {.capacity = longest + o.sample_tokens, .recurrences = deepest};
+    if (!(samples.a = retrofit_activations_new(m, 1, longest, 0, RETROFIT_KEEP_NOTHING, &cache))) die(1, "%s", retrofit_error());
 }
 
 static bool sample(void) { // false if it was stopped
@@ -247,10 +248,11 @@ static bool sample(void) { // false if it was stopped
         for (size_t i = 0; i < depths; i++) {
             int32_t *ids = samples.prompt[p].ids, eos = retrofit_tokenizer_eos(samples.tokenizer);
             size_t n = samples.prompt[p].count, fed = 0, end = n + o.sample_tokens;
+            retrofit_thinking how = {.recurrences = r[i], .sigma = o.state_init ? 0 : c->state_std, .seed = o.seed};
             retrofit_rewind(samples.a);
             while (n < end) {
                 if (stopping(0)) return false;
-                const float *logits = retrofit_feed(samples.a, ids + fed, 1, n - fed, NULL, r[i], o.state_init ? 0 : c->state_std, o.seed);
+                const float *logits = retrofit_feed(samples.a, ids + fed, 1, n - fed, NULL, &how);
                 if (!logits) die(1, "%s", retrofit_error());
                 fed = n, ids[n++] = retrofit_argmax(logits, known);
                 if (ids[n - 1] == eos) break;
@@ -773,7 +775,7 @@ int main(int argc, char **argv) {
     bool validated = true;
     if (o.resume) resume(m, latest, &validated);
     m->config.mean_recurrence = o.mean_recurrence, m->config.backprop_depth = o.backprop_depth;
-    retrofit_activations *a = retrofit_activations_new(m, o.micro, T, o.backprop_depth, keep(), 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, o.micro, T, o.backprop_depth, keep(), NULL);
     int32_t *tokens = malloc(N * sizeof *tokens), *labels = malloc(N * sizeof *labels);
     double *rms = malloc((o.backprop_depth + 1) * sizeof *rms);
     if (!a || !tokens || !labels || !rms) die(1, "%s", a ? "out of memory" : retrofit_error());

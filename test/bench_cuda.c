@@ -259,20 +259,27 @@ OP(cross_entropy, ROWS, "CV") {
     on->cross_entropy(out(F32, s[0]), both(ACT, s[0] * s[1]), integers(s[0], 0, s[1]), s[0], s[1], 1);
 }
 OP(cast, ROWS, "Nd", "Wd fc") { on->cast(out(ACT, s[0] * s[1]), in(F32, s[0] * s[1]), s[0] * s[1]); }
-OP(add, ROWS, "Nd") { on->add(both(F32, s[0] * s[1]), in(F32, s[0] * s[1]), s[0] * s[1]); }
+OP(add, ROWS, "Nd") { on->add(both(F32, s[0] * s[1]), in(F32, s[0] * s[1]), s[0] * s[1], 0.5f); }
 OP(state_init, SEQUENCE, "BTd") { on->state_init(out(F32, s[0] * s[1] * s[2]), NULL, s[0], s[1], s[2], (float)RETROFIT_STATE_STD, 1); }
 OP(kv_store, SEQUENCE, "BTTHGh", "11PHGh") { // the third: capacity; tokens go to its end
     size_t B = s[0], T = s[1], n = B * s[2] * s[4] * s[5];
     void *keys = both(ACT, n), *values = both(ACT, n), *qkv = in(ACT, B * T * (s[3] + 2 * s[4]) * s[5]);
     int32_t *past = integers(B, s[2] - T, s[2] - T);
     about.bytes = 4.0 * B * T * s[4] * s[5] * size_of(ACT);
-    on->kv_store(keys, values, qkv, past, B, T, s[2], s[3], s[4], s[5]);
+    on->kv_store(keys, values, qkv, past, B, T, s[2], s[3], s[4], s[5], on->act_type);
 }
 OP(attention_cached, SEQUENCE, "11PHGh") {
     size_t N = s[0] * s[1], P = s[2], H = s[3], G = s[4], h = s[5];
     void *qkv = in(ACT, N * (H + 2 * G) * h), *keys = in(ACT, s[0] * P * G * h), *values = in(ACT, s[0] * P * G * h);
     about.terms = P, about.notes = "p";
-    on->attention_cached(out(ACT, N * H * h), qkv, keys, values, integers(s[0], P - s[1], P - s[1]), s[0], s[1], P, H, G, h);
+    on->attention_cached(out(ACT, N * H * h), qkv, keys, values, integers(s[0], P - s[1], P - s[1]), s[0], s[1], P, H, G, h, on->act_type);
+}
+OP(kv_lend, SEQUENCE, "1PGh") { // a token that stopped after the first of 8 recurrences of 8 layers; the second: capacity
+    size_t S = 8, C = 8, B = s[0], P = s[1], width = s[2] * s[3];
+    void *keys = both(ACT, S * C * B * P * width), *values = both(ACT, S * C * B * P * width);
+    int32_t *past = integers(B, P - 1, P - 1), *used = integers(B, 1, 1);
+    about.bytes = 2.0 * S * C * B * width * size_of(ACT);
+    on->kv_lend(keys, values, past, used, S, C, B * P * width, B, P, s[2], s[3], on->act_type);
 }
 OP(sum_squares, ALL, "Wd fc") { about.terms = 256, on->sum_squares(number('b', 0), in(F32, s[0] * s[1]), s[0] * s[1]); }
 OP(adamw_update, ROWS, "Wd fc") {
@@ -479,7 +486,7 @@ static void determinism(void) {
     say(LINE, "## Determinism");
     if (fits("The model", weights + gradients + retrofit_activations_bytes(&m->config, device, B, T, 2, RETROFIT_KEEP_ALL))) {
         if (!retrofit_model_allocate(m, RETROFIT_TRAINING)) need(NULL, "model");
-        retrofit_activations *a = need(retrofit_activations_new(m, B, T, 2, RETROFIT_KEEP_ALL, 0, 0), "activations");
+        retrofit_activations *a = need(retrofit_activations_new(m, B, T, 2, RETROFIT_KEEP_ALL, NULL), "activations");
         int32_t *tokens = random_integers(B * T + 1, 0, sizes['V']);
         uint64_t *bits = memory(m->grad_bytes / 8, 8), first = 0;
         fill_model(m);
@@ -512,7 +519,7 @@ static void train_steps(retrofit_model *m, retrofit_optimizer_kind kind, size_t 
     char what[64];
     snprintf(what, sizeof what, "%s (%zu,%zu), %s kept,", name, n, k, kept);
     if (!fits(what, bytes)) return;
-    retrofit_activations *a = need(retrofit_activations_new(m, B, T, k, keep, 0, 0), "activations");
+    retrofit_activations *a = need(retrofit_activations_new(m, B, T, k, keep, NULL), "activations");
     int32_t *tokens = random_integers(B * T + 1, 0, sizes['V']);
     double step[7], passes[7];
     for (size_t i = 0; i < rounds + 2 * !miniature; i++) { // the first two warm up
@@ -563,19 +570,21 @@ static void decoding(void) {
     if (fits("The model", weights)) {
         if (!retrofit_model_allocate(m, RETROFIT_INFERENCE)) need(NULL, "model");
         retrofit_activations *a =
-            need(retrofit_activations_new(m, 1, prompt, 0, RETROFIT_KEEP_NOTHING, prompt + tokens + 3, most), "activations");
+            need(retrofit_activations_new(m, 1, prompt, 0, RETROFIT_KEEP_NOTHING,
+                                          &(retrofit_cache){.capacity = prompt + tokens + 3, .recurrences = most}), "activations");
         int32_t *text = random_integers(prompt, 0, c->vocab);
         fill_model(m);
         say(HEAD, "    r| tokens/s| ms/token| GB/token|    GB/s| of copy");
         for (size_t r = 1; r <= most; r = r == 1 || r == 8 ? 4 * r : 2 * r) {
             double t[3], d = (double)c->n_embd, start = 0;
+            retrofit_thinking how = {.recurrences = r};
             for (size_t j = 0; j < rounds; j++) {
                 retrofit_rewind(a);
-                const float *logits = need((void *)retrofit_feed(a, text, 1, prompt, NULL, r, 0, 0), "decoding");
+                const float *logits = need((void *)retrofit_feed(a, text, 1, prompt, NULL, &how), "decoding");
                 for (size_t i = 0; i < tokens + 3; i++) { // the first three prepare, record and replay a step
                     if (i == 3) start = retrofit_seconds();
                     int32_t next = retrofit_argmax(logits, c->vocab); // as infer does
-                    logits = need((void *)retrofit_feed(a, &next, 1, 1, NULL, r, 0, 0), "decoding");
+                    logits = need((void *)retrofit_feed(a, &next, 1, 1, NULL, &how), "decoding");
                 }
                 t[j] = (retrofit_seconds() - start) / (double)tokens;
             }

@@ -27,8 +27,8 @@ int main(int argc, char **argv) {
         size_t i = 0;
         for (const retrofit_json *id = ids->child; same && id; id = id->next) same = tokens[i++] == (int32_t)id->number;
         check(same, "\"%s\": the ids differ", prompt->string);
-        retrofit_activations *a = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, n + 16, 1);
-        retrofit_activations *whole = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, 0, 0);
+        retrofit_activations *a = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = n + 16, .recurrences = 1});
+        retrofit_activations *whole = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL);
         float *logits = (float *)allocate(n * V, 4), worst = 0, loss;
         need(a && whole && retrofit_forward(whole, tokens, 1, n, 0, 0, 0, 0), "forward");
         retrofit_logits(whole, 0, n, logits);
@@ -38,13 +38,13 @@ int main(int argc, char **argv) {
             worst = fmaxf(worst, fabsf(loss - (float)l->number));
         }
         check(worst < 1e-3f, "\"%s\": a token's loss is off by %.2e", prompt->string, (double)worst);
-        const float *next = retrofit_feed(a, tokens, 1, n, NULL, 1, 0, 0);
+        const float *next = retrofit_feed(a, tokens, 1, n, NULL, &(retrofit_thinking){.recurrences = 1});
         same = true;
         for (const retrofit_json *g = greedy->child; g; g = g->next) {
             need(next != NULL, "feed");
             int32_t id = retrofit_argmax(next, V);
             same = same && id == (int32_t)g->number;
-            next = retrofit_feed(a, &id, 1, 1, NULL, 1, 0, 0);
+            next = retrofit_feed(a, &id, 1, 1, NULL, &(retrofit_thinking){.recurrences = 1});
         }
         check(same, "\"%s\": the greedy continuation differs", prompt->string);
         printf("  %zu ids, losses within %.1e, %zu greedy tokens\n", n, (double)worst, greedy->count);

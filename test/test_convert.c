@@ -131,7 +131,7 @@ static void surgery(const char *name, const char *layers) {
 
 static float *logits_of(const retrofit_model *m, const int32_t *tokens, size_t B, size_t T, size_t r) {
     float *logits = (float *)allocate(B * T * m->config.vocab, sizeof *logits);
-    retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(a && retrofit_forward(a, tokens, B, T, 0, 0, r, 0), "forward");
     retrofit_logits(a, 0, B * T, logits), retrofit_activations_free(a);
     return logits;

@@ -5,7 +5,7 @@
 static int32_t nth(size_t row, size_t i, size_t V) { return (int32_t)(hash64(row + 1, i) % V); }
 
 static retrofit_activations *with_cache(const retrofit_model *m, size_t B, size_t T, size_t capacity, size_t r) {
-    retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, capacity, r);
+    retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = capacity, .recurrences = r});
     need(a != NULL, "activations with a cache");
     return a;
 }
@@ -16,7 +16,7 @@ static float *full(const retrofit_model *m, size_t B, size_t L, size_t r, float 
     int32_t *tokens = (int32_t *)allocate(B * L, 4);
     float *logits = (float *)allocate(B * L * V, 4);
     for (size_t i = 0; i < B * L; i++) tokens[i] = nth(i / L, i % L, V);
-    retrofit_activations *a = retrofit_activations_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(a && retrofit_forward(a, tokens, B, L, sigma, seed, r, 0), "full forward");
     retrofit_logits(a, 0, B * L, logits);
     retrofit_activations_free(a), free(tokens);
@@ -41,7 +41,7 @@ static const float *feed(decoding *x, size_t b, size_t t, const int32_t *lengths
     need(b * t <= 512, "room for the tokens");
     for (size_t i = 0; i < b * t; i++)
         tokens[i] = lengths && i % t >= (size_t)lengths[i / t] ? padding : nth(i / t, x->seen[i / t] + i % t, V);
-    const float *logits = retrofit_feed(x->a, tokens, b, t, lengths, x->r, x->sigma, x->seed);
+    const float *logits = retrofit_feed(x->a, tokens, b, t, lengths, &(retrofit_thinking){.recurrences = x->r, .sigma = x->sigma, .seed = x->seed});
     need(logits != NULL, x->name);
     for (size_t i = 0; i < b; i++) {
         x->seen[i] += lengths ? (size_t)lengths[i] : t;
@@ -73,7 +73,7 @@ static void decode(const char *name, size_t L) {
             size_t prompt = L > 40 ? 97 : 7;
             feed(&x, 1, prompt, NULL, 0), feed(&x, 1, 4, NULL, 0);
             while (x.seen[0] < L) feed(&x, 1, 1, NULL, 0);
-            check(!retrofit_feed(x.a, (int32_t[]){0}, 1, 1, NULL, r, 0, 0) && strstr(retrofit_error(), "context"),
+            check(!retrofit_feed(x.a, (int32_t[]){0}, 1, 1, NULL, &(retrofit_thinking){.recurrences = r}) && strstr(retrofit_error(), "context"),
                   "%s: a token too many: %s", name, retrofit_error());
             // one by one from the start
             start_again(&x);
@@ -102,9 +102,9 @@ static void errors(void) {
     need(m != NULL, "tiny");
     int32_t V = (int32_t)m->config.vocab, tokens[64] = {1, 2, 3};
     retrofit_activations *a = with_cache(m, 2, 8, 12, 3), *quiet = with_cache(m, 2, 8, 12, 3),
-                         *none = retrofit_activations_new(m, 2, 8, 0, RETROFIT_KEEP_NOTHING, 0, 0);
+                         *none = retrofit_activations_new(m, 2, 8, 0, RETROFIT_KEEP_NOTHING, NULL);
     float before[2][256];
-    need(V <= 256 && none && retrofit_feed(a, tokens, 2, 5, NULL, 3, 0, 0) && retrofit_feed(quiet, tokens, 2, 5, NULL, 3, 0, 0), "feed");
+    need(V <= 256 && none && retrofit_feed(a, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}) && retrofit_feed(quiet, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}), "feed");
     for (int i = 0; i < 2; i++) memcpy(before[i], quiet->next + (size_t)(i * V), (size_t)V * 4);
     const struct {
         const char *what;
@@ -130,24 +130,24 @@ static void errors(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         for (size_t j = 0; j < 64; j++) tokens[j] = j == cases[i].b * cases[i].t - 1 ? cases[i].token : 0;
         error_text[0] = 0;
-        bool worked = retrofit_feed(cases[i].a, tokens, cases[i].b, cases[i].t, cases[i].lengths, cases[i].r, 0, 0) != NULL;
+        bool worked = retrofit_feed(cases[i].a, tokens, cases[i].b, cases[i].t, cases[i].lengths, &(retrofit_thinking){.recurrences = cases[i].r}) != NULL;
         check(!worked && *retrofit_error() && !strchr(retrofit_error(), '\n'), "%s: %s, error \"%s\"", cases[i].what,
               worked ? "accepted" : "refused", retrofit_error());
     }
     tokens[0] = 7, tokens[1] = 9;
-    need(retrofit_feed(a, tokens, 2, 1, NULL, 2, 0, 0) && retrofit_feed(quiet, tokens, 2, 1, NULL, 2, 0, 0), "feed");
+    need(retrofit_feed(a, tokens, 2, 1, NULL, &(retrofit_thinking){.recurrences = 2}) && retrofit_feed(quiet, tokens, 2, 1, NULL, &(retrofit_thinking){.recurrences = 2}), "feed");
     check(!memcmp(a->next, quiet->next, 2 * (size_t)V * 4), "refused calls left a trace of %.2e in the logits",
           relative_error(a->next, quiet->next, 2 * (size_t)V));
     // from the start again the same bits
     for (size_t j = 0; j < 64; j++) tokens[j] = (int32_t[]){1, 2, 3, 0}[j < 3 ? j : 3];
     retrofit_rewind(a);
-    need(retrofit_feed(a, tokens, 2, 5, NULL, 3, 0, 0) != NULL, "feed");
+    need(retrofit_feed(a, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}) != NULL, "feed");
     for (int i = 0; i < 2; i++)
         check(!memcmp(a->next + (size_t)(i * V), before[i], (size_t)V * 4), "after rewinding, row %d has other logits", i);
     error_text[0] = 0;
-    check(!retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, m->config.context + 1, 3) && *retrofit_error(),
+    check(!retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = m->config.context + 1, .recurrences = 3}) && *retrofit_error(),
           "a cache longer than the model's context");
-    check(!retrofit_activations_new(m, 1, m->config.context + 1, 0, RETROFIT_KEEP_NOTHING, 0, 0) && !retrofit_activations_new(m, 0, 8, 0, RETROFIT_KEEP_NOTHING, 8, 1),
+    check(!retrofit_activations_new(m, 1, m->config.context + 1, 0, RETROFIT_KEEP_NOTHING, NULL) && !retrofit_activations_new(m, 0, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = 8, .recurrences = 1}),
           "no batch that could be");
     retrofit_activations_free(a), retrofit_activations_free(quiet), retrofit_activations_free(none), retrofit_free(m);
 }

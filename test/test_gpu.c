@@ -94,7 +94,7 @@ static outcome run(const retrofit_ops *ops, const char *name, size_t n, size_t k
     need(retrofit_safetensors_open(&f, path), path);
     const retrofit_tensor *tokens = fixture(&f, "tokens"), *labels = fixture(&f, "labels"), *s0 = fixture(&f, "s0");
     size_t B = tokens->shape[0], T = tokens->shape[1];
-    retrofit_activations *a = retrofit_activations_new(o.m, B, T, k, keep, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(o.m, B, T, k, keep, NULL);
     need(a && retrofit_prelude(a, (const int32_t *)tokens->data, B, T), name);
     ops->upload(a->state, s0->data, s0->count * 4);
     retrofit_recur(a, n, k);
@@ -161,7 +161,7 @@ static retrofit_model *three_steps(const retrofit_ops *ops, const char *name, re
     retrofit_model *m = load(name, ops, RETROFIT_TRAINING);
     enum { B = 2, T = 21 };
     int32_t tokens[B * T], labels[B * T];
-    retrofit_activations *a = retrofit_activations_new(m, B, T, 2, RETROFIT_KEEP_ALL, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, B, T, 2, RETROFIT_KEEP_ALL, NULL);
     need(a && retrofit_optimizer_init(m, kind), "memory");
     for (size_t t = 1; t <= 3; t++) {
         retrofit_optimizer o = {kind, 1e-3f, 2e-3f, 0.9f, 0.95f, kind == RETROFIT_MUON ? 1e-10f : 1e-6f, 0.01f, 0.95f, 1, 2e-3f, 1.5f};
@@ -224,8 +224,8 @@ static void decoding(const retrofit_ops *ops, const char *name, double tolerance
     int32_t tokens[2 * 24], some[2 * 24];
     float *full = (float *)allocate(B * L * V, 4);
     double worst = 0;
-    retrofit_activations *a = retrofit_activations_new(m, B, 9, 0, RETROFIT_KEEP_NOTHING, L, 3);
-    retrofit_activations *whole = retrofit_activations_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, B, 9, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = L, .recurrences = 3});
+    retrofit_activations *whole = retrofit_activations_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(a && whole && full, "activations");
     for (size_t i = 0; i < B * L; i++) tokens[i] = (int32_t)(hash64(5, i) % V);
     for (size_t pass = 0; pass < 4; pass++) {
@@ -238,7 +238,7 @@ static void decoding(const retrofit_ops *ops, const char *name, double tolerance
         for (size_t at = 0, t; at < L; at += t) {
             t = at ? 1 : 9;
             for (size_t i = 0; i < B * t; i++) some[i] = tokens[i / t * L + at + i % t];
-            const float *logits = retrofit_feed(a, some, B, t, NULL, r, sigma, seed);
+            const float *logits = retrofit_feed(a, some, B, t, NULL, &(retrofit_thinking){.recurrences = r, .sigma = sigma, .seed = seed});
             need(logits != NULL, "feed");
             for (size_t b = 0; b < B; b++) {
                 double e = relative_error(logits + b * V, full + (b * L + at + t - 1) * V, V);
@@ -289,7 +289,7 @@ static void memory(void) {
             retrofit_free(shape);
             taken = 0;
             retrofit_model *m = load("head64/recurrent", &counting, RETROFIT_TRAINING);
-            retrofit_activations *a = retrofit_activations_new(m, 2, 16, 3, (retrofit_keep)keep, 0, 0);
+            retrofit_activations *a = retrofit_activations_new(m, 2, 16, 3, (retrofit_keep)keep, NULL);
             need(a && retrofit_optimizer_init(m, (retrofit_optimizer_kind)kind), "memory");
             check(taken == weights + gradients + moments + activations, "memory: %zu bytes foretold, %zu taken", weights + gradients + moments + activations, taken);
             retrofit_activations_free(a), retrofit_free(m);

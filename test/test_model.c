@@ -12,7 +12,7 @@ static void compare(const char *name, const char *run, size_t n, size_t k) {
     need(retrofit_safetensors_open(&f, path), path);
     const retrofit_tensor *tokens = fixture(&f, "tokens"), *labels = fixture(&f, "labels"), *s0 = fixture(&f, "s0");
     size_t B = tokens->shape[0], T = tokens->shape[1], V = m->config.vocab;
-    retrofit_activations *a = retrofit_activations_new(m, B, T, k, RETROFIT_KEEP_ALL, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, B, T, k, RETROFIT_KEEP_ALL, NULL);
     need(a && retrofit_prelude(a, (const int32_t *)tokens->data, B, T), name);
     memcpy(a->state, s0->data, s0->count * 4);
     retrofit_recur(a, n, k);
@@ -51,7 +51,7 @@ static void compare_logits(const char *name) {
         retrofit_model *m = retrofit_load(path, &retrofit_cpu, RETROFIT_INFERENCE);
         need(m != NULL, path);
         size_t V = m->config.vocab;
-        retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, 0, 0);
+        retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL);
         need(a && retrofit_prelude(a, (const int32_t *)tokens->data, base ? B : 1, T), name);
         float *logits = (float *)allocate(B * T * V, 4);
         if (base) {

@@ -517,16 +517,20 @@ static void next_tokens(double *to, const double *all, const double *past, heads
         to[i] = all[(i / s.Q / s.T * S + (size_t)past[i / s.Q / s.T] + i / s.Q % s.T) * s.Q + i % s.Q];
 }
 
+// What keys and values may be on this device.
+static retrofit_type kv_type(size_t trial) { return device == &retrofit_cpu && trial % 2 ? RETROFIT_BF16 : device->act_type; }
+
 TEST(kv_store) {
     heads s = pick_heads(20);
+    retrofit_type type = kv_type(trial);
     size_t width = s.G * s.h, capacity = s.T + 10 + trial;
     array qkv = acts(s.B * s.T * s.Q, 1), past = integers(s.B, 0, 10 + trial);
-    array keys = acts_unset(s.B * capacity * width), values = acts_unset(s.B * capacity * width);
+    array keys = filled(type, s.B * capacity * width, NAN), values = filled(type, s.B * capacity * width, NAN);
     for (size_t i = 0; i < s.B * s.T * width; i++) {
         size_t n = i / width, to = (n / s.T * capacity + (size_t)past.x[n / s.T] + n % s.T) * width + i % width;
         keys.x[to] = qkv.x[n * s.Q + s.H * s.h + i % width], values.x[to] = qkv.x[n * s.Q + s.H * s.h + width + i % width];
     }
-    ops->kv_store(keys.at, values.at, qkv.at, past.i, s.B, s.T, capacity, s.H, s.G, s.h);
+    ops->kv_store(keys.at, values.at, qkv.at, past.i, s.B, s.T, capacity, s.H, s.G, s.h, type);
     near("keys", keys, keys.x, NULL, 0), near("values", values, values.x, NULL, 0); // what it does not write stays NaN
 }
 
@@ -539,11 +543,14 @@ TEST(attention_cached) {
     double *x = doubles(s.B * S * s.Q), *want = doubles(s.B * S * d), *terms = doubles(s.B * S * d), *l = doubles(s.B * S * s.H),
            *le = doubles(s.B * S * s.H);
     array qkv_all = acts(s.B * S * s.Q, 1);
+    retrofit_type type = kv_type(trial);
     memcpy(x, qkv_all.x, s.B * S * s.Q * sizeof *x);
+    for (size_t i = 0; i < s.B * S * s.Q; i++) // keys and values that their type can hold
+        if (i % s.Q >= d && type == RETROFIT_BF16) x[i] = bf16_to_float(float_to_bf16((float)x[i]));
     attend_all(want, l, terms, le, x, all, p_rounding());
     double *past_x = doubles(s.B);
-    array past = array_of(RETROFIT_I32, s.B, past_x), keys = acts_unset(s.B * capacity * width),
-          values = acts_unset(s.B * capacity * width);
+    array past = array_of(RETROFIT_I32, s.B, past_x), keys = filled(type, s.B * capacity * width, NAN),
+          values = filled(type, s.B * capacity * width, NAN);
     for (size_t step = 0; step < 6; step++) {
         size_t room = S;
         for (size_t b = 0; b < s.B; b++) room = least(room, S - (size_t)past_x[b]);
@@ -553,8 +560,8 @@ TEST(attention_cached) {
         array qkv = acts_unset(s.B * s.T * s.Q), out = acts_unset(s.B * s.T * d);
         next_tokens(qkv.x, x, past_x, s, S);
         send(qkv), send(past);
-        ops->kv_store(keys.at, values.at, qkv.at, past.i, s.B, s.T, capacity, s.H, s.G, s.h);
-        ops->attention_cached(out.at, qkv.at, keys.at, values.at, past.i, s.B, s.T, capacity, s.H, s.G, s.h);
+        ops->kv_store(keys.at, values.at, qkv.at, past.i, s.B, s.T, capacity, s.H, s.G, s.h, type);
+        ops->attention_cached(out.at, qkv.at, keys.at, values.at, past.i, s.B, s.T, capacity, s.H, s.G, s.h, type);
         double *w = doubles(out.n), *e = doubles(out.n);
         heads rows = s;
         rows.Q = d; // outputs lie as their tokens do
@@ -567,6 +574,22 @@ TEST(attention_cached) {
             if (i / width % capacity >= (size_t)past_x[i / width / capacity]) keys.x[i] = values.x[i] = NAN;
         send(keys), send(values);
     }
+}
+
+TEST(kv_lend) {
+    size_t S = pick(1, 9), C = pick(1, 4), B = pick(1, 5), G = pick(1, 3), h = 2 * pick(1, 20), capacity = pick(1, 30), width = G * h;
+    size_t stride = (B + trial % 2) * capacity * width; // more rows than are lent to
+    SHAPE("S %zu C %zu B %zu capacity %zu G %zu h %zu", S, C, B, capacity, G, h);
+    retrofit_type type = kv_type(trial);
+    array kv[2] = {filled(type, S * C * stride, 1), filled(type, S * C * stride, 1)}, past = integers(B, 0, capacity - 1), used = integers(B, 1, S);
+    if (trial & 1) poison(kv[0], any(0, S * C * stride - 1)); // is lent like any number
+    ops->kv_lend(kv[0].at, kv[1].at, past.i, used.i, S, C, stride, B, capacity, G, h, type);
+    for (size_t i = 0; i < 2 * S * C * stride; i++) {
+        double *x = kv[i % 2].x;
+        size_t at = i / 2, slot = at / stride / C, in = at % stride, b = in / width / capacity;
+        if (b < B && in / width % capacity == (size_t)past.x[b] && slot >= (size_t)used.x[b]) x[at] = x[at - (slot + 1 - (size_t)used.x[b]) * C * stride];
+    }
+    near("keys", kv[0], kv[0].x, NULL, 0), near("values", kv[1], kv[1].x, NULL, 0);
 }
 
 // ---- SwiGLU ------------------------------------------------------------------------------------------------------------------
@@ -678,9 +701,11 @@ TEST(add) {
     SHAPE("n %zu", n);
     array x = f32(n), y = f32(n);
     if (trial & 1) poison(trial & 2 ? x : y, n / 2);
-    for (size_t i = 0; i < n; i++) x.x[i] += y.x[i];
-    ops->add(x.f, y.f, n);
-    near("x", x, x.x, NULL, 0);
+    float keep = trial % 3 ? (float)normal() : 1;
+    double *terms = doubles(n);
+    for (size_t i = 0; i < n; i++) terms[i] = fabs(keep * x.x[i]) + fabs(y.x[i]), x.x[i] = keep * x.x[i] + y.x[i];
+    ops->add(x.f, y.f, n, keep);
+    near("x", x, x.x, terms, 2 * U);
 }
 
 TEST(axpby) {

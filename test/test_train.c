@@ -112,8 +112,8 @@ static void state_sizes(void) {
     int32_t tokens[12];
     double rms[8];
     for (int i = 0; i < 12; i++) tokens[i] = i * 7 % 131;
-    retrofit_activations *a = retrofit_activations_new(m, 2, 6, 3, RETROFIT_KEEP_ALL, 0, 0);
-    retrofit_activations *b = retrofit_activations_new(m, 2, 6, 0, RETROFIT_KEEP_NOTHING, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, 2, 6, 3, RETROFIT_KEEP_ALL, NULL);
+    retrofit_activations *b = retrofit_activations_new(m, 2, 6, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(a && b && retrofit_optimizer_init(m, RETROFIT_ADAMW) && retrofit_forward(a, tokens, 2, 6, 0.5f, 3, 2, 3), "forward");
     size_t count = retrofit_state_sizes(a, rms);
     check(count == 4, "%zu sizes of 4 states", count);
@@ -140,7 +140,7 @@ static double setting(const char *key) {
 }
 
 static retrofit_activations *activations(const retrofit_model *m, size_t rows, size_t K) {
-    retrofit_activations *a = retrofit_activations_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, RETROFIT_KEEP_ALL, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, RETROFIT_KEEP_ALL, NULL);
     need(a != NULL, "activations");
     return a;
 }
@@ -378,7 +378,7 @@ static void unrolled(void) {
     memcpy(stack->wte.master, m->wte.master, V_ * d * 4), memcpy(stack->lm_head.master, m->lm_head.master, V_ * d * 4);
     memcpy(stack->ln_f.master, m->ln_f.master, d * 4);
     retrofit_refresh(m), retrofit_refresh(stack);
-    retrofit_activations *a = retrofit_activations_new(m, 1, T, R, RETROFIT_KEEP_ALL, 0, 0), *b = retrofit_activations_new(stack, 1, T, 0, RETROFIT_KEEP_ALL, 0, 0);
+    retrofit_activations *a = retrofit_activations_new(m, 1, T, R, RETROFIT_KEEP_ALL, NULL), *b = retrofit_activations_new(stack, 1, T, 0, RETROFIT_KEEP_ALL, NULL);
     const int32_t *tokens = (const int32_t *)fixture(&fixtures, "train.tokens")->data;
     need(a && b && retrofit_prelude(a, tokens, 1, T) && retrofit_forward(b, tokens, 1, T, 0, 0, 0, 0), "forward");
     memcpy(a->state, a->e, T * d * 4), retrofit_recur(a, 0, R), retrofit_coda(a);
@@ -414,7 +414,7 @@ static void freezing(void) {
             for (int mode = RETROFIT_TRAINING; mode <= RETROFIT_TRAINING_ADAPTER; mode++) {
                 retrofit_model *m = load(FIXTURES "tiny/recurrent", (retrofit_mode)mode);
                 need(retrofit_optimizer_init(m, (retrofit_optimizer_kind)kind), "moments");
-                retrofit_activations *a = retrofit_activations_new(m, 2, 9, 2, (retrofit_keep)how, 0, 0);
+                retrofit_activations *a = retrofit_activations_new(m, 2, 9, 2, (retrofit_keep)how, NULL);
                 need(a && retrofit_forward(a, tokens, 2, 9, 0.1f, 5, 1, 2), "forward");
                 retrofit_loss(a, tokens + 1, 1), retrofit_backward(a);
                 retrofit_optimizer o = {.kind = (retrofit_optimizer_kind)kind, .lr = 1e-3f, .muon_lr = 1e-2f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .momentum = 0.95f};
