@@ -3616,7 +3616,9 @@ const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_
         return fail("%zu recurrences, but the KV cache has room for %zu", r, a->cache.recurrences), (const float *)NULL;
     if (how->exit && b > 1 && a->cache.kind != RETROFIT_CACHE_FULL) // of these slots a row that has stopped would lose what it wrote
         return fail("rows that stop thinking at different times need the full KV cache, or one row at a time"), (const float *)NULL;
+    bool prompt = false;
     for (size_t i = 0; i < b && i < a->B; i++) {
+        prompt = prompt || a->seen[i] == 0;
         if (lengths && (lengths[i] < 1 || (size_t)lengths[i] > t)) return fail("row %zu: %d tokens of %zu", i, (int)lengths[i], t), (const float *)NULL;
         if ((size_t)a->seen[i] + t > a->capacity)
             return fail("%zu tokens after %d do not fit in a context of %zu", t, (int)a->seen[i], a->capacity), (const float *)NULL;
@@ -3624,7 +3626,7 @@ const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_
     if (!set_batch(a, tokens, b, t)) return NULL;
     m->ops->upload(a->past, a->seen, a->B * sizeof *a->seen);
     for (size_t i = 0; i < b; i++) a->used[i] = c->core ? (int32_t)r : 0;
-    if (t == 1 && c->core && how->exit) think_until_settled(a, how);
+    if (t == 1 && c->core && how->exit && !prompt) think_until_settled(a, how);
     else if (t == 1) decode_step(a, how);
     else begin_thinking(a, how), retrofit_think(a, how, r), retrofit_coda(a);
     for (size_t i = 0; i < b; i++) {

@@ -251,6 +251,46 @@ static void decoding(const retrofit_ops *ops, const char *name, double tolerance
     free(full), retrofit_activations_free(a), retrofit_activations_free(whole), retrofit_free(m);
 }
 
+// Exits, drafts and continuous thinking as on a CPU: rows that stop after as many recurrences, the same tokens.
+static void thinking(const retrofit_ops *ops, const char *name) {
+    retrofit_model *m = load(name, ops, RETROFIT_INFERENCE), *exact = load(name, &retrofit_cpu, RETROFIT_INFERENCE);
+    size_t V = m->config.vocab, B = 3, early = 0;
+    retrofit_cache cache = {.capacity = 24, .recurrences = 5};
+    retrofit_activations *a = retrofit_activations_new(m, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache), *b = retrofit_activations_new(exact, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache);
+    float *scratch = (float *)allocate(10 * V, 4);
+    need(a && b && scratch, "activations");
+    int32_t tokens[3 * 8], out[4];
+    for (int exit = RETROFIT_EXIT_NONE; exit <= RETROFIT_EXIT_ARGMAX_STABILITY; exit++) {
+        retrofit_thinking how = {.recurrences = 5, .sigma = 0.1f, .seed = 3, .exit = (retrofit_exit)exit, .threshold = exit == RETROFIT_EXIT_ARGMAX_STABILITY ? 1 : 0.2f,
+                                 .continuous = exit % 2 == 0, .noise = exit == RETROFIT_EXIT_KL ? 3 : 0};
+        retrofit_rewind(a), retrofit_rewind(b);
+        for (size_t i = 0; i < 6; i++) {
+            for (size_t j = 0; j < B * 8; j++) tokens[j] = (int32_t)(hash64(i + 10 * (size_t)exit, j) % V);
+            size_t t = i ? 1 : 8;
+            need(retrofit_feed(a, tokens, B, t, NULL, &how) && retrofit_feed(b, tokens, B, t, NULL, &how), "feed");
+            double e = relative_error(a->next, b->next, B * V);
+            check(e < 1e-4, "%s %s, exit %d: token %zu's logits are %.2e off the CPU's", ops->name, name, exit, i, e);
+            for (size_t row = 0; row < B; row++)
+                check(a->used[row] == b->used[row], "%s %s, exit %d: row %zu took %d recurrences, on a CPU %d", ops->name, name, exit, row, (int)a->used[row], (int)b->used[row]), early += a->used[row] < 5;
+        }
+    }
+    check(early > 20, "%s %s: %zu tokens stopped early", ops->name, name, early);
+    retrofit_thinking how = {.recurrences = 5, .sigma = 0.1f, .seed = 3};
+    retrofit_sampling greedy = {0, 0, 1, 0, 1};
+    retrofit_rewind(a), retrofit_rewind(b);
+    int32_t next = retrofit_argmax(retrofit_feed(a, tokens, 1, 8, NULL, &how), V), plain = retrofit_argmax(retrofit_feed(b, tokens, 1, 8, NULL, &how), V);
+    for (size_t made = 0; made < 10;) {
+        size_t count = retrofit_speculate(a, next, 4, 4, &how, &greedy, out, scratch);
+        need(count > 0, "speculate");
+        for (size_t i = 0; i < count; i++, made++) {
+            plain = retrofit_argmax(retrofit_feed(b, &plain, 1, 1, NULL, &how), V);
+            check(out[i] == plain, "%s %s: drafted token %zu is %d, on a CPU plainly %d", ops->name, name, made, (int)out[i], (int)plain);
+        }
+        next = out[count - 1];
+    }
+    free(scratch), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m), retrofit_free(exact);
+}
+
 // ---- The same bits, whatever the order of threads; memory as foretold --------------------------------------------------------------
 static uint64_t hash_of(const retrofit_ops *ops) {
     outcome o = run(ops, "tiny", 1, 2, RETROFIT_KEEP_ALL);
@@ -313,6 +353,7 @@ int main(void) {
     if (all) training("tiny/recurrent", RETROFIT_ADAMW), training("head64/recurrent", RETROFIT_ADAMW);
     if (all) training("tiny/base", RETROFIT_ADAMW); // the plain Llama
     decoding(&retrofit_cuda, "tiny/recurrent", 0.03);
+    thinking(&retrofit_cuda_fp32, "tiny/recurrent");
     if (all) decoding(&retrofit_cuda_fp32, "tiny/recurrent", 1e-5), decoding(&retrofit_cuda_fp32, "head64/recurrent", 1e-5);
     memory();
     uint64_t first = hash_of(&retrofit_cuda);
