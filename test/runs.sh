@@ -4,7 +4,7 @@
 . test/check.sh
 train=$BIN/train tiny=test/fixtures/tiny/recurrent shim=$work/shim.so
 export OMP_NUM_THREADS=1 ASAN_OPTIONS=verify_asan_link_order=0:detect_leaks=0
-many=40 some=20 every=1
+many=200 some=50 every=1
 case $BIN in *san*) many=10 some=6 every=7 ;; esac # the sanitizers are slow
 fails() { # exit code, text on stderr, command: its last line, the only one that train says of itself, has the text
     code=$1 text=$2
