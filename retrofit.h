@@ -462,8 +462,9 @@ int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 // Self-speculative decoding (Leviathan et al. 2023, with the model itself at fewer recurrences as the draft): `token` and L - 1 tokens drafted
 // behind it go through `draft` recurrences each, then through the other r - draft together, from the states they have, with the same keys and
 // values. Returns how many tokens follow `token` (1..L; out: room for L), distributed exactly as those of plain decoding; greedy ones are the same
-// tokens. The last one is not fed yet. One row; no exit, noise or `continuous`. scratch: (2L + 2)·V floats. 0 + error.
-size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how, retrofit_sampling *s,
+// tokens. The last one is not fed yet. One row; no exit, noise or `continuous`. Only ids below n are drawn: the model's vocabulary V, or fewer if
+// the others are padding. scratch: (2L + 2)·V floats, of which the first L·V are then the logits (L,V) that the tokens were judged by. 0 + error.
+size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how, retrofit_sampling *s, size_t n,
                           int32_t *out, float *scratch);
 
 // ---- JSON, tokenizer ------------------------------------------------------------------------------------------------------
@@ -3713,7 +3714,7 @@ static int32_t keep_or_redraw(int32_t y, const float *q, const float *logits, si
     return left ? draw_from(c, left, draw_uniform(s) * rest) : y; // none: p and q are equal but for rounding
 }
 
-size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how, retrofit_sampling *s,
+size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how, retrofit_sampling *s, size_t n,
                           int32_t *out, float *scratch) {
     const retrofit_model *m = a->model;
     const retrofit_ops *ops = m->ops;
@@ -3722,8 +3723,8 @@ size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, 
     if (L == 0 || L > RETROFIT_LOOKAHEAD || L > a->T) return fail("%zu tokens cannot be drafted: from 1 to %zu", L, least(RETROFIT_LOOKAHEAD, a->T)), (size_t)0;
     if (how->exit || how->continuous || how->noise > 0) return fail("drafts go with no exit, continuous thinking or noise"), (size_t)0;
     if (a->cache.kind != RETROFIT_CACHE_FULL) return fail("drafts need the full KV cache"), (size_t)0;
-    weighed *c = (weighed *)(void *)scratch;
-    float *q = scratch + 2 * V, *logits = q + L * V;
+    float *logits = scratch, *q = scratch + L * V; // q: what the drafts were drawn from
+    weighed *c = (weighed *)(void *)(q + L * V);
     int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token}, start = a->seen[0];
     retrofit_thinking shallow = *how;
     shallow.recurrences = draft;
@@ -3733,10 +3734,10 @@ size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, 
         ops->copy(a->drafted + j * d, a->state, d * sizeof(float));
         ops->copy(a->drafted + (RETROFIT_LOOKAHEAD + j) * d, a->injected, d * sizeof(float));
         double total;
-        size_t n = filtered(z, V, s, c, &total);
-        memset(q + j * V, 0, V * sizeof *q);
-        for (size_t i = 0; i < n; i++) q[j * V + (size_t)c[i].id] = (float)(c[i].p / total);
-        fed[j + 1] = n == 1 ? c->id : draw_from(c, n, draw_uniform(s) * total);
+        size_t left = filtered(z, n, s, c, &total);
+        memset(q + j * V, 0, n * sizeof *q);
+        for (size_t i = 0; i < left; i++) q[j * V + (size_t)c[i].id] = (float)(c[i].p / total);
+        fed[j + 1] = left == 1 ? c->id : draw_from(c, left, draw_uniform(s) * total);
     }
     a->seen[0] = start;
     if (!set_batch(a, fed, 1, L)) return 0;
@@ -3745,7 +3746,7 @@ size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, 
     a->n = draft;
     retrofit_recur(a, r - draft, 0), retrofit_coda(a), retrofit_logits(a, 0, L, logits);
     while (count < L) {
-        out[count] = keep_or_redraw(fed[count + 1], q + count * V, logits + count * V, V, s, c);
+        out[count] = keep_or_redraw(fed[count + 1], q + count * V, logits + count * V, n, s, c);
         count++;
         if (out[count - 1] != fed[count]) break;
     }

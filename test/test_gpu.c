@@ -280,7 +280,7 @@ static void thinking(const retrofit_ops *ops, const char *name) {
     retrofit_rewind(a), retrofit_rewind(b);
     int32_t next = retrofit_argmax(retrofit_feed(a, tokens, 1, 8, NULL, &how), V), plain = retrofit_argmax(retrofit_feed(b, tokens, 1, 8, NULL, &how), V);
     for (size_t made = 0; made < 10;) {
-        size_t count = retrofit_speculate(a, next, 4, 4, &how, &greedy, out, scratch);
+        size_t count = retrofit_speculate(a, next, 4, 4, &how, &greedy, V, out, scratch);
         need(count > 0, "speculate");
         for (size_t i = 0; i < count; i++, made++) {
             plain = retrofit_argmax(retrofit_feed(b, &plain, 1, 1, NULL, &how), V);

@@ -277,7 +277,7 @@ static void speculation(size_t which) {
         check(next == text[0], "first token");
         while (n + wanted < 31) wanted++, text[wanted] = retrofit_argmax(feed(plain, &text[wanted - 1], 1, 1, &how), V);
         while (made < wanted && n + made + L <= 32) {
-            size_t count = retrofit_speculate(a, next, draft, L, &how, &greedy, out, scratch);
+            size_t count = retrofit_speculate(a, next, draft, L, &how, &greedy, V, out, scratch);
             need(count > 0 && count <= L, "speculate");
             for (size_t i = 0; i < count && made < wanted; i++)
                 made++, check(out[i] == text[made], "%s, prompt %zu, draft %zu of %zu, %zu ahead: token %zu is %d, plainly %d", models[which], prompt, draft, how.recurrences, L, made,
@@ -301,12 +301,12 @@ static void speculation(size_t which) {
     retrofit_thinking how = {.recurrences = 4}, exit = {.recurrences = 4, .exit = RETROFIT_EXIT_KL}, noise = {.recurrences = 4, .noise = 1}, goes_on = {.recurrences = 4, .continuous = true};
     retrofit_activations *shared = with_cache(m, 1, RETROFIT_CACHE_SHARED, 2, false);
     retrofit_rewind(a);
-    check(!retrofit_speculate(a, 1, 4, 2, &how, &s, out, scratch) && !retrofit_speculate(a, 1, 0, 2, &how, &s, out, scratch), "a draft as deep as the whole, or of nothing");
-    check(!retrofit_speculate(a, 1, 2, 0, &how, &s, out, scratch) && !retrofit_speculate(a, 1, 2, 13, &how, &s, out, scratch), "no lookahead, or too much");
-    check(!retrofit_speculate(a, 1, 2, 2, &exit, &s, out, scratch) && !retrofit_speculate(a, 1, 2, 2, &noise, &s, out, scratch) && !retrofit_speculate(a, 1, 2, 2, &goes_on, &s, out, scratch) &&
-              !retrofit_speculate(shared, 1, 2, 2, &how, &s, out, scratch), "drafts with what does not go with them");
+    check(!retrofit_speculate(a, 1, 4, 2, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 0, 2, &how, &s, V, out, scratch), "a draft as deep as the whole, or of nothing");
+    check(!retrofit_speculate(a, 1, 2, 0, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 13, &how, &s, V, out, scratch), "no lookahead, or too much");
+    check(!retrofit_speculate(a, 1, 2, 2, &exit, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 2, &noise, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 2, &goes_on, &s, V, out, scratch) &&
+              !retrofit_speculate(shared, 1, 2, 2, &how, &s, V, out, scratch), "drafts with what does not go with them");
     a->seen[0] = 31;
-    check(!retrofit_speculate(a, 1, 2, 2, &how, &s, out, scratch) && a->seen[0] == 31, "more drafts than the context holds");
+    check(!retrofit_speculate(a, 1, 2, 2, &how, &s, V, out, scratch) && a->seen[0] == 31, "more drafts than the context holds");
     free(scratch), retrofit_activations_free(a), retrofit_activations_free(plain), retrofit_activations_free(shared), retrofit_free(m);
 }
 
@@ -365,7 +365,7 @@ static void sampled_drafts(void) {
         size_t have = 0;
         a->seen[0] = 3;
         for (int32_t next = token; have < 2; next = pair[have - 1]) {
-            size_t got = retrofit_speculate(a, next, 1 + (size_t)i % 3, 1 + (size_t)i % 4, &how, &s, out, scratch);
+            size_t got = retrofit_speculate(a, next, 1 + (size_t)i % 3, 1 + (size_t)i % 4, &how, &s, V, out, scratch);
             need(got > 0, "speculate");
             for (size_t j = 0; j < got && have < 2; j++) pair[have++] = out[j];
         }
