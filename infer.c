@@ -3,11 +3,11 @@
 #include "retrofit.h"
 
 static struct {
-    const char *model, *prompt, *recurrences, *eval, *tasks, *tokens, *logits, *tokenizer;
+    const char *model, *prompt, *recurrences, *stop, *eval, *tasks, *tokens, *logits, *tokenizer;
     size_t max_tokens, top_k, seed, seq_len, rows;
     double temperature, top_p, min_p;
     int state_init, device, precision;
-    bool print_tokens;
+    bool json, print_tokens;
 } o = {.max_tokens = 128, .seed = 1, .top_p = 1};
 
 static const retrofit_option options[] = {
@@ -16,6 +16,8 @@ static const retrofit_option options[] = {
     {"prompt", RETROFIT_STRING, &o.prompt, "TEXT|-", "what to continue; - reads it from stdin"},
     {"recurrences", RETROFIT_STRING, &o.recurrences, "R", "how deep to think (the model's mean); a list for --eval, --tasks"},
     {"max-tokens", RETROFIT_SIZE, &o.max_tokens, "N", "stop after so many (128), or at the end of text"},
+    {"stop", RETROFIT_STRING, &o.stop, "TEXT|TEXT", "end before any of these texts; \\n \\t \\\\ \\| are newline, tab, \\ and |"},
+    {"json", RETROFIT_FLAG, &o.json, NULL, "a JSON object instead of text: tokens, log-probabilities, times"},
     {"temperature", RETROFIT_REAL, &o.temperature, "F", "0: always the likeliest token (0)"},
     {"top-k", RETROFIT_SIZE, &o.top_k, "N", "draw from the N likeliest; 0: from all (0)"},
     {"top-p", RETROFIT_REAL, &o.top_p, "F", "draw from the likeliest that make up this share (1)"},
@@ -88,43 +90,193 @@ static int32_t *prompt_ids(const retrofit_tokenizer *t, size_t *count) {
 }
 
 // ---- Generation ---------------------------------------------------------------------------------------------------------------
-static void generate(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t n, r[2], V = retrofit_tokenizer_size(t), produced = 0; // ids beyond the tokenizer's are padding
+enum { CHUNK = 1024 }; // a long prompt that is alone is fed in pieces: activations need not be as long as it is
+
+// A prompt, and what the model says to it.
+typedef struct {
+    int32_t *ids, *said;         // what to feed; what is generated, from said[1] on
+    size_t count, limit, number; // of ids; tokens to generate at most; which of all prompts this is, from 0: its draws are its own
+    // What follows is generate()'s.
+    size_t produced, shown;      // tokens; bytes of text that no stop string will take back
+    bool alone;                  // the text is that of said[1] and on; else said[0] is a token of the prompt to decode it behind
+    retrofit_stream stream;
+    tok_text text;
+    float *logprobs;             // of each token said, by the model at temperature 1
+    size_t *recurrences;         // that it took
+    retrofit_sampling sampling;
+    const char *finish;          // "stop": end of text or a stop string; "length"; NULL while it goes on
+    double seconds[2];           // for the prompt, for all that followed
+} row;
+
+static char *stops[16];
+static size_t stop_count;
+static int32_t ends[2] = {-1, -1}; // tokens that end a text
+
+static void read_stops(void) {
+    static const char names[] = "nt\\|", values[] = "\n\t\\|";
+    char *to = stops[0] = (char *)need(strdup(o.stop));
+    const char *name;
+    uint32_t c;
+    for (const char *p = o.stop; *p;) // else half a character of the text might be cut off
+        if (p += utf8_next(p, strlen(p), &c), c == UTF8_INVALID) die(2, "--stop: not UTF-8");
+    for (const char *p = o.stop;; p++) {
+        if (*p && *p != '|' && *p != '\\') *to++ = *p;
+        else if (*p == '\\' && p[1] && (name = strchr(names, p[1]))) *to++ = values[name - names], p++;
+        else if (*p == '\\') die(2, "--stop: '%s': behind a \\ comes n, t, \\ or |", o.stop);
+        else {
+            *to++ = 0;
+            if (!*stops[stop_count++]) die(2, "--stop: '%s': an empty text would end everything", o.stop);
+            if (!*p) return;
+            if (stop_count == sizeof stops / sizeof *stops) die(2, "--stop: more than %zu texts", stop_count);
+            stops[stop_count] = to;
+        }
+    }
+}
+
+// How far the text can be shown: up to the first stop string, or to an end of it that could become one.
+static size_t showable(const row *k, bool *stopped) {
+    size_t hold = k->text.size;
+    for (size_t at = k->shown; at < k->text.size; at++)
+        for (size_t i = 0; i < stop_count; i++) {
+            size_t size = strlen(stops[i]), here = least(size, k->text.size - at);
+            if (memcmp(k->text.bytes + at, stops[i], here)) continue;
+            if (here == size) return *stopped = true, at;
+            hold = least(hold, at);
+        }
+    return hold;
+}
+
+// Takes the ids, with `past` tokens before them in the cache; the row is freed with free_row.
+static row new_row(const char *where, int32_t *ids, size_t count, size_t past, size_t capacity, size_t number) {
+    if (count == 0) die(*where ? 1 : 2, "%s: the prompt is empty", *where ? where : "--prompt");
+    if (past + count >= capacity)
+        die(1, "%s%sthe prompt has %zu tokens, the model's context %zu: shorten it", where, *where ? ": " : "", past + count, capacity);
+    row k = {.ids = ids, .count = count, .limit = least(o.max_tokens, capacity - past - count), .number = number};
+    k.said = (int32_t *)need(allocate(k.limit + 1, sizeof *k.said));
+    k.logprobs = (float *)need(allocate(k.limit, sizeof *k.logprobs));
+    k.recurrences = (size_t *)need(allocate(k.limit, sizeof *k.recurrences));
+    return k;
+}
+
+static void free_row(row *k) { free(k->ids), free(k->said), free(k->logprobs), free(k->recurrences), free(k->text.bytes); }
+
+static void begin_row(row *k, const retrofit_tokenizer *t) {
+    k->produced = k->shown = k->text.size = 0, k->stream = (retrofit_stream){0, 0}, k->finish = k->limit ? NULL : "length";
+    k->sampling = (retrofit_sampling){(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, hash64(o.seed, 1 + k->number)};
+    k->said[0] = k->ids[k->count - 1], k->alone = true;
+    // SentencePiece's decoder takes a space off the front: not off this text, if there is text before it. Byte tokens would not do: what
+    // a run of them says is known only at its end, and the next may belong to it.
+    for (size_t i = k->count; k->alone && !t->has[TOK_UNBYTES] && i-- > 0;) {
+        const tok_token *before = &t->tokens[k->ids[i]];
+        if (!before->special && tok_fallback_byte(before) < 0) k->said[0] = k->ids[i], k->alone = false;
+    }
+    if (!k->alone) free(need(retrofit_decode_next(t, &k->stream, k->said, 1, true, true, &(size_t){0})));
+}
+
+// The next token and its text, shown if it is to be.
+static void say(row *k, const retrofit_tokenizer *t, const float *logits, size_t V, size_t recurrences, void *scratch, bool show) {
+    int32_t id = retrofit_sample(logits, retrofit_tokenizer_size(t), &k->sampling, scratch); // ids beyond the tokenizer's are padding
+    size_t size;
+    bool stopped = false;
+    if (id == ends[0] || id == ends[1]) k->finish = "stop";
+    else {
+        retrofit_cpu.cross_entropy(&k->logprobs[k->produced], (act *)logits, &id, 1, V, 0);
+        k->logprobs[k->produced] *= -1, k->recurrences[k->produced] = recurrences;
+        k->said[++k->produced] = id;
+        if (k->produced == k->limit) k->finish = "length";
+    }
+    char *text = (char *)need(retrofit_decode_next(t, &k->stream, k->said + k->alone, k->produced + !k->alone, true, k->finish, &size));
+    tok_put(&k->text, text, size), tok_put(&k->text, "", 1), free(text); // a NUL behind it
+    if (k->text.failed) die(1, "%s", retrofit_error());
+    size_t safe = (k->text.size--, showable(k, &stopped));
+    if (stopped) k->finish = "stop", k->text.size = safe, k->text.bytes[safe] = 0;
+    if (k->finish) safe = k->text.size;
+    if (show) fwrite(k->text.bytes + k->shown, 1, safe - k->shown, stdout), fflush(stdout);
+    k->shown = safe;
+}
+
+// The logits behind each row's last token, and the recurrences they took. A row alone may come in pieces of what the activations hold.
+static const float *feed(retrofit_activations *a, const int32_t *ids, size_t b, size_t t, const int32_t *lengths, size_t r, size_t *recurrences) {
+    const float *logits = NULL;
+    for (size_t at = 0, n; at < t; at += n) {
+        n = b > 1 ? t : least(t - at, a->T);
+        logits = (const float *)need((void *)retrofit_feed(a, ids + at, b, n, b > 1 ? lengths : NULL, r, sigma(a->model), o.seed));
+    }
+    for (size_t i = 0; i < b; i++) recurrences[i] = r;
+    return logits;
+}
+
+static int by_count(const void *x, const void *y) {
+    size_t a = (*(row *const *)x)->count, b = (*(row *const *)y)->count;
+    return (a > b) - (a < b);
+}
+
+// Generates for b rows at once, behind what the cache holds. Rows that have ended are fed on with the others, unless they are the last: these
+// are the longest, so that no row that goes on has less room in the cache than one that is fed in vain.
+static void generate(retrofit_activations *a, const retrofit_tokenizer *t, row **rows, size_t b, size_t r, bool show) {
+    size_t V = a->model->config.vocab, T;
+    qsort(rows, b, sizeof *rows, by_count);
+    for (size_t i = 0; i < b; i++) begin_row(rows[i], t);
+    T = rows[b - 1]->count;
+    int32_t *ids = (int32_t *)need(allocate(b * T, sizeof *ids)), *lengths = (int32_t *)need(allocate(b, sizeof *lengths));
+    size_t *recurrences = (size_t *)need(allocate(b, sizeof *recurrences));
+    void *scratch = need(allocate(V, 8));
+    double began = retrofit_seconds(), fed = began;
+    for (bool first = true;; first = false) {
+        while (b && rows[b - 1]->finish) b--;
+        if (!b) break;
+        for (size_t i = 0; i < b; i++) {
+            lengths[i] = first ? (int32_t)rows[i]->count : 1;
+            memcpy(ids + i * T, first ? rows[i]->ids : &rows[i]->said[rows[i]->produced], (size_t)lengths[i] * sizeof *ids);
+        }
+        const float *logits = feed(a, ids, b, T, lengths, r, recurrences);
+        if (first) fed = retrofit_seconds(), T = 1;
+        for (size_t i = 0; i < b; i++) {
+            row *k = rows[i];
+            if (k->finish) continue;
+            say(k, t, logits + i * V, V, recurrences[i], scratch, show);
+            k->seconds[0] = fed - began, k->seconds[1] = retrofit_seconds() - fed;
+        }
+    }
+    free(ids), free(lengths), free(recurrences), free(scratch);
+}
+
+static void print_number(double x) { isfinite(x) ? printf("%.7g", x) : fputs("null", stdout); } // JSON knows no infinity
+
+// id: of the prompt's line, if it has one; past: tokens before the prompt.
+static void print_row(const row *k, const retrofit_json *id, size_t past) {
+    putchar('{');
+    if (id) fputs("\"id\":", stdout), id->type == RETROFIT_JSON_STRING ? json_write_string(stdout, id->string, id->length) : (void)fputs(id->string, stdout), putchar(',');
+    printf("\"prompt_tokens\":%zu,\"text\":", past + k->count);
+    json_write_string(stdout, k->text.bytes, k->text.size);
+    for (int list = 0; list < 3; list++) {
+        printf(",\"%s\":[", list == 0 ? "tokens" : list == 1 ? "logprobs" : "recurrences");
+        for (size_t i = 0; i < k->produced; i++) {
+            if (i) putchar(',');
+            if (list == 0) printf("%d", (int)k->said[i + 1]);
+            else if (list == 1) print_number((double)k->logprobs[i]);
+            else printf("%zu", k->recurrences[i]);
+        }
+        putchar(']');
+    }
+    printf(",\"finish_reason\":\"%s\",\"prompt_seconds\":%.4f,\"generation_seconds\":%.4f}\n", k->finish, k->seconds[0], k->seconds[1]);
+}
+
+static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
+    size_t n, r[2];
     if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for generation");
     int32_t *ids = prompt_ids(t, &n);
-    if (n == 0) die(2, "--prompt: the prompt is empty");
-    if (n >= m->config.context) die(1, "the prompt has %zu tokens, the model's context %zu: shorten it", n, m->config.context);
-    size_t capacity = n + least(o.max_tokens, m->config.context - n);
-    ids = (int32_t *)need(realloc(ids, capacity * sizeof *ids));
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, capacity, r[0]));
-    retrofit_sampling s = {(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, hash64(o.seed, 1)};
-    void *scratch = need(malloc(V * 8));
-    retrofit_stream stream = {0, 0};
-    free(need(retrofit_decode_next(t, &stream, ids, n, true, false, &(size_t){0}))); // the prompt itself is not printed
-    int32_t eos = retrofit_tokenizer_eos(t) >= 0 ? retrofit_tokenizer_eos(t) : m->config.eos;
-    double begin = retrofit_seconds(), first = 0;
-    const float *logits = (const float *)need((void *)retrofit_feed(a, ids, 1, n, NULL, r[0], sigma(m), o.seed));
-    first = retrofit_seconds();
-    size_t prompt = n;
-    for (;;) {
-        bool last = produced == o.max_tokens || n == capacity;
-        int32_t id = last ? eos : retrofit_sample(logits, V, &s, scratch);
-        last = last || id == eos;
-        if (!last) ids[n++] = id, produced++;
-        size_t size;
-        char *text = (char *)need(retrofit_decode_next(t, &stream, ids, n, true, last, &size));
-        fwrite(text, 1, size, stdout), fflush(stdout), free(text);
-        if (last) break;
-        if (n < capacity && produced < o.max_tokens)
-            logits = (const float *)need((void *)retrofit_feed(a, ids + n - 1, 1, 1, NULL, r[0], sigma(m), o.seed));
-    }
-    putchar('\n'), fflush(stdout);
-    double seconds = retrofit_seconds() - first;
-    fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", prompt, first - begin, produced, seconds,
-            produced > 1 ? (double)(produced - 1) / seconds : 0);
+    row k = new_row("", ids, n, 0, m->config.context, 0), *rows = &k;
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, least(n, CHUNK), 0, RETROFIT_KEEP_NOTHING, n + k.limit, r[0]));
+    generate(a, t, &rows, 1, r[0], !o.json);
+    if (o.json) print_row(&k, NULL, 0);
+    else putchar('\n');
+    fflush(stdout);
+    fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", n, k.seconds[0], k.produced, k.seconds[1],
+            k.produced > 1 ? (double)(k.produced - 1) / k.seconds[1] : 0);
     if (r[0]) fprintf(stderr, ", %zu recurrences", r[0]);
     fprintf(stderr, ", on %s\n", device);
-    free(ids), free(scratch), retrofit_activations_free(a);
+    free_row(&k), retrofit_activations_free(a);
 }
 
 // ---- Loss by recurrences: one way of states, read off at each r -----------------------------------------------------------
@@ -298,6 +450,8 @@ int main(int argc, char **argv) {
     retrofit_model *m = o.print_tokens ? NULL : (retrofit_model *)need(retrofit_load(o.model, ops, RETROFIT_INFERENCE));
     if (m && t && retrofit_tokenizer_size(t) > m->config.vocab)
         die(1, "the tokenizer of %s has ids up to %zu, the model's vocabulary %zu: another model's?", directory, retrofit_tokenizer_size(t) - 1, m->config.vocab);
+    if (t) ends[0] = retrofit_tokenizer_eos(t) < 0 && m ? m->config.eos : retrofit_tokenizer_eos(t);
+    if (o.stop) read_stops();
     if (o.eval) evaluate(m);
     else if (o.tasks) answer_tasks(m, t);
     else if (o.logits) write_logits(m, t);
@@ -307,7 +461,7 @@ int main(int argc, char **argv) {
         for (size_t i = 0; i < n; i++) printf(i ? " %d" : "%d", (int)ids[i]);
         printf("\n");
         free(ids);
-    } else generate(m, t);
+    } else answer(m, t);
     retrofit_tokenizer_free(t), retrofit_free(m);
     if (fflush(stdout) || ferror(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
     return 0;

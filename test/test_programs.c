@@ -222,7 +222,7 @@ static void authors_logits(const char *name) {
     for (size_t r = 0; r <= 8; r += r ? r : 1) { // 0: the plain model
         const retrofit_tensor *theirs = r ? fixture(&f, "zero.r%zu.logits", r) : fixture(&f, "base.logits");
         size_t T = theirs->shape[1], V = theirs->shape[2];
-        snprintf(model, sizeof model, "%s/%s", name, r ? "recurrent" : "base"), snprintf(options, sizeof options, "--state-init zero --recurrences %zu", r);
+        snprintf(model, sizeof model, "f/%s/%s", name, r ? "recurrent" : "base"), snprintf(options, sizeof options, "--state-init zero --recurrences %zu", r);
         float *logits = logits_of(model, tokens, T, V, r ? options : "");
         double error = relative_error(logits, (const float *)theirs->data, T * V);
         check(error < 1e-5, "%s, r=%zu: --logits differ from the authors' by %.1e", name, r, error);
@@ -240,7 +240,7 @@ static void losses(void) {
         int32_t ids[25];
         for (size_t i = 0; i <= T; i++) ids[i] = ((uint16_t *)(void *)(shard + 1024))[i];
         snprintf(options, sizeof options, "--state-init zero --recurrences %zu", r);
-        float *x = logits_of("tiny/recurrent", ids, T, V, options);
+        float *x = logits_of("f/tiny/recurrent", ids, T, V, options);
         double loss = 0, theirs = 0, perplexity = 0, sum = 0;
         for (size_t t = 0; t < T; t++, sum = 0) {
             for (size_t v = 0; v < V; v++) sum += exp((double)x[t * V + v]);
@@ -269,7 +269,7 @@ static void generation(void) {
     memcpy(ids, begin, n * sizeof *ids), free(begin);
     free(retrofit_decode(t, ids, n, true, &before));
     for (; steps < 6; n++, steps++) {
-        float *x = logits_of("tiny/recurrent", ids, n, 131, "--recurrences 3");
+        float *x = logits_of("f/tiny/recurrent", ids, n, 131, "--recurrences 3");
         ids[n] = retrofit_argmax(x + (n - 1) * 131, retrofit_tokenizer_size(t)), free(x);
         if (ids[n] == retrofit_tokenizer_eos(t)) break;
     }

@@ -1,0 +1,138 @@
+// infer's ways to generate and evaluate, run as a user would: JSON, stop strings, batches, conversations, tasks; each against what
+// --logits, the tokenizer and a prompt alone say.
+#include "run.h"
+
+// A random recurrent model of 1,000 tokens, and the three kinds of tokenizers that fit it.
+enum { V = 1000 };
+static const char *const styles[] = {"llama2_style", "llama3_style", "smollm_style"};
+#define RANDOM "infer --model random --state-init zero --recurrences 3 "
+#define BASE "infer --model f/lookup/base "
+
+static retrofit_json *parsed; // what the last call of json() read
+static const retrofit_json *json(const char *text, size_t size, const char *what) {
+    retrofit_json_free(parsed);
+    return parsed = retrofit_json_parse(text, size, what), need(parsed != NULL, text), parsed;
+}
+static double number_of(const retrofit_json *j, const char *key) {
+    const retrofit_json *n = retrofit_json_get(j, key);
+    return check(n && n->type == RETROFIT_JSON_NUMBER, "JSON: no number %s", key) ? n->number : NAN;
+}
+static const retrofit_json *string(const retrofit_json *j, const char *key) {
+    const retrofit_json *s = retrofit_json_get(j, key);
+    return need(s && s->type == RETROFIT_JSON_STRING, key), s;
+}
+static size_t numbers(const retrofit_json *j, const char *key, double *to, size_t most) {
+    const retrofit_json *l = retrofit_json_get(j, key);
+    need(l && l->type == RETROFIT_JSON_ARRAY && l->count <= most, key);
+    for (l = l->child; l; l = l->next) *to++ = l->number;
+    return retrofit_json_get(j, key)->count;
+}
+
+static double log_probability(const float *logits, size_t v, size_t id) {
+    double sum = 0;
+    for (size_t i = 0; i < v; i++) sum += exp((double)logits[i] - (double)logits[id]);
+    return -log(sum);
+}
+
+// What is said of each token is what --logits says of it; and what random tokens make, control characters and halves of characters
+// too, is JSON, and the text that comes without --json.
+static void json_of_a_prompt(const char *style) {
+    double tokens[64], logprobs[64], recurrences[64];
+    char path[128], options[256];
+    snprintf(path, sizeof path, "f/tokenizers/%s", style);
+    retrofit_tokenizer *t = retrofit_tokenizer_load(path);
+    for (int seed = 1; seed <= 4; seed++) {
+        snprintf(options, sizeof options, "--tokenizer %s --prompt 'Once \"upon\"\n' --max-tokens 40 --temperature 1.2 --seed %d", path, seed);
+        works(RANDOM "%s", options);
+        char *text = strdup(out);
+        works(RANDOM "%s --json", options);
+        const retrofit_json *j = json(out, out_size, "--json");
+        size_t n = numbers(j, "tokens", tokens, 64), prompt = 0, size = string(j, "text")->length;
+        int32_t *ids = retrofit_encode(t, "Once \"upon\"\n", 12, true, &prompt), all[128];
+        check(numbers(j, "logprobs", logprobs, 64) == n && numbers(j, "recurrences", recurrences, 64) == n, "--json: lists of unequal length: %s", out);
+        check(number_of(j, "prompt_tokens") == (double)prompt, "--json: %g tokens of prompt, not %zu", number_of(j, "prompt_tokens"), prompt);
+        check(number_of(j, "prompt_seconds") >= 0 && number_of(j, "generation_seconds") >= 0, "--json: no times: %s", out);
+        check(!strcmp(string(j, "finish_reason")->string, n == 40 ? "length" : "stop"), "--json: %zu tokens, finish_reason %s", n,
+              string(j, "finish_reason")->string);
+        check(size + 1 == strlen(text) && !memcmp(string(j, "text")->string, text, size), "%s: --json's text is not '%s' but %s", style, text, out);
+        for (size_t i = 0; i < prompt + n; i++) all[i] = i < prompt ? ids[i] : (int32_t)tokens[i - prompt];
+        float *x = logits_of("random", all, prompt + n, V, "--recurrences 3 --state-init zero");
+        for (size_t i = 0; i < n; i++) {
+            double expected = log_probability(x + (prompt + i - 1) * V, V, (size_t)tokens[i]);
+            check(fabs(logprobs[i] - expected) < 1e-4 && recurrences[i] == 3, "%s: token %zu: logprob %g, not %g, or %g recurrences", style, i, logprobs[i],
+                  expected, recurrences[i]);
+        }
+        free(text), free(x), free(ids);
+    }
+    retrofit_tokenizer_free(t);
+}
+
+// A prompt's newline, a byte token where the tokenizer is of SentencePiece's kind, is no part of the text behind it; a first space is.
+static void text_behind_a_newline(void) {
+    for (int seed = 1; seed < 9; seed++) {
+        double tokens[8];
+        size_t size, n;
+        works(RANDOM "--tokenizer f/tokenizers/llama2_style --prompt 'Once\n' --max-tokens 6 --temperature 1 --json --seed %d", seed);
+        const retrofit_json *j = json(out, out_size, "--json");
+        retrofit_tokenizer *t = retrofit_tokenizer_load("f/tokenizers/llama2_style");
+        int32_t ids[8] = {retrofit_tokenizer_id(t, "\xe2\x96\x81the")};
+        n = numbers(j, "tokens", tokens, 7);
+        for (size_t i = 0; i < n; i++) ids[i + 1] = (int32_t)tokens[i];
+        char *text = retrofit_decode(t, ids, n + 1, true, &size);
+        need(text && size >= 3, "decoded");
+        check(string(j, "text")->length == size - 3 && !memcmp(string(j, "text")->string, text + 3, size - 3), "behind a newline: %s, not '%s'", out, text + 3);
+        free(text), retrofit_tokenizer_free(t);
+    }
+}
+
+// About n bytes of text from about `at`, whole characters; returns how many.
+static size_t characters(const char *text, size_t at, size_t n, char *to) {
+    while ((text[at] & 0xc0) == 0x80) at++;
+    while ((text[at + n] & 0xc0) == 0x80) n++;
+    return memcpy(to, text + at, n), to[n] = 0, n;
+}
+
+static void escaped(char *to, const char *text, size_t size) { // as --stop in single quotes
+    for (size_t i = 0; i < size; i++)
+        if (text[i] == '\'') to += sprintf(to, "'\\''");
+        else to += sprintf(to, text[i] == '\n' ? "\\n" : text[i] == '\t' ? "\\t" : text[i] == '\\' || text[i] == '|' ? "\\%c" : "%c", text[i]);
+    *to = 0;
+}
+
+// The text ends before the first of the stop strings in it, wherever tokens begin and end, and whatever only begins like one is shown.
+static void stop_strings(void) {
+    static const char command[] = RANDOM "--tokenizer f/tokenizers/llama3_style --prompt 'a b' --max-tokens 60 --temperature 1 --seed 5";
+    works("%s", command);
+    char *text = strdup(out), a[64], b[64], never[64];
+    size_t size = strlen(text) - 1;
+    need(size > 100, "text to stop");
+    for (size_t i = 0; i < 12; i++) {
+        size_t at = i * size / 13, n = 1 + i % 7, other = size / 2 + i;
+        char first[16] = {0}, second[16] = {0};
+        size_t like = characters(text, at / 2, 4, never); // begins like something in the text
+        never[like] = 1, never[like + 1] = 0;
+        escaped(a, first, characters(text, at, n, first)), escaped(b, second, characters(text, other, 5, second));
+        size_t end = (size_t)(strstr(text, first) - text), end2 = (size_t)(strstr(text, second) - text);
+        if (end2 < end) end = end2;
+        works("%s --stop '%s|%s|%s'", command, never, b, a);
+        check(out_size == end + 1 && !memcmp(out, text, end) && out[end] == '\n', "--stop '%s|%s|%s': '%s' of '%s'", never, b, a, out, text);
+        works("%s --stop '%s|%s|%s' --json", command, never, b, a);
+        const retrofit_json *j = json(out, out_size, "--stop"), *s = string(j, "text");
+        check(s->length == end && !memcmp(s->string, text, end) && !strcmp(string(j, "finish_reason")->string, "stop"), "--stop with --json: %s", out);
+    }
+    works("%s --stop '%s'", command, never);
+    check(!strcmp(out, text), "a stop string that does not come changes the text: '%s', not '%s'", out, text), free(text);
+    works(BASE "--prompt 'a=1 b=a | b' --max-tokens 9 --stop '1='");
+    check(!strcmp(out, "=\n"), "--stop over two tokens: '%s'", out);
+    fails(2, "--stop", BASE "--prompt a --stop ''"), fails(2, "--stop", BASE "--prompt a --stop 'a|'"), fails(2, "--stop", BASE "--prompt a --stop 'a\\x'");
+    fails(2, "--stop", BASE "--prompt a --stop 'a\\'"), fails(2, "UTF-8", BASE "--prompt a --stop '\xe2\x96'"), fails(2, "--stop", BASE "--prompt a --stop '%s'", "a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a");
+}
+
+int main(void) {
+    enter("infer");
+    shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && convert --random random.json --to random >ls");
+    for (size_t i = 0; i < 3; i++) json_of_a_prompt(styles[i]);
+    text_behind_a_newline(), stop_strings();
+    retrofit_json_free(parsed);
+    return leave("infer");
+}
