@@ -3,17 +3,19 @@
 #include "retrofit.h"
 
 static struct {
-    const char *model, *prompt, *recurrences, *stop, *eval, *tasks, *tokens, *logits, *tokenizer;
-    size_t max_tokens, top_k, seed, seq_len, rows;
+    const char *model, *prompt, *batch, *recurrences, *stop, *eval, *tasks, *tokens, *logits, *tokenizer;
+    size_t batch_size, max_tokens, top_k, seed, seq_len, rows;
     double temperature, top_p, min_p;
     int state_init, device, precision;
     bool json, print_tokens;
-} o = {.max_tokens = 128, .seed = 1, .top_p = 1};
+} o = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1};
 
 static const retrofit_option options[] = {
     {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
     {"model", RETROFIT_STRING, &o.model, "DIR", "recurrent or plain; a run's --out means its latest checkpoint"},
     {"prompt", RETROFIT_STRING, &o.prompt, "TEXT|-", "what to continue; - reads it from stdin"},
+    {"batch", RETROFIT_STRING, &o.batch, "FILE.jsonl", "many: {prompt[, id]} a line; a line of JSON on stdout for each"},
+    {"batch-size", RETROFIT_SIZE, &o.batch_size, "N", "so many at a time (8)"},
     {"recurrences", RETROFIT_STRING, &o.recurrences, "R", "how deep to think (the model's mean); a list for --eval, --tasks"},
     {"max-tokens", RETROFIT_SIZE, &o.max_tokens, "N", "stop after so many (128), or at the end of text"},
     {"stop", RETROFIT_STRING, &o.stop, "TEXT|TEXT", "end before any of these texts; \\n \\t \\\\ \\| are newline, tab, \\ and |"},
@@ -81,6 +83,45 @@ static char *prompt_text(size_t *size) {
     return text;
 }
 
+// A JSON Lines file, line by line. Whatever is wrong with a line, `where` says which it is.
+typedef struct {
+    FILE *f;
+    char *line, where[RETROFIT_PATH + 32];
+    const char *path;
+    size_t room, number;
+} lines;
+
+static lines open_lines(const char *path) {
+    lines l = {.f = fopen(path, "rb"), .path = path};
+    if (!l.f) die(1, "%s: %s", path, strerror(errno));
+    return l;
+}
+
+static retrofit_json *next_line(lines *l) { // the next that is not empty; NULL, and the file is closed, at its end
+    ssize_t n;
+    errno = 0;
+    while ((n = getline(&l->line, &l->room, l->f)) > 0 && ++l->number && n == 1) continue;
+    if (n < 0 && !feof(l->f)) die(1, "%s: behind line %zu: %s", l->path, l->number, strerror(errno));
+    if (n < 0) return free(l->line), fclose(l->f), (retrofit_json *)NULL;
+    snprintf(l->where, sizeof l->where, "%s: line %zu", l->path, l->number);
+    return (retrofit_json *)need(retrofit_json_parse(l->line, (size_t)n, l->where));
+}
+
+static void *more(void *items, size_t count, size_t size) { // room for one more: it doubles when the count is a power of two
+    return count & (count - 1) ? items : need(realloc(items, (count ? 2 * count : 1) * size));
+}
+
+// Shown every two seconds; returns when it began, with none done.
+static double progress(const char *what, size_t done, size_t of) {
+    static double began, shown;
+    double now = retrofit_seconds();
+    if (done == 0) began = shown = now;
+    if (now - shown < 2) return began;
+    shown = now;
+    fprintf(stderr, "%zu of %zu %s, ETA %.0f s\n", done, of, what, (now - began) * (double)(of - done) / (double)done);
+    return began;
+}
+
 static int32_t *prompt_ids(const retrofit_tokenizer *t, size_t *count) {
     size_t size = 0;
     char *text = prompt_text(&size);
@@ -96,7 +137,8 @@ enum { CHUNK = 1024 }; // a long prompt that is alone is fed in pieces: activati
 typedef struct {
     int32_t *ids, *said;         // what to feed; what is generated, from said[1] on
     size_t count, limit, number; // of ids; tokens to generate at most; which of all prompts this is, from 0: its draws are its own
-    // What follows is generate()'s.
+    retrofit_json *line;         // of --batch, where it comes from one
+    // What follows is generate()'s, until forget().
     size_t produced, shown;      // tokens; bytes of text that no stop string will take back
     bool alone;                  // the text is that of said[1] and on; else said[0] is a token of the prompt to decode it behind
     retrofit_stream stream;
@@ -146,23 +188,27 @@ static size_t showable(const row *k, bool *stopped) {
     return hold;
 }
 
-// Takes the ids, with `past` tokens before them in the cache; the row is freed with free_row.
+// Takes the ids. past, capacity: tokens before them in the cache, and in it at most.
 static row new_row(const char *where, int32_t *ids, size_t count, size_t past, size_t capacity, size_t number) {
     if (count == 0) die(*where ? 1 : 2, "%s: the prompt is empty", *where ? where : "--prompt");
     if (past + count >= capacity)
         die(1, "%s%sthe prompt has %zu tokens, the model's context %zu: shorten it", where, *where ? ": " : "", past + count, capacity);
-    row k = {.ids = ids, .count = count, .limit = least(o.max_tokens, capacity - past - count), .number = number};
-    k.said = (int32_t *)need(allocate(k.limit + 1, sizeof *k.said));
-    k.logprobs = (float *)need(allocate(k.limit, sizeof *k.logprobs));
-    k.recurrences = (size_t *)need(allocate(k.limit, sizeof *k.recurrences));
-    return k;
+    return (row){.ids = ids, .count = count, .limit = least(o.max_tokens, capacity - past - count), .number = number};
 }
 
-static void free_row(row *k) { free(k->ids), free(k->said), free(k->logprobs), free(k->recurrences), free(k->text.bytes); }
+static void forget(row *k) { // what it said
+    free(k->said), free(k->logprobs), free(k->recurrences), free(k->text.bytes);
+    k->text = (tok_text){NULL, 0, 0, false};
+}
+
+static void free_row(row *k) { forget(k), free(k->ids), retrofit_json_free(k->line); }
 
 static void begin_row(row *k, const retrofit_tokenizer *t) {
-    k->produced = k->shown = k->text.size = 0, k->stream = (retrofit_stream){0, 0}, k->finish = k->limit ? NULL : "length";
+    k->produced = k->shown = 0, k->stream = (retrofit_stream){0, 0}, k->finish = k->limit ? NULL : "length";
     k->sampling = (retrofit_sampling){(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, hash64(o.seed, 1 + k->number)};
+    k->said = (int32_t *)need(allocate(k->limit + 1, sizeof *k->said));
+    k->logprobs = (float *)need(allocate(k->limit, sizeof *k->logprobs));
+    k->recurrences = (size_t *)need(allocate(k->limit, sizeof *k->recurrences));
     k->said[0] = k->ids[k->count - 1], k->alone = true;
     // SentencePiece's decoder takes a space off the front: not off this text, if there is text before it. Byte tokens would not do: what
     // a run of them says is known only at its end, and the next may belong to it.
@@ -213,11 +259,11 @@ static int by_count(const void *x, const void *y) {
 
 // Generates for b rows at once, behind what the cache holds. Rows that have ended are fed on with the others, unless they are the last: these
 // are the longest, so that no row that goes on has less room in the cache than one that is fed in vain.
-static void generate(retrofit_activations *a, const retrofit_tokenizer *t, row **rows, size_t b, size_t r, bool show) {
-    size_t V = a->model->config.vocab, T;
+static void generate(retrofit_activations *a, const retrofit_tokenizer *t, row *all, size_t b, size_t r, bool show) {
+    row **rows = (row **)need(allocate(b, sizeof *rows));
+    for (size_t i = 0; i < b; i++) begin_row(rows[i] = &all[i], t);
     qsort(rows, b, sizeof *rows, by_count);
-    for (size_t i = 0; i < b; i++) begin_row(rows[i], t);
-    T = rows[b - 1]->count;
+    size_t V = a->model->config.vocab, T = rows[b - 1]->count;
     int32_t *ids = (int32_t *)need(allocate(b * T, sizeof *ids)), *lengths = (int32_t *)need(allocate(b, sizeof *lengths));
     size_t *recurrences = (size_t *)need(allocate(b, sizeof *recurrences));
     void *scratch = need(allocate(V, 8));
@@ -238,15 +284,17 @@ static void generate(retrofit_activations *a, const retrofit_tokenizer *t, row *
             k->seconds[0] = fed - began, k->seconds[1] = retrofit_seconds() - fed;
         }
     }
-    free(ids), free(lengths), free(recurrences), free(scratch);
+    free(rows), free(ids), free(lengths), free(recurrences), free(scratch);
 }
 
 static void print_number(double x) { isfinite(x) ? printf("%.7g", x) : fputs("null", stdout); } // JSON knows no infinity
 
-// id: of the prompt's line, if it has one; past: tokens before the prompt.
-static void print_row(const row *k, const retrofit_json *id, size_t past) {
-    putchar('{');
-    if (id) fputs("\"id\":", stdout), id->type == RETROFIT_JSON_STRING ? json_write_string(stdout, id->string, id->length) : (void)fputs(id->string, stdout), putchar(',');
+static void print_row(const row *k, size_t past) { // past: tokens before the prompt
+    const retrofit_json *id = retrofit_json_get(k->line, "id");
+    fputs(id ? "{\"id\":" : "{", stdout);
+    if (id && id->type == RETROFIT_JSON_STRING) json_write_string(stdout, id->string, id->length);
+    else if (id) fputs(id->string, stdout);
+    if (id) putchar(',');
     printf("\"prompt_tokens\":%zu,\"text\":", past + k->count);
     json_write_string(stdout, k->text.bytes, k->text.size);
     for (int list = 0; list < 3; list++) {
@@ -262,21 +310,63 @@ static void print_row(const row *k, const retrofit_json *id, size_t past) {
     printf(",\"finish_reason\":\"%s\",\"prompt_seconds\":%.4f,\"generation_seconds\":%.4f}\n", k->finish, k->seconds[0], k->seconds[1]);
 }
 
+// The activations to generate with, B rows at a time, for the longest prompt and text.
+static retrofit_activations *room_for(const retrofit_model *m, const row *rows, size_t count, size_t B, size_t r) {
+    size_t T = 1, capacity = 1;
+    for (const row *k = rows; k < rows + count; k++) {
+        if (k->count > T) T = k->count;
+        if (k->count + k->limit > capacity) capacity = k->count + k->limit;
+    }
+    return (retrofit_activations *)need(retrofit_activations_new(m, B, B > 1 ? T : least(T, CHUNK), 0, RETROFIT_KEEP_NOTHING, capacity, r));
+}
+
+static row read_row(const retrofit_tokenizer *t, retrofit_json *line, const char *where, size_t context, size_t number) {
+    const retrofit_json *prompt = retrofit_json_get(line, "prompt"), *id = retrofit_json_get(line, "id");
+    if (!prompt || prompt->type != RETROFIT_JSON_STRING) die(1, "%s: needs a string \"prompt\"", where);
+    if (id && id->type != RETROFIT_JSON_STRING && id->type != RETROFIT_JSON_NUMBER) die(1, "%s: \"id\" is neither a string nor a number", where);
+    size_t n;
+    int32_t *ids = (int32_t *)need(retrofit_encode(t, prompt->string, prompt->length, true, &n));
+    row k = new_row(where, ids, n, 0, context, number);
+    return k.line = line, k;
+}
+
 static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t n, r[2];
+    size_t n, r[2], count = 0, produced = 0, tokens = 0, B;
+    row *rows = NULL;
+    retrofit_json *line;
     if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for generation");
-    int32_t *ids = prompt_ids(t, &n);
-    row k = new_row("", ids, n, 0, m->config.context, 0), *rows = &k;
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, least(n, CHUNK), 0, RETROFIT_KEEP_NOTHING, n + k.limit, r[0]));
-    generate(a, t, &rows, 1, r[0], !o.json);
-    if (o.json) print_row(&k, NULL, 0);
-    else putchar('\n');
-    fflush(stdout);
-    fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", n, k.seconds[0], k.produced, k.seconds[1],
-            k.produced > 1 ? (double)(k.produced - 1) / k.seconds[1] : 0);
+    if (o.batch) {
+        lines l = open_lines(o.batch);
+        for (; (line = next_line(&l)); count++)
+            rows = (row *)more(rows, count, sizeof *rows), rows[count] = read_row(t, line, l.where, m->config.context, count);
+        if (count == 0) die(1, "%s: no prompts in it", o.batch);
+    } else {
+        int32_t *ids = prompt_ids(t, &n);
+        rows = (row *)more(NULL, 0, sizeof *rows), rows[count++] = new_row("", ids, n, 0, m->config.context, 0);
+    }
+    B = least(o.batch_size, count);
+    retrofit_activations *a = room_for(m, rows, count, B, r[0]);
+    double began = progress("prompts", 0, count), seconds[2] = {0};
+    for (size_t at = 0, b; at < count; at += b) {
+        b = least(B, count - at), retrofit_rewind(a);
+        generate(a, t, rows + at, b, r[0], !o.batch && !o.json);
+        for (row *k = rows + at; k < rows + at + b; k++) {
+            if (o.batch || o.json) print_row(k, 0);
+            else putchar('\n');
+            tokens += k->count, produced += k->produced, seconds[0] = k->seconds[0], seconds[1] = k->seconds[1];
+            free_row(k);
+        }
+        fflush(stdout), progress("prompts", at + b, count);
+    }
+    if (o.batch) {
+        double all = retrofit_seconds() - began;
+        fprintf(stderr, "%zu prompts, %zu tokens, and %zu more in %.2f s (%.1f tok/s)", count, tokens, produced, all, (double)produced / all);
+    } else
+        fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", tokens, seconds[0], produced, seconds[1],
+                produced > 1 ? (double)(produced - 1) / seconds[1] : 0);
     if (r[0]) fprintf(stderr, ", %zu recurrences", r[0]);
     fprintf(stderr, ", on %s\n", device);
-    free_row(&k), retrofit_activations_free(a);
+    free(rows), retrofit_activations_free(a);
 }
 
 // ---- Loss by recurrences: one way of states, read off at each r -----------------------------------------------------------
@@ -287,7 +377,8 @@ static void evaluate(const retrofit_model *m) {
     size_t rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), B = least(rows, 1 + 1024 / T);
     retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, 0, 0));
     int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens)), *labels = (int32_t *)need(malloc(B * T * sizeof *labels));
-    double loss[64] = {0}, seconds[64] = {0}, shown = retrofit_seconds();
+    double loss[64] = {0}, seconds[64] = {0};
+    progress("rows", 0, rows);
     for (size_t at = 0; at < rows; at += B) {
         size_t b = least(B, rows - at);
         for (size_t i = 0; i < b; i++)
@@ -303,7 +394,7 @@ static void evaluate(const retrofit_model *m) {
             seconds[i] += retrofit_seconds() - begin - coda; // what a pass at this r alone costs
             coda += retrofit_seconds() - before;
         }
-        if (retrofit_seconds() - shown > 2) fprintf(stderr, "%zu of %zu rows\n", at + b, rows), shown = retrofit_seconds();
+        progress("rows", at + b, rows);
     }
     printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "seconds", rows, T);
     for (size_t i = 0; i < count; i++) printf("%11zu %10.4f %12.3f %9.2f\n", r[i], loss[i] / (double)rows, exp(loss[i] / (double)rows), seconds[i]);
@@ -433,14 +524,17 @@ static void write_logits(const retrofit_model *m, const retrofit_tokenizer *t) {
 int main(int argc, char **argv) {
     int code = retrofit_options(argc, argv, options, sizeof options / sizeof *options,
                                 "infer --model DIR --prompt TEXT|- [--recurrences R] [options]\n"
+                                "infer --model DIR --batch FILE.jsonl [--recurrences R] [options]\n"
                                 "infer --model DIR --eval FILE.bin | --tasks FILE.jsonl [--recurrences 1,2,4,8]\n"
                                 "infer --tokenizer DIR --prompt TEXT --print-tokens\n", NULL, NULL);
     if (code >= 0) return code;
-    int modes = !!o.eval + !!o.tasks + !!o.logits + o.print_tokens;
+    int modes = !!o.batch + !!o.eval + !!o.tasks + !!o.logits + o.print_tokens;
     if (o.tokens && !o.logits) die(2, "--tokens goes with --logits");
-    if (modes > 1) die(2, "one of --eval, --tasks, --logits, --print-tokens at a time");
+    if (modes > 1) die(2, "one of --batch, --eval, --tasks, --logits, --print-tokens at a time");
     if (!o.model && !(o.print_tokens && o.tokenizer)) die(2, "--model is needed (see --help)");
-    if (!o.prompt && !o.eval && !o.tasks && !(o.logits && o.tokens)) die(2, "--prompt is needed (see --help)");
+    if (!o.prompt && !o.batch && !o.eval && !o.tasks && !(o.logits && o.tokens)) die(2, "--prompt is needed (see --help)");
+    if (o.batch_size == 0) die(2, "--batch-size 0: at least one");
+    if (o.prompt && (o.batch || o.eval || o.tasks)) die(2, "--prompt does not go with --%s", o.batch ? "batch" : o.eval ? "eval" : "tasks");
     if (o.temperature < 0 || o.top_p <= 0 || o.top_p > 1 || o.min_p < 0 || o.min_p > 1)
         die(2, "--temperature is at least 0, --top-p between 0 and 1, --min-p from 0 to 1");
     char path[RETROFIT_PATH];

@@ -128,11 +128,59 @@ static void stop_strings(void) {
     fails(2, "--stop", BASE "--prompt a --stop 'a\\'"), fails(2, "UTF-8", BASE "--prompt a --stop '\xe2\x96'"), fails(2, "--stop", BASE "--prompt a --stop '%s'", "a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a");
 }
 
+// Prompts of many lengths, some of which fill the context of 128 or end at a stop string: in a batch of any size each gets the text that it
+// gets alone, in the order of the file, with its id. Draws are a prompt's own too.
+#define BATCH RANDOM "--tokenizer f/tokenizers/smollm_style --stop 'ans|Source' "
+static void batches(void) {
+    enum { N = 11 };
+    static const char *const ids[] = {"", "\"id\":-1.50,", "\"id\":\"\\u000a\\\"x\","};
+    char *texts[N], *drawn = NULL, prompt[1024], *end;
+    size_t stopped = 0, full = 0, sizes[] = {1, 3, 8, 100};
+    FILE *f = fopen("batch.jsonl", "w");
+    need(f != NULL, "batch.jsonl");
+    for (size_t i = 0; i < N; i++) {
+        *prompt = 0;
+        for (size_t j = 0; j < 1 + i * 37 % 120; j++) strcat(prompt, j % 3 ? " of" : " a");
+        works(BATCH "--prompt '%s'", prompt);
+        texts[i] = strdup(out), out[out_size - 1] = 0;
+        fprintf(f, "%s{%s\"prompt\":\"%s\"}\n", i % 2 ? "\n" : "", ids[i % 3], prompt);
+    }
+    fclose(f);
+    for (size_t b = 0; b < 4; b++) {
+        works(BATCH "--batch batch.jsonl --batch-size %zu", sizes[b]);
+        char *line = out;
+        for (size_t i = 0; i < N && (end = strchr(line, '\n')); i++, line = end + 1) {
+            const retrofit_json *j = json(line, (size_t)(end - line), "--batch"), *s = string(j, "text");
+            check(s->length + 1 == strlen(texts[i]) && !memcmp(s->string, texts[i], s->length), "--batch-size %zu: %.*s, not '%s'", sizes[b], (int)(end - line), line, texts[i]);
+            check(strncmp(line + 1, ids[i % 3], strlen(ids[i % 3])) == 0 && !retrofit_json_get(j, "id") == (i % 3 == 0), "--batch: no id %s: %.30s", ids[i % 3], line);
+            bool stop = !strcmp(string(j, "finish_reason")->string, "stop");
+            stopped += stop, full += !stop && number_of(j, "prompt_tokens") + (double)retrofit_json_get(j, "tokens")->count == 128;
+        }
+        check(line == out + out_size, "--batch-size %zu: more than %d lines: %s", sizes[b], N, line);
+        works(BATCH "--batch batch.jsonl --batch-size %zu --temperature 1 --max-tokens 9 | sed 's/\"logprobs.*//'", sizes[b]);
+        if (b == 0) drawn = strdup(out);
+        check(!strcmp(drawn, out), "--batch-size %zu draws '%s', not '%s'", sizes[b], out, drawn);
+    }
+    need(stopped >= 4 && full >= 4, "prompts that stop, and that fill the context");
+    for (size_t i = 0; i < N; i++) free(texts[i]);
+    free(drawn);
+    static const struct { const char *what, *line; } bad[] = {
+        {"line 2", "{\"prompt\":1}"}, {"line 2", "{\"prompt\":\"\"}"}, {"line 2", "{\"prompt\":\"a\",\"id\":null}"}, {"line 2: byte 2", "{"}, {"line 2", "[]"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        works("printf '%%s\\n' '{\"prompt\":\"a\"}' '%s' >lines", bad[i].line);
+        fails(1, bad[i].what, BATCH "--batch lines");
+    }
+    works("(echo; printf '{\"prompt\":\"'; seq -s ' ' 100; echo '\"}') | tr -d '\\n' | sed 's/}/}\\n/' >lines");
+    fails(1, "line 1: the prompt has", BATCH "--batch lines");
+    fails(1, "no prompts", BATCH "--batch /dev/null"), fails(1, "No such file", BATCH "--batch missing"), fails(1, "Is a directory", BATCH "--batch .");
+    fails(2, "--batch-size", BATCH "--batch lines --batch-size 0"), fails(2, "--prompt", BATCH "--batch lines --prompt a");
+}
+
 int main(void) {
     enter("infer");
     shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && convert --random random.json --to random >ls");
     for (size_t i = 0; i < 3; i++) json_of_a_prompt(styles[i]);
-    text_behind_a_newline(), stop_strings();
+    text_behind_a_newline(), stop_strings(), batches();
     retrofit_json_free(parsed);
     return leave("infer");
 }
