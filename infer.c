@@ -3,19 +3,22 @@
 #include "retrofit.h"
 
 static struct {
-    const char *model, *prompt, *batch, *recurrences, *stop, *eval, *tasks, *tokens, *logits, *tokenizer;
+    const char *model, *prompt, *batch, *system, *recurrences, *stop, *eval, *tasks, *tokens, *logits, *tokenizer;
     size_t batch_size, max_tokens, top_k, seed, seq_len, rows;
     double temperature, top_p, min_p;
     int state_init, device, precision;
-    bool json, print_tokens;
+    bool chat, interactive, json, print_tokens;
 } o = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1};
 
 static const retrofit_option options[] = {
     {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
     {"model", RETROFIT_STRING, &o.model, "DIR", "recurrent or plain; a run's --out means its latest checkpoint"},
     {"prompt", RETROFIT_STRING, &o.prompt, "TEXT|-", "what to continue; - reads it from stdin"},
-    {"batch", RETROFIT_STRING, &o.batch, "FILE.jsonl", "many: {prompt[, id]} a line; a line of JSON on stdout for each"},
+    {"batch", RETROFIT_STRING, &o.batch, "FILE.jsonl", "many: {prompt[, id]} a line, with --chat also {messages}; a line of JSON for each"},
     {"batch-size", RETROFIT_SIZE, &o.batch_size, "N", "so many at a time (8)"},
+    {"chat", RETROFIT_FLAG, &o.chat, NULL, "the prompt is what a user says: in the template of Llama-3, ChatML or Zephyr"},
+    {"system", RETROFIT_STRING, &o.system, "TEXT", "what the model is told before it (what the template says by default)"},
+    {"interactive", RETROFIT_FLAG, &o.interactive, NULL, "a conversation: each line of stdin is a turn; with --chat"},
     {"recurrences", RETROFIT_STRING, &o.recurrences, "R", "how deep to think (the model's mean); a list for --eval, --tasks"},
     {"max-tokens", RETROFIT_SIZE, &o.max_tokens, "N", "stop after so many (128), or at the end of text"},
     {"stop", RETROFIT_STRING, &o.stop, "TEXT|TEXT", "end before any of these texts; \\n \\t \\\\ \\| are newline, tab, \\ and |"},
@@ -28,7 +31,7 @@ static const retrofit_option options[] = {
     {"state-init", RETROFIT_CHOICE, &o.state_init, "normal|zero", "the start state s_0 (normal)"},
     {"Evaluate", RETROFIT_HEADING, NULL, NULL, NULL},
     {"eval", RETROFIT_STRING, &o.eval, "FILE.bin", "loss and perplexity on token shards, at each of --recurrences"},
-    {"seq-len", RETROFIT_SIZE, &o.seq_len, "T", "tokens in a row (1024, or the model's context)"},
+    {"seq-len", RETROFIT_SIZE, &o.seq_len, "T", "tokens in a row (1024), in a conversation (4096), or the model's context"},
     {"rows", RETROFIT_SIZE, &o.rows, "N", "at most so many rows or tasks; 0: all (0)"},
     {"tasks", RETROFIT_STRING, &o.tasks, "FILE.jsonl", "{prompt, answer} a line: how many answers greedy decoding gives exactly"},
     {"Look inside", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -83,6 +86,99 @@ static char *prompt_text(size_t *size) {
     return text;
 }
 
+// ---- Chat: a conversation as the model's family writes it, open role close text end after -----------------------------------
+static const struct { const char *name, *open, *close, *end, *after; } families[] = {
+    {"Llama-3", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""},
+    {"ChatML", "<|im_start|>", "\n", "<|im_end|>", "\n"},
+    {"Zephyr", "<|", "|>\n", "</s>", "\n"}};
+enum { LLAMA3, CHATML, ZEPHYR };
+static int family;
+static char *chat_template;
+static int32_t ends[2] = {-1, -1}; // tokens that end a text
+
+static char *read_template(const char *directory) { // "" if there is none
+    char path[RETROFIT_PATH];
+    size_t size;
+    if (retrofit_path(path, directory, "chat_template.jinja") && !access(path, F_OK)) return (char *)need(read_file(path, &size));
+    if (!retrofit_path(path, directory, "tokenizer_config.json") || access(path, F_OK)) return (char *)need(strdup(""));
+    char *text = (char *)need(read_file(path, &size));
+    retrofit_json *j = (retrofit_json *)need(retrofit_json_parse(text, size, path));
+    const retrofit_json *chat = retrofit_json_get(j, "chat_template"), *named = chat && chat->type == RETROFIT_JSON_ARRAY ? chat->child : NULL;
+    while (named && !config_is(retrofit_json_get(named, "name"), "default")) named = named->next;
+    if (named) chat = retrofit_json_get(named, "template");
+    free(text), text = (char *)need(strdup(chat && chat->type == RETROFIT_JSON_STRING ? chat->string : ""));
+    return retrofit_json_free(j), text;
+}
+
+// By the special tokens; Zephyr's markers, of TinyLlama's chat models too, are no tokens but stand in the template.
+static void find_family(const retrofit_tokenizer *t, const char *directory) {
+    chat_template = read_template(directory);
+    for (family = LLAMA3; family < ZEPHYR && (retrofit_tokenizer_id(t, families[family].open) < 0 || retrofit_tokenizer_id(t, families[family].end) < 0);)
+        family++;
+    ends[1] = retrofit_tokenizer_id(t, families[family].end);
+    if (family == ZEPHYR && (ends[1] < 0 || retrofit_tokenizer_id(t, "<|user|>") >= 0 || !strstr(chat_template, "<|user|>")))
+        die(1, "%s: --chat: the tokenizer is of no family of chat models that is known here: Llama-3, ChatML, Zephyr", directory);
+}
+
+static void put(tok_text *x, const char *s) { tok_put(x, s, strlen(s)); }
+
+static void put_turn(tok_text *x, const char *role, const char *text, size_t size) { // no text: what it is to be said behind
+    put(x, families[family].open), put(x, role), put(x, families[family].close);
+    if (!text) return;
+    if (family == LLAMA3) strip(&text, &size); // as its templates do, and the others do not
+    tok_put(x, text, size), put(x, families[family].end), put(x, families[family].after);
+}
+
+// How a conversation begins. Templates that name a system message of their own (SmolLM2's, Qwen's) mean it where none is given; those from
+// Llama-3.1 on put dates before it, and so write one always.
+static void put_system(tok_text *x, const char *text, size_t size) {
+    static const char dated[] = "Cutting Knowledge Date: December 2023", system[] = "<|im_start|>system";
+    if (family == LLAMA3 && strstr(chat_template, dated)) {
+        char date[32] = "26 Jul 2024"; // Llama-3.1's; Llama-3.2's is today's
+        time_t now = time(NULL);
+        if (strstr(chat_template, "strftime_now")) strftime(date, sizeof date, "%d %b %Y", localtime(&now));
+        put_turn(x, "system", NULL, 0), put(x, dated), put(x, "\nToday Date: "), put(x, date), put(x, "\n\n");
+        if (text) strip(&text, &size), tok_put(x, text, size);
+        put(x, families[family].end);
+    } else if (text) put_turn(x, "system", text, size);
+    else if (family == CHATML)
+        for (const char *at = chat_template, *end; (at = strstr(at, system));) { // written out in full, from its newline to its end
+            at += sizeof system - 1;
+            size_t newline = *at == '\n' ? 1 : !strncmp(at, "\\n", 2) ? 2 : 0;
+            if (newline && (end = strstr(at, "<|im_end|>")) && at + strcspn(at, "'\"{}") > end)
+                return put_turn(x, "system", at + newline, (size_t)(end - at) - newline);
+        }
+}
+
+static const char *role_of(const retrofit_json *message) { // NULL if it is none
+    static const char *const roles[] = {"system", "user", "assistant"};
+    const retrofit_json *role = retrofit_json_get(message, "role"), *content = retrofit_json_get(message, "content");
+    for (int i = 0; i < 3 && content && content->type == RETROFIT_JSON_STRING; i++)
+        if (config_is(role, roles[i])) return roles[i];
+    return NULL;
+}
+
+// The ids of a prompt, or with --chat of the messages, or of the one message that the prompt is. Special tokens written out in a text become
+// ids, as they do when Hugging Face encodes what a template gave; BOS is what the tokenizer adds, once.
+static int32_t *encode(const retrofit_tokenizer *t, const char *where, const retrofit_json *messages, const char *text, size_t size, size_t *count) {
+    tok_text x = {NULL, 0, 0, false};
+    if (messages && (messages->type != RETROFIT_JSON_ARRAY || !messages->count)) die(1, "%s: \"messages\" is no list, or empty", where);
+    const retrofit_json *m = messages ? messages->child : NULL, *content;
+    for (; m; m = m->next) {
+        if (!role_of(m)) die(1, "%s: a message needs a \"role\", system, user or assistant, and a string \"content\"", where);
+        bool system = m == messages->child && !strcmp(role_of(m), "system");
+        content = retrofit_json_get(m, "content");
+        if (system) put_system(&x, content->string, content->length);
+        else if (m == messages->child) put_system(&x, o.system, o.system ? strlen(o.system) : 0);
+        if (!system) put_turn(&x, role_of(m), content->string, content->length);
+    }
+    if (o.chat && !messages) put_system(&x, o.system, o.system ? strlen(o.system) : 0), put_turn(&x, "user", text, size);
+    if (o.chat) put_turn(&x, "assistant", NULL, 0);
+    if (x.failed) die(1, "%s", retrofit_error());
+    int32_t *ids = (int32_t *)need(retrofit_encode(t, o.chat ? x.bytes : text, o.chat ? x.size : size, true, count));
+    return free(x.bytes), ids;
+}
+
 // A JSON Lines file, line by line. Whatever is wrong with a line, `where` says which it is.
 typedef struct {
     FILE *f;
@@ -125,7 +221,7 @@ static double progress(const char *what, size_t done, size_t of) {
 static int32_t *prompt_ids(const retrofit_tokenizer *t, size_t *count) {
     size_t size = 0;
     char *text = prompt_text(&size);
-    int32_t *ids = (int32_t *)need(retrofit_encode(t, text, size, true, count));
+    int32_t *ids = encode(t, "--prompt", NULL, text, size, count);
     free(text);
     return ids;
 }
@@ -152,7 +248,6 @@ typedef struct {
 
 static char *stops[16];
 static size_t stop_count;
-static int32_t ends[2] = {-1, -1}; // tokens that end a text
 
 static void read_stops(void) {
     static const char names[] = "nt\\|", values[] = "\n\t\\|";
@@ -322,10 +417,11 @@ static retrofit_activations *room_for(const retrofit_model *m, const row *rows, 
 
 static row read_row(const retrofit_tokenizer *t, retrofit_json *line, const char *where, size_t context, size_t number) {
     const retrofit_json *prompt = retrofit_json_get(line, "prompt"), *id = retrofit_json_get(line, "id");
-    if (!prompt || prompt->type != RETROFIT_JSON_STRING) die(1, "%s: needs a string \"prompt\"", where);
+    const retrofit_json *messages = o.chat ? retrofit_json_get(line, "messages") : NULL;
+    if (!messages && (!prompt || prompt->type != RETROFIT_JSON_STRING)) die(1, "%s: needs a string \"prompt\"%s", where, o.chat ? " or \"messages\"" : "");
     if (id && id->type != RETROFIT_JSON_STRING && id->type != RETROFIT_JSON_NUMBER) die(1, "%s: \"id\" is neither a string nor a number", where);
     size_t n;
-    int32_t *ids = (int32_t *)need(retrofit_encode(t, prompt->string, prompt->length, true, &n));
+    int32_t *ids = encode(t, where, messages, messages ? NULL : prompt->string, messages ? 0 : prompt->length, &n);
     row k = new_row(where, ids, n, 0, context, number);
     return k.line = line, k;
 }
@@ -367,6 +463,43 @@ static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
     if (r[0]) fprintf(stderr, ", %zu recurrences", r[0]);
     fprintf(stderr, ", on %s\n", device);
     free(rows), retrofit_activations_free(a);
+}
+
+// A conversation: the cache keeps what has been said, only what is new is fed.
+static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
+    size_t r[2], capacity = o.seq_len ? o.seq_len : least(4096, m->config.context), total = 0, turns = 0, room = 0;
+    if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for generation");
+    if (capacity > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", capacity, m->config.context);
+    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, least(capacity, CHUNK), 0, RETROFIT_KEEP_NOTHING, capacity, r[0]));
+    row k = {.ids = NULL};
+    char *line = NULL;
+    bool asks = isatty(0);
+    for (ssize_t n;;) {
+        if (asks) fputs("> ", stderr);
+        if ((n = getline(&line, &room, stdin)) <= 0) break;
+        if (line[n - 1] == '\n' && --n == 0) continue;
+        tok_text x = {NULL, 0, 0, false};
+        if (total) put(&x, families[family].end), put(&x, families[family].after);
+        else put_system(&x, o.system, o.system ? strlen(o.system) : 0);
+        put_turn(&x, "user", line, (size_t)n), put_turn(&x, "assistant", NULL, 0);
+        if (x.failed) die(1, "%s", retrofit_error());
+        // It begins with a special token, at which the tokenizer cuts: the ids are those of the whole conversation's text.
+        size_t count, past = (size_t)a->seen[0], late = total > past; // the last token said may not have been fed
+        int32_t *ids = (int32_t *)need(retrofit_encode(t, x.bytes, x.size, !total, &count));
+        if (total + count >= capacity) die(1, "the conversation would have %zu tokens, there is room for %zu: begin a new one", total + count, capacity);
+        ids = (int32_t *)need(realloc(ids, (count + late) * sizeof *ids));
+        memmove(ids + late, ids, count * sizeof *ids);
+        if (late) ids[0] = k.said[k.produced];
+        free(x.bytes), free_row(&k);
+        k = new_row("", ids, late + count, past, capacity, turns++);
+        generate(a, t, &k, 1, r[0], !o.json);
+        if (o.json) print_row(&k, past);
+        else putchar('\n');
+        fflush(stdout);
+        total = past + k.count + k.produced;
+    }
+    if (ferror(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
+    free(line), free_row(&k), retrofit_activations_free(a);
 }
 
 // ---- Loss by recurrences: one way of states, read off at each r -----------------------------------------------------------
@@ -528,13 +661,16 @@ int main(int argc, char **argv) {
                                 "infer --model DIR --eval FILE.bin | --tasks FILE.jsonl [--recurrences 1,2,4,8]\n"
                                 "infer --tokenizer DIR --prompt TEXT --print-tokens\n", NULL, NULL);
     if (code >= 0) return code;
-    int modes = !!o.batch + !!o.eval + !!o.tasks + !!o.logits + o.print_tokens;
+    int modes = !!o.batch + o.interactive + !!o.eval + !!o.tasks + !!o.logits + o.print_tokens;
     if (o.tokens && !o.logits) die(2, "--tokens goes with --logits");
-    if (modes > 1) die(2, "one of --batch, --eval, --tasks, --logits, --print-tokens at a time");
+    if (modes > 1) die(2, "one of --batch, --interactive, --eval, --tasks, --logits, --print-tokens at a time");
     if (!o.model && !(o.print_tokens && o.tokenizer)) die(2, "--model is needed (see --help)");
-    if (!o.prompt && !o.batch && !o.eval && !o.tasks && !(o.logits && o.tokens)) die(2, "--prompt is needed (see --help)");
+    if ((o.system || o.interactive) && !o.chat) die(2, "%s goes with --chat", o.system ? "--system" : "--interactive");
+    if (o.interactive && o.max_tokens == 0) die(2, "--interactive needs --max-tokens of at least 1");
+    if (o.chat && (o.eval || o.tokens)) die(2, "--chat does not go with %s", o.eval ? "--eval" : "--tokens");
+    if (!o.prompt && !o.batch && !o.interactive && !o.eval && !o.tasks && !(o.logits && o.tokens)) die(2, "--prompt is needed (see --help)");
     if (o.batch_size == 0) die(2, "--batch-size 0: at least one");
-    if (o.prompt && (o.batch || o.eval || o.tasks)) die(2, "--prompt does not go with --%s", o.batch ? "batch" : o.eval ? "eval" : "tasks");
+    if (o.prompt && (o.batch || o.interactive || o.eval || o.tasks)) die(2, "--prompt does not go with --batch, --interactive, --eval or --tasks");
     if (o.temperature < 0 || o.top_p <= 0 || o.top_p > 1 || o.min_p < 0 || o.min_p > 1)
         die(2, "--temperature is at least 0, --top-p between 0 and 1, --min-p from 0 to 1");
     char path[RETROFIT_PATH];
@@ -546,8 +682,10 @@ int main(int argc, char **argv) {
         die(1, "the tokenizer of %s has ids up to %zu, the model's vocabulary %zu: another model's?", directory, retrofit_tokenizer_size(t) - 1, m->config.vocab);
     if (t) ends[0] = retrofit_tokenizer_eos(t) < 0 && m ? m->config.eos : retrofit_tokenizer_eos(t);
     if (o.stop) read_stops();
+    if (o.chat) find_family(t, directory);
     if (o.eval) evaluate(m);
     else if (o.tasks) answer_tasks(m, t);
+    else if (o.interactive) converse(m, t);
     else if (o.logits) write_logits(m, t);
     else if (o.print_tokens) {
         size_t n;
@@ -556,7 +694,7 @@ int main(int argc, char **argv) {
         printf("\n");
         free(ids);
     } else answer(m, t);
-    retrofit_tokenizer_free(t), retrofit_free(m);
+    retrofit_tokenizer_free(t), retrofit_free(m), free(stops[0]), free(chat_template);
     if (fflush(stdout) || ferror(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
     return 0;
 }
