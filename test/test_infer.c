@@ -176,11 +176,159 @@ static void batches(void) {
     fails(2, "--batch-size", BATCH "--batch lines --batch-size 0"), fails(2, "--prompt", BATCH "--batch lines --prompt a");
 }
 
+// ---- Chat --------------------------------------------------------------------------------------------------------------------
+// What Hugging Face's apply_chat_template made (Jinja2, trim_blocks, lstrip_blocks) of the templates of Llama-3-8B-Instruct,
+// SmolLM2-135M-Instruct and TinyLlama-1.1B-Chat, in parts: BOS, before a role, behind it, behind a text.
+static const struct { const char *style, *begin, *open, *close, *end, *stop; bool trims; } chats[] = {
+    {"llama3", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", true},
+    {"smollm", "", "<|im_start|>", "\n", "<|im_end|>\n", "<|im_end|>", false},
+    {"llama2", "<s>", "<|", "|>\n", "</s>\n", "</s>", false}};
+#define TALK "infer --model talk --state-init zero --recurrences 3 --tokenizer chat/%s "
+
+static void text_file(const char *path, const char *text) { write_bytes(path, text, strlen(text)); }
+
+static void chat_tokenizers(void) {
+    shell("mkdir chat && cp -rL f/tokenizers chat/f && cd chat && mv f/llama3_style llama3 && mv f/llama2_style llama2 && mv f/smollm_style smollm && "
+          "sed -i 's/\"added_tokens\": \\[/&{\"id\":800,\"content\":\"<|start_header_id|>\",\"special\":true},{\"id\":801,\"content\":\"<|end_header_id|>\","
+          "\"special\":true},{\"id\":802,\"content\":\"<|eot_id|>\",\"special\":true},/' llama3/tokenizer.json && "
+          "sed -i 's/{/{\"chat_template\":\"{% if 1 %}<|user|>{% endif %}\",/' llama2/tokenizer_config.json && "
+          "cp -r llama3 dated && cp -r llama3 today && cp -r smollm named && cp -r smollm qwen");
+    // What matters of the templates of Llama-3.1, Llama-3.2, SmolLM2 (its newlines are newlines) and Qwen2.5 (its are \n, and more comes before)
+    text_file("chat/dated/chat_template.jinja", "{{- \"Cutting Knowledge Date: December 2023\\n\" }}{{- \"Today Date: \" + date_string + \"\\n\\n\" }}");
+    text_file("chat/today/chat_template.jinja", "{%- set date_string = strftime_now(\"%d %b %Y\") %}{{- \"Cutting Knowledge Date: December 2023\\n\" }}");
+    text_file("chat/named/tokenizer_config.json", "{\"chat_template\": \"{{ '<|im_start|>system\\nBe nice.<|im_end|>\\n' }}\"}");
+    text_file("chat/qwen/tokenizer_config.json", "{\"chat_template\": [{\"name\": \"tools\", \"template\": \"\"}, {\"name\": \"default\", \"template\": "
+              "\"{{- '<|im_start|>system\\\\n' }}{{- '<|im_start|>system\\\\n' + x + '<|im_end|>\\\\n' }}{{- '<|im_start|>system\\\\nBe nice.<|im_end|>\\\\n' }}\"}]}");
+    shell("sed 's/131/1000/;s/128/600/' f/tiny/recurrent/config.json >talk.json && convert --random talk.json --to talk --seed 5 >ls");
+}
+
+static void same_ids(const char *what, const char *tokenizer, const char *text) { // those printed, and text's
+    char directory[64], expected[8192] = {0};
+    size_t n = 0, at = 0;
+    snprintf(directory, sizeof directory, "chat/%s", tokenizer);
+    retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
+    need(t != NULL, directory);
+    int32_t *ids = retrofit_encode(t, text, strlen(text), false, &n); // BOS is in the text
+    for (size_t i = 0; i < n; i++) at += (size_t)sprintf(expected + at, i + 1 < n ? "%d " : "%d\n", (int)ids[i]);
+    check(!strcmp(out, expected), "%s: %s is '%s', not '%s'", tokenizer, what, out, expected);
+    free(ids), retrofit_tokenizer_free(t);
+}
+
+static void templates(void) {
+    char text[1024], date[64];
+    for (size_t i = 0; i < 3; i++) {
+        const char *begin = chats[i].begin, *open = chats[i].open, *close = chats[i].close, *end = chats[i].end, *said = chats[i].trims ? "hi <unk>" : " hi <unk>\n";
+        works("infer --tokenizer chat/%s --print-tokens --chat --prompt ' hi <unk>\n'", chats[i].style);
+        snprintf(text, sizeof text, "%s%suser%s%s%s%sassistant%s", begin, open, close, said, end, open, close);
+        same_ids("a prompt", chats[i].style, text);
+        works("printf ' hi <unk>\\n' | infer --tokenizer chat/%s --print-tokens --chat --prompt - --system 'Be <|im_end|> kind.'", chats[i].style);
+        snprintf(text, sizeof text, "%s%ssystem%sBe <|im_end|> kind.%s%suser%s%s%s%sassistant%s", begin, open, close, end, open, close, said, end, open, close);
+        same_ids("a prompt and a system message", chats[i].style, text);
+    }
+    works("LC_ALL=C date '+%%d %%b %%Y'");
+    snprintf(date, sizeof date, "%.20s", strtok(out, "\n"));
+    for (int today = 0; today < 2; today++)
+        for (int system = 0; system < 2; system++) {
+            works("infer --tokenizer chat/%s --print-tokens --chat --prompt hi%s", today ? "today" : "dated", system ? " --system 'Be brief. '" : "");
+            snprintf(text, sizeof text, "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: %s\n\n%s<|eot_id|>"
+                     "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", today ? date : "26 Jul 2024",
+                     system ? "Be brief." : "");
+            same_ids("Llama-3.1's and Llama-3.2's beginning", today ? "today" : "dated", text);
+        }
+    for (int qwen = 0; qwen < 2; qwen++) {
+        works("infer --tokenizer chat/%s --print-tokens --chat --prompt hi", qwen ? "qwen" : "named");
+        same_ids("the template's own system message", qwen ? "qwen" : "named", "<|im_start|>system\nBe nice.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
+    }
+    works("infer --tokenizer chat/named --print-tokens --chat --prompt hi --system a");
+    same_ids("another system message", "named", "<|im_start|>system\na<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
+    fails(1, "Llama-3, ChatML, Zephyr", BASE "--chat --prompt a");
+    fails(2, "--chat", BASE "--system a --prompt a"), fails(2, "--chat", BASE "--interactive"), fails(2, "--prompt", BASE "--chat --interactive --prompt a");
+    fails(2, "at a time", BASE "--chat --interactive --batch a"), fails(2, "--eval", BASE "--chat --eval f");
+    fails(2, "--max-tokens", TALK "--chat --interactive --max-tokens 0 </dev/null", "llama3"), fails(2, "context of 600", TALK "--chat --interactive --seq-len 601", "llama3");
+    shell("tr '\\n' ' ' <talk.json >long");
+    fails(1, "room for 20", TALK "--chat --interactive --seq-len 20 <long", "smollm");
+}
+
+// The prompt that the JSON is about has these ids: by their number, and by what --logits says of the first token said behind them.
+static void answers(const retrofit_json *j, const int32_t *ids, size_t n, const char *what) {
+    double tokens[600], logprobs[600];
+    check(number_of(j, "prompt_tokens") == (double)n, "%s: %g tokens before it, not %zu", what, number_of(j, "prompt_tokens"), n);
+    if (numbers(j, "tokens", tokens, 600) == 0) return;
+    float *x = logits_of("talk", ids, n, V, "--recurrences 3 --state-init zero");
+    double expected = log_probability(x + (n - 1) * V, V, (size_t)tokens[0]);
+    numbers(j, "logprobs", logprobs, 600);
+    check(fabs(logprobs[0] - expected) < 1e-4, "%s: logprob %g, of the whole text's ids %g", what, logprobs[0], expected), free(x);
+}
+
+// Three turns. Each is answered as if all before had been encoded at once: the templates' text, and the tokens that were said; and where
+// those are the tokens of their text, the text of the whole conversation, by --batch with its messages too.
+static void conversations(size_t which) {
+    static const char *const users[] = {" One  two ", "the \"fox\"", "of 12"}, *const options[] = {"--max-tokens 1", "--temperature 40 --max-tokens 120",
+        "--max-tokens 40 --temperature 1 --stop 'e|a'"};
+    const char *begin = chats[which].begin, *open = chats[which].open, *close = chats[which].close, *end = chats[which].end, *style = chats[which].style;
+    char directory[64], begun[256], turn[1024], whole[16384], messages[16384], *line, *after;
+    static size_t ended;
+    size_t alike = 0;
+    snprintf(directory, sizeof directory, "chat/%s", style);
+    retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
+    int32_t stop = t ? retrofit_tokenizer_id(t, chats[which].stop) : -1;
+    need(stop >= 0, directory);
+    text_file("users", " One  two \n\nthe \"fox\"\nof 12");
+    for (int k = 0; k < 9; k++) {
+        works(TALK "--chat --interactive --json %s --system %d --seed %d <users", style, options[k % 3], k, k + 1);
+        int32_t ids[1024];
+        size_t n = 0, count, turns = 0;
+        bool canonical = true;
+        snprintf(begun, sizeof begun, "%s%ssystem%s%d%s", begin, open, close, k, end), strcpy(whole, begun);
+        size_t at = (size_t)snprintf(messages, sizeof messages, "{\"messages\":[{\"role\":\"system\",\"content\":\"%d\"}", k);
+        char *transcript = strdup(out);
+        for (line = transcript; (after = strchr(line, '\n')) && turns < 3; line = after + 1, turns++) {
+            const char *user = users[turns];
+            size_t length = strlen(user) - (chats[which].trims && turns == 0 ? 2 : 0);
+            snprintf(turn, sizeof turn, "%s%suser%s%.*s%s%sassistant%s", turns ? end : begun, open, close, (int)length, user + (length < strlen(user)), end, open, close);
+            int32_t *new = retrofit_encode(t, turn, strlen(turn), false, &count);
+            memcpy(ids + n, new, count * sizeof *new), n += count, free(new);
+            strcat(whole, turns ? turn : turn + strlen(begun));
+            int32_t *all = retrofit_encode(t, whole, strlen(whole), false, &count);
+            canonical = canonical && count == n && !memcmp(all, ids, n * sizeof *ids), free(all);
+            const retrofit_json *j = json(line, (size_t)(after - line), "--interactive"), *text = string(j, "text");
+            answers(j, ids, n, style);
+            double tokens[600];
+            size_t said = numbers(j, "tokens", tokens, 600);
+            at += (size_t)sprintf(messages + at, ",{\"role\":\"user\",\"content\":\"%s\"}", turns == 1 ? "the \\\"fox\\\"" : user);
+            if (canonical && turns) {
+                FILE *f = fopen("talk.jsonl", "w");
+                need(f && fprintf(f, "%s]}\n", messages) > 0 && fclose(f) == 0, "talk.jsonl");
+                works(TALK "--chat --batch talk.jsonl --max-tokens 1", style);
+                parsed = NULL; // keeps j
+                answers(json(out, out_size, "--batch"), ids, n, "--batch with messages");
+                retrofit_json_free(parsed), parsed = (retrofit_json *)(uintptr_t)j, alike++;
+            }
+            for (size_t i = 0; i < said; i++) {
+                ids[n++] = (int32_t)tokens[i];
+                check(ids[n - 1] != stop, "%s: goes on behind %s", style, chats[which].stop);
+            }
+            ended += k % 3 == 1 && said < 120;
+            canonical = canonical && !memchr(text->string, 0, text->length) && text->length < 1000 && !strpbrk(text->string, "\"\\\n\t") && k % 3 == 0;
+            strncat(whole, text->string, 1000);
+            at += (size_t)snprintf(messages + at, 1100, ",{\"role\":\"assistant\",\"content\":\"%.1000s\"}", text->string);
+        }
+        check(turns == 3 && *line == 0, "%s: %zu turns of 3: %s", style, turns, transcript), free(transcript);
+        if (k) continue;
+        works(TALK "--chat --interactive %s --system 0 <users && ! grep . stderr", style, options[0]);
+    }
+    check(alike > 0, "%s: no conversation whose tokens are those of its text", style);
+    check(which < 2 || ended > 0, "no turn ended by itself");
+    retrofit_tokenizer_free(t);
+}
+
 int main(void) {
     enter("infer");
     shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && convert --random random.json --to random >ls");
     for (size_t i = 0; i < 3; i++) json_of_a_prompt(styles[i]);
     text_behind_a_newline(), stop_strings(), batches();
+    chat_tokenizers(), templates();
+    for (size_t i = 0; i < 3; i++) conversations(i);
     retrofit_json_free(parsed);
     return leave("infer");
 }
