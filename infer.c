@@ -1,9 +1,10 @@
 // infer: text from a model at any number of recurrences, and what the number is worth: loss and accuracy by recurrences.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
+#include <regex.h>
 
 static struct {
-    const char *model, *prompt, *batch, *system, *recurrences, *stop, *eval, *tasks, *tokens, *logits, *tokenizer;
+    const char *model, *prompt, *batch, *system, *recurrences, *stop, *eval, *tasks, *answer_regex, *tokens, *logits, *tokenizer;
     size_t batch_size, max_tokens, top_k, seed, seq_len, rows;
     double temperature, top_p, min_p;
     int state_init, device, precision;
@@ -33,7 +34,8 @@ static const retrofit_option options[] = {
     {"eval", RETROFIT_STRING, &o.eval, "FILE.bin", "loss and perplexity on token shards, at each of --recurrences"},
     {"seq-len", RETROFIT_SIZE, &o.seq_len, "T", "tokens in a row (1024), in a conversation (4096), or the model's context"},
     {"rows", RETROFIT_SIZE, &o.rows, "N", "at most so many rows or tasks; 0: all (0)"},
-    {"tasks", RETROFIT_STRING, &o.tasks, "FILE.jsonl", "{prompt, answer} a line: how many answers greedy decoding gives exactly"},
+    {"tasks", RETROFIT_STRING, &o.tasks, "FILE.jsonl", "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
+    {"answer-regex", RETROFIT_STRING, &o.answer_regex, "ERE", "generates; a target is compared with group 1 of the last match in the text"},
     {"Look inside", RETROFIT_HEADING, NULL, NULL, NULL},
     {"tokens", RETROFIT_STRING, &o.tokens, "1,2,3", "token ids instead of a prompt, for --logits"},
     {"logits", RETROFIT_STRING, &o.logits, "OUT.safetensors", "writes the tensor logits (T,V) for --tokens or --prompt"},
@@ -193,12 +195,14 @@ static lines open_lines(const char *path) {
     return l;
 }
 
-static retrofit_json *next_line(lines *l) { // the next that is not empty; NULL, and the file is closed, at its end
+static void close_lines(lines *l) { free(l->line), fclose(l->f); }
+
+static retrofit_json *next_line(lines *l) { // the next that is not empty; NULL at the end
     ssize_t n;
     errno = 0;
     while ((n = getline(&l->line, &l->room, l->f)) > 0 && ++l->number && n == 1) continue;
     if (n < 0 && !feof(l->f)) die(1, "%s: behind line %zu: %s", l->path, l->number, strerror(errno));
-    if (n < 0) return free(l->line), fclose(l->f), (retrofit_json *)NULL;
+    if (n < 0) return NULL;
     snprintf(l->where, sizeof l->where, "%s: line %zu", l->path, l->number);
     return (retrofit_json *)need(retrofit_json_parse(l->line, (size_t)n, l->where));
 }
@@ -293,7 +297,7 @@ static row new_row(const char *where, int32_t *ids, size_t count, size_t past, s
 
 static void forget(row *k) { // what it said
     free(k->said), free(k->logprobs), free(k->recurrences), free(k->text.bytes);
-    k->text = (tok_text){NULL, 0, 0, false};
+    k->said = NULL, k->logprobs = NULL, k->recurrences = NULL, k->text = (tok_text){NULL, 0, 0, false};
 }
 
 static void free_row(row *k) { forget(k), free(k->ids), retrofit_json_free(k->line); }
@@ -435,6 +439,7 @@ static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
         lines l = open_lines(o.batch);
         for (; (line = next_line(&l)); count++)
             rows = (row *)more(rows, count, sizeof *rows), rows[count] = read_row(t, line, l.where, m->config.context, count);
+        close_lines(&l);
         if (count == 0) die(1, "%s: no prompts in it", o.batch);
     } else {
         int32_t *ids = prompt_ids(t, &n);
@@ -534,98 +539,234 @@ static void evaluate(const retrofit_model *m) {
     free(tokens), free(labels), retrofit_activations_free(a), retrofit_data_close(data);
 }
 
-// ---- Tasks: {"prompt": …, "answer": …, "hops": n} a line ----------------------------------------------------------------------
-// Greedy decoding gives the answer exactly when the likeliest token is the answer's at every place, each read behind the answer so far:
-// one pass over prompt and answer decides it, and for every r at once.
-typedef struct {
+// ---- Tasks: one a line, all of one kind -------------------------------------------------------------------------------------------
+//   {"prompt", "answer"[, "hops"]}       does greedy decoding give the answer exactly?
+//   {"prompt", "choices", "answer": 1}   is this choice the likeliest of all, as it is (acc) and per byte (acc_norm)?
+//   {"prompt", "target"}                 does generated text have the target where --answer-regex says?
+enum { EXACT, CHOICE, TARGET };
+
+typedef struct { // a prompt and what may follow it
     int32_t *ids;
-    size_t count, prompt, hops; // prompt: ids before the answer's first; hops: a group of the table, 0 if the line names none
+    size_t count, prompt, bytes; // prompt: ids before the first of what follows; bytes of that, without a space between the two
+} continuation;
+
+typedef struct {
+    size_t first, choices, answer, hops; // among the continuations; hops: a group of the table, 0 if the line names none
 } task;
 
-static task read_task(const retrofit_tokenizer *t, const char *line, size_t length, size_t number) {
-    char where[64], *text;
-    snprintf(where, sizeof where, "line %zu", number);
-    retrofit_json *j = (retrofit_json *)retrofit_json_parse(line, length, where);
-    if (!j) die(1, "%s: %s", o.tasks, retrofit_error());
-    const retrofit_json *p = retrofit_json_get(j, "prompt"), *answer = retrofit_json_get(j, "answer");
-    if (!p || !answer || p->type != RETROFIT_JSON_STRING || answer->type != RETROFIT_JSON_STRING || answer->length == 0)
-        die(1, "%s: line %zu: needs a string \"prompt\" and a string \"answer\" that is not empty", o.tasks, number);
-    task k = {NULL, 0, 0, 0};
+static struct {
+    int kind;
+    size_t count, continuations, of[16], most; // tasks of so many hops; the most hops
+    task *task;
+    continuation *continuation;
+    row *row; // of tasks with a target
+} tasks;
+
+typedef struct {
+    double loss;
+    size_t right, per_byte, hops[16];
+} score;
+
+static continuation read_continuation(const retrofit_tokenizer *t, const char *where, const retrofit_json *p, const retrofit_json *answer, size_t context) {
+    continuation k = {NULL, 0, 0, answer->length - (answer->string[0] == ' ')};
     size_t count;
-    if (retrofit_json_get(j, "hops") && (!json_size(retrofit_json_get(j, "hops"), &k.hops) || k.hops > 15))
-        die(1, "%s: line %zu: \"hops\" is not a number from 0 to 15", o.tasks, number);
-    text = (char *)need(malloc(p->length + answer->length));
+    char *text = (char *)need(allocate(p->length + answer->length, 1));
     memcpy(text, p->string, p->length), memcpy(text + p->length, answer->string, answer->length);
     int32_t *alone = (int32_t *)need(retrofit_encode(t, text, p->length, true, &count));
     k.ids = (int32_t *)need(retrofit_encode(t, text, p->length + answer->length, true, &k.count));
     while (k.prompt < count && k.prompt < k.count && k.ids[k.prompt] == alone[k.prompt]) k.prompt++; // the answer may begin inside a token
-    if (k.prompt == 0 || k.prompt == k.count) die(1, "%s: line %zu: no token of the answer follows one of the prompt", o.tasks, number);
-    free(text), free(alone), retrofit_json_free(j);
-    return k;
+    if (k.prompt == 0 || k.prompt == k.count) die(1, "%s: no token of the answer follows one of the prompt", where);
+    if (k.count > context) die(1, "%s: a task of %zu tokens, the model's context is %zu", where, k.count, context);
+    return free(text), free(alone), k;
 }
 
-static void answer_tasks(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t r[64], depths = recurrences(m, r, 64, "1,2,4,8,16"), count = 0, number = 0, room = 0, T = 0, V = m->config.vocab, of[16] = {0}, most = 0, size = 0;
-    FILE *f = fopen(o.tasks, "rb");
-    if (!f) die(1, "%s: %s", o.tasks, strerror(errno));
-    task *tasks = NULL;
-    char *line = NULL;
-    for (ssize_t length; (!o.rows || count < o.rows) && (length = getline(&line, &size, f)) > 0;) {
-        number++;
-        if (length == 1) continue;
-        if (count == room) tasks = (task *)need(realloc(tasks, (room = room * 2 + 64) * sizeof *tasks));
-        tasks[count] = read_task(t, line, (size_t)length, number);
-        if (tasks[count].count > T) T = tasks[count].count;
-        if (tasks[count].hops > most) most = tasks[count].hops;
-        of[tasks[count++].hops]++;
+static bool filled(const retrofit_json *j) { return j && j->type == RETROFIT_JSON_STRING && j->length > 0; }
+
+// Takes the line.
+static void read_task(const retrofit_tokenizer *t, retrofit_json *line, const char *where, size_t context) {
+    const retrofit_json *p = retrofit_json_get(line, "prompt"), *answer = retrofit_json_get(line, "answer"), *choices = retrofit_json_get(line, "choices");
+    const retrofit_json *hops = retrofit_json_get(line, "hops");
+    int kind = choices ? CHOICE : retrofit_json_get(line, "target") ? TARGET : EXACT;
+    task k = {tasks.continuations, 1, 0, 0};
+    if (tasks.count && kind != tasks.kind) die(1, "%s: another kind of task than in the lines before: a file has one", where);
+    tasks.kind = kind;
+    if (kind == TARGET) {
+        if (!filled(retrofit_json_get(line, "target"))) die(1, "%s: \"target\" is no string, or empty", where);
+        tasks.row = (row *)more(tasks.row, tasks.count, sizeof *tasks.row);
+        tasks.row[tasks.count] = read_row(t, line, where, context, tasks.count), tasks.count++;
+        return;
     }
-    free(line), fclose(f);
-    if (count == 0) die(1, "%s: no tasks in it", o.tasks);
-    if (T > m->config.context) die(1, "%s: a task of %zu tokens, the model's context is %zu", o.tasks, T, m->config.context);
-    size_t B = least(count, 1 + 4096 / T), right[64][16] = {{0}};
-    double loss[64] = {0}, shown = retrofit_seconds();
+    if (!p || p->type != RETROFIT_JSON_STRING || (kind == EXACT && !filled(answer)))
+        die(1, "%s: needs a string \"prompt\" and a string \"answer\" that is not empty, \"choices\" or a \"target\"", where);
+    if (kind == CHOICE) {
+        k.choices = choices->type == RETROFIT_JSON_ARRAY ? choices->count : 0;
+        if (k.choices < 2 || !json_size(answer, &k.answer) || k.answer >= k.choices)
+            die(1, "%s: needs at least two \"choices\", and in \"answer\" which of them, from 0, is right", where);
+    }
+    if (hops && (!json_size(hops, &k.hops) || k.hops > 15)) die(1, "%s: \"hops\" is not a number from 0 to 15", where);
+    for (const retrofit_json *c = kind == CHOICE ? choices->child : answer; c; c = kind == CHOICE ? c->next : NULL) {
+        if (!filled(c) || (kind == CHOICE && c->length == 1 && *c->string == ' ')) die(1, "%s: a choice is no string, or empty", where);
+        tasks.continuation = (continuation *)more(tasks.continuation, tasks.continuations, sizeof *tasks.continuation);
+        tasks.continuation[tasks.continuations++] = read_continuation(t, where, p, c, context);
+    }
+    tasks.task = (task *)more(tasks.task, tasks.count, sizeof *tasks.task);
+    tasks.task[tasks.count++] = k, tasks.of[k.hops]++;
+    if (k.hops > tasks.most) tasks.most = k.hops;
+    retrofit_json_free(line);
+}
+
+// Greedy decoding gives an answer exactly when the likeliest token is the answer's at every place, each read behind the answer so far: one
+// pass over prompt and answer decides it, and for every r at once. So it does for the likelihoods of choices.
+static void score_continuations(const retrofit_model *m, const size_t *r, size_t depths, score *scores) {
+    size_t n = tasks.continuations, T = 0, V = m->config.vocab;
+    for (size_t i = 0; i < n; i++) T = tasks.continuation[i].count > T ? tasks.continuation[i].count : T;
+    size_t B = least(n, 1 + 4096 / T);
     retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, 0, 0));
-    int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens));
-    float *logits = (float *)need(malloc(T * V * sizeof *logits));
-    for (size_t at = 0; at < count; at += B) {
-        size_t b = least(B, count - at), columns = 0;
-        for (size_t i = 0; i < b; i++) columns = tasks[at + i].count > columns ? tasks[at + i].count : columns;
+    int32_t *tokens = (int32_t *)need(allocate(B * T, sizeof *tokens));
+    float *logits = (float *)need(allocate(T * V, sizeof *logits)), loss;
+    double *losses = (double *)need(allocate(n * depths, sizeof *losses)); // (depths,n) sums over the tokens behind the prompt
+    bool *exact = (bool *)need(allocate(n * depths, sizeof *exact));
+    progress("texts", 0, n);
+    for (size_t at = 0, b; at < n; at += b) {
+        const continuation *all = tasks.continuation + at;
+        size_t columns = 0;
+        b = least(B, n - at);
+        for (size_t i = 0; i < b; i++) columns = all[i].count > columns ? all[i].count : columns;
         memset(tokens, 0, B * T * sizeof *tokens); // padding on the right: no earlier token sees it
-        for (size_t i = 0; i < b; i++) memcpy(tokens + i * columns, tasks[at + i].ids, tasks[at + i].count * sizeof *tokens);
+        for (size_t i = 0; i < b; i++) memcpy(tokens + i * columns, all[i].ids, all[i].count * sizeof *tokens);
         if (!retrofit_prelude(a, tokens, b, columns)) die(1, "%s", retrofit_error());
         if (r[0]) retrofit_start(a, sigma(m), o.seed);
         for (size_t j = 0; j < depths; j++) {
             retrofit_recur(a, r[j] - (j ? r[j - 1] : 0), 0);
             retrofit_coda(a);
             for (size_t i = 0; i < b; i++) {
-                const task *k = &tasks[at + i];
-                size_t answer = k->count - k->prompt;
-                bool ok = true;
-                retrofit_logits(a, i * columns + k->prompt - 1, answer, logits);
-                for (size_t p = 0; p < answer; p++) ok = ok && retrofit_argmax(logits + p * V, V) == k->ids[k->prompt + p];
-                right[j][k->hops] += ok;
-                float losses[1];
-                for (size_t p = 0; p < answer; p++)
-                    retrofit_cpu.cross_entropy(losses, logits + p * V, &k->ids[k->prompt + p], 1, V, 0), loss[j] += losses[0] / (double)answer;
+                const continuation *k = &all[i];
+                size_t count = k->count - k->prompt, to = j * n + at + i;
+                retrofit_logits(a, i * columns + k->prompt - 1, count, logits);
+                exact[to] = true;
+                for (size_t p = 0; p < count; p++) {
+                    exact[to] = exact[to] && retrofit_argmax(logits + p * V, V) == k->ids[k->prompt + p];
+                    retrofit_cpu.cross_entropy(&loss, logits + p * V, &k->ids[k->prompt + p], 1, V, 0), losses[to] += loss;
+                }
             }
         }
-        if (retrofit_seconds() - shown > 2) fprintf(stderr, "%zu of %zu tasks\n", at + b, count), shown = retrofit_seconds();
+        progress("texts", at + b, n);
     }
-    printf("%11s %7s %16s", "recurrences", "loss", "accuracy");
-    for (size_t h = 0; most && h <= most; h++) printf(h ? " %4zu" : "   hops %zu", h);
+    for (size_t j = 0; j < depths; j++)
+        for (const task *k = tasks.task; k < tasks.task + tasks.count; k++) {
+            const continuation *c = tasks.continuation + k->first;
+            const double *l = losses + j * n + k->first;
+            size_t best = 0, best_per_byte = 0;
+            for (size_t i = 1; i < k->choices; i++) { // the first of equals
+                if (l[i] < l[best]) best = i;
+                if (l[i] / (double)c[i].bytes < l[best_per_byte] / (double)c[best_per_byte].bytes) best_per_byte = i;
+            }
+            bool right = tasks.kind == CHOICE ? best == k->answer : exact[j * n + k->first];
+            scores[j].right += right, scores[j].hops[k->hops] += right, scores[j].per_byte += best_per_byte == k->answer;
+            scores[j].loss += l[k->answer] / (double)(c[k->answer].count - c[k->answer].prompt) / (double)tasks.count;
+        }
+    free(tokens), free(logits), free(losses), free(exact), retrofit_activations_free(a);
+}
+
+// As GSM8K's answers are compared: without commas, and without a dot at the end.
+static char *bare(const char *s, size_t n) {
+    char *to = (char *)need(allocate(n + 1, 1)), *end = to;
+    for (size_t i = 0; i < n; i++)
+        if (s[i] != ',') *end++ = s[i];
+    if (end > to && end[-1] == '.') end[-1] = 0;
+    return to;
+}
+
+// Whether the last match's group 1 is the target. (A NUL ends the text here, should one have been generated.)
+static bool found(const regex_t *e, const char *text, const retrofit_json *target) {
+    char *said = NULL, *wanted = bare(target->string, target->length);
+    regmatch_t g[2];
+    for (const char *p = text; !regexec(e, p, 2, g, p > text ? REG_NOTBOL : 0); p += g[0].rm_eo + (g[0].rm_eo == g[0].rm_so)) {
+        if (g[1].rm_so >= 0) free(said), said = bare(p + g[1].rm_so, (size_t)(g[1].rm_eo - g[1].rm_so));
+        if (!p[g[0].rm_eo]) break;
+    }
+    bool right = said && !strcmp(said, wanted);
+    return free(said), free(wanted), right;
+}
+
+static void score_targets(const retrofit_model *m, const retrofit_tokenizer *t, const size_t *r, size_t depths, score *scores, const regex_t *e) {
+    size_t B = least(o.batch_size, tasks.count);
+    retrofit_activations *a = room_for(m, tasks.row, tasks.count, B, r[depths - 1]);
+    progress("answers", 0, depths * tasks.count);
+    for (size_t j = 0; j < depths; j++)
+        for (size_t at = 0, b; at < tasks.count; at += b) {
+            b = least(B, tasks.count - at), retrofit_rewind(a);
+            generate(a, t, tasks.row + at, b, r[j], false);
+            for (row *k = tasks.row + at; k < tasks.row + at + b; k++)
+                scores[j].right += k->text.bytes && found(e, k->text.bytes, retrofit_json_get(k->line, "target")), forget(k);
+            progress("answers", j * tasks.count + at + b, depths * tasks.count);
+        }
+    retrofit_activations_free(a);
+}
+
+static double share(size_t right, double *error) { // of all tasks, with its standard error
+    double p = (double)right / (double)tasks.count;
+    return *error = sqrt(p * (1 - p) / (double)tasks.count), p;
+}
+
+static void print_table(const size_t *r, size_t depths, const score *scores) {
+    double p, error, per_byte;
+    printf(tasks.kind == TARGET ? "%11s %16s" : "%11s %7s %16s", "recurrences", tasks.kind == TARGET ? "accuracy" : "loss", "accuracy");
+    if (tasks.kind == CHOICE) printf(" %14s", "acc_norm");
+    for (size_t h = 0; tasks.most && h <= tasks.most; h++) printf(h ? " %4zu" : "   hops %zu", h);
     printf("\n");
     for (size_t j = 0; j < depths; j++) {
-        size_t all = 0;
-        for (size_t h = 0; h <= most; h++) all += right[j][h];
-        double p = (double)all / (double)count;
-        printf("%11zu %7.4f  %.3f ± %.3f  ", r[j], loss[j] / (double)count, p, sqrt(p * (1 - p) / (double)count));
-        for (size_t h = 0; most && h <= most; h++) printf(of[h] ? h ? " %4.2f" : "   %4.2f" : "    -", (double)right[j][h] / (double)of[h]);
+        const score *s = &scores[j];
+        printf("%11zu", r[j]);
+        if (tasks.kind != TARGET) printf(" %7.4f", s->loss);
+        p = share(s->right, &error), printf("  %.3f ± %.3f", p, error);
+        if (tasks.kind == CHOICE) per_byte = share(s->per_byte, &error), printf("  %.3f ± %.3f", per_byte, error);
+        printf("  ");
+        for (size_t h = 0; tasks.most && h <= tasks.most; h++)
+            printf(tasks.of[h] ? h ? " %4.2f" : "   %4.2f" : "    -", (double)s->hops[h] / (double)tasks.of[h]);
         printf("  ");
         for (int bar = 0; bar < (int)(p * 30 + 0.5); bar++) printf("█");
         printf("\n");
     }
-    for (size_t i = 0; i < count; i++) free(tasks[i].ids);
-    free(tasks), free(tokens), free(logits), retrofit_activations_free(a);
+}
+
+static void print_scores(const size_t *r, size_t depths, const score *scores) {
+    double p, error;
+    printf("{\"tasks\":"), json_write_string(stdout, o.tasks, strlen(o.tasks)), printf(",\"count\":%zu,\"results\":[", tasks.count);
+    for (size_t j = 0; j < depths; j++) {
+        const score *s = &scores[j];
+        printf("%s{\"recurrences\":%zu", j ? "," : "", r[j]);
+        if (tasks.kind != TARGET) printf(",\"loss\":"), print_number(s->loss);
+        p = share(s->right, &error), printf(",\"acc\":%.7g,\"acc_stderr\":%.7g", p, error);
+        if (tasks.kind == CHOICE) p = share(s->per_byte, &error), printf(",\"acc_norm\":%.7g,\"acc_norm_stderr\":%.7g", p, error);
+        for (size_t h = 0; tasks.most && h <= tasks.most; h++)
+            printf(h ? "," : ",\"hops\":["), print_number((double)s->hops[h] / (double)tasks.of[h]);
+        printf(tasks.most ? "]}" : "}");
+    }
+    printf("]}\n");
+}
+
+static void solve(const retrofit_model *m, const retrofit_tokenizer *t) {
+    size_t r[64], depths = recurrences(m, r, 64, "1,2,4,8,16");
+    score scores[64] = {{0, 0, 0, {0}}};
+    regex_t e;
+    int bad = o.answer_regex ? regcomp(&e, o.answer_regex, REG_EXTENDED) : 0;
+    char why[256];
+    if (bad) regerror(bad, &e, why, sizeof why), die(2, "--answer-regex: %s", why);
+    if (o.answer_regex && e.re_nsub < 1) die(2, "--answer-regex: put what is the answer into parentheses");
+    lines l = open_lines(o.tasks);
+    for (retrofit_json *line; (!o.rows || tasks.count < o.rows) && (line = next_line(&l));) read_task(t, line, l.where, m->config.context);
+    close_lines(&l);
+    if (tasks.count == 0) die(1, "%s: no tasks in it", o.tasks);
+    if ((tasks.kind == TARGET) != (o.answer_regex != NULL))
+        die(2, tasks.kind == TARGET ? "%s: a \"target\" is looked for with --answer-regex" : "%s: --answer-regex goes with a \"target\"", o.tasks);
+    if (o.chat && tasks.kind != TARGET) die(2, "%s: --chat goes with a \"target\", not with these tasks", o.tasks);
+    if (tasks.kind == TARGET) score_targets(m, t, r, depths, scores, &e), regfree(&e);
+    else score_continuations(m, r, depths, scores);
+    (o.json ? print_scores : print_table)(r, depths, scores);
+    for (size_t i = 0; i < tasks.continuations; i++) free(tasks.continuation[i].ids);
+    for (size_t i = 0; tasks.kind == TARGET && i < tasks.count; i++) free_row(&tasks.row[i]);
+    free(tasks.task), free(tasks.continuation), free(tasks.row);
 }
 
 // ---- Logits of a sequence -----------------------------------------------------------------------------------------------------
@@ -667,6 +808,8 @@ int main(int argc, char **argv) {
     if (!o.model && !(o.print_tokens && o.tokenizer)) die(2, "--model is needed (see --help)");
     if ((o.system || o.interactive) && !o.chat) die(2, "%s goes with --chat", o.system ? "--system" : "--interactive");
     if (o.interactive && o.max_tokens == 0) die(2, "--interactive needs --max-tokens of at least 1");
+    if (o.answer_regex && !o.tasks) die(2, "--answer-regex goes with --tasks");
+    if (o.json && (o.eval || o.logits || o.print_tokens)) die(2, "--json does not go with --%s", o.eval ? "eval" : o.logits ? "logits" : "print-tokens");
     if (o.chat && (o.eval || o.tokens)) die(2, "--chat does not go with %s", o.eval ? "--eval" : "--tokens");
     if (!o.prompt && !o.batch && !o.interactive && !o.eval && !o.tasks && !(o.logits && o.tokens)) die(2, "--prompt is needed (see --help)");
     if (o.batch_size == 0) die(2, "--batch-size 0: at least one");
@@ -684,7 +827,7 @@ int main(int argc, char **argv) {
     if (o.stop) read_stops();
     if (o.chat) find_family(t, directory);
     if (o.eval) evaluate(m);
-    else if (o.tasks) answer_tasks(m, t);
+    else if (o.tasks) solve(m, t);
     else if (o.interactive) converse(m, t);
     else if (o.logits) write_logits(m, t);
     else if (o.print_tokens) {

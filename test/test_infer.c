@@ -1,6 +1,7 @@
 // infer's ways to generate and evaluate, run as a user would: JSON, stop strings, batches, conversations, tasks; each against what
 // --logits, the tokenizer and a prompt alone say.
 #include "run.h"
+#include <ctype.h>
 
 // A random recurrent model of 1,000 tokens, and the three kinds of tokenizers that fit it.
 enum { V = 1000 };
@@ -322,6 +323,142 @@ static void conversations(size_t which) {
     retrofit_tokenizer_free(t);
 }
 
+// ---- Tasks -------------------------------------------------------------------------------------------------------------------
+#define TASKS "infer --model random --tokenizer f/tokenizers/llama3_style --state-init zero "
+
+// The results of --json: the one at r, a member of it.
+static double result(const retrofit_json *all, double r, const char *key) {
+    for (const retrofit_json *j = retrofit_json_get(all, "results")->child; j; j = j->next)
+        if (number_of(j, "recurrences") == r) return number_of(j, key);
+    return check(false, "no result at %g recurrences", r), NAN;
+}
+
+// The likelihood of each choice, from --logits of prompt and choice.
+static void choices(void) {
+    enum { N = 12 };
+    static const char *const prompts[] = {"The fox", "One, two", "Once upon a time there was", "1 + 1 ="};
+    static const char *const texts[] = {" jumps", " three four five six", " 2", " a", "ox and the dog", " lazy", ".", " over the lazy dog. And then"};
+    FILE *f = fopen("choices.jsonl", "w");
+    need(f != NULL, "choices.jsonl");
+    for (int i = 0; i < N; i++)
+        fprintf(f, "{\"prompt\":\"%s\",\"choices\":[\"%s\",\"%s\",\"%s\"],\"answer\":%d,\"hops\":%d}\n", prompts[i % 4], texts[i % 8], texts[(i + 3) % 8], texts[(i + 1 + i / 4) % 8], i * i % 3, i % 2);
+    fclose(f);
+    works(TASKS "--tasks choices.jsonl --recurrences 1,3 --json");
+    retrofit_json *all = retrofit_json_parse(out, out_size, "--tasks --json");
+    works(TASKS "--tasks choices.jsonl --recurrences 1,3");
+    char *table = strdup(out), row[128], options[64];
+    retrofit_tokenizer *t = retrofit_tokenizer_load("f/tokenizers/llama3_style");
+    size_t apart = 0;
+    for (int r = 1; r <= 3; r += 2) {
+        double right = 0, per_byte = 0, loss = 0;
+        for (int i = 0; i < N; i++) {
+            const char *c[] = {texts[i % 8], texts[(i + 3) % 8], texts[(i + 1 + i / 4) % 8]};
+            double sum[3], norm[3];
+            int best = 0, best_norm = 0;
+            for (int j = 0; j < 3; j++) {
+                char text[256];
+                size_t n, begin, bytes = strlen(c[j]) - (*c[j] == ' ');
+                snprintf(text, sizeof text, "%s%s", prompts[i % 4], c[j]), snprintf(options, sizeof options, "--state-init zero --recurrences %d", r);
+                int32_t *alone = retrofit_encode(t, prompts[i % 4], strlen(prompts[i % 4]), true, &begin), *ids = retrofit_encode(t, text, strlen(text), true, &n);
+                float *x = logits_of("random", ids, n, V, options);
+                for (size_t p = 0; p < begin; p++) // a choice may change the prompt's last tokens: "One, two" and "ox"
+                    if (ids[p] != alone[p]) begin = p;
+                sum[j] = 0, free(alone);
+                for (size_t p = begin; p < n; p++) sum[j] += log_probability(x + (p - 1) * V, V, (size_t)ids[p]);
+                norm[j] = sum[j] / (double)bytes;
+                if (sum[j] > sum[best]) best = j;
+                if (norm[j] > norm[best_norm]) best_norm = j;
+                if (j == i * i % 3) loss -= sum[j] / (double)(n - begin) / N;
+                free(ids), free(x);
+            }
+            right += best == i * i % 3, per_byte += best_norm == i * i % 3, apart += best != best_norm;
+        }
+        double p = right / N, q = per_byte / N;
+        check(fabs(result(all, r, "acc") - p) < 1e-6 && fabs(result(all, r, "acc_norm") - q) < 1e-6 && fabs(result(all, r, "loss") - loss) < 1e-4,
+              "choices, r=%d: acc %g, acc_norm %g, loss %g, not %g, %g, %g", r, result(all, r, "acc"), result(all, r, "acc_norm"), result(all, r, "loss"), p, q, loss);
+        check(fabs(result(all, r, "acc_stderr") - sqrt(p * (1 - p) / N)) < 1e-6 && fabs(result(all, r, "acc_norm_stderr") - sqrt(q * (1 - q) / N)) < 1e-6,
+              "choices, r=%d: standard errors", r);
+        snprintf(row, sizeof row, "%.3f ± %.3f  %.3f ± %.3f ", p, sqrt(p * (1 - p) / N), q, sqrt(q * (1 - q) / N));
+        check(strstr(table, row) != NULL, "choices, r=%d: no %s in %s", r, row, table);
+    }
+    check(apart > 0, "no choice the likeliest, and another per byte");
+    retrofit_json_free(all), retrofit_tokenizer_free(t), free(table);
+}
+
+// What follows from the last place in text where an expression matches: by hand, for two expressions.
+static void last_match(const char *text, bool numbers_too, char answer[64]) {
+    size_t n = strlen(text), begin, count = 0;
+    *answer = 0;
+    if (!numbers_too) { // ([a-m])[n-z]
+        for (size_t i = 0; i + 1 < n; i++)
+            if (text[i] >= 'a' && text[i] <= 'm' && text[i + 1] >= 'n' && text[i + 1] <= 'z') answer[0] = text[i], answer[1] = 0;
+        return;
+    }
+    while (n && text[n - 1] != ',' && text[n - 1] != '.') n--; // ([0-9a-z,]*[,.])
+    for (begin = n ? n - 1 : 0; begin && (text[begin - 1] == ',' || isalnum((unsigned char)text[begin - 1])) && !isupper((unsigned char)text[begin - 1]);) begin--;
+    for (size_t i = begin; i < n && count < 63; i++)
+        if (text[i] != ',' && text[i] != '.') answer[count++] = text[i];
+    answer[count] = 0;
+}
+
+// Answers in generated text: --batch generates the same, at one r.
+static void targets(bool numbers_too) {
+    enum { N = 50 };
+    const char *e = numbers_too ? "([0-9a-z,]*[,.])" : "([a-m])[n-z]", *options = "--temperature 1 --max-tokens 50 --stop 'ing|th'";
+    char said[2][N][64], *end;
+    size_t matched = 0, expected[2] = {0, 0};
+    FILE *f = fopen("prompts.jsonl", "w");
+    for (int i = 0; i < N; i++) fprintf(f, "{\"prompt\":\"%s%d\"}\n", i % 3 ? "one " : "The fox jumps over the ", i);
+    need(fclose(f) == 0, "prompts.jsonl");
+    for (int r = 0; r < 2; r++) {
+        works(TASKS "--batch prompts.jsonl --batch-size 7 --recurrences %d %s", 1 + 2 * r, options);
+        char *line = out;
+        for (int i = 0; i < N && (end = strchr(line, '\n')); i++, line = end + 1) {
+            const retrofit_json *j = json(line, (size_t)(end - line), "--batch"), *text = string(j, "text");
+            last_match(text->string, numbers_too, said[r][i]), matched += *said[r][i] != 0;
+        }
+        need(line == out + out_size, "lines of --batch");
+    }
+    need(matched >= 8, "texts with an answer");
+    f = fopen("targets.jsonl", "w");
+    for (int i = 0; i < N; i++) {
+        const char *target = *said[i % 2][i] ? said[i % 2][i] : "none";
+        for (int r = 0; r < 2; r++) expected[r] += !strcmp(said[r][i], target);
+        fprintf(f, "{\"prompt\":\"%s%d\",\"target\":\",%s%s\"}\n", i % 3 ? "one " : "The fox jumps over the ", i, target, i % 4 ? "." : "");
+    }
+    need(fclose(f) == 0, "targets.jsonl");
+    check(expected[0] != expected[1] && expected[0] > 0 && expected[1] > 0, "targets: %zu and %zu right tell little", expected[0], expected[1]);
+    for (int b = 1; b <= 9; b += 4) {
+        works(TASKS "--tasks targets.jsonl --answer-regex '%s' --recurrences 1,3 --batch-size %d --json %s", e, b, options);
+        const retrofit_json *j = json(out, out_size, "--tasks --json");
+        for (int r = 0; r < 2; r++)
+            check(fabs(result(j, 1 + 2 * r, "acc") - (double)expected[r] / N) < 1e-6, "targets, %s, r=%d: %g, not %zu of %d", e, 1 + 2 * r, result(j, 1 + 2 * r, "acc"), expected[r], N);
+    }
+}
+
+static void bad_tasks(void) {
+    static const struct { int code; const char *what, *first, *second, *options; } bad[] = {
+        {1, "line 2: another kind", "\"answer\":\" b\"", "\"choices\":[\" a\",\" b\"],\"answer\":1", ""}, {1, "line 2: another kind", "\"target\":\"b\"", "\"answer\":\" b\"", "--answer-regex '(b)'"},
+        {1, "line 1: needs at least two", "\"choices\":[\" a\"],\"answer\":0", "", ""}, {1, "line 1: needs at least two", "\"choices\":\" a\",\"answer\":0", "", ""},
+        {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":2", "", ""}, {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":-1", "", ""},
+        {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":\" a\"", "", ""}, {1, "line 1: a choice", "\"choices\":[\" a\",\"\"],\"answer\":0", "", ""},
+        {1, "line 1: a choice", "\"choices\":[\" a\",\" \"],\"answer\":0", "", ""}, {1, "line 1: a choice", "\"choices\":[\" a\",7],\"answer\":0", "", ""},
+        {1, "line 1: \"target\"", "\"target\":\"\"", "", ""}, {1, "line 1: \"target\"", "\"target\":7", "", ""}, {2, "--answer-regex", "\"target\":\"b\"", "", ""},
+        {2, "--answer-regex", "\"answer\":\" b\"", "", "--answer-regex '(b)'"}, {2, "parentheses", "\"target\":\"b\"", "", "--answer-regex b"},
+        {2, "--answer-regex", "\"target\":\"b\"", "", "--answer-regex '(b'"}, {2, "--chat", "\"answer\":\" b\"", "", "--chat --tokenizer chat/smollm"},
+        {1, "line 1: \"hops\"", "\"answer\":\" b\",\"hops\":16", "", ""}, {1, "line 1: needs", "\"answer\":\"\"", "", ""}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        works("printf '%%s\\n' '{\"prompt\":\"a\",%s}' '{\"prompt\":\"a\",%s}' >lines", bad[i].first, *bad[i].second ? bad[i].second : bad[i].first);
+        fails(bad[i].code, bad[i].what, TASKS "--tasks lines %s", bad[i].options);
+    }
+    fails(2, "--answer-regex", TASKS "--prompt a --answer-regex '(b)'"), fails(2, "--json", TASKS "--prompt a --print-tokens --json");
+    works(TASKS "--tasks lines --rows 1 --recurrences 1 --json 2>ls || infer --model f/lookup/base --tasks f/lookup/tasks.jsonl --json --rows 512");
+    check(number_of(json(out, out_size, "--rows"), "count") == 512, "--rows 512: %s", out);
+    works(BASE "--tasks f/lookup/tasks.jsonl --json");
+    const retrofit_json *j = json(out, out_size, "--json");
+    check(fabs(result(j, 0, "acc") - .608398) < 1e-4 && retrofit_json_get(retrofit_json_get(j, "results")->child, "hops")->count == 8, "--tasks --json: %s", out);
+}
+
 int main(void) {
     enter("infer");
     shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && convert --random random.json --to random >ls");
@@ -329,6 +466,7 @@ int main(void) {
     text_behind_a_newline(), stop_strings(), batches();
     chat_tokenizers(), templates();
     for (size_t i = 0; i < 3; i++) conversations(i);
+    choices(), targets(false), targets(true), bad_tasks();
     retrofit_json_free(parsed);
     return leave("infer");
 }
