@@ -62,7 +62,7 @@ __attribute__((format(printf, 3, 4))) static void fails(int expected, const char
 
 // The tensor that infer --logits wrote for n tokens: n rows of V, to be freed.
 static float *logits_of(const char *model, const int32_t *tokens, size_t n, size_t V, const char *options) {
-    char list[4096] = {0};
+    char list[8192] = {0};
     for (size_t i = 0, at = 0; i < n; i++) at += (size_t)snprintf(list + at, sizeof list - at, i ? ",%d" : "%d", (int)tokens[i]);
     works("infer --model %s --tokens %s --logits logits.safetensors %s", model, list, options);
     check(out_size == 0, "infer --logits writes to stdout: %s", out);
