@@ -67,7 +67,7 @@ build/retrofit_cuda%o: retrofit_cuda.cu retrofit.h
 	$(NVCC) $(NVFLAGS) -c $< -o $@
 
 # Static functions a test does not call are no fault of the test.
-$(OUT)/%: test/%.c test/test.h test/check.h retrofit.h
+$(OUT)/%: test/%.c test/test.h test/run.h test/check.h retrofit.h
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ -lm -ldl
 

@@ -734,20 +734,6 @@ static bool ends_with(const char *s, const char *end) {
     return n > m && !strcmp(s + n - m, end);
 }
 
-static bool is_space(uint32_t c) { // as Python's str.strip sees it
-    return (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
-}
-
-static void strip(const char **s, size_t *n) {
-    uint32_t c;
-    for (size_t k; *n && (k = utf8_next(*s, *n, &c), is_space(c));) *s += k, *n -= k;
-    for (size_t k; *n; *n -= k) {
-        for (k = 1; k < 3 && k < *n && ((*s)[*n - k] & 0xc0) == 0x80;) k++;
-        if (utf8_next(*s + *n - k, k, &c) != k || !is_space(c)) break;
-    }
-}
-
 // The ids of a document, with what the tokenizer adds and EOS. Runs in several threads at a time.
 static bool encode_document(document *d, const char *path) {
     const char *text = d->raw;

@@ -1211,6 +1211,21 @@ static void tok_put_valid(tok_text *out, const char *s, size_t n, bool each) {
     for (out->size = start; n--;) tok_put(out, "\xef\xbf\xbd", 3);
 }
 
+// What Python's str.strip takes off both ends. (inline: not every program has text to strip.)
+static inline bool is_space(uint32_t c) {
+    return (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+}
+
+static inline void strip(const char **s, size_t *n) {
+    uint32_t c;
+    for (size_t k; *n && (k = utf8_next(*s, *n, &c), is_space(c));) *s += k, *n -= k;
+    for (size_t k; *n; *n -= k) {
+        for (k = 1; k < 3 && k < *n && ((*s)[*n - k] & 0xc0) == 0x80;) k++;
+        if (utf8_next(*s + *n - k, k, &c) != k || !is_space(c)) break;
+    }
+}
+
 // The byte that a token "<0x0A>" stands for, or -1.
 static int tok_fallback_byte(const tok_token *k) {
     bool is = k->size == 6 && !memcmp(k->text, "<0x", 3) && k->text[5] == '>' && strspn(k->text + 3, "0123456789ABCDEF") == 2;

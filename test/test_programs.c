@@ -1,63 +1,6 @@
 // train and infer, run as a user would: runs stopped and continued, logits and losses against the authors' and each other, and bad input.
-#include "test.h"
+#include "run.h"
 #include <spawn.h>
-#include <sys/wait.h>
-
-// Everything happens in a directory of this run's own, where f is the fixtures; PATH begins with BIN, so that commands read as typed.
-static char *out, *err; // what the last command wrote
-static size_t out_size;
-
-static char *slurp(const char *path, size_t *size) {
-    char *text = read_file(path, size);
-    return need(text != NULL, path), text;
-}
-
-static void write_bytes(const char *path, const void *bytes, size_t size) {
-    FILE *f = fopen(path, "wb");
-    need(f && fwrite(bytes, 1, size, f) == size && fclose(f) == 0, path);
-}
-
-static void shell(const char *command) { need(system(command) == 0, command); }
-
-enum { COMMAND = 16384 };
-static int run(char command[COMMAND], const char *format, va_list args) {
-    char line[COMMAND + 64];
-    vsnprintf(command, COMMAND, format, args);
-    snprintf(line, sizeof line, "{ %s\n} >stdout 2>stderr", command); // the braces: for several commands too
-    free(out), free(err);
-    int status = system(line);
-    out = slurp("stdout", &out_size), err = slurp("stderr", &(size_t){0});
-    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
-__attribute__((format(printf, 1, 2))) static void works(const char *format, ...) {
-    char command[COMMAND];
-    va_list args;
-    va_start(args, format);
-    int code = run(command, format, args);
-    va_end(args);
-    check(code == 0, "%s: exit code %d, not 0: %s", command, code, err);
-}
-
-// One line on stderr, the program's name before and `what` in it, nothing on stdout, nothing left behind: what a failing command would
-// make is always called bad. MIDWAY: exit code 1 after lines of progress; there may be a log then, but no checkpoint.
-enum { MIDWAY = 3 };
-__attribute__((format(printf, 3, 4))) static void fails(int expected, const char *what, const char *format, ...) {
-    char command[COMMAND], name[16] = {0};
-    va_list args;
-    va_start(args, format);
-    int code = (setenv("ASAN_OPTIONS", "detect_leaks=0", 1), run(command, format, args)); // what is left to exit is no leak
-    va_end(args), unsetenv("ASAN_OPTIONS");
-    bool midway = expected == MIDWAY, one;
-    const char *last = err, *end;
-    for (char *p = err; midway && (p = strchr(p, '\n')) && p[1]; p++) last = p + 1;
-    snprintf(name, sizeof name, "%.5s: ", command);
-    check(code == (midway ? 1 : expected), "%.300s: exit code %d, not %d: %s", command, code, expected, err);
-    one = (end = strchr(last, '\n')) && !end[1] && !strncmp(last, name, 7) && strstr(last, what);
-    check(one, "%.300s: not one line '%s… %s …' on stderr: '%s'", command, name, what, err);
-    check(out_size == 0, "%.300s: writes to stdout: '%s'", command, out);
-    check(system(midway ? "! ls -A bad | grep -vx log.jsonl" : "! ls -d bad* >ls 2>&1") == 0, "%.300s: leaves something behind", command), shell("rm -rf bad*");
-}
 
 // A token shard: `promised` tokens by its header, `count` in it, the last of them `last` (if not negative).
 static void shard_of(const char *path, int32_t magic, int32_t version, size_t promised, size_t count, size_t vocab, int last) {
@@ -358,22 +301,6 @@ static void tokens_printed(const char *style) {
     retrofit_json_free(cases), free(text);
 }
 
-// The tensor that infer --logits wrote for n tokens: n rows of V, to be freed.
-static float *logits_of(const char *model, const int32_t *tokens, size_t n, size_t V, const char *options) {
-    char list[4096] = {0};
-    for (size_t i = 0, at = 0; i < n; i++) at += (size_t)snprintf(list + at, sizeof list - at, i ? ",%d" : "%d", (int)tokens[i]);
-    works("infer --model f/%s --tokens %s --logits logits.safetensors %s", model, list, options);
-    check(out_size == 0, "infer --logits writes to stdout: %s", out);
-    retrofit_map f;
-    need(retrofit_safetensors_open(&f, "logits.safetensors"), "logits.safetensors");
-    const retrofit_tensor *t = fixture(&f, "logits");
-    need(t->dims == 2 && t->shape[0] == n && t->shape[1] == V && t->type == RETROFIT_F32, "the shape of logits");
-    float *logits = (float *)allocate(n * V, sizeof *logits);
-    memcpy(logits, t->data, n * V * sizeof *logits);
-    retrofit_safetensors_close(&f), unlink("logits.safetensors");
-    return logits;
-}
-
 static void authors_logits(const char *name) {
     char path[256], model[64], options[64];
     retrofit_map f;
@@ -383,7 +310,7 @@ static void authors_logits(const char *name) {
     for (size_t r = 0; r <= 8; r += r ? r : 1) { // 0: the plain model
         const retrofit_tensor *theirs = r ? fixture(&f, "zero.r%zu.logits", r) : fixture(&f, "base.logits");
         size_t T = theirs->shape[1], V = theirs->shape[2];
-        snprintf(model, sizeof model, "%s/%s", name, r ? "recurrent" : "base"), snprintf(options, sizeof options, "--state-init zero --recurrences %zu", r);
+        snprintf(model, sizeof model, "f/%s/%s", name, r ? "recurrent" : "base"), snprintf(options, sizeof options, "--state-init zero --recurrences %zu", r);
         float *logits = logits_of(model, tokens, T, V, r ? options : "");
         double error = relative_error(logits, (const float *)theirs->data, T * V);
         check(error < 1e-5, "%s, r=%zu: --logits differ from the authors' by %.1e", name, r, error);
@@ -401,7 +328,7 @@ static void losses(void) {
         int32_t ids[25];
         for (size_t i = 0; i <= T; i++) ids[i] = ((uint16_t *)(void *)(shard + 1024))[i];
         snprintf(options, sizeof options, "--state-init zero --recurrences %zu", r);
-        float *x = logits_of("tiny/recurrent", ids, T, V, options);
+        float *x = logits_of("f/tiny/recurrent", ids, T, V, options);
         double loss = 0, theirs = 0, perplexity = 0, sum = 0;
         for (size_t t = 0; t < T; t++, sum = 0) {
             for (size_t v = 0; v < V; v++) sum += exp((double)x[t * V + v]);
@@ -430,7 +357,7 @@ static void generation(void) {
     memcpy(ids, begin, n * sizeof *ids), free(begin);
     free(retrofit_decode(t, ids, n, true, &before));
     for (; steps < 6; n++, steps++) {
-        float *x = logits_of("tiny/recurrent", ids, n, 131, "--recurrences 3");
+        float *x = logits_of("f/tiny/recurrent", ids, n, 131, "--recurrences 3");
         ids[n] = retrofit_argmax(x + (n - 1) * 131, retrofit_tokenizer_size(t)), free(x);
         if (ids[n] == retrofit_tokenizer_eos(t)) break;
     }
@@ -526,13 +453,7 @@ static void bad_options(void) {
 }
 
 int main(void) {
-    char directory[] = "/tmp/retrofit-programs-XXXXXX", bin[4096], fixtures[4096], path[8192];
-    need(realpath(getenv("BIN") ? getenv("BIN") : ".", bin) && realpath("test/fixtures", fixtures), "BIN and test/fixtures");
-    snprintf(path, sizeof path, "%s:%s", bin, getenv("PATH") ? getenv("PATH") : "/usr/bin:/bin");
-    // On models as small as these two threads mostly wait for each other: for long, if they spin and others compute too.
-    need(setenv("PATH", path, 1) == 0 && setenv("OMP_NUM_THREADS", "1", 1) == 0 && setenv("OMP_WAIT_POLICY", "passive", 1) == 0, "setenv");
-    need(mkdtemp(directory) && chdir(directory) == 0 && symlink(fixtures, "f") == 0, directory);
-    shell("command -v train >ls && command -v infer >ls");
+    enter("programs");
     static const struct { const char *name; size_t count, vocab; } shards[] = {
         {"rows.bin", 251, 131}, {"val.bin", 80, 131}, {"one.bin", 25, 131}, {"two.bin", 50, 131}, {"low.bin", 50, 60}};
     for (size_t i = 0; i < 5; i++) shard_of(shards[i].name, 20240520, 1, shards[i].count, shards[i].count, shards[i].vocab, -1);
@@ -545,7 +466,5 @@ int main(void) {
     authors_logits("tiny"), authors_logits("llama3"), authors_logits("head64");
     losses(), generation();
     bad_models_and_shards(), bad_options();
-    free(out), free(err);
-    snprintf(path, sizeof path, "rm -r %s", directory), shell(path);
-    return finish("programs");
+    return leave("programs");
 }
