@@ -131,10 +131,8 @@ static char *prompt_text(size_t *size) {
 }
 
 // ---- Chat: a conversation as the model's family writes it, open role close text end after -----------------------------------
-static const struct { const char *name, *open, *close, *end, *after; } families[] = {
-    {"Llama-3", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""},
-    {"ChatML", "<|im_start|>", "\n", "<|im_end|>", "\n"},
-    {"Zephyr", "<|", "|>\n", "</s>", "\n"}};
+static const struct { const char *open, *close, *end, *after; } families[] = {
+    {"<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""}, {"<|im_start|>", "\n", "<|im_end|>", "\n"}, {"<|", "|>\n", "</s>", "\n"}};
 enum { LLAMA3, CHATML, ZEPHYR };
 static int family;
 static char *chat_template;
@@ -258,7 +256,7 @@ static double progress(const char *what, size_t done, size_t of) {
     static double began, shown;
     double now = retrofit_seconds();
     if (done == 0) began = shown = now;
-    if (now - shown < 2) return began;
+    if (now - shown < 2 || done == of) return began;
     shown = now;
     fprintf(stderr, "%zu of %zu %s, ETA %.0f s\n", done, of, what, (now - began) * (double)(of - done) / (double)done);
     return began;
@@ -305,10 +303,10 @@ static void read_stops(void) {
     for (const char *p = o.stop;; p++) {
         if (*p && *p != '|' && *p != '\\') *to++ = *p;
         else if (*p == '\\' && p[1] && (name = strchr(names, p[1]))) *to++ = values[name - names], p++;
-        else if (*p == '\\') die(2, "--stop: '%s': behind a \\ comes n, t, \\ or |", o.stop);
+        else if (*p == '\\') die(2, "--stop: behind a \\ comes n, t, \\ or |");
         else {
             *to++ = 0;
-            if (!*stops[stop_count++]) die(2, "--stop: '%s': an empty text would end everything", o.stop);
+            if (!*stops[stop_count++]) die(2, "--stop: an empty text would end everything");
             if (!*p) return;
             if (stop_count == sizeof stops / sizeof *stops) die(2, "--stop: more than %zu texts", stop_count);
             stops[stop_count] = to;
@@ -1023,6 +1021,7 @@ int main(int argc, char **argv) {
     int code = retrofit_options(argc, argv, options, sizeof options / sizeof *options,
                                 "infer --model DIR --prompt TEXT|- [--recurrences R] [options]\n"
                                 "infer --model DIR --batch FILE.jsonl [--recurrences R] [options]\n"
+                                "infer --model DIR --chat --interactive [--recurrences R] [options]\n"
                                 "infer --model DIR --eval FILE.bin | --tasks FILE.jsonl [--recurrences 1,2,4,8]\n"
                                 "infer --tokenizer DIR --prompt TEXT --print-tokens\n", NULL, NULL);
     if (code >= 0) return code;

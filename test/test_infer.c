@@ -125,6 +125,10 @@ static void stop_strings(void) {
     check(!strcmp(out, text), "a stop string that does not come changes the text: '%s', not '%s'", out, text), free(text);
     works(BASE "--prompt 'a=1 b=a | b' --max-tokens 9 --stop '1='");
     check(!strcmp(out, "=\n"), "--stop over two tokens: '%s'", out);
+    works(BASE "--prompt 'a=1 b=a | b' --max-tokens 2 --stop '=1=1=2'");
+    check(!strcmp(out, "=1=1\n"), "half a stop string at the end of the text: '%s'", out);
+    works(BASE "--prompt 'q=2 h=q' --max-tokens 40 --stop ' \\| |\\\\'");
+    check(out_size > 1 && !strchr(out, '|'), "--stop at a bar: '%s'", out);
     fails(2, "--stop", BASE "--prompt a --stop ''"), fails(2, "--stop", BASE "--prompt a --stop 'a|'"), fails(2, "--stop", BASE "--prompt a --stop 'a\\x'");
     fails(2, "--stop", BASE "--prompt a --stop 'a\\'"), fails(2, "UTF-8", BASE "--prompt a --stop '\xe2\x96'"), fails(2, "--stop", BASE "--prompt a --stop '%s'", "a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a");
 }
@@ -240,6 +244,20 @@ static void templates(void) {
         works("infer --tokenizer chat/%s --print-tokens --chat --prompt hi", qwen ? "qwen" : "named");
         same_ids("the template's own system message", qwen ? "qwen" : "named", "<|im_start|>system\nBe nice.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
     }
+    text_file("dated.jsonl", "{\"messages\":[{\"role\":\"system\",\"content\":\"a\"},{\"role\":\"user\",\"content\":\"hi\"}]}\n{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}\n"
+              "{\"prompt\":\"hi\"}\n");
+    works(TALK "--chat --batch dated.jsonl --max-tokens 0 --system a", "dated");
+    char *line = out, *after;
+    for (double first = 0; (after = strchr(line, '\n')); line = after + 1) { // three ways to say the same
+        double count = number_of(json(line, (size_t)(after - line), "--batch"), "prompt_tokens");
+        check(count > 40 && (first == 0 || count == first), "a system message in --batch: %s", out), first = count;
+    }
+    // A turn ends where the family says, not only at the end of text.
+    for (int seed = 1; seed < 6; seed++) {
+        works(TALK "--chat --prompt hi --temperature 40 --max-tokens 1200 --seed %d --json", "llama3", seed);
+        double tokens[1300];
+        for (size_t n = numbers(json(out, out_size, "--json"), "tokens", tokens, 1300); n--;) check(tokens[n] != 802, "the text goes on behind <|eot_id|>");
+    }
     works("infer --tokenizer chat/named --print-tokens --chat --prompt hi --system a");
     same_ids("another system message", "named", "<|im_start|>system\na<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
     fails(1, "Llama-3, ChatML, Zephyr", BASE "--chat --prompt a");
@@ -335,43 +353,45 @@ static double result(const retrofit_json *all, double r, const char *key) {
 
 // The likelihood of each choice, from --logits of prompt and choice.
 static void choices(void) {
-    enum { N = 8 };
+    enum { N = 14 };
     static const char *const prompts[] = {"The fox", "One, two", "Once upon a time there was", "1 + 1 ="};
-    static const char *const texts[] = {" jumps", " three four five six", " 2", " a", "ox and the dog", " lazy", ".", " over the lazy dog. And then"};
+    static const char *const texts[] = {" jumps", " three four five six", " 2", " a", "ox and the dog", " lazy", ".", " over the lazy dog. And then"}, *c[N][3], *const short_ones[] = {".", "?", ",", "1", "e", "s", " b", " c", " s", " t", " w", " p"};
     FILE *f = fopen("choices.jsonl", "w");
     need(f != NULL, "choices.jsonl");
-    for (int i = 0; i < N; i++)
-        fprintf(f, "{\"prompt\":\"%s\",\"choices\":[\"%s\",\"%s\",\"%s\"],\"answer\":%d,\"hops\":%d}\n", prompts[i % 4], texts[i % 8], texts[(i + 3) % 8], texts[(i + 1 + i / 4) % 8], i * i % 3, i % 2);
+    for (int i = 0; i < N; i++) {
+        for (int j = 0; j < 3; j++) c[i][j] = i < 8 ? texts[(i + 3 * j) % 8] : short_ones[(i + j) % 6 + j / 2 * 6];
+        fprintf(f, "{\"prompt\":\"%s\",\"choices\":[\"%s\",\"%s\",\"%s\"],\"answer\":%d,\"hops\":%d}\n", prompts[i % 4], c[i][0], c[i][1], c[i][2], i * i % 3, i % 2);
+    }
     fclose(f);
     works(TASKS "--tasks choices.jsonl --recurrences 1,3 --json");
     retrofit_json *all = retrofit_json_parse(out, out_size, "--tasks --json");
     works(TASKS "--tasks choices.jsonl --recurrences 1,3");
     char *table = strdup(out), row[128], options[64];
     retrofit_tokenizer *t = retrofit_tokenizer_load("f/tokenizers/llama3_style");
-    size_t apart = 0;
+    size_t apart = 0, spaces = 0;
     for (int r = 1; r <= 3; r += 2) {
         double right = 0, per_byte = 0, loss = 0;
         for (int i = 0; i < N; i++) {
-            const char *c[] = {texts[i % 8], texts[(i + 3) % 8], texts[(i + 1 + i / 4) % 8]};
-            double sum[3], norm[3];
-            int best = 0, best_norm = 0;
+            double sum[3], norm[3], raw[3];
+            int best = 0, best_norm = 0, best_raw = 0;
             for (int j = 0; j < 3; j++) {
                 char text[256];
-                size_t n, begin, bytes = strlen(c[j]) - (*c[j] == ' ');
-                snprintf(text, sizeof text, "%s%s", prompts[i % 4], c[j]), snprintf(options, sizeof options, "--state-init zero --recurrences %d", r);
+                size_t n, begin, bytes = strlen(c[i][j]) - (*c[i][j] == ' ');
+                snprintf(text, sizeof text, "%s%s", prompts[i % 4], c[i][j]), snprintf(options, sizeof options, "--state-init zero --recurrences %d", r);
                 int32_t *alone = retrofit_encode(t, prompts[i % 4], strlen(prompts[i % 4]), true, &begin), *ids = retrofit_encode(t, text, strlen(text), true, &n);
                 float *x = logits_of("random", ids, n, V, options);
                 for (size_t p = 0; p < begin; p++) // a choice may change the prompt's last tokens: "One, two" and "ox"
                     if (ids[p] != alone[p]) begin = p;
                 sum[j] = 0, free(alone);
                 for (size_t p = begin; p < n; p++) sum[j] += log_probability(x + (p - 1) * V, V, (size_t)ids[p]);
-                norm[j] = sum[j] / (double)bytes;
+                norm[j] = sum[j] / (double)bytes, raw[j] = sum[j] / (double)strlen(c[i][j]);
+                if (raw[j] > raw[best_raw]) best_raw = j;
                 if (sum[j] > sum[best]) best = j;
                 if (norm[j] > norm[best_norm]) best_norm = j;
                 if (j == i * i % 3) loss -= sum[j] / (double)(n - begin) / N;
                 free(ids), free(x);
             }
-            right += best == i * i % 3, per_byte += best_norm == i * i % 3, apart += best != best_norm;
+            right += best == i * i % 3, per_byte += best_norm == i * i % 3, apart += best != best_norm, spaces += (best_raw == i * i % 3) != (best_norm == i * i % 3);
         }
         double p = right / N, q = per_byte / N;
         check(fabs(result(all, r, "acc") - p) < 1e-6 && fabs(result(all, r, "acc_norm") - q) < 1e-6 && fabs(result(all, r, "loss") - loss) < 1e-4,
@@ -381,7 +401,7 @@ static void choices(void) {
         snprintf(row, sizeof row, "%.3f ± %.3f  %.3f ± %.3f ", p, sqrt(p * (1 - p) / N), q, sqrt(q * (1 - q) / N));
         check(strstr(table, row) != NULL, "choices, r=%d: no %s in %s", r, row, table);
     }
-    check(apart > 0, "no choice the likeliest, and another per byte");
+    check(apart > 0 && spaces > 0, "no choice the likeliest, and another per byte: %zu; or per byte with a space before it: %zu", apart, spaces);
     retrofit_json_free(all), retrofit_tokenizer_free(t), free(table);
 }
 
