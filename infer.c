@@ -31,14 +31,14 @@ static const retrofit_option options[] = {
     {"seed", RETROFIT_SIZE, &o.seed, "N", "of draws and start states (1)"},
     {"state-init", RETROFIT_CHOICE, &o.state_init, "normal|zero", "the start state s_0 (normal)"},
     {"Think as long as it takes", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"exit", RETROFIT_CHOICE, &o.exit, "none|entropy-diff|latent-diff|kl|minp-kl|argmax-stability", "stop a token's recurrences once that changes no more (none)"},
-    {"exit-threshold", RETROFIT_REAL, &o.exit_threshold, "F", "by less than F; the paper's 1e-3, .03, 5e-4, 1e-6 nats, or for 5 recurrences"},
-    {"kv-cache", RETROFIT_STRING, &o.kv_cache, "full|latest|shared:M|grouped:M", "keys and values per recurrence; those of the last one for deeper ones (with an exit); slot r mod M; r div M"},
-    {"kv-bf16", RETROFIT_FLAG, &o.kv_bf16, NULL, "keep them in bf16: half the memory (on a GPU they have its --precision)"},
-    {"speculative", RETROFIT_STRING, &o.speculative, "R,N", "draft N tokens at R recurrences, then verify them together at full depth: same text, faster"},
+    {"exit", RETROFIT_CHOICE, &o.exit, "none|entropy-diff|latent-diff|kl|minp-kl|argmax-stability", "stop a token's recurrences once this changes no more (none)"},
+    {"exit-threshold", RETROFIT_REAL, &o.exit_threshold, "F", "by less than F; or stays F recurrences (the authors': 1e-3, .03, 5e-4, 1e-6, 5)"},
+    {"kv-cache", RETROFIT_STRING, &o.kv_cache, "full|latest|shared:M|grouped:M", "a slot for each recurrence; the last for deeper ones; slot r mod M; r div M"},
+    {"kv-bf16", RETROFIT_FLAG, &o.kv_bf16, NULL, "keys and values in bf16: half the memory (a GPU keeps them in its --precision)"},
+    {"speculative", RETROFIT_STRING, &o.speculative, "R,N", "draft N tokens at R recurrences, verify them together in full: same text, faster"},
     {"continuous", RETROFIT_FLAG, &o.continuous, NULL, "a token starts from the last state of the one before, not from s_0"},
     {"noise", RETROFIT_REAL, &o.noise, "F", "test-time noise on the state, times its standard deviation (0)"},
-    {"noise-type", RETROFIT_CHOICE, &o.noise_kind, "fixed|geom|sqrt|line|chi", "the same in every recurrence i, or over i, over its root, falling, random (fixed)"},
+    {"noise-type", RETROFIT_CHOICE, &o.noise_kind, "fixed|geom|sqrt|line|chi", "in recurrence i: the same, over i, over its root, falling, random (fixed)"},
     {"Evaluate", RETROFIT_HEADING, NULL, NULL, NULL},
     {"eval", RETROFIT_STRING, &o.eval, "FILE.bin", "loss and perplexity on token shards, at each of --recurrences"},
     {"seq-len", RETROFIT_SIZE, &o.seq_len, "T", "tokens in a row (1024), in a conversation (4096), or the model's context"},
@@ -46,7 +46,7 @@ static const retrofit_option options[] = {
     {"tasks", RETROFIT_STRING, &o.tasks, "FILE.jsonl", "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
     {"answer-regex", RETROFIT_STRING, &o.answer_regex, "ERE", "generates; a target is compared with group 1 of the last match in the text"},
     {"Look inside", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"trace", RETROFIT_STRING, &o.trace, "OUT.jsonl", "for each token of --prompt and its text what each recurrence makes of it; a picture on stderr"},
+    {"trace", RETROFIT_STRING, &o.trace, "OUT.jsonl", "what each recurrence makes of each token of prompt and text; a picture on stderr"},
     {"tokens", RETROFIT_STRING, &o.tokens, "1,2,3", "token ids instead of a prompt, for --logits"},
     {"logits", RETROFIT_STRING, &o.logits, "OUT.safetensors", "writes the tensor logits (T,V) for --tokens or --prompt"},
     {"print-tokens", RETROFIT_FLAG, &o.print_tokens, NULL, "prints the prompt's ids, with the special tokens encoding adds"},
@@ -550,7 +550,7 @@ static void trace(const retrofit_model *m, const retrofit_tokenizer *t, const ro
     }
     FILE *f = fopen(o.trace, "wb");
     if (!f) die(1, "%s: %s", o.trace, strerror(errno));
-    fprintf(stderr, "how much each recurrence changes a token's state:  █ as much as it is  ▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n%-16s  %-*s  entropy  next, since r\n", "token", (int)r, "r = 1, 2, …");
+    fprintf(stderr, "how much each recurrence changes a token's state:  █ as much as it is  ▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n%-16s  %-*s  entropy  next, since r\n", "token", r < 11 ? 11 : (int)r, "r from 1 on");
     for (size_t at = 0; at < T; at++) {
         const glimpse *g = seen + at * r;
         size_t since = r;
@@ -693,7 +693,7 @@ static void evaluate_decoding(const retrofit_model *m) {
     retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, T, V, false, 0));
     size_t rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data);
     size_t B = o.exit && kv_cache(T, 1).kind != RETROFIT_CACHE_FULL ? 1 : least(rows, o.batch_size); // slots that are written twice: one row at a time
-    retrofit_activations *whole = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
+    retrofit_activations *whole = (retrofit_activations *)need(retrofit_activations_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     int32_t *tokens = (int32_t *)need(allocate(B * T, sizeof *tokens)), *labels = (int32_t *)need(allocate(B * T, sizeof *labels));
     int32_t *next = (int32_t *)need(allocate(B, sizeof *next));
     printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "by full pass", "recurrences", "KV bytes/token", "seconds", rows, T);
@@ -704,7 +704,7 @@ static void evaluate_decoding(const retrofit_model *m) {
         retrofit_thinking how = thinking(m, r[i]);
         double loss = 0, full = 0, used = 0, begin = retrofit_seconds(), apart = 0;
         for (size_t at = 0, b; at < rows; at += b) {
-            b = least(B, rows - at), how.seed = hash64(o.seed, at), retrofit_rewind(a);
+            b = least(B, rows - at), retrofit_rewind(a);
             for (size_t j = 0; j < b; j++)
                 if (!retrofit_data_row(data, at + j, tokens + j * T, labels + j * T)) die(1, "%s", retrofit_error());
             for (size_t p = 0; p < T; p++) {
@@ -717,8 +717,11 @@ static void evaluate_decoding(const retrofit_model *m) {
                 }
             }
             double before = retrofit_seconds();
-            if (!retrofit_forward(whole, tokens, b, T, how.sigma, how.seed, r[i], 0)) die(1, "%s", retrofit_error());
-            full += retrofit_loss(whole, labels, 0) * (double)(b * T), apart += retrofit_seconds() - before;
+            for (size_t j = 0; j < b; j++) {
+                if (!retrofit_forward(whole, tokens + j * T, 1, T, how.sigma, how.seed, r[i], 0)) die(1, "%s", retrofit_error());
+                full += retrofit_loss(whole, labels + j * T, 0) * (double)T;
+            }
+            apart += retrofit_seconds() - before;
             progress("rows", i * rows + at + b, count * rows);
         }
         double n = (double)(rows * T);

@@ -390,7 +390,7 @@ size_t retrofit_cache_bytes(const retrofit_activations *a); // of keys and value
 
 // One pass, piece by piece. tokens: (b,t) on the host; false + error if one is not below V or the batch is too large.
 bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t); // e and A_e·e
-void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed);                  // s_0; sigma 0: zero
+void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed);                  // s_0; sigma 0: zero; with a KV cache the same for every row
 void retrofit_recur(retrofit_activations *a, size_t n, size_t k);                          // n, then k recurrences; k when training, K at most in all
 void retrofit_think(retrofit_activations *a, const retrofit_thinking *how, size_t n);      // n recurrences, with noise if there is to be any
 void retrofit_coda(retrofit_activations *a);                                               // coda and final norm
@@ -3220,9 +3220,16 @@ bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, 
     return set_batch(a, tokens, b, t) && (prelude_forward(a), true);
 }
 
-void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed) {
-    a->model->ops->state_init(a->state, a->capacity ? a->past : NULL, a->b, a->t, a->model->config.n_embd, sigma, seed);
+// Normal numbers for every state. In decoding a row's are what they would be if it were alone: a text does not depend on its batch.
+static void draw_states(retrofit_activations *a, float *states, float sigma, uint64_t seed) {
+    const retrofit_ops *ops = a->model->ops;
+    size_t d = a->model->config.n_embd;
+    if (!a->capacity) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
+    else
+        for (size_t i = 0; i < a->b; i++) ops->state_init(states + i * a->t * d, a->past + i, 1, a->t, d, sigma, seed);
 }
+
+void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed) { draw_states(a, a->state, sigma, seed); }
 
 // s_i = core(A_s·s_{i-1} + A_e·e). Without gradient, in place on a->state; with, every s_i stays where the core's last block left it.
 void retrofit_recur(retrofit_activations *a, size_t n, size_t k) {
@@ -3256,7 +3263,7 @@ static void add_noise(retrofit_activations *a, const retrofit_thinking *how) {
     if (how->noise_kind == RETROFIT_NOISE_SQRT) x = y / sqrtf(i);
     if (how->noise_kind == RETROFIT_NOISE_LINE) x = fmaxf(y, 1 - (i - 1) / (float)how->recurrences);
     if (how->noise_kind == RETROFIT_NOISE_CHI) x = 2 * y * (float)hash_uniform(key, (uint64_t)a->seen[0]);
-    m->ops->state_init(a->x, a->capacity ? a->past : NULL, a->b, a->t, m->config.n_embd, x, key);
+    draw_states(a, a->x, x, key);
     m->ops->add(a->state, a->x, a->N * m->config.n_embd, 1 - x);
 }
 

@@ -16,9 +16,11 @@ static float *full(const retrofit_model *m, size_t B, size_t L, size_t r, float 
     int32_t *tokens = (int32_t *)allocate(B * L, 4);
     float *logits = (float *)allocate(B * L * V, 4);
     for (size_t i = 0; i < B * L; i++) tokens[i] = nth(i / L, i % L, V);
-    retrofit_activations *a = retrofit_activations_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, NULL);
-    need(a && retrofit_forward(a, tokens, B, L, sigma, seed, r, 0), "full forward");
-    retrofit_logits(a, 0, B * L, logits);
+    retrofit_activations *a = retrofit_activations_new(m, 1, L, 0, RETROFIT_KEEP_NOTHING, NULL);
+    for (size_t row = 0; row < B; row++) { // one by one: a row's start state does not depend on the others
+        need(a && retrofit_forward(a, tokens + row * L, 1, L, sigma, seed, r, 0), "full forward");
+        retrofit_logits(a, 0, L, logits + row * L * V);
+    }
     retrofit_activations_free(a), free(tokens);
     return logits;
 }

@@ -496,6 +496,129 @@ static void long_prompt(void) {
     answers(json(out, out_size, "--json"), ids, n, "a long prompt");
 }
 
+// ---- Thinking: what changes no text changes none, what is told of recurrences, and what each of them makes of a token -------------------
+#define DEEP "infer --model random --tokenizer f/tokenizers/smollm_style --prompt 'Once upon' --recurrences 5 --max-tokens 24 "
+static void same_text(void) {
+    static const char *const same[] = {"--exit kl --exit-threshold 0", "--exit minp-kl --exit-threshold 0 --kv-cache latest", "--exit argmax-stability --exit-threshold 1e9",
+                                       "--exit latent-diff --exit-threshold 0 --kv-cache shared:5", "--kv-cache full", "--kv-cache shared:7", "--kv-cache grouped:1",
+                                       "--speculative 2,4", "--speculative 4,8", "--speculative 1,1", "--noise 0 --noise-type line"};
+    double tokens[32], logprobs[32], other[32], recurrences[32];
+    works(DEEP "--json");
+    const retrofit_json *j = json(out, out_size, "--json");
+    size_t n = numbers(j, "tokens", tokens, 32);
+    check(n == 24 && numbers(j, "logprobs", logprobs, 32) == n, "%zu tokens of 24", n);
+    for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
+        works(DEEP "--json %s", same[i]);
+        j = json(out, out_size, "--json");
+        check(numbers(j, "tokens", other, 32) == n && !memcmp(tokens, other, n * sizeof *tokens), "%s: other tokens: %s", same[i], out);
+        check(numbers(j, "recurrences", recurrences, 32) == n && numbers(j, "logprobs", other, 32) == n, "%s: lists of unequal length", same[i]);
+        for (size_t k = 0; k < n; k++)
+            check(recurrences[k] == 5 && fabs(other[k] - logprobs[k]) < 1e-4, "%s: token %zu took %g recurrences, logprob %g, plainly %g", same[i], k, recurrences[k], other[k], logprobs[k]);
+        bool exit = strstr(same[i], "--exit"), drafts = strstr(same[i], "--spec");
+        check(!exit == !strstr(err, "recurrences per token: 5.00 on average of at most 5:  5: 24; 24 of 24 tokens are those of full depth"), "%s: %s", same[i], err);
+        check(!drafts == !strstr(err, "tokens a round; "), "%s: %s", same[i], err);
+    }
+    // The first token follows the prompt, which thinks as deep as it may; the others stop at once.
+    works(DEEP "--json --exit entropy-diff --exit-threshold 1e9");
+    n = numbers(json(out, out_size, "--json"), "recurrences", recurrences, 32);
+    for (size_t k = 0; k < n; k++) check(recurrences[k] == (k ? 1 : 5), "an exit that always fires: token %zu took %g recurrences", k, recurrences[k]);
+    check(strstr(err, "1.17 on average of at most 5:  1: 23  5: 1;") != NULL, "an exit that always fires: %s", err);
+    // What changes the text, does; and its seed repeats it.
+    static const char *const other_text[] = {"--continuous", "--noise 3000", "--noise 3000 --noise-type chi", "--kv-cache shared:1 --state-init zero --continuous"};
+    for (size_t i = 0; i < sizeof other_text / sizeof *other_text; i++) {
+        works(DEEP "--json %s", other_text[i]);
+        numbers(json(out, out_size, "--json"), "tokens", other, 32);
+        check(memcmp(tokens, other, 24 * sizeof *tokens) != 0, "%s: the same text", other_text[i]);
+        works(DEEP "--json %s", other_text[i]);
+        numbers(json(out, out_size, "--json"), "tokens", recurrences, 32);
+        check(!memcmp(recurrences, other, 24 * sizeof *tokens), "%s: another text the second time", other_text[i]);
+    }
+    works(DEEP "--kv-cache shared:2 --temperature 1"); // slots of 5 layers of prelude and coda and 3·2 of the core, 2 kv heads of 8, keys and values of 4 bytes
+    check(strstr(err, "KV cache ") != NULL, "no size of the KV cache: %s", err);
+    works(DEEP "--speculative 2,4 --temperature 1.3 --top-k 40 --seed 3 && " DEEP "--speculative 2,4 --temperature 1.3 --top-k 40 --seed 3");
+    check(out_size % 2 == 0 && !memcmp(out, out + out_size / 2, out_size / 2), "drawn drafts of one seed: two texts: %s", out);
+}
+
+static void cached_losses(void) {
+    double loss[3], full[3], used[3];
+    size_t r, bytes, plain_bytes = 0;
+    shell("printf '{\"text\":\"%s\"}\\n' \"$(seq 1 90 | tr '\\n' ' ')\" >numbers.jsonl && convert --tokenize numbers.jsonl --tokenizer f/tokenizers/smollm_style --to numbers.bin >ls");
+#define LOSSES "infer --model random --eval numbers.bin --seq-len 20 --rows 5 --batch-size 2 --recurrences 4 "
+    works(LOSSES);
+    sscanf(out, "%*[^\n] 4 %lf", &loss[0]);
+    static const char *const options[] = {"--kv-cache full", "--kv-cache shared:1", "--exit latent-diff --exit-threshold 1e9", "--kv-bf16", "--exit kl --exit-threshold 1e9 --kv-cache grouped:2"};
+    for (size_t i = 0; i < 5; i++) {
+        works(LOSSES "%s", options[i]);
+        check(sscanf(out, "%*[^\n] %zu %lf %*f %lf %lf %zu", &r, &loss[1], &full[1], &used[1], &bytes) == 5 && r == 4, "%s: no table: %s", options[i], out);
+        check(fabs(full[1] - loss[0]) < 2e-3, "%s: by full pass %g, --eval alone says %g", options[i], full[1], loss[0]); // start states of other rows
+        bool early = strstr(options[i], "--exit");
+        check(early ? fabs(used[1] - (4 + 19) / 20.0) < 0.006 : used[1] == 4, "%s: %g recurrences on average", options[i], used[1]);
+        if (i == 0) plain_bytes = bytes, check(fabs(loss[1] - full[1]) < 1.01e-4, "decoding's loss %g, the full pass's %g", loss[1], full[1]);
+        else if (i < 3) check(loss[1] != full[1], "%s: the loss is the full pass's", options[i]);
+        if (i == 3) check(bytes * 2 == plain_bytes, "--kv-bf16: %zu bytes per token, not half of %zu", bytes, plain_bytes);
+        if (i == 1 || i == 4) check(bytes < plain_bytes, "%s: %zu bytes per token, full %zu", options[i], bytes, plain_bytes);
+    }
+}
+
+// Entropies and likeliest tokens are those of --logits at every r, the picture has a line a token.
+static void traces(void) {
+    size_t size, position = 0, lines = 0;
+    works("infer --model random --tokenizer f/tokenizers/smollm_style --prompt 'Once upon\na' --recurrences 4 --max-tokens 5 --state-init zero --trace trace.jsonl");
+    char *text = slurp("trace.jsonl", &size), *end, *picture = strdup(err);
+    int32_t ids[64];
+    for (char *line = text; (end = strchr(line, '\n')); line = end + 1) ids[lines++] = (int32_t)number_of(json(line, (size_t)(end - line), "trace"), "token");
+    float *logits[4];
+    for (int r = 0; r < 4; r++) {
+        char options[64];
+        snprintf(options, sizeof options, "--recurrences %d --state-init zero", r + 1);
+        logits[r] = logits_of("random", ids, lines, V, options);
+    }
+    retrofit_tokenizer *t = retrofit_tokenizer_load("f/tokenizers/smollm_style");
+    size_t known = retrofit_tokenizer_size(t);
+    for (char *line = text; (end = strchr(line, '\n')); line = end + 1, position++) {
+        const retrofit_json *j = json(line, (size_t)(end - line), "trace"), *list = retrofit_json_get(j, "recurrences"), *e = list ? list->child : NULL;
+        check(number_of(j, "position") == (double)position && list && list->count == 4, "trace: %.*s", (int)(end - line), line);
+        for (size_t r = 0; e && r < 4; r++, e = e->next) {
+            const float *z = logits[r] + position * V;
+            double entropy = 0, total = 0;
+            for (size_t v = 0; v < known; v++) total += exp((double)z[v]);
+            for (size_t v = 0; v < known; v++) entropy -= exp((double)z[v]) / total * log(exp((double)z[v]) / total);
+            const retrofit_json *top = retrofit_json_get(e, "top");
+            check(number_of(e, "r") == (double)(r + 1) && fabs(number_of(e, "entropy") - entropy) < 1e-4 * entropy, "trace: token %zu, r %zu: entropy %g, not %g", position, r + 1,
+                  number_of(e, "entropy"), entropy);
+            check(number_of(e, "change") > 0 && top && top->count == 3 && number_of(top->child, "token") == retrofit_argmax(z, known) &&
+                      fabs(number_of(top->child, "p") - exp((double)z[retrofit_argmax(z, known)]) / total) < 1e-4 && number_of(top->child->next, "p") <= number_of(top->child, "p"),
+                  "trace: token %zu, r %zu: %.*s", position, r + 1, (int)(end - line), line);
+        }
+    }
+    size_t shown = 0;
+    for (char *p = picture; (p = strchr(p, '\n')); p++) shown++;
+    check(shown == lines + 3, "the picture has %zu lines of %zu tokens: %s", shown, lines, picture); // its two lines of head, and how long it took
+    for (int r = 0; r < 4; r++) free(logits[r]);
+    free(text), free(picture), retrofit_tokenizer_free(t);
+}
+
+static void bad_thinking(void) {
+    static const struct { const char *what, *options; } bad[] = {
+        {"latest, shared:M or grouped:M", "--exit kl --kv-cache full"}, {"--kv-cache is full, latest", "--kv-cache half"}, {"positive numbers", "--kv-cache shared:0"},
+        {"positive numbers", "--kv-cache grouped:x"}, {"goes with --exit", "--exit-threshold 1"}, {"none|entropy-diff", "--exit never"}, {"R,N like 4,5", "--speculative 4"},
+        {"R,N like 4,5", "--speculative 4,99"}, {"does not go with --exit", "--speculative 2,3 --exit kl"}, {"does not go with --continuous", "--speculative 2,3 --continuous"},
+        {"does not go with --noise", "--speculative 2,3 --noise 1"}, {"does not go with --kv-cache", "--speculative 2,3 --kv-cache shared:2"}, {"--noise", "--noise=-1"},
+        {"plain Llama", "--model f/lookup/base --tokenizer f/lookup/base --exit kl"}, {"plain Llama", "--model f/lookup/base --tokenizer f/lookup/base --trace bad"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        fails(2, bad[i].what, "infer --model random --tokenizer f/tokenizers/smollm_style --prompt 'Once upon' --max-tokens 24 %s %s",
+              strstr(bad[i].options, "--model") ? "" : "--recurrences 5", bad[i].options);
+    fails(2, "--trace goes with --prompt", "infer --model random --eval numbers.bin --trace bad");
+    works("! " DEEP "--speculative 5,3 2>said && grep '^infer: --speculative: a draft of 5' said");
+    works("! " DEEP "--trace no/where 2>said && grep '^infer: no/where: No such file' said");
+    shell("printf '{\"prompt\":\"Once\"}\\n{\"prompt\":\"upon a time\"}\\n' >two.jsonl");
+    fails(1, "full KV cache", "infer --model random --tokenizer f/tokenizers/smollm_style --recurrences 5 --batch two.jsonl --exit kl --kv-cache shared:2");
+    // Rows that stop at different times say in a batch what they say alone, from random start states too.
+    works("infer --model random --tokenizer f/tokenizers/smollm_style --recurrences 5 --batch two.jsonl --exit kl --exit-threshold .02 --max-tokens 20 | sed 's/\"prompt_sec.*//; s/\"logprobs.*\"recur/\"recur/' >together && "
+          "infer --model random --tokenizer f/tokenizers/smollm_style --recurrences 5 --batch two.jsonl --batch-size 1 --exit kl --exit-threshold .02 --max-tokens 20 | sed 's/\"prompt_sec.*//; s/\"logprobs.*\"recur/\"recur/' "
+          ">alone && cmp together alone && grep -v '\"recurrences\":\\[5[5,]*\\]' alone");
+}
+
 int main(void) {
     enter("infer");
     shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && convert --random random.json --to random >ls");
@@ -503,6 +626,7 @@ int main(void) {
     text_behind_a_newline(), stop_strings(), batches();
     chat_tokenizers(), templates();
     for (size_t i = 0; i < 3; i++) conversations(i);
+    same_text(), cached_losses(), traces(), bad_thinking();
     long_prompt(), choices(), targets(false), targets(true), bad_tasks();
     retrofit_json_free(parsed);
     return leave("infer");
