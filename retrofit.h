@@ -1482,15 +1482,19 @@ int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { 
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
 
 uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t) {
-    uint64_t h = t->size, merges = 0;
+    uint64_t h = t->size, sum = 0;
     for (size_t id = 0; id < t->size; id++) {
         for (size_t i = 0; i < t->tokens[id].size; i++) h = (h ^ (unsigned char)t->tokens[id].text[i]) * 0x100000001b3;
-        h = hash64(h, id);
+        h = hash64(h, 2 * id + t->tokens[id].model);
     }
     for (size_t i = 0; i <= t->merge_mask; i++) // in the order of the table, hence a sum
-        if (t->merges[i].rank) merges += hash64(t->merges[i].pair, t->merges[i].rank);
+        if (t->merges[i].rank) sum += hash64(t->merges[i].pair, t->merges[i].rank);
+    for (size_t i = 0; i < t->first[512]; i++) sum += hash64(~(uint64_t)t->added[i].id, (uint64_t)t->added[i].key);
     for (size_t i = 0; i < TOK_STEPS; i++) h = hash64(h, t->has[i]);
-    return h + merges ? h + merges : 1;
+    h = hash64(h, (uint64_t)(t->fuse_unk + 2 * t->byte_fallback + 4 * t->ignore_merges)), h = hash64(hash64(h, (uint64_t)t->unk), (uint64_t)t->eos);
+    for (size_t i = 0; i < t->before_count; i++) h = hash64(h, (uint64_t)t->before[i]);
+    for (size_t i = 0; i < t->after_count; i++) h = hash64(h, ~(uint64_t)t->after[i]);
+    return h + sum ? h + sum : 1;
 }
 
 static void tok_refuse(retrofit_tokenizer *t, const char *what, const char *name) {

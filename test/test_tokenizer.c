@@ -395,6 +395,35 @@ static void added_tokens(void) {
     free(text), retrofit_tokenizer_free(t);
 }
 
+// The hash tells apart what gives other ids, whichever part of the file it is, and nothing else.
+static void hashes(void) {
+#define TOKENS "\"a\":0,\"b\":1,\"▁\":2,\"ab\":3,\"<s>\":4,\"c\":5,\"▁c\":6"
+    static const struct { int part; const char *json; } others[] = { // of load_parts
+        {0, PREPEND}, {1, DIGITS}, {3, TEMPLATE("4", TEXT)}, {3, TEMPLATE("5", TEXT)},
+        {3, TEMPLATE("4", TEXT ",{\"SpecialToken\":{\"id\":\"x\"}}")}, {4, ADDED("8", "<t>", "")},
+        {4, ADDED("8", "<t>", ",\"normalized\":false")}, {4, ADDED("8", "<u>", "")}, {4, ADDED("4", "<s>", "")},
+        {5, "\"ignore_merges\":true,"}, {5, "\"unk_token\":\"c\","}, {5, "\"unk_token\":\"c\",\"fuse_unk\":true,"}, {5, "\"unk_token\":\"b\","},
+        {5, "\"vocab\":{" TOKENS ",\"x\":7},"}, {5, "\"vocab\":{" TOKENS ",\"x\":8},"}, {5, "\"vocab\":{" TOKENS ",\"xy\":7,\"z\":8},"},
+        {5, "\"vocab\":{" TOKENS ",\"x\":7,\"yz\":8},"}, {5, "\"merges\":[[\"a\",\"b\"]],"},
+        {5, "\"merges\":[\"▁ c\",[\"a\",\"b\"]],"}, {5, "\"merges\":[],"}};
+    enum { OTHERS = sizeof others / sizeof *others };
+    uint64_t hash[OTHERS + 1] = {0};
+    retrofit_tokenizer *t = load_parts(NULL, NULL, NULL, NULL, NULL, NULL);
+    retrofit_tokenizer *again = load_parts(NULL, NULL, NULL, NULL, NULL, "\"vocab\":{\"Ġ\":7," TOKENS "},");
+    need(t && again, "two tokenizers");
+    hash[OTHERS] = retrofit_tokenizer_hash(t);
+    check(hash[OTHERS] == retrofit_tokenizer_hash(again), "the same tokenizer, laid out in another way, has another hash");
+    retrofit_tokenizer_free(t), retrofit_tokenizer_free(again);
+    for (size_t i = 0; i < OTHERS; i++) {
+        const char *part[6] = {NULL, NULL, NULL, NULL, NULL, NULL};
+        part[others[i].part] = others[i].json, t = load_parts(part[0], part[1], part[2], part[3], part[4], part[5]);
+        need(t != NULL, others[i].json), hash[i] = retrofit_tokenizer_hash(t), retrofit_tokenizer_free(t);
+    }
+    for (size_t i = 0; i <= OTHERS; i++)
+        for (size_t j = 0; j < i; j++)
+            check(hash[i] && hash[i] != hash[j], "%s and %s have the same hash", i < OTHERS ? others[i].json : "nothing", others[j].json);
+}
+
 static void speed(const char *directory, const char *file) {
     double t0 = retrofit_seconds();
     retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
@@ -419,7 +448,7 @@ int main(int count, char **args) {
     static const char *const kinds[] = {"llama2_style", "llama3_style", "smollm_style"};
     json_cases();
     refusals();
-    added_tokens();
+    added_tokens(), hashes();
     for (int i = 0; i < 3; i++) {
         char directory[256];
         snprintf(directory, sizeof directory, FIXTURES "tokenizers/%s", kinds[i]);

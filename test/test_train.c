@@ -389,7 +389,7 @@ static void unrolled(void) {
     for (size_t i = 0; i < C + D; i++) {
         retrofit_layer *w = i < C ? &m->core[i] : &m->coda[i - C];
         for (size_t r = 1; i < C && r < R; r++) {
-#define SUM(w) add(stack->coda[P + i].w.grad, stack->coda[P + r * C + i].w.grad, stack->coda[P + i].w.rows * stack->coda[P + i].w.cols);
+#define SUM(w) add(stack->coda[P + i].w.grad, stack->coda[P + r * C + i].w.grad, stack->coda[P + i].w.rows * stack->coda[P + i].w.cols, 1);
             EACH(SUM)
         }
         retrofit_layer *u = &stack->coda[i < C ? P + i : P + R * C + i - C];
@@ -431,7 +431,9 @@ static void freezing(void) {
                 }
                 check(fabs(norm - sqrt(squares)) < 1e-6 * norm, "mode %d: the norm is %g, of the trained gradients %g", mode, norm, sqrt(squares));
                 size_t weights, gradients, moments;
-                retrofit_training_bytes(m, (retrofit_mode)mode, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments);
+                retrofit_model *shape = retrofit_model_new(&m->config, &retrofit_cpu);
+                need(shape != NULL, "shape");
+                retrofit_training_bytes(shape, (retrofit_mode)mode, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments), retrofit_free(shape);
                 check(gradients == m->grad_bytes && moments == m->moment_bytes, "mode %d: %zu and %zu bytes foretold, %zu and %zu taken", mode, gradients, moments,
                       m->grad_bytes, m->moment_bytes);
                 retrofit_activations_free(a);
