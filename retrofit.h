@@ -38,8 +38,8 @@
        5  operations on the CPU, forward beside backward     x += proj(attn(RMSNorm x)) ...   block_forward, block_backward
        6  block, model: forward and backward                 r ~ Poisson(LogNormal) + 1       retrofit_draw_recurrences
        7  recurrence sampler, curriculum, learning rate      r̄(t), curriculum                 retrofit_curriculum
-       8  optimizers: AdamW, Muon; clipping                  AdamW, Muon                      retrofit_optimizer_step
-       9  decoding with a KV cache, sampling                 next token                       retrofit_feed, retrofit_sample
+       8  optimizers: AdamW, Muon, AdamW*; clipping          AdamW, Muon, AdamW*              retrofit_optimizer_step
+       9  decoding: KV cache, exits, sampling, drafts        next token                       retrofit_feed, retrofit_sample
       10  checkpoints, token shards                          surgery                          convert.c
 
    License: MIT. */
@@ -3530,7 +3530,7 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
 }
 
 // =====================================================================================================================
-// 9  Decoding with a KV cache
+// 9  Decoding: KV cache, exits, sampling, drafts
 // =====================================================================================================================
 
 static void begin_thinking(retrofit_activations *a, const retrofit_thinking *how) {
