@@ -397,7 +397,9 @@ static void say_drafted(retrofit_activations *a, row *k, const retrofit_tokenize
     size_t count = retrofit_speculate(a, k->said[k->produced], drafts.depth, L, how, &k->sampling, retrofit_tokenizer_size(t), out, scratch);
     if (!count) die(1, "--speculative: %s", retrofit_error());
     drafts.seconds += retrofit_seconds() - began, drafts.drafted += L, drafts.kept += count, drafts.rounds++;
-    for (size_t i = 0; i < count && !k->finish; i++) say(k, t, out[i], scratch + i * V, V, how->recurrences, show);
+    int32_t past = a->seen[0] - (int32_t)count;
+    for (size_t i = 0; i < count && !k->finish; i++) // what lies behind the end of a text is not to stay in the cache
+        say(k, t, out[i], scratch + i * V, V, how->recurrences, show), a->seen[0] = past + (int32_t)i + 1;
 }
 
 static int by_count(const void *x, const void *y) {

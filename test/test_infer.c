@@ -539,6 +539,15 @@ static void same_text(void) {
     check(out_size % 2 == 0 && !memcmp(out, out + out_size / 2, out_size / 2), "drawn drafts of one seed: two texts: %s", out);
 }
 
+// Drafts in a conversation: a turn that ends amid them leaves nothing behind its end in the cache.
+static void drafted_conversation(void) {
+    shell("printf 'Once\\nupon\\na time\\nthere\\nwas\\n' >users");
+    for (int limit = 6; limit < 16; limit++) {
+        works(TALK "--chat --interactive --recurrences 30 --max-tokens %d --stop 'e|a' <users >plain && " TALK "--chat --interactive --recurrences 30 --max-tokens %d --stop 'e|a' --speculative 29,6 "
+              "<users >drafted && cmp plain drafted", "smollm", limit, "smollm", limit);
+    }
+}
+
 static void cached_losses(void) {
     double loss[3], full[3], used[3];
     size_t r, bytes, plain_bytes = 0;
@@ -626,7 +635,7 @@ int main(void) {
     text_behind_a_newline(), stop_strings(), batches();
     chat_tokenizers(), templates();
     for (size_t i = 0; i < 3; i++) conversations(i);
-    same_text(), cached_losses(), traces(), bad_thinking();
+    same_text(), drafted_conversation(), cached_losses(), traces(), bad_thinking();
     long_prompt(), choices(), targets(false), targets(true), bad_tasks();
     retrofit_json_free(parsed);
     return leave("infer");
