@@ -4,7 +4,7 @@
 
 static const char *const models[] = {"tiny/recurrent", "llama3/recurrent", "head64/recurrent"};
 #ifdef __SANITIZE_ADDRESS__ // ten times as slow
-enum { PROMPTS = 50 };
+enum { PROMPTS = 25 };
 #else
 enum { PROMPTS = 334 }; // 1,002 with three models
 #endif
