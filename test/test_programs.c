@@ -519,7 +519,7 @@ static void bad_options(void) {
     fails(2, "--help", "train"), fails(2, "--model is needed", "infer");
     for (int i = 0; i < 2; i++) {
         works("%s --help && ! %s --help 2>&1 >ls | grep .", i ? "infer" : "train", i ? "infer" : "train");
-        check(strstr(out, "--model") && strstr(out, "--seed") && strstr(out, "--seq-len") && strstr(out, "--state-init") && strstr(out, "--device") &&
+        check((i || strstr(out, "  --dry-run[=schedule] ")) && strstr(out, "--model") && strstr(out, "--seed") && strstr(out, "--seq-len") && strstr(out, "--state-init") && strstr(out, "--device") &&
                   strstr(out, i ? "--print-tokens" : "--save-every") && strstr(out, i ? "--min-p" : "--curriculum-warmup"), "--help is not whole: %s", out);
         for (char *line = out, *end; (end = strchr(line, '\n')); line = end + 1) check(end - line <= 120, "--help: %d wide: %.160s", (int)(end - line), line);
     }
