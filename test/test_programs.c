@@ -255,6 +255,37 @@ static void sampled(void) {
     }
 }
 
+// The last number behind a key in a log.
+static double last_of(const char *dir, const char *key) {
+    char path[256];
+    snprintf(path, sizeof path, "%s/log.jsonl", dir);
+    char *text = slurp(path, &(size_t){0}), *at = text, *found = NULL;
+    while ((at = strstr(at, key))) found = at += strlen(key);
+    double x = found ? strtod(found, NULL) : -1;
+    return free(text), x;
+}
+
+// What a dry run says of FLOPs is what the run has then; and which optimizer has how many of the parameters.
+static void foretold(const char *options, const char *dir, retrofit_mode mode, bool muon) {
+    works(TRAIN "recurrent --steps 4 %s --dry-run", options);
+    double flops = 0, paper = 0;
+    size_t in[3] = {0}, said[3] = {0};
+    char *training = strstr(out, "training "), *all = strstr(out, "\n  all ");
+    check(training && sscanf(training, "training %lf FLOPs (%lf", &flops, &paper) == 2 && fabs(flops / last_of(dir, "\"flops\":") - 1) < 6e-3 &&
+              fabs(paper / last_of(dir, "\"paper_flops\":") - 1) < 6e-3, "%s: %g FLOPs, the paper's %g, in the log %g and %g", dir, flops, paper,
+          last_of(dir, "\"flops\":"), last_of(dir, "\"paper_flops\":"));
+    retrofit_model *m = retrofit_load("f/tiny/recurrent", &retrofit_cpu, mode);
+    need(m != NULL, "tiny");
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        const retrofit_parameter *p = m->parameters[i];
+        in[!p->grad ? 2 : muon && p->kind == RETROFIT_MATRIX ? 0 : 1] += p->rows * p->cols;
+    }
+    check(all && sscanf(all, " all %zu %zu %zu", &said[0], &said[1], &said[2]) == 3 && !memcmp(in, said, sizeof in), "%s: %zu, %zu, %zu parameters, not %zu, %zu, %zu", dir,
+          said[0], said[1], said[2], in[0], in[1], in[2]);
+    check(strstr(out, muon ? " by adamw " : " by ellisadam ") && strstr(out, "read 1.60 times"), "%s: no optimizer's name, or another share of 10 rows: %s", dir, out);
+    retrofit_free(m);
+}
+
 // What is frozen stays as it is, to the bit; the checkpoint goes on; another --train is another run.
 static void frozen(void) {
     static const char *const trained[] = {"adapter", "core"};
@@ -272,7 +303,12 @@ static void frozen(void) {
             check(moves == (memcmp(p->weight.data, before->parameters[j]->weight.data, p->rows * p->cols * 4) != 0), "--train %s: %s moved, or did not", trained[i], p->piece[0].name);
         }
         retrofit_free(m), retrofit_free(before);
+        foretold(i ? "--train core" : "--train adapter", a, i ? RETROFIT_TRAINING_CORE : RETROFIT_TRAINING_ADAPTER, true);
     }
+    works(TRAIN "recurrent --steps 4 --optimizer ellisadam --out unfrozen"), foretold("--optimizer ellisadam", "unfrozen", RETROFIT_TRAINING, false);
+    check(last_of("frozen.0", "\"flops\":") < last_of("frozen.1", "\"flops\":") && last_of("frozen.1", "\"flops\":") < last_of("unfrozen", "\"flops\":"),
+          "what is frozen costs as much");
+    fails(1, "depth-warmup was 0, is 0.5; --depth-start was 1, is 2", TRAIN "recurrent --steps 4 --optimizer ellisadam --out unfrozen --resume --depth-warmup .5 --depth-start 2");
 }
 
 // Shards of another tokenizer are refused, for training and validation.
@@ -294,7 +330,8 @@ static void nan_weight(void) {
     long at = (const char *)fixture(&f, "transformer.adapter.weight")->data - (const char *)f.base + 400;
     retrofit_safetensors_close(&f);
     works("printf '\\000\\000\\300\\177' | dd of=nan/model.safetensors bs=1 seek=%ld conv=notrunc", at); // a NaN, little-endian
-    fails(MIDWAY, "nan", "train --model nan --data rows.bin --seq-len 24 --micro-batch-size 2 --steps 2 --out bad");
+    for (int frozen = 0; frozen < 2; frozen++)
+        fails(MIDWAY, "nan", "train --model nan --data rows.bin --seq-len 24 --micro-batch-size 2 --steps 2 --out bad%s", frozen ? " --train adapter" : "");
 }
 
 static void plain_stays_plain(void) {
