@@ -211,6 +211,7 @@ static void schedule(void) {
     char *largest_draw = strstr(out, "the largest draw");
     check(largest_draw && sscanf(largest_draw, "the largest draw is %zu recurrences, in step %zu", &said[0], &said[1]) == 2 && said[0] == most && said[1] == at,
           "the largest draw is %zu in step %zu, not %zu in %zu", most, at, said[0], said[1]);
+    works(TRAIN "recurrent --steps 4 --curriculum none --mean-recurrence 30 --backprop-depth 25 --depth-warmup 1 --depth-start 7 --dry-run=schedule | grep '^1 1 30 7 '"); // 25·(7/25) > 7
     works(TRAIN "recurrent --steps 1 --fixed-recurrences 3,2 --depth-warmup 1 --dry-run=schedule | grep '^1 1 5 2 3 2 '");
     works(TRAIN "%s --dry-run=schedule", options);
     size_t step = 0, number, micro, mean, depth, n, k, deepest = 0, lines = 0;
@@ -218,7 +219,7 @@ static void schedule(void) {
     for (char *line = out; (line = strchr(line, '\n')) && *++line; lines++) {
         if (!check(sscanf(line, "%zu %zu %zu %zu %zu %zu %lf %lf\n", &number, &micro, &mean, &depth, &n, &k, &lr, &muon) == 8, "no line of a schedule: %.80s", line)) break;
         step++;
-        check(number == step && step <= 12 && micro == 1 && depth >= deepest && depth <= 5 && k <= depth, "a schedule's step %zu: %.80s", step, line);
+        check(number == step && step <= 12 && micro == 1 && depth >= deepest && depth <= 5 && depth <= mean && k <= depth, "a schedule's step %zu: %.80s", step, line);
         check(step > 12 || ((double)mean == log[step].mean && (double)n == log[step].n && (double)k == log[step].k && lr == log[step].lr && muon == log[step].muon_lr),
               "step %zu is not what the log has: %.80s", step, line);
         deepest = depth;
