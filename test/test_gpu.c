@@ -277,6 +277,18 @@ static void thinking(const retrofit_ops *ops, const char *name) {
         }
     }
     check(early > 20, "%s %s: %zu tokens stopped early", ops->name, name, early);
+    // What a recorded step is for: another way to think is another recording, and one whose noise differs from token to token is not recorded.
+    static const retrofit_thinking ways[] = {{.noise = 0}, {.continuous = true}, {.noise = 0}, {.noise = 3}, {.noise = 9}, {.noise = 9, .noise_kind = RETROFIT_NOISE_CHI}, {.noise = 0}};
+    retrofit_rewind(a), retrofit_rewind(b);
+    for (size_t i = 0; i < 21; i++) {
+        retrofit_thinking how = ways[i / 3];
+        how.recurrences = 3, how.sigma = 0.3f, how.seed = 5;
+        need(retrofit_feed(a, tokens + i % 8, 1, 1, NULL, &how) && retrofit_feed(b, tokens + i % 8, 1, 1, NULL, &how), "feed");
+        double e = relative_error(a->next, b->next, V);
+        check(e < 1e-4, "%s %s, way %zu: token %zu's logits are %.2e off the CPU's", ops->name, name, i / 3, i, e);
+    }
+    cache.bf16 = true;
+    check(!retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &cache), "%s: keys and values in bf16, activations not", ops->name);
     retrofit_thinking how = {.recurrences = 5, .sigma = 0.1f, .seed = 3};
     retrofit_sampling greedy = {0, 0, 1, 0, 1};
     retrofit_rewind(a), retrofit_rewind(b);

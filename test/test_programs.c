@@ -147,13 +147,22 @@ static void schedule(void) {
     static logged log[13];
     const char *options = "recurrent --batch-size 2 --steps 12 --mean-recurrence 6 --backprop-depth 5 --depth-warmup .5 --depth-start 2";
     works(TRAIN "%s --out scheduled", options), read_log("scheduled", 12, 0, log);
+    size_t most = 0, at = 0, said[2] = {0};
+    for (size_t i = 1; i <= 12; i++)
+        if (log[i].n + log[i].k > (double)most) most = (size_t)(log[i].n + log[i].k), at = i;
+    works(TRAIN "%s --dry-run", options);
+    char *largest_draw = strstr(out, "the largest draw");
+    check(largest_draw && sscanf(largest_draw, "the largest draw is %zu recurrences, in step %zu", &said[0], &said[1]) == 2 && said[0] == most && said[1] == at,
+          "the largest draw is %zu in step %zu, not %zu in %zu", most, at, said[0], said[1]);
+    works(TRAIN "recurrent --steps 4 --curriculum none --mean-recurrence 30 --backprop-depth 25 --depth-warmup 1 --depth-start 7 --dry-run=schedule | grep '^1 1 30 7 '"); // 25·(7/25) > 7
+    works(TRAIN "recurrent --steps 1 --fixed-recurrences 3,2 --depth-warmup 1 --dry-run=schedule | grep '^1 1 5 2 3 2 '");
     works(TRAIN "%s --dry-run=schedule", options);
     size_t step = 0, number, micro, mean, depth, n, k, deepest = 0, lines = 0;
     double lr, muon;
     for (char *line = out; (line = strchr(line, '\n')) && *++line; lines++) {
         if (!check(sscanf(line, "%zu %zu %zu %zu %zu %zu %lf %lf\n", &number, &micro, &mean, &depth, &n, &k, &lr, &muon) == 8, "no line of a schedule: %.80s", line)) break;
         step++;
-        check(number == step && step <= 12 && micro == 1 && depth >= deepest && depth <= 5 && k <= depth, "a schedule's step %zu: %.80s", step, line);
+        check(number == step && step <= 12 && micro == 1 && depth >= deepest && depth <= 5 && depth <= mean && k <= depth, "a schedule's step %zu: %.80s", step, line);
         check(step > 12 || ((double)mean == log[step].mean && (double)n == log[step].n && (double)k == log[step].k && lr == log[step].lr && muon == log[step].muon_lr),
               "step %zu is not what the log has: %.80s", step, line);
         deepest = depth;
@@ -168,34 +177,68 @@ static void schedule(void) {
 
 // Samples stand in the log before the line that ends them, and are what infer makes of the same checkpoint.
 static void sampled(void) {
-    works("convert --from f/lookup/base --to loop --prelude 0 --core 1 --coda 2 --mean-recurrence 2 --backprop-depth 2");
-    shell("printf 'a=1 b=a | b\\n\\nc=2 \\n' >prompts");
-    const char *command = "train --model loop --data low.bin --seq-len 24 --micro-batch-size 2 --steps 2 --sample-prompts prompts --sample-tokens 5 --eval-recurrences 1,3 "
+    shell("mkdir loop && cp f/tiny/recurrent/* f/lookup/base/tokenizer* loop"); // to this model the start state matters, and it has more ids
+    shell("printf 'a=1 b=a | b\\n\\nc=2 \\nz\\nq=9 | q\\nx=y\\n7\\n' >prompts");
+    const char *command = "train --model loop --data low.bin --seq-len 24 --micro-batch-size 2 --steps 2 --sample-prompts prompts --sample-tokens 5 --eval-recurrences 3,1 "
                           "--eval-every 1 --save-every 1 --keep 9";
     for (int val = 0; val < 2; val++) {
         char dir[16];
         size_t size, found = 0, ends = 0;
         snprintf(dir, sizeof dir, "sampled.%d", val);
-        works("%s --out %s%s", command, dir, val ? " --val low.bin --eval-rows 1" : "");
+        const char *more = val ? " --val low.bin --eval-rows 1 --state-init zero" : " --seed 7";
+        works("%s --out %s%s", command, dir, more);
         char *path = val ? (char *)"sampled.1/log.jsonl" : (char *)"sampled.0/log.jsonl", *text = slurp(path, &size), *end;
         for (char *line = text; (end = strchr(line, '\n')); line = end + 1) {
             retrofit_json *j = retrofit_json_parse(line, (size_t)(end - line), path);
             const retrofit_json *s = retrofit_json_get(j, "sample"), *step = retrofit_json_get(j, "step"), *p = retrofit_json_get(s, "prompt"), *t = retrofit_json_get(s, "text"),
                                 *r = retrofit_json_get(s, "recurrences");
             check(j != NULL, "%s: %s", path, retrofit_error());
-            if (retrofit_json_get(j, val ? "val" : "sampled")) ends++, check(found == 4 * ends, "%s: %zu samples before the end of evaluation %zu", path, found, ends);
+            if (retrofit_json_get(j, val ? "val" : "sampled")) ends++, check(found == 12 * ends, "%s: %zu samples before the end of evaluation %zu", path, found, ends);
             if (s && check(p && t && r && step, "%s: %.*s", path, (int)(end - line), line)) {
                 found++;
-                works("infer --model %s/step_%08.0f --prompt '%s' --recurrences %.0f --max-tokens 5", dir, step->number, p->string, r->number);
+                works("infer --model %s/step_%08.0f --prompt '%s' --recurrences %.0f --max-tokens 5%s", dir, step->number, p->string, r->number,
+                      val ? " --state-init zero" : " --seed 7");
                 check(out_size == t->length + 1 && !memcmp(out, t->string, t->length), "a sample '%s', infer says '%s'", t->string, out);
             }
             retrofit_json_free(j);
         }
         free(text), check(ends == 2, "%s: %zu evaluations of 2", path, ends);
         // Without the line that ends them, samples are of a run that was stopped: the next one makes them anew.
-        works("cp %s/log.jsonl whole && sed -i '$d' %s/log.jsonl && %s --out %s%s --resume && cmp whole %s/log.jsonl", dir, dir, command, dir,
-              val ? " --val low.bin --eval-rows 1" : "", dir);
+        works("cp %s/log.jsonl whole && sed -i '$d' %s/log.jsonl && %s --out %s%s --resume && cmp whole %s/log.jsonl", dir, dir, command, dir, more, dir);
     }
+}
+
+// The last number behind a key in a log.
+static double last_of(const char *dir, const char *key) {
+    char path[256];
+    snprintf(path, sizeof path, "%s/log.jsonl", dir);
+    char *text = slurp(path, &(size_t){0}), *at = text, *found = NULL;
+    while ((at = strstr(at, key))) found = at += strlen(key);
+    double x = found ? strtod(found, NULL) : -1;
+    return free(text), x;
+}
+
+// What a dry run says of FLOPs is what the run has then; and which optimizer has how many of the parameters.
+static void foretold(const char *options, const char *dir, retrofit_mode mode, bool muon) {
+    works(TRAIN "recurrent --steps 4 %s --dry-run", options);
+    double flops = 0, paper = 0;
+    size_t in[3] = {0}, said[3] = {0};
+    char *training = strstr(out, "training "), *all = strstr(out, "\n  all ");
+    bool both = training && sscanf(training, "training %lf FLOPs (%lf", &flops, &paper) == 2;
+    check(both && fabs(flops / last_of(dir, "\"flops\":") - 1) < 6e-3 &&
+              fabs(paper / last_of(dir, "\"paper_flops\":") - 1) < 6e-3, "%s: %g FLOPs, the paper's %g, in the log %g and %g", dir, flops, paper,
+          last_of(dir, "\"flops\":"), last_of(dir, "\"paper_flops\":"));
+    retrofit_model *m = retrofit_load("f/tiny/recurrent", &retrofit_cpu, mode);
+    need(m != NULL, "tiny");
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        const retrofit_parameter *p = m->parameters[i];
+        in[!p->grad ? 2 : muon && p->kind == RETROFIT_MATRIX ? 0 : 1] += p->rows * p->cols;
+    }
+    if (all) sscanf(all, " all %zu %zu %zu", &said[0], &said[1], &said[2]);
+    check(!memcmp(in, said, sizeof in), "%s: %zu, %zu, %zu parameters, not %zu, %zu, %zu", dir,
+          said[0], said[1], said[2], in[0], in[1], in[2]);
+    check(strstr(out, muon ? " by adamw " : " by ellisadam ") && strstr(out, "read 1.60 times"), "%s: no optimizer's name, or another share of 10 rows: %s", dir, out);
+    retrofit_free(m);
 }
 
 // What is frozen stays as it is, to the bit; the checkpoint goes on; another --train is another run.
@@ -215,7 +258,12 @@ static void frozen(void) {
             check(moves == (memcmp(p->weight.data, before->parameters[j]->weight.data, p->rows * p->cols * 4) != 0), "--train %s: %s moved, or did not", trained[i], p->piece[0].name);
         }
         retrofit_free(m), retrofit_free(before);
+        foretold(i ? "--train core" : "--train adapter", a, i ? RETROFIT_TRAINING_CORE : RETROFIT_TRAINING_ADAPTER, true);
     }
+    works(TRAIN "recurrent --steps 4 --optimizer ellisadam --out unfrozen"), foretold("--optimizer ellisadam", "unfrozen", RETROFIT_TRAINING, false);
+    check(last_of("frozen.0", "\"flops\":") < last_of("frozen.1", "\"flops\":") && last_of("frozen.1", "\"flops\":") < last_of("unfrozen", "\"flops\":"),
+          "what is frozen costs as much");
+    fails(1, "depth-warmup was 0, is 0.5; --depth-start was 1, is 2", TRAIN "recurrent --steps 4 --optimizer ellisadam --out unfrozen --resume --depth-warmup .5 --depth-start 2");
 }
 
 // Shards of another tokenizer are refused, for training and validation.
@@ -237,13 +285,15 @@ static void nan_weight(void) {
     long at = (const char *)fixture(&f, "transformer.adapter.weight")->data - (const char *)f.base + 400;
     retrofit_safetensors_close(&f);
     works("printf '\\000\\000\\300\\177' | dd of=nan/model.safetensors bs=1 seek=%ld conv=notrunc", at); // a NaN, little-endian
-    fails(MIDWAY, "nan", "train --model nan --data rows.bin --seq-len 24 --micro-batch-size 2 --steps 2 --out bad");
+    for (int frozen = 0; frozen < 2; frozen++)
+        fails(MIDWAY, "nan", "train --model nan --data rows.bin --seq-len 24 --micro-batch-size 2 --steps 2 --out bad%s", frozen ? " --train adapter" : "");
 }
 
 static void plain_stays_plain(void) {
     logged log[3];
     works(TRAIN "base --steps 2 --lr 1e-3 --val val.bin --out plain");
     check_checkpoint("plain", 2), read_log("plain", 2, 2, log);
+    works("grep '\"val\":{\"0\":[0-9.]*}}' plain/log.jsonl"); // no recurrence, so no list of them
     works("cd plain/latest && grep LlamaForCausalLM config.json && grep '\"model_type\": \"llama\"' config.json && grep model.layers.7.mlp.gate model*");
     retrofit_model *a = retrofit_load("f/tiny/base", &retrofit_cpu, RETROFIT_TRAINING), *b = retrofit_load("plain", &retrofit_cpu, RETROFIT_TRAINING);
     need(a && b && a->parameter_count == b->parameter_count, "two plain models of a kind");
@@ -417,7 +467,7 @@ static void bad_options(void) {
         {2, "multiple of --micro-batch-size 2", "--batch-size 3"}, {2, "--micro-batch-size 0", "--micro-batch-size 0"},
         {2, "context of 128", "--seq-len 129"}, {2, "--eval-rows", "--eval-rows 0"}, {2, "--eval-recurrences", "--eval-recurrences 1,,2"},
         {2, "65536", "--mean-recurrence 65537"}, {2, "--resume", "--resume"}, {1, "file", "--out file"}, {1, "Not a directory", "--out file/below"},
-        {2, "--depth-start 9", "--backprop-depth 8 --depth-start 9"}, {2, "all|core|adapter", "--train coda"}, {2, "neither", "--train core --model f/tiny/base"},
+        {2, "--depth-start 9", "--backprop-depth 8 --depth-start 9"}, {2, "--depth-start 0", "--depth-start 0"}, {2, "all|core|adapter", "--train coda"}, {2, "neither", "--train core --model f/tiny/base"},
         {2, "--dry-run is one of schedule", "--dry-run=all"}, {1, "No such file", "--sample-prompts missing"}, {1, "tokenizer", "--sample-prompts file"},
         {1, "no prompt", "--model f/lookup/base --data low.bin --sample-prompts file"},
         {1, "does not hold", "--model f/lookup/base --data low.bin --sample-prompts prompts --sample-tokens 256"},
@@ -446,7 +496,7 @@ static void bad_options(void) {
     fails(2, "--help", "train"), fails(2, "--model is needed", "infer");
     for (int i = 0; i < 2; i++) {
         works("%s --help && ! %s --help 2>&1 >ls | grep .", i ? "infer" : "train", i ? "infer" : "train");
-        check(strstr(out, "--model") && strstr(out, "--seed") && strstr(out, "--seq-len") && strstr(out, "--state-init") && strstr(out, "--device") &&
+        check((i || strstr(out, "  --dry-run[=schedule] ")) && strstr(out, "--model") && strstr(out, "--seed") && strstr(out, "--seq-len") && strstr(out, "--state-init") && strstr(out, "--device") &&
                   strstr(out, i ? "--print-tokens" : "--save-every") && strstr(out, i ? "--min-p" : "--curriculum-warmup"), "--help is not whole: %s", out);
         for (char *line = out, *end; (end = strchr(line, '\n')); line = end + 1) check(end - line <= 120, "--help: %d wide: %.160s", (int)(end - line), line);
     }

@@ -402,8 +402,8 @@ static void hashes(void) {
         {0, PREPEND}, {1, DIGITS}, {3, TEMPLATE("4", TEXT)}, {3, TEMPLATE("5", TEXT)},
         {3, TEMPLATE("4", TEXT ",{\"SpecialToken\":{\"id\":\"x\"}}")}, {4, ADDED("8", "<t>", "")},
         {4, ADDED("8", "<t>", ",\"normalized\":false")}, {4, ADDED("8", "<u>", "")}, {4, ADDED("4", "<s>", "")},
-        {5, "\"ignore_merges\":true,"}, {5, "\"unk_token\":\"c\","}, {5, "\"unk_token\":\"c\",\"fuse_unk\":true,"}, {5, "\"unk_token\":\"b\","},
-        {5, "\"vocab\":{" TOKENS ",\"x\":7},"}, {5, "\"vocab\":{" TOKENS ",\"x\":8},"}, {5, "\"vocab\":{" TOKENS ",\"xy\":7,\"z\":8},"},
+        {5, "\"ignore_merges\":true,"}, {5, "\"unk_token\":\"c\","}, {5, "\"unk_token\":\"c\",\"fuse_unk\":true,"},
+        {5, "\"unk_token\":\"b\","}, {5, "\"vocab\":{" TOKENS ",\"x\":7},"}, {5, "\"vocab\":{" TOKENS ",\"x\":8},"}, {5, "\"vocab\":{" TOKENS ",\"xy\":7,\"z\":8},"},
         {5, "\"vocab\":{" TOKENS ",\"x\":7,\"yz\":8},"}, {5, "\"merges\":[[\"a\",\"b\"]],"},
         {5, "\"merges\":[\"▁ c\",[\"a\",\"b\"]],"}, {5, "\"merges\":[],"}};
     enum { OTHERS = sizeof others / sizeof *others };
