@@ -238,6 +238,8 @@ static void foretold(const char *options, const char *dir, retrofit_mode mode, b
     check(!memcmp(in, said, sizeof in), "%s: %zu, %zu, %zu parameters, not %zu, %zu, %zu", dir,
           said[0], said[1], said[2], in[0], in[1], in[2]);
     check(strstr(out, muon ? " by adamw " : " by ellisadam ") && strstr(out, "read 1.60 times"), "%s: no optimizer's name, or another share of 10 rows: %s", dir, out);
+    works(TRAIN "recurrent --steps 4 %s --flops %.0f --dry-run | grep 'ends after step 4 of 4, with %.3g FLOPs'", options, last_of(dir, "\"flops\":") * 0.999,
+          last_of(dir, "\"flops\":"));
     retrofit_free(m);
 }
 
