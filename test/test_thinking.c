@@ -46,7 +46,9 @@ static void equal_to_plain(size_t which) {
     size_t V = m->config.vocab, worst_latest = 0;
     enum { PLAIN, SHARED, GROUPED, NEVER, ALWAYS, ONE, KINDS };
     static const char *const names[] = {"plain", "shared by as many", "grouped one by one", "an exit that never fires", "one that always fires", "one recurrence"};
-    retrofit_activations *a[KINDS];
+    retrofit_activations *a[KINDS], *whole = retrofit_activations_new(m, 1, 12 + REST, 0, RETROFIT_KEEP_NOTHING, NULL);
+    float *logits = (float *)allocate(REST * V, 4);
+    need(whole && logits, "activations");
     for (int k = 0; k < KINDS; k++) a[k] = with_cache(m, 1, k == SHARED ? RETROFIT_CACHE_SHARED : k == GROUPED ? RETROFIT_CACHE_GROUPED : RETROFIT_CACHE_FULL, k == SHARED ? DEEPEST : 1, false);
     for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
         int32_t tokens[12 + REST];
@@ -57,8 +59,12 @@ static void equal_to_plain(size_t which) {
         ways[NEVER].threshold = stable ? 1e9f : 0, ways[ALWAYS].threshold = stable ? 0 : 1e30f;
         for (int k = 0; k < KINDS; k++) retrofit_rewind(a[k]), feed(a[k], tokens, 1, n, &ways[k]);
         ways[ONE].recurrences = 1; // the prompt thought as deep as the others
+        need(retrofit_forward(whole, tokens, 1, n + REST, how.sigma, how.seed, how.recurrences, 0), "forward");
+        retrofit_logits(whole, n, REST, logits);
         for (size_t i = n; i < n + REST; i++) {
             const float *plain = feed(a[PLAIN], tokens + i, 1, 1, &ways[PLAIN]);
+            double apart = relative_error(plain, logits + (i - n) * V, V); // roundings add up with the depth; 1e-5 at 4, as in test_decode
+            check(apart < 2.5e-6 * fmax(4, (double)how.recurrences), "%s, prompt %zu, r %zu: token %zu is %.2e off the full pass", models[which], prompt, how.recurrences, i, apart);
             for (int k = SHARED; k <= NEVER; k++)
                 check(!memcmp(feed(a[k], tokens + i, 1, 1, &ways[k]), plain, V * 4) && a[k]->used[0] == (int32_t)how.recurrences, "%s, prompt %zu: %s, r %zu: token %zu differs",
                       models[which], prompt, names[k], how.recurrences, i);
@@ -70,7 +76,7 @@ static void equal_to_plain(size_t which) {
     }
     check(worst_latest > PROMPTS / 2, "%s: r = 1 and r agree: nothing was tested", models[which]);
     for (int k = 0; k < KINDS; k++) retrofit_activations_free(a[k]);
-    retrofit_free(m);
+    free(logits), retrofit_activations_free(whole), retrofit_free(m);
 }
 
 // ---- Exits: the recurrence at which each criterion, written out, stops; and what a token that stopped leaves in the cache ---------------
