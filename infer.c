@@ -4,7 +4,8 @@
 #include <regex.h>
 
 static struct {
-    const char *model, *prompt, *batch, *system, *recurrences, *stop, *eval, *tasks, *answer_regex, *tokens, *logits, *tokenizer, *kv_cache, *speculative, *trace;
+    const char *model, *prompt, *batch, *system, *recurrences, *stop, *eval, *tasks, *answer_regex, *tokens, *logits, *tokenizer, *kv_cache,
+        *speculative, *trace;
     size_t batch_size, max_tokens, top_k, seed, seq_len, rows;
     double temperature, top_p, min_p, exit_threshold, noise;
     int state_init, device, precision, exit, noise_kind;
@@ -90,15 +91,16 @@ static size_t recurrences(const retrofit_model *m, size_t *r, size_t most, const
 
 // How to think, at most r recurrences, and the cache for it.
 static retrofit_thinking thinking(const retrofit_model *m, size_t r) {
-    return (retrofit_thinking){.recurrences = r, .sigma = sigma(m), .seed = o.seed, .exit = (retrofit_exit)o.exit, .threshold = (float)o.exit_threshold,
-                               .continuous = o.continuous, .noise = (float)o.noise, .noise_kind = (retrofit_noise)o.noise_kind};
+    return (retrofit_thinking){r, sigma(m), o.seed, (retrofit_exit)o.exit, (float)o.exit_threshold, o.continuous, (float)o.noise,
+                               (retrofit_noise)o.noise_kind};
 }
 
 static retrofit_cache kv_cache(size_t capacity, size_t r) {
     static const char *const kinds[] = {"full", "shared:", "grouped:"}; // in the order of retrofit_cache_kind
     retrofit_cache cache = {capacity, r, RETROFIT_CACHE_FULL, 0, o.kv_bf16};
     const char *text = o.kv_cache ? o.kv_cache : o.exit ? "latest" : "full";
-    if (!strcmp(text, "full") && o.exit) die(2, "--exit leaves nothing in a full KV cache that deeper recurrences could read: --kv-cache latest, shared:M or grouped:M");
+    if (!strcmp(text, "full") && o.exit)
+        die(2, "--exit leaves nothing in a full KV cache that deeper recurrences could read: --kv-cache latest, shared:M or grouped:M");
     if (!strcmp(text, "full") || !strcmp(text, "latest")) return cache;
     for (int kind = 1; kind < 3; kind++)
         if (!strncmp(text, kinds[kind], strlen(kinds[kind]))) {
@@ -109,14 +111,20 @@ static retrofit_cache kv_cache(size_t capacity, size_t r) {
     die(2, "--kv-cache is full, latest, shared:M or grouped:M, not '%s'", text);
 }
 
-static struct { size_t depth, ahead, drafted, kept, rounds; double seconds, plain; } drafts; // of --speculative, and how it went; plain: s/token without
+static struct {
+    size_t depth, ahead, drafted, kept, rounds;
+    double seconds, plain;
+} drafts; // of --speculative, and how it went; plain: s/token without
 
 static void read_drafts(void) {
     size_t both[2], count;
     if (!retrofit_sizes(o.speculative, both, 2, &count) || count != 2 || both[1] > RETROFIT_LOOKAHEAD)
-        die(2, "--speculative is R,N like 4,5: recurrences of a draft, and tokens, at most %d, not '%s'", RETROFIT_LOOKAHEAD, o.speculative);
+        die(2, "--speculative is R,N like 4,5: recurrences of a draft, and tokens, at most %d, not '%s'", RETROFIT_LOOKAHEAD,
+            o.speculative);
     drafts.depth = both[0], drafts.ahead = both[1];
-    const char *with = o.exit ? "--exit" : o.continuous ? "--continuous" : o.noise > 0 ? "--noise" : o.batch ? "--batch" : o.tasks ? "--tasks" : o.kv_cache && strcmp(o.kv_cache, "full") ? "--kv-cache" : NULL;
+    bool kept = !o.kv_cache || !strcmp(o.kv_cache, "full");
+    const char *with = o.exit ? "--exit" : o.continuous ? "--continuous" : o.noise > 0 ? "--noise" : !kept ? "--kv-cache" : NULL;
+    if (!with) with = o.batch ? "--batch" : o.tasks ? "--tasks" : o.eval ? "--eval" : o.logits ? "--logits" : NULL;
     if (with) die(2, "--speculative does not go with %s", with);
 }
 
@@ -145,7 +153,8 @@ static char *read_template(const char *directory) { // "" if there is none
     if (!retrofit_path(path, directory, "tokenizer_config.json") || access(path, F_OK)) return (char *)need(strdup(""));
     char *text = (char *)need(read_file(path, &size));
     retrofit_json *j = (retrofit_json *)need(retrofit_json_parse(text, size, path));
-    const retrofit_json *chat = retrofit_json_get(j, "chat_template"), *named = chat && chat->type == RETROFIT_JSON_ARRAY ? chat->child : NULL;
+    const retrofit_json *chat = retrofit_json_get(j, "chat_template"),
+                        *named = chat && chat->type == RETROFIT_JSON_ARRAY ? chat->child : NULL;
     while (named && !config_is(retrofit_json_get(named, "name"), "default")) named = named->next;
     if (named) chat = retrofit_json_get(named, "template");
     free(text), text = (char *)need(strdup(chat && chat->type == RETROFIT_JSON_STRING ? chat->string : ""));
@@ -155,7 +164,8 @@ static char *read_template(const char *directory) { // "" if there is none
 // By the special tokens; Zephyr's markers, of TinyLlama's chat models too, are no tokens but stand in the template.
 static void find_family(const retrofit_tokenizer *t, const char *directory) {
     chat_template = read_template(directory);
-    for (family = LLAMA3; family < ZEPHYR && (retrofit_tokenizer_id(t, families[family].open) < 0 || retrofit_tokenizer_id(t, families[family].end) < 0);)
+    for (family = LLAMA3;
+         family < ZEPHYR && (retrofit_tokenizer_id(t, families[family].open) < 0 || retrofit_tokenizer_id(t, families[family].end) < 0);)
         family++;
     ends[1] = retrofit_tokenizer_id(t, families[family].end);
     if (family == ZEPHYR && (ends[1] < 0 || retrofit_tokenizer_id(t, "<|user|>") >= 0 || !strstr(chat_template, "<|user|>")))
@@ -202,7 +212,8 @@ static const char *role_of(const retrofit_json *message) { // NULL if it is none
 
 // The ids of a prompt, or with --chat of the messages, or of the one message that the prompt is. Special tokens written out in a text become
 // ids, as they do when Hugging Face encodes what a template gave; BOS is what the tokenizer adds, once.
-static int32_t *encode(const retrofit_tokenizer *t, const char *where, const retrofit_json *messages, const char *text, size_t size, size_t *count) {
+static int32_t *encode(const retrofit_tokenizer *t, const char *where, const retrofit_json *messages, const char *text, size_t size,
+                       size_t *count) {
     tok_text x = {NULL, 0, 0, false};
     if (messages && (messages->type != RETROFIT_JSON_ARRAY || !messages->count)) die(1, "%s: \"messages\" is no list, or empty", where);
     const retrofit_json *m = messages ? messages->child : NULL, *content;
@@ -380,7 +391,8 @@ static void say(row *k, const retrofit_tokenizer *t, int32_t id, const float *lo
 }
 
 // The logits behind each row's last token, and the recurrences they took. A row alone may come in pieces of what the activations hold.
-static const float *feed(retrofit_activations *a, const int32_t *ids, size_t b, size_t t, const int32_t *lengths, const retrofit_thinking *how) {
+static const float *feed(retrofit_activations *a, const int32_t *ids, size_t b, size_t t, const int32_t *lengths,
+                         const retrofit_thinking *how) {
     const float *logits = NULL;
     for (size_t at = 0, n; at < t; at += n) {
         n = b > 1 ? t : least(t - at, a->T);
@@ -390,11 +402,13 @@ static const float *feed(retrofit_activations *a, const int32_t *ids, size_t b, 
 }
 
 // Says what drafts and the whole depth behind them make of the row. The first few tokens come plainly, to tell what drafts save.
-static void say_drafted(retrofit_activations *a, row *k, const retrofit_tokenizer *t, const retrofit_thinking *how, float *scratch, bool show) {
+static void say_drafted(retrofit_activations *a, row *k, const retrofit_tokenizer *t, const retrofit_thinking *how, float *scratch,
+                        bool show) {
     int32_t out[RETROFIT_LOOKAHEAD];
     size_t L = least(drafts.ahead, a->capacity - (size_t)a->seen[0]), V = a->model->config.vocab;
     double began = retrofit_seconds();
-    size_t count = retrofit_speculate(a, k->said[k->produced], drafts.depth, L, how, &k->sampling, retrofit_tokenizer_size(t), out, scratch);
+    size_t count =
+        retrofit_speculate(a, k->said[k->produced], drafts.depth, L, how, &k->sampling, retrofit_tokenizer_size(t), out, scratch);
     if (!count) die(1, "--speculative: %s", retrofit_error());
     drafts.seconds += retrofit_seconds() - began, drafts.drafted += L, drafts.kept += count, drafts.rounds++;
     int32_t past = a->seen[0] - (int32_t)count;
@@ -429,14 +443,16 @@ static void generate(retrofit_activations *a, const retrofit_tokenizer *t, row *
         bool drafting = drafts.ahead && rows[0]->produced >= PLAIN;
         double before = retrofit_seconds();
         const float *logits = drafting ? NULL : feed(a, ids, b, T, lengths, &how);
-        if (!drafting && !first) drafts.plain = drafts.plain > 0 ? fmin(drafts.plain, retrofit_seconds() - before) : retrofit_seconds() - before;
+        if (!drafting && !first)
+            drafts.plain = drafts.plain > 0 ? fmin(drafts.plain, retrofit_seconds() - before) : retrofit_seconds() - before;
         if (first) fed = retrofit_seconds(), T = 1;
         for (size_t i = 0; i < b; i++) {
             row *k = rows[i];
             if (k->finish) continue;
             if (drafting) say_drafted(a, k, t, &how, scratch, show);
             else {
-                int32_t id = retrofit_sample(logits + i * V, retrofit_tokenizer_size(t), &k->sampling, scratch); // ids beyond the tokenizer's are padding
+                int32_t id = retrofit_sample(logits + i * V, retrofit_tokenizer_size(t), &k->sampling,
+                                             scratch); // ids beyond the tokenizer's are padding
                 say(k, t, id, logits + i * V, V, (size_t)a->used[i], show);
             }
             k->seconds[0] = fed - began, k->seconds[1] = retrofit_seconds() - fed;
@@ -477,14 +493,17 @@ static retrofit_activations *room_for(const retrofit_model *m, const row *rows, 
     }
     retrofit_cache cache = kv_cache(capacity, r);
     T = B > 1 ? T : least(T, CHUNK);
-    return (retrofit_activations *)need(retrofit_activations_new(m, B, T < drafts.ahead ? least(drafts.ahead, capacity) : T, 0, RETROFIT_KEEP_NOTHING, &cache));
+    return (retrofit_activations *)need(
+        retrofit_activations_new(m, B, T < drafts.ahead ? least(drafts.ahead, capacity) : T, 0, RETROFIT_KEEP_NOTHING, &cache));
 }
 
 static row read_row(const retrofit_tokenizer *t, retrofit_json *line, const char *where, size_t context, size_t number) {
     const retrofit_json *prompt = retrofit_json_get(line, "prompt"), *id = retrofit_json_get(line, "id");
     const retrofit_json *messages = o.chat ? retrofit_json_get(line, "messages") : NULL;
-    if (!messages && (!prompt || prompt->type != RETROFIT_JSON_STRING)) die(1, "%s: needs a string \"prompt\"%s", where, o.chat ? " or \"messages\"" : "");
-    if (id && id->type != RETROFIT_JSON_STRING && id->type != RETROFIT_JSON_NUMBER) die(1, "%s: \"id\" is neither a string nor a number", where);
+    if (!messages && (!prompt || prompt->type != RETROFIT_JSON_STRING))
+        die(1, "%s: needs a string \"prompt\"%s", where, o.chat ? " or \"messages\"" : "");
+    if (id && id->type != RETROFIT_JSON_STRING && id->type != RETROFIT_JSON_NUMBER)
+        die(1, "%s: \"id\" is neither a string nor a number", where);
     size_t n;
     int32_t *ids = encode(t, where, messages, messages ? NULL : prompt->string, messages ? 0 : prompt->length, &n);
     row k = new_row(where, ids, n, 0, context, number);
@@ -513,7 +532,9 @@ static glimpse look(const float *logits, size_t V, double change) {
     return g;
 }
 
-static char *token_text(const retrofit_tokenizer *t, int32_t id, size_t *size) { return (char *)need(retrofit_decode(t, &id, 1, false, size)); }
+static char *token_text(const retrofit_tokenizer *t, int32_t id, size_t *size) {
+    return (char *)need(retrofit_decode(t, &id, 1, false, size));
+}
 
 // So many columns of a token's text, on one line.
 static void print_column(const retrofit_tokenizer *t, int32_t id, size_t columns) {
@@ -545,24 +566,30 @@ static void trace(const retrofit_model *m, const retrofit_tokenizer *t, const ro
         retrofit_think(a, &how, 1), m->ops->download(now, a->state, T * d * sizeof *states), retrofit_coda(a);
         for (size_t at = 0; at < T; at++) {
             double change = 0, length = 0;
-            for (size_t c = at * d; c < (at + 1) * d; c++) change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]), length += (double)now[c] * now[c];
+            for (size_t c = at * d; c < (at + 1) * d; c++)
+                change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]), length += (double)now[c] * now[c];
             if (at % ROWS == 0) retrofit_logits(a, at, least(ROWS, T - at), logits);
             seen[at * r + i] = look(logits + at % ROWS * V, known, sqrt(change / length));
         }
     }
     FILE *f = fopen(o.trace, "wb");
     if (!f) die(1, "%s: %s", o.trace, strerror(errno));
-    fprintf(stderr, "how much each recurrence changes a token's state:  █ as much as it is  ▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n%-16s  %-*s  entropy  next, since r\n", "token", r < 11 ? 11 : (int)r, "r from 1 on");
+    fprintf(
+        stderr,
+        "how much each recurrence changes a token's state:  █ as much as it is  ▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n%-16s  %-*s  entropy  next, since r\n",
+        "token", r < 11 ? 11 : (int)r, "r from 1 on");
     for (size_t at = 0; at < T; at++) {
         const glimpse *g = seen + at * r;
         size_t since = r;
         char *text = token_text(t, ids[at], &size);
-        fprintf(f, "{\"position\":%zu,\"token\":%d,\"text\":", at, (int)ids[at]), json_write_string(f, text, size), fputs(",\"recurrences\":[", f), free(text);
+        fprintf(f, "{\"position\":%zu,\"token\":%d,\"text\":", at, (int)ids[at]), json_write_string(f, text, size),
+            fputs(",\"recurrences\":[", f), free(text);
         for (size_t i = 0; i < r; i++) {
             fprintf(f, "%s{\"r\":%zu,\"entropy\":%.6g,\"change\":%.6g,\"top\":[", i ? "," : "", i + 1, g[i].entropy, g[i].change);
             for (size_t j = 0; j < 3 && g[i].top[j] >= 0; j++) {
                 text = token_text(t, g[i].top[j], &size);
-                fprintf(f, "%s{\"token\":%d,\"text\":", j ? "," : "", (int)g[i].top[j]), json_write_string(f, text, size), fprintf(f, ",\"p\":%.6g}", (double)g[i].p[j]), free(text);
+                fprintf(f, "%s{\"token\":%d,\"text\":", j ? "," : "", (int)g[i].top[j]), json_write_string(f, text, size),
+                    fprintf(f, ",\"p\":%.6g}", (double)g[i].p[j]), free(text);
             }
             fputs("]}", f);
         }
@@ -571,7 +598,8 @@ static void trace(const retrofit_model *m, const retrofit_tokenizer *t, const ro
         print_column(t, ids[at], 16), fputs("  ", stderr);
         for (size_t i = 0; i < r; i++)
             fputs(g[i].change >= 1 ? "█" : g[i].change >= 0.3 ? "▓" : g[i].change >= 0.1 ? "▒" : g[i].change >= 0.03 ? "░" : "·", stderr);
-        fprintf(stderr, "%*s  %7.3f  ", r < 11 ? (int)(11 - r) : 0, "", g[r - 1].entropy), print_column(t, g[r - 1].top[0], 16), fprintf(stderr, "  %zu\n", since);
+        fprintf(stderr, "%*s  %7.3f  ", r < 11 ? (int)(11 - r) : 0, "", g[r - 1].entropy), print_column(t, g[r - 1].top[0], 16),
+            fprintf(stderr, "  %zu\n", since);
     }
     if (!finish_file(f, o.trace, true)) die(1, "%s", retrofit_error());
     free(ids), free(logits), free(states), free(seen), retrofit_activations_free(a);
@@ -591,12 +619,15 @@ static void note_depths(const retrofit_model *m, const retrofit_tokenizer *t, co
     memcpy(ids, k->ids, k->count * sizeof *ids), memcpy(ids + k->count, k->said + 1, k->produced * sizeof *ids);
     if (!retrofit_forward(a, ids, 1, T, sigma(m), o.seed, r, 0)) die(1, "%s", retrofit_error());
     for (size_t i = 0; i < k->produced; i++)
-        retrofit_logits(a, k->count - 1 + i, 1, logits), depths.greedy++, depths.same += retrofit_argmax(logits, retrofit_tokenizer_size(t)) == k->said[i + 1];
+        retrofit_logits(a, k->count - 1 + i, 1, logits), depths.greedy++,
+            depths.same += retrofit_argmax(logits, retrofit_tokenizer_size(t)) == k->said[i + 1];
     free(ids), free(logits), retrofit_activations_free(a);
 }
 
 static void print_depths(void) {
-    fprintf(stderr, "recurrences per token: %.2f on average of at most %zu:", depths.tokens ? (double)depths.sum / (double)depths.tokens : 0, depths.most);
+    fprintf(stderr,
+            "recurrences per token: %.2f on average of at most %zu:", depths.tokens ? (double)depths.sum / (double)depths.tokens : 0,
+            depths.most);
     for (size_t i = 1; i <= depths.most; i++)
         if (depths.of[i]) fprintf(stderr, "  %zu: %zu", i, depths.of[i]);
     if (depths.greedy) fprintf(stderr, "; %zu of %zu tokens are those of full depth", depths.same, depths.greedy);
@@ -636,7 +667,8 @@ static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
     }
     if (o.batch) {
         double all = retrofit_seconds() - began;
-        fprintf(stderr, "%zu prompts, %zu tokens, and %zu more in %.2f s (%.1f tok/s)", count, tokens, produced, all, (double)produced / all);
+        fprintf(stderr, "%zu prompts, %zu tokens, and %zu more in %.2f s (%.1f tok/s)", count, tokens, produced, all,
+                (double)produced / all);
     } else
         fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", tokens, seconds[0], produced, seconds[1],
                 produced > 1 ? (double)(produced - 1) / seconds[1] : 0);
@@ -645,7 +677,8 @@ static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
     if (o.exit) print_depths();
     if (drafts.rounds)
         fprintf(stderr, "drafts at %zu recurrences: %.2f of %.2f tokens a round; %.2f times as fast as without\n", drafts.depth,
-                (double)drafts.kept / (double)drafts.rounds, (double)drafts.drafted / (double)drafts.rounds, drafts.plain * (double)drafts.kept / drafts.seconds);
+                (double)drafts.kept / (double)drafts.rounds, (double)drafts.drafted / (double)drafts.rounds,
+                drafts.plain * (double)drafts.kept / drafts.seconds);
     free(rows), retrofit_activations_free(a);
 }
 
@@ -655,7 +688,8 @@ static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
     if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for generation");
     if (capacity > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", capacity, m->config.context);
     retrofit_cache cache = kv_cache(capacity, r[0]);
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, least(capacity, CHUNK), 0, RETROFIT_KEEP_NOTHING, &cache));
+    retrofit_activations *a =
+        (retrofit_activations *)need(retrofit_activations_new(m, 1, least(capacity, CHUNK), 0, RETROFIT_KEEP_NOTHING, &cache));
     row k = {.ids = NULL};
     char *line = NULL;
     bool asks = isatty(0);
@@ -671,7 +705,8 @@ static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
         // It begins with a special token, at which the tokenizer cuts: the ids are those of the whole conversation's text.
         size_t count, past = (size_t)a->seen[0], late = total > past; // the last token said may not have been fed
         int32_t *ids = (int32_t *)need(retrofit_encode(t, x.bytes, x.size, !total, &count));
-        if (total + count >= capacity) die(1, "the conversation would have %zu tokens, there is room for %zu: begin a new one", total + count, capacity);
+        if (total + count >= capacity)
+            die(1, "the conversation would have %zu tokens, there is room for %zu: begin a new one", total + count, capacity);
         ids = (int32_t *)need(realloc(ids, (count + late) * sizeof *ids));
         memmove(ids + late, ids, count * sizeof *ids);
         if (late) ids[0] = k.said[k.produced];
@@ -690,15 +725,19 @@ static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
 // ---- Loss by recurrences: one way of states, read off at each r -----------------------------------------------------------
 // The same token by token through the KV cache, with the exits and policies that it is to be judged with, beside the full pass on the same rows.
 static void evaluate_decoding(const retrofit_model *m) {
-    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), T = o.seq_len ? o.seq_len : least(1024, m->config.context), V = m->config.vocab;
+    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), T = o.seq_len ? o.seq_len : least(1024, m->config.context),
+                  V = m->config.vocab;
     if (T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", T, m->config.context);
     retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, T, V, false, 0));
     size_t rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data);
-    size_t B = o.exit && kv_cache(T, 1).kind != RETROFIT_CACHE_FULL ? 1 : least(rows, o.batch_size); // slots that are written twice: one row at a time
+    size_t B = o.exit && kv_cache(T, 1).kind != RETROFIT_CACHE_FULL
+                   ? 1
+                   : least(rows, o.batch_size); // slots that are written twice: one row at a time
     retrofit_activations *whole = (retrofit_activations *)need(retrofit_activations_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     int32_t *tokens = (int32_t *)need(allocate(B * T, sizeof *tokens)), *labels = (int32_t *)need(allocate(B * T, sizeof *labels));
     int32_t *next = (int32_t *)need(allocate(B, sizeof *next));
-    printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "by full pass", "recurrences", "KV bytes/token", "seconds", rows, T);
+    printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "by full pass",
+           "recurrences", "KV bytes/token", "seconds", rows, T);
     progress("rows", 0, count * rows);
     for (size_t i = 0; i < count; i++) {
         retrofit_cache cache = kv_cache(T, r[i]);
@@ -727,7 +766,8 @@ static void evaluate_decoding(const retrofit_model *m) {
             progress("rows", i * rows + at + b, count * rows);
         }
         double n = (double)(rows * T);
-        printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r[i], loss / n, exp(loss / n), full / n, used / n, retrofit_cache_bytes(a), retrofit_seconds() - begin - apart);
+        printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r[i], loss / n, exp(loss / n), full / n, used / n,
+               retrofit_cache_bytes(a), retrofit_seconds() - begin - apart);
         fflush(stdout), retrofit_activations_free(a);
     }
     free(tokens), free(labels), free(next), retrofit_activations_free(whole), retrofit_data_close(data);
@@ -793,7 +833,8 @@ typedef struct {
     size_t right, per_byte, hops[16];
 } score;
 
-static continuation read_continuation(const retrofit_tokenizer *t, const char *where, const retrofit_json *p, const retrofit_json *answer, size_t context) {
+static continuation read_continuation(const retrofit_tokenizer *t, const char *where, const retrofit_json *p, const retrofit_json *answer,
+                                      size_t context) {
     continuation k = {NULL, 0, 0, answer->length - (answer->string[0] == ' ')};
     size_t count;
     char *text = (char *)need(allocate(p->length + answer->length, 1));
@@ -810,7 +851,8 @@ static bool filled(const retrofit_json *j) { return j && j->type == RETROFIT_JSO
 
 // Takes the line.
 static void read_task(const retrofit_tokenizer *t, retrofit_json *line, const char *where, size_t context) {
-    const retrofit_json *p = retrofit_json_get(line, "prompt"), *answer = retrofit_json_get(line, "answer"), *choices = retrofit_json_get(line, "choices");
+    const retrofit_json *p = retrofit_json_get(line, "prompt"), *answer = retrofit_json_get(line, "answer"),
+                        *choices = retrofit_json_get(line, "choices");
     const retrofit_json *hops = retrofit_json_get(line, "hops");
     int kind = choices ? CHOICE : retrofit_json_get(line, "target") ? TARGET : EXACT;
     task k = {tasks.continuations, 1, 0, 0};
@@ -916,7 +958,8 @@ static bool found(const regex_t *e, const char *text, const retrofit_json *targe
     return free(said), free(wanted), right;
 }
 
-static void score_targets(const retrofit_model *m, const retrofit_tokenizer *t, const size_t *r, size_t depths, score *scores, const regex_t *e) {
+static void score_targets(const retrofit_model *m, const retrofit_tokenizer *t, const size_t *r, size_t depths, score *scores,
+                          const regex_t *e) {
     size_t B = least(o.batch_size, tasks.count);
     retrofit_activations *a = room_for(m, tasks.row, tasks.count, B, r[depths - 1]);
     progress("answers", 0, depths * tasks.count);
@@ -986,7 +1029,8 @@ static void solve(const retrofit_model *m, const retrofit_tokenizer *t) {
     close_lines(&l);
     if (tasks.count == 0) die(1, "%s: no tasks in it", o.tasks);
     if ((tasks.kind == TARGET) != (o.answer_regex != NULL))
-        die(2, tasks.kind == TARGET ? "%s: a \"target\" is looked for with --answer-regex" : "%s: --answer-regex goes with a \"target\"", o.tasks);
+        die(2, tasks.kind == TARGET ? "%s: a \"target\" is looked for with --answer-regex" : "%s: --answer-regex goes with a \"target\"",
+            o.tasks);
     if (o.chat && tasks.kind != TARGET) die(2, "%s: --chat goes with a \"target\", not with these tasks", o.tasks);
     if (tasks.kind == TARGET) score_targets(m, t, r, depths, scores, &e), regfree(&e);
     else score_continuations(m, r, depths, scores);
@@ -1037,15 +1081,22 @@ int main(int argc, char **argv) {
     if ((o.system || o.interactive) && !o.chat) die(2, "%s goes with --chat", o.system ? "--system" : "--interactive");
     if (o.interactive && o.max_tokens == 0) die(2, "--interactive needs --max-tokens of at least 1");
     if (o.answer_regex && !o.tasks) die(2, "--answer-regex goes with --tasks");
-    if (o.json && (o.eval || o.logits || o.print_tokens)) die(2, "--json does not go with --%s", o.eval ? "eval" : o.logits ? "logits" : "print-tokens");
+    if (o.json && (o.eval || o.logits || o.print_tokens))
+        die(2, "--json does not go with --%s", o.eval ? "eval" : o.logits ? "logits" : "print-tokens");
     if (o.chat && (o.eval || o.tokens)) die(2, "--chat does not go with %s", o.eval ? "--eval" : "--tokens");
-    if (!o.prompt && !o.batch && !o.interactive && !o.eval && !o.tasks && !(o.logits && o.tokens)) die(2, "--prompt is needed (see --help)");
+    if (!o.prompt && !o.batch && !o.interactive && !o.eval && !o.tasks && !(o.logits && o.tokens))
+        die(2, "--prompt is needed (see --help)");
     if (o.batch_size == 0) die(2, "--batch-size 0: at least one");
-    if (o.prompt && (o.batch || o.interactive || o.eval || o.tasks)) die(2, "--prompt does not go with --batch, --interactive, --eval or --tasks");
+    if (o.prompt && (o.batch || o.interactive || o.eval || o.tasks))
+        die(2, "--prompt does not go with --batch, --interactive, --eval or --tasks");
     if (o.exit_threshold != -1 && !o.exit) die(2, "--exit-threshold goes with --exit");
     if (o.noise < 0 || o.noise > 1e6) die(2, "--noise %g: at least 0", o.noise);
     if (o.trace && !o.prompt) die(2, "--trace goes with --prompt");
     if (o.speculative) read_drafts();
+    if (o.exit || o.kv_cache || o.kv_bf16 || o.continuous) { // what is scored or written in one pass has no cache
+        const char *what = o.exit ? "--exit" : o.kv_cache ? "--kv-cache" : o.kv_bf16 ? "--kv-bf16" : "--continuous";
+        if (o.logits || (o.tasks && !o.answer_regex)) die(2, "%s does not go with --%s", what, o.logits ? "logits" : "tasks, but for a \"target\"");
+    }
     kv_cache(1, 1); // says what is wrong with --kv-cache before a model is read
     if (o.temperature < 0 || o.top_p <= 0 || o.top_p > 1 || o.min_p < 0 || o.min_p > 1)
         die(2, "--temperature is at least 0, --top-p between 0 and 1, --min-p from 0 to 1");
@@ -1057,8 +1108,10 @@ int main(int argc, char **argv) {
     if (m && t && retrofit_tokenizer_size(t) > m->config.vocab)
         die(1, "the tokenizer of %s has ids up to %zu, the model's vocabulary %zu: another model's?", directory, retrofit_tokenizer_size(t) - 1, m->config.vocab);
     if (t) ends[0] = retrofit_tokenizer_eos(t) < 0 && m ? m->config.eos : retrofit_tokenizer_eos(t);
-    const char *deep = o.exit ? "--exit" : o.kv_cache ? "--kv-cache" : o.speculative ? "--speculative" : o.continuous ? "--continuous" : o.noise > 0 ? "--noise" : o.trace ? "--trace" : NULL;
-    if (m && deep && retrofit_is_plain(&m->config)) die(2, "%s: %s is a plain Llama, it has no recurrence: make it recurrent with convert", deep, o.model);
+    const char *deep = o.exit ? "--exit" : o.kv_cache ? "--kv-cache" : o.continuous ? "--continuous" : o.noise > 0 ? "--noise" : NULL;
+    if (!deep) deep = o.speculative ? "--speculative" : o.trace ? "--trace" : NULL;
+    if (m && deep && retrofit_is_plain(&m->config))
+        die(2, "%s: %s is a plain Llama, it has no recurrence: make it recurrent with convert", deep, o.model);
     if (o.stop) read_stops();
     if (o.chat) find_family(t, directory);
     if (o.eval) (o.kv_cache || o.kv_bf16 || o.exit || o.continuous ? evaluate_decoding : evaluate)(m);

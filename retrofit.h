@@ -390,9 +390,9 @@ size_t retrofit_cache_bytes(const retrofit_activations *a); // of keys and value
 
 // One pass, piece by piece. tokens: (b,t) on the host; false + error if one is not below V or the batch is too large.
 bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t); // e and A_e·e
-void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed);                  // s_0; sigma 0: zero; with a KV cache the same for every row
+void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed); // s_0; sigma 0: zero; with a KV cache the same for every row
 void retrofit_recur(retrofit_activations *a, size_t n, size_t k);                          // n, then k recurrences; k when training, K at most in all
-void retrofit_think(retrofit_activations *a, const retrofit_thinking *how, size_t n);      // n recurrences, with noise if there is to be any
+void retrofit_think(retrofit_activations *a, const retrofit_thinking *how, size_t n); // n recurrences, with noise if there is to be any
 void retrofit_coda(retrofit_activations *a);                                               // coda and final norm
 // All of it: e, s_0, n + k recurrences, coda. sigma and seed as in retrofit_start.
 bool retrofit_forward(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, float sigma, uint64_t seed, size_t n, size_t k);
@@ -447,7 +447,8 @@ void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_opt
 // Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all) through r recurrences and the KV cache of
 // `a`, and returns the logits (b,V) after each row's last token, on the host, valid until the next call. a->used[i] then tells the recurrences
 // that row's last token took. NULL + error.
-const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths, const retrofit_thinking *how);
+const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths,
+                           const retrofit_thinking *how);
 void retrofit_rewind(retrofit_activations *a); // empties the cache
 
 typedef struct {
@@ -464,8 +465,8 @@ int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 // values. Returns how many tokens follow `token` (1..L; out: room for L), distributed exactly as those of plain decoding; greedy ones are the same
 // tokens. The last one is not fed yet. One row; no exit, noise or `continuous`. Only ids below n are drawn: the model's vocabulary V, or fewer if
 // the others are padding. scratch: (2L + 2)·V floats, of which the first L·V are then the logits (L,V) that the tokens were judged by. 0 + error.
-size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how, retrofit_sampling *s, size_t n,
-                          int32_t *out, float *scratch);
+size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how,
+                          retrofit_sampling *s, size_t n, int32_t *out, float *scratch);
 
 // ---- JSON, tokenizer ------------------------------------------------------------------------------------------------------
 enum { RETROFIT_JSON_NULL, RETROFIT_JSON_BOOL, RETROFIT_JSON_NUMBER, RETROFIT_JSON_STRING, RETROFIT_JSON_ARRAY, RETROFIT_JSON_OBJECT };
@@ -578,7 +579,8 @@ bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer);
 bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels);
 
 // ---- Command lines: what the three programs share ----------------------------------------------------------------------------
-typedef enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_SWITCH, RETROFIT_HEADING } retrofit_option_type;
+enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_SWITCH, RETROFIT_HEADING };
+typedef int retrofit_option_type; // one of these
 typedef struct {
     const char *name;     // without the dashes; a HEADING's is a line of the help
     retrofit_option_type type;
@@ -1491,7 +1493,8 @@ uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t) {
         if (t->merges[i].rank) sum += hash64(t->merges[i].pair, t->merges[i].rank);
     for (size_t i = 0; i < t->first[512]; i++) sum += hash64(~(uint64_t)t->added[i].id, (uint64_t)t->added[i].key);
     for (size_t i = 0; i < TOK_STEPS; i++) h = hash64(h, t->has[i]);
-    h = hash64(h, (uint64_t)(t->fuse_unk + 2 * t->byte_fallback + 4 * t->ignore_merges)), h = hash64(hash64(h, (uint64_t)t->unk), (uint64_t)t->eos);
+    h = hash64(h, (uint64_t)(t->fuse_unk + 2 * t->byte_fallback + 4 * t->ignore_merges)),
+    h = hash64(hash64(h, (uint64_t)t->unk), (uint64_t)t->eos);
     for (size_t i = 0; i < t->before_count; i++) h = hash64(h, (uint64_t)t->before[i]);
     for (size_t i = 0; i < t->after_count; i++) h = hash64(h, ~(uint64_t)t->after[i]);
     return h + sum ? h + sum : 1;
@@ -2198,15 +2201,15 @@ static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const flo
 }
 
 // Every tile of queries of every head, against keys and values kv_row apart, kv_batch from one sequence to the next.
-static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v, retrofit_type type, size_t kv_row, size_t kv_batch,
-                         const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
+static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v, retrofit_type type, size_t kv_row,
+                         size_t kv_batch, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
     PARALLEL_TASKS
     for (size_t task = 0; task < B * H * tiles; task++) {
         size_t b = task / tiles / H, head = task / tiles % H, t0 = task % tiles * TILE, n = b * T + t0;
         size_t kv = (b * kv_batch + head / (H / G) * h) * retrofit_type_size(type);
-        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, (const char *)k + kv, (const char *)v + kv, type, kv_row,
-               least(T - t0, TILE), (past ? (size_t)past[b] : 0) + t0, h);
+        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, (const char *)k + kv,
+               (const char *)v + kv, type, kv_row, least(T - t0, TILE), (past ? (size_t)past[b] : 0) + t0, h);
     }
 }
 
@@ -2351,8 +2354,8 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
     attend_tiles((float *)out, NULL, (const float *)qkv, keys, values, type, G * h, capacity * G * h, past, B, T, H, G, h);
 }
 
-static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B, size_t capacity,
-                    size_t G, size_t h, retrofit_type type) {
+static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
+                    size_t capacity, size_t G, size_t h, retrofit_type type) {
     size_t bytes = G * h * retrofit_type_size(type);
     for (size_t b = 0; b < B; b++)
         for (size_t i = (size_t)used[b]; i < S; i++)
@@ -3008,7 +3011,8 @@ static void lay_out_activations(retrofit_activations *s, arena *a, const retrofi
     s->wide = (float *)take(a, (least(s->chunk, WIDE_ROWS) > s->B ? least(s->chunk, WIDE_ROWS) : s->B) * V, 4);
     if (s->capacity) {
         size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(s->kv_type);
-        s->reached = (int32_t *)take(a, s->B, 4), s->carried = (float *)take(a, s->B * d, 4), s->drafted = (float *)take(a, 2 * RETROFIT_LOOKAHEAD * d, 4);
+        s->reached = (int32_t *)take(a, s->B, 4), s->carried = (float *)take(a, s->B * d, 4),
+        s->drafted = (float *)take(a, 2 * RETROFIT_LOOKAHEAD * d, 4);
         s->keys = take(a, s->slots * s->B * s->capacity, entry), s->values = take(a, s->slots * s->B * s->capacity, entry);
     }
     if (!s->keep) return;
@@ -3030,13 +3034,15 @@ static bool allocate_blocks(retrofit_activations *s, const retrofit_config *c) {
     s->adapted = (float **)allocate(s->K, sizeof *s->adapted);
     s->seen = (int32_t *)allocate(s->B, sizeof *s->seen);
     size_t decoded = s->capacity ? s->B : 0; // rows
-    s->next = (float *)allocate(decoded * c->vocab, sizeof *s->next), s->measure = (double *)allocate(decoded * c->vocab, sizeof *s->measure);
+    s->next = (float *)allocate(decoded * c->vocab, sizeof *s->next),
+    s->measure = (double *)allocate(decoded * c->vocab, sizeof *s->measure);
     s->latent = (float *)allocate(2 * decoded * c->n_embd, sizeof *s->latent), s->used = (int32_t *)allocate(s->B, sizeof *s->used);
     return s->prelude && s->core && s->coda && s->adapted && s->seen && s->next && s->measure && s->latent && s->used;
 }
 
 static void free_blocks(retrofit_activations *s) {
-    free(s->prelude), free(s->core), free(s->coda), free(s->adapted), free(s->seen), free(s->next), free(s->measure), free(s->latent), free(s->used);
+    free(s->prelude), free(s->core), free(s->coda), free(s->adapted), free(s->seen), free(s->next), free(s->measure), free(s->latent),
+        free(s->used);
 }
 
 // Small enough that no size below overflows before take() sees it.
@@ -3246,7 +3252,9 @@ void retrofit_recur(retrofit_activations *a, size_t n, size_t k) {
         float *x = save ? a->adapted[j] : a->state;
         m->ops->cast(a->norm, s, a->N * d);
         m->ops->matmul_residual_forward(x, a->injected, a->norm, adapter_half(m, false), a->N, d, d);
-        size_t slot = a->cache.kind == RETROFIT_CACHE_SHARED ? a->n % a->cache.M : a->cache.kind == RETROFIT_CACHE_GROUPED ? a->n / a->cache.M : a->n;
+        size_t slot = a->cache.kind == RETROFIT_CACHE_SHARED    ? a->n % a->cache.M
+                      : a->cache.kind == RETROFIT_CACHE_GROUPED ? a->n / a->cache.M
+                                                                : a->n;
         blocks_forward(a, m->core, C, save ? &a->core[j * C] : NULL, x, m->config.prelude + slot * C);
         if (save) a->k++;
         else a->n++;
@@ -3384,13 +3392,15 @@ double retrofit_flops_per_token(const retrofit_config *c, retrofit_mode mode, si
     double d = (double)c->n_embd, F = (double)c->intermediate;
     double layer = 2 * (d * (double)retrofit_qkv_width(c) + d * d + 3 * d * F) + 2 * (double)T * d; // causal attention: T/2 keys on average
     double recurrence = c->core ? (double)c->core * layer + 2 * 2 * d * d : 0, behind = (double)c->coda * layer + 2 * d * (double)c->vocab;
-    double of_prelude = mode == RETROFIT_TRAINING ? 3 : 1, of_core = mode == RETROFIT_INFERENCE ? 1 : mode == RETROFIT_TRAINING_ADAPTER ? 2 : 3;
+    double of_prelude = mode == RETROFIT_TRAINING ? 3 : 1;
+    double of_core = mode == RETROFIT_INFERENCE ? 1 : mode == RETROFIT_TRAINING_ADAPTER ? 2 : 3;
     double of_coda = mode == RETROFIT_INFERENCE ? 1 : mode == RETROFIT_TRAINING ? 3 : 2;
     return of_prelude * (double)c->prelude * layer + recurrence * ((double)n + of_core * (double)k) + of_coda * behind;
 }
 
 double retrofit_paper_flops_per_token(const retrofit_config *c, size_t n, size_t k) {
-    double d = (double)c->n_embd, layer = d * (double)retrofit_qkv_width(c) + d * d + 3 * d * (double)c->intermediate + 2 * d; // with its norms
+    double d = (double)c->n_embd,
+           layer = d * (double)retrofit_qkv_width(c) + d * d + 3 * d * (double)c->intermediate + 2 * d; // with its norms
     return layer * (6 * (double)(c->prelude + k * c->core + c->coda) + 2 * (double)(n * c->core));
 }
 
@@ -3554,8 +3564,8 @@ static void decode_step(retrofit_activations *a, const retrofit_thinking *how) {
     const retrofit_ops *ops = a->model->ops;
     const retrofit_thinking *was = &a->step_how;
     bool carried = how->continuous && a->b <= a->carries;
-    if (a->b != a->step_b || how->recurrences != was->recurrences || how->sigma != was->sigma || how->seed != was->seed || carried != was->continuous ||
-        how->noise != was->noise || how->noise_kind != was->noise_kind) {
+    if (a->b != a->step_b || how->recurrences != was->recurrences || how->sigma != was->sigma || how->seed != was->seed ||
+        carried != was->continuous || how->noise != was->noise || how->noise_kind != was->noise_kind) {
         if (a->step) ops->forget(a->step);
         a->step = NULL, a->steps = 0, a->step_b = a->b, a->step_how = *how, a->step_how.continuous = carried;
     }
@@ -3627,14 +3637,15 @@ static void think_until_settled(retrofit_activations *a, const retrofit_thinking
     for (size_t row = 0; row < b; row++) reached[row] = (int32_t)slots_of(&a->cache, (size_t)a->used[row]);
     ops->upload(a->reached, reached, b * sizeof *reached);
     size_t first = m->config.prelude * a->B * a->capacity * G * h * retrofit_type_size(a->kv_type);
-    ops->kv_lend((char *)a->keys + first, (char *)a->values + first, a->past, a->reached, slots_of(&a->cache, a->cache.recurrences), m->config.core,
-                 a->B * a->capacity * G * h, b, a->capacity, G, h, a->kv_type);
+    ops->kv_lend((char *)a->keys + first, (char *)a->values + first, a->past, a->reached, slots_of(&a->cache, a->cache.recurrences),
+                 m->config.core, a->B * a->capacity * G * h, b, a->capacity, G, h, a->kv_type);
 }
 
 // Prelude layer i has its keys and values in slot i, core layer j of recurrence i in slot P + i·C + j (or that which the cache's kind says),
 // the coda in the last D. A row shorter than t is padded on the right: what the padding leaves in the cache lies behind the row's end, where no
 // query looks before the next tokens have overwritten it.
-const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths, const retrofit_thinking *how) {
+const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths,
+                           const retrofit_thinking *how) {
     const retrofit_model *m = a->model;
     const retrofit_config *c = &m->config;
     size_t d = c->n_embd, V = c->vocab, r = how->recurrences;
@@ -3740,13 +3751,15 @@ static int32_t keep_or_redraw(int32_t y, const float *q, const float *logits, si
     return left ? draw_from(c, left, draw_uniform(s) * rest) : y; // none: p and q are equal but for rounding
 }
 
-size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how, retrofit_sampling *s, size_t n,
-                          int32_t *out, float *scratch) {
+size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how,
+                          retrofit_sampling *s, size_t n, int32_t *out, float *scratch) {
     const retrofit_model *m = a->model;
     const retrofit_ops *ops = m->ops;
     size_t d = m->config.n_embd, V = m->config.vocab, r = how->recurrences, count = 0;
-    if (!m->config.core || draft == 0 || draft >= r) return fail("a draft of %zu recurrences for %zu: from 1 to one less", draft, r), (size_t)0;
-    if (L == 0 || L > RETROFIT_LOOKAHEAD || L > a->T) return fail("%zu tokens cannot be drafted: from 1 to %zu", L, least(RETROFIT_LOOKAHEAD, a->T)), (size_t)0;
+    if (!m->config.core || draft == 0 || draft >= r)
+        return fail("a draft of %zu recurrences for %zu: from 1 to one less", draft, r), (size_t)0;
+    if (L == 0 || L > RETROFIT_LOOKAHEAD || L > a->T)
+        return fail("%zu tokens cannot be drafted: from 1 to %zu", L, least(RETROFIT_LOOKAHEAD, a->T)), (size_t)0;
     if (how->exit || how->continuous || how->noise > 0) return fail("drafts go with no exit, continuous thinking or noise"), (size_t)0;
     if (a->cache.kind != RETROFIT_CACHE_FULL) return fail("drafts need the full KV cache"), (size_t)0;
     float *logits = scratch, *q = scratch + L * V; // q: what the drafts were drawn from
@@ -3768,7 +3781,8 @@ size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, 
     a->seen[0] = start;
     if (!set_batch(a, fed, 1, L)) return 0;
     ops->upload(a->past, a->seen, a->B * sizeof *a->seen);
-    ops->copy(a->state, a->drafted, L * d * sizeof(float)), ops->copy(a->injected, a->drafted + RETROFIT_LOOKAHEAD * d, L * d * sizeof(float));
+    ops->copy(a->state, a->drafted, L * d * sizeof(float)),
+        ops->copy(a->injected, a->drafted + RETROFIT_LOOKAHEAD * d, L * d * sizeof(float));
     a->n = draft;
     retrofit_recur(a, r - draft, 0), retrofit_coda(a), retrofit_logits(a, 0, L, logits);
     while (count < L) {
@@ -3974,7 +3988,7 @@ bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer) {
         const uint32_t *header = (const uint32_t *)d->shard[i].base;
         uint64_t made_with = header[3] | (uint64_t)header[4] << 32;
         if (made_with && made_with != tokenizer)
-            return fail("%s: made with another tokenizer (%016llx) than the model's (%016llx): convert --tokenize with --tokenizer MODEL makes it anew",
+            return fail("%s: made with another tokenizer (%016llx) than the model's (%016llx): make it anew, convert --tokenize --tokenizer MODEL",
                         d->files.gl_pathv[i], (unsigned long long)made_with, (unsigned long long)tokenizer);
     }
     return true;
@@ -4039,7 +4053,8 @@ static bool read_option(const retrofit_option *o, const char *text) { // text: t
     size_t n = strlen(text);
     const char *c = o->argument;
     for (int i = 0; c; i++, c = strchr(c, '|'), c += c != NULL)
-        if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|')) return *(int *)o->value = i + (o->type == RETROFIT_SWITCH ? 2 : 0), true;
+        if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|'))
+            return *(int *)o->value = i + (o->type == RETROFIT_SWITCH ? 2 : 0), true;
     return fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
 }
 

@@ -1386,14 +1386,15 @@ __global__ void kv_lend_kernel(E *keys, E *values, const int32_t *past, const in
     if (b >= B) return;
     size_t slot = (size_t)used[b], in_layer = (b * capacity + (size_t)past[b]) * width + (c *= 8);
     float k[8], v[8];
-    load8(k, keys + ((slot - 1) * C + j) * stride + in_layer, width - c), load8(v, values + ((slot - 1) * C + j) * stride + in_layer, width - c);
+    load8(k, keys + ((slot - 1) * C + j) * stride + in_layer, width - c),
+        load8(v, values + ((slot - 1) * C + j) * stride + in_layer, width - c);
     for (; slot < S; slot++)
         store8(keys + (slot * C + j) * stride + in_layer, k, width - c), store8(values + (slot * C + j) * stride + in_layer, v, width - c);
 }
 
 template <typename E>
-static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B, size_t capacity,
-                    size_t G, size_t h, retrofit_type) {
+static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
+                    size_t capacity, size_t G, size_t h, retrofit_type) {
     LAUNCH(kv_lend_kernel<E>, ceil_of(B * C * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys, (E *)values, past, used, S, C, stride, B,
            capacity, G * h);
 }

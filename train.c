@@ -6,14 +6,16 @@
 
 static struct {
     const char *model, *data, *val, *out, *eval_list, *fixed, *samples;
-    size_t steps, batch, micro, seq_len, mean_recurrence, backprop_depth, depth_start, seed, save_every, keep, eval_every, eval_rows, sample_tokens, max_bad_steps;
-    double lr, muon_lr, weight_decay, beta1, beta2, clip, warmup, cooldown, min_lr_ratio, curriculum_warmup, depth_warmup, flops, time_limit, save_before;
+    size_t steps, batch, micro, seq_len, mean_recurrence, backprop_depth, depth_start, seed, save_every, keep, eval_every, eval_rows,
+        sample_tokens, max_bad_steps;
+    double lr, muon_lr, weight_decay, beta1, beta2, clip, warmup, cooldown, min_lr_ratio, curriculum_warmup, depth_warmup, flops,
+        time_limit, save_before;
     int optimizer, trains, curriculum, state_init, device, precision, dry_run;
     bool shuffle, resume, resume_anyway, recompute, throttle;
-} o = {.eval_list = "1,2,4,8,16,32", .depth_start = 1, .sample_tokens = 32, .micro = 8,       .seed = 1,      .eval_rows = 64,          .lr = 5e-5,        .muon_lr = 1e-3,
-       .weight_decay = 1e-4,       .beta1 = 0.9,     .beta2 = 0.95,  .clip = 1,                .warmup = 0.0025,  .cooldown = 0.6,
-       .min_lr_ratio = 0.001,      .curriculum_warmup = 0.75,        .curriculum = RETROFIT_CURRICULUM_1_SQRT, .optimizer = RETROFIT_MUON,
-       .keep = 1,                  .max_bad_steps = 5,               .save_before = 5};
+} o = {.eval_list = "1,2,4,8,16,32", .eval_rows = 64, .sample_tokens = 32, .micro = 8, .seed = 1, .depth_start = 1, .keep = 1,
+       .lr = 5e-5, .muon_lr = 1e-3, .weight_decay = 1e-4, .beta1 = 0.9, .beta2 = 0.95, .clip = 1, .warmup = 0.0025, .cooldown = 0.6,
+       .min_lr_ratio = 0.001, .curriculum = RETROFIT_CURRICULUM_1_SQRT, .curriculum_warmup = 0.75, .optimizer = RETROFIT_MUON,
+       .max_bad_steps = 5, .save_before = 5};
 
 static const retrofit_option options[] = {
     {"Files", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -225,10 +227,11 @@ static void open_samples(const retrofit_model *m, const char *directory) {
         int32_t *ids = retrofit_encode(samples.tokenizer, line, end, true, &count);
         if (!ids) die(1, "%s: %s", o.samples, retrofit_error());
         if (!count || count + o.sample_tokens > m->config.context)
-            die(1, "%s: prompt %zu has %zu tokens; with --sample-tokens %zu the model's context of %zu does not hold it", o.samples, samples.prompts + 1, count,
-                o.sample_tokens, m->config.context);
+            die(1, "%s: prompt %zu has %zu tokens; with --sample-tokens %zu the model's context of %zu does not hold it", o.samples,
+                samples.prompts + 1, count, o.sample_tokens, m->config.context);
         for (size_t i = 0; i < count; i++)
-            if ((size_t)ids[i] >= m->config.vocab) die(1, "%s: token %d is beyond the model's vocabulary of %zu", o.samples, (int)ids[i], m->config.vocab);
+            if ((size_t)ids[i] >= m->config.vocab)
+                die(1, "%s: token %d is beyond the model's vocabulary of %zu", o.samples, (int)ids[i], m->config.vocab);
         samples.prompt[samples.prompts].text = strdup(line), samples.prompt[samples.prompts].count = count;
         samples.prompt[samples.prompts].ids = realloc(ids, (count + o.sample_tokens) * sizeof *ids);
         if (!samples.prompt[samples.prompts].text || !samples.prompt[samples.prompts].ids) die(1, "out of memory");
@@ -257,12 +260,14 @@ static bool sample(void) { // false if it was stopped
                 fed = n, ids[n++] = retrofit_argmax(logits, known);
                 if (ids[n - 1] == eos) break;
             }
-            char *all = retrofit_decode(samples.tokenizer, ids, n, true, &size), *before = retrofit_decode(samples.tokenizer, ids, samples.prompt[p].count, true, &fed);
+            char *all = retrofit_decode(samples.tokenizer, ids, n, true, &size),
+                 *before = retrofit_decode(samples.tokenizer, ids, samples.prompt[p].count, true, &fed);
             if (!all || !before) die(1, "%s", retrofit_error());
             const char *text = all + least(fed, size); // decoded alone, a first token would lose its space
             fprintf(journal, "{\"step\":%zu,\"sample\":{\"prompt\":", now.step);
             json_write_string(journal, samples.prompt[p].text, strlen(samples.prompt[p].text));
-            fprintf(journal, ",\"recurrences\":%zu,\"text\":", r[i]), json_write_string(journal, text, strlen(text)), fprintf(journal, "}}\n");
+            fprintf(journal, ",\"recurrences\":%zu,\"text\":", r[i]), json_write_string(journal, text, strlen(text)),
+                fprintf(journal, "}}\n");
             end_live_line(), fprintf(stderr, "step %zu: r=%zu: %s|", now.step, r[i], samples.prompt[p].text);
             for (const char *t = text; *t; t++) fputc((unsigned char)*t < ' ' || *t == 127 ? ' ' : *t, stderr); // one line it stays
             fputc('\n', stderr), free(all), free(before);
@@ -413,14 +418,15 @@ static void recipe(char *text, size_t size) { // what must not change between a 
                       *const trained[] = {"all", "core", "adapter"};
     char fixed[48] = "none";
     if (fixed_k) snprintf(fixed, sizeof fixed, "%zu,%zu", fixed_n, fixed_k);
-    snprintf(text, size,
-             "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu train=%s optimizer=%s throttle=%d lr=%.9g muon-lr=%.9g weight-decay=%.9g beta1=%.9g beta2=%.9g "
-             "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu depth-warmup=%.9g depth-start=%zu curriculum=%s "
-             "curriculum-warmup=%.9g fixed-recurrences=%s state-init=%s seed=%zu shuffle=%d data-rows=%zu device=%.4s precision=%s",
-             o.steps, o.batch, o.micro, o.seq_len, trained[o.trains], optimizers[o.optimizer], o.throttle, o.lr, o.muon_lr, o.weight_decay, o.beta1,
-             o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, o.depth_warmup, o.depth_start, curricula[o.curriculum],
-             o.curriculum_warmup, fixed, o.state_init ? "zero" : "normal", o.seed, o.shuffle, data_rows, place->name,
-             place->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
+    snprintf(
+        text, size,
+        "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu train=%s optimizer=%s throttle=%d lr=%.9g muon-lr=%.9g weight-decay=%.9g beta1=%.9g beta2=%.9g "
+        "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu depth-warmup=%.9g depth-start=%zu curriculum=%s "
+        "curriculum-warmup=%.9g fixed-recurrences=%s state-init=%s seed=%zu shuffle=%d data-rows=%zu device=%.4s precision=%s",
+        o.steps, o.batch, o.micro, o.seq_len, trained[o.trains], optimizers[o.optimizer], o.throttle, o.lr, o.muon_lr, o.weight_decay,
+        o.beta1, o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, o.depth_warmup, o.depth_start,
+        curricula[o.curriculum], o.curriculum_warmup, fixed, o.state_init ? "zero" : "normal", o.seed, o.shuffle, data_rows, place->name,
+        place->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
 }
 
 static double checkpoint_bytes(const retrofit_model *m) { // of the two large files
@@ -465,7 +471,8 @@ static void save(const retrofit_model *m, const char *tokenizer) {
         die(1, "%s", retrofit_error());
     check_disk(m, tokenizer);
     snprintf(value[0], 32, "%zu", now.step), snprintf(value[1], 32, "%.17g", now.flops), snprintf(value[2], 32, "%zu", now.skipped);
-    snprintf(value[3], 32, "%zu", now.in_a_row), snprintf(value[4], 32, "%.17g", now.norm), snprintf(value[5], 32, "%.17g", now.paper_flops);
+    snprintf(value[3], 32, "%zu", now.in_a_row), snprintf(value[4], 32, "%.17g", now.norm),
+        snprintf(value[5], 32, "%.17g", now.paper_flops);
     recipe(text, sizeof text);
     const char *metadata[] = {"step", value[0], "flops",  value[1], "skipped", value[2], "bad_in_a_row", value[3],
                               "norm", value[4], "paper_flops", value[5], "recipe", text, NULL};
@@ -539,7 +546,8 @@ static void resume(retrofit_model *m, const char *directory, bool *validated) {
         if (!strchr(line, '\n') || (sscanf(line, "{\"step\":%zu", &at) == 1 && at > now.step)) break;
         const char *what = line + strcspn(line, ",");
         *validated = at == now.step && (!strncmp(what, ",\"val\"", 6) || !strncmp(what, ",\"sampled\"", 10));
-        if (at < now.step || strncmp(what, ",\"sample\"", 9)) keep = (size_t)(strchr(line, '\n') + 1 - log); // samples count with the line that ends them
+        if (at < now.step || strncmp(what, ",\"sample\"", 9))
+            keep = (size_t)(strchr(line, '\n') + 1 - log); // samples count with the line that ends them
     }
     if (log && truncate(path, (off_t)keep)) die(1, "%s: %s", path, strerror(errno));
     free(log);
@@ -611,7 +619,8 @@ static void print_schedule(const retrofit_config *c) { // every micro-batch
 // FLOP/s of a matrix product of this model's shape, measured for half a second: what a step can hope for.
 static double speed_of(const retrofit_model *m) {
     const retrofit_ops *ops = m->ops;
-    size_t N = least(o.micro * o.seq_len, 4096), d = m->config.n_embd, O = 2 * m->config.intermediate, size = retrofit_type_size(ops->act_type);
+    size_t N = least(o.micro * o.seq_len, 4096), d = m->config.n_embd, O = 2 * m->config.intermediate,
+           size = retrofit_type_size(ops->act_type);
     char *memory = ops->alloc((N * d + O * d + N * O) * size);
     if (!memory) die(1, "%s", retrofit_error());
     retrofit_weight w = {memory + N * d * size, ops->act_type, d};
@@ -619,7 +628,8 @@ static double speed_of(const retrofit_model *m) {
     double begin = 0, seconds = 0, flops = 0;
     for (int i = 0; seconds < 0.5; i++) {
         if (i == 2) begin = retrofit_seconds(), flops = 0; // the first ones make ready
-        for (int j = 0; j < (i < 2 ? 1 : i); j++) ops->matmul_forward(memory + (N + O) * d * size, memory, w, N, d, O), flops += 2 * (double)(N * d * O);
+        for (int j = 0; j < (i < 2 ? 1 : i); j++)
+            ops->matmul_forward(memory + (N + O) * d * size, memory, w, N, d, O), flops += 2 * (double)(N * d * O);
         ops->download(&sink, memory, sizeof sink); // waits for it
         if (i >= 2) seconds = retrofit_seconds() - begin;
     }
@@ -645,22 +655,27 @@ static void dry_run(retrofit_model *m, const char *device, retrofit_data *data) 
     char text[1024];
     recipe(text, sizeof text), printf("options");
     for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) printf(column++ % 6 ? "  %s" : "\n  %s", word);
-    printf("\nparameters                 by muon  by %-9s         frozen\n", by[o.optimizer == RETROFIT_MUON ? RETROFIT_ADAMW : o.optimizer]);
+    printf("\nparameters                 by muon  by %-9s         frozen\n",
+           by[o.optimizer == RETROFIT_MUON ? RETROFIT_ADAMW : o.optimizer]);
     for (int i = 0; i <= RETROFIT_PARTS; i++)
         if (in[i][0] + in[i][1] + in[i][2]) printf("  %-12s %15zu %15zu %15zu\n", parts[i], in[i][0], in[i][1], in[i][2]);
     printf("memory on %s\n", device);
-    printf("  weights      %10.3f GB\n  gradients    %10.3f GB\n  optimizer    %10.3f GB\n  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu: any draw)\n"
-           "  all          %10.3f GB, %.3f GB are free\n", (double)need.weights / 1e9, (double)need.gradients / 1e9, (double)need.moments / 1e9,
-           (double)need.activations / 1e9, o.micro, o.seq_len, c->core ? o.backprop_depth : 0, (double)need.all / 1e9, (double)m->ops->room() / 1e9);
+    printf(
+        "  weights      %10.3f GB\n  gradients    %10.3f GB\n  optimizer    %10.3f GB\n  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu: any draw)\n"
+        "  all          %10.3f GB, %.3f GB are free\n",
+        (double)need.weights / 1e9, (double)need.gradients / 1e9, (double)need.moments / 1e9, (double)need.activations / 1e9, o.micro,
+        o.seq_len, c->core ? o.backprop_depth : 0, (double)need.all / 1e9, (double)m->ops->room() / 1e9);
     printf("checkpoint     %10.3f GB on disk, %zu of them and one in the making\n", checkpoint_bytes(m) / 1e9, o.keep);
     if (data)
-        printf("data           %zu rows of %zu tokens, read %.2f times\n", data_rows, o.seq_len, (double)o.steps * (double)o.batch / (double)data_rows);
+        printf("data           %zu rows of %zu tokens, read %.2f times\n", data_rows, o.seq_len,
+               (double)o.steps * (double)o.batch / (double)data_rows);
     cost all = cost_of(c, 0, o.steps);
     double speed = speed_of(m);
-    printf("training       %10.3g FLOPs (%.3g as the paper counts them), %zu steps of %zu tokens (%zu micro-batches)\n", all.flops, all.paper, o.steps,
-           o.batch * o.seq_len, o.batch / o.micro);
+    printf("training       %10.3g FLOPs (%.3g as the paper counts them), %zu steps of %zu tokens (%zu micro-batches)\n", all.flops,
+           all.paper, o.steps, o.batch * o.seq_len, o.batch / o.micro);
     if (all.most) printf("               the largest draw is %zu recurrences, in step %zu\n", all.most, all.at);
-    print_time("time           about", all.flops / speed), printf(" at best: this device multiplies matrices of this model at %.3g TFLOP/s\n", speed / 1e12);
+    print_time("time           about", all.flops / speed),
+        printf(" at best: this device multiplies matrices of this model at %.3g TFLOP/s\n", speed / 1e12);
     if (o.flops > 0) {
         while (!ended()) now.flops += cost_of(c, now.step, now.step + 1).flops, now.step++;
         printf("--flops %g: ends after step %zu of %zu, with %.3g FLOPs spent\n", o.flops, now.step, o.steps, now.flops);
@@ -692,7 +707,8 @@ static void show(double loss, double norm, const plan *p, size_t n, size_t k, do
     live_line = live;
 }
 
-static void check_tokenizer(const char *directory, const retrofit_data *data, const retrofit_data *val) { // where the model has one that we can read
+// Where the model has one that we can read.
+static void check_tokenizer(const char *directory, const retrofit_data *data, const retrofit_data *val) {
     retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
     if (t && (!retrofit_data_check(data, retrofit_tokenizer_hash(t)) || (val && !retrofit_data_check(val, retrofit_tokenizer_hash(t)))))
         die(1, "%s", retrofit_error());
@@ -727,9 +743,12 @@ static void check_options(const retrofit_config *c) {
         if (!(ranges[i].value >= ranges[i].low && ranges[i].value <= ranges[i].high))
             die(2, "--%s %g is not between %g and %g", ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high);
     if (!retrofit_sizes(o.eval_list, r, 32, &count)) die(2, "--eval-recurrences: %s", retrofit_error());
-    if (o.depth_start < 1 || o.depth_start > o.backprop_depth) die(2, "--depth-start %zu is not between 1 and --backprop-depth %zu", o.depth_start, o.backprop_depth);
-    if (o.trains && retrofit_is_plain(c)) die(2, "--train %s: %s is a plain Llama, it has neither adapter nor core", o.trains == 1 ? "core" : "adapter", o.model);
-    if (o.samples && (!o.sample_tokens || o.sample_tokens > c->context)) die(2, "--sample-tokens is from 1 to the model's context of %zu", c->context);
+    if (o.depth_start < 1 || o.depth_start > o.backprop_depth)
+        die(2, "--depth-start %zu is not between 1 and --backprop-depth %zu", o.depth_start, o.backprop_depth);
+    if (o.trains && retrofit_is_plain(c))
+        die(2, "--train %s: %s is a plain Llama, it has neither adapter nor core", o.trains == 1 ? "core" : "adapter", o.model);
+    if (o.samples && (!o.sample_tokens || o.sample_tokens > c->context))
+        die(2, "--sample-tokens is from 1 to the model's context of %zu", c->context);
     if (!o.eval_rows || !o.keep || !o.max_bad_steps) die(2, "--%s is at least 1", !o.eval_rows ? "eval-rows" : !o.keep ? "keep" : "max-bad-steps");
     if (o.time_limit > 0 && o.time_limit <= o.save_before)
         die(2, "--time-limit %g leaves no time to train: saving begins --save-before %g minutes earlier", o.time_limit, o.save_before);
@@ -842,6 +861,7 @@ int main(int argc, char **argv) {
                 stop == SIGINT ? "SIGINT" : stop ? "SIGTERM" : "--time-limit", now.step, o.steps, latest);
     else fprintf(stderr, "%s after %zu steps, %.3g FLOPs, %.0f s\n", latest, now.step, now.flops, retrofit_seconds() - begin);
     if (fclose(journal)) die(1, "%s: writing failed: %s", path, strerror(errno));
-    free(tokens), free(labels), free(rms), close_samples(), retrofit_activations_free(a), retrofit_free(m), retrofit_data_close(data), retrofit_data_close(val);
+    free(tokens), free(labels), free(rms), close_samples(), retrofit_activations_free(a), retrofit_free(m), retrofit_data_close(data),
+        retrofit_data_close(val);
     return 0;
 }

@@ -112,8 +112,23 @@ static void decode(size_t M, size_t N, size_t K, retrofit_type type, const float
 // Whole steps of decoding: SmolLM2-135M retrofitted (4,6,4), 32 tokens behind a prompt of 8, one at a time. Against the time it takes to read the
 // weights that a token needs as often as it needs them.
 static void decoding(bool bf16, const float *pool, size_t pool_size) {
-    retrofit_config c = {.n_embd = 576, .n_heads = 9, .n_kv_heads = 3, .head_dim = 64, .intermediate = 1536, .vocab = 49152, .context = 64, .prelude = 4, .core = 6, .coda = 4,
-                         .norm_eps = 1e-5f, .rope_theta = 1e5, .state_std = (float)RETROFIT_STATE_STD, .mean_recurrence = 4, .backprop_depth = 4, .bos = -1, .eos = -1};
+    retrofit_config c = {.n_embd = 576,
+                         .n_heads = 9,
+                         .n_kv_heads = 3,
+                         .head_dim = 64,
+                         .intermediate = 1536,
+                         .vocab = 49152,
+                         .context = 64,
+                         .prelude = 4,
+                         .core = 6,
+                         .coda = 4,
+                         .norm_eps = 1e-5f,
+                         .rope_theta = 1e5,
+                         .state_std = (float)RETROFIT_STATE_STD,
+                         .mean_recurrence = 4,
+                         .backprop_depth = 4,
+                         .bos = -1,
+                         .eos = -1};
     retrofit_model *m = retrofit_model_new(&c, &retrofit_cpu);
     if (!m || !retrofit_model_allocate(m, RETROFIT_INFERENCE)) puts(retrofit_error()), exit(1);
     uint16_t *halves = malloc(m->weight_count * 2), *next = halves;
@@ -134,11 +149,13 @@ static void decoding(bool bf16, const float *pool, size_t pool_size) {
     }
     double bandwidth = (double)pool_size / reading;
     for (size_t r = 1; r <= 16; r *= 4) {
-        retrofit_activations *a = retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = 64, .recurrences = r});
+        retrofit_activations *a =
+            retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = 64, .recurrences = r});
         retrofit_thinking how = {.recurrences = r};
         int32_t tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8};
         double best = 1e9, bytes = weights[RETROFIT_PART_PRELUDE] + weights[RETROFIT_PART_CODA] + weights[RETROFIT_PART_HEAD] +
-                                  (double)r * weights[RETROFIT_PART_CORE] + ((double)r + 1) / 2 * weights[RETROFIT_PART_ADAPTER]; // A_e once, A_s every time
+                                   (double)r * weights[RETROFIT_PART_CORE] +
+                                   ((double)r + 1) / 2 * weights[RETROFIT_PART_ADAPTER]; // A_e once, A_s every time
         for (int round = 0; round < 3; round++) {
             retrofit_rewind(a);
             const float *logits = retrofit_feed(a, tokens, 1, 8, NULL, &how);
@@ -149,8 +166,8 @@ static void decoding(bool bf16, const float *pool, size_t pool_size) {
             }
             best = fmin(best, (now() - start) / 32);
         }
-        printf("a model of 107M, %s, r = %-2zu %15.1f tok/s %8.1f %8.1f %6.2f%s\n", bf16 ? "bf16" : "fp32", r, 1 / best, 1e-9 * bytes / best, 1e-9 * bandwidth, bytes / best / bandwidth,
-               total == 12345 ? " " : "");
+        printf("a model of 107M, %s, r = %-2zu %15.1f tok/s %8.1f %8.1f %6.2f%s\n", bf16 ? "bf16" : "fp32", r, 1 / best,
+               1e-9 * bytes / best, 1e-9 * bandwidth, bytes / best / bandwidth, total == 12345 ? " " : "");
         fflush(stdout), retrofit_activations_free(a);
     }
     free(halves), retrofit_free(m);

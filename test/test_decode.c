@@ -5,7 +5,8 @@
 static int32_t nth(size_t row, size_t i, size_t V) { return (int32_t)(hash64(row + 1, i) % V); }
 
 static retrofit_activations *with_cache(const retrofit_model *m, size_t B, size_t T, size_t capacity, size_t r) {
-    retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = capacity, .recurrences = r});
+    retrofit_activations *a =
+        retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = capacity, .recurrences = r});
     need(a != NULL, "activations with a cache");
     return a;
 }
@@ -43,7 +44,8 @@ static const float *feed(decoding *x, size_t b, size_t t, const int32_t *lengths
     need(b * t <= 512, "room for the tokens");
     for (size_t i = 0; i < b * t; i++)
         tokens[i] = lengths && i % t >= (size_t)lengths[i / t] ? padding : nth(i / t, x->seen[i / t] + i % t, V);
-    const float *logits = retrofit_feed(x->a, tokens, b, t, lengths, &(retrofit_thinking){.recurrences = x->r, .sigma = x->sigma, .seed = x->seed});
+    const float *logits =
+        retrofit_feed(x->a, tokens, b, t, lengths, &(retrofit_thinking){.recurrences = x->r, .sigma = x->sigma, .seed = x->seed});
     need(logits != NULL, x->name);
     for (size_t i = 0; i < b; i++) {
         x->seen[i] += lengths ? (size_t)lengths[i] : t;
@@ -75,7 +77,8 @@ static void decode(const char *name, size_t L) {
             size_t prompt = L > 40 ? 97 : 7;
             feed(&x, 1, prompt, NULL, 0), feed(&x, 1, 4, NULL, 0);
             while (x.seen[0] < L) feed(&x, 1, 1, NULL, 0);
-            check(!retrofit_feed(x.a, (int32_t[]){0}, 1, 1, NULL, &(retrofit_thinking){.recurrences = r}) && strstr(retrofit_error(), "context"),
+            check(!retrofit_feed(x.a, (int32_t[]){0}, 1, 1, NULL, &(retrofit_thinking){.recurrences = r}) &&
+                      strstr(retrofit_error(), "context"),
                   "%s: a token too many: %s", name, retrofit_error());
             // one by one from the start
             start_again(&x);
@@ -106,7 +109,9 @@ static void errors(void) {
     retrofit_activations *a = with_cache(m, 2, 8, 12, 3), *quiet = with_cache(m, 2, 8, 12, 3),
                          *none = retrofit_activations_new(m, 2, 8, 0, RETROFIT_KEEP_NOTHING, NULL);
     float before[2][256];
-    need(V <= 256 && none && retrofit_feed(a, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}) && retrofit_feed(quiet, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}), "feed");
+    need(V <= 256 && none && retrofit_feed(a, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}) &&
+             retrofit_feed(quiet, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}),
+         "feed");
     for (int i = 0; i < 2; i++) memcpy(before[i], quiet->next + (size_t)(i * V), (size_t)V * 4);
     const struct {
         const char *what;
@@ -132,12 +137,15 @@ static void errors(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         for (size_t j = 0; j < 64; j++) tokens[j] = j == cases[i].b * cases[i].t - 1 ? cases[i].token : 0;
         error_text[0] = 0;
-        bool worked = retrofit_feed(cases[i].a, tokens, cases[i].b, cases[i].t, cases[i].lengths, &(retrofit_thinking){.recurrences = cases[i].r}) != NULL;
+        bool worked = retrofit_feed(cases[i].a, tokens, cases[i].b, cases[i].t, cases[i].lengths,
+                                    &(retrofit_thinking){.recurrences = cases[i].r}) != NULL;
         check(!worked && *retrofit_error() && !strchr(retrofit_error(), '\n'), "%s: %s, error \"%s\"", cases[i].what,
               worked ? "accepted" : "refused", retrofit_error());
     }
     tokens[0] = 7, tokens[1] = 9;
-    need(retrofit_feed(a, tokens, 2, 1, NULL, &(retrofit_thinking){.recurrences = 2}) && retrofit_feed(quiet, tokens, 2, 1, NULL, &(retrofit_thinking){.recurrences = 2}), "feed");
+    need(retrofit_feed(a, tokens, 2, 1, NULL, &(retrofit_thinking){.recurrences = 2}) &&
+             retrofit_feed(quiet, tokens, 2, 1, NULL, &(retrofit_thinking){.recurrences = 2}),
+         "feed");
     check(!memcmp(a->next, quiet->next, 2 * (size_t)V * 4), "refused calls left a trace of %.2e in the logits",
           relative_error(a->next, quiet->next, 2 * (size_t)V));
     // from the start again the same bits
@@ -147,9 +155,12 @@ static void errors(void) {
     for (int i = 0; i < 2; i++)
         check(!memcmp(a->next + (size_t)(i * V), before[i], (size_t)V * 4), "after rewinding, row %d has other logits", i);
     error_text[0] = 0;
-    check(!retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = m->config.context + 1, .recurrences = 3}) && *retrofit_error(),
+    check(!retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING,
+                                    &(retrofit_cache){.capacity = m->config.context + 1, .recurrences = 3}) &&
+              *retrofit_error(),
           "a cache longer than the model's context");
-    check(!retrofit_activations_new(m, 1, m->config.context + 1, 0, RETROFIT_KEEP_NOTHING, NULL) && !retrofit_activations_new(m, 0, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = 8, .recurrences = 1}),
+    check(!retrofit_activations_new(m, 1, m->config.context + 1, 0, RETROFIT_KEEP_NOTHING, NULL) &&
+              !retrofit_activations_new(m, 0, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = 8, .recurrences = 1}),
           "no batch that could be");
     retrofit_activations_free(a), retrofit_activations_free(quiet), retrofit_activations_free(none), retrofit_free(m);
 }

@@ -224,7 +224,8 @@ static void decoding(const retrofit_ops *ops, const char *name, double tolerance
     int32_t tokens[2 * 24], some[2 * 24];
     float *full = (float *)allocate(B * L * V, 4);
     double worst = 0;
-    retrofit_activations *a = retrofit_activations_new(m, B, 9, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = L, .recurrences = 3});
+    retrofit_activations *a =
+        retrofit_activations_new(m, B, 9, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = L, .recurrences = 3});
     retrofit_activations *whole = retrofit_activations_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(a && whole && full, "activations");
     for (size_t i = 0; i < B * L; i++) tokens[i] = (int32_t)(hash64(5, i) % V);
@@ -258,13 +259,19 @@ static void thinking(const retrofit_ops *ops, const char *name) {
     retrofit_model *m = load(name, ops, RETROFIT_INFERENCE), *exact = load(name, &retrofit_cpu, RETROFIT_INFERENCE);
     size_t V = m->config.vocab, B = 3, early = 0;
     retrofit_cache cache = {.capacity = 24, .recurrences = 5};
-    retrofit_activations *a = retrofit_activations_new(m, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache), *b = retrofit_activations_new(exact, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache);
+    retrofit_activations *a = retrofit_activations_new(m, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache),
+                         *b = retrofit_activations_new(exact, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache);
     float *scratch = (float *)allocate(10 * V, 4);
     need(a && b && scratch, "activations");
     int32_t tokens[3 * 8], out[4];
     for (int exit = RETROFIT_EXIT_NONE; exit <= RETROFIT_EXIT_ARGMAX_STABILITY; exit++) {
-        retrofit_thinking how = {.recurrences = 5, .sigma = 0.1f, .seed = 3, .exit = (retrofit_exit)exit, .threshold = exit == RETROFIT_EXIT_ARGMAX_STABILITY ? 1 : 0.2f,
-                                 .continuous = exit % 2 == 0, .noise = exit == RETROFIT_EXIT_KL ? 3 : 0};
+        retrofit_thinking how = {.recurrences = 5,
+                                 .sigma = 0.1f,
+                                 .seed = 3,
+                                 .exit = (retrofit_exit)exit,
+                                 .threshold = exit == RETROFIT_EXIT_ARGMAX_STABILITY ? 1 : 0.2f,
+                                 .continuous = exit % 2 == 0,
+                                 .noise = exit == RETROFIT_EXIT_KL ? 3 : 0};
         retrofit_rewind(a), retrofit_rewind(b);
         for (size_t i = 0; i < 6; i++) {
             for (size_t j = 0; j < B * 8; j++) tokens[j] = (int32_t)(hash64(i + 10 * (size_t)exit, j) % V);
@@ -273,12 +280,16 @@ static void thinking(const retrofit_ops *ops, const char *name) {
             double e = relative_error(a->next, b->next, B * V);
             check(e < 1e-4, "%s %s, exit %d: token %zu's logits are %.2e off the CPU's", ops->name, name, exit, i, e);
             for (size_t row = 0; row < B; row++)
-                check(a->used[row] == b->used[row], "%s %s, exit %d: row %zu took %d recurrences, on a CPU %d", ops->name, name, exit, row, (int)a->used[row], (int)b->used[row]), early += a->used[row] < 5;
+                check(a->used[row] == b->used[row], "%s %s, exit %d: row %zu took %d recurrences, on a CPU %d", ops->name, name, exit, row,
+                      (int)a->used[row], (int)b->used[row]),
+                    early += a->used[row] < 5;
         }
     }
     check(early > 20, "%s %s: %zu tokens stopped early", ops->name, name, early);
     // What a recorded step is for: another way to think is another recording, and one whose noise differs from token to token is not recorded.
-    static const retrofit_thinking ways[] = {{.noise = 0}, {.continuous = true}, {.noise = 0}, {.noise = 3}, {.noise = 9}, {.noise = 9, .noise_kind = RETROFIT_NOISE_CHI}, {.noise = 0}};
+    static const retrofit_thinking ways[] = {{.noise = 0}, {.continuous = true}, {.noise = 0},
+                                             {.noise = 3}, {.noise = 9},         {.noise = 9, .noise_kind = RETROFIT_NOISE_CHI},
+                                             {.noise = 0}};
     retrofit_rewind(a), retrofit_rewind(b);
     for (size_t i = 0; i < 21; i++) {
         retrofit_thinking how = ways[i / 3];
@@ -292,7 +303,8 @@ static void thinking(const retrofit_ops *ops, const char *name) {
     retrofit_thinking how = {.recurrences = 5, .sigma = 0.1f, .seed = 3};
     retrofit_sampling greedy = {0, 0, 1, 0, 1};
     retrofit_rewind(a), retrofit_rewind(b);
-    int32_t next = retrofit_argmax(retrofit_feed(a, tokens, 1, 8, NULL, &how), V), plain = retrofit_argmax(retrofit_feed(b, tokens, 1, 8, NULL, &how), V);
+    int32_t next = retrofit_argmax(retrofit_feed(a, tokens, 1, 8, NULL, &how), V),
+            plain = retrofit_argmax(retrofit_feed(b, tokens, 1, 8, NULL, &how), V);
     for (size_t made = 0; made < 10;) {
         size_t count = retrofit_speculate(a, next, 4, 4, &how, &greedy, V, out, scratch);
         need(count > 0, "speculate");

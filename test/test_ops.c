@@ -581,13 +581,15 @@ TEST(kv_lend) {
     size_t stride = (B + trial % 2) * capacity * width; // more rows than are lent to
     SHAPE("S %zu C %zu B %zu capacity %zu G %zu h %zu", S, C, B, capacity, G, h);
     retrofit_type type = kv_type(trial);
-    array kv[2] = {filled(type, S * C * stride, 1), filled(type, S * C * stride, 1)}, past = integers(B, 0, capacity - 1), used = integers(B, 1, S);
+    array kv[2] = {filled(type, S * C * stride, 1), filled(type, S * C * stride, 1)}, past = integers(B, 0, capacity - 1),
+          used = integers(B, 1, S);
     if (trial & 1) poison(kv[0], any(0, S * C * stride - 1)); // is lent like any number
     ops->kv_lend(kv[0].at, kv[1].at, past.i, used.i, S, C, stride, B, capacity, G, h, type);
     for (size_t i = 0; i < 2 * S * C * stride; i++) {
         double *x = kv[i % 2].x;
         size_t at = i / 2, slot = at / stride / C, in = at % stride, b = in / width / capacity;
-        if (b < B && in / width % capacity == (size_t)past.x[b] && slot >= (size_t)used.x[b]) x[at] = x[at - (slot + 1 - (size_t)used.x[b]) * C * stride];
+        if (b < B && in / width % capacity == (size_t)past.x[b] && slot >= (size_t)used.x[b])
+            x[at] = x[at - (slot + 1 - (size_t)used.x[b]) * C * stride];
     }
     near("keys", kv[0], kv[0].x, NULL, 0), near("values", kv[1], kv[1].x, NULL, 0);
 }

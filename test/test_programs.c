@@ -87,7 +87,8 @@ static void runs(const char *optimizer) {
     for (size_t i = 0; i < f.count; i++) count += f.tensors[i].count;
     retrofit_safetensors_close(&f);
     for (; memory && line < memory && (end = strchr(line, '\n')); line = end + 1) // "  final norm   32"
-        if (sscanf(line, " %31[a-z ] %zu %zu %zu\n", name, &number, &n, &k) == 4) strncmp(name, "all", 3) ? (sum += number + n + k) : (all = number + n + k);
+        if (sscanf(line, " %31[a-z ] %zu %zu %zu\n", name, &number, &n, &k) == 4)
+            strncmp(name, "all", 3) ? (sum += number + n + k) : (all = number + n + k);
     for (line = strstr(out, "   step"); line && (line = strchr(line, '\n')) && line[1]; line++)
         if (sscanf(line, "%zu %zu %*u %lf %lf %*u,%*u %zu,%zu", &number, &mean, &lr, &muon, &n, &k) == 6 && number == ++steps && number <= 6)
             check((double)mean == log[number].mean && (double)n == log[number].n && (double)k == log[number].k &&
@@ -152,23 +153,32 @@ static void schedule(void) {
         if (log[i].n + log[i].k > (double)most) most = (size_t)(log[i].n + log[i].k), at = i;
     works(TRAIN "%s --dry-run", options);
     char *largest_draw = strstr(out, "the largest draw");
-    check(largest_draw && sscanf(largest_draw, "the largest draw is %zu recurrences, in step %zu", &said[0], &said[1]) == 2 && said[0] == most && said[1] == at,
+    check(largest_draw && sscanf(largest_draw, "the largest draw is %zu recurrences, in step %zu", &said[0], &said[1]) == 2 &&
+              said[0] == most && said[1] == at,
           "the largest draw is %zu in step %zu, not %zu in %zu", most, at, said[0], said[1]);
-    works(TRAIN "recurrent --steps 4 --curriculum none --mean-recurrence 30 --backprop-depth 25 --depth-warmup 1 --depth-start 7 --dry-run=schedule | grep '^1 1 30 7 '"); // 25·(7/25) > 7
+    works(
+        TRAIN
+        "recurrent --steps 4 --curriculum none --mean-recurrence 30 --backprop-depth 25 --depth-warmup 1 --depth-start 7 --dry-run=schedule | grep '^1 1 30 7 '"); // 25·(7/25) > 7
     works(TRAIN "recurrent --steps 1 --fixed-recurrences 3,2 --depth-warmup 1 --dry-run=schedule | grep '^1 1 5 2 3 2 '");
     works(TRAIN "%s --dry-run=schedule", options);
     size_t step = 0, number, micro, mean, depth, n, k, deepest = 0, lines = 0;
     double lr, muon;
     for (char *line = out; (line = strchr(line, '\n')) && *++line; lines++) {
-        if (!check(sscanf(line, "%zu %zu %zu %zu %zu %zu %lf %lf\n", &number, &micro, &mean, &depth, &n, &k, &lr, &muon) == 8, "no line of a schedule: %.80s", line)) break;
+        if (!check(sscanf(line, "%zu %zu %zu %zu %zu %zu %lf %lf\n", &number, &micro, &mean, &depth, &n, &k, &lr, &muon) == 8,
+                   "no line of a schedule: %.80s", line))
+            break;
         step++;
-        check(number == step && step <= 12 && micro == 1 && depth >= deepest && depth <= 5 && depth <= mean && k <= depth, "a schedule's step %zu: %.80s", step, line);
-        check(step > 12 || ((double)mean == log[step].mean && (double)n == log[step].n && (double)k == log[step].k && lr == log[step].lr && muon == log[step].muon_lr),
+        check(number == step && step <= 12 && micro == 1 && depth >= deepest && depth <= 5 && depth <= mean && k <= depth,
+              "a schedule's step %zu: %.80s", step, line);
+        check(step > 12 || ((double)mean == log[step].mean && (double)n == log[step].n && (double)k == log[step].k && lr == log[step].lr &&
+                            muon == log[step].muon_lr),
               "step %zu is not what the log has: %.80s", step, line);
         deepest = depth;
     }
     check(lines == 12 && deepest == 5, "%zu lines of 12 steps, the last of depth %zu", lines, deepest);
-    works(TRAIN "recurrent --steps 3 --curriculum none --mean-recurrence 6 --backprop-depth 5 --depth-warmup 1 --depth-start 2 --dry-run=schedule");
+    works(
+        TRAIN
+        "recurrent --steps 3 --curriculum none --mean-recurrence 6 --backprop-depth 5 --depth-warmup 1 --depth-start 2 --dry-run=schedule");
     size_t depths[6], i = 0;
     for (char *line = out; i < 6 && (line = strchr(line, '\n')) && *++line; i++) sscanf(line, "%*u %*u %*u %zu", &depths[i]);
     check(i == 6 && depths[0] == 2 && depths[1] == 2 && depths[2] == 3 && depths[3] == 3 && depths[4] == 4 && depths[5] == 4,
@@ -177,10 +187,12 @@ static void schedule(void) {
 
 // Samples stand in the log before the line that ends them, and are what infer makes of the same checkpoint.
 static void sampled(void) {
-    shell("mkdir loop && cp f/tiny/recurrent/* f/lookup/base/tokenizer* loop"); // to this model the start state matters, and it has more ids
+    shell(
+        "mkdir loop && cp f/tiny/recurrent/* f/lookup/base/tokenizer* loop"); // to this model the start state matters, and it has more ids
     shell("printf 'a=1 b=a | b\\n\\nc=2 \\nz\\nq=9 | q\\nx=y\\n7\\n' >prompts");
-    const char *command = "train --model loop --data low.bin --seq-len 24 --micro-batch-size 2 --steps 2 --sample-prompts prompts --sample-tokens 5 --eval-recurrences 3,1 "
-                          "--eval-every 1 --save-every 1 --keep 9";
+    const char *command =
+        "train --model loop --data low.bin --seq-len 24 --micro-batch-size 2 --steps 2 --sample-prompts prompts --sample-tokens 5 --eval-recurrences 3,1 "
+        "--eval-every 1 --save-every 1 --keep 9";
     for (int val = 0; val < 2; val++) {
         char dir[16];
         size_t size, found = 0, ends = 0;
@@ -190,21 +202,24 @@ static void sampled(void) {
         char *path = val ? (char *)"sampled.1/log.jsonl" : (char *)"sampled.0/log.jsonl", *text = slurp(path, &size), *end;
         for (char *line = text; (end = strchr(line, '\n')); line = end + 1) {
             retrofit_json *j = retrofit_json_parse(line, (size_t)(end - line), path);
-            const retrofit_json *s = retrofit_json_get(j, "sample"), *step = retrofit_json_get(j, "step"), *p = retrofit_json_get(s, "prompt"), *t = retrofit_json_get(s, "text"),
+            const retrofit_json *s = retrofit_json_get(j, "sample"), *step = retrofit_json_get(j, "step"),
+                                *p = retrofit_json_get(s, "prompt"), *t = retrofit_json_get(s, "text"),
                                 *r = retrofit_json_get(s, "recurrences");
             check(j != NULL, "%s: %s", path, retrofit_error());
-            if (retrofit_json_get(j, val ? "val" : "sampled")) ends++, check(found == 12 * ends, "%s: %zu samples before the end of evaluation %zu", path, found, ends);
+            if (retrofit_json_get(j, val ? "val" : "sampled"))
+                ends++, check(found == 12 * ends, "%s: %zu samples before the end of evaluation %zu", path, found, ends);
             if (s && check(p && t && r && step, "%s: %.*s", path, (int)(end - line), line)) {
                 found++;
-                works("infer --model %s/step_%08.0f --prompt '%s' --recurrences %.0f --max-tokens 5%s", dir, step->number, p->string, r->number,
-                      val ? " --state-init zero" : " --seed 7");
+                works("infer --model %s/step_%08.0f --prompt '%s' --recurrences %.0f --max-tokens 5%s", dir, step->number, p->string,
+                      r->number, val ? " --state-init zero" : " --seed 7");
                 check(out_size == t->length + 1 && !memcmp(out, t->string, t->length), "a sample '%s', infer says '%s'", t->string, out);
             }
             retrofit_json_free(j);
         }
         free(text), check(ends == 2, "%s: %zu evaluations of 2", path, ends);
         // Without the line that ends them, samples are of a run that was stopped: the next one makes them anew.
-        works("cp %s/log.jsonl whole && sed -i '$d' %s/log.jsonl && %s --out %s%s --resume && cmp whole %s/log.jsonl", dir, dir, command, dir, more, dir);
+        works("cp %s/log.jsonl whole && sed -i '$d' %s/log.jsonl && %s --out %s%s --resume && cmp whole %s/log.jsonl", dir, dir, command,
+              dir, more, dir);
     }
 }
 
@@ -225,9 +240,9 @@ static void foretold(const char *options, const char *dir, retrofit_mode mode, b
     size_t in[3] = {0}, said[3] = {0};
     char *training = strstr(out, "training "), *all = strstr(out, "\n  all ");
     bool both = training && sscanf(training, "training %lf FLOPs (%lf", &flops, &paper) == 2;
-    check(both && fabs(flops / last_of(dir, "\"flops\":") - 1) < 6e-3 &&
-              fabs(paper / last_of(dir, "\"paper_flops\":") - 1) < 6e-3, "%s: %g FLOPs, the paper's %g, in the log %g and %g", dir, flops, paper,
-          last_of(dir, "\"flops\":"), last_of(dir, "\"paper_flops\":"));
+    check(both && fabs(flops / last_of(dir, "\"flops\":") - 1) < 6e-3 && fabs(paper / last_of(dir, "\"paper_flops\":") - 1) < 6e-3,
+          "%s: %g FLOPs, the paper's %g, in the log %g and %g", dir, flops, paper, last_of(dir, "\"flops\":"),
+          last_of(dir, "\"paper_flops\":"));
     retrofit_model *m = retrofit_load("f/tiny/recurrent", &retrofit_cpu, mode);
     need(m != NULL, "tiny");
     for (size_t i = 0; i < m->parameter_count; i++) {
@@ -237,9 +252,10 @@ static void foretold(const char *options, const char *dir, retrofit_mode mode, b
     if (all) sscanf(all, " all %zu %zu %zu", &said[0], &said[1], &said[2]);
     check(!memcmp(in, said, sizeof in), "%s: %zu, %zu, %zu parameters, not %zu, %zu, %zu", dir,
           said[0], said[1], said[2], in[0], in[1], in[2]);
-    check(strstr(out, muon ? " by adamw " : " by ellisadam ") && strstr(out, "read 1.60 times"), "%s: no optimizer's name, or another share of 10 rows: %s", dir, out);
-    works(TRAIN "recurrent --steps 4 %s --flops %.0f --dry-run | grep 'ends after step 4 of 4, with %.3g FLOPs'", options, last_of(dir, "\"flops\":") * 0.999,
-          last_of(dir, "\"flops\":"));
+    check(strstr(out, muon ? " by adamw " : " by ellisadam ") && strstr(out, "read 1.60 times"),
+          "%s: no optimizer's name, or another share of 10 rows: %s", dir, out);
+    works(TRAIN "recurrent --steps 4 %s --flops %.0f --dry-run | grep 'ends after step 4 of 4, with %.3g FLOPs'", options,
+          last_of(dir, "\"flops\":") * 0.999, last_of(dir, "\"flops\":"));
     retrofit_free(m);
 }
 
@@ -248,35 +264,46 @@ static void frozen(void) {
     static const char *const trained[] = {"adapter", "core"};
     for (int i = 0; i < 2; i++) {
         works(TRAIN "recurrent --steps 4 --train %s --out frozen.%d", trained[i], i);
-        works(TRAIN "recurrent --steps 4 --train %s --out halves.%d --flops 1 && " TRAIN "recurrent --steps 4 --train %s --out halves.%d --resume", trained[i], i, trained[i], i);
+        works(TRAIN "recurrent --steps 4 --train %s --out halves.%d --flops 1 && " TRAIN
+                    "recurrent --steps 4 --train %s --out halves.%d --resume",
+              trained[i], i, trained[i], i);
         char a[32], b[32];
         snprintf(a, sizeof a, "frozen.%d", i), snprintf(b, sizeof b, "halves.%d", i), same_bits(a, b);
         fails(1, "train was", TRAIN "recurrent --steps 4 --out halves.%d --resume", i);
-        retrofit_model *m = retrofit_load(a, &retrofit_cpu, RETROFIT_INFERENCE), *before = retrofit_load("f/tiny/recurrent", &retrofit_cpu, RETROFIT_INFERENCE);
+        retrofit_model *m = retrofit_load(a, &retrofit_cpu, RETROFIT_INFERENCE),
+                       *before = retrofit_load("f/tiny/recurrent", &retrofit_cpu, RETROFIT_INFERENCE);
         need(m && before, "a frozen model");
         for (size_t j = 0; j < m->parameter_count; j++) {
             const retrofit_parameter *p = m->parameters[j];
             bool moves = p->part == RETROFIT_PART_ADAPTER || (i && p->part == RETROFIT_PART_CORE);
-            check(moves == (memcmp(p->weight.data, before->parameters[j]->weight.data, p->rows * p->cols * 4) != 0), "--train %s: %s moved, or did not", trained[i], p->piece[0].name);
+            check(moves == (memcmp(p->weight.data, before->parameters[j]->weight.data, p->rows * p->cols * 4) != 0),
+                  "--train %s: %s moved, or did not", trained[i], p->piece[0].name);
         }
         retrofit_free(m), retrofit_free(before);
         foretold(i ? "--train core" : "--train adapter", a, i ? RETROFIT_TRAINING_CORE : RETROFIT_TRAINING_ADAPTER, true);
     }
-    works(TRAIN "recurrent --steps 4 --optimizer ellisadam --out unfrozen"), foretold("--optimizer ellisadam", "unfrozen", RETROFIT_TRAINING, false);
-    check(last_of("frozen.0", "\"flops\":") < last_of("frozen.1", "\"flops\":") && last_of("frozen.1", "\"flops\":") < last_of("unfrozen", "\"flops\":"),
+    works(TRAIN "recurrent --steps 4 --optimizer ellisadam --out unfrozen"),
+        foretold("--optimizer ellisadam", "unfrozen", RETROFIT_TRAINING, false);
+    check(last_of("frozen.0", "\"flops\":") < last_of("frozen.1", "\"flops\":") &&
+              last_of("frozen.1", "\"flops\":") < last_of("unfrozen", "\"flops\":"),
           "what is frozen costs as much");
-    fails(1, "depth-warmup was 0, is 0.5; --depth-start was 1, is 2", TRAIN "recurrent --steps 4 --optimizer ellisadam --out unfrozen --resume --depth-warmup .5 --depth-start 2");
+    fails(1, "depth-warmup was 0, is 0.5; --depth-start was 1, is 2",
+          TRAIN "recurrent --steps 4 --optimizer ellisadam --out unfrozen --resume --depth-warmup .5 --depth-start 2");
 }
 
 // Shards of another tokenizer are refused, for training and validation.
 static void other_tokenizers(void) {
-    shell("echo '{\"text\":\"a=1 b=a | b1 \"}' >text.jsonl && for i in 1 2 3 4 5 6; do cat text.jsonl text.jsonl >more && mv more text.jsonl; done");
-    works("convert --tokenize text.jsonl --tokenizer f/lookup/base --to ours.bin && convert --tokenize text.jsonl --tokenizer f/tokenizers/llama2_style --to theirs.bin");
+    shell(
+        "echo '{\"text\":\"a=1 b=a | b1 \"}' >text.jsonl && for i in 1 2 3 4 5 6; do cat text.jsonl text.jsonl >more && mv more text.jsonl; done");
+    works(
+        "convert --tokenize text.jsonl --tokenizer f/lookup/base --to ours.bin && convert --tokenize text.jsonl --tokenizer f/tokenizers/llama2_style --to theirs.bin");
     works("train --model f/lookup/base --data ours.bin --seq-len 24 --micro-batch-size 2 --steps 1 --out ours");
-    works("cp -r f/lookup/base indented && chmod -R u+w indented && sed -i 's/^/ /' indented/tokenizer.json && ! cmp -s indented/tokenizer.json f/lookup/base/tokenizer.json");
+    works(
+        "cp -r f/lookup/base indented && chmod -R u+w indented && sed -i 's/^/ /' indented/tokenizer.json && ! cmp -s indented/tokenizer.json f/lookup/base/tokenizer.json");
     works("train --model indented --data ours.bin --seq-len 24 --micro-batch-size 2 --steps 1 --dry-run");
     fails(1, "another tokenizer", "train --model f/lookup/base --data '[ot]*s.bin' --seq-len 24 --micro-batch-size 2 --steps 1 --out bad");
-    fails(1, "another tokenizer", "train --model f/lookup/base --data ours.bin --val theirs.bin --seq-len 24 --micro-batch-size 2 --steps 1 --out bad");
+    fails(1, "another tokenizer",
+          "train --model f/lookup/base --data ours.bin --val theirs.bin --seq-len 24 --micro-batch-size 2 --steps 1 --out bad");
     fails(1, "another tokenizer", "train --model f/lookup/base --data theirs.bin --seq-len 24 --micro-batch-size 2 --steps 1 --dry-run");
 }
 
@@ -288,7 +315,8 @@ static void nan_weight(void) {
     retrofit_safetensors_close(&f);
     works("printf '\\000\\000\\300\\177' | dd of=nan/model.safetensors bs=1 seek=%ld conv=notrunc", at); // a NaN, little-endian
     for (int frozen = 0; frozen < 2; frozen++)
-        fails(MIDWAY, "nan", "train --model nan --data rows.bin --seq-len 24 --micro-batch-size 2 --steps 2 --out bad%s", frozen ? " --train adapter" : "");
+        fails(MIDWAY, "nan", "train --model nan --data rows.bin --seq-len 24 --micro-batch-size 2 --steps 2 --out bad%s",
+              frozen ? " --train adapter" : "");
 }
 
 static void plain_stays_plain(void) {
@@ -362,7 +390,8 @@ static void authors_logits(const char *name) {
     for (size_t r = 0; r <= 8; r += r ? r : 1) { // 0: the plain model
         const retrofit_tensor *theirs = r ? fixture(&f, "zero.r%zu.logits", r) : fixture(&f, "base.logits");
         size_t T = theirs->shape[1], V = theirs->shape[2];
-        snprintf(model, sizeof model, "f/%s/%s", name, r ? "recurrent" : "base"), snprintf(options, sizeof options, "--state-init zero --recurrences %zu", r);
+        snprintf(model, sizeof model, "f/%s/%s", name, r ? "recurrent" : "base"),
+            snprintf(options, sizeof options, "--state-init zero --recurrences %zu", r);
         float *logits = logits_of(model, tokens, T, V, r ? options : "");
         double error = relative_error(logits, (const float *)theirs->data, T * V);
         check(error < 1e-5, "%s, r=%zu: --logits differ from the authors' by %.1e", name, r, error);
@@ -462,18 +491,38 @@ static void bad_models_and_shards(void) {
 }
 
 static void bad_options(void) {
-    static const struct { int code; const char *what, *options; } train[] = {
-        {2, "--steps is needed", "--steps 0"}, {2, "--steps", "--steps"}, {2, "whole number", "--steps x"}, {2, "--lr needs a number", "--lr x"},
-        {2, "--lr -1", "--lr=-1"}, {2, "--beta2", "--beta2 1"}, {2, "adamw|muon", "--optimizer sgd"}, {2, "adamw|muon", "--optimizer 'adamw|muon'"},
-        {2, "not an option", "extra"}, {2, "takes no value", "--shuffle=1"}, {2, "did you mean --shuffle?", "--shufle"},
-        {2, "multiple of --micro-batch-size 2", "--batch-size 3"}, {2, "--micro-batch-size 0", "--micro-batch-size 0"},
-        {2, "context of 128", "--seq-len 129"}, {2, "--eval-rows", "--eval-rows 0"}, {2, "--eval-recurrences", "--eval-recurrences 1,,2"},
-        {2, "65536", "--mean-recurrence 65537"}, {2, "--resume", "--resume"}, {1, "file", "--out file"}, {1, "Not a directory", "--out file/below"},
-        {2, "--depth-start 9", "--backprop-depth 8 --depth-start 9"}, {2, "--depth-start 0", "--depth-start 0"}, {2, "all|core|adapter", "--train coda"}, {2, "neither", "--train core --model f/tiny/base"},
-        {2, "--dry-run is one of schedule", "--dry-run=all"}, {1, "No such file", "--sample-prompts missing"}, {1, "tokenizer", "--sample-prompts file"},
-        {1, "no prompt", "--model f/lookup/base --data low.bin --sample-prompts file"},
-        {1, "does not hold", "--model f/lookup/base --data low.bin --sample-prompts prompts --sample-tokens 256"},
-        {2, "at most", "--micro-batch-size 4611686018427387904"}, {2, "at most", "--micro-batch-size 4611686018427387904 --dry-run"}};
+    static const struct { int code; const char *what, *options;
+    } train[] = {{2, "--steps is needed", "--steps 0"},
+                 {2, "--steps", "--steps"},
+                 {2, "whole number", "--steps x"},
+                 {2, "--lr needs a number", "--lr x"},
+                 {2, "--lr -1", "--lr=-1"},
+                 {2, "--beta2", "--beta2 1"},
+                 {2, "adamw|muon", "--optimizer sgd"},
+                 {2, "adamw|muon", "--optimizer 'adamw|muon'"},
+                 {2, "not an option", "extra"},
+                 {2, "takes no value", "--shuffle=1"},
+                 {2, "did you mean --shuffle?", "--shufle"},
+                 {2, "multiple of --micro-batch-size 2", "--batch-size 3"},
+                 {2, "--micro-batch-size 0", "--micro-batch-size 0"},
+                 {2, "context of 128", "--seq-len 129"},
+                 {2, "--eval-rows", "--eval-rows 0"},
+                 {2, "--eval-recurrences", "--eval-recurrences 1,,2"},
+                 {2, "65536", "--mean-recurrence 65537"},
+                 {2, "--resume", "--resume"},
+                 {1, "file", "--out file"},
+                 {1, "Not a directory", "--out file/below"},
+                 {2, "--depth-start 9", "--backprop-depth 8 --depth-start 9"},
+                 {2, "--depth-start 0", "--depth-start 0"},
+                 {2, "all|core|adapter", "--train coda"},
+                 {2, "neither", "--train core --model f/tiny/base"},
+                 {2, "--dry-run is one of schedule", "--dry-run=all"},
+                 {1, "No such file", "--sample-prompts missing"},
+                 {1, "tokenizer", "--sample-prompts file"},
+                 {1, "no prompt", "--model f/lookup/base --data low.bin --sample-prompts file"},
+                 {1, "does not hold", "--model f/lookup/base --data low.bin --sample-prompts prompts --sample-tokens 256"},
+                 {2, "at most", "--micro-batch-size 4611686018427387904"},
+                 {2, "at most", "--micro-batch-size 4611686018427387904 --dry-run"}};
     static const struct { int code; const char *what, *options; } infer[] = {
         {2, "--prompt is needed", ""}, {2, "--prompt needs a value", "--prompt"}, {2, "empty", "--prompt ''"}, {2, "empty", "--prompt - </dev/null"},
         {2, "not an option", "--prompt a b"}, {2, "did you mean --max-tokens?", "--prompt a --max-token 3"}, {2, "--top-p", "--prompt a --top-p 0"},
@@ -494,12 +543,15 @@ static void bad_options(void) {
               train[i].options);
     shell("printf '{\"prompt\":\"a=1 | a\",\"answer\":\"=1\"}\\n\\n{\"prompt\":\"a\"}\\n' >tasks");
     for (size_t i = 0; i < sizeof infer / sizeof *infer; i++) fails(infer[i].code, infer[i].what, INFER "%s", infer[i].options);
-    works("! " TRAIN "recurrent --steps 2 --batch-size 16777216 --micro-batch-size 16777216 --dry-run >dry 2>&1 && tail -n 1 dry | grep 'would fit'");
+    works("! " TRAIN
+          "recurrent --steps 2 --batch-size 16777216 --micro-batch-size 16777216 --dry-run >dry 2>&1 && tail -n 1 dry | grep 'would fit'");
     fails(2, "--help", "train"), fails(2, "--model is needed", "infer");
     for (int i = 0; i < 2; i++) {
         works("%s --help && ! %s --help 2>&1 >ls | grep .", i ? "infer" : "train", i ? "infer" : "train");
-        check((i || strstr(out, "  --dry-run[=schedule] ")) && strstr(out, "--model") && strstr(out, "--seed") && strstr(out, "--seq-len") && strstr(out, "--state-init") && strstr(out, "--device") &&
-                  strstr(out, i ? "--print-tokens" : "--save-every") && strstr(out, i ? "--min-p" : "--curriculum-warmup"), "--help is not whole: %s", out);
+        check((i || strstr(out, "  --dry-run[=schedule] ")) && strstr(out, "--model") && strstr(out, "--seed") &&
+                  strstr(out, "--seq-len") && strstr(out, "--state-init") && strstr(out, "--device") &&
+                  strstr(out, i ? "--print-tokens" : "--save-every") && strstr(out, i ? "--min-p" : "--curriculum-warmup"),
+              "--help is not whole: %s", out);
         for (char *line = out, *end; (end = strchr(line, '\n')); line = end + 1) check(end - line <= 120, "--help: %d wide: %.160s", (int)(end - line), line);
     }
 }

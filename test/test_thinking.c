@@ -45,11 +45,17 @@ static void equal_to_plain(size_t which) {
     retrofit_model *m = load(which);
     size_t V = m->config.vocab, worst_latest = 0;
     enum { PLAIN, SHARED, GROUPED, NEVER, ALWAYS, ONE, KINDS };
-    static const char *const names[] = {"plain", "shared by as many", "grouped one by one", "an exit that never fires", "one that always fires", "one recurrence"};
+    static const char *const names[] = {
+        "plain", "shared by as many", "grouped one by one", "an exit that never fires", "one that always fires", "one recurrence"};
     retrofit_activations *a[KINDS], *whole = retrofit_activations_new(m, 1, 12 + REST, 0, RETROFIT_KEEP_NOTHING, NULL);
     float *logits = (float *)allocate(REST * V, 4);
     need(whole && logits, "activations");
-    for (int k = 0; k < KINDS; k++) a[k] = with_cache(m, 1, k == SHARED ? RETROFIT_CACHE_SHARED : k == GROUPED ? RETROFIT_CACHE_GROUPED : RETROFIT_CACHE_FULL, k == SHARED ? DEEPEST : 1, false);
+    for (int k = 0; k < KINDS; k++)
+        a[k] = with_cache(m, 1,
+                          k == SHARED    ? RETROFIT_CACHE_SHARED
+                          : k == GROUPED ? RETROFIT_CACHE_GROUPED
+                                         : RETROFIT_CACHE_FULL,
+                          k == SHARED ? DEEPEST : 1, false);
     for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
         int32_t tokens[12 + REST];
         size_t n;
@@ -64,13 +70,14 @@ static void equal_to_plain(size_t which) {
         for (size_t i = n; i < n + REST; i++) {
             const float *plain = feed(a[PLAIN], tokens + i, 1, 1, &ways[PLAIN]);
             double apart = relative_error(plain, logits + (i - n) * V, V); // roundings add up with the depth; 1e-5 at 4, as in test_decode
-            check(apart < 2.5e-6 * fmax(4, (double)how.recurrences), "%s, prompt %zu, r %zu: token %zu is %.2e off the full pass", models[which], prompt, how.recurrences, i, apart);
+            check(apart < 2.5e-6 * fmax(4, (double)how.recurrences), "%s, prompt %zu, r %zu: token %zu is %.2e off the full pass",
+                  models[which], prompt, how.recurrences, i, apart);
             for (int k = SHARED; k <= NEVER; k++)
-                check(!memcmp(feed(a[k], tokens + i, 1, 1, &ways[k]), plain, V * 4) && a[k]->used[0] == (int32_t)how.recurrences, "%s, prompt %zu: %s, r %zu: token %zu differs",
-                      models[which], prompt, names[k], how.recurrences, i);
+                check(!memcmp(feed(a[k], tokens + i, 1, 1, &ways[k]), plain, V * 4) && a[k]->used[0] == (int32_t)how.recurrences,
+                      "%s, prompt %zu: %s, r %zu: token %zu differs", models[which], prompt, names[k], how.recurrences, i);
             const float *one = feed(a[ONE], tokens + i, 1, 1, &ways[ONE]);
-            check(!memcmp(feed(a[ALWAYS], tokens + i, 1, 1, &ways[ALWAYS]), one, V * 4) && a[ALWAYS]->used[0] == 1, "%s, prompt %zu: %s, token %zu differs from r = 1", models[which],
-                  prompt, names[ALWAYS], i);
+            check(!memcmp(feed(a[ALWAYS], tokens + i, 1, 1, &ways[ALWAYS]), one, V * 4) && a[ALWAYS]->used[0] == 1,
+                  "%s, prompt %zu: %s, token %zu differs from r = 1", models[which], prompt, names[ALWAYS], i);
         }
         worst_latest += memcmp(a[ONE]->next, a[PLAIN]->next, V * 4) != 0;
     }
@@ -135,7 +142,8 @@ static void measure(double value[DEEPEST + 1], retrofit_activations *a, retrofit
 static void exits(size_t which) {
     retrofit_model *m = load(which);
     size_t V = m->config.vocab, C = m->config.core, fired[6] = {0}, early[6] = {0}, width = m->config.n_kv_heads * m->config.head_dim;
-    static const retrofit_cache kinds[] = {{0}, {.kind = RETROFIT_CACHE_SHARED, .M = 4}, {.kind = RETROFIT_CACHE_GROUPED, .M = 2}, {.bf16 = true}};
+    static const retrofit_cache kinds[] = {
+        {0}, {.kind = RETROFIT_CACHE_SHARED, .M = 4}, {.kind = RETROFIT_CACHE_GROUPED, .M = 2}, {.bf16 = true}};
     retrofit_activations *pair[4][2], *a, *b;
     for (size_t i = 0; i < 8; i++) pair[i / 2][i % 2] = with_cache(m, 1, kinds[i / 2].kind, kinds[i / 2].M, kinds[i / 2].bf16);
     for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
@@ -156,16 +164,20 @@ static void exits(size_t which) {
         for (size_t i = 1; i <= R && !due; i++)
             if (i == R || (stable ? value[i] >= limit : value[i] < (double)how.threshold)) due = i;
         bool close = false; // of a threshold only rounding decides about
-        for (size_t i = 1; i < DEEPEST && !stable; i++) close |= fabs(value[i] - (double)how.threshold) < 1e-4 * (double)how.threshold + 1e-7;
+        for (size_t i = 1; i < DEEPEST && !stable; i++)
+            close |= fabs(value[i] - (double)how.threshold) < 1e-4 * (double)how.threshold + 1e-7;
         const float *z = feed(a, tokens + n, 1, 1, &how);
         fired[how.exit]++, early[how.exit] += (size_t)a->used[0] < R;
         if (!close)
-            check((size_t)a->used[0] == due, "%s, prompt %zu: exit %d at %g stops after %d recurrences, not %zu (there %g, before %g)", models[which], prompt, (int)how.exit, limit,
-                  (int)a->used[0], due, value[due], due > 1 ? value[due - 1] : 0);
+            check((size_t)a->used[0] == due, "%s, prompt %zu: exit %d at %g stops after %d recurrences, not %zu (there %g, before %g)",
+                  models[which], prompt, (int)how.exit, limit, (int)a->used[0], due, value[due], due > 1 ? value[due - 1] : 0);
         // The logits are those of so many recurrences; the slots not reached hold the last one's entries; the next token, all the way down, reads them.
         plain.recurrences = (size_t)a->used[0];
-        check(!memcmp(z, feed(b, tokens + n, 1, 1, &plain), V * 4), "%s, prompt %zu: exit %d after %d: other logits", models[which], prompt, (int)how.exit, (int)a->used[0]);
-        size_t M = b->cache.M, reached = prompt / 5 % 4 == 1 ? least(plain.recurrences, M) : prompt / 5 % 4 == 2 ? (plain.recurrences - 1) / M + 1 : plain.recurrences;
+        check(!memcmp(z, feed(b, tokens + n, 1, 1, &plain), V * 4), "%s, prompt %zu: exit %d after %d: other logits", models[which], prompt,
+              (int)how.exit, (int)a->used[0]);
+        size_t M = b->cache.M, reached = prompt / 5 % 4 == 1   ? least(plain.recurrences, M)
+                                         : prompt / 5 % 4 == 2 ? (plain.recurrences - 1) / M + 1
+                                                               : plain.recurrences;
         for (size_t i = reached; m->config.prelude + i * C + m->config.coda < b->slots; i++)
             for (size_t j = 0; j < C; j++)
                 for (int values = 0; values < 2; values++) {
@@ -174,9 +186,11 @@ static void exits(size_t which) {
                 }
         plain.recurrences = DEEPEST;
         z = feed(a, tokens + n + 1, 1, 1, &plain);
-        check(!memcmp(z, feed(b, tokens + n + 1, 1, 1, &plain), V * 4), "%s, prompt %zu: exit %d: the token behind reads something else", models[which], prompt, (int)how.exit);
+        check(!memcmp(z, feed(b, tokens + n + 1, 1, 1, &plain), V * 4), "%s, prompt %zu: exit %d: the token behind reads something else",
+              models[which], prompt, (int)how.exit);
     }
-    for (int exit = 1; exit < 6; exit++) check(early[exit] > fired[exit] / 3, "%s: exit %d stopped %zu of %zu tokens early", models[which], exit, early[exit], fired[exit]);
+    for (int exit = 1; exit < 6; exit++)
+        check(early[exit] > fired[exit] / 3, "%s: exit %d stopped %zu of %zu tokens early", models[which], exit, early[exit], fired[exit]);
     // The authors' thresholds are the defaults.
     a = pair[0][0];
     static const float usual[] = {0, 1e-3f, 0.03f, 5e-4f, 1e-6f, 5};
@@ -190,7 +204,8 @@ static void exits(size_t which) {
                 how.threshold = named ? usual[exit] : -1;
                 retrofit_rewind(a), feed(a, tokens, 1, n, &how), feed(a, tokens + n, 1, 1, &how), used[named] = a->used[0];
             }
-            check(used[0] == used[1], "exit %d: %d recurrences by default, %d at %g", exit, (int)used[0], (int)used[1], (double)usual[exit]);
+            check(used[0] == used[1], "exit %d: %d recurrences by default, %d at %g", exit, (int)used[0], (int)used[1],
+                  (double)usual[exit]);
         }
     for (size_t i = 0; i < 8; i++) retrofit_activations_free(pair[i / 2][i % 2]);
     retrofit_free(m);
@@ -215,7 +230,8 @@ static void thresholds(void) {
                 *(value < target ? &low : &high) = step;
             }
             retrofit_thinking how = {.exit = (retrofit_exit)exit, .threshold = -1};
-            check(!settled(&how, 1, z, V, was) && settled(&how, 2, next, V, was) == !above, "exit %d: %g %s", exit, target, above ? "stops" : "does not stop");
+            check(!settled(&how, 1, z, V, was) && settled(&how, 2, next, V, was) == !above, "exit %d: %g %s", exit, target,
+                  above ? "stops" : "does not stop");
         }
 }
 
@@ -227,7 +243,10 @@ static void exits_together(size_t which) {
     retrofit_activations *a = with_cache(m, B, RETROFIT_CACHE_FULL, 0, false), *shared = with_cache(m, B, RETROFIT_CACHE_SHARED, 2, false);
     int32_t tokens[B][6], together[B * 6];
     for (int round = 0; round < 40; round++) {
-        retrofit_thinking how = {.recurrences = DEEPEST, .exit = (retrofit_exit)(1 + round % 5), .threshold = round % 5 == 4 ? 1 : 0.05f, .continuous = round % 3 == 0};
+        retrofit_thinking how = {.recurrences = DEEPEST,
+                                 .exit = (retrofit_exit)(1 + round % 5),
+                                 .threshold = round % 5 == 4 ? 1 : 0.05f,
+                                 .continuous = round % 3 == 0};
         float *alone = (float *)allocate(6 * B * V, 4); // start state 0: rows are alike
         int32_t used[6][B];
         for (size_t b = 0; b < B; b++) {
@@ -242,10 +261,12 @@ static void exits_together(size_t which) {
             for (size_t b = 0; b < B; b++) together[b] = tokens[b][i], apart += used[i][b] != used[i][0];
             const float *z = feed(a, together, B, 1, &how);
             for (size_t b = 0; b < B; b++)
-                check(!memcmp(z + b * V, alone + (i * B + b) * V, V * 4) && a->used[b] == used[i][b], "%s, exit %d: row %zu of a batch thinks %d, alone %d recurrences", models[which],
-                      (int)how.exit, b, (int)a->used[b], (int)used[i][b]);
+                check(!memcmp(z + b * V, alone + (i * B + b) * V, V * 4) && a->used[b] == used[i][b],
+                      "%s, exit %d: row %zu of a batch thinks %d, alone %d recurrences", models[which], (int)how.exit, b, (int)a->used[b],
+                      (int)used[i][b]);
         }
-        check(!retrofit_feed(shared, together, B, 1, NULL, &how) && strstr(retrofit_error(), "full KV cache"), "exits of a batch with shared slots are accepted");
+        check(!retrofit_feed(shared, together, B, 1, NULL, &how) && strstr(retrofit_error(), "full KV cache"),
+              "exits of a batch with shared slots are accepted");
         free(alone);
     }
     check(apart > 50, "%s: the rows stopped at the same times: nothing was tested", models[which]);
@@ -255,15 +276,19 @@ static void exits_together(size_t which) {
 // ---- Caches that hold less: which recurrence's entries a later token meets ------------------------------------------------------------
 static void caches(size_t which) {
     retrofit_model *m = load(which);
-    size_t V = m->config.vocab, P = m->config.prelude, C = m->config.core, D = m->config.coda, width = m->config.n_kv_heads * m->config.head_dim;
-    static const struct { retrofit_cache_kind kind; size_t M, slots; } kinds[] = {
-        {RETROFIT_CACHE_FULL, 0, DEEPEST}, {RETROFIT_CACHE_SHARED, 1, 1}, {RETROFIT_CACHE_SHARED, 4, 4}, {RETROFIT_CACHE_SHARED, 100, DEEPEST}, {RETROFIT_CACHE_GROUPED, 2, 5},
-        {RETROFIT_CACHE_GROUPED, 4, 3}, {RETROFIT_CACHE_GROUPED, 100, 1}};
+    size_t V = m->config.vocab, P = m->config.prelude, C = m->config.core, D = m->config.coda,
+           width = m->config.n_kv_heads * m->config.head_dim;
+    static const struct { retrofit_cache_kind kind; size_t M, slots;
+    } kinds[] = {{RETROFIT_CACHE_FULL, 0, DEEPEST},     {RETROFIT_CACHE_SHARED, 1, 1},  {RETROFIT_CACHE_SHARED, 4, 4},
+                 {RETROFIT_CACHE_SHARED, 100, DEEPEST}, {RETROFIT_CACHE_GROUPED, 2, 5}, {RETROFIT_CACHE_GROUPED, 4, 3},
+                 {RETROFIT_CACHE_GROUPED, 100, 1}};
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-        retrofit_activations *a = with_cache(m, 1, kinds[k].kind, kinds[k].M, false), *full = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false),
+        retrofit_activations *a = with_cache(m, 1, kinds[k].kind, kinds[k].M, false),
+                             *full = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false),
                              *half = with_cache(m, 1, kinds[k].kind, kinds[k].M, true);
         check(a->slots == P + kinds[k].slots * C + D, "kind %d of %zu: %zu slots", (int)kinds[k].kind, kinds[k].M, a->slots);
-        check(retrofit_cache_bytes(a) == 2 * a->slots * width * 4 && retrofit_cache_bytes(half) == 2 * a->slots * width * 2, "bytes per token: %zu", retrofit_cache_bytes(a));
+        check(retrofit_cache_bytes(a) == 2 * a->slots * width * 4 && retrofit_cache_bytes(half) == 2 * a->slots * width * 2,
+              "bytes per token: %zu", retrofit_cache_bytes(a));
         int32_t tokens[12 + REST];
         size_t n;
         retrofit_thinking how = random_prompt(tokens, &n, V);
@@ -274,10 +299,15 @@ static void caches(size_t which) {
         for (size_t s = 0; s < kinds[k].slots; s++) {
             size_t newest = s;
             for (size_t i = 0; i < DEEPEST; i++)
-                if (kinds[k].kind == RETROFIT_CACHE_SHARED ? i % kinds[k].M == s : kinds[k].kind == RETROFIT_CACHE_GROUPED ? i / kinds[k].M == s : i == s) newest = i;
+                if (kinds[k].kind == RETROFIT_CACHE_SHARED    ? i % kinds[k].M == s
+                    : kinds[k].kind == RETROFIT_CACHE_GROUPED ? i / kinds[k].M == s
+                                                              : i == s)
+                    newest = i;
             for (size_t j = 0; j < C; j++)
-                check(!memcmp((float *)a->keys + (P + s * C + j) * 32 * width, (float *)full->keys + (P + newest * C + j) * 32 * width, width * 4) &&
-                          !memcmp((float *)a->values + (P + s * C + j) * 32 * width, (float *)full->values + (P + newest * C + j) * 32 * width, width * 4),
+                check(!memcmp((float *)a->keys + (P + s * C + j) * 32 * width, (float *)full->keys + (P + newest * C + j) * 32 * width,
+                              width * 4) &&
+                          !memcmp((float *)a->values + (P + s * C + j) * 32 * width,
+                                  (float *)full->values + (P + newest * C + j) * 32 * width, width * 4),
                       "kind %d of %zu: slot %zu does not hold recurrence %zu", (int)kinds[k].kind, kinds[k].M, s, newest);
         }
         // In bf16 the first layer's, which depend on no other's, are the same rounded; and the rest feels it.
@@ -285,12 +315,14 @@ static void caches(size_t which) {
         double apart = relative_error(feed(half, tokens, 1, n, &how), feed(a, tokens, 1, n, &how), V);
         check(apart > 0, "kind %d of %zu: keys and values in bf16 change nothing", (int)kinds[k].kind, kinds[k].M);
         for (size_t i = 0; i < n * width; i++)
-            check(((uint16_t *)half->keys)[i] == float_to_bf16(((float *)a->keys)[i]) && ((uint16_t *)half->values)[i] == float_to_bf16(((float *)a->values)[i]),
+            check(((uint16_t *)half->keys)[i] == float_to_bf16(((float *)a->keys)[i]) &&
+                      ((uint16_t *)half->values)[i] == float_to_bf16(((float *)a->values)[i]),
                   "key or value %zu is not the same in bf16", i);
         retrofit_activations_free(a), retrofit_activations_free(full), retrofit_activations_free(half);
     }
     for (int kind = RETROFIT_CACHE_SHARED; kind <= RETROFIT_CACHE_GROUPED; kind++)
-        check(!retrofit_activations_new(m, 1, 4, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){8, 4, (retrofit_cache_kind)kind, 0, false}), "a cache without slots");
+        check(!retrofit_activations_new(m, 1, 4, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){8, 4, (retrofit_cache_kind)kind, 0, false}),
+              "a cache without slots");
     retrofit_free(m);
 }
 
@@ -302,7 +334,8 @@ static void speculation(size_t which) {
     float *scratch = (float *)allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, 4);
     for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
         int32_t tokens[12 + REST], text[64], out[RETROFIT_LOOKAHEAD];
-        size_t n, L = any(1, 8), made = 0, wanted = 0, fed = 0; // up to 8 rows a product's rows don't depend on each other, so even bits are equal
+        size_t n, L = any(1, 8), made = 0, wanted = 0,
+                  fed = 0; // up to 8 rows a product's rows don't depend on each other, so even bits are equal
         retrofit_thinking how = random_prompt(tokens, &n, V);
         how.recurrences++;
         size_t draft = prompt % 2 ? any(1, how.recurrences - 1) : how.recurrences - 1;
@@ -316,17 +349,19 @@ static void speculation(size_t which) {
             size_t count = retrofit_speculate(a, next, draft, L, &how, &greedy, V, out, scratch);
             need(count > 0 && count <= L, "speculate");
             for (size_t i = 0; i < count && made < wanted; i++)
-                made++, check(out[i] == text[made], "%s, prompt %zu, draft %zu of %zu, %zu ahead: token %zu is %d, plainly %d", models[which], prompt, draft, how.recurrences, L, made,
-                              (int)out[i], (int)text[made]);
+                made++, check(out[i] == text[made], "%s, prompt %zu, draft %zu of %zu, %zu ahead: token %zu is %d, plainly %d",
+                              models[which], prompt, draft, how.recurrences, L, made, (int)out[i], (int)text[made]);
             kept += count - 1, drafted += L, next = out[count - 1];
-            fed += count, check((size_t)a->seen[0] == n + fed && a->used[0] == (int32_t)how.recurrences, "the cache holds %d tokens of %zu", (int)a->seen[0], n + fed);
+            fed += count, check((size_t)a->seen[0] == n + fed && a->used[0] == (int32_t)how.recurrences, "the cache holds %d tokens of %zu",
+                                (int)a->seen[0], n + fed);
         }
         // What is in the cache now is what plain decoding has there: the next logits are the same to the bit.
         if (n + made < 31 && made < wanted) {
             size_t at = (size_t)a->seen[0];
             plain->seen[0] = (int32_t)at;
             const float *z = feed(a, &next, 1, 1, &how);
-            check(!memcmp(z, feed(plain, &next, 1, 1, &how), V * 4), "%s, prompt %zu: the cache is another one after drafts", models[which], prompt);
+            check(!memcmp(z, feed(plain, &next, 1, 1, &how), V * 4), "%s, prompt %zu: the cache is another one after drafts", models[which],
+                  prompt);
         }
     }
     check(kept > PROMPTS, "%s: of %zu drafted tokens only %zu were kept: little was tested", models[which], drafted, kept);
@@ -334,13 +369,18 @@ static void speculation(size_t which) {
     // refusals
     int32_t out[RETROFIT_LOOKAHEAD + 1];
     retrofit_sampling s = {0, 0, 1, 0, 1};
-    retrofit_thinking how = {.recurrences = 4}, exit = {.recurrences = 4, .exit = RETROFIT_EXIT_KL}, noise = {.recurrences = 4, .noise = 1}, goes_on = {.recurrences = 4, .continuous = true};
+    retrofit_thinking how = {.recurrences = 4}, exit = {.recurrences = 4, .exit = RETROFIT_EXIT_KL}, noise = {.recurrences = 4, .noise = 1},
+                      goes_on = {.recurrences = 4, .continuous = true};
     retrofit_activations *shared = with_cache(m, 1, RETROFIT_CACHE_SHARED, 2, false);
     retrofit_rewind(a);
-    check(!retrofit_speculate(a, 1, 4, 2, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 0, 2, &how, &s, V, out, scratch), "a draft as deep as the whole, or of nothing");
-    check(!retrofit_speculate(a, 1, 2, 0, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 13, &how, &s, V, out, scratch), "no lookahead, or too much");
-    check(!retrofit_speculate(a, 1, 2, 2, &exit, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 2, &noise, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 2, &goes_on, &s, V, out, scratch) &&
-              !retrofit_speculate(shared, 1, 2, 2, &how, &s, V, out, scratch), "drafts with what does not go with them");
+    check(!retrofit_speculate(a, 1, 4, 2, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 0, 2, &how, &s, V, out, scratch),
+          "a draft as deep as the whole, or of nothing");
+    check(!retrofit_speculate(a, 1, 2, 0, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 13, &how, &s, V, out, scratch),
+          "no lookahead, or too much");
+    check(!retrofit_speculate(a, 1, 2, 2, &exit, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 2, &noise, &s, V, out, scratch) &&
+              !retrofit_speculate(a, 1, 2, 2, &goes_on, &s, V, out, scratch) &&
+              !retrofit_speculate(shared, 1, 2, 2, &how, &s, V, out, scratch),
+          "drafts with what does not go with them");
     a->seen[0] = 31;
     check(!retrofit_speculate(a, 1, 2, 2, &how, &s, V, out, scratch) && a->seen[0] == 31, "more drafts than the context holds");
     free(scratch), retrofit_activations_free(a), retrofit_activations_free(plain), retrofit_activations_free(shared), retrofit_free(m);
@@ -354,7 +394,8 @@ static void acceptance(void) {
         weighed c[V];
         double p[V], total, chi = 0, freedom = -1;
         size_t count[V] = {0}, n, strays = 0;
-        retrofit_sampling s = {round % 3 ? 1 : 0.6f, round % 4 == 1 ? 4 : 0, round % 5 == 2 ? 0.8f : 1, round % 7 == 3 ? 0.2f : 0, (uint64_t)round};
+        retrofit_sampling s = {round % 3 ? 1 : 0.6f, round % 4 == 1 ? 4 : 0, round % 5 == 2 ? 0.8f : 1, round % 7 == 3 ? 0.2f : 0,
+                               (uint64_t)round};
         for (int v = 0; v < V; v++) shallow[v] = (float)any(0, 30) / 10, deep[v] = round % 6 ? (float)any(0, 30) / 10 : shallow[v];
         n = filtered(deep, V, &s, c, &total), memset(p, 0, sizeof p);
         for (size_t i = 0; i < n; i++) p[c[i].id] = (double)c[i].p / total;
@@ -369,7 +410,8 @@ static void acceptance(void) {
         for (size_t v = 0; v < V; v++)
             if (p[v] == 0) strays += count[v];
             else freedom++, chi += ((double)count[v] - DRAWS * p[v]) * ((double)count[v] - DRAWS * p[v]) / (DRAWS * p[v]);
-        check(strays == 0 && chi < freedom + 5 * sqrt(2 * freedom) + 10, "round %d: χ² %.1f with %g degrees of freedom, %zu strays", round, chi, freedom, strays);
+        check(strays == 0 && chi < freedom + 5 * sqrt(2 * freedom) + 10, "round %d: χ² %.1f with %g degrees of freedom, %zu strays", round,
+              chi, freedom, strays);
     }
 }
 
@@ -411,7 +453,8 @@ static void sampled_drafts(void) {
         if (second[v] == 0) check(count[v] == 0, "a pair that cannot be came %zu times", count[v]);
         else freedom++, chi += ((double)count[v] - ROUNDS * second[v]) * ((double)count[v] - ROUNDS * second[v]) / (ROUNDS * second[v]);
     }
-    check(tops == 4 && chi < (double)freedom + 5 * sqrt(2 * (double)freedom), "pairs of drafted tokens: χ² %.1f with %zu degrees of freedom", chi, freedom);
+    check(tops == 4 && chi < (double)freedom + 5 * sqrt(2 * (double)freedom),
+          "pairs of drafted tokens: χ² %.1f with %zu degrees of freedom", chi, freedom);
     free(scratch), free(first), free(second), free(count), retrofit_activations_free(a), retrofit_free(m);
 }
 
@@ -436,17 +479,22 @@ static void continuous(size_t which) {
             const float *got = feed(a, some, 2, 1, &how);
             need(set_batch(b, some, 2, 1), "batch");
             m->ops->upload(b->past, b->seen, 2 * 4);
-            prelude_forward(b), memcpy(b->state, state, 2 * d * 4), retrofit_recur(b, how.recurrences, 0), retrofit_coda(b), retrofit_logits(b, 0, 2, z);
+            prelude_forward(b), memcpy(b->state, state, 2 * d * 4), retrofit_recur(b, how.recurrences, 0), retrofit_coda(b),
+                retrofit_logits(b, 0, 2, z);
             memcpy(state, b->state, 2 * d * 4), b->seen[0]++, b->seen[1]++;
             check(!memcmp(got, z, 2 * V * 4), "%s: token %zu does not start from the last state", models[which], i);
         }
     }
     retrofit_rewind(a), retrofit_rewind(b); // forgets
     int32_t some[] = {3, 9};
-    retrofit_thinking how = {.recurrences = 2, .sigma = 0.3f, .seed = 5, .continuous = true}, plain = {.recurrences = 2, .sigma = 0.3f, .seed = 5};
-    check(!memcmp(feed(a, some, 1, 1, &how), feed(b, some, 1, 1, &plain), V * 4), "%s: a first token does not start from s_0", models[which]);
-    check(!memcmp(feed(a, some, 2, 1, &how), feed(b, some, 2, 1, &plain), 2 * V * 4), "%s: a row more does not start from s_0", models[which]);
-    check(!memcmp(feed(a, some, 1, 2, &how), feed(b, some, 1, 2, &plain), V * 4), "%s: two tokens at a time do not start from s_0", models[which]);
+    retrofit_thinking how = {.recurrences = 2, .sigma = 0.3f, .seed = 5, .continuous = true},
+                      plain = {.recurrences = 2, .sigma = 0.3f, .seed = 5};
+    check(!memcmp(feed(a, some, 1, 1, &how), feed(b, some, 1, 1, &plain), V * 4), "%s: a first token does not start from s_0",
+          models[which]);
+    check(!memcmp(feed(a, some, 2, 1, &how), feed(b, some, 2, 1, &plain), 2 * V * 4), "%s: a row more does not start from s_0",
+          models[which]);
+    check(!memcmp(feed(a, some, 1, 2, &how), feed(b, some, 1, 2, &plain), V * 4), "%s: two tokens at a time do not start from s_0",
+          models[which]);
     free(state), free(z), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m);
 }
 
@@ -454,7 +502,8 @@ static void continuous(size_t which) {
 static void noise(size_t which) {
     retrofit_model *m = load(which);
     size_t V = m->config.vocab, d = m->config.n_embd, n = 6;
-    retrofit_activations *a = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL), *b = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL);
+    retrofit_activations *a = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL),
+                         *b = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL);
     retrofit_activations *cached = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
     need(a && b, "activations");
     float *z = (float *)allocate(V, 4), *noisy = (float *)allocate(n * d, 4);
@@ -465,7 +514,10 @@ static void noise(size_t which) {
         need(retrofit_prelude(a, tokens, 1, n) && retrofit_prelude(b, tokens, 1, n), "prelude");
         retrofit_start(a, how.sigma, how.seed), retrofit_start(b, how.sigma, how.seed);
         for (size_t i = 1; i <= 4; i++) {
-            double x = kind == RETROFIT_NOISE_GEOM ? y / (double)i : kind == RETROFIT_NOISE_SQRT ? y / sqrt((double)i) : kind == RETROFIT_NOISE_LINE ? fmax(y, 1 - (double)(i - 1) / 4) : y;
+            double x = kind == RETROFIT_NOISE_GEOM   ? y / (double)i
+                       : kind == RETROFIT_NOISE_SQRT ? y / sqrt((double)i)
+                       : kind == RETROFIT_NOISE_LINE ? fmax(y, 1 - (double)(i - 1) / 4)
+                                                     : y;
             // what is added is x·z, z cut at three deviations: found by taking the rest away
             memcpy(noisy, a->state, n * d * 4);
             add_noise(a, &how);
@@ -476,7 +528,8 @@ static void noise(size_t which) {
                 squares += zc * zc, largest_z = fmax(largest_z, fabs(zc));
             }
             sizes[i] = squares / (double)(n * d);
-            check(largest_z < 3.01 && fabs(sizes[i] - 0.973) < 10 / sqrt((double)(n * d)), "%s, noise %d, recurrence %zu: z has a mean square of %g, at most %g", models[which], kind, i, sizes[i], largest_z);
+            check(largest_z < 3.01 && fabs(sizes[i] - 0.973) < 10 / sqrt((double)(n * d)),
+                  "%s, noise %d, recurrence %zu: z has a mean square of %g, at most %g", models[which], kind, i, sizes[i], largest_z);
             memcpy(a->state, noisy, n * d * 4), a->n = i; // the next one's
         }
         retrofit_think(b, &how, 4); // the noise comes before the recurrence
@@ -541,7 +594,8 @@ static void plain_model(void) {
     retrofit_activations *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false), *b = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
     retrofit_thinking how = {.recurrences = 3, .exit = RETROFIT_EXIT_KL, .threshold = -1, .continuous = true, .noise = 1}, none = {0};
     for (int32_t token = 1; token < 9; token++)
-        check(!memcmp(feed(a, &token, 1, 1, &how), feed(b, &token, 1, 1, &none), m->config.vocab * 4) && a->used[0] == 0, "a plain model thinks %d recurrences", (int)a->used[0]);
+        check(!memcmp(feed(a, &token, 1, 1, &how), feed(b, &token, 1, 1, &none), m->config.vocab * 4) && a->used[0] == 0,
+              "a plain model thinks %d recurrences", (int)a->used[0]);
     retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m);
 }
 

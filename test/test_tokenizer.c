@@ -398,14 +398,28 @@ static void added_tokens(void) {
 // The hash tells apart what gives other ids, whichever part of the file it is, and nothing else.
 static void hashes(void) {
 #define TOKENS "\"a\":0,\"b\":1,\"▁\":2,\"ab\":3,\"<s>\":4,\"c\":5,\"▁c\":6"
-    static const struct { int part; const char *json; } others[] = { // of load_parts
-        {0, PREPEND}, {1, DIGITS}, {3, TEMPLATE("4", TEXT)}, {3, TEMPLATE("5", TEXT)},
-        {3, TEMPLATE("4", TEXT ",{\"SpecialToken\":{\"id\":\"x\"}}")}, {4, ADDED("8", "<t>", "")},
-        {4, ADDED("8", "<t>", ",\"normalized\":false")}, {4, ADDED("8", "<u>", "")}, {4, ADDED("4", "<s>", "")},
-        {5, "\"ignore_merges\":true,"}, {5, "\"unk_token\":\"c\","}, {5, "\"unk_token\":\"c\",\"fuse_unk\":true,"},
-        {5, "\"unk_token\":\"b\","}, {5, "\"vocab\":{" TOKENS ",\"x\":7},"}, {5, "\"vocab\":{" TOKENS ",\"x\":8},"}, {5, "\"vocab\":{" TOKENS ",\"xy\":7,\"z\":8},"},
-        {5, "\"vocab\":{" TOKENS ",\"x\":7,\"yz\":8},"}, {5, "\"merges\":[[\"a\",\"b\"]],"},
-        {5, "\"merges\":[\"▁ c\",[\"a\",\"b\"]],"}, {5, "\"merges\":[],"}};
+    static const struct { int part; const char *json;
+    } others[] = {// of load_parts
+                  {0, PREPEND},
+                  {1, DIGITS},
+                  {3, TEMPLATE("4", TEXT)},
+                  {3, TEMPLATE("5", TEXT)},
+                  {3, TEMPLATE("4", TEXT ",{\"SpecialToken\":{\"id\":\"x\"}}")},
+                  {4, ADDED("8", "<t>", "")},
+                  {4, ADDED("8", "<t>", ",\"normalized\":false")},
+                  {4, ADDED("8", "<u>", "")},
+                  {4, ADDED("4", "<s>", "")},
+                  {5, "\"ignore_merges\":true,"},
+                  {5, "\"unk_token\":\"c\","},
+                  {5, "\"unk_token\":\"c\",\"fuse_unk\":true,"},
+                  {5, "\"unk_token\":\"b\","},
+                  {5, "\"vocab\":{" TOKENS ",\"x\":7},"},
+                  {5, "\"vocab\":{" TOKENS ",\"x\":8},"},
+                  {5, "\"vocab\":{" TOKENS ",\"xy\":7,\"z\":8},"},
+                  {5, "\"vocab\":{" TOKENS ",\"x\":7,\"yz\":8},"},
+                  {5, "\"merges\":[[\"a\",\"b\"]],"},
+                  {5, "\"merges\":[\"▁ c\",[\"a\",\"b\"]],"},
+                  {5, "\"merges\":[],"}};
     enum { OTHERS = sizeof others / sizeof *others };
     uint64_t hash[OTHERS + 1] = {0};
     retrofit_tokenizer *t = load_parts(NULL, NULL, NULL, NULL, NULL, NULL);

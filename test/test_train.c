@@ -140,7 +140,8 @@ static double setting(const char *key) {
 }
 
 static retrofit_activations *activations(const retrofit_model *m, size_t rows, size_t K) {
-    retrofit_activations *a = retrofit_activations_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, RETROFIT_KEEP_ALL, NULL);
+    retrofit_activations *a =
+        retrofit_activations_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, RETROFIT_KEEP_ALL, NULL);
     need(a != NULL, "activations");
     return a;
 }
@@ -378,7 +379,8 @@ static void unrolled(void) {
     memcpy(stack->wte.master, m->wte.master, V_ * d * 4), memcpy(stack->lm_head.master, m->lm_head.master, V_ * d * 4);
     memcpy(stack->ln_f.master, m->ln_f.master, d * 4);
     retrofit_refresh(m), retrofit_refresh(stack);
-    retrofit_activations *a = retrofit_activations_new(m, 1, T, R, RETROFIT_KEEP_ALL, NULL), *b = retrofit_activations_new(stack, 1, T, 0, RETROFIT_KEEP_ALL, NULL);
+    retrofit_activations *a = retrofit_activations_new(m, 1, T, R, RETROFIT_KEEP_ALL, NULL),
+                         *b = retrofit_activations_new(stack, 1, T, 0, RETROFIT_KEEP_ALL, NULL);
     const int32_t *tokens = (const int32_t *)fixture(&fixtures, "train.tokens")->data;
     need(a && b && retrofit_prelude(a, tokens, 1, T) && retrofit_forward(b, tokens, 1, T, 0, 0, 0, 0), "forward");
     memcpy(a->state, a->e, T * d * 4), retrofit_recur(a, 0, R), retrofit_coda(a);
@@ -417,25 +419,36 @@ static void freezing(void) {
                 retrofit_activations *a = retrofit_activations_new(m, 2, 9, 2, (retrofit_keep)how, NULL);
                 need(a && retrofit_forward(a, tokens, 2, 9, 0.1f, 5, 1, 2), "forward");
                 retrofit_loss(a, tokens + 1, 1), retrofit_backward(a);
-                retrofit_optimizer o = {.kind = (retrofit_optimizer_kind)kind, .lr = 1e-3f, .muon_lr = 1e-2f, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-8f, .momentum = 0.95f};
+                retrofit_optimizer o = {.kind = (retrofit_optimizer_kind)kind,
+                                        .lr = 1e-3f,
+                                        .muon_lr = 1e-2f,
+                                        .beta1 = 0.9f,
+                                        .beta2 = 0.95f,
+                                        .eps = 1e-8f,
+                                        .momentum = 0.95f};
                 double norm = retrofit_optimizer_step(m, &o, 1), squares = 0;
                 if (mode == RETROFIT_TRAINING) whole = m;
                 for (size_t i = 0; i < m->parameter_count; i++) {
                     const retrofit_parameter *p = m->parameters[i], *q = whole->parameters[i], *before = start->parameters[i];
                     size_t bytes = p->rows * p->cols * sizeof(float);
-                    bool trained = mode == RETROFIT_TRAINING || p->part == RETROFIT_PART_ADAPTER || (mode == RETROFIT_TRAINING_CORE && p->part == RETROFIT_PART_CORE);
+                    bool trained = mode == RETROFIT_TRAINING || p->part == RETROFIT_PART_ADAPTER ||
+                                   (mode == RETROFIT_TRAINING_CORE && p->part == RETROFIT_PART_CORE);
                     if (trained) sum_squares(&squares, p->grad, p->rows * p->cols);
-                    check(trained ? p->grad && p->m && !memcmp(p->grad, q->grad, bytes) && !memcmp(p->master, q->master, bytes) : !p->grad && !p->m && !p->v,
+                    check(trained ? p->grad && p->m && !memcmp(p->grad, q->grad, bytes) && !memcmp(p->master, q->master, bytes)
+                                  : !p->grad && !p->m && !p->v,
                           "%s, mode %d: gradient, moment or step of %s", names[kind], mode, p->piece[0].name);
-                    check(trained == (memcmp(p->master, before->master, bytes) != 0), "%s, mode %d: %s moved, or did not", names[kind], mode, p->piece[0].name);
+                    check(trained == (memcmp(p->master, before->master, bytes) != 0), "%s, mode %d: %s moved, or did not", names[kind],
+                          mode, p->piece[0].name);
                 }
-                check(fabs(norm - sqrt(squares)) < 1e-6 * norm, "mode %d: the norm is %g, of the trained gradients %g", mode, norm, sqrt(squares));
+                check(fabs(norm - sqrt(squares)) < 1e-6 * norm, "mode %d: the norm is %g, of the trained gradients %g", mode, norm,
+                      sqrt(squares));
                 size_t weights, gradients, moments;
                 retrofit_model *shape = retrofit_model_new(&m->config, &retrofit_cpu);
                 need(shape != NULL, "shape");
-                retrofit_training_bytes(shape, (retrofit_mode)mode, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments), retrofit_free(shape);
-                check(gradients == m->grad_bytes && moments == m->moment_bytes, "mode %d: %zu and %zu bytes foretold, %zu and %zu taken", mode, gradients, moments,
-                      m->grad_bytes, m->moment_bytes);
+                retrofit_training_bytes(shape, (retrofit_mode)mode, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments),
+                    retrofit_free(shape);
+                check(gradients == m->grad_bytes && moments == m->moment_bytes, "mode %d: %zu and %zu bytes foretold, %zu and %zu taken",
+                      mode, gradients, moments, m->grad_bytes, m->moment_bytes);
                 retrofit_activations_free(a);
                 if (m != whole) retrofit_free(m);
             }
@@ -445,17 +458,28 @@ static void freezing(void) {
 
 // Against a count by hand of a model of one layer per part, and the paper's parameter counts of Llama-3.2 (2,4,2).
 static void flops(void) {
-    retrofit_config c = {.n_embd = 4, .n_heads = 2, .n_kv_heads = 1, .head_dim = 2, .intermediate = 8, .vocab = 10, .prelude = 1, .core = 1, .coda = 1};
+    retrofit_config c = {
+        .n_embd = 4, .n_heads = 2, .n_kv_heads = 1, .head_dim = 2, .intermediate = 8, .vocab = 10, .prelude = 1, .core = 1, .coda = 1};
     // T = 3: qkv 4x8, proj 4x4, gate and up 4x16, down 8x4: 144 weights; attention 2·3·4; adapter 4x8; head 4x10
     double layer = 2 * 144 + 24, loop = layer + 64, head = 80;
     static const int times[4][4] = {{1, 1, 1, 1}, {3, 1, 3, 3}, {1, 1, 3, 2}, {1, 1, 2, 2}}; // prelude, n, k, coda and head
     for (int mode = 0; mode < 4; mode++) {
         const int *t = times[mode];
-        double due = t[0] * layer + loop * (5 * t[1] + 2 * t[2]) + t[3] * (layer + head), got = retrofit_flops_per_token(&c, (retrofit_mode)mode, 3, 5, 2);
+        double due = t[0] * layer + loop * (5 * t[1] + 2 * t[2]) + t[3] * (layer + head),
+               got = retrofit_flops_per_token(&c, (retrofit_mode)mode, 3, 5, 2);
         check(got == due, "mode %d: %g FLOPs per token, should be %g", mode, got, due);
     }
-    retrofit_config llama = {.n_embd = 2048, .n_heads = 32, .n_kv_heads = 8, .head_dim = 64, .intermediate = 8192, .vocab = 128256, .prelude = 2, .core = 4, .coda = 2};
-    double got = retrofit_paper_flops_per_token(&llama, 7, 3), due = 6.0 * (121643008.0 + 3 * 243286016.0 + 121643008.0) + 2 * 7 * 243286016.0;
+    retrofit_config llama = {.n_embd = 2048,
+                             .n_heads = 32,
+                             .n_kv_heads = 8,
+                             .head_dim = 64,
+                             .intermediate = 8192,
+                             .vocab = 128256,
+                             .prelude = 2,
+                             .core = 4,
+                             .coda = 2};
+    double got = retrofit_paper_flops_per_token(&llama, 7, 3),
+           due = 6.0 * (121643008.0 + 3 * 243286016.0 + 121643008.0) + 2 * 7 * 243286016.0;
     check(got == due, "Llama-3.2 (2,4,2): %.0f of the paper's FLOPs per token, should be %.0f", got, due);
 }
 
@@ -906,7 +930,8 @@ static void shards(void) {
     int32_t header[256];
     shard_file("bad.bin", RETROFIT_SHARD_MAGIC_16, 1, 20, 20, 0);
     d = retrofit_data_open(at("bad.bin"), T, 99, false, 0);
-    check(d && retrofit_data_check(d, 1) && retrofit_data_check(d, 2), "a shard that does not name its tokenizer is refused"), retrofit_data_close(d);
+    check(d && retrofit_data_check(d, 1) && retrofit_data_check(d, 2), "a shard that does not name its tokenizer is refused"),
+        retrofit_data_close(d);
     FILE *f = fopen(at("bad.bin"), "r+b");
     need(f && fread(header, sizeof header, 1, f) == 1, "bad.bin"), rewind(f);
     header[3] = -2, header[4] = 5;
@@ -928,7 +953,8 @@ int main(void) {
     sampler(), schedules();
     ten_steps(RETROFIT_ADAMW), ten_steps(RETROFIT_MUON), ten_steps(RETROFIT_ELLISADAM);
     finite_differences(FIXTURES "tiny/recurrent", 3), finite_differences(FIXTURES "tiny/base", 0);
-    truncation(), unrolled(), state_sizes(), freezing(), flops(), accumulation(), decay(RETROFIT_ADAMW), decay(RETROFIT_MUON), decay(RETROFIT_ELLISADAM), throttling(), baseline();
+    truncation(), unrolled(), state_sizes(), freezing(), flops(), accumulation(), decay(RETROFIT_ADAMW), decay(RETROFIT_MUON),
+        decay(RETROFIT_ELLISADAM), throttling(), baseline();
     there_and_back(FIXTURES "tiny/recurrent"), there_and_back(FIXTURES "tiny/base"), there_and_back(FIXTURES "llama3/recurrent");
     directories();
     char *config = read_file(FIXTURES "tiny/base/config.json", &size);
