@@ -194,7 +194,7 @@ static void sampled(void) {
         "train --model loop --data low.bin --seq-len 24 --micro-batch-size 2 --steps 2 --sample-prompts prompts --sample-tokens 5 --eval-recurrences 3,1 "
         "--eval-every 1 --save-every 1 --keep 9";
     for (int val = 0; val < 2; val++) {
-        char dir[16];
+        char dir[32];
         size_t size, found = 0, ends = 0;
         snprintf(dir, sizeof dir, "sampled.%d", val);
         const char *more = val ? " --val low.bin --eval-rows 1 --state-init zero" : " --seed 7";
