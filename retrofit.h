@@ -3579,25 +3579,28 @@ static void decode_step(retrofit_activations *a, const retrofit_thinking *how) {
 // Whether a row may stop after recurrence i = 1, 2, …, by its logits z; `was` is what the criterion noted the recurrence before.
 static bool settled(const retrofit_thinking *how, size_t i, const float *z, size_t V, double *was) {
     static const double usual[] = {0, 1e-3, 0.03, 5e-4, 1e-6, 5};
-    double limit = how->threshold < 0 ? usual[how->exit] : how->threshold, top = largest(z, V), sum = 0, entropy = 0, kl = 0;
+    double limit = how->threshold < 0 ? usual[how->exit] : how->threshold, sum = 0, entropy = 0, kl = 0;
     if (how->exit == RETROFIT_EXIT_ARGMAX_STABILITY) {
         double likeliest = retrofit_argmax(z, V);
         was[1] = i > 1 && was[0] == likeliest ? was[1] + 1 : 0, was[0] = likeliest;
         return was[1] >= limit;
     }
-    for (size_t v = 0; v < V; v++) sum += exp(z[v] - top);
+    float top = largest(z, V);
+    for (size_t v = 0; v < V; v++) sum += (double)fast_exp(z[v] - top);
+    double log_sum = log(sum);
     if (how->exit == RETROFIT_EXIT_ENTROPY_DIFF) {
-        for (size_t v = 0; v < V; v++) entropy -= exp(z[v] - top) / sum * (z[v] - top - log(sum));
+        for (size_t v = 0; v < V; v++) entropy -= (double)fast_exp(z[v] - top) / sum * ((double)(z[v] - top) - log_sum);
         double before = i > 1 ? was[0] : 100; // nats: more than there are
         return was[0] = entropy, fabs(entropy - before) < limit;
     }
-    bool cut = how->exit == RETROFIT_EXIT_MINP_KL;
-    double total = 0, low = -log((double)V);
-    for (size_t v = 0; cut && v < V; v++) total += exp(z[v] - top) < 0.1 ? exp(low) : exp(z[v] - top) / sum;
+    bool cut = how->exit == RETROFIT_EXIT_MINP_KL; // what is below a tenth of the largest becomes 1/V, then the sum 1 again
+    float tenth = cut ? logf(0.1f) : -INFINITY;
+    double low = -log((double)V), total = 0, log_total = 0;
+    for (size_t v = 0; cut && v < V; v++) total += z[v] - top < tenth ? 1 / (double)V : (double)fast_exp(z[v] - top) / sum;
+    if (cut) log_total = log(total);
     for (size_t v = 0; v < V; v++) {
-        double before = i > 1 ? was[v] : low, now = z[v] - top - log(sum);
-        if (cut) now = (exp(z[v] - top) < 0.1 ? low : now) - log(total);
-        kl += exp(before) * (before - now), was[v] = now;
+        double before = i > 1 ? was[v] : low, now = (z[v] - top < tenth ? low : (double)(z[v] - top) - log_sum) - log_total;
+        kl += (double)fast_exp((float)before) * (before - now), was[v] = now;
     }
     return kl < limit;
 }
