@@ -364,7 +364,7 @@ static void speculation(size_t which) {
                   prompt);
         }
     }
-    check(kept > PROMPTS, "%s: of %zu drafted tokens only %zu were kept: little was tested", models[which], drafted, kept);
+    check(4 * kept > PROMPTS, "%s: of %zu drafted tokens only %zu were kept: little was tested", models[which], drafted, kept);
     printf("%s: %zu of %zu drafted tokens kept\n", models[which], kept, drafted);
     // refusals
     int32_t out[RETROFIT_LOOKAHEAD + 1];
