@@ -510,6 +510,12 @@ static row read_row(const retrofit_tokenizer *t, retrofit_json *line, const char
     return k.line = line, k;
 }
 
+static int32_t *whole_text(const row *k) { // the ids of the prompt and of what is said
+    int32_t *ids = (int32_t *)need(allocate(k->count + k->produced, sizeof *ids));
+    memcpy(ids, k->ids, k->count * sizeof *ids), memcpy(ids + k->count, k->said + 1, k->produced * sizeof *ids);
+    return ids;
+}
+
 // ---- What each recurrence makes of each token ---------------------------------------------------------------------------------
 typedef struct {
     double entropy, change; // nats; ‖s_i - s_{i-1}‖ / ‖s_i‖
@@ -555,21 +561,17 @@ static void trace(const retrofit_model *m, const retrofit_tokenizer *t, const ro
     enum { ROWS = 64 };
     retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     retrofit_thinking how = thinking(m, r);
-    int32_t *ids = (int32_t *)need(allocate(T, sizeof *ids));
+    int32_t *ids = whole_text(k);
     float *logits = (float *)need(allocate(ROWS * V, sizeof *logits)), *states = (float *)need(allocate(2 * T * d, sizeof *states));
     glimpse *seen = (glimpse *)need(allocate(T * r, sizeof *seen)); // (T,r)
-    memcpy(ids, k->ids, k->count * sizeof *ids), memcpy(ids + k->count, k->said + 1, k->produced * sizeof *ids);
     if (!retrofit_prelude(a, ids, 1, T)) die(1, "%s", retrofit_error());
     retrofit_start(a, sigma(m), o.seed), m->ops->download(states, a->state, T * d * sizeof *states);
     for (size_t i = 0; i < r; i++) {
         float *before = states + i % 2 * T * d, *now = states + (i + 1) % 2 * T * d;
         retrofit_think(a, &how, 1), m->ops->download(now, a->state, T * d * sizeof *states), retrofit_coda(a);
         for (size_t at = 0; at < T; at++) {
-            double change = 0, length = 0;
-            for (size_t c = at * d; c < (at + 1) * d; c++)
-                change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]), length += (double)now[c] * now[c];
             if (at % ROWS == 0) retrofit_logits(a, at, least(ROWS, T - at), logits);
-            seen[at * r + i] = look(logits + at % ROWS * V, known, sqrt(change / length));
+            seen[at * r + i] = look(logits + at % ROWS * V, known, relative_change(now + at * d, before + at * d, d));
         }
     }
     FILE *f = fopen(o.trace, "wb");
@@ -614,9 +616,8 @@ static void note_depths(const retrofit_model *m, const retrofit_tokenizer *t, co
     size_t T = k->count + k->produced - 1;
     if (o.temperature > 0 || !k->produced || o.continuous) return;
     retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    int32_t *ids = (int32_t *)need(allocate(T + 1, sizeof *ids));
+    int32_t *ids = whole_text(k);
     float *logits = (float *)need(allocate(m->config.vocab, sizeof *logits));
-    memcpy(ids, k->ids, k->count * sizeof *ids), memcpy(ids + k->count, k->said + 1, k->produced * sizeof *ids);
     if (!retrofit_forward(a, ids, 1, T, sigma(m), o.seed, r, 0)) die(1, "%s", retrofit_error());
     for (size_t i = 0; i < k->produced; i++)
         retrofit_logits(a, k->count - 1 + i, 1, logits), depths.greedy++,
@@ -722,17 +723,20 @@ static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
     free(line), free_row(&k), retrofit_activations_free(a);
 }
 
-// ---- Loss by recurrences: one way of states, read off at each r -----------------------------------------------------------
-// The same token by token through the KV cache, with the exits and policies that it is to be judged with, beside the full pass on the same rows.
+// ---- Loss by recurrences ------------------------------------------------------------------------------------------------------
+static retrofit_data *open_rows(const retrofit_model *m, size_t *T, size_t *rows) { // of --eval: tokens in a row, rows to judge by
+    *T = o.seq_len ? o.seq_len : least(1024, m->config.context);
+    if (*T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", *T, m->config.context);
+    retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, *T, m->config.vocab, false, 0));
+    return *rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), data;
+}
+
+// Token by token through the KV cache, with the exits and policies that it is to be judged with, beside the full pass on the same rows.
 static void evaluate_decoding(const retrofit_model *m) {
-    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), T = o.seq_len ? o.seq_len : least(1024, m->config.context),
-                  V = m->config.vocab;
-    if (T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", T, m->config.context);
-    retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, T, V, false, 0));
-    size_t rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data);
-    size_t B = o.exit && kv_cache(T, 1).kind != RETROFIT_CACHE_FULL
-                   ? 1
-                   : least(rows, o.batch_size); // slots that are written twice: one row at a time
+    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), V = m->config.vocab, T, rows;
+    retrofit_data *data = open_rows(m, &T, &rows);
+    bool alone = o.exit && kv_cache(T, 1).kind != RETROFIT_CACHE_FULL; // slots that are written twice: one row at a time
+    size_t B = alone ? 1 : least(rows, o.batch_size);
     retrofit_activations *whole = (retrofit_activations *)need(retrofit_activations_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     int32_t *tokens = (int32_t *)need(allocate(B * T, sizeof *tokens)), *labels = (int32_t *)need(allocate(B * T, sizeof *labels));
     int32_t *next = (int32_t *)need(allocate(B, sizeof *next));
@@ -773,11 +777,11 @@ static void evaluate_decoding(const retrofit_model *m) {
     free(tokens), free(labels), free(next), retrofit_activations_free(whole), retrofit_data_close(data);
 }
 
+// One way of states, read off at each r.
 static void evaluate(const retrofit_model *m) {
-    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), T = o.seq_len ? o.seq_len : least(1024, m->config.context);
-    if (T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", T, m->config.context);
-    retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, T, m->config.vocab, false, 0));
-    size_t rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), B = least(rows, 1 + 1024 / T);
+    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), T, rows;
+    retrofit_data *data = open_rows(m, &T, &rows);
+    size_t B = least(rows, 1 + 1024 / T);
     retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens)), *labels = (int32_t *)need(malloc(B * T * sizeof *labels));
     double loss[64] = {0}, seconds[64] = {0};

@@ -213,7 +213,7 @@ typedef struct {
     X(void, swiglu_backward, (act * dfc, act * out, const act *dout, const act *fc, size_t N, size_t F))                                   \
     X(void, cross_entropy, (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale))                           \
     X(void, cast, (act * out, const float *x, size_t n))                                                                                   \
-    X(void, add, (float *x, const float *y, size_t n, float keep))                                                                                 \
+    X(void, add, (float *x, const float *y, size_t n, float keep))                                                                         \
     X(void, state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed))                         \
     X(void, kv_store,                                                                                                                      \
       (act * keys, act * values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h,   \
@@ -3576,10 +3576,21 @@ static void decode_step(retrofit_activations *a, const retrofit_thinking *how) {
     if (a->step) ops->replay(a->step), a->n = a->model->config.core ? how->recurrences : 0;
 }
 
+static double exit_limit(const retrofit_thinking *how) {
+    static const double usual[] = {0, 1e-3, 0.03, 5e-4, 1e-6, 5}; // by retrofit_exit
+    return how->threshold < 0 ? usual[how->exit] : (double)how->threshold;
+}
+
+// ‖now - before‖ / ‖now‖ of one state. (inline: not every program looks at states.)
+static inline double relative_change(const float *now, const float *before, size_t d) {
+    double change = 0, size = 0;
+    for (size_t c = 0; c < d; c++) size += (double)now[c] * now[c], change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
+    return sqrt(change / size);
+}
+
 // Whether a row may stop after recurrence i = 1, 2, …, by its logits z; `was` is what the criterion noted the recurrence before.
 static bool settled(const retrofit_thinking *how, size_t i, const float *z, size_t V, double *was) {
-    static const double usual[] = {0, 1e-3, 0.03, 5e-4, 1e-6, 5};
-    double limit = how->threshold < 0 ? usual[how->exit] : how->threshold, sum = 0, entropy = 0, kl = 0;
+    double limit = exit_limit(how), sum = 0, entropy = 0, kl = 0;
     if (how->exit == RETROFIT_EXIT_ARGMAX_STABILITY) {
         double likeliest = retrofit_argmax(z, V);
         was[1] = i > 1 && was[0] == likeliest ? was[1] + 1 : 0, was[0] = likeliest;
@@ -3622,13 +3633,10 @@ static void think_until_settled(retrofit_activations *a, const retrofit_thinking
         else read_next(a), ops->download(a->next, a->wide, b * V * sizeof(float));
         read = !by_latent;
         for (size_t row = 0; row < b; row++) {
-            double size = 0, change = 0;
             if (a->used[row]) continue;
-            for (size_t c = row * d; by_latent && c < (row + 1) * d; c++)
-                size += (double)now[c] * now[c], change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
-            if (i < how->recurrences && !(by_latent ? sqrt(change) < (how->threshold < 0 ? 0.03 : how->threshold) * sqrt(size)
-                                                    : settled(how, i, a->next + row * V, V, a->measure + row * V)))
-                continue;
+            bool rests = by_latent ? relative_change(now + row * d, before + row * d, d) < exit_limit(how)
+                                   : settled(how, i, a->next + row * V, V, a->measure + row * V);
+            if (i < how->recurrences && !rests) continue;
             a->used[row] = (int32_t)i, stopped++;
             ops->copy(a->carried + row * d, a->state + row * d, d * sizeof(float));
         }
@@ -3726,16 +3734,23 @@ static size_t filtered(const float *logits, size_t V, const retrofit_sampling *s
 
 static double draw_uniform(retrofit_sampling *s) { return s->seed = hash64(s->seed, 0), hash_uniform(s->seed, 1); }
 
-static int32_t draw_from(const weighed *c, size_t n, double u) { // u: in (0, their sum)
+static int32_t draw_from(const weighed *c, size_t n, double total, retrofit_sampling *s) { // one of n by weight
+    double u = draw_uniform(s) * total;
     for (size_t i = 0; i < n; i++)
         if ((u -= c[i].p) < 0) return c[i].id;
     return c[n - 1].id;
 }
 
+// From what the filters leave, which is in c then; where they leave one, no random number is taken.
+static int32_t draw_filtered(const float *logits, size_t V, retrofit_sampling *s, weighed *c, size_t *n, double *total) {
+    *n = filtered(logits, V, s, c, total);
+    return *n == 1 ? c->id : draw_from(c, *n, *total, s);
+}
+
 int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch) {
     double total;
-    size_t n = filtered(logits, V, s, (weighed *)scratch, &total);
-    return n == 1 ? ((weighed *)scratch)->id : draw_from((weighed *)scratch, n, draw_uniform(s) * total);
+    size_t n;
+    return draw_filtered(logits, V, s, (weighed *)scratch, &n, &total);
 }
 
 // ---- Self-speculative decoding ------------------------------------------------------------------------------------------------
@@ -3751,7 +3766,7 @@ static int32_t keep_or_redraw(int32_t y, const float *q, const float *logits, si
         weighed more = {(float)(c[i].p / total - q[c[i].id]), c[i].id};
         if (more.p > 0) rest += more.p, c[left++] = more;
     }
-    return left ? draw_from(c, left, draw_uniform(s) * rest) : y; // none: p and q are equal but for rounding
+    return left ? draw_from(c, left, rest, s) : y; // none: p and q are equal but for rounding
 }
 
 size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how,
@@ -3776,10 +3791,10 @@ size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, 
         ops->copy(a->drafted + j * d, a->state, d * sizeof(float));
         ops->copy(a->drafted + (RETROFIT_LOOKAHEAD + j) * d, a->injected, d * sizeof(float));
         double total;
-        size_t left = filtered(z, n, s, c, &total);
+        size_t left;
+        fed[j + 1] = draw_filtered(z, n, s, c, &left, &total);
         memset(q + j * V, 0, n * sizeof *q);
         for (size_t i = 0; i < left; i++) q[j * V + (size_t)c[i].id] = (float)(c[i].p / total);
-        fed[j + 1] = left == 1 ? c->id : draw_from(c, left, draw_uniform(s) * total);
     }
     a->seen[0] = start;
     if (!set_batch(a, fed, 1, L)) return 0;

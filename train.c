@@ -710,8 +710,8 @@ static void show(double loss, double norm, const plan *p, size_t n, size_t k, do
 // Where the model has one that we can read.
 static void check_tokenizer(const char *directory, const retrofit_data *data, const retrofit_data *val) {
     retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
-    if (t && (!retrofit_data_check(data, retrofit_tokenizer_hash(t)) || (val && !retrofit_data_check(val, retrofit_tokenizer_hash(t)))))
-        die(1, "%s", retrofit_error());
+    uint64_t hash = t ? retrofit_tokenizer_hash(t) : 0;
+    if (t && (!retrofit_data_check(data, hash) || (val && !retrofit_data_check(val, hash)))) die(1, "%s", retrofit_error());
     retrofit_tokenizer_free(t);
 }
 

@@ -403,8 +403,7 @@ static void acceptance(void) {
         for (size_t i = 0; i < n; i++) q[c[i].id] = (float)(c[i].p / total);
         for (size_t i = 0; i < DRAWS; i++) {
             weighed d[V];
-            n = filtered(shallow, V, &s, d, &total);
-            int32_t y = n == 1 ? d->id : draw_from(d, n, draw_uniform(&s) * total);
+            int32_t y = draw_filtered(shallow, V, &s, d, &n, &total);
             count[keep_or_redraw(y, q, deep, V, &s, d)]++;
         }
         for (size_t v = 0; v < V; v++)
