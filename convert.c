@@ -104,7 +104,7 @@ typedef struct {
     const char *text; // within the file, no NUL behind it
     size_t length;
 } gguf_string;
-#define SHOW(s) (int)least((s).length, 80), (s).text // for %.*s
+#define SHOW(s) (int)retrofit_min((s).length, 80), (s).text // for %.*s
 
 typedef struct {
     gguf_string key;
@@ -226,7 +226,7 @@ static gguf_string gguf_string_of(const char *key, bool optional) {
 
 static gguf_string *gguf_strings(const char *key, size_t *count) { // to be freed
     const gguf_value *value = gguf_get(key, GGUF_STRING, true, false);
-    gguf_string *s = (gguf_string *)allocate(*count = value->count, sizeof *s);
+    gguf_string *s = (gguf_string *)retrofit_allocate(*count = value->count, sizeof *s);
     if (!s) die(1, "%s", retrofit_error());
     const char *data = value->data;
     for (size_t i = 0; i < *count; i++) s[i] = gguf_text(&data);
@@ -235,12 +235,12 @@ static gguf_string *gguf_strings(const char *key, size_t *count) { // to be free
 
 static void gguf_open(const char *path) {
     g.path = path;
-    if (!(g.map = (const char *)map_file(path, &g.size))) die(1, "%s", retrofit_error());
+    if (!(g.map = (const char *)retrofit_map_file(path, &g.size))) die(1, "%s", retrofit_error());
     if (memcmp(gguf_take(4), "GGUF", 4)) die(1, "%s: does not start with GGUF, so it is no GGUF file", path);
     uint64_t version = gguf_number(4), tensors = gguf_number(8), values = gguf_number(8);
     if (version != 2 && version != 3) die(1, "%s: GGUF version %u%s, not 2 or 3", path, (unsigned)version, version & 0xffff ? "" : " (big endian)");
     if (tensors > g.size / 16 || values > g.size / 12) die(1, "%s: it promises more than it has room for: cut off or damaged, fetch it again", path);
-    g.values = (gguf_value *)allocate((size_t)values, sizeof *g.values), g.tensors = (gguf_tensor *)allocate((size_t)tensors, sizeof *g.tensors);
+    g.values = (gguf_value *)retrofit_allocate((size_t)values, sizeof *g.values), g.tensors = (gguf_tensor *)retrofit_allocate((size_t)tensors, sizeof *g.tensors);
     if (!g.values || !g.tensors) die(1, "%s", retrofit_error());
     while (g.value_count < values) gguf_take_value(&g.values[g.value_count++]);
     while (g.tensor_count < tensors) gguf_take_tensor(&g.tensors[g.tensor_count++]);
@@ -255,7 +255,7 @@ static void gguf_open(const char *path) {
     }
 }
 
-static float gguf_half(const uint8_t *p) { return f16_to_float((uint16_t)(p[0] | p[1] << 8)); }
+static float gguf_half(const uint8_t *p) { return retrofit_f16_to_float((uint16_t)(p[0] | p[1] << 8)); }
 
 // All numbers into out. Block types: a scale (and for Q4_1 a minimum) per 32 values; a byte of 4-bit ones holds values i and i + 16.
 static void gguf_dequantize(const gguf_tensor *x, float *out) {
@@ -265,7 +265,7 @@ static void gguf_dequantize(const gguf_tensor *x, float *out) {
         float *to = out + i, scale = block > 1 ? gguf_half(p) : 0, low = x->type == GGML_Q4_1 ? gguf_half(p + 2) : -8 * scale;
         const uint8_t *q = p + bytes - 16; // of the 4-bit types
         if (x->type == GGML_F32) memcpy(to, p, 4);
-        else if (x->type == GGML_BF16) *to = bf16_to_float((uint16_t)(p[0] | p[1] << 8));
+        else if (x->type == GGML_BF16) *to = retrofit_bf16_to_float((uint16_t)(p[0] | p[1] << 8));
         else if (x->type == GGML_F16) *to = gguf_half(p);
         else if (x->type == GGML_Q8_0)
             for (int j = 0; j < 32; j++) to[j] = scale * (float)(int8_t)p[2 + j];
@@ -278,7 +278,7 @@ static void gguf_dequantize(const gguf_tensor *x, float *out) {
 
 // llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: its converter interleaves the rows. Back, in place.
 static void gguf_unpermute(float *w, size_t head, size_t heads, size_t cols) {
-    float *old = (float *)allocate(head * cols, sizeof *old);
+    float *old = (float *)retrofit_allocate(head * cols, sizeof *old);
     if (!old) die(1, "%s", retrofit_error());
     for (float *h = w; h < w + heads * head * cols; h += head * cols) {
         memcpy(old, h, head * cols * sizeof *old);
@@ -292,7 +292,7 @@ static void gguf_unpermute(float *w, size_t head, size_t heads, size_t cols) {
 static void gguf_read_rope(retrofit_config *c) {
     gguf_tensor *x = gguf_find("rope_freqs.weight");
     if (!x) return;
-    float *values = (float *)allocate(x->rows * x->cols, sizeof *values);
+    float *values = (float *)retrofit_allocate(x->rows * x->cols, sizeof *values);
     if (!values) die(1, "%s", retrofit_error());
     gguf_dequantize(x, values);
     c->rope_llama3 = x->used = true, c->rope_factor = (double)values[x->cols - 1], c->rope_low = 1, c->rope_high = 4, c->rope_original_context = 8192;
@@ -348,12 +348,12 @@ static retrofit_model *gguf_load(const char *path) {
     for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
         float *to = p->master;
-        for (size_t j = 0; j < p->pieces; to += p->piece[j++].rows * p->cols) {
+        for (size_t j = 0; j < p->sources; to += p->source[j++].rows * p->cols) {
             const gguf_tensor *x = gguf_piece(&c, i, j);
-            if (x->rows != p->piece[j].rows || x->cols != p->cols)
-                die(1, "%s: tensor %s is %zu x %zu, the metadata ask for %zu x %zu", path, x->name, x->rows, x->cols, p->piece[j].rows, p->cols);
+            if (x->rows != p->source[j].rows || x->cols != p->cols)
+                die(1, "%s: tensor %s is %zu x %zu, the metadata ask for %zu x %zu", path, x->name, x->rows, x->cols, p->source[j].rows, p->cols);
             gguf_dequantize(x, to);
-            if (p->pieces == 3 && j < 2) gguf_unpermute(to, c.head_dim, j ? c.n_kv_heads : c.n_heads, p->cols); // q and k
+            if (p->sources == 3 && j < 2) gguf_unpermute(to, c.head_dim, j ? c.n_kv_heads : c.n_heads, p->cols); // q and k
         }
     }
     for (const gguf_tensor *x = g.tensors; x < g.tensors + g.tensor_count; x++)
@@ -448,13 +448,13 @@ static void derive_merges(FILE *f, const retrofit_tokenizer *t) {
     if (count) qsort(splits, count, sizeof *splits, by_order);
     for (size_t i = 0; i < count; i++) {
         split m = splits[i];
-        json(f, i ? ",\n      [" : "\n      ["), json_write_string(f, m.token.text, m.left);
-        json(f, ", "), json_write_string(f, m.token.text + m.left, m.token.length - m.left), json(f, "]");
+        json(f, i ? ",\n      [" : "\n      ["), retrofit_json_write_string(f, m.token.text, m.left);
+        json(f, ", "), retrofit_json_write_string(f, m.token.text + m.left, m.token.length - m.left), json(f, "]");
     }
     free(splits);
 }
 
-static void print_token(FILE *f, size_t id) { json_write_string(f, v.tokens[id].text, v.tokens[id].length); }
+static void print_token(FILE *f, size_t id) { retrofit_json_write_string(f, v.tokens[id].text, v.tokens[id].length); }
 
 static void print_template(FILE *f) { // BOS, the text, EOS: whichever are to be added
     json(f, "{'type': 'TemplateProcessing', 'single': [");
@@ -506,7 +506,7 @@ static void print_tokenizer(FILE *f, const retrofit_tokenizer *known) {
     json(f, "    'byte_fallback': %s,\n    'ignore_merges': %s,\n    'vocab': {", bytes ? "true" : "false", v.llama3 ? "true" : "false");
     for (size_t i = 0; i < v.count; i++) json(f, i ? ",\n      " : "\n      "), print_token(f, i), json(f, ": %zu", i);
     json(f, "\n    },\n    'merges': [");
-    for (size_t i = 0; i < v.merge_count; i++) json(f, i ? ",\n      " : "\n      "), json_write_string(f, v.merges[i].text, v.merges[i].length);
+    for (size_t i = 0; i < v.merge_count; i++) json(f, i ? ",\n      " : "\n      "), retrofit_json_write_string(f, v.merges[i].text, v.merges[i].length);
     if (known) derive_merges(f, known);
     json(f, "\n    ]\n  }\n}\n");
 }
@@ -516,7 +516,7 @@ static void print_tokenizer_config(FILE *f) {
     json(f, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n  'clean_up_tokenization_spaces': false,\n");
     for (int i = 0; i < 4; i++)
         if (v.ids[i] != UINT32_MAX) json(f, "  '%s': ", roles[i][1]), print_token(f, v.ids[i]), json(f, ",\n");
-    if (chat.length) json(f, "  'chat_template': "), json_write_string(f, chat.text, chat.length), json(f, ",\n");
+    if (chat.length) json(f, "  'chat_template': "), retrofit_json_write_string(f, chat.text, chat.length), json(f, ",\n");
     json(f, "  'add_bos_token': %s,\n  'add_eos_token': %s\n}\n", v.add[0] ? "true" : "false", v.add[1] ? "true" : "false");
 }
 
@@ -529,7 +529,7 @@ static void write_tokenizer(void) {
         if (!f) die(1, "%s: %s", path, strerror(errno));
         if (pass) print_tokenizer(f, made);
         else print_tokenizer_config(f);
-        if (!finish_file(f, path, true)) die(1, "%s", retrofit_error());
+        if (!retrofit_finish_file(f, path, true)) die(1, "%s", retrofit_error());
         retrofit_tokenizer_free(made), made = NULL;
         if (pass && !(made = retrofit_tokenizer_load(unfinished))) die(1, "%s: its tokenizer makes no sense: %s", g.path, retrofit_error());
     }
@@ -539,8 +539,8 @@ static void write_tokenizer(void) {
 // ---- Models -------------------------------------------------------------------------------------------------------------
 // The numbers of a parameter from `at` on, n of them, as fp32; rounded to bf16 and back if asked for.
 static void numbers(float *out, const retrofit_parameter *p, size_t at, size_t n, bool rounded) {
-    to_float(out, (const char *)p->weight.data + at * retrofit_type_size(p->weight.type), p->weight.type, n);
-    for (size_t i = 0; rounded && i < n; i++) out[i] = bf16_to_float(float_to_bf16(out[i]));
+    retrofit_to_float(out, (const char *)p->weight.data + at * retrofit_type_size(p->weight.type), p->weight.type, n);
+    for (size_t i = 0; rounded && i < n; i++) out[i] = retrofit_bf16_to_float(retrofit_float_to_bf16(out[i]));
 }
 
 // Reads back what was written and compares it, bit for bit, with where it came from: origin[i] is the source of the i-th parameter.
@@ -551,11 +551,11 @@ static void verify(const retrofit_parameter *const *origin, size_t count, size_t
     if (!written || written->parameter_count != count) die(1, "reading back what was written: %s", written ? "not all of it is there" : retrofit_error());
     for (size_t i = 0; i < count; i++) {
         const retrofit_parameter *p = written->parameters[i];
-        if (p->rows != origin[i]->rows || p->cols != origin[i]->cols) die(1, "%s: written in another shape than its source's", p->piece[0].name);
+        if (p->rows != origin[i]->rows || p->cols != origin[i]->cols) die(1, "%s: written in another shape than its source's", p->source[0].name);
         for (size_t at = 0, n; at < p->rows * p->cols; at += n) {
-            n = least(p->rows * p->cols - at, CHUNK);
+            n = retrofit_min(p->rows * p->cols - at, CHUNK);
             numbers(a, p, at, n, false), numbers(b, origin[i], at, n, o.dtype == 1);
-            if (memcmp(a, b, n * sizeof *a)) die(1, "%s: what was written reads back as something else: is the disk sound?", p->piece[0].name);
+            if (memcmp(a, b, n * sizeof *a)) die(1, "%s: what was written reads back as something else: is the disk sound?", p->source[0].name);
         }
     }
     *bytes = written->maps[0].bytes;
@@ -602,11 +602,11 @@ static size_t choose(const retrofit_parameter **origin, size_t n, const retrofit
 
 // A is (d, 2d) = [A_s | A_e], the left half for the state. As PyTorch makes a Linear, or so that core(e) is what comes out at first.
 static float *new_adapter(size_t d) {
-    float *a = (float *)allocate(2 * d * d, sizeof *a), bound = (float)(1 / sqrt(2 * (double)d));
+    float *a = (float *)retrofit_allocate(2 * d * d, sizeof *a), bound = (float)(1 / sqrt(2 * (double)d));
     if (!a) die(1, "%s", retrofit_error());
     for (size_t i = 0; i < d; i++)
         for (size_t j = 0; j < 2 * d; j++)
-            a[i * 2 * d + j] = o.adapter == 1 ? (float)(j == d + i) : bound * (float)(2 * hash_uniform(o.seed, i * 2 * d + j) - 1);
+            a[i * 2 * d + j] = o.adapter == 1 ? (float)(j == d + i) : bound * (float)(2 * retrofit_hash_uniform(o.seed, i * 2 * d + j) - 1);
     return a;
 }
 
@@ -641,7 +641,7 @@ static void surgery(retrofit_model *source, const char *tokenizer) {
     c.mean_recurrence = o.mean_recurrence, c.backprop_depth = o.backprop_depth;
     c.state_std = (float)RETROFIT_STATE_STD, c.tied = false;
     retrofit_model *m = retrofit_model_new(&c, &retrofit_cpu);
-    const retrofit_parameter **origin = m ? (const retrofit_parameter **)allocate(m->parameter_count, sizeof *origin) : NULL;
+    const retrofit_parameter **origin = m ? (const retrofit_parameter **)retrofit_allocate(m->parameter_count, sizeof *origin) : NULL;
     if (!origin) die(1, "%s", retrofit_error());
     float *adapter = new_adapter(c.n_embd);
     m->adapter.weight.data = adapter;
@@ -681,7 +681,7 @@ static void read_config(retrofit_config *c) {
     bool directory = !stat(o.random, &st) && S_ISDIR(st.st_mode);
     if (directory && !retrofit_path(path, o.random, "config.json")) die(1, "%s", retrofit_error());
     const char *file = directory ? path : o.random;
-    char *text = read_file(file, &size);
+    char *text = retrofit_read_file(file, &size);
     retrofit_json *j = text ? retrofit_json_parse(text, size, file) : NULL;
     if (!j || !config_parse(c, j, file)) die(1, "%s", retrofit_error());
     retrofit_json_free(j), free(text);
@@ -700,12 +700,12 @@ static void make_random(void) {
     double sigma = sqrt(2 / (5 * (double)c.n_embd)), depth = (double)(c.prelude + c.core * c.mean_recurrence + c.coda);
     for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
-        const char *name = p->piece[0].name;
+        const char *name = p->source[0].name;
         bool residual = strstr(name, "attn.proj.") || strstr(name, "mlp.proj.") || strstr(name, "o_proj.") || strstr(name, "down_proj.");
         float std = (float)(residual ? sigma / sqrt(2 * depth) : sigma); // what writes to the residual stream starts smaller
-        uint64_t key = hash64(o.seed, i);
+        uint64_t key = retrofit_hash(o.seed, i);
         PARALLEL_FOR(p->rows * p->cols)
-        for (size_t j = 0; j < p->rows * p->cols; j++) p->master[j] = p->kind == RETROFIT_NORM ? 1 : std * hash_normal(key, j);
+        for (size_t j = 0; j < p->rows * p->cols; j++) p->master[j] = p->kind == RETROFIT_NORM ? 1 : std * retrofit_hash_normal(key, j);
     }
     write_model(m, (const retrofit_parameter *const *)m->parameters, o.tokenizer);
     retrofit_free(m);
@@ -739,16 +739,16 @@ static bool encode_document(document *d, const char *path) {
     const char *text = d->raw;
     size_t size = d->size;
     retrofit_json *j = NULL;
-    strip(&text, &size);
+    retrofit_strip(&text, &size);
     if (d->line && size) {
         char where[RETROFIT_PATH + 32];
         snprintf(where, sizeof where, "%s: line %zu", path, d->line);
         if (!(j = retrofit_json_parse(text, size, where))) return false;
         const retrofit_json *member = retrofit_json_get(j, o.field);
         bool ok = member && member->type == RETROFIT_JSON_STRING;
-        if (!ok) return retrofit_json_free(j), fail("%s: no string \"%s\" in it: name another with --field", where, o.field);
+        if (!ok) return retrofit_json_free(j), retrofit_fail("%s: no string \"%s\" in it: name another with --field", where, o.field);
         text = member->string, size = member->length;
-        strip(&text, &size);
+        retrofit_strip(&text, &size);
     }
     d->bytes = size;
     if (size) d->ids = retrofit_encode(t.tokenizer, text, size, true, &d->count);
@@ -810,7 +810,7 @@ static void tokenize_lines(const char *path) {
 
 static void tokenize_whole(const char *path) {
     document d = {.line = 0};
-    if (!(d.raw = read_file(path, &d.size))) die(1, "%s", retrofit_error());
+    if (!(d.raw = retrofit_read_file(path, &d.size))) die(1, "%s", retrofit_error());
     encode_batch(&d, 1, path);
 }
 
@@ -850,11 +850,11 @@ static void tokenize(const char *const *files, size_t count) {
     header[3] = (int32_t)(uint32_t)hash, header[4] = (int32_t)(uint32_t)(hash >> 32);
     errno = 0;
     bool ok = !fseek(t.f, 0, SEEK_SET) && fwrite(header, sizeof header, 1, t.f) == 1;
-    if (!finish_file(t.f, unfinished, ok)) die(1, "%s", retrofit_error());
+    if (!retrofit_finish_file(t.f, unfinished, ok)) die(1, "%s", retrofit_error());
     if (rename(unfinished, o.to)) die(1, "%s: %s", o.to, strerror(errno));
     char parent[RETROFIT_PATH];
-    strcpy(parent, unfinished), cut_to_parent(parent), *unfinished = 0;
-    if (!sync_directory(parent)) die(1, "%s", retrofit_error());
+    strcpy(parent, unfinished), retrofit_parent_directory(parent), *unfinished = 0;
+    if (!retrofit_sync_directory(parent)) die(1, "%s", retrofit_error());
     printf("%s: %zu documents, %zu tokens of %d bits, %.2f bytes of text per token, %.1f s\n", o.to, t.documents, t.tokens, t.narrow ? 16 : 32,
            (double)t.bytes / (double)t.tokens, retrofit_seconds() - t.began);
     if (t.empty) printf("%zu empty documents were skipped\n", t.empty);
@@ -895,7 +895,7 @@ static int mode_of(const char *const *files, size_t count) {
 
 int main(int argc, char **argv) {
     size_t count = 0;
-    const char **files = (const char **)allocate((size_t)argc, sizeof *files);
+    const char **files = (const char **)retrofit_allocate((size_t)argc, sizeof *files);
     if (!files) die(1, "%s", retrofit_error());
     int code = retrofit_options(argc, argv, options, sizeof options / sizeof *options, usage, files, &count);
     int mode = code < 0 ? mode_of(files, count) : 0;

@@ -90,14 +90,14 @@ static size_t recurrences(const retrofit_model *m, size_t *r, size_t most, const
 }
 
 // How to think, at most r recurrences, and the cache for it.
-static retrofit_thinking thinking(const retrofit_model *m, size_t r) {
-    return (retrofit_thinking){r, sigma(m), o.seed, (retrofit_exit)o.exit, (float)o.exit_threshold, o.continuous, (float)o.noise,
+static retrofit_recurrence_options thinking(const retrofit_model *m, size_t r) {
+    return (retrofit_recurrence_options){r, sigma(m), o.seed, (retrofit_exit)o.exit, (float)o.exit_threshold, o.continuous, (float)o.noise,
                                (retrofit_noise)o.noise_kind};
 }
 
-static retrofit_cache kv_cache(size_t capacity, size_t r) {
+static retrofit_kv_cache kv_cache(size_t capacity, size_t r) {
     static const char *const kinds[] = {"full", "shared:", "grouped:"}; // in the order of retrofit_cache_kind
-    retrofit_cache cache = {capacity, r, RETROFIT_CACHE_FULL, 0, o.kv_bf16};
+    retrofit_kv_cache cache = {capacity, r, RETROFIT_CACHE_FULL, 0, o.kv_bf16};
     const char *text = o.kv_cache ? o.kv_cache : o.exit ? "latest" : "full";
     if (!strcmp(text, "full") && o.exit)
         die(2, "--exit leaves nothing in a full KV cache that deeper recurrences could read: --kv-cache latest, shared:M or grouped:M");
@@ -149,13 +149,13 @@ static int32_t ends[2] = {-1, -1}; // tokens that end a text
 static char *read_template(const char *directory) { // "" if there is none
     char path[RETROFIT_PATH];
     size_t size;
-    if (retrofit_path(path, directory, "chat_template.jinja") && !access(path, F_OK)) return (char *)need(read_file(path, &size));
+    if (retrofit_path(path, directory, "chat_template.jinja") && !access(path, F_OK)) return (char *)need(retrofit_read_file(path, &size));
     if (!retrofit_path(path, directory, "tokenizer_config.json") || access(path, F_OK)) return (char *)need(strdup(""));
-    char *text = (char *)need(read_file(path, &size));
+    char *text = (char *)need(retrofit_read_file(path, &size));
     retrofit_json *j = (retrofit_json *)need(retrofit_json_parse(text, size, path));
     const retrofit_json *chat = retrofit_json_get(j, "chat_template"),
                         *named = chat && chat->type == RETROFIT_JSON_ARRAY ? chat->child : NULL;
-    while (named && !config_is(retrofit_json_get(named, "name"), "default")) named = named->next;
+    while (named && !retrofit_json_is(retrofit_json_get(named, "name"), "default")) named = named->next;
     if (named) chat = retrofit_json_get(named, "template");
     free(text), text = (char *)need(strdup(chat && chat->type == RETROFIT_JSON_STRING ? chat->string : ""));
     return retrofit_json_free(j), text;
@@ -172,25 +172,25 @@ static void find_family(const retrofit_tokenizer *t, const char *directory) {
         die(1, "%s: --chat: the tokenizer is of no family of chat models that is known here: Llama-3, ChatML, Zephyr", directory);
 }
 
-static void put(tok_text *x, const char *s) { tok_put(x, s, strlen(s)); }
+static void put(retrofit_text *x, const char *s) { retrofit_text_append(x, s, strlen(s)); }
 
-static void put_turn(tok_text *x, const char *role, const char *text, size_t size) { // no text: what it is to be said behind
+static void put_turn(retrofit_text *x, const char *role, const char *text, size_t size) { // no text: what it is to be said behind
     put(x, families[family].open), put(x, role), put(x, families[family].close);
     if (!text) return;
-    if (family == LLAMA3) strip(&text, &size); // as its templates do, and the others do not
-    tok_put(x, text, size), put(x, families[family].end), put(x, families[family].after);
+    if (family == LLAMA3) retrofit_strip(&text, &size); // as its templates do, and the others do not
+    retrofit_text_append(x, text, size), put(x, families[family].end), put(x, families[family].after);
 }
 
 // How a conversation begins. Templates that name a system message of their own (SmolLM2's, Qwen's) mean it where none is given; those from
 // Llama-3.1 on put dates before it, and so write one always.
-static void put_system(tok_text *x, const char *text, size_t size) {
+static void put_system(retrofit_text *x, const char *text, size_t size) {
     static const char dated[] = "Cutting Knowledge Date: December 2023", system[] = "<|im_start|>system";
     if (family == LLAMA3 && strstr(chat_template, dated)) {
         char date[32] = "26 Jul 2024"; // Llama-3.1's; Llama-3.2's is today's
         time_t now = time(NULL);
         if (strstr(chat_template, "strftime_now")) strftime(date, sizeof date, "%d %b %Y", localtime(&now));
         put_turn(x, "system", NULL, 0), put(x, dated), put(x, "\nToday Date: "), put(x, date), put(x, "\n\n");
-        if (text) strip(&text, &size), tok_put(x, text, size);
+        if (text) retrofit_strip(&text, &size), retrofit_text_append(x, text, size);
         put(x, families[family].end);
     } else if (text) put_turn(x, "system", text, size);
     else if (family == CHATML)
@@ -206,7 +206,7 @@ static const char *role_of(const retrofit_json *message) { // NULL if it is none
     static const char *const roles[] = {"system", "user", "assistant"};
     const retrofit_json *role = retrofit_json_get(message, "role"), *content = retrofit_json_get(message, "content");
     for (int i = 0; i < 3 && content && content->type == RETROFIT_JSON_STRING; i++)
-        if (config_is(role, roles[i])) return roles[i];
+        if (retrofit_json_is(role, roles[i])) return roles[i];
     return NULL;
 }
 
@@ -214,7 +214,7 @@ static const char *role_of(const retrofit_json *message) { // NULL if it is none
 // ids, as they do when Hugging Face encodes what a template gave; BOS is what the tokenizer adds, once.
 static int32_t *encode(const retrofit_tokenizer *t, const char *where, const retrofit_json *messages, const char *text, size_t size,
                        size_t *count) {
-    tok_text x = {NULL, 0, 0, false};
+    retrofit_text x = {NULL, 0, 0, false};
     if (messages && (messages->type != RETROFIT_JSON_ARRAY || !messages->count)) die(1, "%s: \"messages\" is no list, or empty", where);
     const retrofit_json *m = messages ? messages->child : NULL, *content;
     for (; m; m = m->next) {
@@ -293,7 +293,7 @@ typedef struct {
     size_t produced, shown;      // tokens; bytes of text that no stop string will take back
     bool alone;                  // the text is that of said[1] and on; else said[0] is a token of the prompt to decode it behind
     retrofit_stream stream;
-    tok_text text;
+    retrofit_text text;
     float *logprobs;             // of each token said, by the model at temperature 1
     size_t *recurrences;         // that it took
     retrofit_sampling sampling;
@@ -310,7 +310,7 @@ static void read_stops(void) {
     const char *name;
     uint32_t c;
     for (const char *p = o.stop; *p;) // else half a character of the text might be cut off
-        if (p += utf8_next(p, strlen(p), &c), c == UTF8_INVALID) die(2, "--stop: not UTF-8");
+        if (p += retrofit_utf8_next(p, strlen(p), &c), c == RETROFIT_UTF8_INVALID) die(2, "--stop: not UTF-8");
     for (const char *p = o.stop;; p++) {
         if (*p && *p != '|' && *p != '\\') *to++ = *p;
         else if (*p == '\\' && p[1] && (name = strchr(names, p[1]))) *to++ = values[name - names], p++;
@@ -330,10 +330,10 @@ static size_t showable(const row *k, bool *stopped) {
     size_t hold = k->text.size;
     for (size_t at = k->shown; at < k->text.size; at++)
         for (size_t i = 0; i < stop_count; i++) {
-            size_t size = strlen(stops[i]), here = least(size, k->text.size - at);
+            size_t size = strlen(stops[i]), here = retrofit_min(size, k->text.size - at);
             if (memcmp(k->text.bytes + at, stops[i], here)) continue;
             if (here == size) return *stopped = true, at;
-            hold = least(hold, at);
+            hold = retrofit_min(hold, at);
         }
     return hold;
 }
@@ -343,29 +343,24 @@ static row new_row(const char *where, int32_t *ids, size_t count, size_t past, s
     if (count == 0) die(*where ? 1 : 2, "%s: the prompt is empty", *where ? where : "--prompt");
     if (past + count >= capacity)
         die(1, "%s%sthe prompt has %zu tokens, the model's context %zu: shorten it", where, *where ? ": " : "", past + count, capacity);
-    return (row){.ids = ids, .count = count, .limit = least(o.max_tokens, capacity - past - count), .number = number};
+    return (row){.ids = ids, .count = count, .limit = retrofit_min(o.max_tokens, capacity - past - count), .number = number};
 }
 
 static void forget(row *k) { // what it said
     free(k->said), free(k->logprobs), free(k->recurrences), free(k->text.bytes);
-    k->said = NULL, k->logprobs = NULL, k->recurrences = NULL, k->text = (tok_text){NULL, 0, 0, false};
+    k->said = NULL, k->logprobs = NULL, k->recurrences = NULL, k->text = (retrofit_text){NULL, 0, 0, false};
 }
 
 static void free_row(row *k) { forget(k), free(k->ids), retrofit_json_free(k->line); }
 
 static void begin_row(row *k, const retrofit_tokenizer *t) {
     k->produced = k->shown = 0, k->stream = (retrofit_stream){0, 0}, k->finish = k->limit ? NULL : "length";
-    k->sampling = (retrofit_sampling){(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, hash64(o.seed, 1 + k->number)};
-    k->said = (int32_t *)need(allocate(k->limit + 1, sizeof *k->said));
-    k->logprobs = (float *)need(allocate(k->limit, sizeof *k->logprobs));
-    k->recurrences = (size_t *)need(allocate(k->limit, sizeof *k->recurrences));
+    k->sampling = (retrofit_sampling){(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, retrofit_hash(o.seed, 1 + k->number)};
+    k->said = (int32_t *)need(retrofit_allocate(k->limit + 1, sizeof *k->said));
+    k->logprobs = (float *)need(retrofit_allocate(k->limit, sizeof *k->logprobs));
+    k->recurrences = (size_t *)need(retrofit_allocate(k->limit, sizeof *k->recurrences));
     k->said[0] = k->ids[k->count - 1], k->alone = true;
-    // SentencePiece's decoder takes a space off the front: not off this text, if there is text before it. Byte tokens would not do: what
-    // a run of them says is known only at its end, and the next may belong to it.
-    for (size_t i = k->count; k->alone && !t->has[TOK_UNBYTES] && i-- > 0;) {
-        const tok_token *before = &t->tokens[k->ids[i]];
-        if (!before->special && tok_fallback_byte(before) < 0) k->said[0] = k->ids[i], k->alone = false;
-    }
+    k->alone = !retrofit_decode_context(t, k->ids, k->count, &k->said[0]);
     if (!k->alone) free(need(retrofit_decode_next(t, &k->stream, k->said, 1, true, true, &(size_t){0})));
 }
 
@@ -381,7 +376,7 @@ static void say(row *k, const retrofit_tokenizer *t, int32_t id, const float *lo
         if (k->produced == k->limit) k->finish = "length";
     }
     char *text = (char *)need(retrofit_decode_next(t, &k->stream, k->said + k->alone, k->produced + !k->alone, true, k->finish, &size));
-    tok_put(&k->text, text, size), tok_put(&k->text, "", 1), free(text); // a NUL behind it
+    retrofit_text_append(&k->text, text, size), retrofit_text_append(&k->text, "", 1), free(text); // a NUL behind it
     if (k->text.failed) die(1, "%s", retrofit_error());
     size_t safe = (k->text.size--, showable(k, &stopped));
     if (stopped) k->finish = "stop", k->text.size = safe, k->text.bytes[safe] = 0;
@@ -391,29 +386,29 @@ static void say(row *k, const retrofit_tokenizer *t, int32_t id, const float *lo
 }
 
 // The logits behind each row's last token, and the recurrences they took. A row alone may come in pieces of what the activations hold.
-static const float *feed(retrofit_activations *a, const int32_t *ids, size_t b, size_t t, const int32_t *lengths,
-                         const retrofit_thinking *how) {
+static const float *feed(retrofit_buffers *a, const int32_t *ids, size_t b, size_t t, const int32_t *lengths,
+                         const retrofit_recurrence_options *how) {
     const float *logits = NULL;
     for (size_t at = 0, n; at < t; at += n) {
-        n = b > 1 ? t : least(t - at, a->T);
-        logits = (const float *)need((void *)retrofit_feed(a, ids + at, b, n, b > 1 ? lengths : NULL, how));
+        n = b > 1 ? t : retrofit_min(t - at, a->T);
+        logits = (const float *)need((void *)retrofit_next_logits(a, ids + at, b, n, b > 1 ? lengths : NULL, how));
     }
     return logits;
 }
 
 // Says what drafts and the whole depth behind them make of the row. The first few tokens come plainly, to tell what drafts save.
-static void say_drafted(retrofit_activations *a, row *k, const retrofit_tokenizer *t, const retrofit_thinking *how, float *scratch,
+static void say_drafted(retrofit_buffers *a, row *k, const retrofit_tokenizer *t, const retrofit_recurrence_options *how, float *scratch,
                         bool show) {
     int32_t out[RETROFIT_LOOKAHEAD];
-    size_t L = least(drafts.ahead, a->capacity - (size_t)a->seen[0]), V = a->model->config.vocab;
+    size_t L = retrofit_min(drafts.ahead, a->decoder->cache.capacity - (size_t)a->decoder->seen[0]), V = a->model->config.vocab;
     double began = retrofit_seconds();
     size_t count =
         retrofit_speculate(a, k->said[k->produced], drafts.depth, L, how, &k->sampling, retrofit_tokenizer_size(t), out, scratch);
     if (!count) die(1, "--speculative: %s", retrofit_error());
     drafts.seconds += retrofit_seconds() - began, drafts.drafted += L, drafts.kept += count, drafts.rounds++;
-    int32_t past = a->seen[0] - (int32_t)count;
+    int32_t past = a->decoder->seen[0] - (int32_t)count;
     for (size_t i = 0; i < count && !k->finish; i++) // what lies behind the end of a text is not to stay in the cache
-        say(k, t, out[i], scratch + i * V, V, how->recurrences, show), a->seen[0] = past + (int32_t)i + 1;
+        say(k, t, out[i], scratch + i * V, V, how->recurrences, show), a->decoder->seen[0] = past + (int32_t)i + 1;
 }
 
 static int by_count(const void *x, const void *y) {
@@ -423,14 +418,14 @@ static int by_count(const void *x, const void *y) {
 
 // Generates for b rows at once, behind what the cache holds. Rows that have ended are fed on with the others, unless they are the last: these
 // are the longest, so that no row that goes on has less room in the cache than one that is fed in vain.
-static void generate(retrofit_activations *a, const retrofit_tokenizer *t, row *all, size_t b, size_t r, bool show) {
-    row **rows = (row **)need(allocate(b, sizeof *rows));
+static void generate(retrofit_buffers *a, const retrofit_tokenizer *t, row *all, size_t b, size_t r, bool show) {
+    row **rows = (row **)need(retrofit_allocate(b, sizeof *rows));
     for (size_t i = 0; i < b; i++) begin_row(rows[i] = &all[i], t);
     qsort(rows, b, sizeof *rows, by_count);
     size_t V = a->model->config.vocab, T = rows[b - 1]->count;
-    int32_t *ids = (int32_t *)need(allocate(b * T, sizeof *ids)), *lengths = (int32_t *)need(allocate(b, sizeof *lengths));
-    retrofit_thinking how = thinking(a->model, r);
-    float *scratch = (float *)need(allocate(2 * drafts.ahead + 2, V * sizeof *scratch));
+    int32_t *ids = (int32_t *)need(retrofit_allocate(b * T, sizeof *ids)), *lengths = (int32_t *)need(retrofit_allocate(b, sizeof *lengths));
+    retrofit_recurrence_options how = thinking(a->model, r);
+    float *scratch = (float *)need(retrofit_allocate(2 * drafts.ahead + 2, V * sizeof *scratch));
     enum { PLAIN = 4 }; // tokens before drafts begin
     double began = retrofit_seconds(), fed = began;
     for (bool first = true;; first = false) {
@@ -453,7 +448,7 @@ static void generate(retrofit_activations *a, const retrofit_tokenizer *t, row *
             else {
                 int32_t id = retrofit_sample(logits + i * V, retrofit_tokenizer_size(t), &k->sampling,
                                              scratch); // ids beyond the tokenizer's are padding
-                say(k, t, id, logits + i * V, V, (size_t)a->used[i], show);
+                say(k, t, id, logits + i * V, V, (size_t)a->decoder->used[i], show);
             }
             k->seconds[0] = fed - began, k->seconds[1] = retrofit_seconds() - fed;
         }
@@ -466,11 +461,11 @@ static void print_number(double x) { isfinite(x) ? printf("%.7g", x) : fputs("nu
 static void print_row(const row *k, size_t past) { // past: tokens before the prompt
     const retrofit_json *id = retrofit_json_get(k->line, "id");
     fputs(id ? "{\"id\":" : "{", stdout);
-    if (id && id->type == RETROFIT_JSON_STRING) json_write_string(stdout, id->string, id->length);
+    if (id && id->type == RETROFIT_JSON_STRING) retrofit_json_write_string(stdout, id->string, id->length);
     else if (id) fputs(id->string, stdout);
     if (id) putchar(',');
     printf("\"prompt_tokens\":%zu,\"text\":", past + k->count);
-    json_write_string(stdout, k->text.bytes, k->text.size);
+    retrofit_json_write_string(stdout, k->text.bytes, k->text.size);
     for (int list = 0; list < 3; list++) {
         printf(",\"%s\":[", list == 0 ? "tokens" : list == 1 ? "logprobs" : "recurrences");
         for (size_t i = 0; i < k->produced; i++) {
@@ -485,16 +480,16 @@ static void print_row(const row *k, size_t past) { // past: tokens before the pr
 }
 
 // The activations to generate with, B rows at a time, for the longest prompt and text.
-static retrofit_activations *room_for(const retrofit_model *m, const row *rows, size_t count, size_t B, size_t r) {
+static retrofit_buffers *room_for(const retrofit_model *m, const row *rows, size_t count, size_t B, size_t r) {
     size_t T = 1, capacity = 1;
     for (const row *k = rows; k < rows + count; k++) {
         if (k->count > T) T = k->count;
         if (k->count + k->limit > capacity) capacity = k->count + k->limit;
     }
-    retrofit_cache cache = kv_cache(capacity, r);
-    T = B > 1 ? T : least(T, CHUNK);
-    return (retrofit_activations *)need(
-        retrofit_activations_new(m, B, T < drafts.ahead ? least(drafts.ahead, capacity) : T, 0, RETROFIT_KEEP_NOTHING, &cache));
+    retrofit_kv_cache cache = kv_cache(capacity, r);
+    T = B > 1 ? T : retrofit_min(T, CHUNK);
+    return (retrofit_buffers *)need(
+        retrofit_buffers_new(m, B, T < drafts.ahead ? retrofit_min(drafts.ahead, capacity) : T, 0, RETROFIT_KEEP_NOTHING, &cache));
 }
 
 static row read_row(const retrofit_tokenizer *t, retrofit_json *line, const char *where, size_t context, size_t number) {
@@ -511,7 +506,7 @@ static row read_row(const retrofit_tokenizer *t, retrofit_json *line, const char
 }
 
 static int32_t *whole_text(const row *k) { // the ids of the prompt and of what is said
-    int32_t *ids = (int32_t *)need(allocate(k->count + k->produced, sizeof *ids));
+    int32_t *ids = (int32_t *)need(retrofit_allocate(k->count + k->produced, sizeof *ids));
     memcpy(ids, k->ids, k->count * sizeof *ids), memcpy(ids + k->count, k->said + 1, k->produced * sizeof *ids);
     return ids;
 }
@@ -525,7 +520,7 @@ typedef struct {
 
 static glimpse look(const float *logits, size_t V, double change) {
     glimpse g = {0, change, {-1, -1, -1}, {0, 0, 0}};
-    double top = largest(logits, V), sum = 0;
+    double top = max_element(logits, V), sum = 0;
     for (size_t v = 0; v < V; v++) sum += exp(logits[v] - top);
     for (size_t v = 0; v < V; v++) {
         double p = exp(logits[v] - top) / sum;
@@ -548,7 +543,7 @@ static void print_column(const retrofit_tokenizer *t, int32_t id, size_t columns
     uint32_t c;
     char *text = token_text(t, id, &size);
     for (size_t at = 0, n; at < size && used < columns; at += n, used++) {
-        n = utf8_next(text + at, size - at, &c);
+        n = retrofit_utf8_next(text + at, size - at, &c);
         if (c < ' ' || c == 127) fputc(c == '\n' ? '$' : '.', stderr);
         else fprintf(stderr, "%.*s", (int)n, text + at);
     }
@@ -557,21 +552,21 @@ static void print_column(const retrofit_tokenizer *t, int32_t id, size_t columns
 
 // One pass over prompt and text, without cache and exits: start states are functions of the position, so the states are those of decoding.
 static void trace(const retrofit_model *m, const retrofit_tokenizer *t, const row *k, size_t r) {
-    size_t T = k->count + k->produced, V = m->config.vocab, known = least(V, retrofit_tokenizer_size(t)), d = m->config.n_embd, size;
+    size_t T = k->count + k->produced, V = m->config.vocab, known = retrofit_min(V, retrofit_tokenizer_size(t)), d = m->config.n_embd, size;
     enum { ROWS = 64 };
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    retrofit_thinking how = thinking(m, r);
+    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
+    retrofit_recurrence_options how = thinking(m, r);
     int32_t *ids = whole_text(k);
-    float *logits = (float *)need(allocate(ROWS * V, sizeof *logits)), *states = (float *)need(allocate(2 * T * d, sizeof *states));
-    glimpse *seen = (glimpse *)need(allocate(T * r, sizeof *seen)); // (T,r)
+    float *logits = (float *)need(retrofit_allocate(ROWS * V, sizeof *logits)), *states = (float *)need(retrofit_allocate(2 * T * d, sizeof *states));
+    glimpse *seen = (glimpse *)need(retrofit_allocate(T * r, sizeof *seen)); // (T,r)
     if (!retrofit_prelude(a, ids, 1, T)) die(1, "%s", retrofit_error());
-    retrofit_start(a, sigma(m), o.seed), m->ops->download(states, a->state, T * d * sizeof *states);
+    retrofit_init_state(a, sigma(m), o.seed), m->ops->download(states, a->state, T * d * sizeof *states);
     for (size_t i = 0; i < r; i++) {
         float *before = states + i % 2 * T * d, *now = states + (i + 1) % 2 * T * d;
-        retrofit_think(a, &how, 1), m->ops->download(now, a->state, T * d * sizeof *states), retrofit_coda(a);
+        retrofit_recur_noisy(a, &how, 1), m->ops->download(now, a->state, T * d * sizeof *states), retrofit_coda(a);
         for (size_t at = 0; at < T; at++) {
-            if (at % ROWS == 0) retrofit_logits(a, at, least(ROWS, T - at), logits);
-            seen[at * r + i] = look(logits + at % ROWS * V, known, relative_change(now + at * d, before + at * d, d));
+            if (at % ROWS == 0) retrofit_logits(a, at, retrofit_min(ROWS, T - at), logits);
+            seen[at * r + i] = look(logits + at % ROWS * V, known, retrofit_relative_change(now + at * d, before + at * d, d));
         }
     }
     FILE *f = fopen(o.trace, "wb");
@@ -584,13 +579,13 @@ static void trace(const retrofit_model *m, const retrofit_tokenizer *t, const ro
         const glimpse *g = seen + at * r;
         size_t since = r;
         char *text = token_text(t, ids[at], &size);
-        fprintf(f, "{\"position\":%zu,\"token\":%d,\"text\":", at, (int)ids[at]), json_write_string(f, text, size),
+        fprintf(f, "{\"position\":%zu,\"token\":%d,\"text\":", at, (int)ids[at]), retrofit_json_write_string(f, text, size),
             fputs(",\"recurrences\":[", f), free(text);
         for (size_t i = 0; i < r; i++) {
             fprintf(f, "%s{\"r\":%zu,\"entropy\":%.6g,\"change\":%.6g,\"top\":[", i ? "," : "", i + 1, g[i].entropy, g[i].change);
             for (size_t j = 0; j < 3 && g[i].top[j] >= 0; j++) {
                 text = token_text(t, g[i].top[j], &size);
-                fprintf(f, "%s{\"token\":%d,\"text\":", j ? "," : "", (int)g[i].top[j]), json_write_string(f, text, size),
+                fprintf(f, "%s{\"token\":%d,\"text\":", j ? "," : "", (int)g[i].top[j]), retrofit_json_write_string(f, text, size),
                     fprintf(f, ",\"p\":%.6g}", (double)g[i].p[j]), free(text);
             }
             fputs("]}", f);
@@ -603,26 +598,26 @@ static void trace(const retrofit_model *m, const retrofit_tokenizer *t, const ro
         fprintf(stderr, "%*s  %7.3f  ", r < 11 ? (int)(11 - r) : 0, "", g[r - 1].entropy), print_column(t, g[r - 1].top[0], 16),
             fprintf(stderr, "  %zu\n", since);
     }
-    if (!finish_file(f, o.trace, true)) die(1, "%s", retrofit_error());
-    free(ids), free(logits), free(states), free(seen), retrofit_activations_free(a);
+    if (!retrofit_finish_file(f, o.trace, true)) die(1, "%s", retrofit_error());
+    free(ids), free(logits), free(states), free(seen), retrofit_buffers_free(a);
 }
 
 // How many recurrences tokens took, and how many of them plain decoding at full depth would have chosen too, each read behind the same text.
 static struct { size_t *of, tokens, sum, most, greedy, same; } depths; // of: [most + 1] tokens by recurrences
 
 static void note_depths(const retrofit_model *m, const retrofit_tokenizer *t, const row *k, size_t r) {
-    if (!depths.of) depths.of = (size_t *)need(allocate(r + 1, sizeof *depths.of)), depths.most = r;
+    if (!depths.of) depths.of = (size_t *)need(retrofit_allocate(r + 1, sizeof *depths.of)), depths.most = r;
     for (size_t i = 0; i < k->produced; i++) depths.of[k->recurrences[i]]++, depths.tokens++, depths.sum += k->recurrences[i];
     size_t T = k->count + k->produced - 1;
     if (o.temperature > 0 || !k->produced || o.continuous) return;
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
+    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     int32_t *ids = whole_text(k);
-    float *logits = (float *)need(allocate(m->config.vocab, sizeof *logits));
+    float *logits = (float *)need(retrofit_allocate(m->config.vocab, sizeof *logits));
     if (!retrofit_forward(a, ids, 1, T, sigma(m), o.seed, r, 0)) die(1, "%s", retrofit_error());
     for (size_t i = 0; i < k->produced; i++)
         retrofit_logits(a, k->count - 1 + i, 1, logits), depths.greedy++,
             depths.same += retrofit_argmax(logits, retrofit_tokenizer_size(t)) == k->said[i + 1];
-    free(ids), free(logits), retrofit_activations_free(a);
+    free(ids), free(logits), retrofit_buffers_free(a);
 }
 
 static void print_depths(void) {
@@ -650,11 +645,11 @@ static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
         int32_t *ids = prompt_ids(t, &n);
         rows = (row *)more(NULL, 0, sizeof *rows), rows[count++] = new_row("", ids, n, 0, m->config.context, 0);
     }
-    B = least(o.batch_size, count);
-    retrofit_activations *a = room_for(m, rows, count, B, r[0]);
+    B = retrofit_min(o.batch_size, count);
+    retrofit_buffers *a = room_for(m, rows, count, B, r[0]);
     double began = progress("prompts", 0, count), seconds[2] = {0};
     for (size_t at = 0, b; at < count; at += b) {
-        b = least(B, count - at), retrofit_rewind(a);
+        b = retrofit_min(B, count - at), retrofit_clear_cache(a);
         generate(a, t, rows + at, b, r[0], !o.batch && !o.json);
         for (row *k = rows + at; k < rows + at + b; k++) {
             if (o.batch || o.json) print_row(k, 0);
@@ -680,17 +675,17 @@ static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
         fprintf(stderr, "drafts at %zu recurrences: %.2f of %.2f tokens a round; %.2f times as fast as without\n", drafts.depth,
                 (double)drafts.kept / (double)drafts.rounds, (double)drafts.drafted / (double)drafts.rounds,
                 drafts.plain * (double)drafts.kept / drafts.seconds);
-    free(rows), retrofit_activations_free(a);
+    free(rows), retrofit_buffers_free(a);
 }
 
 // A conversation: the cache keeps what has been said, only what is new is fed.
 static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t r[2], capacity = o.seq_len ? o.seq_len : least(4096, m->config.context), total = 0, turns = 0, room = 0;
+    size_t r[2], capacity = o.seq_len ? o.seq_len : retrofit_min(4096, m->config.context), total = 0, turns = 0, room = 0;
     if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for generation");
     if (capacity > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", capacity, m->config.context);
-    retrofit_cache cache = kv_cache(capacity, r[0]);
-    retrofit_activations *a =
-        (retrofit_activations *)need(retrofit_activations_new(m, 1, least(capacity, CHUNK), 0, RETROFIT_KEEP_NOTHING, &cache));
+    retrofit_kv_cache cache = kv_cache(capacity, r[0]);
+    retrofit_buffers *a =
+        (retrofit_buffers *)need(retrofit_buffers_new(m, 1, retrofit_min(capacity, CHUNK), 0, RETROFIT_KEEP_NOTHING, &cache));
     row k = {.ids = NULL};
     char *line = NULL;
     bool asks = isatty(0);
@@ -698,13 +693,13 @@ static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
         if (asks) fputs("> ", stderr);
         if ((n = getline(&line, &room, stdin)) <= 0) break;
         if (line[n - 1] == '\n' && --n == 0) continue;
-        tok_text x = {NULL, 0, 0, false};
+        retrofit_text x = {NULL, 0, 0, false};
         if (total) put(&x, families[family].end), put(&x, families[family].after);
         else put_system(&x, o.system, o.system ? strlen(o.system) : 0);
         put_turn(&x, "user", line, (size_t)n), put_turn(&x, "assistant", NULL, 0);
         if (x.failed) die(1, "%s", retrofit_error());
         // It begins with a special token, at which the tokenizer cuts: the ids are those of the whole conversation's text.
-        size_t count, past = (size_t)a->seen[0], late = total > past; // the last token said may not have been fed
+        size_t count, past = (size_t)a->decoder->seen[0], late = total > past; // the last token said may not have been fed
         int32_t *ids = (int32_t *)need(retrofit_encode(t, x.bytes, x.size, !total, &count));
         if (total + count >= capacity)
             die(1, "the conversation would have %zu tokens, there is room for %zu: begin a new one", total + count, capacity);
@@ -720,15 +715,15 @@ static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
         total = past + k.count + k.produced;
     }
     if (ferror(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
-    free(line), free_row(&k), retrofit_activations_free(a);
+    free(line), free_row(&k), retrofit_buffers_free(a);
 }
 
 // ---- Loss by recurrences ------------------------------------------------------------------------------------------------------
 static retrofit_data *open_rows(const retrofit_model *m, size_t *T, size_t *rows) { // of --eval: tokens in a row, rows to judge by
-    *T = o.seq_len ? o.seq_len : least(1024, m->config.context);
+    *T = o.seq_len ? o.seq_len : retrofit_min(1024, m->config.context);
     if (*T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", *T, m->config.context);
     retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, *T, m->config.vocab, false, 0));
-    return *rows = o.rows ? least(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), data;
+    return *rows = o.rows ? retrofit_min(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), data;
 }
 
 // Token by token through the KV cache, with the exits and policies that it is to be judged with, beside the full pass on the same rows.
@@ -736,29 +731,29 @@ static void evaluate_decoding(const retrofit_model *m) {
     size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), V = m->config.vocab, T, rows;
     retrofit_data *data = open_rows(m, &T, &rows);
     bool alone = o.exit && kv_cache(T, 1).kind != RETROFIT_CACHE_FULL; // slots that are written twice: one row at a time
-    size_t B = alone ? 1 : least(rows, o.batch_size);
-    retrofit_activations *whole = (retrofit_activations *)need(retrofit_activations_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    int32_t *tokens = (int32_t *)need(allocate(B * T, sizeof *tokens)), *labels = (int32_t *)need(allocate(B * T, sizeof *labels));
-    int32_t *next = (int32_t *)need(allocate(B, sizeof *next));
+    size_t B = alone ? 1 : retrofit_min(rows, o.batch_size);
+    retrofit_buffers *whole = (retrofit_buffers *)need(retrofit_buffers_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
+    int32_t *tokens = (int32_t *)need(retrofit_allocate(B * T, sizeof *tokens)), *labels = (int32_t *)need(retrofit_allocate(B * T, sizeof *labels));
+    int32_t *next = (int32_t *)need(retrofit_allocate(B, sizeof *next));
     printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "by full pass",
            "recurrences", "KV bytes/token", "seconds", rows, T);
     progress("rows", 0, count * rows);
     for (size_t i = 0; i < count; i++) {
-        retrofit_cache cache = kv_cache(T, r[i]);
-        retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, 1, 0, RETROFIT_KEEP_NOTHING, &cache));
-        retrofit_thinking how = thinking(m, r[i]);
+        retrofit_kv_cache cache = kv_cache(T, r[i]);
+        retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, B, 1, 0, RETROFIT_KEEP_NOTHING, &cache));
+        retrofit_recurrence_options how = thinking(m, r[i]);
         double loss = 0, full = 0, used = 0, begin = retrofit_seconds(), apart = 0;
         for (size_t at = 0, b; at < rows; at += b) {
-            b = least(B, rows - at), retrofit_rewind(a);
+            b = retrofit_min(B, rows - at), retrofit_clear_cache(a);
             for (size_t j = 0; j < b; j++)
                 if (!retrofit_data_row(data, at + j, tokens + j * T, labels + j * T)) die(1, "%s", retrofit_error());
             for (size_t p = 0; p < T; p++) {
                 for (size_t j = 0; j < b; j++) next[j] = tokens[j * T + p];
-                const float *logits = (const float *)need((void *)retrofit_feed(a, next, b, 1, NULL, &how));
+                const float *logits = (const float *)need((void *)retrofit_next_logits(a, next, b, 1, NULL, &how));
                 for (size_t j = 0; j < b; j++) {
                     float l;
                     retrofit_cpu.cross_entropy(&l, (act *)(logits + j * V), &labels[j * T + p], 1, V, 0);
-                    loss += l, used += a->used[j];
+                    loss += l, used += a->decoder->used[j];
                 }
             }
             double before = retrofit_seconds();
@@ -772,30 +767,30 @@ static void evaluate_decoding(const retrofit_model *m) {
         double n = (double)(rows * T);
         printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r[i], loss / n, exp(loss / n), full / n, used / n,
                retrofit_cache_bytes(a), retrofit_seconds() - begin - apart);
-        fflush(stdout), retrofit_activations_free(a);
+        fflush(stdout), retrofit_buffers_free(a);
     }
-    free(tokens), free(labels), free(next), retrofit_activations_free(whole), retrofit_data_close(data);
+    free(tokens), free(labels), free(next), retrofit_buffers_free(whole), retrofit_data_close(data);
 }
 
 // One way of states, read off at each r.
 static void evaluate(const retrofit_model *m) {
     size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), T, rows;
     retrofit_data *data = open_rows(m, &T, &rows);
-    size_t B = least(rows, 1 + 1024 / T);
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
+    size_t B = retrofit_min(rows, 1 + 1024 / T);
+    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
     int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens)), *labels = (int32_t *)need(malloc(B * T * sizeof *labels));
     double loss[64] = {0}, seconds[64] = {0};
-    retrofit_thinking how = thinking(m, r[count - 1]);
+    retrofit_recurrence_options how = thinking(m, r[count - 1]);
     progress("rows", 0, rows);
     for (size_t at = 0; at < rows; at += B) {
-        size_t b = least(B, rows - at);
+        size_t b = retrofit_min(B, rows - at);
         for (size_t i = 0; i < b; i++)
             if (!retrofit_data_row(data, at + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
         double begin = retrofit_seconds(), coda = 0;
         if (!retrofit_prelude(a, tokens, b, T)) die(1, "%s", retrofit_error());
-        if (r[0]) retrofit_start(a, sigma(m), hash64(o.seed, at));
+        if (r[0]) retrofit_init_state(a, sigma(m), retrofit_hash(o.seed, at));
         for (size_t i = 0; i < count; i++) {
-            retrofit_think(a, &how, r[i] - (i ? r[i - 1] : 0));
+            retrofit_recur_noisy(a, &how, r[i] - (i ? r[i - 1] : 0));
             double before = retrofit_seconds();
             retrofit_coda(a);
             loss[i] += retrofit_loss(a, labels, 0) * (double)b;
@@ -806,7 +801,7 @@ static void evaluate(const retrofit_model *m) {
     }
     printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "seconds", rows, T);
     for (size_t i = 0; i < count; i++) printf("%11zu %10.4f %12.3f %9.2f\n", r[i], loss[i] / (double)rows, exp(loss[i] / (double)rows), seconds[i]);
-    free(tokens), free(labels), retrofit_activations_free(a), retrofit_data_close(data);
+    free(tokens), free(labels), retrofit_buffers_free(a), retrofit_data_close(data);
 }
 
 // ---- Tasks: one a line, all of one kind -------------------------------------------------------------------------------------------
@@ -841,7 +836,7 @@ static continuation read_continuation(const retrofit_tokenizer *t, const char *w
                                       size_t context) {
     continuation k = {NULL, 0, 0, answer->length - (answer->string[0] == ' ')};
     size_t count;
-    char *text = (char *)need(allocate(p->length + answer->length, 1));
+    char *text = (char *)need(retrofit_allocate(p->length + answer->length, 1));
     memcpy(text, p->string, p->length), memcpy(text + p->length, answer->string, answer->length);
     int32_t *alone = (int32_t *)need(retrofit_encode(t, text, p->length, true, &count));
     k.ids = (int32_t *)need(retrofit_encode(t, text, p->length + answer->length, true, &k.count));
@@ -872,10 +867,10 @@ static void read_task(const retrofit_tokenizer *t, retrofit_json *line, const ch
         die(1, "%s: needs a string \"prompt\" and a string \"answer\" that is not empty, \"choices\" or a \"target\"", where);
     if (kind == CHOICE) {
         k.choices = choices->type == RETROFIT_JSON_ARRAY ? choices->count : 0;
-        if (k.choices < 2 || !json_size(answer, &k.answer) || k.answer >= k.choices)
+        if (k.choices < 2 || !retrofit_json_size(answer, &k.answer) || k.answer >= k.choices)
             die(1, "%s: needs at least two \"choices\", and in \"answer\" which of them, from 0, is right", where);
     }
-    if (hops && (!json_size(hops, &k.hops) || k.hops > 15)) die(1, "%s: \"hops\" is not a number from 0 to 15", where);
+    if (hops && (!retrofit_json_size(hops, &k.hops) || k.hops > 15)) die(1, "%s: \"hops\" is not a number from 0 to 15", where);
     for (const retrofit_json *c = kind == CHOICE ? choices->child : answer; c; c = kind == CHOICE ? c->next : NULL) {
         if (!filled(c) || (kind == CHOICE && c->length == 1 && *c->string == ' ')) die(1, "%s: a choice is no string, or empty", where);
         tasks.continuation = (continuation *)more(tasks.continuation, tasks.continuations, sizeof *tasks.continuation);
@@ -892,25 +887,25 @@ static void read_task(const retrofit_tokenizer *t, retrofit_json *line, const ch
 static void score_continuations(const retrofit_model *m, const size_t *r, size_t depths, score *scores) {
     size_t n = tasks.continuations, T = 0, V = m->config.vocab;
     for (size_t i = 0; i < n; i++) T = tasks.continuation[i].count > T ? tasks.continuation[i].count : T;
-    size_t B = least(n, 1 + 4096 / T);
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    int32_t *tokens = (int32_t *)need(allocate(B * T, sizeof *tokens));
-    float *logits = (float *)need(allocate(T * V, sizeof *logits)), loss;
-    double *losses = (double *)need(allocate(n * depths, sizeof *losses)); // (depths,n) sums over the tokens behind the prompt
-    bool *exact = (bool *)need(allocate(n * depths, sizeof *exact));
-    retrofit_thinking how = thinking(m, r[depths - 1]);
+    size_t B = retrofit_min(n, 1 + 4096 / T);
+    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
+    int32_t *tokens = (int32_t *)need(retrofit_allocate(B * T, sizeof *tokens));
+    float *logits = (float *)need(retrofit_allocate(T * V, sizeof *logits)), loss;
+    double *losses = (double *)need(retrofit_allocate(n * depths, sizeof *losses)); // (depths,n) sums over the tokens behind the prompt
+    bool *exact = (bool *)need(retrofit_allocate(n * depths, sizeof *exact));
+    retrofit_recurrence_options how = thinking(m, r[depths - 1]);
     progress("texts", 0, n);
     for (size_t at = 0, b; at < n; at += b) {
         const continuation *all = tasks.continuation + at;
         size_t columns = 0;
-        b = least(B, n - at);
+        b = retrofit_min(B, n - at);
         for (size_t i = 0; i < b; i++) columns = all[i].count > columns ? all[i].count : columns;
         memset(tokens, 0, B * T * sizeof *tokens); // padding on the right: no earlier token sees it
         for (size_t i = 0; i < b; i++) memcpy(tokens + i * columns, all[i].ids, all[i].count * sizeof *tokens);
         if (!retrofit_prelude(a, tokens, b, columns)) die(1, "%s", retrofit_error());
-        if (r[0]) retrofit_start(a, sigma(m), o.seed);
+        if (r[0]) retrofit_init_state(a, sigma(m), o.seed);
         for (size_t j = 0; j < depths; j++) {
-            retrofit_think(a, &how, r[j] - (j ? r[j - 1] : 0));
+            retrofit_recur_noisy(a, &how, r[j] - (j ? r[j - 1] : 0));
             retrofit_coda(a);
             for (size_t i = 0; i < b; i++) {
                 const continuation *k = &all[i];
@@ -938,12 +933,12 @@ static void score_continuations(const retrofit_model *m, const size_t *r, size_t
             scores[j].right += right, scores[j].hops[k->hops] += right, scores[j].per_byte += best_per_byte == k->answer;
             scores[j].loss += l[k->answer] / (double)(c[k->answer].count - c[k->answer].prompt) / (double)tasks.count;
         }
-    free(tokens), free(logits), free(losses), free(exact), retrofit_activations_free(a);
+    free(tokens), free(logits), free(losses), free(exact), retrofit_buffers_free(a);
 }
 
 // As GSM8K's answers are compared: without commas, and without a dot at the end.
 static char *bare(const char *s, size_t n) {
-    char *to = (char *)need(allocate(n + 1, 1)), *end = to;
+    char *to = (char *)need(retrofit_allocate(n + 1, 1)), *end = to;
     for (size_t i = 0; i < n; i++)
         if (s[i] != ',') *end++ = s[i];
     if (end > to && end[-1] == '.') end[-1] = 0;
@@ -964,18 +959,18 @@ static bool found(const regex_t *e, const char *text, const retrofit_json *targe
 
 static void score_targets(const retrofit_model *m, const retrofit_tokenizer *t, const size_t *r, size_t depths, score *scores,
                           const regex_t *e) {
-    size_t B = least(o.batch_size, tasks.count);
-    retrofit_activations *a = room_for(m, tasks.row, tasks.count, B, r[depths - 1]);
+    size_t B = retrofit_min(o.batch_size, tasks.count);
+    retrofit_buffers *a = room_for(m, tasks.row, tasks.count, B, r[depths - 1]);
     progress("answers", 0, depths * tasks.count);
     for (size_t j = 0; j < depths; j++)
         for (size_t at = 0, b; at < tasks.count; at += b) {
-            b = least(B, tasks.count - at), retrofit_rewind(a);
+            b = retrofit_min(B, tasks.count - at), retrofit_clear_cache(a);
             generate(a, t, tasks.row + at, b, r[j], false);
             for (row *k = tasks.row + at; k < tasks.row + at + b; k++)
                 scores[j].right += k->text.bytes && found(e, k->text.bytes, retrofit_json_get(k->line, "target")), forget(k);
             progress("answers", j * tasks.count + at + b, depths * tasks.count);
         }
-    retrofit_activations_free(a);
+    retrofit_buffers_free(a);
 }
 
 static double share(size_t right, double *error) { // of all tasks, with its standard error
@@ -1006,7 +1001,7 @@ static void print_table(const size_t *r, size_t depths, const score *scores) {
 
 static void print_scores(const size_t *r, size_t depths, const score *scores) {
     double p, error;
-    printf("{\"tasks\":"), json_write_string(stdout, o.tasks, strlen(o.tasks)), printf(",\"count\":%zu,\"results\":[", tasks.count);
+    printf("{\"tasks\":"), retrofit_json_write_string(stdout, o.tasks, strlen(o.tasks)), printf(",\"count\":%zu,\"results\":[", tasks.count);
     for (size_t j = 0; j < depths; j++) {
         const score *s = &scores[j];
         printf("%s{\"recurrences\":%zu", j ? "," : "", r[j]);
@@ -1061,13 +1056,13 @@ static void write_logits(const retrofit_model *m, const retrofit_tokenizer *t) {
         }
     } else ids = prompt_ids(t, &n);
     if (n == 0) die(2, "--logits: the prompt is empty");
-    retrofit_activations *a = (retrofit_activations *)need(retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL));
-    float *logits = (float *)need(allocate(n * V, sizeof *logits));
+    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL));
+    float *logits = (float *)need(retrofit_allocate(n * V, sizeof *logits));
     if (!retrofit_forward(a, ids, 1, n, sigma(m), o.seed, r[0], 0)) die(1, "%s", retrofit_error());
     retrofit_logits(a, 0, n, logits);
     retrofit_tensor out = {"logits", RETROFIT_F32, 2, {n, V, 0, 0}, n * V, logits};
     if (!retrofit_safetensors_write(o.logits, &retrofit_cpu, &out, 1, RETROFIT_F32, NULL)) die(1, "%s", retrofit_error());
-    free(ids), free(logits), retrofit_activations_free(a);
+    free(ids), free(logits), retrofit_buffers_free(a);
 }
 
 int main(int argc, char **argv) {

@@ -47,8 +47,9 @@
 #define RETROFIT_H
 
 #if defined RETROFIT_IMPLEMENTATION && !defined _GNU_SOURCE
-#define _GNU_SOURCE // mmap, glob, fsync, open_memstream: include this header before any other where it is implemented
+#define _GNU_SOURCE // mmap, glob, fsync, open_memstream: where this header is implemented it must come first
 #endif
+#include <math.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -58,47 +59,46 @@
 extern "C" {
 #endif
 
-// =====================================================================================================================
+// =================================================================================================
 // 1  Declarations
-// =====================================================================================================================
-
-// The last failure of this thread, one line without a newline: what was wrong, where, what to do.
+// =================================================================================================
+// Functions that can fail return false, NULL or NaN; retrofit_error() then says in one line what was
+// wrong, where, and what to do. "or error" below means that.
 const char *retrofit_error(void);
-// directory/name into path; false + error if it is too long.
-#define RETROFIT_PATH 4096
-bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name);
+
+// ---- Configuration: the numbers of config.json ----------------------------------------------------
 
 // Element types of tensors. Files may hold any of them; operations read weights in F32 or BF16.
 typedef enum { RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32 } retrofit_type;
-size_t retrofit_type_size(retrofit_type type); // bytes of one element
 
-// ---- Configuration: what config.json says -------------------------------------------------------------------------
 typedef struct {
     size_t n_embd, n_heads, n_kv_heads, head_dim;  // d, H, G, h
-    size_t intermediate, vocab, context;           // F, V, longest sequence
-    size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0 and all its layers in the coda
+    size_t intermediate, vocab, context;           // F, V, the longest sequence
+    size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0
     float norm_eps;
     double rope_theta;
-    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, with the four numbers below
+    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these four:
     double rope_factor, rope_low, rope_high, rope_original_context;
     float state_std;                               // σ of s_0
-    size_t mean_recurrence, backprop_depth;        // what the model was trained for: defaults for train and infer
-    bool tied;                                     // plain only: the file has no lm_head.weight of its own
-    int32_t bos, eos;                              // token ids, -1 if the config has none
+    size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
+    bool tied;                                     // a plain Llama whose file has no lm_head.weight
+    int32_t bos, eos;                              // token ids; -1 if the config has none
 } retrofit_config;
 
-#define RETROFIT_STATE_STD 0.008703882797784892 // sqrt(2 / (5 * 5280)): Huginn's constant, kept by the paper for every model
+// σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code was
+// first written for, is 5280 wide and starts its matrices with the variance 2/(5·width); the paper
+// kept the number for models of other widths.
+#define RETROFIT_STATE_STD 0.008703882797784892
 
-bool retrofit_is_plain(const retrofit_config *c);                        // no core: a plain Llama
-bool retrofit_config_check(const retrofit_config *c, const char *where); // false + error if the numbers make no model
-bool retrofit_config_read(retrofit_config *c, const char *directory);    // DIR/config.json: model_type huginn_raven or llama
-bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory); // type: of the tensors beside it
-size_t retrofit_qkv_width(const retrofit_config *c);                     // Q = (H + 2G)·h
+bool retrofit_is_plain(const retrofit_config *config);         // a Llama without recurrence: C = 0
+size_t retrofit_qkv_width(const retrofit_config *config);      // Q = (H + 2G)·h
 
-typedef void act; // an element of a branch activation: fp32 or bf16, as the operations' table says
+// ---- Parameters -----------------------------------------------------------------------------------
 
-// ---- Parameters ------------------------------------------------------------------------------------------------------
-// A matrix as the operations read it: element (i, j) is data[i*stride + j].
+// An element of a branch activation: fp32 or bf16, as the operations' table says (act_type).
+typedef void act;
+
+// A matrix as the operations read it: element (i, j) is data[i·stride + j].
 typedef struct {
     const void *data;
     retrofit_type type; // F32 or BF16
@@ -106,500 +106,463 @@ typedef struct {
 } retrofit_weight;
 
 typedef enum { RETROFIT_EMBEDDING, RETROFIT_HEAD, RETROFIT_NORM, RETROFIT_MATRIX } retrofit_kind;
-typedef enum { RETROFIT_PART_EMBEDDING, RETROFIT_PART_PRELUDE, RETROFIT_PART_ADAPTER, RETROFIT_PART_CORE, RETROFIT_PART_CODA,
-               RETROFIT_PART_NORM, RETROFIT_PART_HEAD, RETROFIT_PARTS } retrofit_part;
+typedef enum {
+    RETROFIT_PART_EMBEDDING,
+    RETROFIT_PART_PRELUDE,
+    RETROFIT_PART_ADAPTER,
+    RETROFIT_PART_CORE,
+    RETROFIT_PART_CODA,
+    RETROFIT_PART_NORM,
+    RETROFIT_PART_HEAD,
+    RETROFIT_PARTS // their number
+} retrofit_part;
 
-// One tensor of a checkpoint. A plain Llama stores q, k, v and gate, up apart: its fused parameters are made of several.
+// A tensor of a checkpoint file. Where a plain Llama stores q, k, v or gate, up apart, our fused
+// parameter is made of several, one below the other.
 typedef struct {
     char name[88];
     size_t rows;
-} retrofit_piece;
+} retrofit_source_tensor;
 
 typedef struct {
-    retrofit_piece piece[3]; // piece[0].name labels the parameter
-    size_t pieces, rows, cols;
+    retrofit_source_tensor source[3];    // the name of source[0] labels the parameter
+    size_t sources, rows, cols;
     retrofit_kind kind;
     retrofit_part part;
-    retrofit_weight weight;       // (rows, cols), what the operations read
-    float *master, *grad, *m, *v; // (rows, cols), training only: fp32 weight, gradient, first and second moment; a frozen one has the first
-    bool frozen;
+    retrofit_weight weight;              // (rows,cols) what the operations read
+    float *master, *grad, *m, *v;        // (rows,cols) training: fp32 weight, gradient, two moments
+    bool frozen;                         // not trained: it has a master at most
 } retrofit_parameter;
 
+// A block's parameters. Matrices are (outputs, inputs), as in PyTorch: y = x·wᵀ.
 typedef struct {
-    retrofit_parameter norm_1;   // (d)
-    retrofit_parameter wqkv;     // (Q, d)    rows q, then k, then v
-    retrofit_parameter proj;     // (d, d)
-    retrofit_parameter norm_2;   // (d)
-    retrofit_parameter fc;       // (2F, d)   rows gate, then up
-    retrofit_parameter mlp_proj; // (d, F)
+    retrofit_parameter norm_1;    // (d)
+    retrofit_parameter w_qkv;     // (Q,d)   rows q, then k, then v          attn.Wqkv
+    retrofit_parameter w_out;     // (d,d)                                   attn.proj
+    retrofit_parameter norm_2;    // (d)
+    retrofit_parameter w_gate_up; // (2F,d)  rows gate, then up              mlp.fc
+    retrofit_parameter w_down;    // (d,F)                                   mlp.proj
 } retrofit_layer;
 
 typedef struct retrofit_ops retrofit_ops;
 
 typedef struct {
     retrofit_config config;
-    const retrofit_ops *ops;            // where the model lives
-    retrofit_parameter wte;             // (V, d)
-    retrofit_layer *prelude;            // [P]
-    retrofit_parameter adapter;         // (d, 2d) = [A_s | A_e]; absent from a plain Llama
-    retrofit_layer *core;               // [C]
-    retrofit_layer *coda;               // [D]
-    retrofit_parameter ln_f;            // (d)
-    retrofit_parameter lm_head;         // (V, d)
-    retrofit_parameter **parameters;    // the one list of all of them, in the order above
-    size_t parameter_count, weight_count; // entries of that list; numbers in them
-    void *weights, *masters, *grads, *moments; // arenas; what is unused is NULL
+    const retrofit_ops *ops;                // of the device that it lives on
+    retrofit_parameter wte;                 // (V,d)   token embeddings
+    retrofit_layer *prelude, *core, *coda;  // [P], [C], [D]
+    retrofit_parameter adapter;             // (d,2d)  [A_s | A_e]; a plain Llama has none
+    retrofit_parameter ln_f;                // (d)     the final norm
+    retrofit_parameter lm_head;             // (V,d)
+    retrofit_parameter **parameters;        // the one list of all of them, as section 8 makes it
+    size_t parameter_count, weight_count;   // entries of that list; numbers in all of them
+    void *weights, *masters, *grads, *moments; // arenas; NULL where there is nothing to hold
     size_t grad_bytes, moment_bytes;
-    double *sums;                       // [2] of squares: of all gradients, of one update; in the moments' arena, like
-    float *muon_u;                      // Newton-Schulz scratch for the largest matrix
+    double *sums;                           // [2] sums of squares: of all gradients; of one tensor
+    float *muon_u;                          // scratch of Newton-Schulz for the largest matrix
     act *muon_x, *muon_y, *muon_a, *muon_b;
-    struct retrofit_map *maps;          // files the weights lie in (inference)
+    struct retrofit_map *maps;              // [map_count] files that weights lie in (inference)
     size_t map_count;
 } retrofit_model;
 
-// ---- Operations ------------------------------------------------------------------------------------------------------
-// The model is written once, over this table; retrofit_cpu is below, retrofit_cuda.cu holds the same rows for a GPU.
-// One contract for all: outputs, inputs, sizes, in this order. Gradients of parameters add (+=); gradients of activations are
-// set (=), except rmsnorm_backward's dx, the residual stream's, which adds. Nothing allocates. Every reduction has a fixed
-// order, so a run repeats bit for bit. `act` is the table's type for branch activations (act_type): norm outputs, qkv,
-// attention, fc, swiglu and their gradients. The residual stream, states, parameters and their gradients are fp32.
-//   embedding_forward      x (N,d) = wte[tokens];                          backward: dwte[tokens] += dx
-//   rmsnorm_forward        out (N,d) = x·rstd·weight, rstd (N) = 1/sqrt(mean(x²) + eps); backward: dx +=, dweight += unless NULL
-//   matmul_forward         out (N,O) = inp (N,I) · wᵀ, w (O,I)
-//   matmul_residual_forward  out = residual + inp · wᵀ in fp32; residual may be NULL (zero) or out itself
-//   matmul_backward_input  dinp (N,I) = dout (N,O) · w;  matmul_residual_backward_input: the same into fp32
-//   matmul_backward_weight dw (O,I; rows `stride` apart) += doutᵀ · inp
-//   rope_forward           rotates q and k of qkv (N,Q) in place by the table (positions, h/2, {cos, sin}); row b starts at
-//                          position past[b], or 0 if past is NULL;         backward: rotates dqkv back
-//   attention_forward      out (N,d), lse (N,H) = causal grouped-query attention over qkv;
-//                          backward: dqkv (N,Q), and delta (N,H) = Σ_c dout·out, which it needs on the way
-//   swiglu_forward         out (N,F) = silu(gate)·up, fc (N,2F) = gate | up; backward: dfc (N,2F), and out again
-//   cross_entropy          losses (N) = -log softmax(logits)[label], 0 where label is -100; if scale is not 0 the logits are
-//                          replaced by their gradient, scale·(softmax - onehot)
+// ---- Operations -----------------------------------------------------------------------------------
+// The model is written once, over this table. The CPU's rows are in section 6, a GPU's, under the
+// same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them:
+//   - arguments are outputs, inputs, sizes, in this order;
+//   - gradients of parameters add (+=), gradients of activations are set (=), but for the residual
+//     stream's, dx of rmsnorm_backward, which adds;
+//   - nothing allocates; every sum has a fixed order, so a run repeats bit for bit;
+//   - the residual stream, states, parameters and their gradients are fp32; `act` is the table's type.
+// The formulas stand at the definitions. Rows n = b·T + t of an activation are the tokens in order.
+//   embedding              x (N,d) are rows of wte (V,d)
+//   rmsnorm                out (N,d), rstd (N); backward: dweight may be NULL
+//   matmul                 out (N,O) = inp (N,I)·wᵀ, w (O,I); backward: dinp (N,I), and dw (O,I)
+//                          whose rows are `stride` apart
+//   matmul_residual        the same into fp32, plus residual (N,O): NULL for zero, or out itself
+//   rope                   turns q and k inside qkv (N,Q), in place; table: (positions, h/2, {cos, sin});
+//                          row b begins at position past[b], or at 0 if past is NULL
+//   attention              out (N,d), lse (N,H) from qkv (N,Q), T tokens in each of B rows, causal;
+//                          backward: dqkv (N,Q), and delta (N,H), which it needs on the way
+//   swiglu                 out (N,F) from gate_up (N,2F); backward: dgate_up (N,2F), and out again
+//   cross_entropy          losses (N), 0 where a label is negative; if scale is not 0 the logits (N,V)
+//                          are replaced by their gradient
 //   cast, add              out = (act) x; x = keep·x + y
-//   state_init             s (B,T,d) ~ N(0, sigma²) cut at ±3 sigma, a function of (seed, b, past[b] + t, column) alone
-//   kv_store               writes k and v of qkv to keys, values (B,capacity,G·h) at positions past[b] + t; they are of `type`: the table's,
-//                          or bf16 on a CPU
-//   attention_cached       out (N,d): T new queries per row against positions 0 .. past[b]+t of the cache
-//   kv_lend                slots used[b] .. S-1 of each of C layers get the entries (G·h) that slot used[b]-1 has at position past[b]; layer j of
-//                          slot i begins (i·C + j)·stride after keys, values
+//   state_init             s (B,T,d), a function of (seed, b, past[b] + t, column) alone
+//   kv_store               k and v of qkv to keys, values (B,capacity,G·h) at positions past[b] + t;
+//                          type: of the cache, the table's own or, on a CPU, bf16
+//   attention_cached       out (N,d): T new queries a row over the positions 0 … past[b] + t
+//   kv_backfill            section 7: a token that stopped early fills the slots it did not reach
 //   sum_squares            *sum += Σ x², in double, on the device
-//   adamw_update           w, m, v from g·scale; bias1/2 = 1 - beta^t
-//   ellisadam_moments      m, v from g·scale, v being eps² at least; *sum += Σ (g·scale)² / v
-//   ellisadam_update       w = w·(1 - decay) - lr / bias1 / max(1, sqrt(*sum / n)) · atan2(m, sqrt(v / bias2))
-//   muon_momentum          m = lerp(m, scale·g, 1-momentum); u = lerp(scale·g, m, momentum)
-//   muon_load              x = u / (sqrt(*squares) + 1e-7) as act, transposed if rows > cols: (min, max)
-//   axpby                  y = a·x + b·y
-//   muon_update            w = w·(1 - lr·decay) - lr·scale·x, x as muon_load laid it out
-#define RETROFIT_OPS(X)                                                                                                                    \
-    X(void, embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d))                                 \
-    X(void, embedding_backward, (float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d))                                 \
-    X(void, rmsnorm_forward, (act * out, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps))                 \
-    X(void, rmsnorm_backward,                                                                                                              \
-      (float *dx, float *dweight, const act *dout, const float *x, const float *rstd, const float *weight, size_t N, size_t d))            \
-    X(void, matmul_forward, (act * out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O))                                  \
-    X(void, matmul_residual_forward,                                                                                                       \
-      (float *out, const float *residual, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O))                                \
-    X(void, matmul_backward_input, (act * dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O))                         \
-    X(void, matmul_residual_backward_input, (float *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O))               \
-    X(void, matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, size_t N, size_t I, size_t O))             \
-    X(void, rope_forward, (act * qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h))          \
-    X(void, rope_backward, (act * dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, size_t h))                             \
-    X(void, attention_forward, (act * out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h))                  \
-    X(void, attention_backward,                                                                                                            \
-      (act * dqkv, float *delta, const act *dout, const act *qkv, const act *out, const float *lse, size_t B, size_t T, size_t H,          \
-       size_t G, size_t h))                                                                                                                \
-    X(void, swiglu_forward, (act * out, const act *fc, size_t N, size_t F))                                                                \
-    X(void, swiglu_backward, (act * dfc, act * out, const act *dout, const act *fc, size_t N, size_t F))                                   \
-    X(void, cross_entropy, (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale))                           \
-    X(void, cast, (act * out, const float *x, size_t n))                                                                                   \
-    X(void, add, (float *x, const float *y, size_t n, float keep))                                                                         \
-    X(void, state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed))                         \
-    X(void, kv_store,                                                                                                                      \
-      (act * keys, act * values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h,   \
-       retrofit_type type))                                                                                                                \
-    X(void, attention_cached,                                                                                                              \
-      (act * out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,  \
-       size_t G, size_t h, retrofit_type type))                                                                                            \
-    X(void, kv_lend,                                                                                                                       \
-      (act * keys, act * values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B, size_t capacity,   \
-       size_t G, size_t h, retrofit_type type))                                                                                            \
-    X(void, sum_squares, (double *sum, const float *x, size_t n))                                                                          \
-    X(void, adamw_update,                                                                                                                  \
-      (float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,              \
-       double bias2, float eps, float decay))                                                                                              \
-    X(void, ellisadam_moments,                                                                                                             \
-      (float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps))                       \
-    X(void, ellisadam_update,                                                                                                              \
-      (float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2, float decay))          \
-    X(void, muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float momentum))                                    \
-    X(void, muon_load, (act * x, const float *u, const double *squares, size_t rows, size_t cols))                                         \
-    X(void, axpby, (act * y, const act *x, size_t n, float a, float b))                                                                    \
-    X(void, muon_update, (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, float decay))
+//   adamw_update … muon_update   section 5
+#define RETROFIT_OPS(X) \
+    X(embedding_forward, \
+      (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d)) \
+    X(embedding_backward, \
+      (float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d)) \
+    X(rmsnorm_forward, \
+      (act *out, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps)) \
+    X(rmsnorm_backward, \
+      (float *dx, float *dweight, const act *dout, const float *x, const float *rstd, \
+       const float *weight, size_t N, size_t d)) \
+    X(matmul_forward, \
+      (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O)) \
+    X(matmul_residual_forward, \
+      (float *out, const float *residual, const act *inp, retrofit_weight w, size_t N, size_t I, \
+       size_t O)) \
+    X(matmul_backward_input, \
+      (act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O)) \
+    X(matmul_residual_backward_input, \
+      (float *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O)) \
+    X(matmul_backward_weight, \
+      (float *dw, size_t stride, const act *dout, const act *inp, size_t N, size_t I, size_t O)) \
+    X(rope_forward, \
+      (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, \
+       size_t h)) \
+    X(rope_backward, \
+      (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, size_t h)) \
+    X(attention_forward, \
+      (act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h)) \
+    X(attention_backward, \
+      (act *dqkv, float *delta, const act *dout, const act *qkv, const act *out, const float *lse, \
+       size_t B, size_t T, size_t H, size_t G, size_t h)) \
+    X(swiglu_forward, (act *out, const act *gate_up, size_t N, size_t F)) \
+    X(swiglu_backward, \
+      (act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F)) \
+    X(cross_entropy, \
+      (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale)) \
+    X(cast, (act *out, const float *x, size_t n)) \
+    X(add, (float *x, const float *y, size_t n, float keep)) \
+    X(state_init, \
+      (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed)) \
+    X(kv_store, \
+      (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, \
+       size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
+    X(attention_cached, \
+      (act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, \
+       size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
+    X(kv_backfill, \
+      (act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, \
+       size_t stride, size_t B, size_t capacity, size_t G, size_t h, retrofit_type type)) \
+    X(sum_squares, (double *sum, const float *x, size_t n)) \
+    X(adamw_update, \
+      (float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, \
+       float beta2, double bias1, double bias2, float eps, float decay)) \
+    X(ellisadam_moments, \
+      (float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, \
+       float beta2, float eps)) \
+    X(ellisadam_update, \
+      (float *w, const float *m, const float *v, const double *sum, size_t n, float lr, \
+       double bias1, double bias2, float decay)) \
+    X(muon_momentum, \
+      (float *u, float *m, const float *g, size_t n, float scale, float momentum)) \
+    X(muon_load, (act *x, const float *u, const double *squares, size_t rows, size_t cols)) \
+    X(axpby, (act *y, const act *x, size_t n, float a, float b)) \
+    X(muon_update, \
+      (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, float decay))
 
 struct retrofit_ops {
-    const char *name;       // "cpu", "cuda", "cuda-fp32"
-    retrofit_type act_type; // of `act`; also the type matrices have while training (and on a GPU always)
-    size_t head_dim;        // the largest h its attention takes
-    bool (*start)(char text[256]); // makes the device ready; text: its name, or why there is none (false)
-    double (*peak)(void);          // FLOP/s its data sheet promises for matrices of act_type; 0: not known
-    size_t (*room)(void);          // bytes of memory that are free
-    void *(*alloc)(size_t bytes);  // zeroed, 64-byte aligned; NULL + error
+    const char *name;              // "cpu", "cuda", "cuda-fp32"
+    retrofit_type act_type;        // of `act`; also of matrices while training, and on a GPU always
+    size_t max_head_dim;           // the largest h that its attention takes
+    bool (*start)(char text[256]); // makes the device ready; text: its name, or why there is none
+    double (*peak_flops)(void);    // FLOP/s that its data sheet promises for act_type; 0: not known
+    size_t (*free_memory)(void);   // bytes
+    void *(*alloc)(size_t bytes);  // zeroed, 64-byte aligned; NULL or error
     void (*free)(void *p);
     void (*upload)(void *to, const void *host, size_t bytes); // host may be overwritten on return
     void (*download)(void *host, const void *from, size_t bytes);
-    void (*copy)(void *to, const void *from, size_t bytes); // within the device
+    void (*copy)(void *to, const void *from, size_t bytes);   // within the device
     void (*zero)(void *p, size_t bytes);
-    void (*record)(void);        // NULL if it cannot: operations and copies are noted, not done, until `recorded` returns the list
-    void *(*recorded)(void);     // of them, to be done again with the same arguments by replay, in one go
-    void (*replay)(void *list);
-    void (*forget)(void *list);
-#define X(type, name, parameters) type(*name) parameters;
+    // A device that can, else NULL: between record_begin and record_end operations and copies are
+    // noted, not done; replay does what was noted, with the same arguments, in one go.
+    void (*record_begin)(void);
+    void *(*record_end)(void);
+    void (*replay)(void *recording);
+    void (*record_free)(void *recording);
+#define X(name, parameters) void (*name) parameters;
     RETROFIT_OPS(X)
 #undef X
 };
 extern const retrofit_ops retrofit_cpu;
-extern const retrofit_ops retrofit_cuda, retrofit_cuda_fp32; // in retrofit_cuda.cu: bf16 as told above, and fp32 throughout
+extern const retrofit_ops retrofit_cuda, retrofit_cuda_fp32; // in retrofit_cuda.cu: bf16, and fp32
 
 typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place;
-// The table for a place, ready for use; text: what it is, and if AUTO took the CPU in a program built with RETROFIT_CUDA, why. NULL + error.
+// The table for a place, made ready; text: what it is and, if AUTO took the CPU in a program built
+// with RETROFIT_CUDA, why. NULL or error.
 const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
-bool retrofit_fail(const char *text); // records an error; returns false: for tables of operations in other files
 
-// ---- The model: load, forward, backward ----------------------------------------------------------------------------
-// TRAINING_CORE trains the adapter and the core, TRAINING_ADAPTER the adapter alone: the rest is frozen, without gradients and moments.
-typedef enum { RETROFIT_INFERENCE, RETROFIT_TRAINING, RETROFIT_TRAINING_CORE, RETROFIT_TRAINING_ADAPTER } retrofit_mode;
+// ---- Models and buffers ---------------------------------------------------------------------------
 
-// A model of this shape without weights: the list of parameters alone. NULL + error.
+// What is trained: all of it, the adapter and the core, or the adapter alone. The rest is frozen.
+typedef enum {
+    RETROFIT_INFERENCE,
+    RETROFIT_TRAINING,
+    RETROFIT_TRAINING_CORE,
+    RETROFIT_TRAINING_ADAPTER
+} retrofit_mode;
+
+// A model of this shape without memory for its weights: the list of parameters alone. NULL or error.
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
-// Memory for its parameters, in fp32, zeroed; for training also gradients. false + error.
-bool retrofit_model_allocate(retrofit_model *m, retrofit_mode mode);
-// Reads a Hugging Face directory (config.json, model.safetensors or its shards), or DIR/latest if DIR itself holds no model.
-// INFERENCE on a CPU leaves the weights in the mapped files, in their type; the others make fp32 copies. NULL + error.
+// Memory for its parameters, in fp32, zeroed; for training also for gradients. false or error.
+bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
+// Reads a Hugging Face directory: config.json, model.safetensors or its shards; or directory/latest
+// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their type;
+// everything else copies them, to fp32 masters for training. NULL or error.
 retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
-void retrofit_free(retrofit_model *m);
-// Copies the masters into the type the matrices have on this device; needed after masters were changed by hand.
-void retrofit_refresh(retrofit_model *m);
+void retrofit_free(retrofit_model *model);
+// Copies masters to where operations read them; needed after masters were changed by hand.
+void retrofit_refresh_weights(retrofit_model *model);
 
-typedef struct {         // what backward needs of one block; norms and swiglu are recomputed
+// What a forward pass keeps for backward: nothing (blocks run in place), all that retrofit_block
+// lists, or each block's input alone, from which backward computes the rest again (--recompute).
+typedef enum {
+    RETROFIT_KEEP_NOTHING,
+    RETROFIT_KEEP_ALL,
+    RETROFIT_KEEP_INPUTS
+} retrofit_keep;
+
+// What backward needs of one block.
+typedef struct {
     const float *x;      // (N,d)   its input, the output of the block before
     float *rstd_1;       // (N)
     act *qkv;            // (N,Q)   after RoPE
     act *attention;      // (N,d)
     float *lse;          // (N,H)
-    float *mid;          // (N,d)   residual stream between attention and MLP
+    float *mid;          // (N,d)   the residual stream between attention and MLP
     float *rstd_2;       // (N)
-    act *fc;             // (N,2F)
+    act *gate_up;        // (N,2F)
     float *out;          // (N,d)
 } retrofit_block;
 
-// What a forward pass keeps for backward: nothing (blocks run in place), all that retrofit_block lists, or only each block's input, from
-// which backward computes the rest again: a sixth of the memory for a third more work.
-typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } retrofit_keep;
-
-// A KV cache, and where recurrence i = 0, 1, … of a core layer has its keys and values: in slot i (full), i mod M (shared: the newest
-// recurrence wins) or i div M (grouped). A token that stopped early lends the entries of its last recurrence to the slots it did not reach.
-typedef enum { RETROFIT_CACHE_FULL, RETROFIT_CACHE_SHARED, RETROFIT_CACHE_GROUPED } retrofit_cache_kind;
+// What a forward pass saves for backward.
 typedef struct {
-    size_t capacity, recurrences; // positions; the largest r
-    retrofit_cache_kind kind;
-    size_t M;
-    bool bf16;                    // keys and values in bf16 where activations are fp32; on a CPU
-} retrofit_cache;
+    retrofit_block *prelude, *core, *coda; // [P], [K·C], [D]
+    float **adapted;                       // [K] (N,d)  A·concat(s_{i-1}, e), the core's input
+} retrofit_saved;
 
-// When a token stops thinking (method: section 6; thresholds as in the authors' code): what of its next-token distribution p_i, or of its
-// state, changed less from one recurrence to the next. Prompts never stop early.
-typedef enum {
-    RETROFIT_EXIT_NONE,
-    RETROFIT_EXIT_ENTROPY_DIFF,     // |H(p_i) - H(p_{i-1})| < 1e-3 nats
-    RETROFIT_EXIT_LATENT_DIFF,      // ‖s_i - s_{i-1}‖ / ‖s_i‖ < .03: the only one that needs no coda and head in every recurrence
-    RETROFIT_EXIT_KL,               // KL(p_{i-1} | p_i) < 5e-4
-    RETROFIT_EXIT_MINP_KL,          // the same < 1e-6 after tokens below a tenth of the largest got 1/V
-    RETROFIT_EXIT_ARGMAX_STABILITY, // the likeliest token was the same for 5 more recurrences
-} retrofit_exit;
-// Test-time noise, s ← (1-x)·s + x·z before each recurrence i = 1, 2, …, z normal; y = noise·σ: x = y, y/i, y/√i, max(y, 1-(i-1)/r), 2uy (u uniform).
-typedef enum { RETROFIT_NOISE_FIXED, RETROFIT_NOISE_GEOM, RETROFIT_NOISE_SQRT, RETROFIT_NOISE_LINE, RETROFIT_NOISE_CHI } retrofit_noise;
+// Gradients of activations; each holds what stands in its comment until the next operation needs it.
 typedef struct {
-    size_t recurrences;  // r; with an exit the most that a token takes
-    float sigma;         // of s_0 and
-    uint64_t seed;       // its seed, as in retrofit_start
-    retrofit_exit exit;
-    float threshold;     // of the exit; below 0: the authors'
-    bool continuous;     // a token that is fed alone starts from the last state of the one before, instead of from s_0
-    float noise;         // 0: none
-    retrofit_noise noise_kind;
-} retrofit_thinking;
+    float *dx;         // (N,d)   of the residual stream
+    float *dinjected;  // (N,d)   of A_e·e: Σ dY_i
+    float *delta;      // (N,H)   Σ_c dout·out of attention's backward pass
+    act *dbranch;      // (N,d)   dx, cast, as what a branch added
+    act *dinner;       // (N,d)   of a norm's output
+    act *dattention;   // (N,d)
+    act *dqkv;         // (N,Q)
+    act *dswiglu;      // (N,F)
+    act *dgate_up;     // (N,2F)
+    act *dfinal;       // (N,d)   of the final norm's output
+} retrofit_gradients;
 
-#define RETROFIT_LOOKAHEAD 16 // tokens that can be drafted at a time
+typedef struct retrofit_decoder retrofit_decoder; // the KV cache and what decoding notes: section 7
+typedef struct retrofit_kv_cache retrofit_kv_cache;
 
-// Buffers for batches of up to B·T tokens on one device. For training they hold K recurrences.
+// Buffers on one device for batches of up to B rows of T tokens: the current batch and its stream,
+// what is saved for backward, gradients, the decoder. Section 8 says what shares memory.
 typedef struct {
     const retrofit_model *model;
-    size_t B, T, K, capacity; // largest batch, recurrences with gradient, positions in the KV cache (0: none)
-    retrofit_cache cache;
-    retrofit_type kv_type;
-    size_t slots;             // of the cache: prelude layers, core layers times those of a layer, coda layers
+    size_t B, T, K;           // the largest batch; recurrences with gradient
     retrofit_keep keep;
     void *arena;
     size_t bytes;
-    // of the current batch
-    size_t b, t, N, n, k;     // rows, columns, b·t; recurrences run without and with gradient
+
+    size_t b, t, N;           // of the current batch: rows, columns, b·t
+    size_t n, k;              // recurrences it has run without and with gradient
     int32_t *tokens, *labels; // (N)
-    int32_t *past;            // (B)     tokens each row has in the cache
-    float *rope;              // (max(T, capacity), h/2, 2)
+    int32_t *past;            // (B)     tokens that each row has in the KV cache
+    float *rope;              // (positions,h/2,2) cosines and sines
     float *embedded;          // (N,d)   wte[tokens]
     const float *e;           // (N,d)   the prelude's output
-    float *injected;          // (N,d)   A_e·e, the same in every recurrence, until backward
-    float *state;             // (N,d)   s_0 at first, then s_n (training) or the latest state (inference)
-    float **adapted;          // [K]     (N,d) the adapter's output, input of the core's first block
-    retrofit_block *prelude, *core, *coda; // [P], [K·C], [D]: what backward needs; only when training
-    retrofit_block scratch;   // shared by the blocks that keep nothing
-    float *x;                 // (N,d)   the coda's stream when not training
+    float *injected;          // (N,d)   A_e·e, the same in every recurrence
+    float *state;             // (N,d)   s_0 at first, then s_n
+    float *x;                 // (N,d)   the coda's stream when nothing is kept
     const float *last;        // (N,d)   the coda's output
     float *rstd_f;            // (N)
-    act *final;               // (N,d)   RMSNorm_f of it: what the head reads, until the next block
+    act *final;               // (N,d)   RMSNorm_f of it: what the head reads
+    act *norm, *swiglu;       // (N,d), (N,F) of the block at work; backward computes them again
+    retrofit_block scratch;   // shared by blocks that keep nothing
     float *losses;            // (N)
     act *logits;              // (chunk,V)
     size_t chunk;             // rows of logits that exist at a time
-    act *norm, *swiglu;       // (N,d), (N,F) recomputed in backward
-    float *wide;              // (chunk or B,V) fp32 logits
-    float *next;              // (B,V)   the same on the host: what retrofit_feed returns
-    int32_t *seen;            // (B)     `past`, on the host
-    int32_t *used;            // (B)     recurrences that each row's last token took, on the host
-    double *measure;          // (B,V)   what the exit compares: entropy, likeliest token and how long, logarithms of p; on the host
-    float *latent;            // (2,B,d) states before and now, on the host
-    int32_t *reached;         // (B)     slots that hold entries of the row's newest token
-    float *carried;           // (B,d)   states of rows that stopped, and with `continuous` those to start from
-    size_t carries;           // rows of it
-    float *drafted;           // (2,RETROFIT_LOOKAHEAD,d) states and A_e·e of drafted tokens
-    void *step;               // one decoding step as the device recorded it, for the batch and the thinking below
-    size_t step_b, steps;
-    retrofit_thinking step_how;
-    act *keys, *values;       // (slots,B,capacity,G·h), of kv_type
-    float *dx, *dinjected;    // (N,d)
-    float *delta;             // (N,H)   of attention's backward pass
-    act *dbranch, *dinner, *dattention, *dqkv, *dswiglu, *dfc, *dfinal; // gradients of the branches' activations
-} retrofit_activations;
+    float *wide_logits;       // (rows,V) in fp32, for the host
+    int32_t *host_tokens, *host_labels; // (B·T) on the host: the rows that a training step reads
+    float *host_losses;       // (B·T) on the host
 
-// NULL + error. K is ignored where nothing is kept; cache: NULL unless it is for decoding.
-retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, retrofit_keep keep,
-                                               const retrofit_cache *cache);
-void retrofit_activations_free(retrofit_activations *a);
-size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *ops, size_t B, size_t T, size_t K, retrofit_keep keep);
-size_t retrofit_cache_bytes(const retrofit_activations *a); // of keys and values, per token
+    retrofit_saved saved;
+    retrofit_gradients gradients;
+    retrofit_decoder *decoder; // NULL without a KV cache
+} retrofit_buffers;
 
-// One pass, piece by piece. tokens: (b,t) on the host; false + error if one is not below V or the batch is too large.
-bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t); // e and A_e·e
-void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed); // s_0; sigma 0: zero; with a KV cache the same for every row
-void retrofit_recur(retrofit_activations *a, size_t n, size_t k);                          // n, then k recurrences; k when training, K at most in all
-void retrofit_think(retrofit_activations *a, const retrofit_thinking *how, size_t n); // n recurrences, with noise if there is to be any
-void retrofit_coda(retrofit_activations *a);                                               // coda and final norm
-// All of it: e, s_0, n + k recurrences, coda. sigma and seed as in retrofit_start.
-bool retrofit_forward(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, float sigma, uint64_t seed, size_t n, size_t k);
-void retrofit_logits(retrofit_activations *a, size_t first, size_t count, float *logits);  // rows first.. of (N,V), to the host
-// Mean cross-entropy over the labels (b,t) that are not -100, in nats; NaN + error if one is not below V. With scale not 0 also
-// the gradient of scale·loss with respect to the coda's output (and to lm_head, ln_f), for retrofit_backward.
-double retrofit_loss(retrofit_activations *a, const int32_t *labels, float scale);
-void retrofit_backward(retrofit_activations *a);                                           // adds to every parameter's grad
-void retrofit_zero_grad(retrofit_model *m);
-// Root mean squares of the states s_n .. s_{n+k} of a training pass (k + 1 of them; the number is returned): if they grow from one
-// recurrence to the next, training is about to fail. Needs the optimizer's memory.
-size_t retrofit_state_sizes(const retrofit_activations *a, double *rms);
+// K is ignored where nothing is kept; cache: NULL unless it is for decoding. NULL or error.
+retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
+                                       retrofit_keep keep, const retrofit_kv_cache *cache);
+void retrofit_buffers_free(retrofit_buffers *buffers);
+// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow.
+size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
+                              size_t T, size_t K, retrofit_keep keep);
 
-// Floating-point operations of training on one token with (n,k): 2 per multiply-add of a matrix, attention included; forward
-// costs 1, backward 1 for what came in and 1 for the weights unless they are frozen, gradient-free recurrences no backward.
-double retrofit_flops_per_token(const retrofit_config *c, retrofit_mode mode, size_t T, size_t n, size_t k);
-// The same as the paper's figures count them, 6·N_1 + 2·N_2: N_1 the parameters of prelude, k times the core, and coda, N_2 those of n times the
-// core; attention, adapter, embedding and head are not counted.
-double retrofit_paper_flops_per_token(const retrofit_config *c, size_t n, size_t k);
+// ---- Forward and backward -------------------------------------------------------------------------
 
-// ---- Training: sampler, schedules, optimizers (method: paper section 3; the authors' code) --------------------------
-// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and backprop depth K; *rate (may be NULL): the log-normal draw.
+// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or error.
+bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
+// s_0; sigma 0: zero. With a KV cache every row's state is what it would be if the row were alone.
+void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
+// n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
+void retrofit_recur(retrofit_buffers *buffers, size_t n, size_t k);
+void retrofit_coda(retrofit_buffers *buffers); // the coda and the final norm
+// All four. false or error.
+bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
+                      float sigma, uint64_t seed, size_t n, size_t k);
+// Rows first … first + count - 1 of the logits (N,V), to the host.
+void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
+// The mean cross-entropy, in nats, over labels (b,t) that are not -100; NaN or error if one is not
+// below V. With scale not 0 also the gradient of scale·loss for retrofit_backward to go on from.
+double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
+void retrofit_zero_grad(retrofit_model *model);
+void retrofit_backward(retrofit_buffers *buffers); // adds to the gradient of every parameter
+// Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
+// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's memory.
+size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms);
+
+// Floating-point operations of training on one token with (n,k), and as the paper's figures count.
+double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
+                                size_t n, size_t k);
+double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k);
+
+// ---- Training -------------------------------------------------------------------------------------
+
+// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and backprop depth K; *rate (may be
+// NULL): the log-normal draw.
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
 
-typedef enum { RETROFIT_CURRICULUM_NONE, RETROFIT_CURRICULUM_LINEAR, RETROFIT_CURRICULUM_1_SQRT } retrofit_curriculum_kind;
-// Mean recurrence at step t (from 0) of S, before rounding up: R·f(t / ceil(w·S)); R after the warm-up.
+typedef enum {
+    RETROFIT_CURRICULUM_NONE,
+    RETROFIT_CURRICULUM_LINEAR,
+    RETROFIT_CURRICULUM_1_SQRT
+} retrofit_curriculum_kind;
+// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up; a value that grows
+// linearly from start·base to base (the backprop depth); the learning rate. w, c: shares of S.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R);
-// Linear from start·base to base over ceil(w·S) steps: backprop depth.
 double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base);
-// Warm-up from min·lr over ceil(w·S) steps, stable, then cosine decay over the last ceil(c·S) steps to min·lr.
 double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr);
 
 typedef enum { RETROFIT_ADAMW, RETROFIT_MUON, RETROFIT_ELLISADAM } retrofit_optimizer_kind;
 typedef struct {
     retrofit_optimizer_kind kind;
-    float lr, muon_lr;          // this step's
-    float beta1, beta2, eps, weight_decay, momentum;
-    float clip;                 // largest global gradient norm; 0: none
-    float peak_lr;              // ELLISADAM: the weight decay is for this lr and shrinks with it; 0: for lr itself
-    float throttle;             // divides the learning rates of adapter and core; 0: 1
+    float lr, muon_lr;    // this step's
+    float beta1, beta2, eps, weight_decay;
+    float momentum;       // Muon's
+    float clip;           // the largest norm of the whole gradient; 0: no clipping
+    float peak_lr;        // ELLISADAM: the lr that the weight decay is meant for; 0: this step's
+    float throttle;       // divides the learning rates of adapter and core; 0: 1
 } retrofit_optimizer;
-// One optimizer step (t from 1) from the accumulated gradients; returns their 2-norm before clipping. If that is not finite, nothing changes.
-double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t);
+// Memory for the moments and Muon's scratch. false or error.
+bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
+// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that is
+// not finite, nothing changes.
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t);
+// What training a model without memory would take: bytes of weights (with their copies in act_type),
+// gradients, moments.
+void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
+                             size_t *weights, size_t *gradients, size_t *moments);
 
-// Memory for the optimizer's moments (and Muon's scratch). false + error.
-bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind);
-// What training a model will take, of one that has no memory yet: bytes of weights (with their copies in act_type), gradients, moments.
-void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
-                             size_t *moments);
-
-// ---- Decoding ----------------------------------------------------------------------------------------------------------
-// Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all) through r recurrences and the KV cache of
-// `a`, and returns the logits (b,V) after each row's last token, on the host, valid until the next call. a->used[i] then tells the recurrences
-// that row's last token took. NULL + error.
-const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths,
-                           const retrofit_thinking *how);
-void retrofit_rewind(retrofit_activations *a); // empties the cache
-
+// A whole training; retrofit_paper_training, beside the step in section 4, has the paper's numbers.
 typedef struct {
-    float temperature; // 0: greedy
-    size_t top_k;      // 0: all
-    float top_p, min_p; // 1, 0: all
-    uint64_t seed;     // advances with every draw
-} retrofit_sampling;
-// Draws a token; filters in the order temperature, top-k, top-p, min-p. scratch: V pairs of 8 bytes. logits are left as they are.
-int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch);
-int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
-// Self-speculative decoding (Leviathan et al. 2023, with the model itself at fewer recurrences as the draft): `token` and L - 1 tokens drafted
-// behind it go through `draft` recurrences each, then through the other r - draft together, from the states they have, with the same keys and
-// values. Returns how many tokens follow `token` (1..L; out: room for L), distributed exactly as those of plain decoding; greedy ones are the same
-// tokens. The last one is not fed yet. One row; no exit, noise or `continuous`. Only ids below n are drawn: the model's vocabulary V, or fewer if
-// the others are padding. scratch: (2L + 2)·V floats, of which the first L·V are then the logits (L,V) that the tokens were judged by. 0 + error.
-size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how,
-                          retrofit_sampling *s, size_t n, int32_t *out, float *scratch);
+    size_t steps, accumulate;               // S; micro-batches in a step
+    size_t mean_recurrence, backprop_depth; // R, K: where the schedules end
+    retrofit_curriculum_kind curriculum;
+    double curriculum_warmup;               // share of the steps in which the mean grows to R
+    size_t depth_start;
+    double depth_warmup;                    // share in which the depth grows from depth_start; 0: none
+    size_t fixed_n, fixed_k;                // fixed_k > 0: these in every micro-batch, no draws
+    double lr, muon_lr;                     // peaks
+    double warmup, cooldown, min_lr_ratio;  // shares of the steps; where the rates start and end
+    bool throttle;                          // divide adapter's and core's lr by the step's mean k
+    retrofit_mode mode;
+    retrofit_optimizer optimizer;           // its lr, muon_lr and throttle are set by every step
+    float sigma;                            // of s_0
+    uint64_t seed;                          // of the start states
+} retrofit_training;
+extern const retrofit_training retrofit_paper_training;
 
-// ---- JSON, tokenizer ------------------------------------------------------------------------------------------------------
-enum { RETROFIT_JSON_NULL, RETROFIT_JSON_BOOL, RETROFIT_JSON_NUMBER, RETROFIT_JSON_STRING, RETROFIT_JSON_ARRAY, RETROFIT_JSON_OBJECT };
-typedef int retrofit_json_type; // one of these
-typedef struct retrofit_json retrofit_json;
-struct retrofit_json {
-    retrofit_json_type type;
-    size_t count;              // children of an array or object
-    size_t length, key_length; // of string and key, which may contain NUL
-    const char *string, *key;  // UTF-8 with a NUL behind it; a number's string is the number as written; key is NULL outside objects
-    double number;             // the number, correctly rounded; 0 or 1 for a bool
-    retrofit_json *child, *next;
-};
-
-// Parses size bytes of text as strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but white space after
-// the value. Of equal keys in an object all are kept and retrofit_json_get finds the first. Copies what it needs from text. Returns the
-// root, freed with retrofit_json_free, or NULL with retrofit_error() naming `where` (a file name, say) and the byte.
-retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
-// Frees the whole tree of a root that retrofit_json_parse returned, or NULL.
-void retrofit_json_free(retrofit_json *root);
-// The first member of that name; NULL if there is none or object is not an object (NULL included). Cannot fail.
-const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
-
-// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3 and Qwen 2, and SentencePiece's
-// BPE as in Llama 2. Read-only once loaded: threads may share one.
-typedef struct retrofit_tokenizer retrofit_tokenizer;
-
-// Reads directory/tokenizer.json and, if there, tokenizer_config.json (bos_token, eos_token; add_bos_token and add_eos_token count only
-// where tokenizer.json has no post_processor). Freed with retrofit_tokenizer_free. NULL with retrofit_error() for a step or option that is
-// not supported: none that would change ids is skipped.
-retrofit_tokenizer *retrofit_tokenizer_load(const char *directory);
-void retrofit_tokenizer_free(retrofit_tokenizer *t); // or NULL
-// Encodes size bytes of UTF-8; special tokens written out in text become their ids. with_special adds what the post-processor adds (BOS,
-// mostly). Each stretch of invalid UTF-8 is read as U+FFFD, as Python's errors="replace" does before Hugging Face sees a text. Returns
-// malloc'd ids and *count, or NULL with retrofit_error() if memory is out.
-int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count);
-// Decodes ids to malloc'd valid UTF-8 with a NUL behind it, *size without the NUL; skip_special leaves special tokens out. NULL with
-// retrofit_error() for an id that is no token's.
-char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size);
-
-// Text as it is generated. Tokens cannot be decoded one by one: one may be half a character, and the first one's leading space goes. So
-// the caller keeps all ids and, after each new one, asks what text they added; `last` says that no more will come. The pieces make up
-// exactly what retrofit_decode makes of all ids. A piece is empty while the last character is incomplete. Start from a zeroed stream;
-// only tokens since the last but one piece are decoded each time. Returns and fails like retrofit_decode.
+// What one step does; a plain Llama has mean = depth = 0.
 typedef struct {
-    size_t from, done;
-} retrofit_stream;
-char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
-                           size_t *size);
+    size_t mean, depth;  // the mean of the draws, r̄(t); how many recurrences get gradients
+    float lr, muon_lr;
+} retrofit_plan;
+retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
+                                 size_t step);
+// n and k of micro-batch j (from 0) of that step.
+void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
+                        size_t j, size_t *n, size_t *k);
 
-// The ids of the beginning and end of text that tokenizer_config.json names; -1 if it names none.
-int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t);
-int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t);
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); // of a token spelt as in the file ("▁the"), or -1
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
-uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t); // of what decides ids, however the file is laid out; never 0
-
-// ---- Files -----------------------------------------------------------------------------------------------------------
+// What a step gave.
 typedef struct {
-    const char *name;
-    retrofit_type type;
-    size_t dims, shape[4], count; // count: the product
-    const void *data;
-} retrofit_tensor;
+    retrofit_plan plan;
+    double loss, norm;         // norm: of the gradient before clipping; NaN if the loss is not finite
+    size_t n, k;               // of the last micro-batch
+    double mean_k;
+    double flops, paper_flops;
+} retrofit_step;
 
-typedef struct retrofit_map { // a safetensors file mapped into memory
-    char *path;
-    void *base;
-    size_t bytes;
-    retrofit_tensor *tensors; // those of types this library reads (F32, BF16, F16, I32); others are checked and left out
-    size_t count;
-    retrofit_json *header;
-} retrofit_map;
+typedef struct retrofit_data retrofit_data; // token shards: section 9
+// Step number `step` (from 0), whose optimizer update is number t (from 1: skipped steps do not
+// count). buffers->B rows make a micro-batch. false or error.
+bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
+                            const retrofit_training *training, size_t step, size_t t,
+                            retrofit_step *result);
 
-bool retrofit_safetensors_open(retrofit_map *f, const char *path); // checks every size, offset and overlap; false + error
-void retrofit_safetensors_close(retrofit_map *f);
-const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name);
-const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key); // NULL if absent
-// Writes tensors whose data lie in memory of `ops`; floats are stored as `type`. metadata: key, value, …, NULL. On failure no file.
-bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
-                                retrofit_type type, const char *const *metadata);
+// ---- What the method needs besides operations, from Part III ---------------------------------------
 
-// A directory is made under a temporary name and takes its place in one step: begin returns the temporary name (malloc'd; NULL +
-// error), commit flushes and renames (`final` must not exist, or be empty), abandon removes a directory of files.
-char *retrofit_directory_begin(const char *final);
-bool retrofit_directory_commit(const char *temporary, const char *final);
-void retrofit_directory_abandon(const char *temporary);
+// Records an error, one line, and returns false, so that a caller can return it.
+#ifdef __GNUC__
+__attribute__((format(printf, 1, 2)))
+#endif
+bool retrofit_fail(const char *format, ...);
+// count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
+void *retrofit_allocate(size_t count, size_t size);
+size_t retrofit_type_size(retrofit_type type); // bytes of an element
+static inline size_t retrofit_min(size_t a, size_t b) { return a < b ? a : b; }
+static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
 
-// DIR, or DIR/latest if DIR itself holds no config.json (a training run's output): written to path, returned.
-const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
-// config.json, model.safetensors and the tokenizer files found in tokenizer_from (may be NULL), into an existing directory.
-bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from);
-// optimizer.safetensors: the moments, with metadata (key, value, …, NULL). Loading checks every name and shape.
-bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata);
-bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory); // leaves f open for its metadata
+// Random numbers that are a function of (seed, counter), so that they are the same from any thread
+// and on any device: 64 bits, a number in (0, 1), a normal number cut at ±3. See section 12.
+#ifdef __CUDACC__
+#define RETROFIT_DEVICE __host__ __device__
+#else
+#define RETROFIT_DEVICE
+#endif
+RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
+RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
+RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
 
-// Token shards (llm.c's .bin): 256 int32 of header {magic, version, tokens}, then uint16 or uint32 tokens. Ours also have the tokenizer's
-// hash in the header, its low half in int32 3, its high half in 4; llm.c's have zeros there.
-#define RETROFIT_SHARD_MAGIC_16 20240520 // version 1
-#define RETROFIT_SHARD_MAGIC_32 20240801 // version 7
-typedef struct retrofit_data retrofit_data;
-// Every file that matches the glob, in name order, cut into rows of T+1 tokens that do not overlap. vocab: ids are checked when
-// read. shuffle: rows in a random order, another in each epoch. NULL + error.
-retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed);
-void retrofit_data_close(retrofit_data *d);
-size_t retrofit_data_rows(const retrofit_data *d);
-// false + error if a shard was made with another tokenizer than that of this hash; shards that do not say pass.
-bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer);
-// Row `index` (counted on over epochs): T tokens and the T that follow each. false + error if an id is not below vocab.
-bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels);
+// splitmix64's finaliser.
+RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter) {
+    uint64_t z = seed + 0x9e3779b97f4a7c15ull * (counter + 1);
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
 
-// ---- Command lines: what the three programs share ----------------------------------------------------------------------------
-enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_SWITCH, RETROFIT_HEADING };
-typedef int retrofit_option_type; // one of these
-typedef struct {
-    const char *name;     // without the dashes; a HEADING's is a line of the help
-    retrofit_option_type type;
-    void *value;          // bool *, const char **, size_t *, double *, int * (the choice's index; a SWITCH's + 2, or 1 for the name alone)
-    const char *argument; // what the help calls it; a CHOICE's or SWITCH's alternatives, "a|b|c"
-    const char *help;
-} retrofit_option;
-// Reads --name value and --name=value by the table; what has no dashes goes to `others` if that is not NULL (at most argc). Returns -1 to go
-// on, or the exit code: 0 after --help (usage and table on stdout), 2 after one line on stderr about what is wrong.
-int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others, size_t *other_count);
-bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count); // "1,2,4": positive sizes; false + error
-double retrofit_seconds(void);                                                  // of a clock that only goes forward
+RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter) {
+    return ((double)(retrofit_hash(seed, counter) >> 11) + 0.5) * 0x1p-53;
+}
+
+// By Box and Muller; the one draw in 370 that lies beyond is drawn again.
+RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter) {
+    uint64_t key = retrofit_hash(seed, counter);
+    for (uint64_t i = 0;; i += 2) {
+        double radius = sqrt(-2 * log(retrofit_hash_uniform(key, i)));
+        double z = radius * cos(2 * 3.14159265358979323846 * retrofit_hash_uniform(key, i + 1));
+        if (fabs(z) <= 3) return (float)z;
+    }
+}
 
 #ifdef __cplusplus
 }
 #endif
 #endif // RETROFIT_H
 
-// =====================================================================================================================
 #ifdef RETROFIT_IMPLEMENTATION
 #include <dirent.h>
 #include <errno.h>
@@ -616,1457 +579,838 @@ double retrofit_seconds(void);                                                  
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#ifdef __cplusplus
-#define RETROFIT_THREAD_LOCAL thread_local
-extern "C" {
-#else
 #define RETROFIT_THREAD_LOCAL _Thread_local
-#endif
 
-// =====================================================================================================================
-// 2  Memory, files, errors, random numbers
-// =====================================================================================================================
+static void *fail_null(const char *format, ...); // the same, for functions that return pointers
 
-static RETROFIT_THREAD_LOCAL char error_text[1024];
-const char *retrofit_error(void) { return error_text; }
-
-// Records one line about what went wrong, where, and what to do. Always returns false, so that a caller can `return fail(...)`.
-__attribute__((format(printf, 1, 2))) static bool fail(const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(error_text, sizeof error_text, format, args);
-    va_end(args);
-    for (char *c = error_text; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?'; // names in files may hold anything: one line it stays
-    return false;
-}
-
-// count * size zeroed bytes; NULL and an error if the product overflows or memory is out. Freed with free().
-static void *allocate(size_t count, size_t size) {
-    if (size && count > SIZE_MAX / size) return fail("a size of %zu x %zu bytes overflows", count, size), (void *)NULL;
-    void *p = calloc(count ? count : 1, size ? size : 1);
-    if (!p) fail("out of memory: %zu bytes", count * size);
-    return p;
-}
-
-// Opens a regular file for reading.
-static FILE *open_file(const char *path, size_t *size) {
-    FILE *f = fopen(path, "rbe");
-    if (!f) return fail("%s: %s", path, strerror(errno)), (FILE *)NULL;
-    struct stat st;
-    if (!fstat(fileno(f), &st) && S_ISREG(st.st_mode)) return *size = (size_t)st.st_size, f;
-    return fclose(f), fail("%s: not a regular file", path), (FILE *)NULL;
-}
-
-// The whole file, with a NUL behind it; NULL and an error. Freed with free().
-static char *read_file(const char *path, size_t *size) {
-    FILE *f = open_file(path, size);
-    char *text = f ? (char *)allocate(*size + 1, 1) : NULL;
-    bool ok = text && (fread(text, 1, *size, f) == *size || fail("%s: reading failed, or it became shorter", path));
-    if (f) fclose(f);
-    return ok ? text : (free(text), (char *)NULL);
-}
-
-// The whole file mapped into memory; NULL and an error, also for a file of no bytes.
-static void *map_file(const char *path, size_t *size) {
-    FILE *f = open_file(path, size);
-    if (!f) return NULL;
-    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(f), 0);
-    if (base == MAP_FAILED) base = NULL, fail("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
-    return fclose(f), base;
-}
-
-// Flushes and closes; a file that could not be written whole is removed.
-static bool finish_file(FILE *f, const char *path, bool ok) {
-    ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
-    int why = errno;
-    if (fclose(f) && ok) ok = false, why = errno;
-    if (!ok) remove(path), fail("%s: writing failed: %s", path, strerror(why ? why : EIO));
-    return ok;
-}
-
-bool retrofit_fail(const char *text) { return fail("%s", text); }
-
-static size_t least(size_t a, size_t b) { return a < b ? a : b; }
-
-bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
-    int n = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
-    return (n > 0 && n < RETROFIT_PATH) || fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
-}
-
-// One block of memory handed out in pieces. Laying something out twice, first with base NULL, measures it before it is allocated.
-typedef struct {
-    char *base;
-    size_t used; // SIZE_MAX once a size has overflowed
-} arena;
-
-static void *take(arena *a, size_t count, size_t size) {
-    size_t at = a->used, bytes;
-    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX / 2 || at > SIZE_MAX / 2) return a->used = SIZE_MAX, (void *)NULL;
-    a->used = at + (bytes + 63) / 64 * 64;
-    return a->base ? a->base + at : NULL;
-}
-
-size_t retrofit_type_size(retrofit_type type) { return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2; }
-
-static float bf16_to_float(uint16_t x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static uint16_t float_to_bf16(float f) { // round to nearest even; NaN stays NaN
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static float f16_to_float(uint16_t x) {
-    int exponent = x >> 10 & 31, mantissa = x & 1023;
-    float f = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
-    if (exponent == 31) f = mantissa ? NAN : INFINITY;
-    return x >> 15 ? -f : f;
-}
-
-// n elements of a tensor in a file's type as fp32.
-static void to_float(float *out, const void *data, retrofit_type type, size_t n) {
-    if (type == RETROFIT_F32) memcpy(out, data, n * 4);
-    for (size_t i = 0; type != RETROFIT_F32 && i < n; i++) {
-        uint16_t x;
-        memcpy(&x, (const char *)data + 2 * i, 2); // at any address: a file's header may have an odd length
-        out[i] = type == RETROFIT_BF16 ? bf16_to_float(x) : f16_to_float(x);
-    }
-}
-
-// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -------------------------------
+// PyTorch's CPU generator, because the authors' draws come from it: section 12.
 typedef struct {
     uint32_t state[624];
     size_t next;
 } mt19937;
+static void mt19937_seed(mt19937 *generator, uint32_t seed);
+static double mt19937_normal(mt19937 *generator);
+static size_t mt19937_poisson(mt19937 *generator, double rate);
 
-static void mt19937_seed(mt19937 *g, uint32_t seed) {
-    g->state[0] = seed;
-    for (uint32_t i = 1; i < 624; i++) g->state[i] = 1812433253u * (g->state[i - 1] ^ g->state[i - 1] >> 30) + i;
-    g->next = 0;
-}
-
-static uint32_t mt19937_next(mt19937 *g) { // twists one word at a time, as it is needed: most draws need few of the 624
-    size_t i = g->next;
-    g->next = (i + 1) % 624;
-    uint32_t y = (g->state[i] & 0x80000000u) | (g->state[g->next] & 0x7fffffffu);
-    y = g->state[i] = g->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
-    y ^= y >> 11, y ^= y << 7 & 0x9d2c5680u, y ^= y << 15 & 0xefc60000u;
-    return y ^ y >> 18;
-}
-
-static double mt19937_uniform(mt19937 *g) { // [0, 1): the low 53 bits of two outputs, the first one high
-    uint64_t high = mt19937_next(g), low = mt19937_next(g);
-    return (double)((high << 32 | low) & ((1ull << 53) - 1)) * 0x1p-53;
-}
-
-static double mt19937_normal(mt19937 *g) {
-    double u1 = mt19937_uniform(g), u2 = mt19937_uniform(g);
-    return sqrt(-2 * log1p(-u2)) * cos(2 * 3.14159265358979323846 * u1);
-}
-
-// Poisson as PyTorch draws it: by multiplying uniforms for small rates, by Hörmann's transformed rejection (PTRS, 1993) from 10 on.
-static size_t mt19937_poisson(mt19937 *g, double rate) {
-    if (rate < 10) {
-        double floor_ = exp(-rate), product = 1;
-        for (size_t k = 0;; k++)
-            if ((product *= mt19937_uniform(g)) <= floor_) return k;
-    }
-    double b = 0.931 + 2.53 * sqrt(rate), a = -0.059 + 0.02483 * b, log_rate = log(rate);
-    double inverse_alpha = 1.1239 + 1.1328 / (b - 3.4), v_r = 0.9277 - 3.6224 / (b - 2);
-    for (;;) {
-        double u = mt19937_uniform(g) - 0.5, v = mt19937_uniform(g), us = 0.5 - fabs(u);
-        double k = floor((2 * a / us + b) * u + rate + 0.43);
-        if (us >= 0.07 && v <= v_r) return (size_t)k;
-        if (k < 0 || (us < 0.013 && v > us)) continue;
-        if (log(v) + log(inverse_alpha) - log(a / (us * us) + b) <= -rate + k * log_rate - lgamma(k + 1)) return (size_t)k;
-    }
-}
-
-// A counter-based generator (splitmix64's finaliser) for everything that is ours to choose: the same bits from any thread, in any order.
-static uint64_t hash64(uint64_t seed, uint64_t counter) {
-    uint64_t z = seed + 0x9e3779b97f4a7c15ull * (counter + 1);
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-
-// In (0, 1).
-static double hash_uniform(uint64_t seed, uint64_t counter) { return ((double)(hash64(seed, counter) >> 11) + 0.5) * 0x1p-53; }
-
-// A standard normal cut at ±3, by Box and Muller; the one draw in 370 beyond is drawn again.
-static float hash_normal(uint64_t seed, uint64_t counter) {
-    for (uint64_t key = hash64(seed, counter), i = 0;; i += 2) {
-        double z = sqrt(-2 * log(hash_uniform(key, i))) * cos(2 * 3.14159265358979323846 * hash_uniform(key, i + 1));
-        if (fabs(z) <= 3) return (float)z;
-    }
-}
-
-// =====================================================================================================================
-// 3  JSON, safetensors
-// =====================================================================================================================
-
-// Decodes the character at s[0..n), n > 0: its length, and *c. Where s is not UTF-8, *c is UTF8_INVALID and the length that of the longest
-// beginning of a character, the unit that Unicode (and Rust, hence Hugging Face) replaces by one U+FFFD.
-#define UTF8_INVALID UINT32_MAX
-static size_t utf8_next(const char *s, size_t n, uint32_t *c) {
-    unsigned lead = (unsigned char)s[0];
-    if (lead < 0x80) return *c = lead, 1;
-    size_t more = lead < 0xc2 ? 0 : lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : lead < 0xf5 ? 3 : 0;
-    // The second byte's range is narrower where the full one would allow overlong forms, surrogates or values above U+10FFFF.
-    unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80, high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-    *c = more ? lead & (0x3fu >> more) : UTF8_INVALID;
-    for (size_t i = 1; i <= more; i++, low = 0x80, high = 0xbf) {
-        unsigned byte = i < n ? (unsigned char)s[i] : 0;
-        if (byte < low || byte > high) return *c = UTF8_INVALID, i;
-        *c = *c << 6 | (byte & 0x3f);
-    }
-    return more + 1;
-}
-
-// Writes c, a valid code point, as UTF-8 to out[0..4) and returns its length.
-static size_t utf8_put(uint32_t c, char *out) {
-    if (c < 0x80) return out[0] = (char)c, 1;
-    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)((0xf00u >> n & 0xf0) | c);
-    return n;
-}
-
-// The parser works on its own copy of the text, with a NUL behind it, and decodes strings in place: `out` never overtakes `at`.
+// C = D + A·B on matrices in memory, C (M,N); D may be NULL (zero) or C itself. Section 10.
 typedef struct {
-    const char *where, *begin;
-    char *at, *out;       // the next character to read; where the next decoded string goes
-    retrofit_json *nodes; // the next free one
-} json_parser;
-
-static bool json_fail(const json_parser *p, const char *why) { return fail("%s: byte %td: bad JSON: %s", p->where, p->at - p->begin, why); }
-
-static char json_skip(json_parser *p) { // white space; the character behind it
-    while (*p->at == ' ' || *p->at == '\t' || *p->at == '\r' || *p->at == '\n') p->at++;
-    return *p->at;
-}
-
-static bool json_escape(json_parser *p, uint32_t *c) {
-    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-    const char *name = p->at[1] ? strchr(names, p->at[1]) : NULL;
-    if (name) return p->at += 2, *c = (uint32_t)values[name - names], true;
-    uint32_t unit[2] = {0, 0}; // UTF-16; the second only behind the first half of a pair
-    for (int i = 0; i == 0 || (i == 1 && unit[0] >> 10 == 0xd800 >> 10); i++, p->at += 6) {
-        bool ok = p->at[0] == '\\' && p->at[1] == 'u' && strspn(p->at + 2, "0123456789abcdefABCDEF") >= 4;
-        if (!ok) return json_fail(p, "an unknown escape, or half of a surrogate pair");
-        for (int j = 2; j < 6; j++) unit[i] = unit[i] << 4 | ((p->at[j] & 15) + (p->at[j] > '9' ? 9 : 0));
-    }
-    *c = unit[0];
-    if (*c < 0xd800 || *c > 0xdfff) return true;
-    *c = 0x10000 + ((unit[0] - 0xd800) << 10) + (unit[1] - 0xdc00);
-    return unit[1] >> 10 == 0xdc00 >> 10 || json_fail(p, "half of a surrogate pair before this");
-}
-
-static bool json_string(json_parser *p, const char **string, size_t *length) {
-    if (*p->at != '"') return json_fail(p, "expected a string");
-    *string = p->out;
-    uint32_t c = 0;
-    for (p->at++; *p->at != '"';) {
-        if ((unsigned char)*p->at < ' ') return json_fail(p, "a string does not end, or a control character in it is not escaped");
-        if (*p->at != '\\') *p->out++ = *p->at++;
-        else if (json_escape(p, &c)) p->out += utf8_put(c, p->out);
-        else return false;
-    }
-    *length = (size_t)(p->out - *string);
-    *p->out++ = 0;
-    return p->at++, true;
-}
-
-static bool json_number(json_parser *p, retrofit_json *v) {
-    static const char digits[] = "0123456789";
-    char *text = p->out, *end;
-    size_t n = strspn(p->at, "0123456789+-.eE");
-    memmove(text, p->at, n), text[n] = 0;
-    v->type = RETROFIT_JSON_NUMBER, v->string = text, v->length = n, v->number = strtod(text, &end);
-    // What strtod takes and JSON does not: leading zeros or '+', no digit before or behind the point.
-    const char *first = text + (*text == '-'), *point = strchr(text, '.');
-    size_t whole = strspn(first, digits);
-    if (*end || !whole || (whole > 1 && *first == '0') || (point && !strspn(point + 1, digits)) || !isfinite(v->number))
-        return json_fail(p, "not a value, or a number too large for a double (or LC_NUMERIC is not \"C\")");
-    return p->at += n, p->out += n + 1, true;
-}
-
-// Any value; v is zeroed. The depth bounds the recursion.
-static bool json_value(json_parser *p, retrofit_json *v, int depth) {
-    static const char *const words[] = {"null", "false", "true"};
-    char c = json_skip(p);
-    if (c == '"') return v->type = RETROFIT_JSON_STRING, json_string(p, &v->string, &v->length);
-    for (int i = 0; i < 3; i++)
-        if (!strncmp(p->at, words[i], strlen(words[i])))
-            return p->at += strlen(words[i]), v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2, true;
-    if (c != '[' && c != '{') return json_number(p, v);
-    if (depth == 64) return json_fail(p, "more than 64 levels");
-    char object = c == '{', close = object ? '}' : ']';
-    p->at++, v->type = object ? RETROFIT_JSON_OBJECT : RETROFIT_JSON_ARRAY;
-    if (json_skip(p) == close) return p->at++, true;
-    for (retrofit_json **tail = &v->child; c != close; tail = &(*tail)->next, p->at++) {
-        retrofit_json *child = *tail = p->nodes++;
-        v->count++, json_skip(p);
-        if (object && !json_string(p, &child->key, &child->key_length)) return false;
-        if (object && json_skip(p) != ':') return json_fail(p, "expected ':'");
-        p->at += object;
-        if (!json_value(p, child, depth + 1)) return false;
-        c = json_skip(p);
-        if (c != ',' && c != close) return json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
-    }
-    return true;
-}
-
-// All is one block: the nodes, at most one for each opening bracket and comma, and one more; then the text. It starts a byte late, so
-// that a number has room for its NUL: before every other one, a bracket, comma or colon has been read.
-retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
-    size_t nodes = 1;
-    for (size_t i = 0; i < size;) {
-        uint32_t c;
-        size_t n = utf8_next(text + i, size - i, &c);
-        if (c == UTF8_INVALID) return fail("%s: byte %zu: bad JSON: not UTF-8", where, i), (retrofit_json *)NULL;
-        nodes += c == '[' || c == '{' || c == ',', i += n;
-    }
-    retrofit_json *root = (retrofit_json *)allocate(nodes + (size + 2) / sizeof *root + 1, sizeof *root);
-    if (!root) return NULL;
-    char *out = (char *)(root + nodes), *begin = (char *)memcpy(out + 1, text, size);
-    json_parser p = {where, begin, begin, out, root + 1};
-    if (json_value(&p, root, 0) && (json_skip(&p), p.at == begin + size || json_fail(&p, "something follows the value"))) return root;
-    return free(root), (retrofit_json *)NULL;
-}
-
-void retrofit_json_free(retrofit_json *root) { free(root); }
-
-const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key) {
-    const retrofit_json *m = object && object->type == RETROFIT_JSON_OBJECT ? object->child : NULL;
-    while (m && (m->key_length != strlen(key) || memcmp(m->key, key, m->key_length))) m = m->next;
-    return m;
-}
-
-// A JSON number that is a size.
-static bool json_size(const retrofit_json *j, size_t *out) {
-    if (!j || j->type != RETROFIT_JSON_NUMBER || j->number < 0 || j->number > 0x1p53 || j->number != floor(j->number)) return false;
-    return *out = (size_t)j->number, true;
-}
-
-// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
-static void json_write_string(FILE *f, const char *s, size_t n) {
-    fputc('"', f);
-    for (size_t i = 0; i < n; i++)
-        if ((unsigned char)s[i] < 0x20) fprintf(f, "\\u%04x", s[i]);
-        else fprintf(f, s[i] == '"' || s[i] == '\\' ? "\\%c" : "%c", s[i]);
-    fputc('"', f);
-}
-
-// ---- safetensors -----------------------------------------------------------------------------------------------------
-// 8 bytes: length of the header; the header, JSON: {"name": {"dtype": "F32", "shape": [r, c], "data_offsets": [begin, end]}, …};
-// then the data, little endian, offsets counted from its start.
-
-static const struct {
-    const char *name;
-    size_t size;
-} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // in retrofit_type's order; the others are known, but not read
-                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {NULL, 1}};
-
-static int by_size(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-// Checks the entry j of the header; the tensor joins the list if its type is one of ours.
-static bool safetensors_entry(retrofit_map *f, const retrofit_json *j, const char *data, size_t data_bytes, size_t range[2]) {
-    const retrofit_json *dtype = retrofit_json_get(j, "dtype"), *shape = retrofit_json_get(j, "shape");
-    const retrofit_json *offsets = retrofit_json_get(j, "data_offsets");
-    size_t begin = 0, end = 0, type = 0, bytes;
-    if (!dtype || dtype->type != RETROFIT_JSON_STRING || !shape || shape->type != RETROFIT_JSON_ARRAY || !offsets || offsets->count != 2 ||
-        !json_size(offsets->child, &begin) || !json_size(offsets->child->next, &end))
-        return fail("%s: tensor %s: needs dtype, shape and two data_offsets", f->path, j->key);
-    while (file_types[type].name && strcmp(file_types[type].name, dtype->string)) type++;
-    bool ours = type <= RETROFIT_I32, sizes = !ours || shape->count <= 4;
-    retrofit_tensor t = {j->key, ours ? (retrofit_type)type : RETROFIT_F32, 0, {0}, 1, NULL};
-    for (const retrofit_json *s = shape->child; s && sizes; s = s->next) {
-        size_t n = 0;
-        sizes = json_size(s, &n) && !__builtin_mul_overflow(t.count, n, &t.count);
-        if (ours) t.shape[t.dims++] = n;
-    }
-    bool fits = !__builtin_mul_overflow(t.count, file_types[type].size, &bytes);
-    const char *wrong = !file_types[type].name              ? "unknown dtype"
-                        : !sizes || !fits                   ? "the shape is not at most 4 sizes, or too large"
-                        : begin > end || end > data_bytes   ? "it lies outside the data: truncated?"
-                        : bytes != end - begin              ? "its shape needs another number of bytes"
-                        : begin % file_types[type].size > 0 ? "it is not aligned to its dtype"
-                                                            : NULL;
-    if (wrong) return fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", f->path, j->key, dtype->string, begin, end, data_bytes, wrong);
-    range[0] = begin, range[1] = end;
-    t.data = data + begin;
-    if (ours) f->tensors[f->count++] = t;
-    return true;
-}
-
-static bool safetensors_read(retrofit_map *f) { // what it has opened so far when it fails, its caller closes
-    if (!(f->base = map_file(f->path, &f->bytes))) return false;
-    const char *text = (const char *)f->base + 8;
-    uint64_t header = 0;
-    if (f->bytes >= 8) memcpy(&header, f->base, 8);
-    if (f->bytes < 8 || header < 2 || header > f->bytes - 8 || header > 100000000)
-        return fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu", f->path, f->bytes, (unsigned long long)header);
-    if (!(f->header = retrofit_json_parse(text, (size_t)header, f->path))) return false;
-    if (f->header->type != RETROFIT_JSON_OBJECT) return fail("%s: the header is not a JSON object", f->path);
-    size_t bytes = f->bytes - 8 - (size_t)header, n = 0, covered = 0;
-    f->tensors = (retrofit_tensor *)allocate(f->header->count + 1, sizeof *f->tensors + 2 * sizeof(size_t));
-    if (!f->tensors) return false;
-    size_t *ranges = (size_t *)(f->tensors + f->header->count + 1); // begin, end; begin, end; … of those that are not empty
-    for (const retrofit_json *j = f->header->child; j; j = j->next) {
-        if (!strcmp(j->key, "__metadata__")) continue;
-        if (!safetensors_entry(f, j, text + header, bytes, ranges + n)) return false;
-        n += ranges[n] != ranges[n + 1] ? 2 : 0;
-    }
-    // In the order of the file, every tensor must begin where the one before it ends, and the last one end with the file.
-    qsort(ranges, n / 2, 2 * sizeof *ranges, by_size);
-    size_t i = 0;
-    for (; i < n && ranges[i] == covered; i += 2) covered = ranges[i + 1];
-    return (i == n && covered == bytes) || fail("%s: tensors overlap or leave a hole at byte %zu of %zu", f->path, covered, bytes);
-}
-
-bool retrofit_safetensors_open(retrofit_map *f, const char *path) {
-    memset(f, 0, sizeof *f);
-    if ((f->path = strdup(path)) ? safetensors_read(f) : fail("out of memory")) return true;
-    return retrofit_safetensors_close(f), false;
-}
-
-void retrofit_safetensors_close(retrofit_map *f) {
-    if (f->base) munmap(f->base, f->bytes);
-    retrofit_json_free(f->header);
-    free(f->tensors), free(f->path);
-    memset(f, 0, sizeof *f);
-}
-
-const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name) {
-    for (size_t i = 0; i < f->count; i++)
-        if (!strcmp(f->tensors[i].name, name)) return &f->tensors[i];
-    return NULL;
-}
-
-const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key) {
-    const retrofit_json *j = retrofit_json_get(retrofit_json_get(f->header, "__metadata__"), key);
-    return j && j->type == RETROFIT_JSON_STRING ? j->string : NULL;
-}
-
-static retrofit_type stored_type(const retrofit_tensor *t, retrofit_type floats) { return t->type == RETROFIT_I32 ? RETROFIT_I32 : floats; }
-
-// Failures to write show in ferror(f), for finish_file.
-bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
-                                retrofit_type type, const char *const *metadata) {
-    enum { CHUNK = 1 << 18 };
-    float *wide = (float *)allocate(CHUNK, sizeof(float) + sizeof(uint16_t));
-    if (!wide) return false;
-    uint16_t *half = (uint16_t *)(wide + CHUNK);
-    FILE *f = fopen(path, "wb");
-    if (!f) return free(wide), fail("%s: %s", path, strerror(errno));
-    uint64_t header = 0;
-    size_t offset = 0;
-    fwrite(&header, 8, 1, f); // its length, written again once it is known
-    fprintf(f, "{\"__metadata__\":{\"format\":\"pt\"");
-    for (size_t i = 0; metadata && metadata[i]; i++) fputc(i % 2 ? ':' : ',', f), json_write_string(f, metadata[i], strlen(metadata[i]));
-    fputc('}', f);
-    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
-        size_t bytes = t->count * retrofit_type_size(stored_type(t, type));
-        fputc(',', f), json_write_string(f, t->name, strlen(t->name));
-        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", file_types[stored_type(t, type)].name);
-        for (size_t j = 0; j < t->dims; j++) fprintf(f, "%s%zu", j ? "," : "", t->shape[j]);
-        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
-        offset += bytes;
-    }
-    fputc('}', f);
-    long at = ftell(f);
-    for (; at % 64; at++) fputc(' ', f); // tensors start aligned, so that they can be used where they lie
-    header = (uint64_t)at - 8;
-    bool ok = at > 0 && !fseek(f, 0, SEEK_SET) && fwrite(&header, 8, 1, f) == 1 && !fseek(f, at, SEEK_SET);
-    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
-        retrofit_type stored = stored_type(t, type);
-        size_t size = retrofit_type_size(t->type);
-        for (size_t i = 0; ok && i < t->count; i += CHUNK) {
-            size_t n = least(t->count - i, CHUNK);
-            ops->download(size == 4 ? (void *)wide : (void *)half, (const char *)t->data + i * size, n * size);
-            if (stored != t->type && size == 2) to_float(wide, half, t->type, n);
-            for (size_t j = 0; stored != t->type && stored == RETROFIT_BF16 && j < n; j++) half[j] = float_to_bf16(wide[j]);
-            size_t to = retrofit_type_size(stored);
-            ok = fwrite(to == 4 ? (void *)wide : (void *)half, to, n, f) == n;
-        }
-    }
-    free(wide);
-    return finish_file(f, path, ok);
-}
-
-// =====================================================================================================================
-// 4  Tokenizer
-// =====================================================================================================================
-
-// Unicode 16's \p{L}, \p{N} and \s in run lengths: so many code points outside the class, so many inside, and so on; each number in base
-// 26, its last digit a capital.
-// clang-format off
-static const char *const tok_runs[] = {
-    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBBbEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDB"
-    "SBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJBDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCb"
-    "EBEIBDBXBKBFDBbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCHDENMBRbMBBFBCbRBmVBECHBBBEC"
-    "bPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcPdLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRC"
-    "DbPEBGBCDBFhKcMkSCGCbMCGCIBBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHBHBHBHBHBHBHBHd"
-    "CBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIVQBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDb"
-    "YBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqnSMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZb"
-    "DDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFcNTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBc"
-    "CKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBXMcBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKB"
-    "BCBBbMBBZBBBbScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScVhRbHbFJBbLRBbXbEeIHBCBbMVBZG"
-    "BCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRbESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpG"
-    "dkUeDFNDJHKiwKdHBcTBCCBCCCEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECBtBHBEBCBPBhPcHc"
-    "QHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclfCbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
-    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeYLgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWy"
-    "GbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKWKdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbP"
-    "HmSGbWKGKkSbFgCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGKkCXbjsZKceWUMUeEZbqRbYdnCKq"
-    "GKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
-    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB"};
-// clang-format on
-
-enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_MAX_ID = 1 << 22, TOK_MAX_PROBE = 1024, TOK_MAX_SPECIALS = 16 };
-#define TOK_MARK "▁" // SentencePiece's space, U+2581
-
-// All that may happen to text before and after BPE, in the only order there may be: the roles are the members of tokenizer.json, each a
-// step or a Sequence of steps; a step is known by its type and these settings.
-enum { TOK_PREPEND, TOK_REPLACE, TOK_DIGITS, TOK_GPT2, TOK_QWEN2, TOK_LLAMA3, TOK_BYTES, TOK_GPT2_BYTES };
-enum { TOK_UNREPLACE = TOK_GPT2_BYTES + 1, TOK_BYTE_FALLBACK, TOK_FUSE, TOK_STRIP, TOK_UNBYTES, TOK_OFFSETS, TOK_TEMPLATE, TOK_STEPS };
-static const char *const tok_roles[] = {"normalizer", "pre_tokenizer", "decoder", "post_processor"};
-static const char *const tok_lists[] = {"normalizers", "pretokenizers", "decoders", "processors"};
-// clang-format off
-#define TOK_SPLIT(pattern) {1, "Split", {"behavior", "Isolated", "invert", "false", "Regex", pattern}}
-#define TOK_PATTERN(digits) "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
-    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-static const struct { int role; const char *type, *settings[7]; } tok_steps[TOK_STEPS] = {
-    {0, "Prepend", {"prepend", TOK_MARK}}, {0, "Replace", {"String", " ", "content", TOK_MARK}},
-    {1, "Digits", {"individual_digits", "true"}}, // each digit for itself
-    TOK_SPLIT("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"),
-    TOK_SPLIT(TOK_PATTERN("\\p{N}")), TOK_SPLIT(TOK_PATTERN("\\p{N}{1,3}")),
-    {1, "ByteLevel", {"add_prefix_space", "false", "use_regex", "false"}}, // bytes to printable characters
-    {1, "ByteLevel", {"add_prefix_space", "false"}},                       // with GPT-2's pattern before that
-    {2, "Replace", {"String", TOK_MARK, "content", " "}}, {2, "ByteFallback", {NULL}}, // tokens like <0x0A> to bytes
-    {2, "Fuse", {NULL}}, {2, "Strip", {"content", " ", "start", "1", "stop", "0"}},    // a space off the front
-    {2, "ByteLevel", {NULL}}, {3, "ByteLevel", {NULL}}, {3, "TemplateProcessing", {NULL}}}; // the second does nothing here
-
-// text: NULL if no token has the id. model: BPE may produce it; not so for most added tokens.
-typedef struct { const char *text; size_t size; bool model, added, special; } tok_token;
-// key: first byte, + 256 if the token is to be found in normalized text, where its own text is normalized too.
-typedef struct { const char *text; size_t size; int32_t id, key; } tok_added;
-typedef struct { uint64_t pair; uint32_t rank; int32_t id; } tok_merge; // pair: left id << 32 | right id; rank: 1 and up, 0 is a free slot
-typedef struct { int32_t id; uint32_t previous, next; } tok_symbol;     // id -1: merged into the one before
-typedef struct { uint64_t order; int32_t id; } tok_candidate;           // order: rank << 32 | position, lowest rank first, then leftmost
-// Bytes that grow. Running out of memory sets `failed`, for callers to look at once at the end.
-typedef struct { char *bytes; size_t size, room; bool failed; } tok_text;
-typedef struct {
-    const retrofit_tokenizer *t; tok_text text, normal, piece, ids;
-    tok_symbol *symbols; tok_candidate *heap; size_t room, heap_count; uint32_t symbol_count; // room: for a piece of so many bytes
-} tok_encoder;
-// clang-format on
-
-struct retrofit_tokenizer {
-    char *strings;                      // what tokens point to
-    tok_token *tokens;                  // by id
-    int32_t *by_text;                   // open-addressed hash table of id + 1; token_mask is its size - 1
-    tok_merge *merges;                  // the same by pair
-    tok_added *added;                   // sorted by key, the longest first; those with key k are first[k] to first[k + 1]
-    uint8_t *classes;                   // by code point
-    uint16_t chars[256], bytes_of[324]; // of the byte-level alphabet, and back, + 1
-    size_t strings_used, size, token_mask, merge_mask, first[513], before_count, after_count;
-    int32_t before[TOK_MAX_SPECIALS], after[TOK_MAX_SPECIALS], bos, eos, unk;           // before, after: what with_special adds
-    int32_t byte_ids[256];                                                              // of tokens like <0x0A>, + 1
-    bool has[TOK_STEPS], split, bytes, decodes, fuse_unk, byte_fallback, ignore_merges; // decodes: if not, spaces go between tokens
-    bool meet[256][256], bad; // meet: whether a merge joins text ending in the one byte to text beginning with the other
-    int digits, last;         // digits: of the pattern, see tok_split. While loading: the last step, whether an error has been reported
-    const char *where;        // (the first counts; what functions return after it does not matter), and the file
-};
-
-static void tok_put(tok_text *out, const void *bytes, size_t n) {
-    if (!out->failed && out->size + n >= out->room) {
-        size_t room = out->room + out->room / 2 + n + 64;
-        char *bigger = (char *)realloc(out->bytes, room);
-        if (bigger) out->bytes = bigger, out->room = room;
-        else out->failed = !fail("out of memory: %zu bytes", room);
-    }
-    if (out->failed || !n) return;
-    memcpy(out->bytes + out->size, bytes, n);
-    out->size += n;
-}
-
-// Appends s with U+FFFD for what is not UTF-8; with `each` for each byte of s if any is not.
-static void tok_put_valid(tok_text *out, const char *s, size_t n, bool each) {
-    size_t start = out->size;
-    uint32_t c = 0;
-    for (size_t i = 0, k; i < n && !(each && c == UTF8_INVALID); i += k) {
-        k = utf8_next(s + i, n - i, &c);
-        tok_put(out, c == UTF8_INVALID ? "\xef\xbf\xbd" : s + i, c == UTF8_INVALID ? 3 : k);
-    }
-    if (!each || c != UTF8_INVALID) return;
-    for (out->size = start; n--;) tok_put(out, "\xef\xbf\xbd", 3);
-}
-
-// What Python's str.strip takes off both ends. (inline: not every program has text to strip.)
-static inline bool is_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
-}
-
-static inline void strip(const char **s, size_t *n) {
-    uint32_t c;
-    for (size_t k; *n && (k = utf8_next(*s, *n, &c), is_space(c));) *s += k, *n -= k;
-    for (size_t k; *n; *n -= k) {
-        for (k = 1; k < 3 && k < *n && ((*s)[*n - k] & 0xc0) == 0x80;) k++;
-        if (utf8_next(*s + *n - k, k, &c) != k || !is_space(c)) break;
-    }
-}
-
-// The byte that a token "<0x0A>" stands for, or -1.
-static int tok_fallback_byte(const tok_token *k) {
-    bool is = k->size == 6 && !memcmp(k->text, "<0x", 3) && k->text[5] == '>' && strspn(k->text + 3, "0123456789ABCDEF") == 2;
-    return is ? (int)strtol(k->text + 3, NULL, 16) : -1;
-}
-
-// The length of the run of characters at the beginning of s that are in (or, if `out`, out of) the classes.
-static size_t tok_run(const retrofit_tokenizer *t, const char *s, size_t n, int classes, bool out) {
-    size_t i = 0;
-    uint32_t c;
-    for (size_t k; i < n && (k = utf8_next(s + i, n - i, &c), !(t->classes[c] & classes) == out);) i += k;
-    return i;
-}
-
-// The length of 's 't 'm 'd 're 've 'll at s, or 0. fold is (?i:...), to which long s (U+017F) is an s too.
-static size_t tok_contraction(const char *s, size_t n, bool fold) {
-    if (n < 2 || s[0] != '\'') return 0;
-    if (fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2)) return 3;
-    int a = s[1] | (fold ? 32 : 0), b = n > 2 ? s[2] | (fold ? 32 : 0) : 0;
-    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
-    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
-}
-
-// The length of the pattern's match at s, n > 0, alternative by alternative; every character is in one. digits: 0 is GPT-2's
-// pattern, 1 and 3 are Qwen 2's and Llama 3's with at most so many digits.
-static size_t tok_split(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
-    uint32_t c;
-    size_t k = tok_contraction(s, n, digits != 0), first = utf8_next(s, n, &c), lead = c == ' ';
-    if (k) return k;
-    int class_ = t->classes[c];
-    size_t skip = !digits ? lead : class_ & (TOK_LETTER | TOK_NUMBER) || c == '\r' || c == '\n' ? 0 : first;
-    if ((k = tok_run(t, s + skip, n - skip, TOK_LETTER, false))) return skip + k;
-    if (!digits && (k = tok_run(t, s + lead, n - lead, TOK_NUMBER, false))) return lead + k;
-    while (class_ & TOK_NUMBER && digits-- && k < n && (first = utf8_next(s + k, n - k, &c), t->classes[c] & TOK_NUMBER)) k += first;
-    if (k) return k;
-    if ((k = tok_run(t, s + lead, n - lead, TOK_WHITE | TOK_LETTER | TOK_NUMBER, true))) {
-        for (k += lead; digits && k < n && (s[k] == '\r' || s[k] == '\n');) k++;
-        return k;
-    }
-    size_t white = tok_run(t, s, n, TOK_WHITE, false), last = white;
-    for (k = white; digits && k; k--)
-        if (s[k - 1] == '\r' || s[k - 1] == '\n') return k;
-    while (((unsigned char)s[--last] & 0xc0) == 0x80) {}
-    return white < n && last ? last : white; // the last space before a word goes with the word
-}
-
-// The slot of a token's text: its own, or the free one where it would go; NULL after MAX_PROBE steps: a file made to collide.
-static int32_t *tok_text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 0x100000001b3u;
-    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        int32_t *slot = &t->by_text[((hash ^ hash >> 29) + probe) & t->token_mask];
-        if (!*slot || (t->tokens[*slot - 1].size == n && !memcmp(t->tokens[*slot - 1].text, s, n))) return slot;
-    }
-    return NULL;
-}
-
-// The id of a token, or -1; with `model` only if BPE may produce it.
-static int32_t tok_find(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
-    const int32_t *slot = tok_text_slot(t, s, n);
-    return slot && *slot && (!model || t->tokens[*slot - 1].model) ? *slot - 1 : -1;
-}
-
-static tok_merge *tok_merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t right) {
-    uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right, hash = pair * 0x9e3779b97f4a7c15u;
-    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        tok_merge *m = &t->merges[(size_t)((hash ^ hash >> 32) + probe) & t->merge_mask];
-        if (!m->rank || m->pair == pair) return m;
-    }
-    return NULL;
-}
-
-static void tok_add_symbol(tok_encoder *e, int32_t id) {
-    tok_symbol s = {id, e->symbol_count - 1, e->symbol_count + 1}; // for the first, previous is UINT32_MAX
-    e->symbols[e->symbol_count++] = s;
-}
-
-// Queues the merge of the symbol at `at` with the next one, if there is such a merge.
-static void tok_add_candidate(tok_encoder *e, uint32_t at) {
-    if (at == UINT32_MAX || e->symbols[at].next >= e->symbol_count) return;
-    const tok_merge *m = tok_merge_slot(e->t, e->symbols[at].id, e->symbols[e->symbols[at].next].id);
-    if (!m || !m->rank) return;
-    tok_candidate c = {(uint64_t)m->rank << 32 | at, m->id};
-    size_t i = e->heap_count++;
-    for (; i && e->heap[(i - 1) / 2].order > c.order; i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = c;
-}
-
-// Merges the lowest-ranked, leftmost pair of the symbols until none is left, and moves what remains to the ids.
-static void tok_merge_symbols(tok_encoder *e) {
-    for (uint32_t i = 0; i < e->symbol_count; i++) tok_add_candidate(e, i);
-    while (e->heap_count) {
-        tok_candidate best = e->heap[0], c = e->heap[--e->heap_count];
-        size_t i = 0;
-        for (size_t child; (child = 2 * i + 1) < e->heap_count; e->heap[i] = e->heap[child], i = child) {
-            child += child + 1 < e->heap_count && e->heap[child + 1].order < e->heap[child].order;
-            if (e->heap[child].order >= c.order) break;
-        }
-        e->heap[i] = c;
-        uint32_t at = (uint32_t)best.order;
-        tok_symbol *left = &e->symbols[at], *right = left->next < e->symbol_count ? &e->symbols[left->next] : NULL;
-        const tok_merge *m = left->id >= 0 && right ? tok_merge_slot(e->t, left->id, right->id) : NULL;
-        if (!m || !m->rank || m->id != best.id) continue; // outdated: one of the two has merged since
-        left->id = best.id, left->next = right->next, right->id = -1;
-        if (left->next < e->symbol_count) e->symbols[left->next].previous = at;
-        tok_add_candidate(e, left->previous), tok_add_candidate(e, at);
-    }
-    for (size_t i = 0; i < e->symbol_count; i = e->symbols[i].next) tok_put(&e->ids, &e->symbols[i].id, sizeof(int32_t));
-    e->symbol_count = 0;
-}
-
-// Byte-pair encoding of one piece. Characters without a token become byte tokens, the unknown token, or nothing, in that order.
-static void tok_encode_piece(tok_encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    int32_t id = t->ignore_merges ? tok_find(t, s, n, true) : -1;
-    if (id >= 0) return tok_put(&e->ids, &id, sizeof id);
-    if (n > e->room) {
-        free(e->symbols), free(e->heap);
-        e->room = 2 * n; // no more symbols than bytes; each is queued once at first, and every merge queues two
-        e->symbols = (tok_symbol *)allocate(e->room, sizeof *e->symbols);
-        e->heap = (tok_candidate *)allocate(3 * e->room, sizeof *e->heap);
-    }
-    if (!e->symbols || !e->heap || (n >= UINT32_MAX && !fail("4 GB in one piece: encode the text in parts"))) e->ids.failed = true;
-    bool known = false, unknown = false; // an unknown token is due before the next known one; bytes overtake it, as in Hugging Face's
-    for (size_t i = 0, k; i < n && !e->ids.failed; i += k) {
-        uint32_t c;
-        k = utf8_next(s + i, n - i, &c);
-        if ((id = tok_find(t, s + i, k, true)) >= 0) { // where no merge can join two characters the text may be cut: the queue stays short
-            if (known && !t->meet[(unsigned char)s[i - 1]][(unsigned char)s[i]]) tok_merge_symbols(e);
-            if (unknown) tok_add_symbol(e, t->unk);
-            tok_add_symbol(e, id);
-            known = true, unknown = false;
-            continue;
-        }
-        bool bytes = t->byte_fallback;
-        for (size_t j = 0; j < k; j++) bytes = bytes && t->byte_ids[(unsigned char)s[i + j]];
-        for (size_t j = 0; bytes && j < k; j++) tok_add_symbol(e, t->byte_ids[(unsigned char)s[i + j]] - 1);
-        if (!bytes && unknown && !t->fuse_unk) tok_add_symbol(e, t->unk);
-        known = false, unknown |= !bytes && t->unk >= 0;
-    }
-    if (unknown) tok_add_symbol(e, t->unk);
-    tok_merge_symbols(e);
-}
-
-static void tok_replace(tok_text *out, const char *s, size_t n, const char *from, const char *to) {
-    const char *hit, *end = s + n;
-    for (; (hit = (const char *)memmem(s, (size_t)(end - s), from, strlen(from))); s = hit + strlen(from))
-        tok_put(out, s, (size_t)(hit - s)), tok_put(out, to, strlen(to));
-    tok_put(out, s, (size_t)(end - s));
-}
-
-static void tok_normalize(const retrofit_tokenizer *t, tok_text *out, const char *s, size_t n) {
-    out->size = 0;
-    if (t->has[TOK_PREPEND]) tok_put(out, TOK_MARK, 3);
-    tok_replace(out, s, n, " ", t->has[TOK_REPLACE] ? TOK_MARK : " ");
-}
-
-// Cuts normalized text into pieces and encodes them.
-static void tok_encode_pieces(tok_encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    for (size_t i = 0, end = 0, k; i < n; i += k) { // end: of the digit, or of what is before the next digit
-        uint32_t c;
-        if (i == end) end = t->has[TOK_DIGITS] ? i + tok_run(t, s + i, n - i, TOK_NUMBER, true) : n;
-        if (i == end) end += utf8_next(s + i, n - i, &c);
-        k = t->split ? tok_split(t, s + i, end - i, t->digits) : end - i;
-        char text[4];
-        e->piece.size = 0;
-        for (size_t j = 0; t->bytes && j < k; j++) tok_put(&e->piece, text, utf8_put(t->chars[(unsigned char)s[i + j]], text));
-        tok_encode_piece(e, t->bytes ? e->piece.bytes : s + i, t->bytes ? e->piece.size : k);
-    }
-}
-
-// Finds added tokens, the longest first, in text as it is given, and then others in what is between those, normalized.
-static void tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized) {
-    for (size_t i = 0, done = 0; i < n; done = i) {
-        const tok_added *a = NULL, *end = NULL;
-        for (; i < n; i++) {
-            const size_t *first = &e->t->first[(unsigned char)s[i] + (normalized ? 256 : 0)];
-            for (a = e->t->added + first[0], end = e->t->added + first[1]; a < end && (a->size > n - i || memcmp(a->text, s + i, a->size));)
-                a++;
-            if (a < end) break;
-        }
-        if (i > done && normalized) tok_encode_pieces(e, s + done, i - done);
-        else if (i > done) tok_normalize(e->t, &e->normal, s + done, i - done), tok_encode_text(e, e->normal.bytes, e->normal.size, true);
-        if (i < n) tok_put(&e->ids, &a->id, sizeof a->id), i += a->size;
-    }
-}
-
-int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count) {
-    tok_encoder e = {t, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, NULL, NULL, 0, 0, 0};
-    tok_put_valid(&e.text, text, size, false);
-    tok_put(&e.ids, t->before, with_special ? t->before_count * sizeof *t->before : 0);
-    tok_encode_text(&e, e.text.bytes, e.text.size, false);
-    tok_put(&e.ids, t->after, with_special ? t->after_count * sizeof *t->after : 0);
-    bool ok = !e.text.failed && !e.normal.failed && !e.piece.failed && !e.ids.failed;
-    free(e.text.bytes), free(e.normal.bytes), free(e.piece.bytes), free(e.symbols), free(e.heap);
-    if (ok) return *count = e.ids.size / sizeof(int32_t), (int32_t *)(void *)e.ids.bytes;
-    return free(e.ids.bytes), (int32_t *)NULL;
-}
-
-char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size) {
-    tok_text out = {NULL, 0, 0, false}, run = out; // run: bytes, which need not be characters yet
-    bool ok = true, join = false;
-    for (size_t i = 0; ok && i < count; i++) {
-        const tok_token *k = ids[i] >= 0 && (size_t)ids[i] < t->size ? &t->tokens[ids[i]] : NULL;
-        if (!k || !k->text) ok = fail("id %d (number %zu of %zu) is no token's: ids go up to %zu", (int)ids[i], i, count, t->size - 1);
-        if (!ok || (skip_special && k->special)) continue;
-        int byte = t->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(k) : -1;
-        char character = (char)byte;
-        if (byte >= 0) tok_put(&run, &character, 1);
-        else if (t->has[TOK_UNBYTES]) {
-            size_t start = run.size, n = 0;
-            for (uint32_t c; n < k->size && (n += utf8_next(k->text + n, k->size - n, &c), byte = c < 324 ? t->bytes_of[c] - 1 : -1) >= 0;)
-                character = (char)byte, tok_put(&run, &character, 1);
-            if (byte < 0) run.size = start, tok_put(&run, k->text, k->size); // not of the byte-level alphabet, an added token: as it is
-        } else {
-            tok_put_valid(&out, run.bytes, run.size, true), run.size = 0, tok_put(&out, " ", join);
-            tok_replace(&out, k->text, k->size, TOK_MARK, t->has[TOK_UNREPLACE] ? " " : TOK_MARK);
-        }
-        join = !t->decodes;
-    }
-    tok_put_valid(&out, run.bytes, run.size, !t->has[TOK_UNBYTES]);
-    size_t strip = t->has[TOK_STRIP] && out.size && out.bytes[0] == ' ';
-    tok_put(&out, "", 1), free(run.bytes);
-    if (!ok || out.failed || run.failed) return free(out.bytes), (char *)NULL;
-    *size = out.size - strip - 1;
-    return (char *)memmove(out.bytes, out.bytes + strip, *size + 1);
-}
-
-char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
-                           size_t *size) {
-    if (s->from > s->done || s->done > count)
-        return fail("a stream at token %zu cannot go on with %zu tokens: zero it to start again", s->done, count), (char *)NULL;
-    size_t old_size = 0, end = count - s->from;
-    if (count) ids += s->from;
-    char *text = retrofit_decode(t, ids, end, skip_special, size);
-    char *old = text ? retrofit_decode(t, ids, s->done - s->from, skip_special, &old_size) : NULL;
-    bool ok = old && old_size <= *size && !memcmp(text, old, old_size);
-    if (old && !ok) fail("tokens %zu to %zu change text already given out: decode them together", s->done, count);
-    if (free(old), !ok) return free(text), (char *)NULL;
-    // U+FFFD may yet become a character, and what a run of byte tokens stands for is known only when it is over.
-    while (end > 1 && skip_special && t->tokens[ids[end - 1]].special) end--;
-    bool wait = (*size >= 3 && !memcmp(text + *size - 3, "\xef\xbf\xbd", 3)) ||
-                (end && t->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(&t->tokens[ids[end - 1]]) >= 0);
-    *size = wait && !last ? 0 : *size - old_size;
-    memmove(text, text + old_size, *size), text[*size] = 0;
-    if (*size) s->from = s->done, s->done = count; // else keep a window that yields text: only its first space may go
-    return text;
-}
-
-int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t) { return t->bos; }
-int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t) { return t->eos; }
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find(t, token, strlen(token), false); }
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
-
-uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t) {
-    uint64_t h = t->size, sum = 0;
-    for (size_t id = 0; id < t->size; id++) {
-        for (size_t i = 0; i < t->tokens[id].size; i++) h = (h ^ (unsigned char)t->tokens[id].text[i]) * 0x100000001b3;
-        h = hash64(h, 2 * id + t->tokens[id].model);
-    }
-    for (size_t i = 0; i <= t->merge_mask; i++) // in the order of the table, hence a sum
-        if (t->merges[i].rank) sum += hash64(t->merges[i].pair, t->merges[i].rank);
-    for (size_t i = 0; i < t->first[512]; i++) sum += hash64(~(uint64_t)t->added[i].id, (uint64_t)t->added[i].key);
-    for (size_t i = 0; i < TOK_STEPS; i++) h = hash64(h, t->has[i]);
-    h = hash64(h, (uint64_t)(t->fuse_unk + 2 * t->byte_fallback + 4 * t->ignore_merges)),
-    h = hash64(hash64(h, (uint64_t)t->unk), (uint64_t)t->eos);
-    for (size_t i = 0; i < t->before_count; i++) h = hash64(h, (uint64_t)t->before[i]);
-    for (size_t i = 0; i < t->after_count; i++) h = hash64(h, ~(uint64_t)t->after[i]);
-    return h + sum ? h + sum : 1;
-}
-
-static void tok_refuse(retrofit_tokenizer *t, const char *what, const char *name) {
-    char line[200]; // names come from the file: no control character of theirs may break the line
-    snprintf(line, sizeof line, "%s", name);
-    for (char *c = line; *c; c++) *c = (unsigned char)*c < 32 || *c == 127 ? '?' : *c;
-    if (!t->bad) t->bad = !fail("%s: %s \"%s\"", t->where, what, line);
-}
-
-static const retrofit_json tok_none = {RETROFIT_JSON_ARRAY, 0, 0, 0, "", "", 0, NULL, NULL};
-static const retrofit_json *tok_present(const retrofit_json *object, const char *key) { // null is as good as absent
-    const retrofit_json *v = retrofit_json_get(object, key);
-    return v && v->type == RETROFIT_JSON_NULL ? NULL : v;
-}
-
-static const retrofit_json *tok_get(retrofit_tokenizer *t, const retrofit_json *object, const char *key, retrofit_json_type type) {
-    const retrofit_json *v = retrofit_json_get(object, key);
-    if (v && v->type == type) return v;
-    return tok_refuse(t, "missing, or of the wrong type:", key), &tok_none;
-}
-
-static bool tok_flag(retrofit_tokenizer *t, const retrofit_json *object, const char *key, bool otherwise) {
-    return tok_present(object, key) ? tok_get(t, object, key, RETROFIT_JSON_BOOL)->number != 0 : otherwise;
-}
-
-static int32_t tok_get_id(retrofit_tokenizer *t, const retrofit_json *v) {
-    bool good = v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < TOK_MAX_ID && v->number == floor(v->number);
-    if (!good) tok_refuse(t, "not a token id from 0 to 4194303:", v->string ? v->string : "");
-    return good ? (int32_t)v->number : 0;
-}
-
-static const char *tok_keep(retrofit_tokenizer *t, const char *s, size_t n) {
-    char *copy = (char *)memcpy(t->strings + t->strings_used, s, n);
-    t->strings_used += n + 1;
-    return copy;
-}
-
-// A setting may be one of the step's pattern.
-static bool tok_setting_is(const retrofit_json *o, const char *key, const char *value) {
-    const retrofit_json *v = retrofit_json_get(o, key);
-    if (!v) v = retrofit_json_get(retrofit_json_get(o, "pattern"), key);
-    if (v && v->type == RETROFIT_JSON_BOOL) return !strcmp(value, v->number != 0 ? "true" : "false");
-    return v && v->string && !strcmp(value, v->string);
-}
-
-static void tok_load_template(retrofit_tokenizer *t, const retrofit_json *o) {
-    const retrofit_json *all = tok_get(t, o, "special_tokens", RETROFIT_JSON_OBJECT), *special, *v;
-    const retrofit_json *m = tok_get(t, o, "single", RETROFIT_JSON_ARRAY)->child;
-    bool text = false; // has been there: as A; B, of pairs, is not supported
-    for (; m && !t->bad; m = m->next) {
-        special = retrofit_json_get(m, "SpecialToken");
-        if (!special && (text || !tok_setting_is(retrofit_json_get(m, "Sequence"), "id", "A"))) break;
-        text |= !special;
-        if (special) special = tok_get(t, all, tok_get(t, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
-        for (v = special ? tok_get(t, special, "ids", RETROFIT_JSON_ARRAY)->child : NULL; v && !t->bad; v = v->next) {
-            size_t *count = text ? &t->after_count : &t->before_count, id = (size_t)tok_get_id(t, v);
-            if (*count == TOK_MAX_SPECIALS || id >= t->size || !t->tokens[id].text) tok_refuse(t, "a bad or a 17th", "SpecialToken");
-            else (text ? t->after : t->before)[(*count)++] = (int32_t)id;
-        }
-    }
-    if (!text || m) tok_refuse(t, "needs the text once, as A:", "TemplateProcessing");
-}
-
-// A step or a Sequence of steps. The parser's depth limit bounds the recursion.
-static void tok_load_step(retrofit_tokenizer *t, const retrofit_json *o, int role) {
-    const char *type = tok_get(t, o, "type", RETROFIT_JSON_STRING)->string;
-    int step = t->last + 1;
-    if (!strcmp(type, "Sequence")) {
-        const retrofit_json *s = tok_get(t, o, tok_lists[role], RETROFIT_JSON_ARRAY)->child;
-        for (; s && !t->bad; s = s->next) tok_load_step(t, s, role);
-        return;
-    }
-    for (; step < TOK_STEPS; step++) {
-        if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) continue;
-        const char *const *set = tok_steps[step].settings;
-        while (*set && tok_setting_is(o, set[0], set[1])) set += 2;
-        if (!*set) break;
-    }
-    if (step == TOK_STEPS) return tok_refuse(t, "this step is unsupported (or its settings, or its place):", type);
-    t->has[t->last = step] = true;
-    if (step == TOK_TEMPLATE) tok_load_template(t, o);
-}
-
-static void tok_add_token(retrofit_tokenizer *t, const char *text, size_t size, int32_t id, bool model) {
-    int32_t *slot = tok_text_slot(t, text, size);
-    if (!slot || *slot || t->tokens[id].text) return tok_refuse(t, "this text, or its id, is in the vocabulary twice (or collides):", text);
-    tok_token k = {tok_keep(t, text, size), size, model, false, false};
-    t->tokens[id] = k, *slot = id + 1;
-    if (model && tok_fallback_byte(&k) >= 0) t->byte_ids[tok_fallback_byte(&k)] = id + 1;
-}
-
-// A hash table that count entries fill at most by half; *mask is its size, a power of two, less one.
-static void *tok_table(size_t count, size_t each, size_t *mask) {
-    for (*mask = 1; *mask < 2 * count;) *mask = 2 * *mask + 1;
-    return allocate(*mask + 1, each);
-}
-
-static void tok_load_vocabulary(retrofit_tokenizer *t, const retrofit_json *vocabulary, const retrofit_json *added) {
-    const retrofit_json *v;
-    int32_t last = -1, id;
-    for (v = vocabulary->child; v; v = v->next) last = (id = tok_get_id(t, v)) > last ? id : last;
-    for (v = added->child; v; v = v->next) last = (id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER))) > last ? id : last;
-    t->size = (size_t)(last + 1);
-    if (!t->size) tok_refuse(t, "no token in the", "vocab");
-    t->tokens = (tok_token *)allocate(t->size, sizeof *t->tokens);
-    t->by_text = (int32_t *)tok_table(vocabulary->count + added->count, sizeof *t->by_text, &t->token_mask);
-    t->bad |= !t->tokens || !t->by_text;
-    for (v = vocabulary->child; v && !t->bad; v = v->next) tok_add_token(t, v->key, v->key_length, tok_get_id(t, v), true);
-}
-
-// Merges are ["a", "b"] or "a b"; of equal ones the last counts.
-static void tok_load_merges(retrofit_tokenizer *t, const retrofit_json *merges) {
-    tok_text joined = {NULL, 0, 0, false};
-    uint32_t rank = 0;
-    t->bad |= !(t->merges = (tok_merge *)tok_table(merges->count, sizeof *t->merges, &t->merge_mask));
-    for (const retrofit_json *m = merges->child; m && !t->bad; m = m->next, t->bad |= joined.failed) {
-        bool pair = m->type == RETROFIT_JSON_ARRAY && m->count == 2;
-        const char *space = m->type == RETROFIT_JSON_STRING ? (const char *)memchr(m->string, ' ', m->length) : NULL;
-        size_t cut = pair ? m->child->length : space ? (size_t)(space - m->string) : 0;
-        joined.size = 0;
-        if (pair) tok_put(&joined, m->child->string, cut), tok_put(&joined, m->child->next->string, m->child->next->length);
-        if (space) tok_put(&joined, m->string, cut), tok_put(&joined, space + 1, m->length - cut - 1);
-        tok_put(&joined, "", 1);
-        size_t n = joined.failed ? 0 : joined.size - 1;
-        int32_t a = tok_find(t, joined.bytes, n ? cut : 0, true), b = n ? tok_find(t, joined.bytes + cut, n - cut, true) : -1;
-        int32_t both = tok_find(t, joined.bytes, n, true);
-        tok_merge *slot = !cut || cut == n || a < 0 || b < 0 || both < 0 ? NULL : tok_merge_slot(t, a, b);
-        if (!slot && !joined.failed) tok_refuse(t, "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", joined.bytes);
-        if (!slot) continue;
-        slot->pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b, slot->rank = ++rank, slot->id = both;
-        t->meet[(unsigned char)joined.bytes[cut - 1]][(unsigned char)joined.bytes[cut]] = true;
-    }
-    free(joined.bytes);
-}
-
-static int tok_by_key(const void *a, const void *b) {
-    const tok_added *x = (const tok_added *)a, *y = (const tok_added *)b;
-    return x->key != y->key ? x->key - y->key : (x->size < y->size) - (x->size > y->size);
-}
-
-static void tok_load_added(retrofit_tokenizer *t, const retrofit_json *added) {
-    tok_text normal = {NULL, 0, 0, false};
-    size_t n = 0;
-    if (!(t->added = (tok_added *)allocate(added->count, sizeof *t->added))) t->bad = true;
-    for (const retrofit_json *v = added->child; v && !t->bad; v = v->next) {
-        const retrofit_json *content = tok_get(t, v, "content", RETROFIT_JSON_STRING);
-        int32_t id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER)), known = tok_find(t, content->string, content->length, false);
-        bool bad =
-            !content->length || (known >= 0 && (known != id || t->tokens[id].added)); // empty, or there with another id, or listed twice
-        if (bad || tok_flag(t, v, "lstrip", false) || tok_flag(t, v, "rstrip", false) || tok_flag(t, v, "single_word", false))
-            tok_refuse(t, "empty, twice there, or with lstrip, rstrip or single_word, which are unsupported: the added token",
-                       content->string);
-        if (known < 0 && !t->bad) tok_add_token(t, content->string, content->length, id, false);
-        if (t->bad) break;
-        tok_token *k = &t->tokens[id];
-        tok_added a = {k->text, k->size, id, 0};
-        k->added = true, k->special = tok_flag(t, v, "special", false);
-        if (tok_flag(t, v, "normalized", !k->special)) { // decoding gives the text as written here, as tokenizers 0.21 does
-            tok_normalize(t, &normal, k->text, k->size);
-            if ((t->bad |= normal.failed)) break;
-            a.text = tok_keep(t, normal.bytes, normal.size), a.size = normal.size, a.key = 256;
-        }
-        a.key += (unsigned char)a.text[0], t->added[n++] = a;
-    }
-    free(normal.bytes);
-    if (!t->bad) qsort(t->added, n, sizeof *t->added, tok_by_key);
-    for (size_t key = 0, i = 0; key < 513; t->first[key++] = i)
-        while (i < n && t->added[i].key < (int)key) i++;
-}
-
-static void tok_load_tokenizer(retrofit_tokenizer *t, const retrofit_json *root) {
-    static const char *const neutral[] = {"truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix"};
-    const retrofit_json *added = tok_present(root, "added_tokens") ? tok_get(t, root, "added_tokens", RETROFIT_JSON_ARRAY) : &tok_none;
-    const retrofit_json *model = tok_get(t, root, "model", RETROFIT_JSON_OBJECT), *v;
-    for (int i = 0; i < 5; i++)
-        if ((v = tok_present(i < 2 ? root : model, neutral[i])) && !(v->type == RETROFIT_JSON_STRING && !v->length))
-            tok_refuse(t, "not supported, should be null:", neutral[i]);
-    if (!tok_setting_is(model, "type", "BPE")) tok_refuse(t, "only BPE is supported as", "model");
-    for (int role = 0; role < 3 && !t->bad; role++)
-        if ((v = tok_present(root, tok_roles[role]))) tok_load_step(t, v, role);
-    for (int k = 0; k < 3; k++) {
-        unsigned c = 0, run = 0, inside = 0;
-        for (const char *p = tok_runs[k]; *p; inside ^= *p++ < 'a') {
-            run = run * 26 + (unsigned)((*p | 32) - 'a');
-            for (; *p < 'a' && run; run--) t->classes[c++] |= (uint8_t)(inside << k);
-        }
-    }
-    // The byte-level alphabet shows a byte that is not printable Latin-1 as the next free code point from 256 up.
-    for (unsigned b = 0, next = 256; b < 256; b++) {
-        t->chars[b] = (uint16_t)((b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++);
-        t->bytes_of[t->chars[b]] = (uint16_t)(b + 1);
-    }
-    const bool *has = t->has;
-    int patterns = has[TOK_GPT2] + has[TOK_QWEN2] + has[TOK_LLAMA3] + has[TOK_GPT2_BYTES], bytes = has[TOK_BYTES] + has[TOK_GPT2_BYTES];
-    if (patterns > 1 || bytes > 1 || (has[TOK_STRIP] && !has[TOK_FUSE]) ||
-        (has[TOK_UNBYTES] && (has[TOK_UNREPLACE] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE])))
-        tok_refuse(t, "steps that are not supported together, in", "pre_tokenizer or decoder");
-    t->split = patterns, t->bytes = bytes, t->digits = has[TOK_LLAMA3] ? 3 : has[TOK_QWEN2];
-    t->fuse_unk = tok_flag(t, model, "fuse_unk", false), t->byte_fallback = tok_flag(t, model, "byte_fallback", false);
-    t->ignore_merges = tok_flag(t, model, "ignore_merges", false), t->decodes = tok_present(root, "decoder") != NULL;
-    const retrofit_json *vocabulary = tok_get(t, model, "vocab", RETROFIT_JSON_OBJECT);
-    if (!t->bad) tok_load_vocabulary(t, vocabulary, added);
-    if (!t->bad) tok_load_merges(t, tok_get(t, model, "merges", RETROFIT_JSON_ARRAY));
-    if (!t->bad && tok_present(model, "unk_token")) {
-        v = tok_get(t, model, "unk_token", RETROFIT_JSON_STRING), t->unk = tok_find(t, v->string, v->length, true);
-        if (t->unk < 0) tok_refuse(t, "not in the vocabulary, the unk_token", v->string);
-    }
-    if (!t->bad) tok_load_added(t, added);
-    if (!t->bad && (v = tok_present(root, "post_processor"))) tok_load_step(t, v, 3);
-}
-
-// tokenizer_config.json may hold anything else too. own_specials: tokenizer.json has a post_processor.
-static void tok_load_config(retrofit_tokenizer *t, const retrofit_json *config, bool own_specials) {
-    for (int i = 0; i < 2; i++) {
-        const char *key = i ? "eos_token" : "bos_token";
-        const retrofit_json *v = tok_present(config, key);
-        if (v && v->type == RETROFIT_JSON_OBJECT) v = tok_get(t, v, "content", RETROFIT_JSON_STRING);
-        int32_t id = v && v->type == RETROFIT_JSON_STRING ? tok_find(t, v->string, v->length, false) : -1;
-        if (v && id < 0) tok_refuse(t, "tokenizer.json does not have the token that is said to be", key);
-        *(i ? &t->eos : &t->bos) = id;
-        if (!own_specials && tok_flag(t, config, i ? "add_eos_token" : "add_bos_token", false) && id >= 0)
-            (i ? t->after : t->before)[0] = id, *(i ? &t->after_count : &t->before_count) = 1;
-    }
-}
-
-static retrofit_json *tok_read(const char *directory, const char *name, char path[RETROFIT_PATH], size_t *size) {
-    char *text = retrofit_path(path, directory, name) ? read_file(path, size) : NULL;
-    retrofit_json *root = text ? retrofit_json_parse(text, *size, path) : NULL;
-    return free(text), root;
-}
-
-retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
-    char path[RETROFIT_PATH];
-    size_t size, ignored;
-    retrofit_json *root = tok_read(directory, "tokenizer.json", path, &size), *config = NULL;
-    retrofit_tokenizer *t = root ? (retrofit_tokenizer *)allocate(1, sizeof *t) : NULL;
-    if (!t) return retrofit_json_free(root), (retrofit_tokenizer *)NULL;
-    t->where = path, t->bos = t->eos = t->unk = t->last = -1;
-    t->strings = (char *)allocate(size + 1, 4); // enough: the texts of added tokens may be there twice, with ▁ for each space
-    t->classes = (uint8_t *)allocate(0x110000, 1);
-    if (!(t->bad = !t->strings || !t->classes)) tok_load_tokenizer(t, root);
-    if (!t->bad && (!retrofit_path(path, directory, "tokenizer_config.json") || !access(path, F_OK) || errno != ENOENT)) {
-        config = tok_read(directory, "tokenizer_config.json", path, &ignored);
-        if (!(t->bad = !config)) tok_load_config(t, config, tok_present(root, "post_processor") != NULL);
-    }
-    retrofit_json_free(root), retrofit_json_free(config);
-    if (!t->bad) return t;
-    return retrofit_tokenizer_free(t), (retrofit_tokenizer *)NULL;
-}
-
-void retrofit_tokenizer_free(retrofit_tokenizer *t) {
-    if (!t) return;
-    free(t->strings), free(t->tokens), free(t->by_text), free(t->merges), free(t->added), free(t->classes), free(t);
-}
-
-// =====================================================================================================================
-// 5  Operations on the CPU, forward beside backward (act is float here)
-// =====================================================================================================================
-
-#ifdef _OPENMP // `work`: elements; below some thousands waking the threads takes longer than the loop
-#define PRAGMA(x)          _Pragma(#x)
+    const void *data;
+    retrofit_type type;
+    size_t row, col; // element (i, j) is data[i·row + j·col]
+} matrix_view;
+static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
+                 const float *d, size_t d_row);
+static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c,
+                        size_t c_row, const float *d, size_t d_row); // by the thread that calls
+static matrix_view view(const void *data, size_t row);            // fp32, rows `row` apart
+static matrix_view view_transposed(const void *data, size_t row); // of it
+
+// Sums and maxima in a fixed order that compilers can vectorise, and e^x that they can. Section 10.
+enum { LANES = 16 };
+static float sum_lanes(const float *lanes);
+static float dot(const float *a, const float *b, size_t n);
+static float max_element(const float *x, size_t n);
+static inline float fast_exp(float x);
+
+// Loops over threads, if the work, in elements, is worth waking them.
+#ifdef _OPENMP
+#define PRAGMA(x) _Pragma(#x)
 #define PARALLEL_FOR(work) PRAGMA(omp parallel for schedule(static) if ((work) > 16384))
-#define PARALLEL_TASKS     PRAGMA(omp parallel for schedule(dynamic)) // of unequal length, sharing no output
+#define PARALLEL_TASKS PRAGMA(omp parallel for schedule(dynamic)) // of unequal length
 #else
 #define PARALLEL_FOR(work)
 #define PARALLEL_TASKS
 #endif
-enum { LANES = 16 }; // reductions run in this many partial sums, added in a fixed order, so that compilers can vectorise them
 
-static float sum_lanes(const float *lanes) {
-    float s[8];
-    for (int i = 0; i < 8; i++) s[i] = lanes[i] + lanes[i + 8];
-    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
-}
+enum { WIDE_ROWS = 256 }; // rows of fp32 logits that exist at a time
 
-static float dot(const float *a, const float *b, size_t n) {
-    float lanes[LANES] = {0}, tail = 0;
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] += a[i + l] * b[i + l];
-    for (; i < n; i++) tail += a[i] * b[i];
-    return sum_lanes(lanes) + tail;
-}
+// Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot of the
+// core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
+static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot);
+static size_t core_slot(const retrofit_buffers *buffers, size_t i);
+static size_t coda_slot(const retrofit_buffers *buffers);
+// Normal numbers for every state.
+static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed);
+// Section 9: row `index`, counted on over epochs: T tokens and the T that follow each.
+bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
 
-static float largest(const float *x, size_t n) { // of the numbers: a NaN is passed over, and shows in the sum that follows
-    float lanes[LANES], top = -INFINITY;
-    for (int l = 0; l < LANES; l++) lanes[l] = -INFINITY;
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-    for (; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (int l = 0; l < LANES; l++) top = lanes[l] > top ? lanes[l] : top;
-    return top;
-}
+uint16_t retrofit_float_to_bf16(float f);
+void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
+bool retrofit_config_check(const retrofit_config *config, const char *where);
+// Attention by tiles: section 10.
+enum { TILE = 96 };
+static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v,
+                         retrofit_type type, size_t kv_row, size_t kv_batch, const int32_t *past,
+                         size_t B, size_t T, size_t H, size_t G, size_t h);
 
-// e^x to 1 part in 10^7 in arithmetic that vectorises: 2^n by adding n to the exponent's bits, the rest by a polynomial. NaN stays NaN.
-static inline float fast_exp(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; // 1.5·2^23: rounds to the nearest integer
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.3888889e-3f;
-    p = p * r + 8.3333333e-3f, p = p * r + 4.1666667e-2f, p = p * r + 1.6666667e-1f, p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    uint32_t bits, power;
-    memcpy(&bits, &shifted, 4), memcpy(&power, &p, 4);
-    power += bits << 23;
-    memcpy(&p, &power, 4);
-    return p + (x - x); // NaN stays NaN, whatever its bits
-}
+// =================================================================================================
+// 2  A block, forward and backward
+// =================================================================================================
 
-// Matrix multiplication, C = D + A·B.
+// Llama's block, on the residual stream x (N,d):
 //
-// The arithmetic is done by a small kernel that keeps a block of C, GEMM_ROWS x 3 vectors, in registers, and for every k adds the outer
-// product of a column of A and a row of B: GEMM_ROWS numbers and 3 vectors are loaded for 3 * GEMM_ROWS multiply-adds, so that
-// arithmetic is the bottleneck and not loading. All else serves to keep that kernel fed from the caches:
-//   - K is cut into pieces of at most GEMM_DEPTH, and N into strips, such that a piece of a strip of B fits the second-level cache. It is
-//     copied ("packed") into a thread's own buffer, as panels of 3 vectors in the very order in which the kernel reads them.
-//   - Then GEMM_ROWS rows of A at a time, small enough for the first-level cache, are packed and meet every panel in turn.
-//   - The threads divide C into tiles. Every element of C belongs to one tile and sums over k in an order that neither the tiles nor the
-//     number of threads have a say in, and so its bits don't depend on them.
-// A product with few rows (decoding some tokens) is another matter: every weight is needed only a few times, so reading B is all the
-// cost, and packing would double it. If B is stored with k contiguous (a weight matrix in X·Wᵀ), see gemm_dots.
-typedef struct {
-    const void *data;
-    retrofit_type type;
-    size_t row, col; // element (i, j) is data[i * row + j * col]
-} matrix_view;
+//     a   = attention(rope(W_qkv·RMSNorm_1(x)))          mid = x + W_out·a
+//     s   = swiglu(W_gate_up·RMSNorm_2(mid))             out = mid + W_down·s
+//
+// Backward has dx, the gradient of out, and turns it into that of x. Each branch adds to the stream,
+// so the stream's gradient passes unchanged and the branch's is added to it:
+//
+//     ds   = W_downᵀ·dx       dW_down    += dx·sᵀ        dx += RMSNorm_2ᵀ(W_gate_upᵀ·swigluᵀ(ds))
+//     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attentionᵀ(da)))
+//
+// where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of what
+// came in from behind with the norms' outputs.
+//
+// What is kept for that: with c bytes for an element of act, 8 + 4H for rstd and lse, (Q + d + 2F)·c
+// for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token and layer.
+// The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again. With
+// RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as well:
+// about a third more work.
+// A layer's own block of buffers and the shared scratch have the same type, so that one function
+// serves both. slot: where the layer's keys and values go in the KV cache, if there is one.
+static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
+                                retrofit_block *block, const float *x, size_t slot) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    const float *norm_1 = (const float *)layer->norm_1.weight.data;
+    const float *norm_2 = (const float *)layer->norm_2.weight.data;
+    size_t N = buffers->N, d = c->n_embd, Q = retrofit_qkv_width(c), F = c->intermediate;
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    const int32_t *past = buffers->decoder ? buffers->past : NULL;
+    act *norm = buffers->norm;
+    block->x = x;
 
-#if defined __AVX512F__
-#define GEMM_LANES  16 // floats in a vector
-#define GEMM_ALL(p) GEMM_8(p), GEMM_8((p) + 8)
-#define GEMM_ROWS   8 // of the kernel's block: 24 of the 32 registers hold it
-#elif defined __AVX2__ && defined __FMA__
-#define GEMM_LANES  8
-#define GEMM_ALL(p) GEMM_8(p)
-#define GEMM_ROWS   4 // 12 of 16 registers
-#else
-#define GEMM_LANES  4
-#define GEMM_ALL(p) GEMM_4(p)
-#define GEMM_ROWS   4
-#endif
-#define GEMM_4(p)   (p)[0], (p)[1], (p)[2], (p)[3]
-#define GEMM_8(p)   GEMM_4(p), GEMM_4((p) + 4)
-#define GEMM_PANEL  (3 * GEMM_LANES)
-#define GEMM_DEPTH  512
-#define GEMM_BUFFER ((GEMM_DEPTH + 1) * 288) // floats: 577 KiB
-#define GEMM_FEW    8                        // rows of A up to which gemm_dots is the faster way
-#define GEMM_INLINE static inline __attribute__((always_inline))
-#ifdef __clang__
-#define GEMM_EACH(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
-#else
-#define GEMM_EACH(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
-#endif
-
-// A vector, and the same in memory: aligned like its elements only, and free to alias them. A quad is what can be transposed everywhere.
-typedef float gemm_vector __attribute__((vector_size(4 * GEMM_LANES)));
-typedef float gemm_vector_at __attribute__((vector_size(4 * GEMM_LANES), aligned(4), may_alias));
-typedef uint32_t gemm_word __attribute__((vector_size(4 * GEMM_LANES)));
-typedef float gemm_quad __attribute__((vector_size(16)));
-typedef float gemm_quad_at __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint32_t gemm_quad_word __attribute__((vector_size(16)));
-
-static RETROFIT_THREAD_LOCAL __attribute__((aligned(64))) float gemm_b[GEMM_BUFFER], gemm_a[GEMM_ROWS * GEMM_DEPTH];
-
-static size_t gemm_ceil(size_t a, size_t b) { return (a + b - 1) / b; }
-
-// The part of a matrix that begins at (i, j).
-static matrix_view gemm_part(matrix_view V, size_t i, size_t j) {
-    V.data = (const char *)V.data + (i * V.row + j * V.col) * retrofit_type_size(V.type);
-    return V;
+    ops->rmsnorm_forward(norm, block->rstd_1, x, norm_1, N, d, c->norm_eps);
+    ops->matmul_forward(block->qkv, norm, layer->w_qkv.weight, N, d, Q);
+    ops->rope_forward(block->qkv, buffers->rope, past, buffers->b, buffers->t, H, G, h);
+    if (buffers->decoder) attend_to_cache(buffers, block, slot);
+    else
+        ops->attention_forward(block->attention, block->lse, block->qkv, buffers->b, buffers->t, H,
+                               G, h);
+    ops->matmul_residual_forward(block->mid, x, block->attention, layer->w_out.weight, N, d, d);
+    ops->rmsnorm_forward(norm, block->rstd_2, block->mid, norm_2, N, d, c->norm_eps);
+    ops->matmul_forward(block->gate_up, norm, layer->w_gate_up.weight, N, d, 2 * F);
 }
 
-// An element, 4, or a vector of them, as fp32. bf16 is the upper half of an fp32.
-GEMM_INLINE float gemm_load1(const void *data, retrofit_type type, size_t at) {
-    return type == RETROFIT_F32 ? ((const float *)data)[at] : bf16_to_float(((const uint16_t *)data)[at]);
-}
-GEMM_INLINE gemm_quad gemm_load4(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return *(const gemm_quad_at *)((const float *)data + at);
-    const uint16_t *half = (const uint16_t *)data + at;
-    return (gemm_quad)((gemm_quad_word){GEMM_4(half)} << 16);
-}
-GEMM_INLINE gemm_vector gemm_load(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return *(const gemm_vector_at *)((const float *)data + at);
-    const uint16_t *half = (const uint16_t *)data + at;
-    return (gemm_vector)((gemm_word){GEMM_ALL(half)} << 16);
+static void block_forward(retrofit_buffers *buffers, const retrofit_layer *layer,
+                          retrofit_block *block, const float *x, size_t slot) {
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t N = buffers->N, d = buffers->model->config.n_embd, F = buffers->model->config.intermediate;
+    act *swiglu = buffers->swiglu;
+    block_until_gate_up(buffers, layer, block, x, slot);
+    ops->swiglu_forward(swiglu, block->gate_up, N, F);
+    ops->matmul_residual_forward(block->out, block->mid, swiglu, layer->w_down.weight, N, F, d);
 }
 
-GEMM_INLINE void gemm_transpose4(gemm_quad q[4]) {
-    gemm_quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
-    gemm_quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5), q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-    q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5), q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
-}
+static void mlp_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_gradients *g = &buffers->gradients;
+    const float *norm_2 = (const float *)layer->norm_2.weight.data;
+    size_t N = buffers->N, d = c->n_embd, F = c->intermediate;
+    act *norm = buffers->norm, *swiglu = buffers->swiglu;
 
-// out[k * width + i] = V(i, k) for k < depth and i < count, and 0 for count <= i < width. What V has contiguous in k is transposed in
-// blocks of 4x4, going along k by whole cache lines: rows a power of two apart compete for the same few places in the cache, and would
-// not be there when we came back. What is contiguous in i is copied by vectors, the rest one by one.
-GEMM_INLINE void gemm_pack_as(float *out, size_t width, matrix_view V, retrofit_type type, size_t count, size_t depth) {
-    size_t i4 = V.col == 1 ? count / 4 * 4 : 0, k4 = depth / 4 * 4;
-    for (size_t start = 0; start < k4; start += 16)
-        for (size_t i = 0; i < i4; i += 4)
-            for (size_t k = start; k < least(start + 16, k4); k += 4) {
-                gemm_quad q[4];
-                GEMM_EACH(r, 4) q[r] = gemm_load4(V.data, type, (i + r) * V.row + k);
-                gemm_transpose4(q);
-                GEMM_EACH(r, 4) * (gemm_quad_at *)(out + (k + r) * width + i) = q[r];
-            }
-    for (size_t k = i4 == width ? k4 : 0; k < depth; k++) {
-        size_t i = k < k4 ? i4 : 0;
-        for (; V.row == 1 && i + GEMM_LANES <= count; i += GEMM_LANES)
-            *(gemm_vector_at *)(out + k * width + i) = gemm_load(V.data, type, k * V.col + i);
-        for (; V.row == 1 && i + 4 <= count; i += 4) *(gemm_quad_at *)(out + k * width + i) = gemm_load4(V.data, type, k * V.col + i);
-        for (; i < width; i++) out[k * width + i] = i < count ? gemm_load1(V.data, type, i * V.row + k * V.col) : 0;
+    ops->cast(g->dbranch, g->dx, N * d);
+    ops->matmul_backward_input(g->dswiglu, g->dbranch, layer->w_down.weight, N, F, d);
+    ops->swiglu_backward(g->dgate_up, swiglu, g->dswiglu, block->gate_up, N, F);
+    if (!layer->w_down.frozen) {
+        ops->matmul_backward_weight(layer->w_down.grad, F, g->dbranch, swiglu, N, F, d);
+        ops->rmsnorm_forward(norm, block->rstd_2, block->mid, norm_2, N, d, c->norm_eps);
+        ops->matmul_backward_weight(layer->w_gate_up.grad, d, g->dgate_up, norm, N, d, 2 * F);
     }
-}
-static void gemm_pack(float *out, size_t width, matrix_view V, size_t count, size_t depth) {
-    if (V.type == RETROFIT_F32) gemm_pack_as(out, width, V, RETROFIT_F32, count, depth);
-    else gemm_pack_as(out, width, V, RETROFIT_BF16, count, depth);
-}
-
-// The first n of a vector's elements.
-GEMM_INLINE void gemm_copy(void *to, const void *from, size_t n) {
-    if (n >= GEMM_LANES) *(gemm_vector_at *)to = *(const gemm_vector_at *)from;
-    else memcpy(to, from, n * 4);
+    ops->matmul_backward_input(g->dinner, g->dgate_up, layer->w_gate_up.weight, N, d, 2 * F);
+    ops->rmsnorm_backward(g->dx, layer->norm_2.grad, g->dinner, block->mid, block->rstd_2, norm_2, N,
+                          d);
 }
 
-// The kernel: c = d + a·b for a block of GEMM_ROWS x (vectors * GEMM_LANES), of which the first m rows and n columns are stored.
-GEMM_INLINE void gemm_kernel(size_t vectors, size_t depth, matrix_view A, const float *b, size_t m, size_t n, float *c, size_t c_row,
-                             const float *d, size_t d_row) {
-    const float *a = (const float *)A.data;
-    gemm_vector sum[GEMM_ROWS][3], zero = {0};
-    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] = zero;
-    for (size_t k = 0; k < depth; k++, a += A.col, b += vectors * GEMM_LANES)
-        GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] += a[i * A.row] * *(const gemm_vector_at *)(b + v * GEMM_LANES);
-    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) {
-        size_t j = v * GEMM_LANES;
-        gemm_vector t = zero;
-        if (i >= m || j >= n) continue;
-        if (d) gemm_copy(&t, d + i * d_row + j, n - j);
-        t += sum[i][v];
-        gemm_copy(c + i * c_row + j, &t, n - j);
+static void attention_branch_backward(retrofit_buffers *buffers, retrofit_layer *layer,
+                                      retrofit_block *block) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_gradients *g = &buffers->gradients;
+    const float *norm_1 = (const float *)layer->norm_1.weight.data;
+    size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, Q = retrofit_qkv_width(c);
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    bool trained = !layer->w_qkv.frozen;
+
+    ops->cast(g->dbranch, g->dx, N * d);
+    if (trained)
+        ops->matmul_backward_weight(layer->w_out.grad, d, g->dbranch, block->attention, N, d, d);
+    ops->matmul_backward_input(g->dattention, g->dbranch, layer->w_out.weight, N, d, d);
+    ops->attention_backward(g->dqkv, g->delta, g->dattention, block->qkv, block->attention,
+                            block->lse, b, t, H, G, h);
+    ops->rope_backward(g->dqkv, buffers->rope, b, t, H, G, h);
+    if (trained) {
+        ops->rmsnorm_forward(buffers->norm, block->rstd_1, block->x, norm_1, N, d, c->norm_eps);
+        ops->matmul_backward_weight(layer->w_qkv.grad, d, g->dqkv, buffers->norm, N, d, Q);
     }
+    ops->matmul_backward_input(g->dinner, g->dqkv, layer->w_qkv.weight, N, d, Q);
+    ops->rmsnorm_backward(g->dx, layer->norm_1.grad, g->dinner, block->x, block->rstd_1, norm_1, N,
+                          d);
 }
 
-// A product small enough for the buffers. What the kernel reads only once or twice of A it may as well read in place.
-static void gemm_tile(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    matrix_view columns = {B.data, B.type, B.col, B.row}, packed = {gemm_a, RETROFIT_F32, 1, GEMM_ROWS};
-    for (size_t j = 0; j < N; j += GEMM_PANEL) {
-        size_t n = least(GEMM_PANEL, N - j);
-        gemm_pack(gemm_b + j * K, gemm_ceil(n, GEMM_LANES) * GEMM_LANES, gemm_part(columns, j, 0), n, K);
-    }
-    for (size_t i = 0; i < M; i += GEMM_ROWS) {
-        size_t m = least(GEMM_ROWS, M - i);
-        matrix_view rows = gemm_part(A, i, 0);
-        if (m < GEMM_ROWS || N > 2 * GEMM_PANEL || A.type != RETROFIT_F32) gemm_pack(gemm_a, GEMM_ROWS, rows, m, K), rows = packed;
-        for (size_t j = 0; j < N; j += GEMM_PANEL) {
-            const float *b = gemm_b + j * K, *from = d ? d + i * d_row + j : NULL;
-            float *to = c + i * c_row + j;
-            size_t n = least(GEMM_PANEL, N - j);
-            if (n > 2 * GEMM_LANES) gemm_kernel(3, K, rows, b, m, n, to, c_row, from, d_row);
-            else if (n > GEMM_LANES) gemm_kernel(2, K, rows, b, m, n, to, c_row, from, d_row);
-            else gemm_kernel(1, K, rows, b, m, n, to, c_row, from, d_row);
+static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
+    if (buffers->keep == RETROFIT_KEEP_INPUTS)
+        block_until_gate_up(buffers, layer, block, block->x, 0);
+    mlp_backward(buffers, layer, block);
+    attention_branch_backward(buffers, layer, block);
+}
+
+// Blocks in a row: each into its own buffers (`saved`), or all of them in place on x. Returns where
+// the last one's output lies. first_slot: of the first layer in the KV cache.
+static const float *blocks_forward(retrofit_buffers *buffers, const retrofit_layer *layers,
+                                   size_t count, retrofit_block *saved, float *x,
+                                   size_t first_slot) {
+    for (size_t i = 0; i < count; i++) {
+        retrofit_block *block = saved ? &saved[i] : &buffers->scratch;
+        if (!saved) {
+            block->mid = x;
+            block->out = x;
         }
+        block_forward(buffers, &layers[i], block, x, first_slot + i);
+        x = block->out;
+    }
+    return x;
+}
+
+static void blocks_backward(retrofit_buffers *buffers, retrofit_layer *layers, size_t count,
+                            retrofit_block *saved) {
+    for (size_t i = count; i-- > 0;) block_backward(buffers, &layers[i], &saved[i]);
+}
+
+// =================================================================================================
+// 3  Prelude, recurrence, coda, loss; backpropagation truncated to the last k
+// =================================================================================================
+
+// ---- Prelude: e = prelude(wte[tokens]), and A_e·e -------------------------------------------------
+
+// The two halves of the adapter A = [A_s | A_e]: columns that read the state, columns that read e.
+static retrofit_weight adapter_s(const retrofit_model *model) { return model->adapter.weight; }
+
+static retrofit_weight adapter_e(const retrofit_model *model) {
+    retrofit_weight w = model->adapter.weight;
+    w.data = (const char *)w.data + model->config.n_embd * retrofit_type_size(w.type);
+    return w;
+}
+
+// Checks the next batch's token ids and uploads them.
+static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t) {
+    const retrofit_model *model = buffers->model;
+    size_t V = model->config.vocab;
+    if (b == 0 || t == 0 || b > buffers->B || t > buffers->T)
+        return retrofit_fail("a batch of %zu x %zu tokens where at most %zu x %zu fit", b, t,
+                             buffers->B, buffers->T);
+    for (size_t i = 0; i < b * t; i++) {
+        if (tokens[i] < 0 || (size_t)tokens[i] >= V)
+            return retrofit_fail("token %zu is %d, but the vocabulary has %zu entries", i,
+                                 (int)tokens[i], V);
+    }
+    buffers->b = b;
+    buffers->t = t;
+    buffers->N = b * t;
+    buffers->n = 0;
+    buffers->k = 0;
+    model->ops->upload(buffers->tokens, tokens, buffers->N * sizeof *tokens);
+    return true;
+}
+
+static void prelude_forward(retrofit_buffers *buffers) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_ops *ops = model->ops;
+    size_t N = buffers->N, d = model->config.n_embd, P = model->config.prelude;
+    retrofit_block *saved = buffers->keep ? buffers->saved.prelude : NULL;
+    ops->embedding_forward(buffers->embedded, buffers->tokens, model->wte.weight, N, d);
+    buffers->e = blocks_forward(buffers, model->prelude, P, saved, buffers->embedded, 0);
+    if (retrofit_is_plain(&model->config)) return;
+    ops->cast(buffers->norm, buffers->e, N * d);
+    ops->matmul_residual_forward(buffers->injected, NULL, buffers->norm, adapter_e(model), N, d, d);
+}
+
+bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t) {
+    if (!set_batch(buffers, tokens, b, t)) return false;
+    prelude_forward(buffers);
+    return true;
+}
+
+// ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) --------------------------------------------------
+
+// s_0 ~ N(0, σ²), cut at ±3σ; the same in training and at test time, drawn anew for every batch, so
+// that the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests that must
+// not depend on a draw. Each number is a function of (seed, row, position, column): a row's states do
+// not depend on how a text is cut into batches, and a cached decode equals the full forward pass.
+void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed) {
+    draw_states(buffers, buffers->state, sigma, seed);
+}
+
+// x = A_s·state + A_e·e = A·concat(state, e)
+static void inject(retrofit_buffers *buffers, const float *state, float *x) {
+    const retrofit_model *model = buffers->model;
+    size_t N = buffers->N, d = model->config.n_embd;
+    act *norm = buffers->norm;
+    model->ops->cast(norm, state, N * d);
+    model->ops->matmul_residual_forward(x, buffers->injected, norm, adapter_s(model), N, d, d);
+}
+
+// Where recurrence j = 1 … k with gradient left its state; s_n for j = 0.
+static const float *saved_state(const retrofit_buffers *buffers, size_t j) {
+    size_t C = buffers->model->config.core;
+    return j ? buffers->saved.core[j * C - 1].out : buffers->state;
+}
+
+static void recur_without_gradient(retrofit_buffers *buffers, size_t n) {
+    const retrofit_model *model = buffers->model;
+    size_t C = model->config.core;
+    float *state = buffers->state;
+    for (size_t i = 0; i < n; i++) {
+        inject(buffers, state, state);
+        blocks_forward(buffers, model->core, C, NULL, state, core_slot(buffers, buffers->n));
+        buffers->n++;
     }
 }
 
-// A product with few rows, at the speed at which B can be read, in place: 4 of its columns, which are contiguous in k, meet `rows` rows of
-// A; every lane has its own sum. A column is too short for the processor to find out by itself what to fetch ahead, so we ask for what is
-// 8 columns on (asking for what does not exist does no harm).
-GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t M, size_t N, size_t K, matrix_view B, float *c, size_t c_row,
-                              const float *d, size_t d_row) {
-    for (size_t j = 0; j < N; j += 4)
-        for (size_t i = 0; i < M; i += rows) {
-            const float *a = gemm_b + i * K;
-            gemm_vector sum[4][4], zero = {0};
-            size_t at[4], k = 0;
-            GEMM_EACH(s, 4) at[s] = least(j + s, N - 1) * B.col; // past the end: the last column again
-            GEMM_EACH(r, rows) GEMM_EACH(s, 4) sum[r][s] = zero;
-            for (; k + GEMM_LANES <= K; k += GEMM_LANES) {
-                gemm_vector w[4];
-                GEMM_EACH(s, 4) {
-                    __builtin_prefetch((const char *)B.data + (at[s] + 8 * B.col + k) * (type == RETROFIT_F32 ? 4 : 2), 0, 2);
-                    w[s] = gemm_load(B.data, type, at[s] + k);
-                }
-                GEMM_EACH(r, rows) {
-                    gemm_vector x = *(const gemm_vector_at *)(a + r * K + k);
-#ifdef __x86_64__
-                    __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
-#endif
-                    GEMM_EACH(s, 4) sum[r][s] += w[s] * x;
-                }
+static void recur_and_save(retrofit_buffers *buffers, size_t k) {
+    const retrofit_model *model = buffers->model;
+    size_t C = model->config.core;
+    for (size_t i = 0; i < k; i++) {
+        float *x = buffers->saved.adapted[buffers->k];
+        inject(buffers, saved_state(buffers, buffers->k), x);
+        blocks_forward(buffers, model->core, C, &buffers->saved.core[buffers->k * C], x, 0);
+        buffers->k++;
+    }
+}
+
+void retrofit_recur(retrofit_buffers *buffers, size_t n, size_t k) {
+    if (retrofit_is_plain(&buffers->model->config)) return;
+    recur_without_gradient(buffers, n);
+    recur_and_save(buffers, k);
+}
+
+// ---- Coda: logits = lm_head·RMSNorm_f(coda(s_r)) --------------------------------------------------
+
+static const float *latest_state(const retrofit_buffers *buffers) {
+    if (retrofit_is_plain(&buffers->model->config)) return buffers->embedded;
+    return saved_state(buffers, buffers->k);
+}
+
+void retrofit_coda(retrofit_buffers *buffers) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_ops *ops = model->ops;
+    const float *ln_f = (const float *)model->ln_f.weight.data;
+    size_t N = buffers->N, d = model->config.n_embd, D = model->config.coda;
+    float *x = (float *)latest_state(buffers);
+    if (!buffers->keep) { // blocks run in place, and the state must live on: recurrences may follow
+        ops->copy(buffers->x, x, N * d * sizeof *x);
+        x = buffers->x;
+    }
+    retrofit_block *saved = buffers->keep ? buffers->saved.coda : NULL;
+    buffers->last = blocks_forward(buffers, model->coda, D, saved, x, coda_slot(buffers));
+    ops->rmsnorm_forward(buffers->final, buffers->rstd_f, buffers->last, ln_f, N, d,
+                         model->config.norm_eps);
+}
+
+bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
+                      float sigma, uint64_t seed, size_t n, size_t k) {
+    bool plain = retrofit_is_plain(&buffers->model->config);
+    if (k > buffers->K && !plain)
+        return retrofit_fail("%zu recurrences with gradient where %zu fit", k, buffers->K);
+    if (!retrofit_prelude(buffers, tokens, b, t)) return false;
+    if (!plain) retrofit_init_state(buffers, sigma, seed);
+    retrofit_recur(buffers, n, k);
+    retrofit_coda(buffers);
+    return true;
+}
+
+// Element i of an array of `act`.
+static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
+    return (char *)p + i * retrofit_type_size(ops->act_type);
+}
+
+void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_ops *ops = model->ops;
+    size_t d = model->config.n_embd, V = model->config.vocab;
+    size_t rows = retrofit_min(buffers->chunk, WIDE_ROWS);
+    float *wide = buffers->wide_logits;
+    for (size_t at = 0; at < count; at += rows) {
+        size_t some = retrofit_min(rows, count - at);
+        act *final = act_at(ops, buffers->final, (first + at) * d);
+        ops->matmul_residual_forward(wide, NULL, final, model->lm_head.weight, some, d, V);
+        ops->download(logits + at * V, wide, some * V * sizeof *logits);
+    }
+}
+
+// ---- Loss -----------------------------------------------------------------------------------------
+// The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A step
+// accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has, so a
+// step's loss is the mean of its micro-batches' means.
+
+// How many labels count; 0 and an error if one is not below V, or none counts.
+static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels) {
+    size_t V = buffers->model->config.vocab, counted = 0;
+    for (size_t i = 0; i < buffers->N; i++) {
+        if (labels[i] == -100) continue;
+        if (labels[i] < 0 || (size_t)labels[i] >= V) {
+            retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i, (int)labels[i],
+                          V);
+            return 0;
+        }
+        counted++;
+    }
+    if (counted == 0) retrofit_fail("all labels of the batch are -100: there is no loss");
+    return counted;
+}
+
+// The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place and
+// goes on to the head and to dfinal before the next chunk is computed.
+static void head_and_loss(retrofit_buffers *buffers, float scale) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_ops *ops = model->ops;
+    const retrofit_parameter *head = &model->lm_head;
+    size_t N = buffers->N, d = model->config.n_embd, V = model->config.vocab;
+    act *logits = buffers->logits;
+    for (size_t at = 0; at < N; at += buffers->chunk) {
+        size_t rows = retrofit_min(N - at, buffers->chunk);
+        act *final = act_at(ops, buffers->final, at * d);
+        ops->matmul_forward(logits, final, head->weight, rows, d, V);
+        ops->cross_entropy(buffers->losses + at, logits, buffers->labels + at, rows, V, scale);
+        if (scale == 0) continue;
+        act *dfinal = act_at(ops, buffers->gradients.dfinal, at * d);
+        if (!head->frozen) ops->matmul_backward_weight(head->grad, d, logits, final, rows, d, V);
+        ops->matmul_backward_input(dfinal, logits, head->weight, rows, d, V);
+    }
+}
+
+double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_ops *ops = model->ops;
+    const retrofit_gradients *g = &buffers->gradients;
+    size_t N = buffers->N, d = model->config.n_embd;
+    size_t counted = count_labels(buffers, labels);
+    if (counted == 0) return NAN;
+    ops->upload(buffers->labels, labels, N * sizeof *labels);
+    head_and_loss(buffers, scale / (float)counted);
+    if (scale != 0) {
+        ops->zero(g->dx, N * d * sizeof *g->dx);
+        ops->rmsnorm_backward(g->dx, model->ln_f.grad, g->dfinal, buffers->last, buffers->rstd_f,
+                              (const float *)model->ln_f.weight.data, N, d);
+    }
+    ops->download(buffers->host_losses, buffers->losses, N * sizeof(float));
+    double sum = 0;
+    for (size_t i = 0; i < N; i++) sum += buffers->host_losses[i];
+    return sum / (double)counted;
+}
+
+// ---- Backward: through the coda, the last k recurrences, the prelude ------------------------------
+
+void retrofit_zero_grad(retrofit_model *model) {
+    model->ops->zero(model->grads, model->grad_bytes);
+}
+
+// From i = n + k down to n + 1. dx comes in as ds_i and leaves as ds_{i-1}; in between it is dY_i, the
+// gradient of A·concat(s_{i-1}, e). At i = n + 1 it stops: s_n counts as a constant.
+static void recurrence_backward(retrofit_buffers *buffers) {
+    retrofit_model *model = (retrofit_model *)buffers->model;
+    const retrofit_ops *ops = model->ops;
+    const retrofit_gradients *g = &buffers->gradients;
+    size_t N = buffers->N, d = model->config.n_embd, C = model->config.core;
+    ops->zero(g->dinjected, N * d * sizeof *g->dinjected);
+    for (size_t j = buffers->k; j-- > 0;) {
+        blocks_backward(buffers, model->core, C, &buffers->saved.core[j * C]);
+        ops->add(g->dinjected, g->dx, N * d, 1);
+        ops->cast(g->dbranch, g->dx, N * d);
+        ops->cast(buffers->norm, saved_state(buffers, j), N * d);
+        ops->matmul_backward_weight(model->adapter.grad, 2 * d, g->dbranch, buffers->norm, N, d, d);
+        if (j > 0) ops->matmul_residual_backward_input(g->dx, g->dbranch, adapter_s(model), N, d, d);
+    }
+}
+
+// dA_e = (Σ dY_i)·eᵀ and, unless the prelude is frozen, de = A_eᵀ·(Σ dY_i) into dx.
+static void injection_backward(retrofit_buffers *buffers) {
+    retrofit_model *model = (retrofit_model *)buffers->model;
+    const retrofit_ops *ops = model->ops;
+    const retrofit_gradients *g = &buffers->gradients;
+    size_t N = buffers->N, d = model->config.n_embd;
+    float *dA_e = model->adapter.grad + d;
+    ops->cast(g->dbranch, g->dinjected, N * d);
+    ops->cast(buffers->norm, buffers->e, N * d);
+    ops->matmul_backward_weight(dA_e, 2 * d, g->dbranch, buffers->norm, N, d, d);
+    if (!model->wte.frozen)
+        ops->matmul_residual_backward_input(g->dx, g->dbranch, adapter_e(model), N, d, d);
+}
+
+void retrofit_backward(retrofit_buffers *buffers) {
+    retrofit_model *model = (retrofit_model *)buffers->model;
+    const retrofit_config *c = &model->config;
+    float *dx = buffers->gradients.dx;
+    blocks_backward(buffers, model->coda, c->coda, buffers->saved.coda);
+    if (!retrofit_is_plain(c)) {
+        recurrence_backward(buffers);
+        injection_backward(buffers);
+        if (model->wte.frozen) return;
+        blocks_backward(buffers, model->prelude, c->prelude, buffers->saved.prelude);
+    }
+    model->ops->embedding_backward(model->wte.grad, buffers->tokens, dx, buffers->N, c->n_embd);
+}
+
+size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
+    const retrofit_model *model = buffers->model;
+    size_t count = buffers->N * model->config.n_embd;
+    double *sum = model->sums + 1;
+    if (retrofit_is_plain(&model->config)) return 0;
+    for (size_t j = 0; j <= buffers->k; j++) {
+        model->ops->zero(sum, sizeof *sum);
+        model->ops->sum_squares(sum, saved_state(buffers, j), count);
+        model->ops->download(&rms[j], sum, sizeof *rms);
+        rms[j] = sqrt(rms[j] / (double)count);
+    }
+    return buffers->k + 1;
+}
+
+// ---- What it costs --------------------------------------------------------------------------------
+// A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
+// costs 1; backward 1 for the gradient of what came in and 1 for that of the weights, unless they are
+// frozen. The n recurrences without gradient cost 1 each. A_e·e is computed once per pass, whatever r
+// is, and so are its gradients. (The ds of the first recurrence with gradient, which truncation saves,
+// is counted: 2d² of some billions.)
+double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
+                                size_t n, size_t k) {
+    double d = (double)config->n_embd, F = (double)config->intermediate;
+    double Q = (double)retrofit_qkv_width(config), V = (double)config->vocab;
+    double layer = 2 * (d * Q + d * d + 3 * d * F) + 2 * (double)T * d;
+    double adapter_half = retrofit_is_plain(config) ? 0 : 2 * d * d;
+    bool all = mode == RETROFIT_TRAINING, none = mode == RETROFIT_INFERENCE;
+
+    double of_prelude = all ? 3 : 1;
+    double of_A_e = all ? 3 : none ? 1 : 2;
+    double of_A_s = none ? 1 : 3;
+    double of_core = none ? 1 : mode == RETROFIT_TRAINING_ADAPTER ? 2 : 3;
+    double of_coda = all ? 3 : none ? 1 : 2;
+    double P = (double)config->prelude, C = (double)config->core, D = (double)config->coda;
+    double without_gradient = (double)n * (C * layer + adapter_half);
+    double with_gradient = (double)k * (of_core * C * layer + of_A_s * adapter_half);
+    return of_prelude * P * layer + of_A_e * adapter_half + without_gradient + with_gradient +
+           of_coda * (D * layer + 2 * d * V);
+}
+
+// As the paper's figures count: 6·N_1 + 2·N_2 per token, N_1 the parameters of prelude, k times the
+// core, and coda, N_2 those of n times the core. Attention, adapter, embedding and head do not count,
+// nor does freezing: it is a measure of the body's size times its passes.
+double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k) {
+    double d = (double)config->n_embd, F = (double)config->intermediate;
+    double layer = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F + 2 * d;
+    size_t with_gradient = config->prelude + k * config->core + config->coda;
+    return layer * (6 * (double)with_gradient + 2 * (double)(n * config->core));
+}
+
+// =================================================================================================
+// 4  How many recurrences, how much of them, how fast: sampler, curriculum, learning rate
+// =================================================================================================
+
+// rate ~ LogNormal(ln r - σ²/2, σ = 1/2), so that its mean is r; p ~ Poisson(rate) + 1 recurrences; the last min(K, p) get gradients.
+// The draw depends on m alone, so every device of a run, and a resumed run, makes the same one.
+void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate) {
+    mt19937 g;
+    mt19937_seed(&g, (uint32_t)((514229 + m) % 0x7fffffffu));
+    const double sigma = 0.5;
+    float drawn = (float)exp(log((double)(r > K ? r : K)) - sigma * sigma / 2 + sigma * mt19937_normal(&g));
+    size_t p = mt19937_poisson(&g, (double)drawn) + 1;
+    *n = p > K ? p - K : 0;
+    *k = p < K ? p : K;
+    if (rate) *rate = drawn;
+}
+
+// Step S, behind the last, has the authors' schedules back at their start; so do these.
+double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
+    double warm = ceil(w * (double)S);
+    if (kind == RETROFIT_CURRICULUM_NONE || ((double)t >= warm && t < S)) return R;
+    if (t >= S) return 0;
+    double x = (double)t / warm;
+    return R * (kind == RETROFIT_CURRICULUM_LINEAR ? x : 1 - sqrt(1 - x));
+}
+
+double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base) {
+    double warm = ceil(w * (double)S);
+    if (t >= S) return base * start;
+    return (double)t >= warm ? base : base * (start + (1 - start) * ((double)t / warm));
+}
+
+double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr) {
+    double warm = ceil(w * (double)S), cool = ceil(c * (double)S), s = (double)t;
+    if (s < warm) return lr * (min + (1 - min) * (s / warm));
+    if (s < (double)S - cool) return lr;
+    double x = cool > 0 ? fmin(1, (s - ((double)S - cool)) / cool) : 1;
+    return lr * (min + (1 - min) * 0.5 * (1 + cos(3.14159265358979323846 * x)));
+}
+
+const retrofit_training retrofit_paper_training = {
+    .steps = 50000,
+    .accumulate = 128,
+    .mean_recurrence = 32,
+    .backprop_depth = 8,
+    .curriculum = RETROFIT_CURRICULUM_1_SQRT,
+    .curriculum_warmup = 0.75,
+    .depth_start = 1,
+    .depth_warmup = 0,
+    .lr = 5e-5,
+    .muon_lr = 1e-3,
+    .warmup = 0.0025,
+    .cooldown = 0.6,
+    .min_lr_ratio = 0.001,
+    .mode = RETROFIT_TRAINING,
+    .optimizer = {.kind = RETROFIT_MUON,
+                  .beta1 = 0.9f,
+                  .beta2 = 0.95f,
+                  .eps = 1e-10f,
+                  .weight_decay = 1e-4f,
+                  .momentum = 0.95f,
+                  .clip = 1,
+                  .peak_lr = 5e-5f},
+    .sigma = (float)RETROFIT_STATE_STD,
+    .seed = 1,
+};
+
+retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
+                                 size_t step) {
+    size_t S = training->steps;
+    retrofit_plan plan = {0, 0, 0, 0};
+    plan.lr = (float)retrofit_learning_rate(step, S, training->warmup, training->cooldown,
+                                            training->min_lr_ratio, training->lr);
+    plan.muon_lr = (float)retrofit_learning_rate(step, S, training->warmup, training->cooldown,
+                                                 training->min_lr_ratio, training->muon_lr);
+    if (retrofit_is_plain(config)) return plan;
+
+    double mean = retrofit_curriculum(training->curriculum, step, S, training->curriculum_warmup,
+                                      (double)training->mean_recurrence);
+    plan.mean = retrofit_max(1, (size_t)ceil(mean));
+    double K = (double)training->backprop_depth;
+    double warmup = training->depth_warmup;
+    if (training->fixed_k) {
+        plan.mean = training->fixed_n + training->fixed_k;
+        warmup = 0;
+    }
+    // A little is taken off before rounding up: start/K·K may come out a bit more than start.
+    double start = (double)training->depth_start / K;
+    double depth = retrofit_linear_schedule(step, S, warmup, start, K) - 1e-9;
+    plan.depth = retrofit_min(plan.mean, (size_t)ceil(depth));
+    return plan;
+}
+
+void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
+                        size_t j, size_t *n, size_t *k) {
+    *n = training->fixed_n;
+    *k = training->fixed_k;
+    if (plan->mean == 0 || training->fixed_k) return;
+    uint64_t m = step * training->accumulate + j + 1;
+    retrofit_draw_recurrences(m, plan->mean, plan->depth, n, k, NULL);
+}
+
+static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index) {
+    size_t T = buffers->T;
+    for (size_t i = 0; i < buffers->B; i++) {
+        int32_t *tokens = buffers->host_tokens + i * T;
+        int32_t *labels = buffers->host_labels + i * T;
+        if (!retrofit_data_row(data, index * buffers->B + i, tokens, labels)) return false;
+    }
+    return true;
+}
+
+static void count_micro_batch(retrofit_step *result, const retrofit_training *training,
+                              const retrofit_config *config, size_t tokens, size_t T, size_t n,
+                              size_t k) {
+    retrofit_mode mode = training->mode;
+    result->n = n;
+    result->k = k;
+    result->mean_k += (double)k / (double)training->accumulate;
+    result->flops += retrofit_flops_per_token(config, mode, T, n, k) * (double)tokens;
+    result->paper_flops += retrofit_paper_flops_per_token(config, n, k) * (double)tokens;
+}
+
+bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
+                            const retrofit_training *training, size_t step, size_t t,
+                            retrofit_step *result) {
+    retrofit_model *model = (retrofit_model *)buffers->model;
+    const retrofit_config *config = &model->config;
+    size_t B = buffers->B, T = buffers->T, accumulate = training->accumulate;
+    retrofit_plan plan = retrofit_plan_step(training, config, step);
+    *result = (retrofit_step){.plan = plan, .norm = NAN};
+
+    retrofit_zero_grad(model);
+    for (size_t j = 0; j < accumulate; j++) {
+        size_t n, k;
+        uint64_t index = (uint64_t)step * accumulate + j;
+        uint64_t seed = retrofit_hash(training->seed, index);
+        if (!read_micro_batch(buffers, data, index)) return false;
+        retrofit_plan_draw(training, &plan, step, j, &n, &k);
+        if (!retrofit_forward(buffers, buffers->host_tokens, B, T, training->sigma, seed, n, k)) return false;
+        result->loss += retrofit_loss(buffers, buffers->host_labels, 1.0f / (float)accumulate) / (double)accumulate;
+        retrofit_backward(buffers);
+        count_micro_batch(result, training, config, B * T, T, n, k);
+    }
+
+    retrofit_optimizer optimizer = training->optimizer;
+    optimizer.lr = plan.lr;
+    optimizer.muon_lr = plan.muon_lr;
+    optimizer.throttle = training->throttle ? (float)result->mean_k : 0;
+    if (isfinite(result->loss)) result->norm = retrofit_optimizer_step(model, &optimizer, t);
+    return true;
+}
+
+// =================================================================================================
+// 5  Optimizers
+// =================================================================================================
+
+static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) { return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX; }
+
+static void sum_squares(double *sum, const float *x, size_t n) {
+    double total = 0;
+    enum { BLOCK = 1 << 14, MANY = 256 }; // blocks are summed side by side and added in order, whatever the number of threads
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
+        double sums[MANY] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < MANY; i++) {
+            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
+            for (size_t j = begin; j < end; j += 256) sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
+        }
+        for (size_t i = 0; i < MANY; i++) total += sums[i];
+    }
+    *sum += total;
+}
+
+static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,
+                         double bias2, float eps, float decay) {
+    float step = (float)(lr / bias1), root = (float)sqrt(bias2), keep = 1.0f - lr * decay;
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) {
+        float gi = g[i] * scale;
+        m[i] += (1.0f - beta1) * (gi - m[i]);
+        v[i] = beta2 * v[i] + (1.0f - beta2) * gi * gi;
+        w[i] = w[i] * keep - step * m[i] / (sqrtf(v[i]) / root + eps);
+    }
+}
+
+static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps) {
+    double total = 0;
+    enum { BLOCK = 1 << 12, MANY = 256 }; // as in sum_squares
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
+        double sums[MANY] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < MANY; i++)
+            for (size_t j = at + i * BLOCK; j < retrofit_min(at + (i + 1) * BLOCK, n); j++) {
+                float gj = g[j] * scale;
+                m[j] += (1.0f - beta1) * (gj - m[j]);
+                v[j] = beta2 * v[j] + (1.0f - beta2) * gj * gj;
+                if (v[j] < eps * eps) v[j] = eps * eps;
+                sums[i] += gj * gj / v[j];
             }
-            GEMM_EACH(r, rows) {
-                gemm_quad q[4], part[GEMM_LANES / 4];
-                GEMM_EACH(s, 4) {
-                    memcpy(part, &sum[r][s], sizeof part);
-                    GEMM_EACH(l, GEMM_LANES / 4) q[s] = l ? q[s] + part[l] : part[l];
-                }
-                gemm_transpose4(q);
-                q[0] = (q[0] + q[1]) + (q[2] + q[3]);
-                for (size_t s = 0; s < least(4, N - j) && r < M - i; s++) {
-                    float total = q[0][s];
-                    for (size_t l = k; l < K; l++) total += a[r * K + l] * gemm_load1(B.data, type, at[s] + l);
-                    c[(i + r) * c_row + j + s] = (d ? d[(i + r) * d_row + j + s] : 0) + total;
-                }
-            }
+        for (size_t i = 0; i < MANY; i++) total += sums[i];
+    }
+    *sum += total;
+}
+
+static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2,
+                             float decay) {
+    float step = (float)(lr / bias1 / fmax(1, sqrt(*sum / (double)n))), root = (float)sqrt(bias2);
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) w[i] = w[i] * (1.0f - decay) - step * atan2f(m[i], sqrtf(v[i]) / root);
+}
+
+static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale, float momentum) {
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) {
+        float gi = g[i] * scale;
+        m[i] += (1.0f - momentum) * (gi - m[i]);
+        u[i] = gi + momentum * (m[i] - gi);
+    }
+}
+
+static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
+    float *x = (float *)x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
+    PARALLEL_FOR(rows * cols)
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++) x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
+}
+
+static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
+    float *y = (float *)y_;
+    const float *x = (const float *)x_;
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
+}
+
+static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale, float decay) {
+    const float *x = (const float *)x_;
+    PARALLEL_FOR(rows * cols)
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++) {
+            float u = x[rows > cols ? c * rows + r : r * cols + c];
+            w[r * cols + c] = w[r * cols + c] * (1.0f - lr * decay) - lr * scale * u;
         }
 }
-static void gemm_dots(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    matrix_view columns = {A.data, A.type, A.col, A.row};
-    gemm_pack(gemm_b, K, columns, K, M); // A, row by row
-    if (M == 1 && B.type == RETROFIT_F32) gemm_dots_as(1, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
-    else if (M == 1) gemm_dots_as(1, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
-    else if (B.type == RETROFIT_F32) gemm_dots_as(GEMM_ROWS / 2, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
-    else gemm_dots_as(GEMM_ROWS / 2, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
-}
 
-static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    if (M <= GEMM_FEW && B.row == 1 && K <= GEMM_BUFFER / GEMM_FEW) gemm_dots(M, N, K, A, B, c, c_row, d, d_row);
-    else {
-        size_t pieces = K ? gemm_ceil(K, GEMM_DEPTH) : 1, strip = GEMM_BUFFER / (K / pieces + 1) / GEMM_LANES * GEMM_LANES;
-        for (size_t j = 0; j < N; j += strip)
-            for (size_t piece = 0; piece < pieces; piece++) { // the later ones add to what the earlier ones left
-                const float *from = piece ? c : d;
-                size_t k = piece * K / pieces, depth = (piece + 1) * K / pieces - k, from_row = piece ? c_row : d_row;
-                gemm_tile(M, least(strip, N - j), depth, gemm_part(A, 0, k), gemm_part(B, k, j), c + j, c_row, from ? from + j : NULL,
-                          from_row);
-            }
+// Muon: the momentum's update direction u, with its singular values pushed towards 1 by five steps of the quintic iteration
+// X ← aX + (bA + cA²)X, A = XXᵀ, on X = u/(‖u‖ + 1e-7); X is kept with at most as many rows as columns.
+static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr) {
+    const retrofit_ops *ops = m->ops;
+    size_t rows = p->rows, cols = p->cols, r = rows < cols ? rows : cols, c = rows < cols ? cols : rows;
+    retrofit_weight x = {m->muon_x, ops->act_type, c}, a = {m->muon_a, ops->act_type, r};
+    ops->muon_momentum(m->muon_u, p->m, p->grad, rows * cols, scale, o->momentum);
+    ops->zero(m->sums + 1, sizeof *m->sums);
+    ops->sum_squares(m->sums + 1, m->muon_u, rows * cols);
+    ops->muon_load(m->muon_x, m->muon_u, m->sums + 1, rows, cols);
+    for (int i = 0; i < 5; i++) {
+        ops->matmul_forward(m->muon_a, m->muon_x, x, r, c, r);
+        ops->matmul_forward(m->muon_b, m->muon_a, a, r, r, r); // A is symmetric: A·Aᵀ = A²
+        ops->axpby(m->muon_b, m->muon_a, r * r, -4.7750f, 2.0315f);
+        ops->matmul_backward_input(m->muon_y, m->muon_b, x, r, c, r);
+        ops->axpby(m->muon_x, m->muon_y, r * c, 1, 3.4445f);
     }
+    ops->muon_update(p->master, m->muon_x, rows, cols, lr, sqrtf(fmaxf(1, (float)rows / (float)cols)), o->weight_decay);
 }
 
-// The same with all threads, unless the product is so small that waking them would take longer.
-static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-#ifdef _OPENMP
-    size_t threads = omp_in_parallel() || M * N * K < 65536 ? 1 : (size_t)omp_get_max_threads(), p = 1;
-    size_t rows = gemm_ceil(M, GEMM_ROWS), columns = gemm_ceil(N, GEMM_LANES);
-    if (threads > 1) {
-        // A grid of p x q tiles that are about square, not wide, and none so low that it would go gemm_dots's way if C as a whole does not.
-        for (size_t x = 2; x <= least(threads, rows / 3); x++)
-            if (threads % x == 0 && x * x * N <= threads * M) p = x;
-        size_t q = least(columns, threads / p * gemm_ceil(N, threads / p * 512));
-        PARALLEL_TASKS
-        for (size_t t = 0; t < p * q; t++) {
-            size_t i = t / q * rows / p * GEMM_ROWS, m = least(M, (t / q + 1) * rows / p * GEMM_ROWS) - i;
-            size_t j = t % q * columns / q * GEMM_LANES, n = least(N, (t % q + 1) * columns / q * GEMM_LANES) - j;
-            gemm_serial(m, n, K, gemm_part(A, i, 0), gemm_part(B, 0, j), c + i * c_row + j, c_row, d ? d + i * d_row + j : NULL, d_row);
-        }
-        return;
+// AdamW*, the authors' ELLISAdam: m and v begin as the first gradient and its square; atan2 needs no eps, but v is never below eps²; a tensor
+// whose gradient is larger than v expects takes a smaller step; weight decay follows the schedule, not the learning rate.
+static void ellisadam_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr, size_t t,
+                           double bias1, double bias2) {
+    size_t n = p->rows * p->cols;
+    m->ops->zero(m->sums + 1, sizeof *m->sums);
+    m->ops->ellisadam_moments(p->m, p->v, m->sums + 1, p->grad, n, scale, t > 1 ? o->beta1 : 0, t > 1 ? o->beta2 : 0, o->eps);
+    m->ops->ellisadam_update(p->master, p->m, p->v, m->sums + 1, n, lr, bias1, bias2,
+                             o->weight_decay * (o->peak_lr > 0 ? o->lr / o->peak_lr : 1));
+}
+
+double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t) {
+    double norm;
+    m->ops->zero(m->sums, sizeof *m->sums);
+    m->ops->sum_squares(m->sums, (const float *)m->grads, m->grad_bytes / sizeof(float));
+    m->ops->download(&norm, m->sums, sizeof norm);
+    if (!isfinite(norm = sqrt(norm))) return norm;
+    float scale = o->clip > 0 ? (float)fmin(1, o->clip / (norm + 1e-6)) : 1;
+    double bias1 = 1 - pow(o->beta1, (double)t), bias2 = 1 - pow(o->beta2, (double)t);
+    for (size_t i = 0; i < m->parameter_count; i++) {
+        retrofit_parameter *p = m->parameters[i];
+        bool throttled = o->throttle > 0 && (p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER);
+        float slower = throttled ? o->throttle : 1, lr = o->lr / slower;
+        size_t n = p->rows * p->cols;
+        if (p->frozen) continue;
+        if (by_muon(p, o->kind)) muon_step(m, p, o, scale, o->muon_lr / slower);
+        else if (o->kind == RETROFIT_ELLISADAM) ellisadam_step(m, p, o, scale, lr, t, bias1, bias2);
+        else
+            m->ops->adamw_update(p->master, p->m, p->v, p->grad, n, scale, lr, o->beta1, o->beta2, bias1, bias2, o->eps, o->weight_decay);
     }
-#endif
-    gemm_serial(M, N, K, A, B, c, c_row, d, d_row);
+    retrofit_refresh_weights(m);
+    return norm;
 }
 
-static matrix_view view(const void *data, size_t row) {
-    matrix_view v = {data, RETROFIT_F32, row, 1};
-    return v;
-}
-
-static matrix_view view_transposed(const void *data, size_t row) {
-    matrix_view v = {data, RETROFIT_F32, 1, row};
-    return v;
-}
+// =================================================================================================
+// 6  The operations on a CPU, forward beside backward (act is float here)
+// =================================================================================================
 
 // ---- Embedding: x_n = wte[token_n]. Backward runs over columns, so that rows of one token add up in order. --------
 static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d) {
     PARALLEL_FOR(N * d)
     for (size_t n = 0; n < N; n++) {
         const char *row = (const char *)wte.data + (size_t)tokens[n] * wte.stride * retrofit_type_size(wte.type);
-        to_float(x + n * d, row, wte.type, d);
+        retrofit_to_float(x + n * d, row, wte.type, d);
     }
 }
 
@@ -2162,56 +1506,6 @@ static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, siz
 // ---- Attention: o_t = Σ_u p_tu·v_u, p_tu = softmax_u≤t(q_t·k_u/√h); query head j reads key/value head j/(H/G) -------------
 // In tiles (FlashAttention-2): of P only one tile exists at a time; a running maximum and sum make the softmax exact, and backward
 // finds P again from lse_t = log Σ_u e^{q_t·k_u/√h}.
-enum { TILE = 96 };
-
-// One tile of queries against keys [0, keys): o (rows, h; o_row apart) and lse (lse_row apart). Query i may see keys up to first + i.
-static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const float *q, size_t q_row, const void *k, const void *v,
-                   retrofit_type type, size_t kv_row, size_t rows, size_t first, size_t h) {
-    float s[TILE * TILE], maximum[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
-    size_t keys = first + rows;
-    matrix_view key = {k, type, 1, kv_row}, value = {v, type, kv_row, 1};
-    for (size_t u0 = 0; u0 < keys; u0 += TILE) {
-        size_t width = least(keys - u0, TILE);
-        // (1) scores of the tile
-        gemm_serial(rows, width, h, view(q, q_row), gemm_part(key, 0, u0), s, TILE, NULL, 0);
-        for (size_t i = 0; i < rows; i++) {
-            float *p = s + i * TILE, top = u0 ? maximum[i] : -INFINITY, lanes[LANES] = {0}, tail = 0;
-            size_t seen = first + i + 1 <= u0 ? 0 : least(first + i + 1 - u0, width), u = 0;
-            // (2) the maximum so far; what was summed up under the old one is scaled down
-            float tile_top = largest(p, seen);
-            top = tile_top > top ? tile_top : top;
-            float shrink = u0 ? fast_exp((maximum[i] - top) * scale) : 0;
-            // (3) e^{score - maximum}, and their sum
-            for (u = 0; u < seen; u++) p[u] = fast_exp((p[u] - top) * scale);
-            for (; u < width; u++) p[u] = 0;
-            for (u = 0; u + LANES <= seen; u += LANES) // not to width: a query's bits shall not depend on how many come with it
-                for (int l = 0; l < LANES; l++) lanes[l] += p[u + l];
-            for (; u < seen; u++) tail += p[u];
-            sum[i] = (u0 ? sum[i] * shrink : 0) + sum_lanes(lanes) + tail;
-            maximum[i] = top;
-            for (size_t c = 0; u0 && c < h; c++) o[i * o_row + c] *= shrink;
-        }
-        // (4) the tile's share of the output
-        gemm_serial(rows, h, width, view(s, TILE), gemm_part(value, u0, 0), o, o_row, u0 ? o : NULL, o_row);
-    }
-    for (size_t i = 0; i < rows; i++) {
-        for (size_t c = 0; c < h; c++) o[i * o_row + c] /= sum[i];
-        if (lse) lse[i * lse_row] = maximum[i] * scale + logf(sum[i]);
-    }
-}
-
-// Every tile of queries of every head, against keys and values kv_row apart, kv_batch from one sequence to the next.
-static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v, retrofit_type type, size_t kv_row,
-                         size_t kv_batch, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
-    PARALLEL_TASKS
-    for (size_t task = 0; task < B * H * tiles; task++) {
-        size_t b = task / tiles / H, head = task / tiles % H, t0 = task % tiles * TILE, n = b * T + t0;
-        size_t kv = (b * kv_batch + head / (H / G) * h) * retrofit_type_size(type);
-        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, (const char *)k + kv,
-               (const char *)v + kv, type, kv_row, least(T - t0, TILE), (past ? (size_t)past[b] : 0) + t0, h);
-    }
-}
 
 static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h) {
     const float *q = (const float *)qkv, *k = q + H * h;
@@ -2229,13 +1523,13 @@ static void attention_backward(act *dqkv_, float *delta, const act *dout_, const
         float p[TILE * TILE], ds[TILE * TILE];
         for (size_t head = g * (H / G); head < (g + 1) * (H / G); head++)
             for (size_t t0 = 0; t0 < T; t0 += TILE) {
-                size_t rows = least(T - t0, TILE), n = b * T + t0;
+                size_t rows = retrofit_min(T - t0, TILE), n = b * T + t0;
                 const float *q = (const float *)qkv_ + n * Q + head * h, *o = (const float *)out_ + n * O + head * h;
                 const float *dout = (const float *)dout_ + n * O + head * h;
                 float *dq = dqkv + n * Q + head * h;
                 for (size_t i = 0; i < rows; i++) delta[(n + i) * H + head] = dot(dout + i * O, o + i * O, h);
                 for (size_t u0 = 0; u0 < t0 + rows; u0 += TILE) {
-                    size_t width = least(t0 + rows - u0, TILE);
+                    size_t width = retrofit_min(t0 + rows - u0, TILE);
                     const float *k = (const float *)qkv_ + (b * T + u0) * Q + (H + g) * h, *v = k + G * h;
                     float *dk = dqkv + (b * T + u0) * Q + (H + g) * h, *dv = dk + G * h;
                     bool fresh = head == g * (H / G) && t0 == u0; // the first tile of queries that sees these keys
@@ -2243,7 +1537,7 @@ static void attention_backward(act *dqkv_, float *delta, const act *dout_, const
                     gemm_serial(rows, width, h, view(q, Q), view_transposed(k, Q), p, TILE, NULL, 0);
                     gemm_serial(rows, width, h, view(dout, O), view_transposed(v, Q), ds, TILE, NULL, 0);
                     for (size_t i = 0; i < rows; i++) {
-                        size_t seen = least(t0 + i + 1 - u0, width);
+                        size_t seen = retrofit_min(t0 + i + 1 - u0, width);
                         float *pi = p + i * TILE, *di = ds + i * TILE, l = lse[(n + i) * H + head], mean = delta[(n + i) * H + head];
                         for (size_t u = 0; u < seen; u++) pi[u] = fast_exp(pi[u] * scale - l);
                         for (size_t u = 0; u < seen; u++) di[u] = pi[u] * (di[u] - mean) * scale;
@@ -2268,11 +1562,11 @@ static void swiglu_forward(act *out_, const act *fc_, size_t N, size_t F) {
     }
 }
 
-static void swiglu_backward(act *dfc, act *out, const act *dout, const act *fc, size_t N, size_t F) {
+static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F) {
     PARALLEL_FOR(N * F)
     for (size_t n = 0; n < N; n++) {
-        const float *gate = (const float *)fc + n * 2 * F, *up = gate + F, *dy = (const float *)dout + n * F;
-        float *dgate = (float *)dfc + n * 2 * F, *dup = dgate + F, *y = (float *)out + n * F;
+        const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F, *dy = (const float *)dout + n * F;
+        float *dgate = (float *)dgate_up + n * 2 * F, *dup = dgate + F, *y = (float *)out + n * F;
         for (size_t i = 0; i < F; i++) {
             float sigma = 1.0f / (1.0f + fast_exp(-gate[i]));
             dgate[i] = dy[i] * up[i] * sigma * (1.0f + gate[i] * (1.0f - sigma));
@@ -2293,10 +1587,10 @@ static void cross_entropy(float *losses, act *logits, const int32_t *labels, siz
             if (scale != 0) memset(z, 0, V * sizeof *z);
             continue;
         }
-        float target = z[label], top = largest(z, V);
+        float target = z[label], top = max_element(z, V);
         double sum = 0; // vocabularies are large: lanes in fp32, their blocks in fp64
         for (size_t v0 = 0; v0 < V; v0 += 4096) {
-            size_t end = least(V, v0 + 4096), v = v0;
+            size_t end = retrofit_min(V, v0 + 4096), v = v0;
             float lanes[LANES] = {0}, tail = 0;
             for (; v + LANES <= end; v += LANES)
                 for (int l = 0; l < LANES; l++) {
@@ -2330,8 +1624,8 @@ static void add(float *x, const float *y, size_t n, float keep) {
 static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
     PARALLEL_FOR(B * T * d)
     for (size_t n = 0; n < B * T; n++) {
-        uint64_t key = hash64(hash64(seed, n / T), (past ? (uint64_t)past[n / T] : 0) + n % T);
-        for (size_t c = 0; c < d; c++) s[n * d + c] = sigma == 0 ? 0 : sigma * hash_normal(key, c);
+        uint64_t key = retrofit_hash(retrofit_hash(seed, n / T), (past ? (uint64_t)past[n / T] : 0) + n % T);
+        for (size_t c = 0; c < d; c++) s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
     }
 }
 
@@ -2345,7 +1639,7 @@ static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past
         if (type == RETROFIT_F32) memcpy((float *)keys + at, k, width * sizeof *k), memcpy((float *)values + at, v, width * sizeof *v);
         else
             for (size_t c = 0; c < width; c++)
-                ((uint16_t *)keys)[at + c] = float_to_bf16(k[c]), ((uint16_t *)values)[at + c] = float_to_bf16(v[c]);
+                ((uint16_t *)keys)[at + c] = retrofit_float_to_bf16(k[c]), ((uint16_t *)values)[at + c] = retrofit_float_to_bf16(v[c]);
     }
 }
 
@@ -2354,7 +1648,7 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
     attend_tiles((float *)out, NULL, (const float *)qkv, keys, values, type, G * h, capacity * G * h, past, B, T, H, G, h);
 }
 
-static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
+static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
                     size_t capacity, size_t G, size_t h, retrofit_type type) {
     size_t bytes = G * h * retrofit_type_size(type);
     for (size_t b = 0; b < B; b++)
@@ -2366,97 +1660,9 @@ static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *
             }
 }
 
-// ---- Optimizers: the arithmetic of one tensor (section 8 explains) -----------------------------------------------------------
-static void sum_squares(double *sum, const float *x, size_t n) {
-    double total = 0;
-    enum { BLOCK = 1 << 14, MANY = 256 }; // blocks are summed side by side and added in order, whatever the number of threads
-    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
-        double sums[MANY] = {0};
-        PARALLEL_FOR(n - at)
-        for (size_t i = 0; i < MANY; i++) {
-            size_t begin = at + i * BLOCK, end = least(begin + BLOCK, n);
-            for (size_t j = begin; j < end; j += 256) sums[i] += dot(x + j, x + j, least(end - j, 256));
-        }
-        for (size_t i = 0; i < MANY; i++) total += sums[i];
-    }
-    *sum += total;
-}
-
-static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,
-                         double bias2, float eps, float decay) {
-    float step = (float)(lr / bias1), root = (float)sqrt(bias2), keep = 1.0f - lr * decay;
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) {
-        float gi = g[i] * scale;
-        m[i] += (1.0f - beta1) * (gi - m[i]);
-        v[i] = beta2 * v[i] + (1.0f - beta2) * gi * gi;
-        w[i] = w[i] * keep - step * m[i] / (sqrtf(v[i]) / root + eps);
-    }
-}
-
-static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps) {
-    double total = 0;
-    enum { BLOCK = 1 << 12, MANY = 256 }; // as in sum_squares
-    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
-        double sums[MANY] = {0};
-        PARALLEL_FOR(n - at)
-        for (size_t i = 0; i < MANY; i++)
-            for (size_t j = at + i * BLOCK; j < least(at + (i + 1) * BLOCK, n); j++) {
-                float gj = g[j] * scale;
-                m[j] += (1.0f - beta1) * (gj - m[j]);
-                v[j] = beta2 * v[j] + (1.0f - beta2) * gj * gj;
-                if (v[j] < eps * eps) v[j] = eps * eps;
-                sums[i] += gj * gj / v[j];
-            }
-        for (size_t i = 0; i < MANY; i++) total += sums[i];
-    }
-    *sum += total;
-}
-
-static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2,
-                             float decay) {
-    float step = (float)(lr / bias1 / fmax(1, sqrt(*sum / (double)n))), root = (float)sqrt(bias2);
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) w[i] = w[i] * (1.0f - decay) - step * atan2f(m[i], sqrtf(v[i]) / root);
-}
-
-static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale, float momentum) {
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) {
-        float gi = g[i] * scale;
-        m[i] += (1.0f - momentum) * (gi - m[i]);
-        u[i] = gi + momentum * (m[i] - gi);
-    }
-}
-
-static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
-    float *x = (float *)x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
-    PARALLEL_FOR(rows * cols)
-    for (size_t r = 0; r < rows; r++)
-        for (size_t c = 0; c < cols; c++) x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
-}
-
-static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
-    float *y = (float *)y_;
-    const float *x = (const float *)x_;
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
-}
-
-static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale, float decay) {
-    const float *x = (const float *)x_;
-    PARALLEL_FOR(rows * cols)
-    for (size_t r = 0; r < rows; r++)
-        for (size_t c = 0; c < cols; c++) {
-            float u = x[rows > cols ? c * rows + r : r * cols + c];
-            w[r * cols + c] = w[r * cols + c] * (1.0f - lr * decay) - lr * scale * u;
-        }
-}
-
-// ---- The table ----------------------------------------------------------------------------------------------------------------
 static void *cpu_alloc(size_t bytes) { // calloc's fresh pages are zero without being touched; the pointer to free lies before the block
     char *p = bytes < SIZE_MAX / 2 ? (char *)calloc(bytes + 128, 1) : NULL;
-    if (!p) return fail("out of memory: %.2f GB could not be had", (double)bytes / 1e9), (void *)NULL;
+    if (!p) return retrofit_fail("out of memory: %.2f GB could not be had", (double)bytes / 1e9), (void *)NULL;
     void **aligned = (void **)(void *)(p + 128 - (uintptr_t)p % 64);
     aligned[-1] = p;
     return aligned;
@@ -2479,7 +1685,7 @@ static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 
 const retrofit_ops retrofit_cpu = {"cpu",    RETROFIT_F32, SIZE_MAX, cpu_start, cpu_peak, cpu_room, cpu_alloc, cpu_free,
                                    cpu_copy, cpu_copy,     cpu_copy, cpu_zero,  NULL,     NULL,     NULL,      NULL,
-#define X(type, name, parameters) name,
+#define X(name, parameters) name,
                                    RETROFIT_OPS(X)
 #undef X
 };
@@ -2494,192 +1700,720 @@ const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[2
     (void)fp32;
     if (place == RETROFIT_ON_CUDA) snprintf(why, sizeof why, "this program was built without it: make, with the CUDA toolkit's nvcc on PATH");
 #endif
-    if (place == RETROFIT_ON_CUDA) return fail("no GPU: %s", why), (const retrofit_ops *)NULL;
+    if (place == RETROFIT_ON_CUDA) return retrofit_fail("no GPU: %s", why), (const retrofit_ops *)NULL;
     retrofit_cpu.start(text);
     if (place == RETROFIT_AUTO && *why) snprintf(text, 256, "the CPU (no GPU: %.200s)", why);
     return &retrofit_cpu;
 }
 
-// =====================================================================================================================
-// 6  The model: configuration, parameters, block and model forward and backward
-// =====================================================================================================================
+#endif // RETROFIT_IMPLEMENTATION
+
+// =================================================================================================
+//                                  The method ends here.
+// =================================================================================================
+
+#ifndef RETROFIT_DECODING_H
+#define RETROFIT_DECODING_H
+#ifdef __cplusplus
+extern "C" {
+#endif
+// =================================================================================================
+// PART II  THINKING LONGER
+// 7  Decoding: KV cache, exits, sampling, drafts
+// =================================================================================================
+
+// A KV cache, and where recurrence i = 0, 1, … of a core layer keeps its keys and values: in slot i
+// (full), i mod M (shared: the newest recurrence wins) or i div M (grouped).
+typedef enum {
+    RETROFIT_CACHE_FULL,
+    RETROFIT_CACHE_SHARED,
+    RETROFIT_CACHE_GROUPED
+} retrofit_cache_kind;
+struct retrofit_kv_cache {
+    size_t capacity, recurrences; // positions; the largest r
+    retrofit_cache_kind kind;
+    size_t M;
+    bool bf16;                    // keys and values in bf16 where activations are fp32; on a CPU
+};
+size_t retrofit_cache_bytes(const retrofit_buffers *buffers); // of keys and values, per token
+
+// When a token's recurrences stop early: section 7 has each criterion's formula and the authors'
+// threshold. Prompts never stop early.
+typedef enum {
+    RETROFIT_EXIT_NONE,
+    RETROFIT_EXIT_ENTROPY_DIFF,
+    RETROFIT_EXIT_LATENT_DIFF, // the only one that needs no coda and head in every recurrence
+    RETROFIT_EXIT_KL,
+    RETROFIT_EXIT_MINP_KL,
+    RETROFIT_EXIT_ARGMAX_STABILITY
+} retrofit_exit;
+// How strong test-time noise is in recurrence i.
+typedef enum {
+    RETROFIT_NOISE_FIXED,
+    RETROFIT_NOISE_GEOM,
+    RETROFIT_NOISE_SQRT,
+    RETROFIT_NOISE_LINE,
+    RETROFIT_NOISE_CHI
+} retrofit_noise;
+typedef struct {
+    size_t recurrences;  // r; with an exit the most that a token takes
+    float sigma;         // of s_0 and
+    uint64_t seed;       // its seed, as in retrofit_init_state
+    retrofit_exit exit;
+    float threshold;     // of the exit; below 0: the authors'
+    bool continuous;     // a token fed alone starts from the last state of the one before it
+    float noise;         // 0: none
+    retrofit_noise noise_kind;
+} retrofit_recurrence_options;
+
+#define RETROFIT_LOOKAHEAD 16 // tokens that can be drafted at a time
+
+// The KV cache and what decoding notes.
+struct retrofit_decoder {
+    retrofit_kv_cache cache;
+    retrofit_type kv_type;
+    size_t slots;        // prelude layers, core layers times the slots of one, coda layers
+    act *keys, *values;  // (slots,B,capacity,G·h) of kv_type
+    int32_t *reached;    // (B)     slots that hold entries of the row's newest token
+    float *carried;      // (B,d)   states of rows that stopped; with `continuous`, to start from
+    size_t carries;      // rows of it
+    float *drafted;      // (2,RETROFIT_LOOKAHEAD,d) states and A_e·e of drafted tokens
+
+    // On the host:
+    int32_t *seen;       // (B)     tokens that each row has in the cache: `past`
+    int32_t *used;       // (B)     recurrences that each row's last token took
+    float *next;         // (B,V)   the logits that retrofit_next_logits returns
+    double *measure;     // (B,V)   what an exit's criterion noted in the recurrence before
+    float *latent;       // (2,B,d) states before and now
+
+    void *step;          // one decoding step as the device recorded it, for
+    size_t step_b;       // so many rows and
+    retrofit_recurrence_options step_options;
+    size_t steps;        // such steps so far
+};
+
+// n recurrences without gradient, with noise if the options ask for it.
+void retrofit_recur_noisy(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                          size_t n);
+
+// Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all) through
+// the recurrences and the KV cache; returns the logits (b,V) behind each row's last token, on the host,
+// valid until the next call. decoder->used[i] then is the recurrences it took. NULL or error.
+const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
+                                  const int32_t *lengths,
+                                  const retrofit_recurrence_options *options);
+void retrofit_clear_cache(retrofit_buffers *buffers);
+
+typedef struct {
+    float temperature;  // 0: greedy
+    size_t top_k;       // 0: all
+    float top_p, min_p; // 1, 0: all
+    uint64_t seed;      // advances with every draw
+} retrofit_sampling;
+// Draws a token; filters in the order temperature, top-k, top-p, min-p. scratch: V pairs of 8 bytes.
+int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch);
+int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
+
+// Self-speculative decoding: `token` and L - 1 tokens drafted behind it go through `draft` recurrences
+// one by one, then through the other r - draft together. Returns how many tokens follow `token`
+// (1 … L; out has room for L), distributed exactly as those of plain decoding; greedy ones are the same
+// tokens. The last one is not fed yet. One row; no exit, noise or `continuous`. Only ids below n are
+// drawn: V, or fewer if the others are padding. scratch: (2L + 2)·V floats, of which the first L·V are
+// then the logits (L,V) that the tokens were judged by. 0 or error.
+size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t draft, size_t L,
+                          const retrofit_recurrence_options *options, retrofit_sampling *sampling,
+                          size_t n, int32_t *out, float *scratch);
+// ‖now - before‖ / ‖now‖ of one state (d).
+double retrofit_relative_change(const float *now, const float *before, size_t d);
+#ifdef __cplusplus
+}
+#endif
+#endif // RETROFIT_DECODING_H
+
+#ifdef RETROFIT_IMPLEMENTATION
+
+// Slots of a core layer after so many recurrences.
+static size_t slots_of(const retrofit_kv_cache *cache, size_t recurrences) {
+    switch (cache->kind) {
+    case RETROFIT_CACHE_SHARED: return retrofit_min(cache->M, recurrences);
+    case RETROFIT_CACHE_GROUPED: return (recurrences + cache->M - 1) / cache->M;
+    default: return recurrences;
+    }
+}
+
+// The slot of recurrence i = 0, 1, … in a core layer.
+static size_t kv_slot(const retrofit_kv_cache *cache, size_t i) {
+    switch (cache->kind) {
+    case RETROFIT_CACHE_SHARED: return i % cache->M;
+    case RETROFIT_CACHE_GROUPED: return i / cache->M;
+    default: return i;
+    }
+}
+
+static size_t core_slot(const retrofit_buffers *buffers, size_t i) {
+    const retrofit_config *c = &buffers->model->config;
+    if (!buffers->decoder) return 0;
+    return c->prelude + kv_slot(&buffers->decoder->cache, i) * c->core;
+}
+
+static size_t coda_slot(const retrofit_buffers *buffers) {
+    return buffers->decoder ? buffers->decoder->slots - buffers->model->config.coda : 0;
+}
+
+// The decoder with its number of slots; its memory comes with the buffers'. false or error.
+static bool decoder_new(retrofit_buffers *buffers, const retrofit_kv_cache *cache) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_config *c = &model->config;
+    retrofit_decoder *decoder = (retrofit_decoder *)retrofit_allocate(1, sizeof *decoder);
+    if (!decoder) return false;
+    decoder->cache = *cache;
+    decoder->kv_type = cache->bf16 ? RETROFIT_BF16 : model->ops->act_type;
+    decoder->slots = c->prelude + slots_of(cache, cache->recurrences) * c->core + c->coda;
+    buffers->decoder = decoder;
+    return true;
+}
+
+size_t retrofit_cache_bytes(const retrofit_buffers *buffers) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(decoder->kv_type);
+    return 2 * decoder->slots * entry;
+}
+
+static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    size_t capacity = decoder->cache.capacity;
+    size_t entry = G * h * retrofit_type_size(decoder->kv_type);
+    size_t at = slot * buffers->B * capacity * entry;
+    act *keys = (char *)decoder->keys + at, *values = (char *)decoder->values + at;
+    ops->kv_store(keys, values, block->qkv, buffers->past, buffers->b, buffers->t, capacity, H, G, h,
+                  decoder->kv_type);
+    ops->attention_cached(block->attention, block->qkv, keys, values, buffers->past, buffers->b,
+                          buffers->t, capacity, H, G, h, decoder->kv_type);
+}
+
+// Normal numbers for every state. In decoding a row's are what they would be if it were alone: a text does not depend on its batch.
+static void draw_states(retrofit_buffers *a, float *states, float sigma, uint64_t seed) {
+    const retrofit_ops *ops = a->model->ops;
+    size_t d = a->model->config.n_embd;
+    if (!a->decoder->cache.capacity) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
+    else
+        for (size_t i = 0; i < a->b; i++) ops->state_init(states + i * a->t * d, a->past + i, 1, a->t, d, sigma, seed);
+}
+
+// z goes where the coda's stream will be: it is not there yet.
+static void add_noise(retrofit_buffers *a, const retrofit_recurrence_options *how) {
+    const retrofit_model *m = a->model;
+    uint64_t key = retrofit_hash(how->seed, ~(uint64_t)a->n);
+    float i = (float)(a->n + 1), y = how->noise * m->config.state_std, x = y;
+    if (how->noise_kind == RETROFIT_NOISE_GEOM) x = y / i;
+    if (how->noise_kind == RETROFIT_NOISE_SQRT) x = y / sqrtf(i);
+    if (how->noise_kind == RETROFIT_NOISE_LINE) x = fmaxf(y, 1 - (i - 1) / (float)how->recurrences);
+    if (how->noise_kind == RETROFIT_NOISE_CHI) x = 2 * y * (float)retrofit_hash_uniform(key, (uint64_t)a->decoder->seen[0]);
+    draw_states(a, a->x, x, key);
+    m->ops->add(a->state, a->x, a->N * m->config.n_embd, 1 - x);
+}
+
+void retrofit_recur_noisy(retrofit_buffers *a, const retrofit_recurrence_options *how, size_t n) {
+    bool noisy = how->noise > 0 && !a->keep && a->model->config.core;
+    for (; noisy && n; n--) add_noise(a, how), retrofit_recur(a, 1, 0);
+    retrofit_recur(a, n, 0);
+}
+
+static void begin_recurrence(retrofit_buffers *a, const retrofit_recurrence_options *how) {
+    const retrofit_config *c = &a->model->config;
+    prelude_forward(a);
+    if (!c->core) return;
+    if (how->continuous && a->t == 1 && a->b <= a->decoder->carries) a->model->ops->copy(a->state, a->decoder->carried, a->b * c->n_embd * sizeof *a->state);
+    else retrofit_init_state(a, how->sigma, how->seed);
+}
+
+// Logits of the next token after each of b rows of one token.
+static void read_next(retrofit_buffers *a) {
+    const retrofit_model *m = a->model;
+    retrofit_coda(a);
+    m->ops->matmul_residual_forward(a->wide_logits, NULL, a->final, m->lm_head.weight, a->b, m->config.n_embd, m->config.vocab);
+}
+
+// One token for each of b rows. A step is hundreds of short operations that differ from those of the step before only in what lies in
+// memory: a device that can record them does so (the second time: the first may still have to prepare itself) and then repeats them.
+static void decode_step(retrofit_buffers *a, const retrofit_recurrence_options *how) {
+    const retrofit_ops *ops = a->model->ops;
+    const retrofit_recurrence_options *was = &a->decoder->step_options;
+    bool carried = how->continuous && a->b <= a->decoder->carries;
+    if (a->b != a->decoder->step_b || how->recurrences != was->recurrences || how->sigma != was->sigma || how->seed != was->seed ||
+        carried != was->continuous || how->noise != was->noise || how->noise_kind != was->noise_kind) {
+        if (a->decoder->step) ops->record_free(a->decoder->step);
+        a->decoder->step = NULL, a->decoder->steps = 0, a->decoder->step_b = a->b, a->decoder->step_options = *how, a->decoder->step_options.continuous = carried;
+    }
+    bool record = ops->record_begin && a->decoder->steps++ == 1 && !(how->noise > 0);
+    if (record) ops->record_begin();
+    if (!a->decoder->step) begin_recurrence(a, how), retrofit_recur_noisy(a, how, how->recurrences), read_next(a);
+    if (record) a->decoder->step = ops->record_end();
+    if (a->decoder->step) ops->replay(a->decoder->step), a->n = a->model->config.core ? how->recurrences : 0;
+}
+
+static double exit_limit(const retrofit_recurrence_options *how) {
+    static const double usual[] = {0, 1e-3, 0.03, 5e-4, 1e-6, 5}; // by retrofit_exit
+    return how->threshold < 0 ? usual[how->exit] : (double)how->threshold;
+}
+
+// ‖now - before‖ / ‖now‖ of one state. (inline: not every program looks at states.)
+double retrofit_relative_change(const float *now, const float *before, size_t d) {
+    double change = 0, size = 0;
+    for (size_t c = 0; c < d; c++) size += (double)now[c] * now[c], change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
+    return sqrt(change / size);
+}
+
+// Whether a row may stop after recurrence i = 1, 2, …, by its logits z; `was` is what the criterion noted the recurrence before.
+static bool should_exit(const retrofit_recurrence_options *how, size_t i, const float *z, size_t V, double *was) {
+    double limit = exit_limit(how), sum = 0, entropy = 0, kl = 0;
+    if (how->exit == RETROFIT_EXIT_ARGMAX_STABILITY) {
+        double likeliest = retrofit_argmax(z, V);
+        was[1] = i > 1 && was[0] == likeliest ? was[1] + 1 : 0, was[0] = likeliest;
+        return was[1] >= limit;
+    }
+    float top = max_element(z, V);
+    for (size_t v = 0; v < V; v++) sum += (double)fast_exp(z[v] - top);
+    double log_sum = log(sum);
+    if (how->exit == RETROFIT_EXIT_ENTROPY_DIFF) {
+        for (size_t v = 0; v < V; v++) entropy -= (double)fast_exp(z[v] - top) / sum * ((double)(z[v] - top) - log_sum);
+        double before = i > 1 ? was[0] : 100; // nats: more than there are
+        return was[0] = entropy, fabs(entropy - before) < limit;
+    }
+    bool cut = how->exit == RETROFIT_EXIT_MINP_KL; // what is below a tenth of the largest becomes 1/V, then the sum 1 again
+    float tenth = cut ? logf(0.1f) : -INFINITY;
+    double low = -log((double)V), total = 0, log_total = 0;
+    for (size_t v = 0; cut && v < V; v++) total += z[v] - top < tenth ? 1 / (double)V : (double)fast_exp(z[v] - top) / sum;
+    if (cut) log_total = log(total);
+    for (size_t v = 0; v < V; v++) {
+        double before = i > 1 ? was[v] : low, now = (z[v] - top < tenth ? low : (double)(z[v] - top) - log_sum) - log_total;
+        kl += (double)fast_exp((float)before) * (before - now), was[v] = now;
+    }
+    return kl < limit;
+}
+
+// The same token by token as long as it takes, at most r recurrences. Rows that have stopped go through the motions until all have; their
+// states are put aside, and nobody reads what their deeper recurrences leave in the cache: it is overwritten by what they lend.
+static void recur_until_exit(retrofit_buffers *a, const retrofit_recurrence_options *how) {
+    const retrofit_model *m = a->model;
+    const retrofit_ops *ops = m->ops;
+    size_t b = a->b, d = m->config.n_embd, V = m->config.vocab, i = 0, stopped = 0, G = m->config.n_kv_heads, h = m->config.head_dim;
+    bool by_latent = how->exit == RETROFIT_EXIT_LATENT_DIFF, read = false;
+    begin_recurrence(a, how);
+    memset(a->decoder->used, 0, b * sizeof *a->decoder->used);
+    if (by_latent) ops->download(a->decoder->latent, a->state, b * d * sizeof(float));
+    while (stopped < b && i < how->recurrences) {
+        retrofit_recur_noisy(a, how, 1), i++;
+        const float *before = a->decoder->latent + (i - 1) % 2 * b * d, *now = a->decoder->latent + i % 2 * b * d;
+        if (by_latent) ops->download((float *)now, a->state, b * d * sizeof(float));
+        else read_next(a), ops->download(a->decoder->next, a->wide_logits, b * V * sizeof(float));
+        read = !by_latent;
+        for (size_t row = 0; row < b; row++) {
+            if (a->decoder->used[row]) continue;
+            bool rests = by_latent ? retrofit_relative_change(now + row * d, before + row * d, d) < exit_limit(how)
+                                   : should_exit(how, i, a->decoder->next + row * V, V, a->decoder->measure + row * V);
+            if (i < how->recurrences && !rests) continue;
+            a->decoder->used[row] = (int32_t)i, stopped++;
+            ops->copy(a->decoder->carried + row * d, a->state + row * d, d * sizeof(float));
+        }
+    }
+    for (size_t row = 0; row < b; row++) read = read && (size_t)a->decoder->used[row] == i;
+    ops->copy(a->state, a->decoder->carried, b * d * sizeof(float));
+    if (!read) read_next(a);
+    int32_t *reached = (int32_t *)a->decoder->latent; // on the host; the states in there have served
+    for (size_t row = 0; row < b; row++) reached[row] = (int32_t)slots_of(&a->decoder->cache, (size_t)a->decoder->used[row]);
+    ops->upload(a->decoder->reached, reached, b * sizeof *reached);
+    size_t first = m->config.prelude * a->B * a->decoder->cache.capacity * G * h * retrofit_type_size(a->decoder->kv_type);
+    ops->kv_backfill((char *)a->decoder->keys + first, (char *)a->decoder->values + first, a->past, a->decoder->reached, slots_of(&a->decoder->cache, a->decoder->cache.recurrences),
+                 m->config.core, a->B * a->decoder->cache.capacity * G * h, b, a->decoder->cache.capacity, G, h, a->decoder->kv_type);
+}
+
+// Prelude layer i has its keys and values in slot i, core layer j of recurrence i in slot P + i·C + j (or that which the cache's kind says),
+// the coda in the last D. A row shorter than t is padded on the right: what the padding leaves in the cache lies behind the row's end, where no
+// query looks before the next tokens have overwritten it.
+const float *retrofit_next_logits(retrofit_buffers *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths,
+                           const retrofit_recurrence_options *how) {
+    const retrofit_model *m = a->model;
+    const retrofit_config *c = &m->config;
+    size_t d = c->n_embd, V = c->vocab, r = how->recurrences;
+    if (!a->decoder->cache.capacity || a->keep) return retrofit_fail("these activations have no KV cache"), (const float *)NULL;
+    if (c->core && (r == 0 || r > a->decoder->cache.recurrences))
+        return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r, a->decoder->cache.recurrences), (const float *)NULL;
+    if (how->exit && b > 1 && a->decoder->cache.kind != RETROFIT_CACHE_FULL) // of these slots a row that has stopped would lose what it wrote
+        return retrofit_fail("rows that stop thinking at different times need the full KV cache, or one row at a time"), (const float *)NULL;
+    bool prompt = false;
+    for (size_t i = 0; i < b && i < a->B; i++) {
+        prompt = prompt || a->decoder->seen[i] == 0;
+        if (lengths && (lengths[i] < 1 || (size_t)lengths[i] > t)) return retrofit_fail("row %zu: %d tokens of %zu", i, (int)lengths[i], t), (const float *)NULL;
+        if ((size_t)a->decoder->seen[i] + t > a->decoder->cache.capacity)
+            return retrofit_fail("%zu tokens after %d do not fit in a context of %zu", t, (int)a->decoder->seen[i], a->decoder->cache.capacity), (const float *)NULL;
+    }
+    if (!set_batch(a, tokens, b, t)) return NULL;
+    m->ops->upload(a->past, a->decoder->seen, a->B * sizeof *a->decoder->seen);
+    for (size_t i = 0; i < b; i++) a->decoder->used[i] = c->core ? (int32_t)r : 0;
+    if (t == 1 && c->core && how->exit && !prompt) recur_until_exit(a, how);
+    else if (t == 1) decode_step(a, how);
+    else begin_recurrence(a, how), retrofit_recur_noisy(a, how, r), retrofit_coda(a);
+    for (size_t i = 0; i < b; i++) {
+        size_t last = i * t + (lengths ? (size_t)lengths[i] : t) - 1;
+        if (t > 1) m->ops->matmul_residual_forward(a->wide_logits + i * V, NULL, act_at(m->ops, a->final, last * d), m->lm_head.weight, 1, d, V);
+        if (how->continuous && c->core) m->ops->copy(a->decoder->carried + i * d, a->state + last * d, d * sizeof(float)), a->decoder->carries = b;
+        a->decoder->seen[i] += (int32_t)(last - i * t + 1);
+    }
+    m->ops->download(a->decoder->next, a->wide_logits, b * V * sizeof *a->decoder->next);
+    return a->decoder->next;
+}
+
+void retrofit_clear_cache(retrofit_buffers *a) { memset(a->decoder->seen, 0, a->B * sizeof *a->decoder->seen), a->decoder->carries = 0; }
+
+int32_t retrofit_argmax(const float *logits, size_t V) {
+    size_t best = 0;
+    for (size_t v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    return (int32_t)best;
+}
+
+typedef struct {
+    float p;
+    int32_t id;
+} candidate;
+
+static int by_probability(const void *x, const void *y) { // descending; equals by id, so that a seed decides alone
+    const candidate *a = (const candidate *)x, *b = (const candidate *)y;
+    return a->p > b->p ? -1 : a->p < b->p ? 1 : a->id < b->id ? -1 : 1;
+}
+
+// What the filters leave of the distribution, as weights that add up to *total; their number.
+static size_t apply_filters(const float *logits, size_t V, const retrofit_sampling *s, candidate *c, double *total) {
+    size_t n = V;
+    float top = max_element(logits, V), min_p = fminf(s->min_p, 1); // the largest stays, whatever min_p is
+    if (!(s->temperature > 0) || !isfinite(top)) return c->p = 1, c->id = retrofit_argmax(logits, V), *total = 1, (size_t)1;
+    for (size_t v = 0; v < V; v++) c[v].p = fmaxf(0, expf((logits[v] - top) / s->temperature)), c[v].id = (int32_t)v; // fmaxf: NaN is 0
+    if (min_p > 0 && !(s->top_p < 1)) { // relative to the largest, whose weight is 1: needs no sorting, and leaves less to sort
+        n = 0;
+        for (size_t v = 0; v < V; v++)
+            if (c[v].p >= min_p) c[n++] = c[v];
+    }
+    if (s->top_k || s->top_p < 1) qsort(c, n, sizeof *c, by_probability);
+    if (s->top_k && s->top_k < n) n = s->top_k;
+    double kept = 0;
+    *total = 0;
+    for (size_t i = 0; i < n; i++) *total += c[i].p;
+    if (s->top_p < 1) { // the fewest whose share reaches top_p
+        size_t i = 0;
+        while (i < n && kept < s->top_p * *total) kept += c[i++].p;
+        for (n = i ? i : 1; n > 1 && c[n - 1].p < min_p;) n--;
+        for (*total = 0, i = 0; i < n; i++) *total += c[i].p;
+    }
+    return n;
+}
+
+static double draw_uniform(retrofit_sampling *s) { return s->seed = retrofit_hash(s->seed, 0), retrofit_hash_uniform(s->seed, 1); }
+
+static int32_t draw_from(const candidate *c, size_t n, double total, retrofit_sampling *s) { // one of n by weight
+    double u = draw_uniform(s) * total;
+    for (size_t i = 0; i < n; i++)
+        if ((u -= c[i].p) < 0) return c[i].id;
+    return c[n - 1].id;
+}
+
+// From what the filters leave, which is in c then; where they leave one, no random number is taken.
+static int32_t draw_filtered(const float *logits, size_t V, retrofit_sampling *s, candidate *c, size_t *n, double *total) {
+    *n = apply_filters(logits, V, s, c, total);
+    return *n == 1 ? c->id : draw_from(c, *n, *total, s);
+}
+
+int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch) {
+    double total;
+    size_t n;
+    return draw_filtered(logits, V, s, (candidate *)scratch, &n, &total);
+}
+
+// ---- Self-speculative decoding ------------------------------------------------------------------------------------------------
+// The rule that keeps the distribution: a token y drafted from q stays with probability min(1, p(y)/q(y)), where p is what the whole depth says;
+// if not, another is drawn from what p has more than q. q (V): probabilities; logits: the whole depth's. Returns y or the other one.
+static int32_t accept_or_resample(int32_t y, const float *q, const float *logits, size_t V, retrofit_sampling *s, candidate *c) {
+    double total, p = 0, rest = 0;
+    size_t n = apply_filters(logits, V, s, c, &total), left = 0;
+    for (size_t i = 0; i < n; i++) p = c[i].id == y ? c[i].p / total : p;
+    if (n == 1) return c->id; // greedy, or nothing else is left: y stays if it is that
+    if (draw_uniform(s) * q[y] < p) return y;
+    for (size_t i = 0; i < n; i++) {
+        candidate more = {(float)(c[i].p / total - q[c[i].id]), c[i].id};
+        if (more.p > 0) rest += more.p, c[left++] = more;
+    }
+    return left ? draw_from(c, left, rest, s) : y; // none: p and q are equal but for rounding
+}
+
+size_t retrofit_speculate(retrofit_buffers *a, int32_t token, size_t draft, size_t L, const retrofit_recurrence_options *how,
+                          retrofit_sampling *s, size_t n, int32_t *out, float *scratch) {
+    const retrofit_model *m = a->model;
+    const retrofit_ops *ops = m->ops;
+    size_t d = m->config.n_embd, V = m->config.vocab, r = how->recurrences, count = 0;
+    if (!m->config.core || draft == 0 || draft >= r)
+        return retrofit_fail("a draft of %zu recurrences for %zu: from 1 to one less", draft, r), (size_t)0;
+    if (L == 0 || L > RETROFIT_LOOKAHEAD || L > a->T)
+        return retrofit_fail("%zu tokens cannot be drafted: from 1 to %zu", L, retrofit_min(RETROFIT_LOOKAHEAD, a->T)), (size_t)0;
+    if (how->exit || how->continuous || how->noise > 0) return retrofit_fail("drafts go with no exit, continuous thinking or noise"), (size_t)0;
+    if (a->decoder->cache.kind != RETROFIT_CACHE_FULL) return retrofit_fail("drafts need the full KV cache"), (size_t)0;
+    float *logits = scratch, *q = scratch + L * V; // q: what the drafts were drawn from
+    candidate *c = (candidate *)(void *)(q + L * V);
+    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token}, start = a->decoder->seen[0];
+    retrofit_recurrence_options shallow = *how;
+    shallow.recurrences = draft;
+    for (size_t j = 0; j < L; j++) {
+        const float *z = retrofit_next_logits(a, &fed[j], 1, 1, NULL, &shallow);
+        if (!z) return a->decoder->seen[0] = start, (size_t)0;
+        ops->copy(a->decoder->drafted + j * d, a->state, d * sizeof(float));
+        ops->copy(a->decoder->drafted + (RETROFIT_LOOKAHEAD + j) * d, a->injected, d * sizeof(float));
+        double total;
+        size_t left;
+        fed[j + 1] = draw_filtered(z, n, s, c, &left, &total);
+        memset(q + j * V, 0, n * sizeof *q);
+        for (size_t i = 0; i < left; i++) q[j * V + (size_t)c[i].id] = (float)(c[i].p / total);
+    }
+    a->decoder->seen[0] = start;
+    if (!set_batch(a, fed, 1, L)) return 0;
+    ops->upload(a->past, a->decoder->seen, a->B * sizeof *a->decoder->seen);
+    ops->copy(a->state, a->decoder->drafted, L * d * sizeof(float)),
+        ops->copy(a->injected, a->decoder->drafted + RETROFIT_LOOKAHEAD * d, L * d * sizeof(float));
+    a->n = draft;
+    retrofit_recur(a, r - draft, 0), retrofit_coda(a), retrofit_logits(a, 0, L, logits);
+    while (count < L) {
+        out[count] = accept_or_resample(fed[count + 1], q + count * V, logits + count * V, n, s, c);
+        count++;
+        if (out[count - 1] != fed[count]) break;
+    }
+    return a->decoder->seen[0] = start + (int32_t)count, a->decoder->used[0] = (int32_t)r, count;
+}
+
+#endif // RETROFIT_IMPLEMENTATION
+
+#ifndef RETROFIT_MACHINERY_H
+#define RETROFIT_MACHINERY_H
+#ifdef __cplusplus
+extern "C" {
+#endif
+// =================================================================================================
+// PART III  MACHINERY
+// =================================================================================================
+
+// ---- Small things that programs need too ----------------------------------------------------------
+
+// directory/name into path. false or error if it is too long.
+#define RETROFIT_PATH 4096
+bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name);
+FILE *retrofit_open_file(const char *path, size_t *size); // a regular file, to read. NULL or error
+char *retrofit_read_file(const char *path, size_t *size); // with a NUL behind it. NULL or error
+void *retrofit_map_file(const char *path, size_t *size);  // into memory. NULL or error
+// Flushes and closes f; a file that could not be written whole is removed. false or error.
+bool retrofit_finish_file(FILE *f, const char *path, bool ok);
+// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written
+// to, but left as it was. false or error.
+bool retrofit_make_directories(char *path, bool fresh);
+bool retrofit_sync_directory(const char *path); // false or error
+void retrofit_parent_directory(char *path);     // cut to it, in place
+double retrofit_seconds(void);                  // of a clock that only goes forward
+
+float retrofit_bf16_to_float(uint16_t x);
+uint16_t retrofit_float_to_bf16(float f);       // to nearest even; NaN stays NaN
+float retrofit_f16_to_float(uint16_t x);
+// n elements of a tensor in a file's type, at any address, as fp32.
+void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
+
+// ---- Text, JSON, tokenizer ------------------------------------------------------------------------
+
+// Bytes that grow. Running out of memory sets `failed`, for callers to look at once at the end.
+typedef struct {
+    char *bytes;
+    size_t size, room;
+    bool failed;
+} retrofit_text;
+void retrofit_text_append(retrofit_text *text, const void *bytes, size_t n);
+// Cuts off both ends what Python's str.strip would.
+void retrofit_strip(const char **s, size_t *n);
+// The length of the character at s[0 … n), n > 0, and the character. Where s is not UTF-8, *c is
+// RETROFIT_UTF8_INVALID and the length that of what Unicode replaces by one U+FFFD.
+#define RETROFIT_UTF8_INVALID UINT32_MAX
+size_t retrofit_utf8_next(const char *s, size_t n, uint32_t *c);
+
+enum { RETROFIT_JSON_NULL, RETROFIT_JSON_BOOL, RETROFIT_JSON_NUMBER, RETROFIT_JSON_STRING, RETROFIT_JSON_ARRAY, RETROFIT_JSON_OBJECT };
+typedef int retrofit_json_type; // one of these
+typedef struct retrofit_json retrofit_json;
+struct retrofit_json {
+    retrofit_json_type type;
+    size_t count;              // children of an array or object
+    size_t length, key_length; // of string and key, which may contain NUL
+    const char *string, *key;  // UTF-8 with a NUL behind it; a number's string is the number as written; key is NULL outside objects
+    double number;             // the number, correctly rounded; 0 or 1 for a bool
+    retrofit_json *child, *next;
+};
+
+// Parses size bytes of text as strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but white space after
+// the value. Of equal keys in an object all are kept and retrofit_json_get finds the first. Copies what it needs from text. Returns the
+// root, freed with retrofit_json_free, or NULL with retrofit_error() naming `where` (a file name, say) and the byte.
+retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
+// Whether j is that string; whether it is a number that is a size, in *out. j may be NULL.
+bool retrofit_json_is(const retrofit_json *j, const char *word);
+bool retrofit_json_size(const retrofit_json *j, size_t *out);
+// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
+void retrofit_json_write_string(FILE *f, const char *s, size_t n);
+// Frees the whole tree of a root that retrofit_json_parse returned, or NULL.
+void retrofit_json_free(retrofit_json *root);
+// The first member of that name; NULL if there is none or object is not an object (NULL included). Cannot fail.
+const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
+
+// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3 and Qwen 2, and SentencePiece's
+// BPE as in Llama 2. Read-only once loaded: threads may share one.
+typedef struct retrofit_tokenizer retrofit_tokenizer;
+
+// Reads directory/tokenizer.json and, if there, tokenizer_config.json (bos_token, eos_token; add_bos_token and add_eos_token count only
+// where tokenizer.json has no post_processor). Freed with retrofit_tokenizer_free. NULL with retrofit_error() for a step or option that is
+// not supported: none that would change ids is skipped.
+retrofit_tokenizer *retrofit_tokenizer_load(const char *directory);
+void retrofit_tokenizer_free(retrofit_tokenizer *t); // or NULL
+// Encodes size bytes of UTF-8; special tokens written out in text become their ids. with_special adds what the post-processor adds (BOS,
+// mostly). Each stretch of invalid UTF-8 is read as U+FFFD, as Python's errors="replace" does before Hugging Face sees a text. Returns
+// malloc'd ids and *count, or NULL with retrofit_error() if memory is out.
+int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count);
+// Decodes ids to malloc'd valid UTF-8 with a NUL behind it, *size without the NUL; skip_special leaves special tokens out. NULL with
+// retrofit_error() for an id that is no token's.
+char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size);
+
+// Text as it is generated. Tokens cannot be decoded one by one: one may be half a character, and the first one's leading space goes. So
+// the caller keeps all ids and, after each new one, asks what text they added; `last` says that no more will come. The pieces make up
+// exactly what retrofit_decode makes of all ids. A piece is empty while the last character is incomplete. Start from a zeroed stream;
+// only tokens since the last but one piece are decoded each time. Returns and fails like retrofit_decode.
+typedef struct {
+    size_t from, done;
+} retrofit_stream;
+char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
+                           size_t *size);
+
+// Which of count ids generated text is to be decoded behind, in *id. SentencePiece's decoder takes a space off the front: not off this
+// text, if there is text before it. Byte tokens would not do: what a run of them says is known only at its end. false: decode it alone.
+bool retrofit_decode_context(const retrofit_tokenizer *t, const int32_t *ids, size_t count, int32_t *id);
+
+// The ids of the beginning and end of text that tokenizer_config.json names; -1 if it names none.
+int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t);
+int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t);
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); // of a token spelt as in the file ("▁the"), or -1
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t); // of what decides ids, however the file is laid out; never 0
+
+// ---- Files -----------------------------------------------------------------------------------------------------------
+typedef struct {
+    const char *name;
+    retrofit_type type;
+    size_t dims, shape[4], count; // count: the product
+    const void *data;
+} retrofit_tensor;
+
+typedef struct retrofit_map { // a safetensors file mapped into memory
+    char *path;
+    void *base;
+    size_t bytes;
+    retrofit_tensor *tensors; // those of types this library reads (F32, BF16, F16, I32); others are checked and left out
+    size_t count;
+    retrofit_json *header;
+} retrofit_map;
+
+bool retrofit_safetensors_open(retrofit_map *f, const char *path); // checks every size, offset and overlap; false + error
+void retrofit_safetensors_close(retrofit_map *f);
+const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name);
+const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key); // NULL if absent
+// Writes tensors whose data lie in memory of `ops`; floats are stored as `type`. metadata: key, value, …, NULL. On failure no file.
+bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
+                                retrofit_type type, const char *const *metadata);
+
+// A directory is made under a temporary name and takes its place in one step: begin returns the temporary name (malloc'd; NULL +
+// error), commit flushes and renames (`final` must not exist, or be empty), abandon removes a directory of files.
+char *retrofit_directory_begin(const char *final);
+bool retrofit_directory_commit(const char *temporary, const char *final);
+void retrofit_directory_abandon(const char *temporary);
+
+bool retrofit_config_check(const retrofit_config *config, const char *where); // false or error
+// DIR/config.json: model_type huginn_raven or llama. type: of the tensors beside it. false or error.
+bool retrofit_config_read(retrofit_config *config, const char *directory);
+bool retrofit_config_write(const retrofit_config *config, retrofit_type type, const char *directory);
+
+// DIR, or DIR/latest if DIR itself holds no config.json (a training run's output): written to path, returned.
+const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
+// config.json, model.safetensors and the tokenizer files found in tokenizer_from (may be NULL), into an existing directory.
+bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from);
+// optimizer.safetensors: the moments, with metadata (key, value, …, NULL). Loading checks every name and shape.
+bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata);
+bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory); // leaves f open for its metadata
+
+// Token shards (llm.c's .bin): 256 int32 of header {magic, version, tokens}, then uint16 or uint32 tokens. Ours also have the tokenizer's
+// hash in the header, its low half in int32 3, its high half in 4; llm.c's have zeros there.
+#define RETROFIT_SHARD_MAGIC_16 20240520 // version 1
+#define RETROFIT_SHARD_MAGIC_32 20240801 // version 7
+// Every file that matches the glob, in name order, cut into rows of T+1 tokens that do not overlap. vocab: ids are checked when
+// read. shuffle: rows in a random order, another in each epoch. NULL + error.
+retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed);
+void retrofit_data_close(retrofit_data *d);
+size_t retrofit_data_rows(const retrofit_data *d);
+// false + error if a shard was made with another tokenizer than that of this hash; shards that do not say pass.
+bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer);
+// Row `index` (counted on over epochs): T tokens and the T that follow each. false + error if an id is not below vocab.
+bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels);
+
+// ---- Command lines: what the three programs share ----------------------------------------------------------------------------
+enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_SWITCH, RETROFIT_HEADING };
+typedef int retrofit_option_type; // one of these
+typedef struct {
+    const char *name;     // without the dashes; a HEADING's is a line of the help
+    retrofit_option_type type;
+    void *value;          // bool *, const char **, size_t *, double *, int * (the choice's index; a SWITCH's + 2, or 1 for the name alone)
+    const char *argument; // what the help calls it; a CHOICE's or SWITCH's alternatives, "a|b|c"
+    const char *help;
+} retrofit_option;
+// Reads --name value and --name=value by the table; what has no dashes goes to `others` if that is not NULL (at most argc). Returns -1 to go
+// on, or the exit code: 0 after --help (usage and table on stdout), 2 after one line on stderr about what is wrong.
+int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others, size_t *other_count);
+bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count); // "1,2,4": positive sizes; false + error
+double retrofit_seconds(void);                                                  // of a clock that only goes forward
+
+#ifdef __cplusplus
+}
+#endif
+#endif // RETROFIT_MACHINERY_H
+
+#ifdef RETROFIT_IMPLEMENTATION
+
+// =================================================================================================
+// 8  Memory: the one list of parameters, arenas, who shares what
+// =================================================================================================
 
 bool retrofit_is_plain(const retrofit_config *c) { return c->core == 0; }
 
 size_t retrofit_qkv_width(const retrofit_config *c) { return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim; }
 
-bool retrofit_config_check(const retrofit_config *c, const char *where) {
-    struct { const char *name; size_t value, most; } sizes[] = { // small enough that no product of them overflows
-        {"the width (n_embd, hidden_size)", c->n_embd, 1 << 20}, {"the number of heads", c->n_heads, 1 << 16},
-        {"the number of key/value heads", c->n_kv_heads, 1 << 16}, {"intermediate_size", c->intermediate, 1 << 22},
-        {"the vocabulary", c->vocab, 1 << 24}, {"the context (max_position_embeddings)", c->context, 1 << 24},
-        {"the number of layers", c->prelude + c->core + c->coda, 4096}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value == 0 || sizes[i].value > sizes[i].most)
-            return fail("%s: %s is %zu, not between 1 and %zu", where, sizes[i].name, sizes[i].value, sizes[i].most);
-    if (c->n_embd != c->n_heads * c->head_dim)
-        return fail("%s: %zu heads of %zu do not make a width of %zu", where, c->n_heads, c->head_dim, c->n_embd);
-    if (c->n_heads % c->n_kv_heads) return fail("%s: %zu heads cannot share %zu key/value heads", where, c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2) return fail("%s: a head size of %zu is odd: RoPE needs pairs", where, c->head_dim);
-    if (!(c->norm_eps > 0 && c->norm_eps < 1)) return fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
-    if (!(c->rope_theta > 1 && c->rope_theta < 1e12)) return fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
-    if (c->rope_llama3 && !(c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low && c->rope_original_context > 0))
-        return fail("%s: rope_scaling's numbers make no sense", where);
-    if (!(c->state_std >= 0 && c->state_std < 100)) return fail("%s: init_values.std %g is not between 0 and 100", where, (double)c->state_std);
-    if (c->core == 0 && c->prelude) return fail("%s: a prelude without a recurrent core", where);
-    if (c->mean_recurrence == 0 || c->mean_recurrence > 1 << 16 || c->backprop_depth == 0 || c->backprop_depth > 1 << 16)
-        return fail("%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
-    return true;
-}
+// One block of memory handed out in pieces. Laying something out twice, first with base NULL, measures it before it is allocated.
+typedef struct {
+    char *base;
+    size_t used; // SIZE_MAX once a size has overflowed
+} arena;
 
-// The sizes of a config, under a plain Llama's names and under the authors'.
-static const struct {
-    const char *plain, *recurrent; // NULL: not in such a config
-    size_t field;
-    bool required;
-} config_sizes[] = {{"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
-                    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
-                    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
-                    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
-                    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
-                    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context), true},
-                    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
-                    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
-                    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
-                    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
-                    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
-
-// What a config may say in words, and the one thing that is supported.
-static const char *const config_words[][2] = {{"norm_class_name", "RMSNorm_llama"}, {"block_class_name", "SandwichBlock"}, {"hidden_act", "silu"},
-                                              {"nonlin_name", "SiLU"}, {"injection_type", "linear"}};
-static const char *const config_flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias", "tie_embeddings"}; // none of them may be true
-
-static double config_number(const retrofit_json *j, const char *where, const char *key, double otherwise, bool *ok) { // ok is sticky
-    const retrofit_json *n = retrofit_json_get(j, key);
-    if (n && n->type == RETROFIT_JSON_ARRAY && n->child) n = n->child; // Llama-3's chat models list several ends: the first is the document's
-    if (!n || n->type == RETROFIT_JSON_NULL) return otherwise;
-    if (*ok && n->type != RETROFIT_JSON_NUMBER) *ok = fail("%s: %s is not a number", where, key);
-    return n->type == RETROFIT_JSON_NUMBER ? n->number : otherwise;
-}
-
-static bool config_is(const retrofit_json *j, const char *word) { return j && j->type == RETROFIT_JSON_STRING && !strcmp(j->string, word); }
-
-static bool config_true(const retrofit_json *j, const char *key) {
-    const retrofit_json *b = retrofit_json_get(j, key);
-    return b && b->type == RETROFIT_JSON_BOOL && b->number != 0;
-}
-
-static int32_t config_id(double x) { return (int32_t)fmax(-1, fmin(1 << 24, x)); }
-
-static bool config_parse(retrofit_config *c, const retrofit_json *j, const char *where) {
-    const retrofit_json *type = retrofit_json_get(j, "model_type"), *init = retrofit_json_get(j, "init_values"), *n;
-    bool plain = config_is(type, "llama"), ok = true;
-    if (!plain && !config_is(type, "huginn_raven")) return fail("%s: model_type is neither llama nor huginn_raven: no other is known", where);
-    memset(c, 0, sizeof *c);
-    c->mean_recurrence = c->backprop_depth = 1;
-    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
-        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
-        if (!key || (!(n = retrofit_json_get(j, key)) && !config_sizes[i].required)) continue;
-        if (!json_size(n, (size_t *)(void *)((char *)c + config_sizes[i].field))) return fail("%s: %s is missing or not a size", where, key);
-    }
-    if (!retrofit_json_get(j, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
-    if (c->vocab == 0 && !json_size(retrofit_json_get(j, "vocab_size"), &c->vocab)) return fail("%s: vocab_size is missing or not a size", where);
-    for (size_t i = 0; i < sizeof config_words / sizeof *config_words; i++)
-        if ((n = retrofit_json_get(j, config_words[i][0])) && !config_is(n, config_words[i][1]))
-            return fail("%s: %s is not %s: only Llama's blocks are supported", where, config_words[i][0], config_words[i][1]);
-    for (size_t i = 0; i < sizeof config_flags / sizeof *config_flags; i++)
-        if (config_true(j, config_flags[i])) return fail("%s: %s is true: such models are not supported", where, config_flags[i]);
-    // transformers 5 keeps rope_theta and the scaling in rope_parameters
-    const retrofit_json *rope = retrofit_json_get(j, retrofit_json_get(j, "rope_parameters") ? "rope_parameters" : "rope_scaling"), *kind;
-    c->rope_theta = config_number(j, where, "rope_theta", config_number(rope, where, "rope_theta", 10000, &ok), &ok);
-    if ((kind = retrofit_json_get(rope, "rope_type")) || (kind = retrofit_json_get(rope, "type"))) {
-        c->rope_llama3 = config_is(kind, "llama3");
-        if (!c->rope_llama3 && !config_is(kind, "default")) return fail("%s: rope_scaling is not of type llama3: no other is known", where);
-        c->rope_factor = config_number(rope, where, "factor", 0, &ok), c->rope_low = config_number(rope, where, "low_freq_factor", 0, &ok);
-        c->rope_high = config_number(rope, where, "high_freq_factor", 0, &ok);
-        c->rope_original_context = config_number(rope, where, "original_max_position_embeddings", 0, &ok);
-    }
-    c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
-    if (config_number(j, where, "head_dim", (double)c->head_dim, &ok) != (double)c->head_dim && ok)
-        return fail("%s: head_dim is not %zu / %zu: such models are not supported", where, c->n_embd, c->n_heads);
-    if (config_number(init, where, "embed_scale", 1, &ok) != 1 && ok) return fail("%s: init_values.embed_scale is not 1", where);
-    c->norm_eps = (float)config_number(j, where, plain ? "rms_norm_eps" : "norm_eps", plain ? 1e-6 : 0, &ok);
-    c->state_std = (float)config_number(init, where, "std", RETROFIT_STATE_STD, &ok);
-    c->tied = plain && config_true(j, "tie_word_embeddings");
-    c->bos = config_id(config_number(j, where, "bos_token_id", -1, &ok)), c->eos = config_id(config_number(j, where, "eos_token_id", -1, &ok));
-    return ok && retrofit_config_check(c, where);
-}
-
-bool retrofit_config_read(retrofit_config *c, const char *directory) {
-    char path[RETROFIT_PATH];
-    size_t size;
-    char *text = retrofit_path(path, directory, "config.json") ? read_file(path, &size) : NULL;
-    retrofit_json *j = text ? retrofit_json_parse(text, size, path) : NULL;
-    bool ok = j && config_parse(c, j, path);
-    retrofit_json_free(j), free(text);
-    return ok;
-}
-
-static const char *number_text(double x, char *buffer) { // the shortest decimal that reads back as the same float, else double
-    bool narrow = (double)(float)x == x;
-    for (int digits = 1; digits <= 17; digits++) {
-        snprintf(buffer, 32, "%.*g", digits, x);
-        if (narrow ? strtof(buffer, NULL) == (float)x : strtod(buffer, NULL) == x) break;
-    }
-    return buffer;
-}
-
-bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory) {
-    char path[RETROFIT_PATH], a[32], b[32], e[32];
-    bool plain = retrofit_is_plain(c);
-    FILE *f = retrofit_path(path, directory, "config.json") ? fopen(path, "wb") : NULL;
-    if (!f) return fail("%s: %s", path, strerror(errno));
-    errno = 0;
-    fprintf(f, "{\n");
-    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
-        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
-        if (key) fprintf(f, "  \"%s\": %zu,\n", key, *(const size_t *)(const void *)((const char *)c + config_sizes[i].field));
-    }
-    if (plain)
-        fprintf(f, "  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"hidden_act\": \"silu\",\n"
-                   "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    else {
-        size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
-        double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
-        fprintf(f,
-                "  \"architectures\": [\"RavenForCausalLM\"],\n  \"model_type\": \"huginn_raven\",\n"
-                "  \"auto_map\": {\n    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
-                "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n  },\n"
-                "  \"architecture_class_name\": \"RecurrentGPT\",\n  \"block_class_name\": \"SandwichBlock\",\n"
-                "  \"norm_class_name\": \"RMSNorm_llama\",\n  \"mlp_class_name\": \"GatedMLP\",\n  \"nonlin_name\": \"SiLU\",\n"
-                "  \"injection_type\": \"linear\",\n  \"state_init\": \"like-init\",\n  \"init_strategy\": \"takase\",\n"
-                "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n  \"test_time_noise\": 0,\n  \"test_time_noise_type\": \"fixed\",\n"
-                "  \"bias\": false,\n  \"qk_bias\": false,\n  \"tie_embeddings\": false,\n  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n"
-                "  \"n_layers\": %zu,\n  \"effective_expected_depth\": %zu,\n",
-                c->vocab, c->context, c->prelude + c->core + c->coda, depth);
-        fprintf(f, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, \"out_proj\": %s, \"std\": %s},\n", number_text(sigma, a),
-                number_text(sigma / sqrt(2.0 * (double)depth), b),
-                number_text(c->state_std == (float)RETROFIT_STATE_STD ? RETROFIT_STATE_STD : (double)c->state_std, e));
-    }
-    if (c->bos >= 0) fprintf(f, "  \"bos_token_id\": %d,\n", (int)c->bos);
-    if (c->eos >= 0) fprintf(f, "  \"eos_token_id\": %d,\n", (int)c->eos);
-    if (c->rope_llama3)
-        fprintf(f, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, \"low_freq_factor\": %s, "
-                   "\"original_max_position_embeddings\": %.0f, \"rope_type\": \"llama3\"},\n",
-                number_text(c->rope_factor, a), number_text(c->rope_high, b), number_text(c->rope_low, e), c->rope_original_context);
-    fprintf(f, "  \"head_dim\": %zu,\n  \"%s\": %s,\n  \"rope_theta\": %s,\n  \"tie_word_embeddings\": false,\n  \"torch_dtype\": \"%s\"\n}\n",
-            c->head_dim, plain ? "rms_norm_eps" : "norm_eps", number_text((double)c->norm_eps, a), number_text(c->rope_theta, b),
-            type == RETROFIT_BF16 ? "bfloat16" : "float32");
-    return finish_file(f, path, true);
+static void *arena_alloc(arena *a, size_t count, size_t size) {
+    size_t at = a->used, bytes;
+    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX / 2 || at > SIZE_MAX / 2) return a->used = SIZE_MAX, (void *)NULL;
+    a->used = at + (bytes + 63) / 64 * 64;
+    return a->base ? a->base + at : NULL;
 }
 
 // ---- The one list of parameters -------------------------------------------------------------------------------------------
 static void piece(retrofit_parameter *p, size_t rows, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    vsnprintf(p->piece[p->pieces].name, sizeof p->piece->name, format, args);
+    vsnprintf(p->source[p->sources].name, sizeof p->source->name, format, args);
     va_end(args);
-    p->piece[p->pieces++].rows = rows;
+    p->source[p->sources++].rows = rows;
     p->rows += rows;
 }
 
@@ -2696,11 +2430,11 @@ static const struct {
     retrofit_kind kind;
     const char *name, *plain[3];
 } layer_list[] = {{offsetof(retrofit_layer, norm_1), RETROFIT_NORM, "norm_1", {"input_layernorm", NULL, NULL}},
-                  {offsetof(retrofit_layer, wqkv), RETROFIT_MATRIX, "attn.Wqkv", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}},
-                  {offsetof(retrofit_layer, proj), RETROFIT_MATRIX, "attn.proj", {"self_attn.o_proj", NULL, NULL}},
+                  {offsetof(retrofit_layer, w_qkv), RETROFIT_MATRIX, "attn.Wqkv", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}},
+                  {offsetof(retrofit_layer, w_out), RETROFIT_MATRIX, "attn.proj", {"self_attn.o_proj", NULL, NULL}},
                   {offsetof(retrofit_layer, norm_2), RETROFIT_NORM, "norm_2", {"post_attention_layernorm", NULL, NULL}},
-                  {offsetof(retrofit_layer, fc), RETROFIT_MATRIX, "mlp.fc", {"mlp.gate_proj", "mlp.up_proj", NULL}},
-                  {offsetof(retrofit_layer, mlp_proj), RETROFIT_MATRIX, "mlp.proj", {"mlp.down_proj", NULL, NULL}}};
+                  {offsetof(retrofit_layer, w_gate_up), RETROFIT_MATRIX, "mlp.fc", {"mlp.gate_proj", "mlp.up_proj", NULL}},
+                  {offsetof(retrofit_layer, w_down), RETROFIT_MATRIX, "mlp.proj", {"mlp.down_proj", NULL, NULL}}};
 
 static void list_layer(retrofit_model *m, retrofit_layer *w, const char *group, size_t i, retrofit_part part) {
     size_t d = m->config.n_embd, F = m->config.intermediate, kv = m->config.n_kv_heads * m->config.head_dim;
@@ -2716,17 +2450,17 @@ static void list_layer(retrofit_model *m, retrofit_layer *w, const char *group, 
 
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops) {
     if (!retrofit_config_check(config, "model")) return NULL;
-    if (config->head_dim > ops->head_dim)
-        return fail("heads of %zu are more than the %zu that %s takes: use the CPU", config->head_dim, ops->head_dim, ops->name), (retrofit_model *)NULL;
-    retrofit_model *m = (retrofit_model *)allocate(1, sizeof *m);
+    if (config->head_dim > ops->max_head_dim)
+        return retrofit_fail("heads of %zu are more than the %zu that %s takes: use the CPU", config->head_dim, ops->max_head_dim, ops->name), (retrofit_model *)NULL;
+    retrofit_model *m = (retrofit_model *)retrofit_allocate(1, sizeof *m);
     if (!m) return NULL;
     m->config = *config, m->ops = ops;
     size_t P = config->prelude, C = config->core, D = config->coda, d = config->n_embd, V = config->vocab;
     bool plain = retrofit_is_plain(config);
-    m->prelude = (retrofit_layer *)allocate(P, sizeof *m->prelude);
-    m->core = (retrofit_layer *)allocate(C, sizeof *m->core);
-    m->coda = (retrofit_layer *)allocate(D, sizeof *m->coda);
-    m->parameters = (retrofit_parameter **)allocate(6 * (P + C + D) + 4, sizeof *m->parameters);
+    m->prelude = (retrofit_layer *)retrofit_allocate(P, sizeof *m->prelude);
+    m->core = (retrofit_layer *)retrofit_allocate(C, sizeof *m->core);
+    m->coda = (retrofit_layer *)retrofit_allocate(D, sizeof *m->coda);
+    m->parameters = (retrofit_parameter **)retrofit_allocate(6 * (P + C + D) + 4, sizeof *m->parameters);
     if (!m->prelude || !m->core || !m->coda || !m->parameters) return retrofit_free(m), (retrofit_model *)NULL;
     piece(&m->wte, V, plain ? "model.embed_tokens.weight" : "transformer.wte.weight");
     list(m, &m->wte, d, RETROFIT_EMBEDDING, RETROFIT_PART_EMBEDDING);
@@ -2763,13 +2497,13 @@ static void freeze(retrofit_model *m, retrofit_mode mode) {
 }
 
 // One fp32 copy of every parameter in one arena: its size, and where each copy lies (`member`: master or grad; a frozen one has no grad).
-static float **copy_of(retrofit_parameter *p, size_t member) { return (float **)(void *)((char *)p + member); }
+static float **copy_slot(retrofit_parameter *p, size_t member) { return (float **)(void *)((char *)p + member); }
 
 static void lay_out_copies(retrofit_model *m, arena *a, size_t member) {
     for (size_t i = 0; i < m->parameter_count; i++) {
         retrofit_parameter *p = m->parameters[i];
         bool none = p->frozen && member == offsetof(retrofit_parameter, grad);
-        *copy_of(p, member) = none ? NULL : (float *)take(a, p->rows * p->cols, sizeof(float));
+        *copy_slot(p, member) = none ? NULL : (float *)arena_alloc(a, p->rows * p->cols, sizeof(float));
     }
 }
 
@@ -2792,7 +2526,7 @@ static void lay_out_weights(retrofit_model *m, arena *a) {
     for (size_t i = 0; i < m->parameter_count; i++) {
         retrofit_parameter *p = m->parameters[i];
         p->weight.type = compute_type(m, p), p->weight.data = p->master;
-        if (p->weight.type != RETROFIT_F32) p->weight.data = take(a, p->rows * p->cols, retrofit_type_size(p->weight.type));
+        if (p->weight.type != RETROFIT_F32) p->weight.data = arena_alloc(a, p->rows * p->cols, retrofit_type_size(p->weight.type));
     }
 }
 
@@ -2807,648 +2541,12 @@ bool retrofit_model_allocate(retrofit_model *m, retrofit_mode mode) {
     return true;
 }
 
-void retrofit_refresh(retrofit_model *m) {
+void retrofit_refresh_weights(retrofit_model *m) {
     for (size_t i = 0; i < m->parameter_count; i++) {
         retrofit_parameter *p = m->parameters[i];
         if (p->weight.type != RETROFIT_F32) m->ops->cast((act *)p->weight.data, p->master, p->rows * p->cols);
     }
 }
-
-void retrofit_zero_grad(retrofit_model *m) { m->ops->zero(m->grads, m->grad_bytes); }
-
-// ---- Loading ---------------------------------------------------------------------------------------------------------------
-static bool open_map(retrofit_model *m, const char *path) {
-    retrofit_map *maps = (retrofit_map *)realloc(m->maps, (m->map_count + 1) * sizeof *maps);
-    if (!maps) return fail("out of memory");
-    m->maps = maps;
-    if (!retrofit_safetensors_open(&maps[m->map_count], path)) return false;
-    m->map_count++;
-    return true;
-}
-
-// model.safetensors, or every file its index names.
-static bool open_maps(retrofit_model *m, const char *directory) {
-    char path[RETROFIT_PATH], index[RETROFIT_PATH];
-    size_t size;
-    if (!retrofit_path(path, directory, "model.safetensors") || !retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (access(path, F_OK) == 0) return open_map(m, path);
-    if (access(index, F_OK)) return fail("%s: there is no model.safetensors and no model.safetensors.index.json", directory);
-    char *text = read_file(index, &size);
-    retrofit_json *j = text ? retrofit_json_parse(text, size, index) : NULL;
-    const retrofit_json *map = retrofit_json_get(j, "weight_map");
-    bool ok = j && (map || fail("%s: no weight_map", index));
-    for (const retrofit_json *e = map ? map->child : NULL; ok && e; e = e->next) {
-        size_t seen = 0;
-        if (e->type != RETROFIT_JSON_STRING || strchr(e->string, '/')) ok = fail("%s: %s is not in a file of this directory", index, e->key);
-        ok = ok && retrofit_path(path, directory, e->string);
-        while (ok && seen < m->map_count && strcmp(m->maps[seen].path, path)) seen++;
-        if (ok && seen == m->map_count) ok = open_map(m, path);
-    }
-    retrofit_json_free(j), free(text);
-    return ok;
-}
-
-static const retrofit_tensor *find_tensor(const retrofit_model *m, const char *name) {
-    for (size_t i = 0; i < m->map_count; i++) {
-        const retrofit_tensor *t = retrofit_safetensors_find(&m->maps[i], name);
-        if (t) return t;
-    }
-    return NULL;
-}
-
-static bool find_piece(const retrofit_model *m, const retrofit_parameter *p, size_t i, const char *where, const retrofit_tensor **out) {
-    const retrofit_tensor *t = find_tensor(m, p->piece[i].name);
-    if (!t && p->kind == RETROFIT_HEAD && m->config.tied) t = find_tensor(m, m->wte.piece[0].name);
-    if (!t) return fail("%s: tensor %s is missing", where, p->piece[i].name);
-    bool norm = p->kind == RETROFIT_NORM;
-    if (t->type == RETROFIT_I32 || t->dims != (norm ? 1u : 2u) || t->shape[0] != (norm ? p->cols : p->piece[i].rows) ||
-        (!norm && t->shape[1] != p->cols))
-        return fail("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)", where, t->name, t->dims ? t->shape[0] : 1,
-                    t->dims > 1 ? t->shape[1] : 1, norm ? p->cols : p->piece[i].rows, norm ? 1 : p->cols);
-    *out = t;
-    return true;
-}
-
-// n elements from a file to memory of the device, changing their type on the way.
-static bool store(const retrofit_ops *ops, char *to, retrofit_type type, const char *from, retrofit_type from_type, size_t n) {
-    if (type == from_type) return ops->upload(to, from, n * retrofit_type_size(type)), true;
-    enum { CHUNK = 1 << 16 };
-    float *wide = (float *)allocate(CHUNK, sizeof *wide);
-    uint16_t *half = (uint16_t *)allocate(CHUNK, sizeof *half);
-    for (size_t at = 0; wide && half && at < n; at += CHUNK) {
-        size_t count = least(n - at, CHUNK);
-        to_float(wide, from + at * retrofit_type_size(from_type), from_type, count);
-        for (size_t i = 0; type == RETROFIT_BF16 && i < count; i++) half[i] = float_to_bf16(wide[i]);
-        ops->upload(to + at * retrofit_type_size(type), type == RETROFIT_F32 ? (void *)wide : (void *)half, count * retrofit_type_size(type));
-    }
-    bool ok = wide && half;
-    free(wide), free(half);
-    return ok;
-}
-
-// Decides where each parameter lies, twice: to measure, and to copy what cannot stay in the file.
-static bool load_weights(retrofit_model *m, retrofit_mode mode, const char *where) {
-    bool in_place = mode == RETROFIT_INFERENCE && m->ops == &retrofit_cpu;
-    arena a = {NULL, 0};
-    for (int pass = 0; pass < 2; pass++) {
-        for (size_t i = 0; i < m->parameter_count; i++) {
-            retrofit_parameter *p = m->parameters[i];
-            const retrofit_tensor *t[3];
-            for (size_t j = 0; j < p->pieces; j++)
-                if (!find_piece(m, p, j, where, &t[j])) return false;
-            if (mode == RETROFIT_INFERENCE) {
-                p->weight.type = compute_type(m, p);
-                if (in_place && p->kind != RETROFIT_NORM && t[0]->type == RETROFIT_BF16 && (p->pieces == 1 || t[1]->type == RETROFIT_BF16) &&
-                    (p->pieces < 3 || t[2]->type == RETROFIT_BF16))
-                    p->weight.type = RETROFIT_BF16;
-                if (in_place && p->pieces == 1 && t[0]->type == p->weight.type &&
-                    (uintptr_t)t[0]->data % retrofit_type_size(t[0]->type) == 0) {
-                    p->weight.data = t[0]->data;
-                    continue;
-                }
-                p->weight.data = take(&a, p->rows * p->cols, retrofit_type_size(p->weight.type));
-            }
-            if (pass == 0) continue;
-            char *to = mode != RETROFIT_INFERENCE ? (char *)p->master : (char *)p->weight.data;
-            retrofit_type type = mode != RETROFIT_INFERENCE ? RETROFIT_F32 : p->weight.type;
-            for (size_t j = 0; j < p->pieces; j++) {
-                if (!store(m->ops, to, type, (const char *)t[j]->data, t[j]->type, t[j]->count)) return false;
-                to += t[j]->count * retrofit_type_size(type);
-            }
-        }
-        if (pass == 0 && mode != RETROFIT_INFERENCE && !retrofit_model_allocate(m, mode)) return false;
-        if (pass == 0 && a.used) {
-            if (!(m->weights = m->ops->alloc(a.used))) return false;
-            a.base = (char *)m->weights, a.used = 0;
-        }
-    }
-    return true;
-}
-
-// Every tensor of the files must have a place; rotary tables and a tied head, which older files carry, need none.
-static bool check_all_used(const retrofit_model *m) {
-    for (size_t f = 0; f < m->map_count; f++)
-        for (size_t i = 0; i < m->maps[f].count; i++) {
-            const char *name = m->maps[f].tensors[i].name;
-            bool used = strstr(name, "rotary_emb.inv_freq") || (m->config.tied && !strcmp(name, "lm_head.weight"));
-            for (size_t p = 0; !used && p < m->parameter_count; p++)
-                for (size_t j = 0; !used && j < m->parameters[p]->pieces; j++) used = !strcmp(name, m->parameters[p]->piece[j].name);
-            if (used && find_tensor(m, name) != &m->maps[f].tensors[i]) return fail("%s: tensor %s is there twice", m->maps[f].path, name);
-            if (!used) return fail("%s: tensor %s has no place in a model of this config.json", m->maps[f].path, name);
-        }
-    return true;
-}
-
-retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode) {
-    char path[RETROFIT_PATH];
-    retrofit_config config;
-    directory = retrofit_model_directory(directory, path);
-    if (!retrofit_config_read(&config, directory)) return NULL;
-    retrofit_model *m = retrofit_model_new(&config, ops);
-    if (!m) return NULL;
-    if (!open_maps(m, directory) || !load_weights(m, mode, directory) || !check_all_used(m)) return retrofit_free(m), (retrofit_model *)NULL;
-    if (mode != RETROFIT_INFERENCE) {
-        retrofit_refresh(m);
-        while (m->map_count) retrofit_safetensors_close(&m->maps[--m->map_count]);
-    }
-    return m;
-}
-
-// ---- Activations ---------------------------------------------------------------------------------------------------------
-// HF's RoPE: angle of position p and pair i is p·θ^(-2i/h); Llama-3.2 turns long wavelengths `factor` times slower, with a ramp between.
-static void rope_table(float *table, const retrofit_config *c, size_t positions) {
-    for (size_t i = 0; i < c->head_dim / 2; i++) {
-        float inverse = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
-        if (c->rope_llama3) {
-            double wavelength = 2 * 3.14159265358979323846 / (double)inverse, turns = c->rope_original_context / wavelength;
-            double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
-            inverse = (float)((double)inverse * (keep + (1 - keep) / c->rope_factor));
-        }
-        for (size_t p = 0; p < positions; p++) {
-            float angle = (float)p * inverse;
-            table[(p * c->head_dim / 2 + i) * 2] = cosf(angle), table[(p * c->head_dim / 2 + i) * 2 + 1] = sinf(angle);
-        }
-    }
-}
-
-enum { LOGITS_BYTES = 1 << 26, WIDE_ROWS = 256 }; // rows of logits exist in chunks of about so many bytes, in fp32 of so many rows; never (N,V)
-
-static void lay_out_block(retrofit_block *s, arena *a, const retrofit_config *c, size_t N, size_t size) {
-    s->rstd_1 = (float *)take(a, N, 4), s->rstd_2 = (float *)take(a, N, 4);
-    s->qkv = take(a, N * retrofit_qkv_width(c), size);
-    s->attention = take(a, N * c->n_embd, size);
-    s->lse = (float *)take(a, N * c->n_heads, 4);
-    s->fc = take(a, N * 2 * c->intermediate, size);
-}
-
-static void lay_out_blocks(retrofit_activations *s, retrofit_block *blocks, size_t count, arena *a, const retrofit_config *c, size_t size) {
-    for (size_t i = 0; s->keep && i < count; i++) {
-        if (s->keep == RETROFIT_KEEP_INPUTS) blocks[i] = s->scratch; // all but the output is shared
-        else lay_out_block(&blocks[i], a, c, s->B * s->T, size), blocks[i].mid = (float *)take(a, s->B * s->T * c->n_embd, 4);
-        blocks[i].out = (float *)take(a, s->B * s->T * c->n_embd, 4);
-    }
-}
-
-static void lay_out_activations(retrofit_activations *s, arena *a, const retrofit_config *c, retrofit_type type) {
-    size_t N = s->B * s->T, d = c->n_embd, V = c->vocab, size = retrofit_type_size(type);
-    size_t positions = s->T > s->capacity ? s->T : s->capacity;
-    s->tokens = (int32_t *)take(a, N, 4), s->labels = (int32_t *)take(a, N, 4), s->past = (int32_t *)take(a, s->B, 4);
-    s->rope = (float *)take(a, positions * c->head_dim, 4);
-    s->embedded = (float *)take(a, N * d, 4), s->state = (float *)take(a, N * d, 4), s->injected = (float *)take(a, N * d, 4);
-    s->x = s->keep ? NULL : (float *)take(a, N * d, 4);
-    lay_out_block(&s->scratch, a, c, N, size);
-    if (s->keep == RETROFIT_KEEP_INPUTS) s->scratch.mid = (float *)take(a, N * d, 4);
-    lay_out_blocks(s, s->prelude, c->prelude, a, c, size);
-    lay_out_blocks(s, s->core, s->K * c->core, a, c, size);
-    lay_out_blocks(s, s->coda, c->coda, a, c, size);
-    for (size_t i = 0; s->keep && i < s->K; i++) s->adapted[i] = (float *)take(a, N * d, 4);
-    s->rstd_f = (float *)take(a, N, 4), s->losses = (float *)take(a, N, 4);
-    s->norm = take(a, N * d, size), s->swiglu = take(a, N * c->intermediate, size);
-    s->final = s->norm; // what is never needed at the same time shares memory, here and below
-    s->chunk = LOGITS_BYTES / (V * size) / 128 * 128 + 128; // whole tiles of a matrix product
-    s->chunk = least(N, s->chunk);
-    s->logits = take(a, s->chunk * V, size);
-    s->wide = (float *)take(a, (least(s->chunk, WIDE_ROWS) > s->B ? least(s->chunk, WIDE_ROWS) : s->B) * V, 4);
-    if (s->capacity) {
-        size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(s->kv_type);
-        s->reached = (int32_t *)take(a, s->B, 4), s->carried = (float *)take(a, s->B * d, 4),
-        s->drafted = (float *)take(a, 2 * RETROFIT_LOOKAHEAD * d, 4);
-        s->keys = take(a, s->slots * s->B * s->capacity, entry), s->values = take(a, s->slots * s->B * s->capacity, entry);
-    }
-    if (!s->keep) return;
-    s->dx = (float *)take(a, N * d, 4), s->delta = (float *)take(a, N * c->n_heads, 4);
-    s->dbranch = take(a, N * d, size), s->dinner = take(a, N * d, size), s->dswiglu = take(a, N * c->intermediate, size);
-    s->dinjected = s->injected, s->dfinal = s->dinner;
-    if (s->keep == RETROFIT_KEEP_ALL) s->dattention = s->scratch.attention, s->dqkv = s->scratch.qkv, s->dfc = s->scratch.fc;
-    else {
-        s->dattention = take(a, N * d, size), s->dqkv = take(a, N * retrofit_qkv_width(c), size);
-        s->dfc = take(a, N * 2 * c->intermediate, size);
-    }
-}
-
-// The arrays of pointers that live on the host; false + error.
-static bool allocate_blocks(retrofit_activations *s, const retrofit_config *c) {
-    s->prelude = (retrofit_block *)allocate(c->prelude, sizeof *s->prelude);
-    s->core = (retrofit_block *)allocate(s->K * c->core, sizeof *s->core);
-    s->coda = (retrofit_block *)allocate(c->coda, sizeof *s->coda);
-    s->adapted = (float **)allocate(s->K, sizeof *s->adapted);
-    s->seen = (int32_t *)allocate(s->B, sizeof *s->seen);
-    size_t decoded = s->capacity ? s->B : 0; // rows
-    s->next = (float *)allocate(decoded * c->vocab, sizeof *s->next),
-    s->measure = (double *)allocate(decoded * c->vocab, sizeof *s->measure);
-    s->latent = (float *)allocate(2 * decoded * c->n_embd, sizeof *s->latent), s->used = (int32_t *)allocate(s->B, sizeof *s->used);
-    return s->prelude && s->core && s->coda && s->adapted && s->seen && s->next && s->measure && s->latent && s->used;
-}
-
-static void free_blocks(retrofit_activations *s) {
-    free(s->prelude), free(s->core), free(s->coda), free(s->adapted), free(s->seen), free(s->next), free(s->measure), free(s->latent),
-        free(s->used);
-}
-
-// Small enough that no size below overflows before take() sees it.
-static bool batch_possible(size_t B, size_t positions, size_t K, size_t recurrences) {
-    return B > 0 && positions > 0 && B <= ((size_t)1 << 32) / positions && K <= 1 << 16 && recurrences <= 1 << 20;
-}
-
-size_t retrofit_activations_bytes(const retrofit_config *c, const retrofit_ops *ops, size_t B, size_t T, size_t K, retrofit_keep keep) {
-    retrofit_activations s;
-    arena a = {NULL, 0};
-    if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
-    memset(&s, 0, sizeof s);
-    s.B = B, s.T = T, s.K = keep && c->core ? K : 0, s.keep = keep;
-    if (allocate_blocks(&s, c)) lay_out_activations(&s, &a, c, ops->act_type);
-    free_blocks(&s);
-    return a.used;
-}
-
-// Slots of a core layer after so many recurrences.
-static size_t slots_of(const retrofit_cache *cache, size_t recurrences) {
-    return cache->kind == RETROFIT_CACHE_SHARED    ? least(cache->M, recurrences)
-           : cache->kind == RETROFIT_CACHE_GROUPED ? (recurrences + cache->M - 1) / cache->M
-                                                   : recurrences;
-}
-
-size_t retrofit_cache_bytes(const retrofit_activations *a) {
-    return 2 * a->slots * a->model->config.n_kv_heads * a->model->config.head_dim * retrofit_type_size(a->kv_type);
-}
-
-retrofit_activations *retrofit_activations_new(const retrofit_model *m, size_t B, size_t T, size_t K, retrofit_keep keep,
-                                               const retrofit_cache *cache) {
-    const retrofit_config *c = &m->config;
-    const retrofit_cache none = {0, 0, RETROFIT_CACHE_FULL, 0, false};
-    if (!cache) cache = &none;
-    size_t capacity = cache->capacity, recurrences = cache->recurrences, positions = T > capacity ? T : capacity;
-    if (T == 0 || !batch_possible(B, positions, K, recurrences))
-        return fail("a batch of %zu x %zu tokens (depth %zu, %zu recurrences) is impossible", B, T, K, recurrences), (retrofit_activations *)NULL;
-    if (positions > c->context)
-        return fail("%zu positions are more than the model's context of %zu", positions, c->context), (retrofit_activations *)NULL;
-    if (cache->kind != RETROFIT_CACHE_FULL && (cache->M == 0 || cache->M > 1 << 20))
-        return fail("a KV cache of %zu slots a layer: from 1 to %d", cache->M, 1 << 20), (retrofit_activations *)NULL;
-    if (cache->bf16 && m->ops != &retrofit_cpu && m->ops->act_type != RETROFIT_BF16)
-        return fail("%s keeps keys and values in its own precision: use --precision bf16", m->ops->name), (retrofit_activations *)NULL;
-    retrofit_activations *s = (retrofit_activations *)allocate(1, sizeof *s);
-    if (!s) return NULL;
-    s->cache = *cache, s->kv_type = cache->bf16 ? RETROFIT_BF16 : m->ops->act_type;
-    s->model = m, s->B = B, s->T = T, s->K = keep && c->core ? K : 0, s->keep = keep, s->capacity = capacity;
-    s->slots = capacity ? c->prelude + slots_of(cache, recurrences) * c->core + c->coda : 0;
-    arena a = {NULL, 0};
-    float *table = (float *)allocate(positions * c->head_dim, 4);
-    if (table && allocate_blocks(s, c)) {
-        lay_out_activations(s, &a, c, m->ops->act_type);
-        s->bytes = a.used;
-        if (a.used == SIZE_MAX) fail("a batch of %zu x %zu tokens is larger than memory can be", B, T);
-        else s->arena = m->ops->alloc(a.used);
-    }
-    if (!s->arena) return free(table), retrofit_activations_free(s), (retrofit_activations *)NULL;
-    a.base = (char *)s->arena, a.used = 0;
-    lay_out_activations(s, &a, c, m->ops->act_type);
-    rope_table(table, c, positions);
-    m->ops->upload(s->rope, table, positions * c->head_dim * 4);
-    free(table);
-    return s;
-}
-
-void retrofit_activations_free(retrofit_activations *a) {
-    if (!a) return;
-    if (a->step) a->model->ops->forget(a->step);
-    if (a->arena) a->model->ops->free(a->arena);
-    free_blocks(a), free(a);
-}
-
-// ---- Block: x += proj(attention(RMSNorm_1 x)); x += mlp_proj(swiglu(fc(RMSNorm_2 x))) ----------------------------------------
-static act *act_at(const retrofit_ops *ops, act *p, size_t i) { return (char *)p + i * retrofit_type_size(ops->act_type); }
-
-// All of a block but its last matrix product. x may be s->mid too: then nothing but the result is kept. slot: where in the KV cache this
-// layer's keys go, if there is one.
-static void block_inside(retrofit_activations *a, const retrofit_layer *w, retrofit_block *s, const float *x, size_t slot) {
-    const retrofit_config *c = &a->model->config;
-    const retrofit_ops *ops = a->model->ops;
-    size_t N = a->N, d = c->n_embd, Q = retrofit_qkv_width(c), F = c->intermediate, H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
-    s->x = x;
-    ops->rmsnorm_forward(a->norm, s->rstd_1, x, (const float *)w->norm_1.weight.data, N, d, c->norm_eps);
-    ops->matmul_forward(s->qkv, a->norm, w->wqkv.weight, N, d, Q);
-    ops->rope_forward(s->qkv, a->rope, a->capacity ? a->past : NULL, a->b, a->t, H, G, h);
-    if (a->capacity) {
-        size_t at = slot * a->B * a->capacity * G * h * retrofit_type_size(a->kv_type);
-        act *keys = (char *)a->keys + at, *values = (char *)a->values + at;
-        ops->kv_store(keys, values, s->qkv, a->past, a->b, a->t, a->capacity, H, G, h, a->kv_type);
-        ops->attention_cached(s->attention, s->qkv, keys, values, a->past, a->b, a->t, a->capacity, H, G, h, a->kv_type);
-    } else ops->attention_forward(s->attention, s->lse, s->qkv, a->b, a->t, H, G, h);
-    ops->matmul_residual_forward(s->mid, x, s->attention, w->proj.weight, N, d, d);
-    ops->rmsnorm_forward(a->norm, s->rstd_2, s->mid, (const float *)w->norm_2.weight.data, N, d, c->norm_eps);
-    ops->matmul_forward(s->fc, a->norm, w->fc.weight, N, d, 2 * F);
-}
-
-static void block_forward(retrofit_activations *a, const retrofit_layer *w, retrofit_block *s, const float *x, size_t slot) {
-    const retrofit_ops *ops = a->model->ops;
-    size_t d = a->model->config.n_embd, F = a->model->config.intermediate;
-    block_inside(a, w, s, x, slot);
-    ops->swiglu_forward(a->swiglu, s->fc, a->N, F);
-    ops->matmul_residual_forward(s->out, s->mid, a->swiglu, w->mlp_proj.weight, a->N, F, d);
-}
-
-// a->dx comes in as the gradient of s->out and leaves as that of s->x. Norms and swiglu are computed again.
-static void block_backward(retrofit_activations *a, retrofit_layer *w, retrofit_block *s) {
-    const retrofit_config *c = &a->model->config;
-    const retrofit_ops *ops = a->model->ops;
-    size_t N = a->N, d = c->n_embd, Q = retrofit_qkv_width(c), F = c->intermediate, H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
-    const float *norm_1 = (const float *)w->norm_1.weight.data, *norm_2 = (const float *)w->norm_2.weight.data;
-    bool trains = !w->wqkv.frozen; // a layer is frozen as a whole
-
-    if (a->keep == RETROFIT_KEEP_INPUTS) block_inside(a, w, s, s->x, 0);
-
-    ops->cast(a->dbranch, a->dx, N * d);
-    ops->matmul_backward_input(a->dswiglu, a->dbranch, w->mlp_proj.weight, N, F, d);
-    ops->swiglu_backward(a->dfc, a->swiglu, a->dswiglu, s->fc, N, F);
-    if (trains) {
-        ops->matmul_backward_weight(w->mlp_proj.grad, F, a->dbranch, a->swiglu, N, F, d);
-        ops->rmsnorm_forward(a->norm, s->rstd_2, s->mid, norm_2, N, d, c->norm_eps);
-        ops->matmul_backward_weight(w->fc.grad, d, a->dfc, a->norm, N, d, 2 * F);
-    }
-    ops->matmul_backward_input(a->dinner, a->dfc, w->fc.weight, N, d, 2 * F);
-    ops->rmsnorm_backward(a->dx, w->norm_2.grad, a->dinner, s->mid, s->rstd_2, norm_2, N, d);
-
-    ops->cast(a->dbranch, a->dx, N * d);
-    if (trains) ops->matmul_backward_weight(w->proj.grad, d, a->dbranch, s->attention, N, d, d);
-    ops->matmul_backward_input(a->dattention, a->dbranch, w->proj.weight, N, d, d);
-    ops->attention_backward(a->dqkv, a->delta, a->dattention, s->qkv, s->attention, s->lse, a->b, a->t, H, G, h);
-    ops->rope_backward(a->dqkv, a->rope, a->b, a->t, H, G, h);
-    if (trains) {
-        ops->rmsnorm_forward(a->norm, s->rstd_1, s->x, norm_1, N, d, c->norm_eps);
-        ops->matmul_backward_weight(w->wqkv.grad, d, a->dqkv, a->norm, N, d, Q);
-    }
-    ops->matmul_backward_input(a->dinner, a->dqkv, w->wqkv.weight, N, d, Q);
-    ops->rmsnorm_backward(a->dx, w->norm_1.grad, a->dinner, s->x, s->rstd_1, norm_1, N, d);
-}
-
-// Blocks in a row: each into its own buffers (saved), or all of them in place on x.
-static const float *blocks_forward(retrofit_activations *a, const retrofit_layer *layers, size_t count, retrofit_block *saved, float *x, size_t slot) {
-    for (size_t i = 0; i < count; i++) {
-        retrofit_block *s = saved ? &saved[i] : &a->scratch;
-        if (!saved) s->mid = s->out = x;
-        block_forward(a, &layers[i], s, x, slot + i);
-        x = s->out;
-    }
-    return x;
-}
-
-static void blocks_backward(retrofit_activations *a, retrofit_layer *layers, size_t count, retrofit_block *saved) {
-    while (count--) block_backward(a, &layers[count], &saved[count]);
-}
-
-// ---- Model -----------------------------------------------------------------------------------------------------------------
-// The two halves of the adapter: A_s reads the state, A_e what the prelude made of the tokens.
-static retrofit_weight adapter_half(const retrofit_model *m, bool second) {
-    retrofit_weight w = m->adapter.weight;
-    if (second) w.data = (const char *)w.data + m->config.n_embd * retrofit_type_size(w.type);
-    return w;
-}
-
-// The batch to come: b, t, its tokens.
-static bool set_batch(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t) {
-    const retrofit_model *m = a->model;
-    if (b == 0 || t == 0 || b > a->B || t > a->T) return fail("a batch of %zu x %zu tokens where at most %zu x %zu fit", b, t, a->B, a->T);
-    for (size_t i = 0; i < b * t; i++)
-        if (tokens[i] < 0 || (size_t)tokens[i] >= m->config.vocab)
-            return fail("token %zu is %d, but the vocabulary has %zu entries", i, (int)tokens[i], m->config.vocab);
-    a->b = b, a->t = t, a->N = b * t, a->n = a->k = 0;
-    m->ops->upload(a->tokens, tokens, a->N * sizeof *tokens);
-    return true;
-}
-
-static void prelude_forward(retrofit_activations *a) {
-    const retrofit_model *m = a->model;
-    size_t d = m->config.n_embd;
-    m->ops->embedding_forward(a->embedded, a->tokens, m->wte.weight, a->N, d);
-    a->e = blocks_forward(a, m->prelude, m->config.prelude, a->keep ? a->prelude : NULL, a->embedded, 0);
-    if (retrofit_is_plain(&m->config)) return;
-    m->ops->cast(a->norm, a->e, a->N * d);
-    m->ops->matmul_residual_forward(a->injected, NULL, a->norm, adapter_half(m, true), a->N, d, d);
-}
-
-bool retrofit_prelude(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t) {
-    return set_batch(a, tokens, b, t) && (prelude_forward(a), true);
-}
-
-// Normal numbers for every state. In decoding a row's are what they would be if it were alone: a text does not depend on its batch.
-static void draw_states(retrofit_activations *a, float *states, float sigma, uint64_t seed) {
-    const retrofit_ops *ops = a->model->ops;
-    size_t d = a->model->config.n_embd;
-    if (!a->capacity) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
-    else
-        for (size_t i = 0; i < a->b; i++) ops->state_init(states + i * a->t * d, a->past + i, 1, a->t, d, sigma, seed);
-}
-
-void retrofit_start(retrofit_activations *a, float sigma, uint64_t seed) { draw_states(a, a->state, sigma, seed); }
-
-// s_i = core(A_s·s_{i-1} + A_e·e). Without gradient, in place on a->state; with, every s_i stays where the core's last block left it.
-void retrofit_recur(retrofit_activations *a, size_t n, size_t k) {
-    const retrofit_model *m = a->model;
-    size_t C = m->config.core, d = m->config.n_embd;
-    for (size_t i = 0; C && i < n + k; i++) {
-        bool save = i >= n;
-        size_t j = a->k; // of the recurrences with gradient
-        const float *s = j ? a->core[j * C - 1].out : a->state;
-        float *x = save ? a->adapted[j] : a->state;
-        m->ops->cast(a->norm, s, a->N * d);
-        m->ops->matmul_residual_forward(x, a->injected, a->norm, adapter_half(m, false), a->N, d, d);
-        size_t slot = a->cache.kind == RETROFIT_CACHE_SHARED    ? a->n % a->cache.M
-                      : a->cache.kind == RETROFIT_CACHE_GROUPED ? a->n / a->cache.M
-                                                                : a->n;
-        blocks_forward(a, m->core, C, save ? &a->core[j * C] : NULL, x, m->config.prelude + slot * C);
-        if (save) a->k++;
-        else a->n++;
-    }
-}
-
-static const float *latest_state(const retrofit_activations *a) {
-    const retrofit_config *c = &a->model->config;
-    return retrofit_is_plain(c) ? a->embedded : a->k ? a->core[a->k * c->core - 1].out : a->state;
-}
-
-// z goes where the coda's stream will be: it is not there yet.
-static void add_noise(retrofit_activations *a, const retrofit_thinking *how) {
-    const retrofit_model *m = a->model;
-    uint64_t key = hash64(how->seed, ~(uint64_t)a->n);
-    float i = (float)(a->n + 1), y = how->noise * m->config.state_std, x = y;
-    if (how->noise_kind == RETROFIT_NOISE_GEOM) x = y / i;
-    if (how->noise_kind == RETROFIT_NOISE_SQRT) x = y / sqrtf(i);
-    if (how->noise_kind == RETROFIT_NOISE_LINE) x = fmaxf(y, 1 - (i - 1) / (float)how->recurrences);
-    if (how->noise_kind == RETROFIT_NOISE_CHI) x = 2 * y * (float)hash_uniform(key, (uint64_t)a->seen[0]);
-    draw_states(a, a->x, x, key);
-    m->ops->add(a->state, a->x, a->N * m->config.n_embd, 1 - x);
-}
-
-void retrofit_think(retrofit_activations *a, const retrofit_thinking *how, size_t n) {
-    bool noisy = how->noise > 0 && !a->keep && a->model->config.core;
-    for (; noisy && n; n--) add_noise(a, how), retrofit_recur(a, 1, 0);
-    retrofit_recur(a, n, 0);
-}
-
-void retrofit_coda(retrofit_activations *a) {
-    const retrofit_model *m = a->model;
-    const retrofit_config *c = &m->config;
-    float *x = (float *)latest_state(a);
-    if (!a->keep) m->ops->copy(a->x, x, a->N * c->n_embd * sizeof *x), x = a->x; // the state goes on; the coda works on a copy
-    a->last = blocks_forward(a, m->coda, c->coda, a->keep ? a->coda : NULL, x, a->slots - (a->slots ? c->coda : 0));
-    m->ops->rmsnorm_forward(a->final, a->rstd_f, a->last, (const float *)m->ln_f.weight.data, a->N, c->n_embd, c->norm_eps);
-}
-
-static void forward(retrofit_activations *a, float sigma, uint64_t seed, size_t n, size_t k) {
-    prelude_forward(a);
-    if (a->model->config.core) retrofit_start(a, sigma, seed);
-    retrofit_recur(a, n, k);
-    retrofit_coda(a);
-}
-
-bool retrofit_forward(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, float sigma, uint64_t seed, size_t n, size_t k) {
-    if (k > a->K && a->model->config.core) return fail("%zu recurrences with gradient where %zu fit", k, a->K);
-    return set_batch(a, tokens, b, t) && (forward(a, sigma, seed, n, k), true);
-}
-
-void retrofit_logits(retrofit_activations *a, size_t first, size_t count, float *logits) {
-    const retrofit_model *m = a->model;
-    size_t d = m->config.n_embd, V = m->config.vocab;
-    for (size_t at = 0, rows; at < count; at += rows) {
-        rows = least(count - at, least(a->chunk, WIDE_ROWS));
-        m->ops->matmul_residual_forward(a->wide, NULL, act_at(m->ops, a->final, (first + at) * d), m->lm_head.weight, rows, d, V);
-        m->ops->download(logits + at * V, a->wide, rows * V * sizeof *logits);
-    }
-}
-
-double retrofit_loss(retrofit_activations *a, const int32_t *labels, float scale) {
-    const retrofit_model *m = a->model;
-    const retrofit_ops *ops = m->ops;
-    size_t d = m->config.n_embd, V = m->config.vocab, counted = 0;
-    for (size_t i = 0; i < a->N; i++) {
-        if (labels[i] != -100 && (labels[i] < 0 || (size_t)labels[i] >= V))
-            return fail("label %zu is %d, but the vocabulary has %zu entries", i, (int)labels[i], V), (double)NAN;
-        counted += labels[i] >= 0;
-    }
-    if (counted == 0) return fail("all labels of the batch are -100: there is no loss"), (double)NAN;
-    ops->upload(a->labels, labels, a->N * sizeof *labels);
-    for (size_t at = 0; at < a->N; at += a->chunk) {
-        size_t rows = least(a->N - at, a->chunk);
-        act *final = act_at(ops, a->final, at * d);
-        ops->matmul_forward(a->logits, final, m->lm_head.weight, rows, d, V);
-        ops->cross_entropy(a->losses + at, a->logits, a->labels + at, rows, V, scale / (float)counted);
-        if (scale == 0) continue;
-        if (!m->lm_head.frozen) ops->matmul_backward_weight(m->lm_head.grad, d, a->logits, final, rows, d, V);
-        ops->matmul_backward_input(act_at(ops, a->dfinal, at * d), a->logits, m->lm_head.weight, rows, d, V);
-    }
-    if (scale != 0) {
-        ops->zero(a->dx, a->N * d * sizeof *a->dx);
-        ops->rmsnorm_backward(a->dx, m->ln_f.grad, a->dfinal, a->last, a->rstd_f, (const float *)m->ln_f.weight.data, a->N, d);
-    }
-    float *losses = (float *)malloc(a->N * sizeof *losses);
-    if (!losses) return fail("out of memory"), (double)NAN;
-    ops->download(losses, a->losses, a->N * sizeof *losses);
-    double sum = 0;
-    for (size_t i = 0; i < a->N; i++) sum += losses[i];
-    free(losses);
-    return sum / (double)counted;
-}
-
-// Truncated backpropagation (method: paper section 3): through the coda, then back over the k recurrences, where the gradients of A_s, A_e,
-// the core's weights and e add up; it stops at s_n. Since A_e·e is the same in all of them, dA_e and de need only the sum of the dY.
-void retrofit_backward(retrofit_activations *a) {
-    retrofit_model *m = (retrofit_model *)a->model;
-    const retrofit_ops *ops = m->ops;
-    size_t C = m->config.core, d = m->config.n_embd;
-    blocks_backward(a, m->coda, m->config.coda, a->coda);
-    if (C) {
-        ops->zero(a->dinjected, a->N * d * sizeof *a->dx);
-        for (size_t j = a->k; j--;) {
-            blocks_backward(a, m->core, C, &a->core[j * C]);
-            ops->add(a->dinjected, a->dx, a->N * d, 1);
-            ops->cast(a->dbranch, a->dx, a->N * d);
-            ops->cast(a->norm, j ? a->core[j * C - 1].out : a->state, a->N * d);
-            ops->matmul_backward_weight(m->adapter.grad, 2 * d, a->dbranch, a->norm, a->N, d, d);
-            if (j) ops->matmul_residual_backward_input(a->dx, a->dbranch, adapter_half(m, false), a->N, d, d);
-        }
-        ops->cast(a->dbranch, a->dinjected, a->N * d);
-        ops->cast(a->norm, a->e, a->N * d);
-        ops->matmul_backward_weight(m->adapter.grad + d, 2 * d, a->dbranch, a->norm, a->N, d, d);
-        if (m->wte.frozen) return; // and with it the prelude
-        ops->matmul_residual_backward_input(a->dx, a->dbranch, adapter_half(m, true), a->N, d, d);
-        blocks_backward(a, m->prelude, m->config.prelude, a->prelude);
-    }
-    ops->embedding_backward(m->wte.grad, a->tokens, a->dx, a->N, d);
-}
-
-size_t retrofit_state_sizes(const retrofit_activations *a, double *rms) {
-    const retrofit_model *m = a->model;
-    size_t C = m->config.core, count = a->N * m->config.n_embd;
-    for (size_t j = 0; C && j <= a->k; j++) {
-        m->ops->zero(m->sums + 1, sizeof *m->sums);
-        m->ops->sum_squares(m->sums + 1, j ? a->core[j * C - 1].out : a->state, count);
-        m->ops->download(&rms[j], m->sums + 1, sizeof *rms);
-        rms[j] = sqrt(rms[j] / (double)count);
-    }
-    return C ? a->k + 1 : 0;
-}
-
-double retrofit_flops_per_token(const retrofit_config *c, retrofit_mode mode, size_t T, size_t n, size_t k) {
-    double d = (double)c->n_embd, F = (double)c->intermediate;
-    double layer = 2 * (d * (double)retrofit_qkv_width(c) + d * d + 3 * d * F) + 2 * (double)T * d; // causal attention: T/2 keys on average
-    double recurrence = c->core ? (double)c->core * layer + 2 * 2 * d * d : 0, behind = (double)c->coda * layer + 2 * d * (double)c->vocab;
-    double of_prelude = mode == RETROFIT_TRAINING ? 3 : 1;
-    double of_core = mode == RETROFIT_INFERENCE ? 1 : mode == RETROFIT_TRAINING_ADAPTER ? 2 : 3;
-    double of_coda = mode == RETROFIT_INFERENCE ? 1 : mode == RETROFIT_TRAINING ? 3 : 2;
-    return of_prelude * (double)c->prelude * layer + recurrence * ((double)n + of_core * (double)k) + of_coda * behind;
-}
-
-double retrofit_paper_flops_per_token(const retrofit_config *c, size_t n, size_t k) {
-    double d = (double)c->n_embd,
-           layer = d * (double)retrofit_qkv_width(c) + d * d + 3 * d * (double)c->intermediate + 2 * d; // with its norms
-    return layer * (6 * (double)(c->prelude + k * c->core + c->coda) + 2 * (double)(n * c->core));
-}
-
-// =====================================================================================================================
-// 7  How many recurrences, how much of them, how fast: sampler, curriculum, learning rate
-// =====================================================================================================================
-
-// rate ~ LogNormal(ln r - σ²/2, σ = 1/2), so that its mean is r; p ~ Poisson(rate) + 1 recurrences; the last min(K, p) get gradients.
-// The draw depends on m alone, so every device of a run, and a resumed run, makes the same one.
-void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate) {
-    mt19937 g;
-    mt19937_seed(&g, (uint32_t)((514229 + m) % 0x7fffffffu));
-    const double sigma = 0.5;
-    float drawn = (float)exp(log((double)(r > K ? r : K)) - sigma * sigma / 2 + sigma * mt19937_normal(&g));
-    size_t p = mt19937_poisson(&g, (double)drawn) + 1;
-    *n = p > K ? p - K : 0;
-    *k = p < K ? p : K;
-    if (rate) *rate = drawn;
-}
-
-// Step S, behind the last, has the authors' schedules back at their start; so do these.
-double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
-    double warm = ceil(w * (double)S);
-    if (kind == RETROFIT_CURRICULUM_NONE || ((double)t >= warm && t < S)) return R;
-    if (t >= S) return 0;
-    double x = (double)t / warm;
-    return R * (kind == RETROFIT_CURRICULUM_LINEAR ? x : 1 - sqrt(1 - x));
-}
-
-double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base) {
-    double warm = ceil(w * (double)S);
-    if (t >= S) return base * start;
-    return (double)t >= warm ? base : base * (start + (1 - start) * ((double)t / warm));
-}
-
-double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr) {
-    double warm = ceil(w * (double)S), cool = ceil(c * (double)S), s = (double)t;
-    if (s < warm) return lr * (min + (1 - min) * (s / warm));
-    if (s < (double)S - cool) return lr;
-    double x = cool > 0 ? fmin(1, (s - ((double)S - cool)) / cool) : 1;
-    return lr * (min + (1 - min) * 0.5 * (1 + cos(3.14159265358979323846 * x)));
-}
-
-// =====================================================================================================================
-// 8  Optimizers
-// =====================================================================================================================
-
-static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) { return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX; }
 
 static void lay_out_moments(retrofit_model *m, arena *a, retrofit_optimizer_kind kind) {
     size_t size = retrofit_type_size(m->ops->act_type), largest = 0, side = 0;
@@ -3456,15 +2554,15 @@ static void lay_out_moments(retrofit_model *m, arena *a, retrofit_optimizer_kind
         retrofit_parameter *p = m->parameters[i];
         size_t n = p->rows * p->cols, shorter = p->rows < p->cols ? p->rows : p->cols;
         if (p->frozen) continue;
-        p->m = (float *)take(a, n, 4);
-        p->v = by_muon(p, kind) ? NULL : (float *)take(a, n, 4);
+        p->m = (float *)arena_alloc(a, n, 4);
+        p->v = by_muon(p, kind) ? NULL : (float *)arena_alloc(a, n, 4);
         if (by_muon(p, kind) && n > largest) largest = n;
         if (by_muon(p, kind) && shorter > side) side = shorter;
     }
-    m->sums = (double *)take(a, 2, sizeof(double));
-    m->muon_u = (float *)take(a, largest, 4);
-    m->muon_x = take(a, largest, size), m->muon_y = take(a, largest, size);
-    m->muon_a = take(a, side * side, size), m->muon_b = take(a, side * side, size);
+    m->sums = (double *)arena_alloc(a, 2, sizeof(double));
+    m->muon_u = (float *)arena_alloc(a, largest, 4);
+    m->muon_x = arena_alloc(a, largest, size), m->muon_y = arena_alloc(a, largest, size);
+    m->muon_a = arena_alloc(a, side * side, size), m->muon_b = arena_alloc(a, side * side, size);
 }
 
 bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind) {
@@ -3485,369 +2583,746 @@ void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_opt
     *weights = a.used, *gradients = g.used, *moments = o.used;
 }
 
-// Muon: the momentum's update direction u, with its singular values pushed towards 1 by five steps of the quintic iteration
-// X ← aX + (bA + cA²)X, A = XXᵀ, on X = u/(‖u‖ + 1e-7); X is kept with at most as many rows as columns.
-static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr) {
-    const retrofit_ops *ops = m->ops;
-    size_t rows = p->rows, cols = p->cols, r = rows < cols ? rows : cols, c = rows < cols ? cols : rows;
-    retrofit_weight x = {m->muon_x, ops->act_type, c}, a = {m->muon_a, ops->act_type, r};
-    ops->muon_momentum(m->muon_u, p->m, p->grad, rows * cols, scale, o->momentum);
-    ops->zero(m->sums + 1, sizeof *m->sums);
-    ops->sum_squares(m->sums + 1, m->muon_u, rows * cols);
-    ops->muon_load(m->muon_x, m->muon_u, m->sums + 1, rows, cols);
-    for (int i = 0; i < 5; i++) {
-        ops->matmul_forward(m->muon_a, m->muon_x, x, r, c, r);
-        ops->matmul_forward(m->muon_b, m->muon_a, a, r, r, r); // A is symmetric: A·Aᵀ = A²
-        ops->axpby(m->muon_b, m->muon_a, r * r, -4.7750f, 2.0315f);
-        ops->matmul_backward_input(m->muon_y, m->muon_b, x, r, c, r);
-        ops->axpby(m->muon_x, m->muon_y, r * c, 1, 3.4445f);
-    }
-    ops->muon_update(p->master, m->muon_x, rows, cols, lr, sqrtf(fmaxf(1, (float)rows / (float)cols)), o->weight_decay);
-}
-
-// AdamW*, the authors' ELLISAdam: m and v begin as the first gradient and its square; atan2 needs no eps, but v is never below eps²; a tensor
-// whose gradient is larger than v expects takes a smaller step; weight decay follows the schedule, not the learning rate.
-static void ellisadam_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr, size_t t,
-                           double bias1, double bias2) {
-    size_t n = p->rows * p->cols;
-    m->ops->zero(m->sums + 1, sizeof *m->sums);
-    m->ops->ellisadam_moments(p->m, p->v, m->sums + 1, p->grad, n, scale, t > 1 ? o->beta1 : 0, t > 1 ? o->beta2 : 0, o->eps);
-    m->ops->ellisadam_update(p->master, p->m, p->v, m->sums + 1, n, lr, bias1, bias2,
-                             o->weight_decay * (o->peak_lr > 0 ? o->lr / o->peak_lr : 1));
-}
-
-double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t) {
-    double norm;
-    m->ops->zero(m->sums, sizeof *m->sums);
-    m->ops->sum_squares(m->sums, (const float *)m->grads, m->grad_bytes / sizeof(float));
-    m->ops->download(&norm, m->sums, sizeof norm);
-    if (!isfinite(norm = sqrt(norm))) return norm;
-    float scale = o->clip > 0 ? (float)fmin(1, o->clip / (norm + 1e-6)) : 1;
-    double bias1 = 1 - pow(o->beta1, (double)t), bias2 = 1 - pow(o->beta2, (double)t);
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        bool throttled = o->throttle > 0 && (p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER);
-        float slower = throttled ? o->throttle : 1, lr = o->lr / slower;
-        size_t n = p->rows * p->cols;
-        if (p->frozen) continue;
-        if (by_muon(p, o->kind)) muon_step(m, p, o, scale, o->muon_lr / slower);
-        else if (o->kind == RETROFIT_ELLISADAM) ellisadam_step(m, p, o, scale, lr, t, bias1, bias2);
-        else
-            m->ops->adamw_update(p->master, p->m, p->v, p->grad, n, scale, lr, o->beta1, o->beta2, bias1, bias2, o->eps, o->weight_decay);
-    }
-    retrofit_refresh(m);
-    return norm;
-}
-
-// =====================================================================================================================
-// 9  Decoding: KV cache, exits, sampling, drafts
-// =====================================================================================================================
-
-static void begin_thinking(retrofit_activations *a, const retrofit_thinking *how) {
-    const retrofit_config *c = &a->model->config;
-    prelude_forward(a);
-    if (!c->core) return;
-    if (how->continuous && a->t == 1 && a->b <= a->carries) a->model->ops->copy(a->state, a->carried, a->b * c->n_embd * sizeof *a->state);
-    else retrofit_start(a, how->sigma, how->seed);
-}
-
-// Logits of the next token after each of b rows of one token.
-static void read_next(retrofit_activations *a) {
-    const retrofit_model *m = a->model;
-    retrofit_coda(a);
-    m->ops->matmul_residual_forward(a->wide, NULL, a->final, m->lm_head.weight, a->b, m->config.n_embd, m->config.vocab);
-}
-
-// One token for each of b rows. A step is hundreds of short operations that differ from those of the step before only in what lies in
-// memory: a device that can record them does so (the second time: the first may still have to prepare itself) and then repeats them.
-static void decode_step(retrofit_activations *a, const retrofit_thinking *how) {
-    const retrofit_ops *ops = a->model->ops;
-    const retrofit_thinking *was = &a->step_how;
-    bool carried = how->continuous && a->b <= a->carries;
-    if (a->b != a->step_b || how->recurrences != was->recurrences || how->sigma != was->sigma || how->seed != was->seed ||
-        carried != was->continuous || how->noise != was->noise || how->noise_kind != was->noise_kind) {
-        if (a->step) ops->forget(a->step);
-        a->step = NULL, a->steps = 0, a->step_b = a->b, a->step_how = *how, a->step_how.continuous = carried;
-    }
-    bool record = ops->record && a->steps++ == 1 && !(how->noise > 0);
-    if (record) ops->record();
-    if (!a->step) begin_thinking(a, how), retrofit_think(a, how, how->recurrences), read_next(a);
-    if (record) a->step = ops->recorded();
-    if (a->step) ops->replay(a->step), a->n = a->model->config.core ? how->recurrences : 0;
-}
-
-static double exit_limit(const retrofit_thinking *how) {
-    static const double usual[] = {0, 1e-3, 0.03, 5e-4, 1e-6, 5}; // by retrofit_exit
-    return how->threshold < 0 ? usual[how->exit] : (double)how->threshold;
-}
-
-// ‖now - before‖ / ‖now‖ of one state. (inline: not every program looks at states.)
-static inline double relative_change(const float *now, const float *before, size_t d) {
-    double change = 0, size = 0;
-    for (size_t c = 0; c < d; c++) size += (double)now[c] * now[c], change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
-    return sqrt(change / size);
-}
-
-// Whether a row may stop after recurrence i = 1, 2, …, by its logits z; `was` is what the criterion noted the recurrence before.
-static bool settled(const retrofit_thinking *how, size_t i, const float *z, size_t V, double *was) {
-    double limit = exit_limit(how), sum = 0, entropy = 0, kl = 0;
-    if (how->exit == RETROFIT_EXIT_ARGMAX_STABILITY) {
-        double likeliest = retrofit_argmax(z, V);
-        was[1] = i > 1 && was[0] == likeliest ? was[1] + 1 : 0, was[0] = likeliest;
-        return was[1] >= limit;
-    }
-    float top = largest(z, V);
-    for (size_t v = 0; v < V; v++) sum += (double)fast_exp(z[v] - top);
-    double log_sum = log(sum);
-    if (how->exit == RETROFIT_EXIT_ENTROPY_DIFF) {
-        for (size_t v = 0; v < V; v++) entropy -= (double)fast_exp(z[v] - top) / sum * ((double)(z[v] - top) - log_sum);
-        double before = i > 1 ? was[0] : 100; // nats: more than there are
-        return was[0] = entropy, fabs(entropy - before) < limit;
-    }
-    bool cut = how->exit == RETROFIT_EXIT_MINP_KL; // what is below a tenth of the largest becomes 1/V, then the sum 1 again
-    float tenth = cut ? logf(0.1f) : -INFINITY;
-    double low = -log((double)V), total = 0, log_total = 0;
-    for (size_t v = 0; cut && v < V; v++) total += z[v] - top < tenth ? 1 / (double)V : (double)fast_exp(z[v] - top) / sum;
-    if (cut) log_total = log(total);
-    for (size_t v = 0; v < V; v++) {
-        double before = i > 1 ? was[v] : low, now = (z[v] - top < tenth ? low : (double)(z[v] - top) - log_sum) - log_total;
-        kl += (double)fast_exp((float)before) * (before - now), was[v] = now;
-    }
-    return kl < limit;
-}
-
-// The same token by token as long as it takes, at most r recurrences. Rows that have stopped go through the motions until all have; their
-// states are put aside, and nobody reads what their deeper recurrences leave in the cache: it is overwritten by what they lend.
-static void think_until_settled(retrofit_activations *a, const retrofit_thinking *how) {
-    const retrofit_model *m = a->model;
-    const retrofit_ops *ops = m->ops;
-    size_t b = a->b, d = m->config.n_embd, V = m->config.vocab, i = 0, stopped = 0, G = m->config.n_kv_heads, h = m->config.head_dim;
-    bool by_latent = how->exit == RETROFIT_EXIT_LATENT_DIFF, read = false;
-    begin_thinking(a, how);
-    memset(a->used, 0, b * sizeof *a->used);
-    if (by_latent) ops->download(a->latent, a->state, b * d * sizeof(float));
-    while (stopped < b && i < how->recurrences) {
-        retrofit_think(a, how, 1), i++;
-        const float *before = a->latent + (i - 1) % 2 * b * d, *now = a->latent + i % 2 * b * d;
-        if (by_latent) ops->download((float *)now, a->state, b * d * sizeof(float));
-        else read_next(a), ops->download(a->next, a->wide, b * V * sizeof(float));
-        read = !by_latent;
-        for (size_t row = 0; row < b; row++) {
-            if (a->used[row]) continue;
-            bool rests = by_latent ? relative_change(now + row * d, before + row * d, d) < exit_limit(how)
-                                   : settled(how, i, a->next + row * V, V, a->measure + row * V);
-            if (i < how->recurrences && !rests) continue;
-            a->used[row] = (int32_t)i, stopped++;
-            ops->copy(a->carried + row * d, a->state + row * d, d * sizeof(float));
+// HF's RoPE: angle of position p and pair i is p·θ^(-2i/h); Llama-3.2 turns long wavelengths `factor` times slower, with a ramp between.
+static void rope_table(float *table, const retrofit_config *c, size_t positions) {
+    for (size_t i = 0; i < c->head_dim / 2; i++) {
+        float inverse = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
+        if (c->rope_llama3) {
+            double wavelength = 2 * 3.14159265358979323846 / (double)inverse, turns = c->rope_original_context / wavelength;
+            double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
+            inverse = (float)((double)inverse * (keep + (1 - keep) / c->rope_factor));
+        }
+        for (size_t p = 0; p < positions; p++) {
+            float angle = (float)p * inverse;
+            table[(p * c->head_dim / 2 + i) * 2] = cosf(angle), table[(p * c->head_dim / 2 + i) * 2 + 1] = sinf(angle);
         }
     }
-    for (size_t row = 0; row < b; row++) read = read && (size_t)a->used[row] == i;
-    ops->copy(a->state, a->carried, b * d * sizeof(float));
-    if (!read) read_next(a);
-    int32_t *reached = (int32_t *)a->latent; // on the host; the states in there have served
-    for (size_t row = 0; row < b; row++) reached[row] = (int32_t)slots_of(&a->cache, (size_t)a->used[row]);
-    ops->upload(a->reached, reached, b * sizeof *reached);
-    size_t first = m->config.prelude * a->B * a->capacity * G * h * retrofit_type_size(a->kv_type);
-    ops->kv_lend((char *)a->keys + first, (char *)a->values + first, a->past, a->reached, slots_of(&a->cache, a->cache.recurrences),
-                 m->config.core, a->B * a->capacity * G * h, b, a->capacity, G, h, a->kv_type);
 }
 
-// Prelude layer i has its keys and values in slot i, core layer j of recurrence i in slot P + i·C + j (or that which the cache's kind says),
-// the coda in the last D. A row shorter than t is padded on the right: what the padding leaves in the cache lies behind the row's end, where no
-// query looks before the next tokens have overwritten it.
-const float *retrofit_feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths,
-                           const retrofit_thinking *how) {
-    const retrofit_model *m = a->model;
-    const retrofit_config *c = &m->config;
-    size_t d = c->n_embd, V = c->vocab, r = how->recurrences;
-    if (!a->capacity || a->keep) return fail("these activations have no KV cache"), (const float *)NULL;
-    if (c->core && (r == 0 || r > a->cache.recurrences))
-        return fail("%zu recurrences, but the KV cache has room for %zu", r, a->cache.recurrences), (const float *)NULL;
-    if (how->exit && b > 1 && a->cache.kind != RETROFIT_CACHE_FULL) // of these slots a row that has stopped would lose what it wrote
-        return fail("rows that stop thinking at different times need the full KV cache, or one row at a time"), (const float *)NULL;
-    bool prompt = false;
-    for (size_t i = 0; i < b && i < a->B; i++) {
-        prompt = prompt || a->seen[i] == 0;
-        if (lengths && (lengths[i] < 1 || (size_t)lengths[i] > t)) return fail("row %zu: %d tokens of %zu", i, (int)lengths[i], t), (const float *)NULL;
-        if ((size_t)a->seen[i] + t > a->capacity)
-            return fail("%zu tokens after %d do not fit in a context of %zu", t, (int)a->seen[i], a->capacity), (const float *)NULL;
+// ---- Buffers: one arena for each retrofit_buffers --------------------------------------------------
+// What is never needed at the same time shares memory:
+//
+//     buffers            shares with         because
+//     final              norm                the head reads it before the next block computes a norm
+//     dinjected          injected            the forward pass is over when its gradient begins
+//     dfinal             dinner              the head's gradient is used up before the coda's blocks
+//     dattention         scratch.attention   with RETROFIT_KEEP_ALL no block uses the scratch; with
+//     dqkv               scratch.qkv         KEEP_INPUTS blocks are computed again in it, so these
+//     dgate_up           scratch.gate_up     three have memory of their own
+//     block.mid, .out    x, or state         with KEEP_NOTHING: blocks run in place on their input
+//     all of a block     scratch             with KEEP_INPUTS, but for its out
+
+// Rows of logits exist in chunks of about this many bytes, in whole tiles of a matrix product.
+enum { LOGITS_BYTES = 1 << 26, LOGITS_TILE = 128 };
+
+static void lay_out_block(retrofit_block *block, arena *a, const retrofit_config *c, size_t N,
+                          size_t size) {
+    block->rstd_1 = (float *)arena_alloc(a, N, sizeof(float));
+    block->rstd_2 = (float *)arena_alloc(a, N, sizeof(float));
+    block->qkv = arena_alloc(a, N * retrofit_qkv_width(c), size);
+    block->attention = arena_alloc(a, N * c->n_embd, size);
+    block->lse = (float *)arena_alloc(a, N * c->n_heads, sizeof(float));
+    block->gate_up = arena_alloc(a, N * 2 * c->intermediate, size);
+}
+
+static void lay_out_saved_blocks(retrofit_buffers *buffers, retrofit_block *blocks, size_t count,
+                                 arena *a, const retrofit_config *c, size_t size) {
+    size_t N = buffers->B * buffers->T;
+    for (size_t i = 0; i < count; i++) {
+        if (buffers->keep == RETROFIT_KEEP_INPUTS) blocks[i] = buffers->scratch;
+        else {
+            lay_out_block(&blocks[i], a, c, N, size);
+            blocks[i].mid = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
+        }
+        blocks[i].out = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
     }
-    if (!set_batch(a, tokens, b, t)) return NULL;
-    m->ops->upload(a->past, a->seen, a->B * sizeof *a->seen);
-    for (size_t i = 0; i < b; i++) a->used[i] = c->core ? (int32_t)r : 0;
-    if (t == 1 && c->core && how->exit && !prompt) think_until_settled(a, how);
-    else if (t == 1) decode_step(a, how);
-    else begin_thinking(a, how), retrofit_think(a, how, r), retrofit_coda(a);
-    for (size_t i = 0; i < b; i++) {
-        size_t last = i * t + (lengths ? (size_t)lengths[i] : t) - 1;
-        if (t > 1) m->ops->matmul_residual_forward(a->wide + i * V, NULL, act_at(m->ops, a->final, last * d), m->lm_head.weight, 1, d, V);
-        if (how->continuous && c->core) m->ops->copy(a->carried + i * d, a->state + last * d, d * sizeof(float)), a->carries = b;
-        a->seen[i] += (int32_t)(last - i * t + 1);
+}
+
+static void lay_out_saved(retrofit_buffers *buffers, arena *a, const retrofit_config *c,
+                          size_t size) {
+    size_t N = buffers->B * buffers->T, K = buffers->K;
+    retrofit_saved *saved = &buffers->saved;
+    lay_out_saved_blocks(buffers, saved->prelude, c->prelude, a, c, size);
+    lay_out_saved_blocks(buffers, saved->core, K * c->core, a, c, size);
+    lay_out_saved_blocks(buffers, saved->coda, c->coda, a, c, size);
+    for (size_t i = 0; i < K; i++)
+        saved->adapted[i] = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
+}
+
+static void lay_out_gradients(retrofit_buffers *buffers, arena *a, const retrofit_config *c,
+                              size_t size) {
+    size_t N = buffers->B * buffers->T, d = c->n_embd;
+    retrofit_gradients *g = &buffers->gradients;
+    g->dx = (float *)arena_alloc(a, N * d, sizeof(float));
+    g->delta = (float *)arena_alloc(a, N * c->n_heads, sizeof(float));
+    g->dbranch = arena_alloc(a, N * d, size);
+    g->dinner = arena_alloc(a, N * d, size);
+    g->dswiglu = arena_alloc(a, N * c->intermediate, size);
+    g->dinjected = buffers->injected;
+    g->dfinal = g->dinner;
+    if (buffers->keep == RETROFIT_KEEP_ALL) {
+        g->dattention = buffers->scratch.attention;
+        g->dqkv = buffers->scratch.qkv;
+        g->dgate_up = buffers->scratch.gate_up;
+        return;
     }
-    m->ops->download(a->next, a->wide, b * V * sizeof *a->next);
-    return a->next;
+    g->dattention = arena_alloc(a, N * d, size);
+    g->dqkv = arena_alloc(a, N * retrofit_qkv_width(c), size);
+    g->dgate_up = arena_alloc(a, N * 2 * c->intermediate, size);
 }
 
-void retrofit_rewind(retrofit_activations *a) { memset(a->seen, 0, a->B * sizeof *a->seen), a->carries = 0; }
-
-int32_t retrofit_argmax(const float *logits, size_t V) {
-    size_t best = 0;
-    for (size_t v = 1; v < V; v++)
-        if (logits[v] > logits[best]) best = v;
-    return (int32_t)best;
+static void lay_out_decoder(retrofit_buffers *buffers, arena *a, const retrofit_config *c) {
+    retrofit_decoder *decoder = buffers->decoder;
+    size_t B = buffers->B, d = c->n_embd;
+    size_t positions = decoder->slots * B * decoder->cache.capacity;
+    size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(decoder->kv_type);
+    decoder->reached = (int32_t *)arena_alloc(a, B, sizeof(int32_t));
+    decoder->carried = (float *)arena_alloc(a, B * d, sizeof(float));
+    decoder->drafted = (float *)arena_alloc(a, 2 * RETROFIT_LOOKAHEAD * d, sizeof(float));
+    decoder->keys = arena_alloc(a, positions, entry);
+    decoder->values = arena_alloc(a, positions, entry);
 }
 
-typedef struct {
-    float p;
-    int32_t id;
-} weighed;
-
-static int by_probability(const void *x, const void *y) { // descending; equals by id, so that a seed decides alone
-    const weighed *a = (const weighed *)x, *b = (const weighed *)y;
-    return a->p > b->p ? -1 : a->p < b->p ? 1 : a->id < b->id ? -1 : 1;
+static size_t rope_positions(const retrofit_buffers *buffers) {
+    size_t capacity = buffers->decoder ? buffers->decoder->cache.capacity : 0;
+    return retrofit_max(buffers->T, capacity);
 }
 
-// What the filters leave of the distribution, as weights that add up to *total; their number.
-static size_t filtered(const float *logits, size_t V, const retrofit_sampling *s, weighed *c, double *total) {
-    size_t n = V;
-    float top = largest(logits, V), min_p = fminf(s->min_p, 1); // the largest stays, whatever min_p is
-    if (!(s->temperature > 0) || !isfinite(top)) return c->p = 1, c->id = retrofit_argmax(logits, V), *total = 1, (size_t)1;
-    for (size_t v = 0; v < V; v++) c[v].p = fmaxf(0, expf((logits[v] - top) / s->temperature)), c[v].id = (int32_t)v; // fmaxf: NaN is 0
-    if (min_p > 0 && !(s->top_p < 1)) { // relative to the largest, whose weight is 1: needs no sorting, and leaves less to sort
-        n = 0;
-        for (size_t v = 0; v < V; v++)
-            if (c[v].p >= min_p) c[n++] = c[v];
+static void lay_out_logits(retrofit_buffers *buffers, arena *a, const retrofit_config *c,
+                           size_t size) {
+    size_t N = buffers->B * buffers->T, V = c->vocab;
+    size_t tiles = LOGITS_BYTES / (V * size) / LOGITS_TILE + 1;
+    buffers->chunk = retrofit_min(N, tiles * LOGITS_TILE);
+    buffers->logits = arena_alloc(a, buffers->chunk * V, size);
+    size_t wide_rows = retrofit_max(retrofit_min(buffers->chunk, WIDE_ROWS), buffers->B);
+    buffers->wide_logits = (float *)arena_alloc(a, wide_rows * V, sizeof(float));
+}
+
+// Twice: with a.base NULL to measure, then to hand out the memory.
+static void lay_out_buffers(retrofit_buffers *buffers, arena *a, const retrofit_config *c,
+                            retrofit_type type) {
+    size_t N = buffers->B * buffers->T, d = c->n_embd, size = retrofit_type_size(type);
+    buffers->tokens = (int32_t *)arena_alloc(a, N, sizeof(int32_t));
+    buffers->labels = (int32_t *)arena_alloc(a, N, sizeof(int32_t));
+    buffers->past = (int32_t *)arena_alloc(a, buffers->B, sizeof(int32_t));
+    buffers->rope = (float *)arena_alloc(a, rope_positions(buffers) * c->head_dim, sizeof(float));
+    buffers->embedded = (float *)arena_alloc(a, N * d, sizeof(float));
+    buffers->state = (float *)arena_alloc(a, N * d, sizeof(float));
+    buffers->injected = (float *)arena_alloc(a, N * d, sizeof(float));
+    if (!buffers->keep) buffers->x = (float *)arena_alloc(a, N * d, sizeof(float));
+    lay_out_block(&buffers->scratch, a, c, N, size);
+    if (buffers->keep == RETROFIT_KEEP_INPUTS)
+        buffers->scratch.mid = (float *)arena_alloc(a, N * d, sizeof(float));
+    if (buffers->keep) lay_out_saved(buffers, a, c, size);
+    buffers->rstd_f = (float *)arena_alloc(a, N, sizeof(float));
+    buffers->losses = (float *)arena_alloc(a, N, sizeof(float));
+    buffers->norm = arena_alloc(a, N * d, size);
+    buffers->swiglu = arena_alloc(a, N * c->intermediate, size);
+    buffers->final = buffers->norm;
+    lay_out_logits(buffers, a, c, size);
+    if (buffers->decoder) lay_out_decoder(buffers, a, c);
+    if (buffers->keep) lay_out_gradients(buffers, a, c, size);
+}
+
+// What lies on the host. false or error.
+static bool allocate_decoder(retrofit_buffers *buffers, const retrofit_config *c) {
+    size_t B = buffers->B, V = c->vocab, d = c->n_embd;
+    retrofit_decoder *decoder = buffers->decoder;
+    decoder->seen = (int32_t *)retrofit_allocate(B, sizeof(int32_t));
+    decoder->used = (int32_t *)retrofit_allocate(B, sizeof(int32_t));
+    decoder->next = (float *)retrofit_allocate(B * V, sizeof(float));
+    decoder->measure = (double *)retrofit_allocate(B * V, sizeof(double));
+    decoder->latent = (float *)retrofit_allocate(2 * B * d, sizeof(float));
+    return decoder->seen && decoder->used && decoder->next && decoder->measure && decoder->latent;
+}
+
+static bool allocate_on_host(retrofit_buffers *buffers, const retrofit_config *c) {
+    size_t N = buffers->B * buffers->T, K = buffers->K;
+    retrofit_saved *saved = &buffers->saved;
+    saved->prelude = (retrofit_block *)retrofit_allocate(c->prelude, sizeof(retrofit_block));
+    saved->core = (retrofit_block *)retrofit_allocate(K * c->core, sizeof(retrofit_block));
+    saved->coda = (retrofit_block *)retrofit_allocate(c->coda, sizeof(retrofit_block));
+    saved->adapted = (float **)retrofit_allocate(K, sizeof(float *));
+    buffers->host_tokens = (int32_t *)retrofit_allocate(N, sizeof(int32_t));
+    buffers->host_labels = (int32_t *)retrofit_allocate(N, sizeof(int32_t));
+    buffers->host_losses = (float *)retrofit_allocate(N, sizeof(float));
+    if (!saved->prelude || !saved->core || !saved->coda || !saved->adapted) return false;
+    if (!buffers->host_tokens || !buffers->host_labels || !buffers->host_losses) return false;
+    return !buffers->decoder || allocate_decoder(buffers, c);
+}
+
+static void free_on_host(retrofit_buffers *buffers) {
+    retrofit_decoder *decoder = buffers->decoder;
+    if (decoder) {
+        free(decoder->seen);
+        free(decoder->used);
+        free(decoder->next);
+        free(decoder->measure);
+        free(decoder->latent);
+        free(decoder);
     }
-    if (s->top_k || s->top_p < 1) qsort(c, n, sizeof *c, by_probability);
-    if (s->top_k && s->top_k < n) n = s->top_k;
-    double kept = 0;
-    *total = 0;
-    for (size_t i = 0; i < n; i++) *total += c[i].p;
-    if (s->top_p < 1) { // the fewest whose share reaches top_p
-        size_t i = 0;
-        while (i < n && kept < s->top_p * *total) kept += c[i++].p;
-        for (n = i ? i : 1; n > 1 && c[n - 1].p < min_p;) n--;
-        for (*total = 0, i = 0; i < n; i++) *total += c[i].p;
+    free(buffers->saved.prelude);
+    free(buffers->saved.core);
+    free(buffers->saved.coda);
+    free(buffers->saved.adapted);
+    free(buffers->host_tokens);
+    free(buffers->host_labels);
+    free(buffers->host_losses);
+}
+
+// Small enough that no product overflows before arena_alloc sees it.
+static bool batch_possible(size_t B, size_t positions, size_t K, size_t recurrences) {
+    if (B == 0 || positions == 0 || B > ((size_t)1 << 32) / positions) return false;
+    return K <= 1 << 16 && recurrences <= 1 << 20;
+}
+
+size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
+                              size_t T, size_t K, retrofit_keep keep) {
+    if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
+    retrofit_buffers buffers = {.B = B, .T = T, .K = keep && config->core ? K : 0, .keep = keep};
+    retrofit_saved *saved = &buffers.saved;
+    arena a = {NULL, 0};
+    saved->prelude = (retrofit_block *)retrofit_allocate(config->prelude, sizeof(retrofit_block));
+    saved->core = (retrofit_block *)retrofit_allocate(buffers.K * config->core, sizeof(retrofit_block));
+    saved->coda = (retrofit_block *)retrofit_allocate(config->coda, sizeof(retrofit_block));
+    saved->adapted = (float **)retrofit_allocate(buffers.K, sizeof(float *));
+    if (saved->prelude && saved->core && saved->coda && saved->adapted)
+        lay_out_buffers(&buffers, &a, config, ops->act_type);
+    free_on_host(&buffers);
+    return a.used;
+}
+
+static bool check_buffers(const retrofit_model *model, size_t B, size_t T, size_t K,
+                          const retrofit_kv_cache *cache) {
+    size_t capacity = cache ? cache->capacity : 0, recurrences = cache ? cache->recurrences : 0;
+    size_t positions = retrofit_max(T, capacity);
+    if (T == 0 || !batch_possible(B, positions, K, recurrences))
+        return retrofit_fail("a batch of %zu x %zu tokens (depth %zu, %zu recurrences) is impossible",
+                             B, T, K, recurrences);
+    if (positions > model->config.context)
+        return retrofit_fail("%zu positions are more than the model's context of %zu", positions,
+                             model->config.context);
+    if (cache && cache->kind != RETROFIT_CACHE_FULL && (cache->M == 0 || cache->M > 1 << 20))
+        return retrofit_fail("a KV cache of %zu slots a layer: from 1 to %d", cache->M, 1 << 20);
+    bool own_type = model->ops != &retrofit_cpu && model->ops->act_type != RETROFIT_BF16;
+    if (cache && cache->bf16 && own_type)
+        return retrofit_fail("%s keeps keys and values in its own precision: use --precision bf16",
+                             model->ops->name);
+    return true;
+}
+
+static bool upload_rope(retrofit_buffers *buffers) {
+    const retrofit_config *c = &buffers->model->config;
+    size_t positions = rope_positions(buffers), count = positions * c->head_dim;
+    float *table = (float *)retrofit_allocate(count, sizeof *table);
+    if (!table) return false;
+    rope_table(table, c, positions);
+    buffers->model->ops->upload(buffers->rope, table, count * sizeof *table);
+    free(table);
+    return true;
+}
+
+static bool place_buffers(retrofit_buffers *buffers) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_config *c = &model->config;
+    arena a = {NULL, 0};
+    if (!allocate_on_host(buffers, c)) return false;
+    lay_out_buffers(buffers, &a, c, model->ops->act_type);
+    buffers->bytes = a.used;
+    if (a.used == SIZE_MAX)
+        return retrofit_fail("a batch of %zu x %zu tokens is larger than memory can be", buffers->B,
+                             buffers->T);
+    buffers->arena = model->ops->alloc(a.used);
+    if (!buffers->arena) return false;
+    a.base = (char *)buffers->arena;
+    a.used = 0;
+    lay_out_buffers(buffers, &a, c, model->ops->act_type);
+    return upload_rope(buffers);
+}
+
+retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
+                                       retrofit_keep keep, const retrofit_kv_cache *cache) {
+    const retrofit_config *c = &model->config;
+    if (cache && cache->capacity == 0) cache = NULL;
+    if (!check_buffers(model, B, T, K, cache)) return NULL;
+    retrofit_buffers *buffers = (retrofit_buffers *)retrofit_allocate(1, sizeof *buffers);
+    if (!buffers) return NULL;
+    buffers->model = model;
+    buffers->B = B;
+    buffers->T = T;
+    buffers->K = keep && c->core ? K : 0;
+    buffers->keep = keep;
+    bool ok = !cache || decoder_new(buffers, cache);
+    if (ok && place_buffers(buffers)) return buffers;
+    retrofit_buffers_free(buffers);
+    return NULL;
+}
+
+void retrofit_buffers_free(retrofit_buffers *buffers) {
+    if (!buffers) return;
+    const retrofit_ops *ops = buffers->model->ops;
+    if (buffers->decoder && buffers->decoder->step) ops->record_free(buffers->decoder->step);
+    if (buffers->arena) ops->free(buffers->arena);
+    free_on_host(buffers);
+    free(buffers);
+}
+
+// =================================================================================================
+// 9  Files: safetensors, checkpoints, token shards
+// =================================================================================================
+
+// ---- safetensors -----------------------------------------------------------------------------------------------------
+// 8 bytes: length of the header; the header, JSON: {"name": {"dtype": "F32", "shape": [r, c], "data_offsets": [begin, end]}, …};
+// then the data, little endian, offsets counted from its start.
+
+static const struct {
+    const char *name;
+    size_t size;
+} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // in retrofit_type's order; the others are known, but not read
+                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {NULL, 1}};
+
+static int by_size(const void *a, const void *b) {
+    size_t x = *(const size_t *)a, y = *(const size_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+// Checks the entry j of the header; the tensor joins the list if its type is one of ours.
+static bool safetensors_entry(retrofit_map *f, const retrofit_json *j, const char *data, size_t data_bytes, size_t range[2]) {
+    const retrofit_json *dtype = retrofit_json_get(j, "dtype"), *shape = retrofit_json_get(j, "shape");
+    const retrofit_json *offsets = retrofit_json_get(j, "data_offsets");
+    size_t begin = 0, end = 0, type = 0, bytes;
+    if (!dtype || dtype->type != RETROFIT_JSON_STRING || !shape || shape->type != RETROFIT_JSON_ARRAY || !offsets || offsets->count != 2 ||
+        !retrofit_json_size(offsets->child, &begin) || !retrofit_json_size(offsets->child->next, &end))
+        return retrofit_fail("%s: tensor %s: needs dtype, shape and two data_offsets", f->path, j->key);
+    while (file_types[type].name && strcmp(file_types[type].name, dtype->string)) type++;
+    bool ours = type <= RETROFIT_I32, sizes = !ours || shape->count <= 4;
+    retrofit_tensor t = {j->key, ours ? (retrofit_type)type : RETROFIT_F32, 0, {0}, 1, NULL};
+    for (const retrofit_json *s = shape->child; s && sizes; s = s->next) {
+        size_t n = 0;
+        sizes = retrofit_json_size(s, &n) && !__builtin_mul_overflow(t.count, n, &t.count);
+        if (ours) t.shape[t.dims++] = n;
     }
-    return n;
+    bool fits = !__builtin_mul_overflow(t.count, file_types[type].size, &bytes);
+    const char *wrong = !file_types[type].name              ? "unknown dtype"
+                        : !sizes || !fits                   ? "the shape is not at most 4 sizes, or too large"
+                        : begin > end || end > data_bytes   ? "it lies outside the data: truncated?"
+                        : bytes != end - begin              ? "its shape needs another number of bytes"
+                        : begin % file_types[type].size > 0 ? "it is not aligned to its dtype"
+                                                            : NULL;
+    if (wrong) return retrofit_fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", f->path, j->key, dtype->string, begin, end, data_bytes, wrong);
+    range[0] = begin, range[1] = end;
+    t.data = data + begin;
+    if (ours) f->tensors[f->count++] = t;
+    return true;
 }
 
-static double draw_uniform(retrofit_sampling *s) { return s->seed = hash64(s->seed, 0), hash_uniform(s->seed, 1); }
-
-static int32_t draw_from(const weighed *c, size_t n, double total, retrofit_sampling *s) { // one of n by weight
-    double u = draw_uniform(s) * total;
-    for (size_t i = 0; i < n; i++)
-        if ((u -= c[i].p) < 0) return c[i].id;
-    return c[n - 1].id;
-}
-
-// From what the filters leave, which is in c then; where they leave one, no random number is taken.
-static int32_t draw_filtered(const float *logits, size_t V, retrofit_sampling *s, weighed *c, size_t *n, double *total) {
-    *n = filtered(logits, V, s, c, total);
-    return *n == 1 ? c->id : draw_from(c, *n, *total, s);
-}
-
-int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch) {
-    double total;
-    size_t n;
-    return draw_filtered(logits, V, s, (weighed *)scratch, &n, &total);
-}
-
-// ---- Self-speculative decoding ------------------------------------------------------------------------------------------------
-// The rule that keeps the distribution: a token y drafted from q stays with probability min(1, p(y)/q(y)), where p is what the whole depth says;
-// if not, another is drawn from what p has more than q. q (V): probabilities; logits: the whole depth's. Returns y or the other one.
-static int32_t keep_or_redraw(int32_t y, const float *q, const float *logits, size_t V, retrofit_sampling *s, weighed *c) {
-    double total, p = 0, rest = 0;
-    size_t n = filtered(logits, V, s, c, &total), left = 0;
-    for (size_t i = 0; i < n; i++) p = c[i].id == y ? c[i].p / total : p;
-    if (n == 1) return c->id; // greedy, or nothing else is left: y stays if it is that
-    if (draw_uniform(s) * q[y] < p) return y;
-    for (size_t i = 0; i < n; i++) {
-        weighed more = {(float)(c[i].p / total - q[c[i].id]), c[i].id};
-        if (more.p > 0) rest += more.p, c[left++] = more;
+static bool safetensors_read(retrofit_map *f) { // what it has opened so far when it fails, its caller closes
+    if (!(f->base = retrofit_map_file(f->path, &f->bytes))) return false;
+    const char *text = (const char *)f->base + 8;
+    uint64_t header = 0;
+    if (f->bytes >= 8) memcpy(&header, f->base, 8);
+    if (f->bytes < 8 || header < 2 || header > f->bytes - 8 || header > 100000000)
+        return retrofit_fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu", f->path, f->bytes, (unsigned long long)header);
+    if (!(f->header = retrofit_json_parse(text, (size_t)header, f->path))) return false;
+    if (f->header->type != RETROFIT_JSON_OBJECT) return retrofit_fail("%s: the header is not a JSON object", f->path);
+    size_t bytes = f->bytes - 8 - (size_t)header, n = 0, covered = 0;
+    f->tensors = (retrofit_tensor *)retrofit_allocate(f->header->count + 1, sizeof *f->tensors + 2 * sizeof(size_t));
+    if (!f->tensors) return false;
+    size_t *ranges = (size_t *)(f->tensors + f->header->count + 1); // begin, end; begin, end; … of those that are not empty
+    for (const retrofit_json *j = f->header->child; j; j = j->next) {
+        if (!strcmp(j->key, "__metadata__")) continue;
+        if (!safetensors_entry(f, j, text + header, bytes, ranges + n)) return false;
+        n += ranges[n] != ranges[n + 1] ? 2 : 0;
     }
-    return left ? draw_from(c, left, rest, s) : y; // none: p and q are equal but for rounding
+    // In the order of the file, every tensor must begin where the one before it ends, and the last one end with the file.
+    qsort(ranges, n / 2, 2 * sizeof *ranges, by_size);
+    size_t i = 0;
+    for (; i < n && ranges[i] == covered; i += 2) covered = ranges[i + 1];
+    return (i == n && covered == bytes) || retrofit_fail("%s: tensors overlap or leave a hole at byte %zu of %zu", f->path, covered, bytes);
 }
 
-size_t retrofit_speculate(retrofit_activations *a, int32_t token, size_t draft, size_t L, const retrofit_thinking *how,
-                          retrofit_sampling *s, size_t n, int32_t *out, float *scratch) {
-    const retrofit_model *m = a->model;
-    const retrofit_ops *ops = m->ops;
-    size_t d = m->config.n_embd, V = m->config.vocab, r = how->recurrences, count = 0;
-    if (!m->config.core || draft == 0 || draft >= r)
-        return fail("a draft of %zu recurrences for %zu: from 1 to one less", draft, r), (size_t)0;
-    if (L == 0 || L > RETROFIT_LOOKAHEAD || L > a->T)
-        return fail("%zu tokens cannot be drafted: from 1 to %zu", L, least(RETROFIT_LOOKAHEAD, a->T)), (size_t)0;
-    if (how->exit || how->continuous || how->noise > 0) return fail("drafts go with no exit, continuous thinking or noise"), (size_t)0;
-    if (a->cache.kind != RETROFIT_CACHE_FULL) return fail("drafts need the full KV cache"), (size_t)0;
-    float *logits = scratch, *q = scratch + L * V; // q: what the drafts were drawn from
-    weighed *c = (weighed *)(void *)(q + L * V);
-    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token}, start = a->seen[0];
-    retrofit_thinking shallow = *how;
-    shallow.recurrences = draft;
-    for (size_t j = 0; j < L; j++) {
-        const float *z = retrofit_feed(a, &fed[j], 1, 1, NULL, &shallow);
-        if (!z) return a->seen[0] = start, (size_t)0;
-        ops->copy(a->drafted + j * d, a->state, d * sizeof(float));
-        ops->copy(a->drafted + (RETROFIT_LOOKAHEAD + j) * d, a->injected, d * sizeof(float));
-        double total;
-        size_t left;
-        fed[j + 1] = draw_filtered(z, n, s, c, &left, &total);
-        memset(q + j * V, 0, n * sizeof *q);
-        for (size_t i = 0; i < left; i++) q[j * V + (size_t)c[i].id] = (float)(c[i].p / total);
-    }
-    a->seen[0] = start;
-    if (!set_batch(a, fed, 1, L)) return 0;
-    ops->upload(a->past, a->seen, a->B * sizeof *a->seen);
-    ops->copy(a->state, a->drafted, L * d * sizeof(float)),
-        ops->copy(a->injected, a->drafted + RETROFIT_LOOKAHEAD * d, L * d * sizeof(float));
-    a->n = draft;
-    retrofit_recur(a, r - draft, 0), retrofit_coda(a), retrofit_logits(a, 0, L, logits);
-    while (count < L) {
-        out[count] = keep_or_redraw(fed[count + 1], q + count * V, logits + count * V, n, s, c);
-        count++;
-        if (out[count - 1] != fed[count]) break;
-    }
-    return a->seen[0] = start + (int32_t)count, a->used[0] = (int32_t)r, count;
+bool retrofit_safetensors_open(retrofit_map *f, const char *path) {
+    memset(f, 0, sizeof *f);
+    if ((f->path = strdup(path)) ? safetensors_read(f) : retrofit_fail("out of memory")) return true;
+    return retrofit_safetensors_close(f), false;
 }
 
-// =====================================================================================================================
-// 10  Checkpoints, token shards
-// =====================================================================================================================
+void retrofit_safetensors_close(retrofit_map *f) {
+    if (f->base) munmap(f->base, f->bytes);
+    retrofit_json_free(f->header);
+    free(f->tensors), free(f->path);
+    memset(f, 0, sizeof *f);
+}
 
-static bool sync_directory(const char *path) {
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    bool ok = (fd >= 0 && fsync(fd) == 0) || fail("%s: %s", path, strerror(errno));
-    if (fd >= 0) close(fd);
+const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name) {
+    for (size_t i = 0; i < f->count; i++)
+        if (!strcmp(f->tensors[i].name, name)) return &f->tensors[i];
+    return NULL;
+}
+
+const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key) {
+    const retrofit_json *j = retrofit_json_get(retrofit_json_get(f->header, "__metadata__"), key);
+    return j && j->type == RETROFIT_JSON_STRING ? j->string : NULL;
+}
+
+static retrofit_type stored_type(const retrofit_tensor *t, retrofit_type floats) { return t->type == RETROFIT_I32 ? RETROFIT_I32 : floats; }
+
+// Failures to write show in ferror(f), for finish_file.
+bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
+                                retrofit_type type, const char *const *metadata) {
+    enum { CHUNK = 1 << 18 };
+    float *wide = (float *)retrofit_allocate(CHUNK, sizeof(float) + sizeof(uint16_t));
+    if (!wide) return false;
+    uint16_t *half = (uint16_t *)(wide + CHUNK);
+    FILE *f = fopen(path, "wb");
+    if (!f) return free(wide), retrofit_fail("%s: %s", path, strerror(errno));
+    uint64_t header = 0;
+    size_t offset = 0;
+    fwrite(&header, 8, 1, f); // its length, written again once it is known
+    fprintf(f, "{\"__metadata__\":{\"format\":\"pt\"");
+    for (size_t i = 0; metadata && metadata[i]; i++) fputc(i % 2 ? ':' : ',', f), retrofit_json_write_string(f, metadata[i], strlen(metadata[i]));
+    fputc('}', f);
+    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
+        size_t bytes = t->count * retrofit_type_size(stored_type(t, type));
+        fputc(',', f), retrofit_json_write_string(f, t->name, strlen(t->name));
+        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", file_types[stored_type(t, type)].name);
+        for (size_t j = 0; j < t->dims; j++) fprintf(f, "%s%zu", j ? "," : "", t->shape[j]);
+        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
+        offset += bytes;
+    }
+    fputc('}', f);
+    long at = ftell(f);
+    for (; at % 64; at++) fputc(' ', f); // tensors start aligned, so that they can be used where they lie
+    header = (uint64_t)at - 8;
+    bool ok = at > 0 && !fseek(f, 0, SEEK_SET) && fwrite(&header, 8, 1, f) == 1 && !fseek(f, at, SEEK_SET);
+    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
+        retrofit_type stored = stored_type(t, type);
+        size_t size = retrofit_type_size(t->type);
+        for (size_t i = 0; ok && i < t->count; i += CHUNK) {
+            size_t n = retrofit_min(t->count - i, CHUNK);
+            ops->download(size == 4 ? (void *)wide : (void *)half, (const char *)t->data + i * size, n * size);
+            if (stored != t->type && size == 2) retrofit_to_float(wide, half, t->type, n);
+            for (size_t j = 0; stored != t->type && stored == RETROFIT_BF16 && j < n; j++) half[j] = retrofit_float_to_bf16(wide[j]);
+            size_t to = retrofit_type_size(stored);
+            ok = fwrite(to == 4 ? (void *)wide : (void *)half, to, n, f) == n;
+        }
+    }
+    free(wide);
+    return retrofit_finish_file(f, path, ok);
+}
+
+// ---- config.json
+bool retrofit_config_check(const retrofit_config *c, const char *where) {
+    struct { const char *name; size_t value, most; } sizes[] = { // small enough that no product of them overflows
+        {"the width (n_embd, hidden_size)", c->n_embd, 1 << 20}, {"the number of heads", c->n_heads, 1 << 16},
+        {"the number of key/value heads", c->n_kv_heads, 1 << 16}, {"intermediate_size", c->intermediate, 1 << 22},
+        {"the vocabulary", c->vocab, 1 << 24}, {"the context (max_position_embeddings)", c->context, 1 << 24},
+        {"the number of layers", c->prelude + c->core + c->coda, 4096}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i].value == 0 || sizes[i].value > sizes[i].most)
+            return retrofit_fail("%s: %s is %zu, not between 1 and %zu", where, sizes[i].name, sizes[i].value, sizes[i].most);
+    if (c->n_embd != c->n_heads * c->head_dim)
+        return retrofit_fail("%s: %zu heads of %zu do not make a width of %zu", where, c->n_heads, c->head_dim, c->n_embd);
+    if (c->n_heads % c->n_kv_heads) return retrofit_fail("%s: %zu heads cannot share %zu key/value heads", where, c->n_heads, c->n_kv_heads);
+    if (c->head_dim % 2) return retrofit_fail("%s: a head size of %zu is odd: RoPE needs pairs", where, c->head_dim);
+    if (!(c->norm_eps > 0 && c->norm_eps < 1)) return retrofit_fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
+    if (!(c->rope_theta > 1 && c->rope_theta < 1e12)) return retrofit_fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
+    if (c->rope_llama3 && !(c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low && c->rope_original_context > 0))
+        return retrofit_fail("%s: rope_scaling's numbers make no sense", where);
+    if (!(c->state_std >= 0 && c->state_std < 100)) return retrofit_fail("%s: init_values.std %g is not between 0 and 100", where, (double)c->state_std);
+    if (c->core == 0 && c->prelude) return retrofit_fail("%s: a prelude without a recurrent core", where);
+    if (c->mean_recurrence == 0 || c->mean_recurrence > 1 << 16 || c->backprop_depth == 0 || c->backprop_depth > 1 << 16)
+        return retrofit_fail("%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    return true;
+}
+
+// The sizes of a config, under a plain Llama's names and under the authors'.
+static const struct {
+    const char *plain, *recurrent; // NULL: not in such a config
+    size_t field;
+    bool required;
+} config_sizes[] = {{"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
+                    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
+                    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
+                    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
+                    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
+                    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context), true},
+                    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
+                    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
+                    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
+                    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
+                    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
+
+// What a config may say in words, and the one thing that is supported.
+static const char *const config_words[][2] = {{"norm_class_name", "RMSNorm_llama"}, {"block_class_name", "SandwichBlock"}, {"hidden_act", "silu"},
+                                              {"nonlin_name", "SiLU"}, {"injection_type", "linear"}};
+static const char *const config_flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias", "tie_embeddings"}; // none of them may be true
+
+static double config_number(const retrofit_json *j, const char *where, const char *key, double otherwise, bool *ok) { // ok is sticky
+    const retrofit_json *n = retrofit_json_get(j, key);
+    if (n && n->type == RETROFIT_JSON_ARRAY && n->child) n = n->child; // Llama-3's chat models list several ends: the first is the document's
+    if (!n || n->type == RETROFIT_JSON_NULL) return otherwise;
+    if (*ok && n->type != RETROFIT_JSON_NUMBER) *ok = retrofit_fail("%s: %s is not a number", where, key);
+    return n->type == RETROFIT_JSON_NUMBER ? n->number : otherwise;
+}
+
+static bool config_true(const retrofit_json *j, const char *key) {
+    const retrofit_json *b = retrofit_json_get(j, key);
+    return b && b->type == RETROFIT_JSON_BOOL && b->number != 0;
+}
+
+static int32_t config_id(double x) { return (int32_t)fmax(-1, fmin(1 << 24, x)); }
+
+static bool config_parse(retrofit_config *c, const retrofit_json *j, const char *where) {
+    const retrofit_json *type = retrofit_json_get(j, "model_type"), *init = retrofit_json_get(j, "init_values"), *n;
+    bool plain = retrofit_json_is(type, "llama"), ok = true;
+    if (!plain && !retrofit_json_is(type, "huginn_raven")) return retrofit_fail("%s: model_type is neither llama nor huginn_raven: no other is known", where);
+    memset(c, 0, sizeof *c);
+    c->mean_recurrence = c->backprop_depth = 1;
+    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
+        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
+        if (!key || (!(n = retrofit_json_get(j, key)) && !config_sizes[i].required)) continue;
+        if (!retrofit_json_size(n, (size_t *)(void *)((char *)c + config_sizes[i].field))) return retrofit_fail("%s: %s is missing or not a size", where, key);
+    }
+    if (!retrofit_json_get(j, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
+    if (c->vocab == 0 && !retrofit_json_size(retrofit_json_get(j, "vocab_size"), &c->vocab)) return retrofit_fail("%s: vocab_size is missing or not a size", where);
+    for (size_t i = 0; i < sizeof config_words / sizeof *config_words; i++)
+        if ((n = retrofit_json_get(j, config_words[i][0])) && !retrofit_json_is(n, config_words[i][1]))
+            return retrofit_fail("%s: %s is not %s: only Llama's blocks are supported", where, config_words[i][0], config_words[i][1]);
+    for (size_t i = 0; i < sizeof config_flags / sizeof *config_flags; i++)
+        if (config_true(j, config_flags[i])) return retrofit_fail("%s: %s is true: such models are not supported", where, config_flags[i]);
+    // transformers 5 keeps rope_theta and the scaling in rope_parameters
+    const retrofit_json *rope = retrofit_json_get(j, retrofit_json_get(j, "rope_parameters") ? "rope_parameters" : "rope_scaling"), *kind;
+    c->rope_theta = config_number(j, where, "rope_theta", config_number(rope, where, "rope_theta", 10000, &ok), &ok);
+    if ((kind = retrofit_json_get(rope, "rope_type")) || (kind = retrofit_json_get(rope, "type"))) {
+        c->rope_llama3 = retrofit_json_is(kind, "llama3");
+        if (!c->rope_llama3 && !retrofit_json_is(kind, "default")) return retrofit_fail("%s: rope_scaling is not of type llama3: no other is known", where);
+        c->rope_factor = config_number(rope, where, "factor", 0, &ok), c->rope_low = config_number(rope, where, "low_freq_factor", 0, &ok);
+        c->rope_high = config_number(rope, where, "high_freq_factor", 0, &ok);
+        c->rope_original_context = config_number(rope, where, "original_max_position_embeddings", 0, &ok);
+    }
+    c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
+    if (config_number(j, where, "head_dim", (double)c->head_dim, &ok) != (double)c->head_dim && ok)
+        return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where, c->n_embd, c->n_heads);
+    if (config_number(init, where, "embed_scale", 1, &ok) != 1 && ok) return retrofit_fail("%s: init_values.embed_scale is not 1", where);
+    c->norm_eps = (float)config_number(j, where, plain ? "rms_norm_eps" : "norm_eps", plain ? 1e-6 : 0, &ok);
+    c->state_std = (float)config_number(init, where, "std", RETROFIT_STATE_STD, &ok);
+    c->tied = plain && config_true(j, "tie_word_embeddings");
+    c->bos = config_id(config_number(j, where, "bos_token_id", -1, &ok)), c->eos = config_id(config_number(j, where, "eos_token_id", -1, &ok));
+    return ok && retrofit_config_check(c, where);
+}
+
+bool retrofit_config_read(retrofit_config *c, const char *directory) {
+    char path[RETROFIT_PATH];
+    size_t size;
+    char *text = retrofit_path(path, directory, "config.json") ? retrofit_read_file(path, &size) : NULL;
+    retrofit_json *j = text ? retrofit_json_parse(text, size, path) : NULL;
+    bool ok = j && config_parse(c, j, path);
+    retrofit_json_free(j), free(text);
     return ok;
 }
 
-static void cut_to_parent(char *path) { // in place
-    char *slash = strrchr(path, '/');
-    if (slash) slash[slash == path] = 0;
-    else strcpy(path, ".");
+static const char *number_text(double x, char *buffer) { // the shortest decimal that reads back as the same float, else double
+    bool narrow = (double)(float)x == x;
+    for (int digits = 1; digits <= 17; digits++) {
+        snprintf(buffer, 32, "%.*g", digits, x);
+        if (narrow ? strtof(buffer, NULL) == (float)x : strtod(buffer, NULL) == x) break;
+    }
+    return buffer;
 }
 
-// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written to, but left as it was.
-static bool make_directories(char *path, bool fresh) {
-    char *end = path;
-    if (!*path) return fail("'' is no name for a directory");
-    for (char next = '/'; next; *end = next) {
-        end += 1 + strcspn(end + 1, "/"), next = *end, *end = 0;
-        if (mkdir(path, 0777) && (errno != EEXIST || (fresh && !next))) return fail("%s: %s", path, strerror(errno));
+bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory) {
+    char path[RETROFIT_PATH], a[32], b[32], e[32];
+    bool plain = retrofit_is_plain(c);
+    FILE *f = retrofit_path(path, directory, "config.json") ? fopen(path, "wb") : NULL;
+    if (!f) return retrofit_fail("%s: %s", path, strerror(errno));
+    errno = 0;
+    fprintf(f, "{\n");
+    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
+        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
+        if (key) fprintf(f, "  \"%s\": %zu,\n", key, *(const size_t *)(const void *)((const char *)c + config_sizes[i].field));
+    }
+    if (plain)
+        fprintf(f, "  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"hidden_act\": \"silu\",\n"
+                   "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
+    else {
+        size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
+        double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
+        fprintf(f,
+                "  \"architectures\": [\"RavenForCausalLM\"],\n  \"model_type\": \"huginn_raven\",\n"
+                "  \"auto_map\": {\n    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
+                "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n  },\n"
+                "  \"architecture_class_name\": \"RecurrentGPT\",\n  \"block_class_name\": \"SandwichBlock\",\n"
+                "  \"norm_class_name\": \"RMSNorm_llama\",\n  \"mlp_class_name\": \"GatedMLP\",\n  \"nonlin_name\": \"SiLU\",\n"
+                "  \"injection_type\": \"linear\",\n  \"state_init\": \"like-init\",\n  \"init_strategy\": \"takase\",\n"
+                "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n  \"test_time_noise\": 0,\n  \"test_time_noise_type\": \"fixed\",\n"
+                "  \"bias\": false,\n  \"qk_bias\": false,\n  \"tie_embeddings\": false,\n  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n"
+                "  \"n_layers\": %zu,\n  \"effective_expected_depth\": %zu,\n",
+                c->vocab, c->context, c->prelude + c->core + c->coda, depth);
+        fprintf(f, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, \"out_proj\": %s, \"std\": %s},\n", number_text(sigma, a),
+                number_text(sigma / sqrt(2.0 * (double)depth), b),
+                number_text(c->state_std == (float)RETROFIT_STATE_STD ? RETROFIT_STATE_STD : (double)c->state_std, e));
+    }
+    if (c->bos >= 0) fprintf(f, "  \"bos_token_id\": %d,\n", (int)c->bos);
+    if (c->eos >= 0) fprintf(f, "  \"eos_token_id\": %d,\n", (int)c->eos);
+    if (c->rope_llama3)
+        fprintf(f, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, \"low_freq_factor\": %s, "
+                   "\"original_max_position_embeddings\": %.0f, \"rope_type\": \"llama3\"},\n",
+                number_text(c->rope_factor, a), number_text(c->rope_high, b), number_text(c->rope_low, e), c->rope_original_context);
+    fprintf(f, "  \"head_dim\": %zu,\n  \"%s\": %s,\n  \"rope_theta\": %s,\n  \"tie_word_embeddings\": false,\n  \"torch_dtype\": \"%s\"\n}\n",
+            c->head_dim, plain ? "rms_norm_eps" : "norm_eps", number_text((double)c->norm_eps, a), number_text(c->rope_theta, b),
+            type == RETROFIT_BF16 ? "bfloat16" : "float32");
+    return retrofit_finish_file(f, path, true);
+}
+
+// ---- Loading ---------------------------------------------------------------------------------------------------------------
+static bool open_map(retrofit_model *m, const char *path) {
+    retrofit_map *maps = (retrofit_map *)realloc(m->maps, (m->map_count + 1) * sizeof *maps);
+    if (!maps) return retrofit_fail("out of memory");
+    m->maps = maps;
+    if (!retrofit_safetensors_open(&maps[m->map_count], path)) return false;
+    m->map_count++;
+    return true;
+}
+
+// model.safetensors, or every file its index names.
+static bool open_maps(retrofit_model *m, const char *directory) {
+    char path[RETROFIT_PATH], index[RETROFIT_PATH];
+    size_t size;
+    if (!retrofit_path(path, directory, "model.safetensors") || !retrofit_path(index, directory, "model.safetensors.index.json")) return false;
+    if (access(path, F_OK) == 0) return open_map(m, path);
+    if (access(index, F_OK)) return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json", directory);
+    char *text = retrofit_read_file(index, &size);
+    retrofit_json *j = text ? retrofit_json_parse(text, size, index) : NULL;
+    const retrofit_json *map = retrofit_json_get(j, "weight_map");
+    bool ok = j && (map || retrofit_fail("%s: no weight_map", index));
+    for (const retrofit_json *e = map ? map->child : NULL; ok && e; e = e->next) {
+        size_t seen = 0;
+        if (e->type != RETROFIT_JSON_STRING || strchr(e->string, '/')) ok = retrofit_fail("%s: %s is not in a file of this directory", index, e->key);
+        ok = ok && retrofit_path(path, directory, e->string);
+        while (ok && seen < m->map_count && strcmp(m->maps[seen].path, path)) seen++;
+        if (ok && seen == m->map_count) ok = open_map(m, path);
+    }
+    retrofit_json_free(j), free(text);
+    return ok;
+}
+
+static const retrofit_tensor *find_tensor(const retrofit_model *m, const char *name) {
+    for (size_t i = 0; i < m->map_count; i++) {
+        const retrofit_tensor *t = retrofit_safetensors_find(&m->maps[i], name);
+        if (t) return t;
+    }
+    return NULL;
+}
+
+static bool find_piece(const retrofit_model *m, const retrofit_parameter *p, size_t i, const char *where, const retrofit_tensor **out) {
+    const retrofit_tensor *t = find_tensor(m, p->source[i].name);
+    if (!t && p->kind == RETROFIT_HEAD && m->config.tied) t = find_tensor(m, m->wte.source[0].name);
+    if (!t) return retrofit_fail("%s: tensor %s is missing", where, p->source[i].name);
+    bool norm = p->kind == RETROFIT_NORM;
+    if (t->type == RETROFIT_I32 || t->dims != (norm ? 1u : 2u) || t->shape[0] != (norm ? p->cols : p->source[i].rows) ||
+        (!norm && t->shape[1] != p->cols))
+        return retrofit_fail("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)", where, t->name, t->dims ? t->shape[0] : 1,
+                    t->dims > 1 ? t->shape[1] : 1, norm ? p->cols : p->source[i].rows, norm ? 1 : p->cols);
+    *out = t;
+    return true;
+}
+
+// n elements from a file to memory of the device, changing their type on the way.
+static bool store(const retrofit_ops *ops, char *to, retrofit_type type, const char *from, retrofit_type from_type, size_t n) {
+    if (type == from_type) return ops->upload(to, from, n * retrofit_type_size(type)), true;
+    enum { CHUNK = 1 << 16 };
+    float *wide = (float *)retrofit_allocate(CHUNK, sizeof *wide);
+    uint16_t *half = (uint16_t *)retrofit_allocate(CHUNK, sizeof *half);
+    for (size_t at = 0; wide && half && at < n; at += CHUNK) {
+        size_t count = retrofit_min(n - at, CHUNK);
+        retrofit_to_float(wide, from + at * retrofit_type_size(from_type), from_type, count);
+        for (size_t i = 0; type == RETROFIT_BF16 && i < count; i++) half[i] = retrofit_float_to_bf16(wide[i]);
+        ops->upload(to + at * retrofit_type_size(type), type == RETROFIT_F32 ? (void *)wide : (void *)half, count * retrofit_type_size(type));
+    }
+    bool ok = wide && half;
+    free(wide), free(half);
+    return ok;
+}
+
+// Decides where each parameter lies, twice: to measure, and to copy what cannot stay in the file.
+static bool load_weights(retrofit_model *m, retrofit_mode mode, const char *where) {
+    bool in_place = mode == RETROFIT_INFERENCE && m->ops == &retrofit_cpu;
+    arena a = {NULL, 0};
+    for (int pass = 0; pass < 2; pass++) {
+        for (size_t i = 0; i < m->parameter_count; i++) {
+            retrofit_parameter *p = m->parameters[i];
+            const retrofit_tensor *t[3];
+            for (size_t j = 0; j < p->sources; j++)
+                if (!find_piece(m, p, j, where, &t[j])) return false;
+            if (mode == RETROFIT_INFERENCE) {
+                p->weight.type = compute_type(m, p);
+                if (in_place && p->kind != RETROFIT_NORM && t[0]->type == RETROFIT_BF16 && (p->sources == 1 || t[1]->type == RETROFIT_BF16) &&
+                    (p->sources < 3 || t[2]->type == RETROFIT_BF16))
+                    p->weight.type = RETROFIT_BF16;
+                if (in_place && p->sources == 1 && t[0]->type == p->weight.type &&
+                    (uintptr_t)t[0]->data % retrofit_type_size(t[0]->type) == 0) {
+                    p->weight.data = t[0]->data;
+                    continue;
+                }
+                p->weight.data = arena_alloc(&a, p->rows * p->cols, retrofit_type_size(p->weight.type));
+            }
+            if (pass == 0) continue;
+            char *to = mode != RETROFIT_INFERENCE ? (char *)p->master : (char *)p->weight.data;
+            retrofit_type type = mode != RETROFIT_INFERENCE ? RETROFIT_F32 : p->weight.type;
+            for (size_t j = 0; j < p->sources; j++) {
+                if (!store(m->ops, to, type, (const char *)t[j]->data, t[j]->type, t[j]->count)) return false;
+                to += t[j]->count * retrofit_type_size(type);
+            }
+        }
+        if (pass == 0 && mode != RETROFIT_INFERENCE && !retrofit_model_allocate(m, mode)) return false;
+        if (pass == 0 && a.used) {
+            if (!(m->weights = m->ops->alloc(a.used))) return false;
+            a.base = (char *)m->weights, a.used = 0;
+        }
     }
     return true;
 }
 
+// Every tensor of the files must have a place; rotary tables and a tied head, which older files carry, need none.
+static bool check_all_used(const retrofit_model *m) {
+    for (size_t f = 0; f < m->map_count; f++)
+        for (size_t i = 0; i < m->maps[f].count; i++) {
+            const char *name = m->maps[f].tensors[i].name;
+            bool used = strstr(name, "rotary_emb.inv_freq") || (m->config.tied && !strcmp(name, "lm_head.weight"));
+            for (size_t p = 0; !used && p < m->parameter_count; p++)
+                for (size_t j = 0; !used && j < m->parameters[p]->sources; j++) used = !strcmp(name, m->parameters[p]->source[j].name);
+            if (used && find_tensor(m, name) != &m->maps[f].tensors[i]) return retrofit_fail("%s: tensor %s is there twice", m->maps[f].path, name);
+            if (!used) return retrofit_fail("%s: tensor %s has no place in a model of this config.json", m->maps[f].path, name);
+        }
+    return true;
+}
+
+retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode) {
+    char path[RETROFIT_PATH];
+    retrofit_config config;
+    directory = retrofit_model_directory(directory, path);
+    if (!retrofit_config_read(&config, directory)) return NULL;
+    retrofit_model *m = retrofit_model_new(&config, ops);
+    if (!m) return NULL;
+    if (!open_maps(m, directory) || !load_weights(m, mode, directory) || !check_all_used(m)) return retrofit_free(m), (retrofit_model *)NULL;
+    if (mode != RETROFIT_INFERENCE) {
+        retrofit_refresh_weights(m);
+        while (m->map_count) retrofit_safetensors_close(&m->maps[--m->map_count]);
+    }
+    return m;
+}
+
+// ---- Checkpoints
 char *retrofit_directory_begin(const char *final) {
     size_t n = strlen(final);
     while (n > 1 && final[n - 1] == '/') n--;
-    if (n == 0 || n > 4000) return fail("'%s' is no name for a directory", final), (char *)NULL;
-    char *path = (char *)allocate(RETROFIT_PATH, 1);
+    if (n == 0 || n > 4000) return retrofit_fail("'%s' is no name for a directory", final), (char *)NULL;
+    char *path = (char *)retrofit_allocate(RETROFIT_PATH, 1);
     if (!path) return NULL;
     snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)n, final, (long)getpid());
     retrofit_directory_abandon(path); // of an earlier process of this number
-    return make_directories(path, true) ? path : (free(path), (char *)NULL);
+    return retrofit_make_directories(path, true) ? path : (free(path), (char *)NULL);
 }
 
 void retrofit_directory_abandon(const char *temporary) {
@@ -3861,11 +3336,11 @@ void retrofit_directory_abandon(const char *temporary) {
 
 bool retrofit_directory_commit(const char *temporary, const char *final) {
     char parent[RETROFIT_PATH];
-    snprintf(parent, sizeof parent, "%s", temporary), cut_to_parent(parent);
-    if (!sync_directory(temporary)) return false;
+    snprintf(parent, sizeof parent, "%s", temporary), retrofit_parent_directory(parent);
+    if (!retrofit_sync_directory(temporary)) return false;
     if (rename(temporary, final))
-        return fail("%s: %s", final, errno == ENOTEMPTY || errno == ENOTDIR ? "exists already: remove it" : strerror(errno));
-    return sync_directory(parent);
+        return retrofit_fail("%s: %s", final, errno == ENOTEMPTY || errno == ENOTDIR ? "exists already: remove it" : strerror(errno));
+    return retrofit_sync_directory(parent);
 }
 
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
@@ -3878,17 +3353,17 @@ const char *retrofit_model_directory(const char *directory, char path[RETROFIT_P
 // "m." or "v.". malloc'd, with the names behind the tensors.
 static retrofit_tensor *list_tensors(const retrofit_model *m, bool moments, size_t *count) {
     enum { MOST = 3, NAME = 96 }; // tensors of a parameter, bytes of a name
-    retrofit_tensor *t = (retrofit_tensor *)allocate(MOST * m->parameter_count, sizeof *t + NAME);
+    retrofit_tensor *t = (retrofit_tensor *)retrofit_allocate(MOST * m->parameter_count, sizeof *t + NAME);
     *count = 0;
     for (size_t i = 0; t && i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
         const char *data = (const char *)(p->master ? p->master : p->weight.data);
-        for (size_t j = 0; j < (moments ? 2 : p->pieces); j++) {
+        for (size_t j = 0; j < (moments ? 2 : p->sources); j++) {
             if (moments) data = (const char *)(j ? p->v : p->m);
             if (!data) continue;
             char *name = (char *)(t + MOST * m->parameter_count) + *count * NAME;
-            snprintf(name, NAME, "%s%s", !moments ? "" : j ? "v." : "m.", p->piece[moments ? 0 : j].name);
-            size_t rows = moments ? p->rows : p->piece[j].rows;
+            snprintf(name, NAME, "%s%s", !moments ? "" : j ? "v." : "m.", p->source[moments ? 0 : j].name);
+            size_t rows = moments ? p->rows : p->source[j].rows;
             retrofit_type type = moments || p->master ? RETROFIT_F32 : p->weight.type;
             retrofit_tensor out = {name, type, 2, {rows, p->cols, 0, 0}, rows * p->cols, data};
             if (!moments && p->kind == RETROFIT_NORM) out.dims = 1, out.shape[0] = p->cols;
@@ -3911,9 +3386,9 @@ static bool write_tensors(const retrofit_model *m, bool moments, const char *dir
 
 static bool copy_file(const char *from, const char *to) {
     size_t size;
-    char *text = read_file(from, &size);
+    char *text = retrofit_read_file(from, &size);
     FILE *f = text ? fopen(to, "wb") : NULL;
-    bool ok = f ? finish_file(f, to, fwrite(text, 1, size, f) == size) : text && fail("%s: %s", to, strerror(errno));
+    bool ok = f ? retrofit_finish_file(f, to, fwrite(text, 1, size, f) == size) : text && retrofit_fail("%s: %s", to, strerror(errno));
     free(text);
     return ok;
 }
@@ -3941,12 +3416,12 @@ bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *dir
     if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(f, path)) return false;
     size_t count;
     retrofit_tensor *t = list_tensors(m, true, &count);
-    bool ok = t && (count == f->count || fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, count));
+    bool ok = t && (count == f->count || retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, count));
     for (size_t i = 0; ok && i < count; i++) {
         const retrofit_tensor *saved = retrofit_safetensors_find(f, t[i].name);
         ok = saved && saved->type == RETROFIT_F32 && saved->dims == 2 && !memcmp(saved->shape, t[i].shape, 2 * sizeof *t->shape);
         if (ok) m->ops->upload((void *)t[i].data, saved->data, saved->count * sizeof(float));
-        else fail("%s: %s is missing or of another shape", path, t[i].name);
+        else retrofit_fail("%s: %s is missing or of another shape", path, t[i].name);
     }
     free(t);
     if (!ok) retrofit_safetensors_close(f);
@@ -3965,29 +3440,29 @@ struct retrofit_data {
 };
 
 static bool open_shard(retrofit_data *d, shard *s, const char *path) {
-    if (!(s->base = map_file(path, &s->bytes))) return false;
+    if (!(s->base = retrofit_map_file(path, &s->bytes))) return false;
     const int32_t *header = (const int32_t *)s->base;
-    if (s->bytes < 1024) return fail("%s: %zu bytes are no token shard: the header alone has 1024", path, s->bytes);
+    if (s->bytes < 1024) return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path, s->bytes);
     if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) s->width = 2;
     else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) s->width = 4;
-    else return fail("%s: not a token shard (magic %d, version %d): make one with convert --tokenize", path, header[0], header[1]);
+    else return retrofit_fail("%s: not a token shard (magic %d, version %d): make one with convert --tokenize", path, header[0], header[1]);
     size_t tokens = (s->bytes - 1024) / s->width;
     if (header[2] < 0 || (size_t)header[2] != tokens || (s->bytes - 1024) % s->width)
-        return fail("%s: the header promises %d tokens, the file holds %zu: truncated?", path, header[2], tokens);
+        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated?", path, header[2], tokens);
     d->rows += s->rows = tokens / (d->T + 1);
     return true;
 }
 
 retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed) {
-    retrofit_data *d = (retrofit_data *)allocate(1, sizeof *d);
+    retrofit_data *d = (retrofit_data *)retrofit_allocate(1, sizeof *d);
     if (!d) return NULL;
     d->T = T, d->vocab = vocab, d->seed = seed, d->epoch = UINT64_MAX;
     int why = glob(pattern, 0, NULL, &d->files);
-    bool ok = why == 0 ? (d->shard = (shard *)allocate(d->files.gl_pathc, sizeof *d->shard)) != NULL
-                       : fail("%s: %s", pattern, why == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+    bool ok = why == 0 ? (d->shard = (shard *)retrofit_allocate(d->files.gl_pathc, sizeof *d->shard)) != NULL
+                       : retrofit_fail("%s: %s", pattern, why == GLOB_NOMATCH ? "no such file" : "cannot be searched");
     for (size_t i = 0; ok && i < d->files.gl_pathc; i++) ok = open_shard(d, &d->shard[i], d->files.gl_pathv[i]);
-    if (ok && d->rows == 0) ok = fail("%s: fewer tokens than one row of %zu: no data", pattern, T + 1);
-    if (ok && shuffle) ok = (d->order = (size_t *)allocate(d->rows, sizeof *d->order)) != NULL;
+    if (ok && d->rows == 0) ok = retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, T + 1);
+    if (ok && shuffle) ok = (d->order = (size_t *)retrofit_allocate(d->rows, sizeof *d->order)) != NULL;
     if (!ok) retrofit_data_close(d), d = NULL;
     return d;
 }
@@ -4006,7 +3481,7 @@ bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer) {
         const uint32_t *header = (const uint32_t *)d->shard[i].base;
         uint64_t made_with = header[3] | (uint64_t)header[4] << 32;
         if (made_with && made_with != tokenizer)
-            return fail("%s: made with another tokenizer (%016llx) than the model's (%016llx): make it anew, convert --tokenize --tokenizer MODEL",
+            return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's (%016llx): make it anew, convert --tokenize --tokenizer MODEL",
                         d->files.gl_pathv[i], (unsigned long long)made_with, (unsigned long long)tokenizer);
     }
     return true;
@@ -4014,9 +3489,9 @@ bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer) {
 
 bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels) {
     if (d->order && d->epoch != index / d->rows) { // Fisher and Yates, from the seed and the epoch alone
-        uint64_t key = hash64(d->seed, d->epoch = index / d->rows);
+        uint64_t key = retrofit_hash(d->seed, d->epoch = index / d->rows);
         for (size_t i = 0; i < d->rows; i++) {
-            size_t j = (size_t)(hash64(key, i) % (i + 1));
+            size_t j = (size_t)(retrofit_hash(key, i) % (i + 1));
             d->order[i] = d->order[j], d->order[j] = i;
         }
     }
@@ -4026,12 +3501,1347 @@ bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_
         uint32_t id = 0;
         memcpy(&id, (const char *)d->shard[s].base + 1024 + (first + t) * width, width);
         if (id >= d->vocab)
-            return fail("%s: token %zu is %u, but the vocabulary has %zu entries: tokenized for another model?", d->files.gl_pathv[s],
+            return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: tokenized for another model?", d->files.gl_pathv[s],
                         first + t, id, d->vocab);
         if (t < d->T) tokens[t] = (int32_t)id;
         if (t > 0) labels[t - 1] = (int32_t)id;
     }
     return true;
+}
+
+// =================================================================================================
+// 10  Matrix products at the machine's speed
+// =================================================================================================
+
+static float sum_lanes(const float *lanes) {
+    float s[8];
+    for (int i = 0; i < 8; i++) s[i] = lanes[i] + lanes[i + 8];
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+}
+
+static float dot(const float *a, const float *b, size_t n) {
+    float lanes[LANES] = {0}, tail = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += a[i + l] * b[i + l];
+    for (; i < n; i++) tail += a[i] * b[i];
+    return sum_lanes(lanes) + tail;
+}
+
+static float max_element(const float *x, size_t n) { // of the numbers: a NaN is passed over, and shows in the sum that follows
+    float lanes[LANES], top = -INFINITY;
+    for (int l = 0; l < LANES; l++) lanes[l] = -INFINITY;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+    for (; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (int l = 0; l < LANES; l++) top = lanes[l] > top ? lanes[l] : top;
+    return top;
+}
+
+// e^x to 1 part in 10^7 in arithmetic that vectorises: 2^n by adding n to the exponent's bits, the rest by a polynomial. NaN stays NaN.
+static inline float fast_exp(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; // 1.5·2^23: rounds to the nearest integer
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.3888889e-3f;
+    p = p * r + 8.3333333e-3f, p = p * r + 4.1666667e-2f, p = p * r + 1.6666667e-1f, p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    uint32_t bits, power;
+    memcpy(&bits, &shifted, 4), memcpy(&power, &p, 4);
+    power += bits << 23;
+    memcpy(&p, &power, 4);
+    return p + (x - x); // NaN stays NaN, whatever its bits
+}
+
+// Matrix multiplication, C = D + A·B.
+//
+// The arithmetic is done by a small kernel that keeps a block of C, GEMM_ROWS x 3 vectors, in registers, and for every k adds the outer
+// product of a column of A and a row of B: GEMM_ROWS numbers and 3 vectors are loaded for 3 * GEMM_ROWS multiply-adds, so that
+// arithmetic is the bottleneck and not loading. All else serves to keep that kernel fed from the caches:
+//   - K is cut into pieces of at most GEMM_DEPTH, and N into strips, such that a piece of a strip of B fits the second-level cache. It is
+//     copied ("packed") into a thread's own buffer, as panels of 3 vectors in the very order in which the kernel reads them.
+//   - Then GEMM_ROWS rows of A at a time, small enough for the first-level cache, are packed and meet every panel in turn.
+//   - The threads divide C into tiles. Every element of C belongs to one tile and sums over k in an order that neither the tiles nor the
+//     number of threads have a say in, and so its bits don't depend on them.
+// A product with few rows (decoding some tokens) is another matter: every weight is needed only a few times, so reading B is all the
+// cost, and packing would double it. If B is stored with k contiguous (a weight matrix in X·Wᵀ), see gemm_dots.
+
+#if defined __AVX512F__
+#define GEMM_LANES  16 // floats in a vector
+#define GEMM_ALL(p) GEMM_8(p), GEMM_8((p) + 8)
+#define GEMM_ROWS   8 // of the kernel's block: 24 of the 32 registers hold it
+#elif defined __AVX2__ && defined __FMA__
+#define GEMM_LANES  8
+#define GEMM_ALL(p) GEMM_8(p)
+#define GEMM_ROWS   4 // 12 of 16 registers
+#else
+#define GEMM_LANES  4
+#define GEMM_ALL(p) GEMM_4(p)
+#define GEMM_ROWS   4
+#endif
+#define GEMM_4(p)   (p)[0], (p)[1], (p)[2], (p)[3]
+#define GEMM_8(p)   GEMM_4(p), GEMM_4((p) + 4)
+#define GEMM_PANEL  (3 * GEMM_LANES)
+#define GEMM_DEPTH  512
+#define GEMM_BUFFER ((GEMM_DEPTH + 1) * 288) // floats: 577 KiB
+#define GEMM_FEW    8                        // rows of A up to which gemm_dots is the faster way
+#define GEMM_INLINE static inline __attribute__((always_inline))
+#ifdef __clang__
+#define GEMM_EACH(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
+#else
+#define GEMM_EACH(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
+#endif
+
+// A vector, and the same in memory: aligned like its elements only, and free to alias them. A quad is what can be transposed everywhere.
+typedef float gemm_vector __attribute__((vector_size(4 * GEMM_LANES)));
+typedef float gemm_vector_at __attribute__((vector_size(4 * GEMM_LANES), aligned(4), may_alias));
+typedef uint32_t gemm_word __attribute__((vector_size(4 * GEMM_LANES)));
+typedef float gemm_quad __attribute__((vector_size(16)));
+typedef float gemm_quad_at __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t gemm_quad_word __attribute__((vector_size(16)));
+
+static RETROFIT_THREAD_LOCAL __attribute__((aligned(64))) float gemm_b[GEMM_BUFFER], gemm_a[GEMM_ROWS * GEMM_DEPTH];
+
+static size_t gemm_ceil(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// The part of a matrix that begins at (i, j).
+static matrix_view gemm_part(matrix_view V, size_t i, size_t j) {
+    V.data = (const char *)V.data + (i * V.row + j * V.col) * retrofit_type_size(V.type);
+    return V;
+}
+
+// An element, 4, or a vector of them, as fp32. bf16 is the upper half of an fp32.
+GEMM_INLINE float gemm_load1(const void *data, retrofit_type type, size_t at) {
+    return type == RETROFIT_F32 ? ((const float *)data)[at] : retrofit_bf16_to_float(((const uint16_t *)data)[at]);
+}
+GEMM_INLINE gemm_quad gemm_load4(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return *(const gemm_quad_at *)((const float *)data + at);
+    const uint16_t *half = (const uint16_t *)data + at;
+    return (gemm_quad)((gemm_quad_word){GEMM_4(half)} << 16);
+}
+GEMM_INLINE gemm_vector gemm_load(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return *(const gemm_vector_at *)((const float *)data + at);
+    const uint16_t *half = (const uint16_t *)data + at;
+    return (gemm_vector)((gemm_word){GEMM_ALL(half)} << 16);
+}
+
+GEMM_INLINE void gemm_transpose4(gemm_quad q[4]) {
+    gemm_quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
+    gemm_quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+    q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5), q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5), q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// out[k * width + i] = V(i, k) for k < depth and i < count, and 0 for count <= i < width. What V has contiguous in k is transposed in
+// blocks of 4x4, going along k by whole cache lines: rows a power of two apart compete for the same few places in the cache, and would
+// not be there when we came back. What is contiguous in i is copied by vectors, the rest one by one.
+GEMM_INLINE void gemm_pack_as(float *out, size_t width, matrix_view V, retrofit_type type, size_t count, size_t depth) {
+    size_t i4 = V.col == 1 ? count / 4 * 4 : 0, k4 = depth / 4 * 4;
+    for (size_t start = 0; start < k4; start += 16)
+        for (size_t i = 0; i < i4; i += 4)
+            for (size_t k = start; k < retrofit_min(start + 16, k4); k += 4) {
+                gemm_quad q[4];
+                GEMM_EACH(r, 4) q[r] = gemm_load4(V.data, type, (i + r) * V.row + k);
+                gemm_transpose4(q);
+                GEMM_EACH(r, 4) * (gemm_quad_at *)(out + (k + r) * width + i) = q[r];
+            }
+    for (size_t k = i4 == width ? k4 : 0; k < depth; k++) {
+        size_t i = k < k4 ? i4 : 0;
+        for (; V.row == 1 && i + GEMM_LANES <= count; i += GEMM_LANES)
+            *(gemm_vector_at *)(out + k * width + i) = gemm_load(V.data, type, k * V.col + i);
+        for (; V.row == 1 && i + 4 <= count; i += 4) *(gemm_quad_at *)(out + k * width + i) = gemm_load4(V.data, type, k * V.col + i);
+        for (; i < width; i++) out[k * width + i] = i < count ? gemm_load1(V.data, type, i * V.row + k * V.col) : 0;
+    }
+}
+static void gemm_pack(float *out, size_t width, matrix_view V, size_t count, size_t depth) {
+    if (V.type == RETROFIT_F32) gemm_pack_as(out, width, V, RETROFIT_F32, count, depth);
+    else gemm_pack_as(out, width, V, RETROFIT_BF16, count, depth);
+}
+
+// The first n of a vector's elements.
+GEMM_INLINE void gemm_copy(void *to, const void *from, size_t n) {
+    if (n >= GEMM_LANES) *(gemm_vector_at *)to = *(const gemm_vector_at *)from;
+    else memcpy(to, from, n * 4);
+}
+
+// The kernel: c = d + a·b for a block of GEMM_ROWS x (vectors * GEMM_LANES), of which the first m rows and n columns are stored.
+GEMM_INLINE void gemm_kernel(size_t vectors, size_t depth, matrix_view A, const float *b, size_t m, size_t n, float *c, size_t c_row,
+                             const float *d, size_t d_row) {
+    const float *a = (const float *)A.data;
+    gemm_vector sum[GEMM_ROWS][3], zero = {0};
+    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] = zero;
+    for (size_t k = 0; k < depth; k++, a += A.col, b += vectors * GEMM_LANES)
+        GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] += a[i * A.row] * *(const gemm_vector_at *)(b + v * GEMM_LANES);
+    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) {
+        size_t j = v * GEMM_LANES;
+        gemm_vector t = zero;
+        if (i >= m || j >= n) continue;
+        if (d) gemm_copy(&t, d + i * d_row + j, n - j);
+        t += sum[i][v];
+        gemm_copy(c + i * c_row + j, &t, n - j);
+    }
+}
+
+// A product small enough for the buffers. What the kernel reads only once or twice of A it may as well read in place.
+static void gemm_tile(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
+    matrix_view columns = {B.data, B.type, B.col, B.row}, packed = {gemm_a, RETROFIT_F32, 1, GEMM_ROWS};
+    for (size_t j = 0; j < N; j += GEMM_PANEL) {
+        size_t n = retrofit_min(GEMM_PANEL, N - j);
+        gemm_pack(gemm_b + j * K, gemm_ceil(n, GEMM_LANES) * GEMM_LANES, gemm_part(columns, j, 0), n, K);
+    }
+    for (size_t i = 0; i < M; i += GEMM_ROWS) {
+        size_t m = retrofit_min(GEMM_ROWS, M - i);
+        matrix_view rows = gemm_part(A, i, 0);
+        if (m < GEMM_ROWS || N > 2 * GEMM_PANEL || A.type != RETROFIT_F32) gemm_pack(gemm_a, GEMM_ROWS, rows, m, K), rows = packed;
+        for (size_t j = 0; j < N; j += GEMM_PANEL) {
+            const float *b = gemm_b + j * K, *from = d ? d + i * d_row + j : NULL;
+            float *to = c + i * c_row + j;
+            size_t n = retrofit_min(GEMM_PANEL, N - j);
+            if (n > 2 * GEMM_LANES) gemm_kernel(3, K, rows, b, m, n, to, c_row, from, d_row);
+            else if (n > GEMM_LANES) gemm_kernel(2, K, rows, b, m, n, to, c_row, from, d_row);
+            else gemm_kernel(1, K, rows, b, m, n, to, c_row, from, d_row);
+        }
+    }
+}
+
+// A product with few rows, at the speed at which B can be read, in place: 4 of its columns, which are contiguous in k, meet `rows` rows of
+// A; every lane has its own sum. A column is too short for the processor to find out by itself what to fetch ahead, so we ask for what is
+// 8 columns on (asking for what does not exist does no harm).
+GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t M, size_t N, size_t K, matrix_view B, float *c, size_t c_row,
+                              const float *d, size_t d_row) {
+    for (size_t j = 0; j < N; j += 4)
+        for (size_t i = 0; i < M; i += rows) {
+            const float *a = gemm_b + i * K;
+            gemm_vector sum[4][4], zero = {0};
+            size_t at[4], k = 0;
+            GEMM_EACH(s, 4) at[s] = retrofit_min(j + s, N - 1) * B.col; // past the end: the last column again
+            GEMM_EACH(r, rows) GEMM_EACH(s, 4) sum[r][s] = zero;
+            for (; k + GEMM_LANES <= K; k += GEMM_LANES) {
+                gemm_vector w[4];
+                GEMM_EACH(s, 4) {
+                    __builtin_prefetch((const char *)B.data + (at[s] + 8 * B.col + k) * (type == RETROFIT_F32 ? 4 : 2), 0, 2);
+                    w[s] = gemm_load(B.data, type, at[s] + k);
+                }
+                GEMM_EACH(r, rows) {
+                    gemm_vector x = *(const gemm_vector_at *)(a + r * K + k);
+#ifdef __x86_64__
+                    __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
+#endif
+                    GEMM_EACH(s, 4) sum[r][s] += w[s] * x;
+                }
+            }
+            GEMM_EACH(r, rows) {
+                gemm_quad q[4], part[GEMM_LANES / 4];
+                GEMM_EACH(s, 4) {
+                    memcpy(part, &sum[r][s], sizeof part);
+                    GEMM_EACH(l, GEMM_LANES / 4) q[s] = l ? q[s] + part[l] : part[l];
+                }
+                gemm_transpose4(q);
+                q[0] = (q[0] + q[1]) + (q[2] + q[3]);
+                for (size_t s = 0; s < retrofit_min(4, N - j) && r < M - i; s++) {
+                    float total = q[0][s];
+                    for (size_t l = k; l < K; l++) total += a[r * K + l] * gemm_load1(B.data, type, at[s] + l);
+                    c[(i + r) * c_row + j + s] = (d ? d[(i + r) * d_row + j + s] : 0) + total;
+                }
+            }
+        }
+}
+static void gemm_dots(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
+    matrix_view columns = {A.data, A.type, A.col, A.row};
+    gemm_pack(gemm_b, K, columns, K, M); // A, row by row
+    if (M == 1 && B.type == RETROFIT_F32) gemm_dots_as(1, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
+    else if (M == 1) gemm_dots_as(1, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
+    else if (B.type == RETROFIT_F32) gemm_dots_as(GEMM_ROWS / 2, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
+    else gemm_dots_as(GEMM_ROWS / 2, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
+}
+
+static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
+    if (M <= GEMM_FEW && B.row == 1 && K <= GEMM_BUFFER / GEMM_FEW) gemm_dots(M, N, K, A, B, c, c_row, d, d_row);
+    else {
+        size_t pieces = K ? gemm_ceil(K, GEMM_DEPTH) : 1, strip = GEMM_BUFFER / (K / pieces + 1) / GEMM_LANES * GEMM_LANES;
+        for (size_t j = 0; j < N; j += strip)
+            for (size_t piece = 0; piece < pieces; piece++) { // the later ones add to what the earlier ones left
+                const float *from = piece ? c : d;
+                size_t k = piece * K / pieces, depth = (piece + 1) * K / pieces - k, from_row = piece ? c_row : d_row;
+                gemm_tile(M, retrofit_min(strip, N - j), depth, gemm_part(A, 0, k), gemm_part(B, k, j), c + j, c_row, from ? from + j : NULL,
+                          from_row);
+            }
+    }
+}
+
+// The same with all threads, unless the product is so small that waking them would take longer.
+static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
+#ifdef _OPENMP
+    size_t threads = omp_in_parallel() || M * N * K < 65536 ? 1 : (size_t)omp_get_max_threads(), p = 1;
+    size_t rows = gemm_ceil(M, GEMM_ROWS), columns = gemm_ceil(N, GEMM_LANES);
+    if (threads > 1) {
+        // A grid of p x q tiles that are about square, not wide, and none so low that it would go gemm_dots's way if C as a whole does not.
+        for (size_t x = 2; x <= retrofit_min(threads, rows / 3); x++)
+            if (threads % x == 0 && x * x * N <= threads * M) p = x;
+        size_t q = retrofit_min(columns, threads / p * gemm_ceil(N, threads / p * 512));
+        PARALLEL_TASKS
+        for (size_t t = 0; t < p * q; t++) {
+            size_t i = t / q * rows / p * GEMM_ROWS, m = retrofit_min(M, (t / q + 1) * rows / p * GEMM_ROWS) - i;
+            size_t j = t % q * columns / q * GEMM_LANES, n = retrofit_min(N, (t % q + 1) * columns / q * GEMM_LANES) - j;
+            gemm_serial(m, n, K, gemm_part(A, i, 0), gemm_part(B, 0, j), c + i * c_row + j, c_row, d ? d + i * d_row + j : NULL, d_row);
+        }
+        return;
+    }
+#endif
+    gemm_serial(M, N, K, A, B, c, c_row, d, d_row);
+}
+
+static matrix_view view(const void *data, size_t row) {
+    matrix_view v = {data, RETROFIT_F32, row, 1};
+    return v;
+}
+
+static matrix_view view_transposed(const void *data, size_t row) {
+    matrix_view v = {data, RETROFIT_F32, 1, row};
+    return v;
+}
+
+// ---- Attention in tiles
+
+// One tile of queries against keys [0, keys): o (rows, h; o_row apart) and lse (lse_row apart). Query i may see keys up to first + i.
+static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const float *q, size_t q_row, const void *k, const void *v,
+                   retrofit_type type, size_t kv_row, size_t rows, size_t first, size_t h) {
+    float s[TILE * TILE], maximum[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
+    size_t keys = first + rows;
+    matrix_view key = {k, type, 1, kv_row}, value = {v, type, kv_row, 1};
+    for (size_t u0 = 0; u0 < keys; u0 += TILE) {
+        size_t width = retrofit_min(keys - u0, TILE);
+        // (1) scores of the tile
+        gemm_serial(rows, width, h, view(q, q_row), gemm_part(key, 0, u0), s, TILE, NULL, 0);
+        for (size_t i = 0; i < rows; i++) {
+            float *p = s + i * TILE, top = u0 ? maximum[i] : -INFINITY, lanes[LANES] = {0}, tail = 0;
+            size_t seen = first + i + 1 <= u0 ? 0 : retrofit_min(first + i + 1 - u0, width), u = 0;
+            // (2) the maximum so far; what was summed up under the old one is scaled down
+            float tile_top = max_element(p, seen);
+            top = tile_top > top ? tile_top : top;
+            float shrink = u0 ? fast_exp((maximum[i] - top) * scale) : 0;
+            // (3) e^{score - maximum}, and their sum
+            for (u = 0; u < seen; u++) p[u] = fast_exp((p[u] - top) * scale);
+            for (; u < width; u++) p[u] = 0;
+            for (u = 0; u + LANES <= seen; u += LANES) // not to width: a query's bits shall not depend on how many come with it
+                for (int l = 0; l < LANES; l++) lanes[l] += p[u + l];
+            for (; u < seen; u++) tail += p[u];
+            sum[i] = (u0 ? sum[i] * shrink : 0) + sum_lanes(lanes) + tail;
+            maximum[i] = top;
+            for (size_t c = 0; u0 && c < h; c++) o[i * o_row + c] *= shrink;
+        }
+        // (4) the tile's share of the output
+        gemm_serial(rows, h, width, view(s, TILE), gemm_part(value, u0, 0), o, o_row, u0 ? o : NULL, o_row);
+    }
+    for (size_t i = 0; i < rows; i++) {
+        for (size_t c = 0; c < h; c++) o[i * o_row + c] /= sum[i];
+        if (lse) lse[i * lse_row] = maximum[i] * scale + logf(sum[i]);
+    }
+}
+
+// Every tile of queries of every head, against keys and values kv_row apart, kv_batch from one sequence to the next.
+static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v, retrofit_type type, size_t kv_row,
+                         size_t kv_batch, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
+    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
+    PARALLEL_TASKS
+    for (size_t task = 0; task < B * H * tiles; task++) {
+        size_t b = task / tiles / H, head = task / tiles % H, t0 = task % tiles * TILE, n = b * T + t0;
+        size_t kv = (b * kv_batch + head / (H / G) * h) * retrofit_type_size(type);
+        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, (const char *)k + kv,
+               (const char *)v + kv, type, kv_row, retrofit_min(T - t0, TILE), (past ? (size_t)past[b] : 0) + t0, h);
+    }
+}
+
+// =================================================================================================
+// 11  JSON, tokenizer
+// =================================================================================================
+
+size_t retrofit_utf8_next(const char *s, size_t n, uint32_t *c) {
+    unsigned lead = (unsigned char)s[0];
+    if (lead < 0x80) return *c = lead, 1;
+    size_t more = lead < 0xc2 ? 0 : lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : lead < 0xf5 ? 3 : 0;
+    // The second byte's range is narrower where the full one would allow overlong forms, surrogates or values above U+10FFFF.
+    unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80, high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    *c = more ? lead & (0x3fu >> more) : RETROFIT_UTF8_INVALID;
+    for (size_t i = 1; i <= more; i++, low = 0x80, high = 0xbf) {
+        unsigned byte = i < n ? (unsigned char)s[i] : 0;
+        if (byte < low || byte > high) return *c = RETROFIT_UTF8_INVALID, i;
+        *c = *c << 6 | (byte & 0x3f);
+    }
+    return more + 1;
+}
+
+// Writes c, a valid code point, as UTF-8 to out[0..4) and returns its length.
+static size_t utf8_put(uint32_t c, char *out) {
+    if (c < 0x80) return out[0] = (char)c, 1;
+    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3f));
+    out[0] = (char)((0xf00u >> n & 0xf0) | c);
+    return n;
+}
+
+// The parser works on its own copy of the text, with a NUL behind it, and decodes strings in place: `out` never overtakes `at`.
+typedef struct {
+    const char *where, *begin;
+    char *at, *out;       // the next character to read; where the next decoded string goes
+    retrofit_json *nodes; // the next free one
+} json_parser;
+
+static bool json_fail(const json_parser *p, const char *why) { return retrofit_fail("%s: byte %td: bad JSON: %s", p->where, p->at - p->begin, why); }
+
+static char json_skip(json_parser *p) { // white space; the character behind it
+    while (*p->at == ' ' || *p->at == '\t' || *p->at == '\r' || *p->at == '\n') p->at++;
+    return *p->at;
+}
+
+static bool json_escape(json_parser *p, uint32_t *c) {
+    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+    const char *name = p->at[1] ? strchr(names, p->at[1]) : NULL;
+    if (name) return p->at += 2, *c = (uint32_t)values[name - names], true;
+    uint32_t unit[2] = {0, 0}; // UTF-16; the second only behind the first half of a pair
+    for (int i = 0; i == 0 || (i == 1 && unit[0] >> 10 == 0xd800 >> 10); i++, p->at += 6) {
+        bool ok = p->at[0] == '\\' && p->at[1] == 'u' && strspn(p->at + 2, "0123456789abcdefABCDEF") >= 4;
+        if (!ok) return json_fail(p, "an unknown escape, or half of a surrogate pair");
+        for (int j = 2; j < 6; j++) unit[i] = unit[i] << 4 | ((p->at[j] & 15) + (p->at[j] > '9' ? 9 : 0));
+    }
+    *c = unit[0];
+    if (*c < 0xd800 || *c > 0xdfff) return true;
+    *c = 0x10000 + ((unit[0] - 0xd800) << 10) + (unit[1] - 0xdc00);
+    return unit[1] >> 10 == 0xdc00 >> 10 || json_fail(p, "half of a surrogate pair before this");
+}
+
+static bool json_string(json_parser *p, const char **string, size_t *length) {
+    if (*p->at != '"') return json_fail(p, "expected a string");
+    *string = p->out;
+    uint32_t c = 0;
+    for (p->at++; *p->at != '"';) {
+        if ((unsigned char)*p->at < ' ') return json_fail(p, "a string does not end, or a control character in it is not escaped");
+        if (*p->at != '\\') *p->out++ = *p->at++;
+        else if (json_escape(p, &c)) p->out += utf8_put(c, p->out);
+        else return false;
+    }
+    *length = (size_t)(p->out - *string);
+    *p->out++ = 0;
+    return p->at++, true;
+}
+
+static bool json_number(json_parser *p, retrofit_json *v) {
+    static const char digits[] = "0123456789";
+    char *text = p->out, *end;
+    size_t n = strspn(p->at, "0123456789+-.eE");
+    memmove(text, p->at, n), text[n] = 0;
+    v->type = RETROFIT_JSON_NUMBER, v->string = text, v->length = n, v->number = strtod(text, &end);
+    // What strtod takes and JSON does not: leading zeros or '+', no digit before or behind the point.
+    const char *first = text + (*text == '-'), *point = strchr(text, '.');
+    size_t whole = strspn(first, digits);
+    if (*end || !whole || (whole > 1 && *first == '0') || (point && !strspn(point + 1, digits)) || !isfinite(v->number))
+        return json_fail(p, "not a value, or a number too large for a double (or LC_NUMERIC is not \"C\")");
+    return p->at += n, p->out += n + 1, true;
+}
+
+// Any value; v is zeroed. The depth bounds the recursion.
+static bool json_value(json_parser *p, retrofit_json *v, int depth) {
+    static const char *const words[] = {"null", "false", "true"};
+    char c = json_skip(p);
+    if (c == '"') return v->type = RETROFIT_JSON_STRING, json_string(p, &v->string, &v->length);
+    for (int i = 0; i < 3; i++)
+        if (!strncmp(p->at, words[i], strlen(words[i])))
+            return p->at += strlen(words[i]), v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2, true;
+    if (c != '[' && c != '{') return json_number(p, v);
+    if (depth == 64) return json_fail(p, "more than 64 levels");
+    char object = c == '{', close = object ? '}' : ']';
+    p->at++, v->type = object ? RETROFIT_JSON_OBJECT : RETROFIT_JSON_ARRAY;
+    if (json_skip(p) == close) return p->at++, true;
+    for (retrofit_json **tail = &v->child; c != close; tail = &(*tail)->next, p->at++) {
+        retrofit_json *child = *tail = p->nodes++;
+        v->count++, json_skip(p);
+        if (object && !json_string(p, &child->key, &child->key_length)) return false;
+        if (object && json_skip(p) != ':') return json_fail(p, "expected ':'");
+        p->at += object;
+        if (!json_value(p, child, depth + 1)) return false;
+        c = json_skip(p);
+        if (c != ',' && c != close) return json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
+    }
+    return true;
+}
+
+// All is one block: the nodes, at most one for each opening bracket and comma, and one more; then the text. It starts a byte late, so
+// that a number has room for its NUL: before every other one, a bracket, comma or colon has been read.
+retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
+    size_t nodes = 1;
+    for (size_t i = 0; i < size;) {
+        uint32_t c;
+        size_t n = retrofit_utf8_next(text + i, size - i, &c);
+        if (c == RETROFIT_UTF8_INVALID) return retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i), (retrofit_json *)NULL;
+        nodes += c == '[' || c == '{' || c == ',', i += n;
+    }
+    retrofit_json *root = (retrofit_json *)retrofit_allocate(nodes + (size + 2) / sizeof *root + 1, sizeof *root);
+    if (!root) return NULL;
+    char *out = (char *)(root + nodes), *begin = (char *)memcpy(out + 1, text, size);
+    json_parser p = {where, begin, begin, out, root + 1};
+    if (json_value(&p, root, 0) && (json_skip(&p), p.at == begin + size || json_fail(&p, "something follows the value"))) return root;
+    return free(root), (retrofit_json *)NULL;
+}
+
+void retrofit_json_free(retrofit_json *root) { free(root); }
+
+const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key) {
+    const retrofit_json *m = object && object->type == RETROFIT_JSON_OBJECT ? object->child : NULL;
+    while (m && (m->key_length != strlen(key) || memcmp(m->key, key, m->key_length))) m = m->next;
+    return m;
+}
+
+bool retrofit_json_is(const retrofit_json *j, const char *word) { return j && j->type == RETROFIT_JSON_STRING && !strcmp(j->string, word); }
+
+// A JSON number that is a size.
+bool retrofit_json_size(const retrofit_json *j, size_t *out) {
+    if (!j || j->type != RETROFIT_JSON_NUMBER || j->number < 0 || j->number > 0x1p53 || j->number != floor(j->number)) return false;
+    return *out = (size_t)j->number, true;
+}
+
+// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
+void retrofit_json_write_string(FILE *f, const char *s, size_t n) {
+    fputc('"', f);
+    for (size_t i = 0; i < n; i++)
+        if ((unsigned char)s[i] < 0x20) fprintf(f, "\\u%04x", s[i]);
+        else fprintf(f, s[i] == '"' || s[i] == '\\' ? "\\%c" : "%c", s[i]);
+    fputc('"', f);
+}
+
+// ---- Tokenizer
+// Unicode 16's \p{L}, \p{N} and \s in run lengths: so many code points outside the class, so many inside, and so on; each number in base
+// 26, its last digit a capital.
+// clang-format off
+static const char *const tok_runs[] = {
+    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBBbEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDB"
+    "SBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJBDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCb"
+    "EBEIBDBXBKBFDBbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCHDENMBRbMBBFBCbRBmVBECHBBBEC"
+    "bPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcPdLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRC"
+    "DbPEBGBCDBFhKcMkSCGCbMCGCIBBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHBHBHBHBHBHBHBHd"
+    "CBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIVQBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDb"
+    "YBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqnSMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZb"
+    "DDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFcNTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBc"
+    "CKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBXMcBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKB"
+    "BCBBbMBBZBBBbScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScVhRbHbFJBbLRBbXbEeIHBCBbMVBZG"
+    "BCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRbESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpG"
+    "dkUeDFNDJHKiwKdHBcTBCCBCCCEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECBtBHBEBCBPBhPcHc"
+    "QHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclfCbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
+    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeYLgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWy"
+    "GbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKWKdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbP"
+    "HmSGbWKGKkSbFgCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGKkCXbjsZKceWUMUeEZbqRbYdnCKq"
+    "GKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
+    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB"};
+// clang-format on
+
+enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_MAX_ID = 1 << 22, TOK_MAX_PROBE = 1024, TOK_MAX_SPECIALS = 16 };
+#define TOK_MARK "▁" // SentencePiece's space, U+2581
+
+// All that may happen to text before and after BPE, in the only order there may be: the roles are the members of tokenizer.json, each a
+// step or a Sequence of steps; a step is known by its type and these settings.
+enum { TOK_PREPEND, TOK_REPLACE, TOK_DIGITS, TOK_GPT2, TOK_QWEN2, TOK_LLAMA3, TOK_BYTES, TOK_GPT2_BYTES };
+enum { TOK_UNREPLACE = TOK_GPT2_BYTES + 1, TOK_BYTE_FALLBACK, TOK_FUSE, TOK_STRIP, TOK_UNBYTES, TOK_OFFSETS, TOK_TEMPLATE, TOK_STEPS };
+static const char *const tok_roles[] = {"normalizer", "pre_tokenizer", "decoder", "post_processor"};
+static const char *const tok_lists[] = {"normalizers", "pretokenizers", "decoders", "processors"};
+// clang-format off
+#define TOK_SPLIT(pattern) {1, "Split", {"behavior", "Isolated", "invert", "false", "Regex", pattern}}
+#define TOK_PATTERN(digits) "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+static const struct { int role; const char *type, *settings[7]; } tok_steps[TOK_STEPS] = {
+    {0, "Prepend", {"prepend", TOK_MARK}}, {0, "Replace", {"String", " ", "content", TOK_MARK}},
+    {1, "Digits", {"individual_digits", "true"}}, // each digit for itself
+    TOK_SPLIT("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"),
+    TOK_SPLIT(TOK_PATTERN("\\p{N}")), TOK_SPLIT(TOK_PATTERN("\\p{N}{1,3}")),
+    {1, "ByteLevel", {"add_prefix_space", "false", "use_regex", "false"}}, // bytes to printable characters
+    {1, "ByteLevel", {"add_prefix_space", "false"}},                       // with GPT-2's pattern before that
+    {2, "Replace", {"String", TOK_MARK, "content", " "}}, {2, "ByteFallback", {NULL}}, // tokens like <0x0A> to bytes
+    {2, "Fuse", {NULL}}, {2, "Strip", {"content", " ", "start", "1", "stop", "0"}},    // a space off the front
+    {2, "ByteLevel", {NULL}}, {3, "ByteLevel", {NULL}}, {3, "TemplateProcessing", {NULL}}}; // the second does nothing here
+
+// text: NULL if no token has the id. model: BPE may produce it; not so for most added tokens.
+typedef struct { const char *text; size_t size; bool model, added, special; } tok_token;
+// key: first byte, + 256 if the token is to be found in normalized text, where its own text is normalized too.
+typedef struct { const char *text; size_t size; int32_t id, key; } tok_added;
+typedef struct { uint64_t pair; uint32_t rank; int32_t id; } tok_merge; // pair: left id << 32 | right id; rank: 1 and up, 0 is a free slot
+typedef struct { int32_t id; uint32_t previous, next; } tok_symbol;     // id -1: merged into the one before
+typedef struct { uint64_t order; int32_t id; } tok_candidate;           // order: rank << 32 | position, lowest rank first, then leftmost
+typedef struct {
+    const retrofit_tokenizer *t; retrofit_text text, normal, piece, ids;
+    tok_symbol *symbols; tok_candidate *heap; size_t room, heap_count; uint32_t symbol_count; // room: for a piece of so many bytes
+} tok_encoder;
+// clang-format on
+
+struct retrofit_tokenizer {
+    char *strings;                      // what tokens point to
+    tok_token *tokens;                  // by id
+    int32_t *by_text;                   // open-addressed hash table of id + 1; token_mask is its size - 1
+    tok_merge *merges;                  // the same by pair
+    tok_added *added;                   // sorted by key, the longest first; those with key k are first[k] to first[k + 1]
+    uint8_t *classes;                   // by code point
+    uint16_t chars[256], bytes_of[324]; // of the byte-level alphabet, and back, + 1
+    size_t strings_used, size, token_mask, merge_mask, first[513], before_count, after_count;
+    int32_t before[TOK_MAX_SPECIALS], after[TOK_MAX_SPECIALS], bos, eos, unk;           // before, after: what with_special adds
+    int32_t byte_ids[256];                                                              // of tokens like <0x0A>, + 1
+    bool has[TOK_STEPS], split, bytes, decodes, fuse_unk, byte_fallback, ignore_merges; // decodes: if not, spaces go between tokens
+    bool meet[256][256], bad; // meet: whether a merge joins text ending in the one byte to text beginning with the other
+    int digits, last;         // digits: of the pattern, see tok_split. While loading: the last step, whether an error has been reported
+    const char *where;        // (the first counts; what functions return after it does not matter), and the file
+};
+
+void retrofit_text_append(retrofit_text *out, const void *bytes, size_t n) {
+    if (!out->failed && out->size + n >= out->room) {
+        size_t room = out->room + out->room / 2 + n + 64;
+        char *bigger = (char *)realloc(out->bytes, room);
+        if (bigger) out->bytes = bigger, out->room = room;
+        else out->failed = !retrofit_fail("out of memory: %zu bytes", room);
+    }
+    if (out->failed || !n) return;
+    memcpy(out->bytes + out->size, bytes, n);
+    out->size += n;
+}
+
+// Appends s with U+FFFD for what is not UTF-8; with `each` for each byte of s if any is not.
+static void tok_put_valid(retrofit_text *out, const char *s, size_t n, bool each) {
+    size_t start = out->size;
+    uint32_t c = 0;
+    for (size_t i = 0, k; i < n && !(each && c == RETROFIT_UTF8_INVALID); i += k) {
+        k = retrofit_utf8_next(s + i, n - i, &c);
+        retrofit_text_append(out, c == RETROFIT_UTF8_INVALID ? "\xef\xbf\xbd" : s + i, c == RETROFIT_UTF8_INVALID ? 3 : k);
+    }
+    if (!each || c != RETROFIT_UTF8_INVALID) return;
+    for (out->size = start; n--;) retrofit_text_append(out, "\xef\xbf\xbd", 3);
+}
+
+// What Python's str.strip takes off both ends. (inline: not every program has text to strip.)
+static inline bool is_space(uint32_t c) {
+    return (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+}
+
+void retrofit_strip(const char **s, size_t *n) {
+    uint32_t c;
+    for (size_t k; *n && (k = retrofit_utf8_next(*s, *n, &c), is_space(c));) *s += k, *n -= k;
+    for (size_t k; *n; *n -= k) {
+        for (k = 1; k < 3 && k < *n && ((*s)[*n - k] & 0xc0) == 0x80;) k++;
+        if (retrofit_utf8_next(*s + *n - k, k, &c) != k || !is_space(c)) break;
+    }
+}
+
+// The byte that a token "<0x0A>" stands for, or -1.
+static int tok_fallback_byte(const tok_token *k) {
+    bool is = k->size == 6 && !memcmp(k->text, "<0x", 3) && k->text[5] == '>' && strspn(k->text + 3, "0123456789ABCDEF") == 2;
+    return is ? (int)strtol(k->text + 3, NULL, 16) : -1;
+}
+
+// The length of the run of characters at the beginning of s that are in (or, if `out`, out of) the classes.
+static size_t tok_run(const retrofit_tokenizer *t, const char *s, size_t n, int classes, bool out) {
+    size_t i = 0;
+    uint32_t c;
+    for (size_t k; i < n && (k = retrofit_utf8_next(s + i, n - i, &c), !(t->classes[c] & classes) == out);) i += k;
+    return i;
+}
+
+// The length of 's 't 'm 'd 're 've 'll at s, or 0. fold is (?i:...), to which long s (U+017F) is an s too.
+static size_t tok_contraction(const char *s, size_t n, bool fold) {
+    if (n < 2 || s[0] != '\'') return 0;
+    if (fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2)) return 3;
+    int a = s[1] | (fold ? 32 : 0), b = n > 2 ? s[2] | (fold ? 32 : 0) : 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
+}
+
+// The length of the pattern's match at s, n > 0, alternative by alternative; every character is in one. digits: 0 is GPT-2's
+// pattern, 1 and 3 are Qwen 2's and Llama 3's with at most so many digits.
+static size_t tok_split(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
+    uint32_t c;
+    size_t k = tok_contraction(s, n, digits != 0), first = retrofit_utf8_next(s, n, &c), lead = c == ' ';
+    if (k) return k;
+    int class_ = t->classes[c];
+    size_t skip = !digits ? lead : class_ & (TOK_LETTER | TOK_NUMBER) || c == '\r' || c == '\n' ? 0 : first;
+    if ((k = tok_run(t, s + skip, n - skip, TOK_LETTER, false))) return skip + k;
+    if (!digits && (k = tok_run(t, s + lead, n - lead, TOK_NUMBER, false))) return lead + k;
+    while (class_ & TOK_NUMBER && digits-- && k < n && (first = retrofit_utf8_next(s + k, n - k, &c), t->classes[c] & TOK_NUMBER)) k += first;
+    if (k) return k;
+    if ((k = tok_run(t, s + lead, n - lead, TOK_WHITE | TOK_LETTER | TOK_NUMBER, true))) {
+        for (k += lead; digits && k < n && (s[k] == '\r' || s[k] == '\n');) k++;
+        return k;
+    }
+    size_t white = tok_run(t, s, n, TOK_WHITE, false), last = white;
+    for (k = white; digits && k; k--)
+        if (s[k - 1] == '\r' || s[k - 1] == '\n') return k;
+    while (((unsigned char)s[--last] & 0xc0) == 0x80) {}
+    return white < n && last ? last : white; // the last space before a word goes with the word
+}
+
+// The slot of a token's text: its own, or the free one where it would go; NULL after MAX_PROBE steps: a file made to collide.
+static int32_t *tok_text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 0x100000001b3u;
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        int32_t *slot = &t->by_text[((hash ^ hash >> 29) + probe) & t->token_mask];
+        if (!*slot || (t->tokens[*slot - 1].size == n && !memcmp(t->tokens[*slot - 1].text, s, n))) return slot;
+    }
+    return NULL;
+}
+
+// The id of a token, or -1; with `model` only if BPE may produce it.
+static int32_t tok_find(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
+    const int32_t *slot = tok_text_slot(t, s, n);
+    return slot && *slot && (!model || t->tokens[*slot - 1].model) ? *slot - 1 : -1;
+}
+
+static tok_merge *tok_merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t right) {
+    uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right, hash = pair * 0x9e3779b97f4a7c15u;
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        tok_merge *m = &t->merges[(size_t)((hash ^ hash >> 32) + probe) & t->merge_mask];
+        if (!m->rank || m->pair == pair) return m;
+    }
+    return NULL;
+}
+
+static void tok_add_symbol(tok_encoder *e, int32_t id) {
+    tok_symbol s = {id, e->symbol_count - 1, e->symbol_count + 1}; // for the first, previous is UINT32_MAX
+    e->symbols[e->symbol_count++] = s;
+}
+
+// Queues the merge of the symbol at `at` with the next one, if there is such a merge.
+static void tok_add_candidate(tok_encoder *e, uint32_t at) {
+    if (at == UINT32_MAX || e->symbols[at].next >= e->symbol_count) return;
+    const tok_merge *m = tok_merge_slot(e->t, e->symbols[at].id, e->symbols[e->symbols[at].next].id);
+    if (!m || !m->rank) return;
+    tok_candidate c = {(uint64_t)m->rank << 32 | at, m->id};
+    size_t i = e->heap_count++;
+    for (; i && e->heap[(i - 1) / 2].order > c.order; i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
+    e->heap[i] = c;
+}
+
+// Merges the lowest-ranked, leftmost pair of the symbols until none is left, and moves what remains to the ids.
+static void tok_merge_symbols(tok_encoder *e) {
+    for (uint32_t i = 0; i < e->symbol_count; i++) tok_add_candidate(e, i);
+    while (e->heap_count) {
+        tok_candidate best = e->heap[0], c = e->heap[--e->heap_count];
+        size_t i = 0;
+        for (size_t child; (child = 2 * i + 1) < e->heap_count; e->heap[i] = e->heap[child], i = child) {
+            child += child + 1 < e->heap_count && e->heap[child + 1].order < e->heap[child].order;
+            if (e->heap[child].order >= c.order) break;
+        }
+        e->heap[i] = c;
+        uint32_t at = (uint32_t)best.order;
+        tok_symbol *left = &e->symbols[at], *right = left->next < e->symbol_count ? &e->symbols[left->next] : NULL;
+        const tok_merge *m = left->id >= 0 && right ? tok_merge_slot(e->t, left->id, right->id) : NULL;
+        if (!m || !m->rank || m->id != best.id) continue; // outdated: one of the two has merged since
+        left->id = best.id, left->next = right->next, right->id = -1;
+        if (left->next < e->symbol_count) e->symbols[left->next].previous = at;
+        tok_add_candidate(e, left->previous), tok_add_candidate(e, at);
+    }
+    for (size_t i = 0; i < e->symbol_count; i = e->symbols[i].next) retrofit_text_append(&e->ids, &e->symbols[i].id, sizeof(int32_t));
+    e->symbol_count = 0;
+}
+
+// Byte-pair encoding of one piece. Characters without a token become byte tokens, the unknown token, or nothing, in that order.
+static void tok_encode_piece(tok_encoder *e, const char *s, size_t n) {
+    const retrofit_tokenizer *t = e->t;
+    int32_t id = t->ignore_merges ? tok_find(t, s, n, true) : -1;
+    if (id >= 0) return retrofit_text_append(&e->ids, &id, sizeof id);
+    if (n > e->room) {
+        free(e->symbols), free(e->heap);
+        e->room = 2 * n; // no more symbols than bytes; each is queued once at first, and every merge queues two
+        e->symbols = (tok_symbol *)retrofit_allocate(e->room, sizeof *e->symbols);
+        e->heap = (tok_candidate *)retrofit_allocate(3 * e->room, sizeof *e->heap);
+    }
+    if (!e->symbols || !e->heap || (n >= UINT32_MAX && !retrofit_fail("4 GB in one piece: encode the text in parts"))) e->ids.failed = true;
+    bool known = false, unknown = false; // an unknown token is due before the next known one; bytes overtake it, as in Hugging Face's
+    for (size_t i = 0, k; i < n && !e->ids.failed; i += k) {
+        uint32_t c;
+        k = retrofit_utf8_next(s + i, n - i, &c);
+        if ((id = tok_find(t, s + i, k, true)) >= 0) { // where no merge can join two characters the text may be cut: the queue stays short
+            if (known && !t->meet[(unsigned char)s[i - 1]][(unsigned char)s[i]]) tok_merge_symbols(e);
+            if (unknown) tok_add_symbol(e, t->unk);
+            tok_add_symbol(e, id);
+            known = true, unknown = false;
+            continue;
+        }
+        bool bytes = t->byte_fallback;
+        for (size_t j = 0; j < k; j++) bytes = bytes && t->byte_ids[(unsigned char)s[i + j]];
+        for (size_t j = 0; bytes && j < k; j++) tok_add_symbol(e, t->byte_ids[(unsigned char)s[i + j]] - 1);
+        if (!bytes && unknown && !t->fuse_unk) tok_add_symbol(e, t->unk);
+        known = false, unknown |= !bytes && t->unk >= 0;
+    }
+    if (unknown) tok_add_symbol(e, t->unk);
+    tok_merge_symbols(e);
+}
+
+static void tok_replace(retrofit_text *out, const char *s, size_t n, const char *from, const char *to) {
+    const char *hit, *end = s + n;
+    for (; (hit = (const char *)memmem(s, (size_t)(end - s), from, strlen(from))); s = hit + strlen(from))
+        retrofit_text_append(out, s, (size_t)(hit - s)), retrofit_text_append(out, to, strlen(to));
+    retrofit_text_append(out, s, (size_t)(end - s));
+}
+
+static void tok_normalize(const retrofit_tokenizer *t, retrofit_text *out, const char *s, size_t n) {
+    out->size = 0;
+    if (t->has[TOK_PREPEND]) retrofit_text_append(out, TOK_MARK, 3);
+    tok_replace(out, s, n, " ", t->has[TOK_REPLACE] ? TOK_MARK : " ");
+}
+
+// Cuts normalized text into pieces and encodes them.
+static void tok_encode_pieces(tok_encoder *e, const char *s, size_t n) {
+    const retrofit_tokenizer *t = e->t;
+    for (size_t i = 0, end = 0, k; i < n; i += k) { // end: of the digit, or of what is before the next digit
+        uint32_t c;
+        if (i == end) end = t->has[TOK_DIGITS] ? i + tok_run(t, s + i, n - i, TOK_NUMBER, true) : n;
+        if (i == end) end += retrofit_utf8_next(s + i, n - i, &c);
+        k = t->split ? tok_split(t, s + i, end - i, t->digits) : end - i;
+        char text[4];
+        e->piece.size = 0;
+        for (size_t j = 0; t->bytes && j < k; j++) retrofit_text_append(&e->piece, text, utf8_put(t->chars[(unsigned char)s[i + j]], text));
+        tok_encode_piece(e, t->bytes ? e->piece.bytes : s + i, t->bytes ? e->piece.size : k);
+    }
+}
+
+// Finds added tokens, the longest first, in text as it is given, and then others in what is between those, normalized.
+static void tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized) {
+    for (size_t i = 0, done = 0; i < n; done = i) {
+        const tok_added *a = NULL, *end = NULL;
+        for (; i < n; i++) {
+            const size_t *first = &e->t->first[(unsigned char)s[i] + (normalized ? 256 : 0)];
+            for (a = e->t->added + first[0], end = e->t->added + first[1]; a < end && (a->size > n - i || memcmp(a->text, s + i, a->size));)
+                a++;
+            if (a < end) break;
+        }
+        if (i > done && normalized) tok_encode_pieces(e, s + done, i - done);
+        else if (i > done) tok_normalize(e->t, &e->normal, s + done, i - done), tok_encode_text(e, e->normal.bytes, e->normal.size, true);
+        if (i < n) retrofit_text_append(&e->ids, &a->id, sizeof a->id), i += a->size;
+    }
+}
+
+int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count) {
+    tok_encoder e = {t, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, NULL, NULL, 0, 0, 0};
+    tok_put_valid(&e.text, text, size, false);
+    retrofit_text_append(&e.ids, t->before, with_special ? t->before_count * sizeof *t->before : 0);
+    tok_encode_text(&e, e.text.bytes, e.text.size, false);
+    retrofit_text_append(&e.ids, t->after, with_special ? t->after_count * sizeof *t->after : 0);
+    bool ok = !e.text.failed && !e.normal.failed && !e.piece.failed && !e.ids.failed;
+    free(e.text.bytes), free(e.normal.bytes), free(e.piece.bytes), free(e.symbols), free(e.heap);
+    if (ok) return *count = e.ids.size / sizeof(int32_t), (int32_t *)(void *)e.ids.bytes;
+    return free(e.ids.bytes), (int32_t *)NULL;
+}
+
+char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size) {
+    retrofit_text out = {NULL, 0, 0, false}, run = out; // run: bytes, which need not be characters yet
+    bool ok = true, join = false;
+    for (size_t i = 0; ok && i < count; i++) {
+        const tok_token *k = ids[i] >= 0 && (size_t)ids[i] < t->size ? &t->tokens[ids[i]] : NULL;
+        if (!k || !k->text) ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu", (int)ids[i], i, count, t->size - 1);
+        if (!ok || (skip_special && k->special)) continue;
+        int byte = t->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(k) : -1;
+        char character = (char)byte;
+        if (byte >= 0) retrofit_text_append(&run, &character, 1);
+        else if (t->has[TOK_UNBYTES]) {
+            size_t start = run.size, n = 0;
+            for (uint32_t c; n < k->size && (n += retrofit_utf8_next(k->text + n, k->size - n, &c), byte = c < 324 ? t->bytes_of[c] - 1 : -1) >= 0;)
+                character = (char)byte, retrofit_text_append(&run, &character, 1);
+            if (byte < 0) run.size = start, retrofit_text_append(&run, k->text, k->size); // not of the byte-level alphabet, an added token: as it is
+        } else {
+            tok_put_valid(&out, run.bytes, run.size, true), run.size = 0, retrofit_text_append(&out, " ", join);
+            tok_replace(&out, k->text, k->size, TOK_MARK, t->has[TOK_UNREPLACE] ? " " : TOK_MARK);
+        }
+        join = !t->decodes;
+    }
+    tok_put_valid(&out, run.bytes, run.size, !t->has[TOK_UNBYTES]);
+    size_t strip = t->has[TOK_STRIP] && out.size && out.bytes[0] == ' ';
+    retrofit_text_append(&out, "", 1), free(run.bytes);
+    if (!ok || out.failed || run.failed) return free(out.bytes), (char *)NULL;
+    *size = out.size - strip - 1;
+    return (char *)memmove(out.bytes, out.bytes + strip, *size + 1);
+}
+
+char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
+                           size_t *size) {
+    if (s->from > s->done || s->done > count)
+        return retrofit_fail("a stream at token %zu cannot go on with %zu tokens: zero it to start again", s->done, count), (char *)NULL;
+    size_t old_size = 0, end = count - s->from;
+    if (count) ids += s->from;
+    char *text = retrofit_decode(t, ids, end, skip_special, size);
+    char *old = text ? retrofit_decode(t, ids, s->done - s->from, skip_special, &old_size) : NULL;
+    bool ok = old && old_size <= *size && !memcmp(text, old, old_size);
+    if (old && !ok) retrofit_fail("tokens %zu to %zu change text already given out: decode them together", s->done, count);
+    if (free(old), !ok) return free(text), (char *)NULL;
+    // U+FFFD may yet become a character, and what a run of byte tokens stands for is known only when it is over.
+    while (end > 1 && skip_special && t->tokens[ids[end - 1]].special) end--;
+    bool wait = (*size >= 3 && !memcmp(text + *size - 3, "\xef\xbf\xbd", 3)) ||
+                (end && t->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(&t->tokens[ids[end - 1]]) >= 0);
+    *size = wait && !last ? 0 : *size - old_size;
+    memmove(text, text + old_size, *size), text[*size] = 0;
+    if (*size) s->from = s->done, s->done = count; // else keep a window that yields text: only its first space may go
+    return text;
+}
+
+bool retrofit_decode_context(const retrofit_tokenizer *t, const int32_t *ids, size_t count, int32_t *id) {
+    for (size_t i = count; !t->has[TOK_UNBYTES] && i-- > 0;) {
+        const tok_token *before = &t->tokens[ids[i]];
+        if (before->special || tok_fallback_byte(before) >= 0) continue;
+        *id = ids[i];
+        return true;
+    }
+    return false;
+}
+
+int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t) { return t->bos; }
+int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t) { return t->eos; }
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find(t, token, strlen(token), false); }
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
+
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t) {
+    uint64_t h = t->size, sum = 0;
+    for (size_t id = 0; id < t->size; id++) {
+        for (size_t i = 0; i < t->tokens[id].size; i++) h = (h ^ (unsigned char)t->tokens[id].text[i]) * 0x100000001b3;
+        h = retrofit_hash(h, 2 * id + t->tokens[id].model);
+    }
+    for (size_t i = 0; i <= t->merge_mask; i++) // in the order of the table, hence a sum
+        if (t->merges[i].rank) sum += retrofit_hash(t->merges[i].pair, t->merges[i].rank);
+    for (size_t i = 0; i < t->first[512]; i++) sum += retrofit_hash(~(uint64_t)t->added[i].id, (uint64_t)t->added[i].key);
+    for (size_t i = 0; i < TOK_STEPS; i++) h = retrofit_hash(h, t->has[i]);
+    h = retrofit_hash(h, (uint64_t)(t->fuse_unk + 2 * t->byte_fallback + 4 * t->ignore_merges)),
+    h = retrofit_hash(retrofit_hash(h, (uint64_t)t->unk), (uint64_t)t->eos);
+    for (size_t i = 0; i < t->before_count; i++) h = retrofit_hash(h, (uint64_t)t->before[i]);
+    for (size_t i = 0; i < t->after_count; i++) h = retrofit_hash(h, ~(uint64_t)t->after[i]);
+    return h + sum ? h + sum : 1;
+}
+
+static void tok_refuse(retrofit_tokenizer *t, const char *what, const char *name) {
+    char line[200]; // names come from the file: no control character of theirs may break the line
+    snprintf(line, sizeof line, "%s", name);
+    for (char *c = line; *c; c++) *c = (unsigned char)*c < 32 || *c == 127 ? '?' : *c;
+    if (!t->bad) t->bad = !retrofit_fail("%s: %s \"%s\"", t->where, what, line);
+}
+
+static const retrofit_json tok_none = {RETROFIT_JSON_ARRAY, 0, 0, 0, "", "", 0, NULL, NULL};
+static const retrofit_json *tok_present(const retrofit_json *object, const char *key) { // null is as good as absent
+    const retrofit_json *v = retrofit_json_get(object, key);
+    return v && v->type == RETROFIT_JSON_NULL ? NULL : v;
+}
+
+static const retrofit_json *tok_get(retrofit_tokenizer *t, const retrofit_json *object, const char *key, retrofit_json_type type) {
+    const retrofit_json *v = retrofit_json_get(object, key);
+    if (v && v->type == type) return v;
+    return tok_refuse(t, "missing, or of the wrong type:", key), &tok_none;
+}
+
+static bool tok_flag(retrofit_tokenizer *t, const retrofit_json *object, const char *key, bool otherwise) {
+    return tok_present(object, key) ? tok_get(t, object, key, RETROFIT_JSON_BOOL)->number != 0 : otherwise;
+}
+
+static int32_t tok_get_id(retrofit_tokenizer *t, const retrofit_json *v) {
+    bool good = v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < TOK_MAX_ID && v->number == floor(v->number);
+    if (!good) tok_refuse(t, "not a token id from 0 to 4194303:", v->string ? v->string : "");
+    return good ? (int32_t)v->number : 0;
+}
+
+static const char *tok_keep(retrofit_tokenizer *t, const char *s, size_t n) {
+    char *copy = (char *)memcpy(t->strings + t->strings_used, s, n);
+    t->strings_used += n + 1;
+    return copy;
+}
+
+// A setting may be one of the step's pattern.
+static bool tok_setting_is(const retrofit_json *o, const char *key, const char *value) {
+    const retrofit_json *v = retrofit_json_get(o, key);
+    if (!v) v = retrofit_json_get(retrofit_json_get(o, "pattern"), key);
+    if (v && v->type == RETROFIT_JSON_BOOL) return !strcmp(value, v->number != 0 ? "true" : "false");
+    return v && v->string && !strcmp(value, v->string);
+}
+
+static void tok_load_template(retrofit_tokenizer *t, const retrofit_json *o) {
+    const retrofit_json *all = tok_get(t, o, "special_tokens", RETROFIT_JSON_OBJECT), *special, *v;
+    const retrofit_json *m = tok_get(t, o, "single", RETROFIT_JSON_ARRAY)->child;
+    bool text = false; // has been there: as A; B, of pairs, is not supported
+    for (; m && !t->bad; m = m->next) {
+        special = retrofit_json_get(m, "SpecialToken");
+        if (!special && (text || !tok_setting_is(retrofit_json_get(m, "Sequence"), "id", "A"))) break;
+        text |= !special;
+        if (special) special = tok_get(t, all, tok_get(t, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
+        for (v = special ? tok_get(t, special, "ids", RETROFIT_JSON_ARRAY)->child : NULL; v && !t->bad; v = v->next) {
+            size_t *count = text ? &t->after_count : &t->before_count, id = (size_t)tok_get_id(t, v);
+            if (*count == TOK_MAX_SPECIALS || id >= t->size || !t->tokens[id].text) tok_refuse(t, "a bad or a 17th", "SpecialToken");
+            else (text ? t->after : t->before)[(*count)++] = (int32_t)id;
+        }
+    }
+    if (!text || m) tok_refuse(t, "needs the text once, as A:", "TemplateProcessing");
+}
+
+// A step or a Sequence of steps. The parser's depth limit bounds the recursion.
+static void tok_load_step(retrofit_tokenizer *t, const retrofit_json *o, int role) {
+    const char *type = tok_get(t, o, "type", RETROFIT_JSON_STRING)->string;
+    int step = t->last + 1;
+    if (!strcmp(type, "Sequence")) {
+        const retrofit_json *s = tok_get(t, o, tok_lists[role], RETROFIT_JSON_ARRAY)->child;
+        for (; s && !t->bad; s = s->next) tok_load_step(t, s, role);
+        return;
+    }
+    for (; step < TOK_STEPS; step++) {
+        if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) continue;
+        const char *const *set = tok_steps[step].settings;
+        while (*set && tok_setting_is(o, set[0], set[1])) set += 2;
+        if (!*set) break;
+    }
+    if (step == TOK_STEPS) return tok_refuse(t, "this step is unsupported (or its settings, or its place):", type);
+    t->has[t->last = step] = true;
+    if (step == TOK_TEMPLATE) tok_load_template(t, o);
+}
+
+static void tok_add_token(retrofit_tokenizer *t, const char *text, size_t size, int32_t id, bool model) {
+    int32_t *slot = tok_text_slot(t, text, size);
+    if (!slot || *slot || t->tokens[id].text) return tok_refuse(t, "this text, or its id, is in the vocabulary twice (or collides):", text);
+    tok_token k = {tok_keep(t, text, size), size, model, false, false};
+    t->tokens[id] = k, *slot = id + 1;
+    if (model && tok_fallback_byte(&k) >= 0) t->byte_ids[tok_fallback_byte(&k)] = id + 1;
+}
+
+// A hash table that count entries fill at most by half; *mask is its size, a power of two, less one.
+static void *tok_table(size_t count, size_t each, size_t *mask) {
+    for (*mask = 1; *mask < 2 * count;) *mask = 2 * *mask + 1;
+    return retrofit_allocate(*mask + 1, each);
+}
+
+static void tok_load_vocabulary(retrofit_tokenizer *t, const retrofit_json *vocabulary, const retrofit_json *added) {
+    const retrofit_json *v;
+    int32_t last = -1, id;
+    for (v = vocabulary->child; v; v = v->next) last = (id = tok_get_id(t, v)) > last ? id : last;
+    for (v = added->child; v; v = v->next) last = (id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER))) > last ? id : last;
+    t->size = (size_t)(last + 1);
+    if (!t->size) tok_refuse(t, "no token in the", "vocab");
+    t->tokens = (tok_token *)retrofit_allocate(t->size, sizeof *t->tokens);
+    t->by_text = (int32_t *)tok_table(vocabulary->count + added->count, sizeof *t->by_text, &t->token_mask);
+    t->bad |= !t->tokens || !t->by_text;
+    for (v = vocabulary->child; v && !t->bad; v = v->next) tok_add_token(t, v->key, v->key_length, tok_get_id(t, v), true);
+}
+
+// Merges are ["a", "b"] or "a b"; of equal ones the last counts.
+static void tok_load_merges(retrofit_tokenizer *t, const retrofit_json *merges) {
+    retrofit_text joined = {NULL, 0, 0, false};
+    uint32_t rank = 0;
+    t->bad |= !(t->merges = (tok_merge *)tok_table(merges->count, sizeof *t->merges, &t->merge_mask));
+    for (const retrofit_json *m = merges->child; m && !t->bad; m = m->next, t->bad |= joined.failed) {
+        bool pair = m->type == RETROFIT_JSON_ARRAY && m->count == 2;
+        const char *space = m->type == RETROFIT_JSON_STRING ? (const char *)memchr(m->string, ' ', m->length) : NULL;
+        size_t cut = pair ? m->child->length : space ? (size_t)(space - m->string) : 0;
+        joined.size = 0;
+        if (pair) retrofit_text_append(&joined, m->child->string, cut), retrofit_text_append(&joined, m->child->next->string, m->child->next->length);
+        if (space) retrofit_text_append(&joined, m->string, cut), retrofit_text_append(&joined, space + 1, m->length - cut - 1);
+        retrofit_text_append(&joined, "", 1);
+        size_t n = joined.failed ? 0 : joined.size - 1;
+        int32_t a = tok_find(t, joined.bytes, n ? cut : 0, true), b = n ? tok_find(t, joined.bytes + cut, n - cut, true) : -1;
+        int32_t both = tok_find(t, joined.bytes, n, true);
+        tok_merge *slot = !cut || cut == n || a < 0 || b < 0 || both < 0 ? NULL : tok_merge_slot(t, a, b);
+        if (!slot && !joined.failed) tok_refuse(t, "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", joined.bytes);
+        if (!slot) continue;
+        slot->pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b, slot->rank = ++rank, slot->id = both;
+        t->meet[(unsigned char)joined.bytes[cut - 1]][(unsigned char)joined.bytes[cut]] = true;
+    }
+    free(joined.bytes);
+}
+
+static int tok_by_key(const void *a, const void *b) {
+    const tok_added *x = (const tok_added *)a, *y = (const tok_added *)b;
+    return x->key != y->key ? x->key - y->key : (x->size < y->size) - (x->size > y->size);
+}
+
+static void tok_load_added(retrofit_tokenizer *t, const retrofit_json *added) {
+    retrofit_text normal = {NULL, 0, 0, false};
+    size_t n = 0;
+    if (!(t->added = (tok_added *)retrofit_allocate(added->count, sizeof *t->added))) t->bad = true;
+    for (const retrofit_json *v = added->child; v && !t->bad; v = v->next) {
+        const retrofit_json *content = tok_get(t, v, "content", RETROFIT_JSON_STRING);
+        int32_t id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER)), known = tok_find(t, content->string, content->length, false);
+        bool bad =
+            !content->length || (known >= 0 && (known != id || t->tokens[id].added)); // empty, or there with another id, or listed twice
+        if (bad || tok_flag(t, v, "lstrip", false) || tok_flag(t, v, "rstrip", false) || tok_flag(t, v, "single_word", false))
+            tok_refuse(t, "empty, twice there, or with lstrip, rstrip or single_word, which are unsupported: the added token",
+                       content->string);
+        if (known < 0 && !t->bad) tok_add_token(t, content->string, content->length, id, false);
+        if (t->bad) break;
+        tok_token *k = &t->tokens[id];
+        tok_added a = {k->text, k->size, id, 0};
+        k->added = true, k->special = tok_flag(t, v, "special", false);
+        if (tok_flag(t, v, "normalized", !k->special)) { // decoding gives the text as written here, as tokenizers 0.21 does
+            tok_normalize(t, &normal, k->text, k->size);
+            if ((t->bad |= normal.failed)) break;
+            a.text = tok_keep(t, normal.bytes, normal.size), a.size = normal.size, a.key = 256;
+        }
+        a.key += (unsigned char)a.text[0], t->added[n++] = a;
+    }
+    free(normal.bytes);
+    if (!t->bad) qsort(t->added, n, sizeof *t->added, tok_by_key);
+    for (size_t key = 0, i = 0; key < 513; t->first[key++] = i)
+        while (i < n && t->added[i].key < (int)key) i++;
+}
+
+static void tok_load_tokenizer(retrofit_tokenizer *t, const retrofit_json *root) {
+    static const char *const neutral[] = {"truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix"};
+    const retrofit_json *added = tok_present(root, "added_tokens") ? tok_get(t, root, "added_tokens", RETROFIT_JSON_ARRAY) : &tok_none;
+    const retrofit_json *model = tok_get(t, root, "model", RETROFIT_JSON_OBJECT), *v;
+    for (int i = 0; i < 5; i++)
+        if ((v = tok_present(i < 2 ? root : model, neutral[i])) && !(v->type == RETROFIT_JSON_STRING && !v->length))
+            tok_refuse(t, "not supported, should be null:", neutral[i]);
+    if (!tok_setting_is(model, "type", "BPE")) tok_refuse(t, "only BPE is supported as", "model");
+    for (int role = 0; role < 3 && !t->bad; role++)
+        if ((v = tok_present(root, tok_roles[role]))) tok_load_step(t, v, role);
+    for (int k = 0; k < 3; k++) {
+        unsigned c = 0, run = 0, inside = 0;
+        for (const char *p = tok_runs[k]; *p; inside ^= *p++ < 'a') {
+            run = run * 26 + (unsigned)((*p | 32) - 'a');
+            for (; *p < 'a' && run; run--) t->classes[c++] |= (uint8_t)(inside << k);
+        }
+    }
+    // The byte-level alphabet shows a byte that is not printable Latin-1 as the next free code point from 256 up.
+    for (unsigned b = 0, next = 256; b < 256; b++) {
+        t->chars[b] = (uint16_t)((b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++);
+        t->bytes_of[t->chars[b]] = (uint16_t)(b + 1);
+    }
+    const bool *has = t->has;
+    int patterns = has[TOK_GPT2] + has[TOK_QWEN2] + has[TOK_LLAMA3] + has[TOK_GPT2_BYTES], bytes = has[TOK_BYTES] + has[TOK_GPT2_BYTES];
+    if (patterns > 1 || bytes > 1 || (has[TOK_STRIP] && !has[TOK_FUSE]) ||
+        (has[TOK_UNBYTES] && (has[TOK_UNREPLACE] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE])))
+        tok_refuse(t, "steps that are not supported together, in", "pre_tokenizer or decoder");
+    t->split = patterns, t->bytes = bytes, t->digits = has[TOK_LLAMA3] ? 3 : has[TOK_QWEN2];
+    t->fuse_unk = tok_flag(t, model, "fuse_unk", false), t->byte_fallback = tok_flag(t, model, "byte_fallback", false);
+    t->ignore_merges = tok_flag(t, model, "ignore_merges", false), t->decodes = tok_present(root, "decoder") != NULL;
+    const retrofit_json *vocabulary = tok_get(t, model, "vocab", RETROFIT_JSON_OBJECT);
+    if (!t->bad) tok_load_vocabulary(t, vocabulary, added);
+    if (!t->bad) tok_load_merges(t, tok_get(t, model, "merges", RETROFIT_JSON_ARRAY));
+    if (!t->bad && tok_present(model, "unk_token")) {
+        v = tok_get(t, model, "unk_token", RETROFIT_JSON_STRING), t->unk = tok_find(t, v->string, v->length, true);
+        if (t->unk < 0) tok_refuse(t, "not in the vocabulary, the unk_token", v->string);
+    }
+    if (!t->bad) tok_load_added(t, added);
+    if (!t->bad && (v = tok_present(root, "post_processor"))) tok_load_step(t, v, 3);
+}
+
+// tokenizer_config.json may hold anything else too. own_specials: tokenizer.json has a post_processor.
+static void tok_load_config(retrofit_tokenizer *t, const retrofit_json *config, bool own_specials) {
+    for (int i = 0; i < 2; i++) {
+        const char *key = i ? "eos_token" : "bos_token";
+        const retrofit_json *v = tok_present(config, key);
+        if (v && v->type == RETROFIT_JSON_OBJECT) v = tok_get(t, v, "content", RETROFIT_JSON_STRING);
+        int32_t id = v && v->type == RETROFIT_JSON_STRING ? tok_find(t, v->string, v->length, false) : -1;
+        if (v && id < 0) tok_refuse(t, "tokenizer.json does not have the token that is said to be", key);
+        *(i ? &t->eos : &t->bos) = id;
+        if (!own_specials && tok_flag(t, config, i ? "add_eos_token" : "add_bos_token", false) && id >= 0)
+            (i ? t->after : t->before)[0] = id, *(i ? &t->after_count : &t->before_count) = 1;
+    }
+}
+
+static retrofit_json *tok_read(const char *directory, const char *name, char path[RETROFIT_PATH], size_t *size) {
+    char *text = retrofit_path(path, directory, name) ? retrofit_read_file(path, size) : NULL;
+    retrofit_json *root = text ? retrofit_json_parse(text, *size, path) : NULL;
+    return free(text), root;
+}
+
+retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
+    char path[RETROFIT_PATH];
+    size_t size, ignored;
+    retrofit_json *root = tok_read(directory, "tokenizer.json", path, &size), *config = NULL;
+    retrofit_tokenizer *t = root ? (retrofit_tokenizer *)retrofit_allocate(1, sizeof *t) : NULL;
+    if (!t) return retrofit_json_free(root), (retrofit_tokenizer *)NULL;
+    t->where = path, t->bos = t->eos = t->unk = t->last = -1;
+    t->strings = (char *)retrofit_allocate(size + 1, 4); // enough: the texts of added tokens may be there twice, with ▁ for each space
+    t->classes = (uint8_t *)retrofit_allocate(0x110000, 1);
+    if (!(t->bad = !t->strings || !t->classes)) tok_load_tokenizer(t, root);
+    if (!t->bad && (!retrofit_path(path, directory, "tokenizer_config.json") || !access(path, F_OK) || errno != ENOENT)) {
+        config = tok_read(directory, "tokenizer_config.json", path, &ignored);
+        if (!(t->bad = !config)) tok_load_config(t, config, tok_present(root, "post_processor") != NULL);
+    }
+    retrofit_json_free(root), retrofit_json_free(config);
+    if (!t->bad) return t;
+    return retrofit_tokenizer_free(t), (retrofit_tokenizer *)NULL;
+}
+
+void retrofit_tokenizer_free(retrofit_tokenizer *t) {
+    if (!t) return;
+    free(t->strings), free(t->tokens), free(t->by_text), free(t->merges), free(t->added), free(t->classes), free(t);
+}
+
+// =================================================================================================
+// 12  Errors, files, random numbers, command lines
+// =================================================================================================
+
+static RETROFIT_THREAD_LOCAL char error_text[1024];
+const char *retrofit_error(void) { return error_text; }
+
+// Records one line about what went wrong. Names in files may hold anything: one line it stays.
+static void record_error(const char *format, va_list args) {
+    vsnprintf(error_text, sizeof error_text, format, args);
+    for (char *c = error_text; *c; c++) {
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    }
+}
+
+bool retrofit_fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    record_error(format, args);
+    va_end(args);
+    return false;
+}
+
+static void *fail_null(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    record_error(format, args);
+    va_end(args);
+    return NULL;
+}
+
+// count * size zeroed bytes; NULL and an error if the product overflows or memory is out. Freed with free().
+void *retrofit_allocate(size_t count, size_t size) {
+    if (size && count > SIZE_MAX / size) return retrofit_fail("a size of %zu x %zu bytes overflows", count, size), (void *)NULL;
+    void *p = calloc(count ? count : 1, size ? size : 1);
+    if (!p) retrofit_fail("out of memory: %zu bytes", count * size);
+    return p;
+}
+
+// Opens a regular file for reading.
+FILE *retrofit_open_file(const char *path, size_t *size) {
+    FILE *f = fopen(path, "rbe");
+    if (!f) return retrofit_fail("%s: %s", path, strerror(errno)), (FILE *)NULL;
+    struct stat st;
+    if (!fstat(fileno(f), &st) && S_ISREG(st.st_mode)) return *size = (size_t)st.st_size, f;
+    return fclose(f), retrofit_fail("%s: not a regular file", path), (FILE *)NULL;
+}
+
+// The whole file, with a NUL behind it; NULL and an error. Freed with free().
+char *retrofit_read_file(const char *path, size_t *size) {
+    FILE *f = retrofit_open_file(path, size);
+    char *text = f ? (char *)retrofit_allocate(*size + 1, 1) : NULL;
+    bool ok = text && (fread(text, 1, *size, f) == *size || retrofit_fail("%s: reading failed, or it became shorter", path));
+    if (f) fclose(f);
+    return ok ? text : (free(text), (char *)NULL);
+}
+
+// The whole file mapped into memory; NULL and an error, also for a file of no bytes.
+void *retrofit_map_file(const char *path, size_t *size) {
+    FILE *f = retrofit_open_file(path, size);
+    if (!f) return NULL;
+    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(f), 0);
+    if (base == MAP_FAILED) base = NULL, retrofit_fail("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
+    return fclose(f), base;
+}
+
+// Flushes and closes; a file that could not be written whole is removed.
+bool retrofit_finish_file(FILE *f, const char *path, bool ok) {
+    ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
+    int why = errno;
+    if (fclose(f) && ok) ok = false, why = errno;
+    if (!ok) remove(path), retrofit_fail("%s: writing failed: %s", path, strerror(why ? why : EIO));
+    return ok;
+}
+
+bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
+    int n = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
+    return (n > 0 && n < RETROFIT_PATH) || retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
+}
+
+size_t retrofit_type_size(retrofit_type type) { return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2; }
+
+float retrofit_bf16_to_float(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+uint16_t retrofit_float_to_bf16(float f) { // round to nearest even; NaN stays NaN
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float retrofit_f16_to_float(uint16_t x) {
+    int exponent = x >> 10 & 31, mantissa = x & 1023;
+    float f = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+    if (exponent == 31) f = mantissa ? NAN : INFINITY;
+    return x >> 15 ? -f : f;
+}
+
+// n elements of a tensor in a file's type as fp32.
+void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n) {
+    if (type == RETROFIT_F32) memcpy(out, data, n * 4);
+    for (size_t i = 0; type != RETROFIT_F32 && i < n; i++) {
+        uint16_t x;
+        memcpy(&x, (const char *)data + 2 * i, 2); // at any address: a file's header may have an odd length
+        out[i] = type == RETROFIT_BF16 ? retrofit_bf16_to_float(x) : retrofit_f16_to_float(x);
+    }
+}
+
+bool retrofit_sync_directory(const char *path) {
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool ok = (fd >= 0 && fsync(fd) == 0) || retrofit_fail("%s: %s", path, strerror(errno));
+    if (fd >= 0) close(fd);
+    return ok;
+}
+
+void retrofit_parent_directory(char *path) { // in place
+    char *slash = strrchr(path, '/');
+    if (slash) slash[slash == path] = 0;
+    else strcpy(path, ".");
+}
+
+// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written to, but left as it was.
+bool retrofit_make_directories(char *path, bool fresh) {
+    char *end = path;
+    if (!*path) return retrofit_fail("'' is no name for a directory");
+    for (char next = '/'; next; *end = next) {
+        end += 1 + strcspn(end + 1, "/"), next = *end, *end = 0;
+        if (mkdir(path, 0777) && (errno != EEXIST || (fresh && !next))) return retrofit_fail("%s: %s", path, strerror(errno));
+    }
+    return true;
+}
+
+// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -------------------------------
+
+static void mt19937_seed(mt19937 *g, uint32_t seed) {
+    g->state[0] = seed;
+    for (uint32_t i = 1; i < 624; i++) g->state[i] = 1812433253u * (g->state[i - 1] ^ g->state[i - 1] >> 30) + i;
+    g->next = 0;
+}
+
+static uint32_t mt19937_next(mt19937 *g) { // twists one word at a time, as it is needed: most draws need few of the 624
+    size_t i = g->next;
+    g->next = (i + 1) % 624;
+    uint32_t y = (g->state[i] & 0x80000000u) | (g->state[g->next] & 0x7fffffffu);
+    y = g->state[i] = g->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
+    y ^= y >> 11, y ^= y << 7 & 0x9d2c5680u, y ^= y << 15 & 0xefc60000u;
+    return y ^ y >> 18;
+}
+
+static double mt19937_uniform(mt19937 *g) { // [0, 1): the low 53 bits of two outputs, the first one high
+    uint64_t high = mt19937_next(g), low = mt19937_next(g);
+    return (double)((high << 32 | low) & ((1ull << 53) - 1)) * 0x1p-53;
+}
+
+static double mt19937_normal(mt19937 *g) {
+    double u1 = mt19937_uniform(g), u2 = mt19937_uniform(g);
+    return sqrt(-2 * log1p(-u2)) * cos(2 * 3.14159265358979323846 * u1);
+}
+
+// Poisson as PyTorch draws it: by multiplying uniforms for small rates, by Hörmann's transformed rejection (PTRS, 1993) from 10 on.
+static size_t mt19937_poisson(mt19937 *g, double rate) {
+    if (rate < 10) {
+        double floor_ = exp(-rate), product = 1;
+        for (size_t k = 0;; k++)
+            if ((product *= mt19937_uniform(g)) <= floor_) return k;
+    }
+    double b = 0.931 + 2.53 * sqrt(rate), a = -0.059 + 0.02483 * b, log_rate = log(rate);
+    double inverse_alpha = 1.1239 + 1.1328 / (b - 3.4), v_r = 0.9277 - 3.6224 / (b - 2);
+    for (;;) {
+        double u = mt19937_uniform(g) - 0.5, v = mt19937_uniform(g), us = 0.5 - fabs(u);
+        double k = floor((2 * a / us + b) * u + rate + 0.43);
+        if (us >= 0.07 && v <= v_r) return (size_t)k;
+        if (k < 0 || (us < 0.013 && v > us)) continue;
+        if (log(v) + log(inverse_alpha) - log(a / (us * us) + b) <= -rate + k * log_rate - lgamma(k + 1)) return (size_t)k;
+    }
 }
 
 // ---- Command lines ----------------------------------------------------------------------------------------------------------
@@ -4046,8 +4856,8 @@ bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count) {
     for (char *end;; text = end + 1) {
         unsigned long long n = strtoull(text, &end, 10);
         if (*text < '0' || *text > '9' || n == 0 || n > 1 << 20 || (*end && *end != ','))
-            return fail("'%s' is not a list of positive numbers like 1,2,4", text);
-        if (*count == most) return fail("a list of more than %zu numbers", most);
+            return retrofit_fail("'%s' is not a list of positive numbers like 1,2,4", text);
+        if (*count == most) return retrofit_fail("a list of more than %zu numbers", most);
         out[(*count)++] = (size_t)n;
         if (*end == 0) return true;
     }
@@ -4056,24 +4866,24 @@ bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count) {
 static bool read_option(const retrofit_option *o, const char *text) { // text: the value; NULL if there is none
     char *end = NULL;
     if (o->type == RETROFIT_SWITCH && !text) return *(int *)o->value = 1, true;
-    if (o->type == RETROFIT_FLAG) return text ? fail("--%s takes no value", o->name) : (*(bool *)o->value = true);
-    if (!text) return fail("--%s needs a value", o->name);
+    if (o->type == RETROFIT_FLAG) return text ? retrofit_fail("--%s takes no value", o->name) : (*(bool *)o->value = true);
+    if (!text) return retrofit_fail("--%s needs a value", o->name);
     if (o->type == RETROFIT_STRING) return *(const char **)o->value = text, true;
     if (o->type == RETROFIT_SIZE) {
         errno = 0;
         *(size_t *)o->value = (size_t)strtoull(text, &end, 10);
-        return (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) || fail("--%s needs a whole number, not '%s'", o->name, text);
+        return (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) || retrofit_fail("--%s needs a whole number, not '%s'", o->name, text);
     }
     if (o->type == RETROFIT_REAL) {
         double x = *(double *)o->value = strtod(text, &end);
-        return (*text && *end == 0 && isfinite(x)) || fail("--%s needs a number, not '%s'", o->name, text);
+        return (*text && *end == 0 && isfinite(x)) || retrofit_fail("--%s needs a number, not '%s'", o->name, text);
     }
     size_t n = strlen(text);
     const char *c = o->argument;
     for (int i = 0; c; i++, c = strchr(c, '|'), c += c != NULL)
         if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|'))
             return *(int *)o->value = i + (o->type == RETROFIT_SWITCH ? 2 : 0), true;
-    return fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
+    return retrofit_fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
 }
 
 static size_t common_letters(const char *a, const char *b) { // at their beginnings and ends: enough to guess what was meant
@@ -4112,13 +4922,10 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         }
         if (value) value++;
         else if (found && found->type != RETROFIT_FLAG && found->type != RETROFIT_SWITCH && i + 1 < argc) value = argv[++i];
-        if (!(found ? read_option(found, value) : fail("unknown option %s: did you mean --%s?", arg, nearest)))
+        if (!(found ? read_option(found, value) : retrofit_fail("unknown option %s: did you mean --%s?", arg, nearest)))
             return fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error()), 2;
     }
     return -1;
 }
 
-#ifdef __cplusplus
-} // extern "C"
-#endif
 #endif // RETROFIT_IMPLEMENTATION

@@ -372,13 +372,13 @@ static void cuda_zero(void *p, size_t bytes) { ensure(cudaMemsetAsync(p, 0, byte
 static void *cuda_alloc(size_t bytes) {
     char text[256];
     void *p = NULL;
-    if (!start(text)) return retrofit_fail(text), (void *)NULL;
+    if (!start(text)) return retrofit_fail("%s", text), (void *)NULL;
     if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
         cudaGetLastError();
         snprintf(text, sizeof text,
                  "out of memory on %.100s: %.2f GB asked for, %.2f of %.2f GB are free: try fewer tokens at a time, or --device cpu",
                  device.name, (double)bytes / 1e9, (double)room() / 1e9, (double)device.totalGlobalMem / 1e9);
-        return retrofit_fail(text), (void *)NULL;
+        return retrofit_fail("%s", text), (void *)NULL;
     }
     cuda_zero(p, bytes);
     return p;
@@ -1239,37 +1239,37 @@ static void attention_backward(act *dqkv, float *delta, const act *dout, const a
 }
 
 // ---- SwiGLU -------------------------------------------------------------------------------------------------------------------------
-template <typename E> __global__ void swiglu_forward_kernel(E *out, const E *fc, size_t N, size_t F) {
+template <typename E> __global__ void swiglu_forward_kernel(E *out, const E *gate_up, size_t N, size_t F) {
     size_t c, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (F + 7) / 8, c);
     if (n >= N) return;
     c *= 8;
     float gate[8], up[8];
-    load8(gate, fc + n * 2 * F + c, F - c), load8(up, fc + n * 2 * F + F + c, F - c);
+    load8(gate, gate_up + n * 2 * F + c, F - c), load8(up, gate_up + n * 2 * F + F + c, F - c);
     for (int j = 0; j < 8; j++) up[j] *= gate[j] / (1.0f + expf(-gate[j]));
     store8(out + n * F + c, up, F - c);
 }
 
-template <typename E> static void swiglu_forward(act *out, const act *fc, size_t N, size_t F) {
-    LAUNCH(swiglu_forward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0, (E *)out, (const E *)fc, N, F);
+template <typename E> static void swiglu_forward(act *out, const act *gate_up, size_t N, size_t F) {
+    LAUNCH(swiglu_forward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0, (E *)out, (const E *)gate_up, N, F);
 }
 
-template <typename E> __global__ void swiglu_backward_kernel(E *dfc, E *out, const E *dout, const E *fc, size_t N, size_t F) {
+template <typename E> __global__ void swiglu_backward_kernel(E *dgate_up, E *out, const E *dout, const E *gate_up, size_t N, size_t F) {
     size_t c, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (F + 7) / 8, c);
     if (n >= N) return;
     c *= 8;
     float gate[8], up[8], dy[8], dgate[8], dup[8];
-    load8(gate, fc + n * 2 * F + c, F - c), load8(up, fc + n * 2 * F + F + c, F - c), load8(dy, dout + n * F + c, F - c);
+    load8(gate, gate_up + n * 2 * F + c, F - c), load8(up, gate_up + n * 2 * F + F + c, F - c), load8(dy, dout + n * F + c, F - c);
     for (int j = 0; j < 8; j++) {
         float sigma = 1.0f / (1.0f + expf(-gate[j]));
         dgate[j] = dy[j] * up[j] * sigma * (1.0f + gate[j] * (1.0f - sigma));
         dup[j] = dy[j] * gate[j] * sigma;
         up[j] *= gate[j] * sigma;
     }
-    store8(dfc + n * 2 * F + c, dgate, F - c), store8(dfc + n * 2 * F + F + c, dup, F - c), store8(out + n * F + c, up, F - c);
+    store8(dgate_up + n * 2 * F + c, dgate, F - c), store8(dgate_up + n * 2 * F + F + c, dup, F - c), store8(out + n * F + c, up, F - c);
 }
 
-template <typename E> static void swiglu_backward(act *dfc, act *out, const act *dout, const act *fc, size_t N, size_t F) {
-    LAUNCH(swiglu_backward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0, (E *)dfc, (E *)out, (const E *)dout, (const E *)fc,
+template <typename E> static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F) {
+    LAUNCH(swiglu_backward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0, (E *)dgate_up, (E *)out, (const E *)dout, (const E *)gate_up,
            N, F);
 }
 
@@ -1326,26 +1326,11 @@ template <typename E> static void add(float *x, const float *y, size_t n, float 
     LAUNCH(add_kernel, blocks_of8(n), THREADS, 0, x, y, n, keep);
 }
 
-// The header's counter-based generator: the same numbers as on a CPU.
-__device__ uint64_t hash64(uint64_t seed, uint64_t counter) {
-    uint64_t z = seed + 0x9e3779b97f4a7c15ull * (counter + 1);
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-__device__ double hash_uniform(uint64_t seed, uint64_t counter) { return ((double)(hash64(seed, counter) >> 11) + 0.5) * 0x1p-53; }
-__device__ float hash_normal(uint64_t seed, uint64_t counter) {
-    for (uint64_t key = hash64(seed, counter), i = 0;; i += 2) {
-        double z = sqrt(-2 * log(hash_uniform(key, i))) * cos(2 * 3.14159265358979323846 * hash_uniform(key, i + 1));
-        if (fabs(z) <= 3) return (float)z;
-    }
-}
-
 __global__ void state_init_kernel(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
     size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x, c, t, n = divide(i, d, c), b = divide(n, T, t);
     if (n >= B * T) return;
-    uint64_t key = hash64(hash64(seed, b), (past ? (uint64_t)past[b] : 0) + t);
-    s[i] = sigma == 0 ? 0.0f : sigma * hash_normal(key, c);
+    uint64_t key = retrofit_hash(retrofit_hash(seed, b), (past ? (uint64_t)past[b] : 0) + t);
+    s[i] = sigma == 0 ? 0.0f : sigma * retrofit_hash_normal(key, c);
 }
 
 template <typename E> static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
@@ -1393,7 +1378,7 @@ __global__ void kv_lend_kernel(E *keys, E *values, const int32_t *past, const in
 }
 
 template <typename E>
-static void kv_lend(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
+static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
                     size_t capacity, size_t G, size_t h, retrofit_type) {
     LAUNCH(kv_lend_kernel<E>, ceil_of(B * C * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys, (E *)values, past, used, S, C, stride, B,
            capacity, G * h);
@@ -1565,14 +1550,14 @@ template <typename E> static void muon_update(float *w, const act *x, size_t row
 const retrofit_ops retrofit_cuda = {"cuda",         RETROFIT_BF16, 128,         start,         peak_bf16, room,
                                     cuda_alloc,     cuda_free,     cuda_upload, cuda_download, cuda_copy, cuda_zero,
                                     cuda_record,    cuda_recorded, cuda_replay, cuda_forget,
-#define X(type, name, parameters) name<bf16>,
+#define X(name, parameters) name<bf16>,
                                     RETROFIT_OPS(X)
 #undef X
 };
 const retrofit_ops retrofit_cuda_fp32 = {"cuda-fp32",    RETROFIT_F32,  128,         start,         peak_fp32, room,
                                          cuda_alloc,     cuda_free,     cuda_upload, cuda_download, cuda_copy, cuda_zero,
                                          cuda_record,    cuda_recorded, cuda_replay, cuda_forget,
-#define X(type, name, parameters) name<float>,
+#define X(name, parameters) name<float>,
                                          RETROFIT_OPS(X)
 #undef X
 };

@@ -129,7 +129,7 @@ static plan plan_of(const retrofit_config *c, size_t step) { // step from 0
         if (fixed_k) p.mean = fixed_n + fixed_k;
         double K = (double)o.backprop_depth; // less a little before rounding up: start/K·K may be a bit more than start
         p.depth = (size_t)ceil(retrofit_linear_schedule(step, o.steps, fixed_k ? 0 : o.depth_warmup, (double)o.depth_start / K, K) - 1e-9);
-        p.depth = least(p.mean, p.depth);
+        p.depth = retrofit_min(p.mean, p.depth);
     }
     p.lr = (float)retrofit_learning_rate(step, o.steps, o.warmup, o.cooldown, o.min_lr_ratio, o.lr);
     p.muon_lr = (float)retrofit_learning_rate(step, o.steps, o.warmup, o.cooldown, o.min_lr_ratio, o.muon_lr);
@@ -180,18 +180,18 @@ static size_t eval_depths(const retrofit_config *c, size_t r[32]) {
 }
 
 // False if it was stopped; the next run does it then.
-static bool validate(retrofit_activations *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
+static bool validate(retrofit_buffers *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
     char text[32];
-    size_t r[32], count = eval_depths(&a->model->config, r), rows = least(retrofit_data_rows(val), o.eval_rows), T = o.seq_len;
+    size_t r[32], count = eval_depths(&a->model->config, r), rows = retrofit_min(retrofit_data_rows(val), o.eval_rows), T = o.seq_len;
     double loss[32] = {0};
     for (size_t at = 0; at < rows; at += o.micro) {
         if (stopping(0)) return false;
-        size_t b = least(rows - at, o.micro), done = SIZE_MAX; // recurrences so far; a list that goes back begins anew
+        size_t b = retrofit_min(rows - at, o.micro), done = SIZE_MAX; // recurrences so far; a list that goes back begins anew
         for (size_t i = 0; i < b; i++)
             if (!retrofit_data_row(val, at + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
         if (!retrofit_prelude(a, tokens, b, T)) die(1, "%s", retrofit_error());
         for (size_t i = 0; i < count; i++) {
-            if (r[i] < done && r[i]) retrofit_start(a, o.state_init ? 0 : a->model->config.state_std, at);
+            if (r[i] < done && r[i]) retrofit_init_state(a, o.state_init ? 0 : a->model->config.state_std, at);
             if (r[i] < done) done = 0;
             retrofit_recur(a, r[i] - done, 0), done = r[i];
             retrofit_coda(a);
@@ -214,12 +214,12 @@ static struct {
     retrofit_tokenizer *tokenizer;
     struct { char *text; int32_t *ids; size_t count; } *prompt; // ids: with room for sample_tokens more
     size_t prompts;
-    retrofit_activations *a;
+    retrofit_buffers *a;
 } samples;
 
 static void open_samples(const retrofit_model *m, const char *directory) {
     size_t size, longest = 0, r[32], deepest = 0;
-    char *text = read_file(o.samples, &size);
+    char *text = retrofit_read_file(o.samples, &size);
     if (!text || !(samples.tokenizer = retrofit_tokenizer_load(directory))) die(1, "--sample-prompts: %s", retrofit_error());
     for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), samples.prompts++) {
         if (!(samples.prompt = realloc(samples.prompt, (samples.prompts + 1) * sizeof *samples.prompt))) die(1, "out of memory");
@@ -240,22 +240,22 @@ static void open_samples(const retrofit_model *m, const char *directory) {
     free(text);
     if (!samples.prompts) die(1, "%s: there is no prompt in it", o.samples);
     for (size_t i = 0, count = eval_depths(&m->config, r); i < count; i++) deepest = r[i] > deepest ? r[i] : deepest;
-    retrofit_cache cache = {.capacity = longest + o.sample_tokens, .recurrences = deepest};
-    if (!(samples.a = retrofit_activations_new(m, 1, longest, 0, RETROFIT_KEEP_NOTHING, &cache))) die(1, "%s", retrofit_error());
+    retrofit_kv_cache cache = {.capacity = longest + o.sample_tokens, .recurrences = deepest};
+    if (!(samples.a = retrofit_buffers_new(m, 1, longest, 0, RETROFIT_KEEP_NOTHING, &cache))) die(1, "%s", retrofit_error());
 }
 
 static bool sample(void) { // false if it was stopped
     const retrofit_config *c = &samples.a->model->config;
-    size_t r[32], depths = eval_depths(c, r), size, known = least(c->vocab, retrofit_tokenizer_size(samples.tokenizer));
+    size_t r[32], depths = eval_depths(c, r), size, known = retrofit_min(c->vocab, retrofit_tokenizer_size(samples.tokenizer));
     for (size_t p = 0; p < samples.prompts; p++)
         for (size_t i = 0; i < depths; i++) {
             int32_t *ids = samples.prompt[p].ids, eos = retrofit_tokenizer_eos(samples.tokenizer);
             size_t n = samples.prompt[p].count, fed = 0, end = n + o.sample_tokens;
-            retrofit_thinking how = {.recurrences = r[i], .sigma = o.state_init ? 0 : c->state_std, .seed = o.seed};
-            retrofit_rewind(samples.a);
+            retrofit_recurrence_options how = {.recurrences = r[i], .sigma = o.state_init ? 0 : c->state_std, .seed = o.seed};
+            retrofit_clear_cache(samples.a);
             while (n < end) {
                 if (stopping(0)) return false;
-                const float *logits = retrofit_feed(samples.a, ids + fed, 1, n - fed, NULL, &how);
+                const float *logits = retrofit_next_logits(samples.a, ids + fed, 1, n - fed, NULL, &how);
                 if (!logits) die(1, "%s", retrofit_error());
                 fed = n, ids[n++] = retrofit_argmax(logits, known);
                 if (ids[n - 1] == eos) break;
@@ -263,10 +263,10 @@ static bool sample(void) { // false if it was stopped
             char *all = retrofit_decode(samples.tokenizer, ids, n, true, &size),
                  *before = retrofit_decode(samples.tokenizer, ids, samples.prompt[p].count, true, &fed);
             if (!all || !before) die(1, "%s", retrofit_error());
-            const char *text = all + least(fed, size); // decoded alone, a first token would lose its space
+            const char *text = all + retrofit_min(fed, size); // decoded alone, a first token would lose its space
             fprintf(journal, "{\"step\":%zu,\"sample\":{\"prompt\":", now.step);
-            json_write_string(journal, samples.prompt[p].text, strlen(samples.prompt[p].text));
-            fprintf(journal, ",\"recurrences\":%zu,\"text\":", r[i]), json_write_string(journal, text, strlen(text)),
+            retrofit_json_write_string(journal, samples.prompt[p].text, strlen(samples.prompt[p].text));
+            fprintf(journal, ",\"recurrences\":%zu,\"text\":", r[i]), retrofit_json_write_string(journal, text, strlen(text)),
                 fprintf(journal, "}}\n");
             end_live_line(), fprintf(stderr, "step %zu: r=%zu: %s|", now.step, r[i], samples.prompt[p].text);
             for (const char *t = text; *t; t++) fputc((unsigned char)*t < ' ' || *t == 127 ? ' ' : *t, stderr); // one line it stays
@@ -277,11 +277,11 @@ static bool sample(void) { // false if it was stopped
 
 static void close_samples(void) {
     for (size_t i = 0; i < samples.prompts; i++) free(samples.prompt[i].text), free(samples.prompt[i].ids);
-    free(samples.prompt), retrofit_activations_free(samples.a), retrofit_tokenizer_free(samples.tokenizer);
+    free(samples.prompt), retrofit_buffers_free(samples.a), retrofit_tokenizer_free(samples.tokenizer);
 }
 
 // Samples and validation, whose lines end with one that says so: where it is missing, a run that was stopped does both again.
-static bool evaluate(retrofit_activations *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
+static bool evaluate(retrofit_buffers *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
     if ((o.samples && !sample()) || (val && !validate(a, val, tokens, labels))) return false;
     if (!val) fprintf(journal, "{\"step\":%zu,\"sampled\":%zu}\n", now.step, samples.prompts);
     return flush_journal(), true;
@@ -297,7 +297,7 @@ static const char *bad_gradient(const retrofit_model *m) {
         m->ops->zero(m->sums + 1, sizeof sum);
         m->ops->sum_squares(m->sums + 1, p->grad, p->rows * p->cols);
         m->ops->download(&sum, m->sums + 1, sizeof sum);
-        if (!isfinite(sum)) return p->piece[0].name;
+        if (!isfinite(sum)) return p->source[0].name;
     }
     return NULL;
 }
@@ -327,13 +327,13 @@ static void judge(const retrofit_model *m, double loss, double norm) {
 static bool hash_file(const char *path, size_t *size, char hash[17]) {
     static uint64_t words[1 << 13];
     uint64_t h = 0xcbf29ce484222325;
-    FILE *f = open_file(path, size);
+    FILE *f = retrofit_open_file(path, size);
     *size = 0;
     for (size_t n; f && (n = fread(words, 1, sizeof words, f)); *size += n) {
         memset((char *)words + n, 0, (8 - n % 8) % 8);
         for (size_t i = 0; i < (n + 7) / 8; i++) h = (h ^ words[i]) * 0x100000001b3, h ^= h >> 32;
     }
-    bool ok = f && (!ferror(f) || fail("%s: %s", path, strerror(errno)));
+    bool ok = f && (!ferror(f) || retrofit_fail("%s: %s", path, strerror(errno)));
     if (f) fclose(f);
     return snprintf(hash, 17, "%016llx", (unsigned long long)h), ok;
 }
@@ -345,7 +345,7 @@ static bool write_manifest(const char *directory) { // of all files that are the
     struct dirent **e;
     int count = scandir(directory, &e, visible, alphasort);
     FILE *f = count > 0 && retrofit_path(path, directory, "manifest.json") ? fopen(path, "wb") : NULL;
-    bool ok = f || fail("%s/manifest.json: %s", directory, strerror(errno));
+    bool ok = f || retrofit_fail("%s/manifest.json: %s", directory, strerror(errno));
     if (f) fprintf(f, "{\n  \"step\": %zu,\n  \"files\": [", now.step);
     for (int i = 0; i < count; free(e[i++])) {
         size_t size;
@@ -354,7 +354,7 @@ static bool write_manifest(const char *directory) { // of all files that are the
         if (ok) fprintf(f, "%s\n    {\"name\": \"%s\", \"size\": %zu, \"hash\": \"%s\"}", i ? "," : "", e[i]->d_name, size, hash);
     }
     if (count >= 0) free(e);
-    if (f) fprintf(f, "\n  ]\n}\n"), ok = retrofit_path(path, directory, "manifest.json") && finish_file(f, path, ok) && ok;
+    if (f) fprintf(f, "\n  ]\n}\n"), ok = retrofit_path(path, directory, "manifest.json") && retrofit_finish_file(f, path, ok) && ok;
     return ok;
 }
 
@@ -362,16 +362,16 @@ static bool intact(const char *directory) { // false + error, which names the fi
     char path[RETROFIT_PATH], hash[17];
     size_t size;
     if (!retrofit_path(path, directory, "manifest.json")) return false;
-    char *text = read_file(path, &size);
+    char *text = retrofit_read_file(path, &size);
     retrofit_json *root = text ? retrofit_json_parse(text, size, path) : NULL;
     const retrofit_json *files = retrofit_json_get(root, "files"), *f = files ? files->child : NULL;
-    bool ok = root && (f || fail("%s: names no files: not written by train", path));
+    bool ok = root && (f || retrofit_fail("%s: names no files: not written by train", path));
     for (; ok && f; f = f->next) {
         const retrofit_json *name = retrofit_json_get(f, "name"), *sum = retrofit_json_get(f, "hash"), *bytes = retrofit_json_get(f, "size");
-        if (!name || !name->string || !bytes || !sum || !sum->string) ok = fail("%s: a file without name, size and hash", path);
+        if (!name || !name->string || !bytes || !sum || !sum->string) ok = retrofit_fail("%s: a file without name, size and hash", path);
         ok = ok && retrofit_path(path, directory, name->string) && hash_file(path, &size, hash);
         if (ok && ((double)size != bytes->number || strcmp(hash, sum->string)))
-            ok = fail("%s: damaged: %zu bytes with hash %s, the manifest says %.0f with %s", path, size, hash, bytes->number, sum->string);
+            ok = retrofit_fail("%s: damaged: %zu bytes with hash %s, the manifest says %.0f with %s", path, size, hash, bytes->number, sum->string);
     }
     return free(text), retrofit_json_free(root), ok;
 }
@@ -458,7 +458,7 @@ static bool all_finite(const char *directory, const char *name) { // false + err
     for (const retrofit_tensor *t = f.tensors; ok && t < f.tensors + f.count; t++) {
         const float *x = t->data;
         for (size_t i = 0; i < t->count; i++) ok &= isfinite(x[i]) != 0;
-        if (!ok) fail("step %zu: %s of %s holds nan or infinity: not saved; try a lower --lr", now.step, t->name, name);
+        if (!ok) retrofit_fail("step %zu: %s of %s holds nan or infinity: not saved; try a lower --lr", now.step, t->name, name);
     }
     return retrofit_safetensors_close(&f), ok;
 }
@@ -483,7 +483,7 @@ static void save(const retrofit_model *m, const char *tokenizer) {
     if (strcmp(before, name)) retrofit_directory_abandon(path); // written by a run that was stopped before it could link to it
     if (!retrofit_save(m, directory, RETROFIT_F32, tokenizer) || !retrofit_save_optimizer(m, directory, metadata) ||
         !all_finite(directory, "model.safetensors") || !all_finite(directory, "optimizer.safetensors") || !write_manifest(directory) ||
-        (fsync(fileno(journal)) && !fail("%s/log.jsonl: %s", o.out, strerror(errno))) || !retrofit_directory_commit(directory, path)) {
+        (fsync(fileno(journal)) && !retrofit_fail("%s/log.jsonl: %s", o.out, strerror(errno))) || !retrofit_directory_commit(directory, path)) {
         retrofit_directory_abandon(directory);
         if (strcmp(before, name)) retrofit_directory_abandon(path); // renamed, but not for good
         die(1, "%s (the checkpoint before is untouched)", retrofit_error());
@@ -491,11 +491,11 @@ static void save(const retrofit_model *m, const char *tokenizer) {
     free(directory);
     unlink(temporary);
     if (symlink(name, temporary) || rename(temporary, link)) {
-        fail("%s: %s (the checkpoint before is untouched)", link, strerror(errno));
+        retrofit_fail("%s: %s (the checkpoint before is untouched)", link, strerror(errno));
         unlink(temporary), retrofit_directory_abandon(path);
         die(1, "%s", retrofit_error());
     }
-    if (!sync_directory(o.out)) die(1, "%s", retrofit_error());
+    if (!retrofit_sync_directory(o.out)) die(1, "%s", retrofit_error());
     prune(name); // only now are older ones of no more use
     seconds_to_save = retrofit_seconds() - begin;
 }
@@ -512,7 +512,7 @@ static size_t changes(const char *theirs, const char *ours, char *list, size_t s
         if (k == n && !strncmp(was, ours + name, n)) continue;
         int more = snprintf(list + used, size - used, "%s--%.*s was %.*s, is %.*s", count++ ? "; " : "", (int)name - 1, ours, (int)k, was, (int)n,
                             ours + name);
-        used = least(used + (size_t)more, size - 1);
+        used = retrofit_min(used + (size_t)more, size - 1);
     }
     return count;
 }
@@ -540,7 +540,7 @@ static void resume(retrofit_model *m, const char *directory, bool *validated) {
     snprintf(name, sizeof name, "step_%08zu", now.step), prune(name);
     if (!retrofit_path(path, o.out, "log.jsonl")) die(1, "%s", retrofit_error());
     size_t size, keep = 0;
-    char *log = read_file(path, &size);
+    char *log = retrofit_read_file(path, &size);
     for (char *line = log; line && *line; line = strchr(line, '\n') + 1) {
         size_t at = 0;
         if (!strchr(line, '\n') || (sscanf(line, "{\"step\":%zu", &at) == 1 && at > now.step)) break;
@@ -582,7 +582,7 @@ static retrofit_keep keep(void) { return o.recompute ? RETROFIT_KEEP_INPUTS : RE
 static memory memory_of(retrofit_model *m, size_t micro, retrofit_keep how) { // of a model that has no memory yet
     memory n;
     retrofit_training_bytes(m, mode(), (retrofit_optimizer_kind)o.optimizer, &n.weights, &n.gradients, &n.moments);
-    n.activations = retrofit_activations_bytes(&m->config, m->ops, micro, o.seq_len, o.backprop_depth, how);
+    n.activations = retrofit_buffers_bytes(&m->config, m->ops, micro, o.seq_len, o.backprop_depth, how);
     if (n.activations == SIZE_MAX) die(1, "--micro-batch-size %zu of --seq-len %zu is more than memory can hold", micro, o.seq_len);
     n.all = n.weights + n.gradients + n.moments + n.activations;
     return n;
@@ -590,7 +590,7 @@ static memory memory_of(retrofit_model *m, size_t micro, retrofit_keep how) { //
 
 // Ends a run that would not fit before it begins, with what would: smaller micro-batches of the same batch, recomputing if need be.
 static void check_memory(retrofit_model *m) {
-    size_t room = m->ops->room(), need = memory_of(m, o.micro, keep()).all;
+    size_t room = m->ops->free_memory(), need = memory_of(m, o.micro, keep()).all;
     if (need <= room) return;
     for (int how = keep(); how <= RETROFIT_KEEP_INPUTS; how++)
         for (size_t micro = o.micro; micro; micro--)
@@ -619,7 +619,7 @@ static void print_schedule(const retrofit_config *c) { // every micro-batch
 // FLOP/s of a matrix product of this model's shape, measured for half a second: what a step can hope for.
 static double speed_of(const retrofit_model *m) {
     const retrofit_ops *ops = m->ops;
-    size_t N = least(o.micro * o.seq_len, 4096), d = m->config.n_embd, O = 2 * m->config.intermediate,
+    size_t N = retrofit_min(o.micro * o.seq_len, 4096), d = m->config.n_embd, O = 2 * m->config.intermediate,
            size = retrofit_type_size(ops->act_type);
     char *memory = ops->alloc((N * d + O * d + N * O) * size);
     if (!memory) die(1, "%s", retrofit_error());
@@ -664,7 +664,7 @@ static void dry_run(retrofit_model *m, const char *device, retrofit_data *data) 
         "  weights      %10.3f GB\n  gradients    %10.3f GB\n  optimizer    %10.3f GB\n  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu: any draw)\n"
         "  all          %10.3f GB, %.3f GB are free\n",
         (double)need.weights / 1e9, (double)need.gradients / 1e9, (double)need.moments / 1e9, (double)need.activations / 1e9, o.micro,
-        o.seq_len, c->core ? o.backprop_depth : 0, (double)need.all / 1e9, (double)m->ops->room() / 1e9);
+        o.seq_len, c->core ? o.backprop_depth : 0, (double)need.all / 1e9, (double)m->ops->free_memory() / 1e9);
     printf("checkpoint     %10.3f GB on disk, %zu of them and one in the making\n", checkpoint_bytes(m) / 1e9, o.keep);
     if (data)
         printf("data           %zu rows of %zu tokens, read %.2f times\n", data_rows, o.seq_len,
@@ -794,14 +794,14 @@ int main(int argc, char **argv) {
     bool validated = true;
     if (o.resume) resume(m, latest, &validated);
     m->config.mean_recurrence = o.mean_recurrence, m->config.backprop_depth = o.backprop_depth;
-    retrofit_activations *a = retrofit_activations_new(m, o.micro, T, o.backprop_depth, keep(), NULL);
+    retrofit_buffers *a = retrofit_buffers_new(m, o.micro, T, o.backprop_depth, keep(), NULL);
     int32_t *tokens = malloc(N * sizeof *tokens), *labels = malloc(N * sizeof *labels);
     double *rms = malloc((o.backprop_depth + 1) * sizeof *rms);
     if (!a || !tokens || !labels || !rms) die(1, "%s", a ? "out of memory" : retrofit_error());
     if (o.samples) open_samples(m, source);
     char out[RETROFIT_PATH];
     snprintf(out, sizeof out, "%s", o.out);
-    if (!make_directories(out, false)) die(1, "%s", retrofit_error());
+    if (!retrofit_make_directories(out, false)) die(1, "%s", retrofit_error());
     lock_output();
     if (!o.resume && lstat(latest, &link) == 0) die(2, "%s holds a run already, begun after this one: give another --out", o.out);
     journal = fopen(path, o.resume ? "ab" : "wb"); // a run that ended before its first checkpoint begins anew
@@ -826,7 +826,7 @@ int main(int argc, char **argv) {
             for (size_t i = 0; i < o.micro; i++)
                 if (!retrofit_data_row(data, batch * o.micro + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
             draw(&p, now.step, j, &n, &k);
-            if (!retrofit_forward(a, tokens, o.micro, T, o.state_init ? 0 : m->config.state_std, hash64(o.seed, batch), n, k)) die(1, "%s", retrofit_error());
+            if (!retrofit_forward(a, tokens, o.micro, T, o.state_init ? 0 : m->config.state_std, retrofit_hash(o.seed, batch), n, k)) die(1, "%s", retrofit_error());
             loss += retrofit_loss(a, labels, 1.0f / (float)accumulate) / (double)accumulate;
             retrofit_backward(a);
             step_flops += retrofit_flops_per_token(&m->config, mode(), T, n, k) * (double)N;
@@ -840,14 +840,14 @@ int main(int argc, char **argv) {
         double time = retrofit_seconds() - before, elapsed = retrofit_seconds() - begin;
         seconds_per_flop = fmax(seconds_per_flop, time / step_flops);
         judge(m, loss, norm);
-        show(loss, norm, &p, n, k, (double)(o.batch * T) / time, step_flops / time, ops->peak(), fmax(0, ahead - spent) * elapsed / spent);
+        show(loss, norm, &p, n, k, (double)(o.batch * T) / time, step_flops / time, ops->peak_flops(), fmax(0, ahead - spent) * elapsed / spent);
         char numbers[2][32];
         fprintf(journal,
                 "{\"step\":%zu,\"loss\":%s,\"grad_norm\":%s,\"mean_recurrence\":%zu,\"n\":%zu,\"k\":%zu,\"lr\":%.7g,\"muon_lr\":%.7g,"
                 "\"throttle\":%.7g,\"tokens\":%zu,\"flops\":%.7g,\"paper_flops\":%.7g,\"skipped\":%zu,\"seconds\":%.3f,\"state_rms\":[",
                 now.step, number(numbers[0], "%.7g", loss), number(numbers[1], "%.7g", norm), p.mean, n, k, (double)p.lr,
                 muon_lr_of(&p), o.throttle ? mean_k : 1, now.step * o.batch * T, now.flops, now.paper_flops, now.skipped, time);
-        for (size_t j = 0, states = retrofit_state_sizes(a, rms); j < states; j++) // of the last micro-batch: s_n .. s_{n+k}
+        for (size_t j = 0, states = retrofit_state_rms(a, rms); j < states; j++) // of the last micro-batch: s_n .. s_{n+k}
             fprintf(journal, "%s%s", j ? "," : "", number(numbers[0], "%.4g", rms[j]));
         fprintf(journal, "]}\n"), flush_journal();
         next = cost_of(&config, now.step, now.step + 1).flops;
@@ -861,7 +861,7 @@ int main(int argc, char **argv) {
                 stop == SIGINT ? "SIGINT" : stop ? "SIGTERM" : "--time-limit", now.step, o.steps, latest);
     else fprintf(stderr, "%s after %zu steps, %.3g FLOPs, %.0f s\n", latest, now.step, now.flops, retrofit_seconds() - begin);
     if (fclose(journal)) die(1, "%s: writing failed: %s", path, strerror(errno));
-    free(tokens), free(labels), free(rms), close_samples(), retrofit_activations_free(a), retrofit_free(m), retrofit_data_close(data),
+    free(tokens), free(labels), free(rms), close_samples(), retrofit_buffers_free(a), retrofit_free(m), retrofit_data_close(data),
         retrofit_data_close(val);
     return 0;
 }

@@ -136,9 +136,9 @@ static void decoding(bool bf16, const float *pool, size_t pool_size) {
     for (size_t i = 0; i < m->parameter_count; i++) {
         retrofit_parameter *p = m->parameters[i];
         size_t n = p->rows * p->cols;
-        for (size_t j = 0; j < n; j++) p->master[j] = p->kind == RETROFIT_NORM ? 1 : 0.05f * ((float)(hash64(i, j) >> 40) * 0x1p-23f - 1);
+        for (size_t j = 0; j < n; j++) p->master[j] = p->kind == RETROFIT_NORM ? 1 : 0.05f * ((float)(retrofit_hash(i, j) >> 40) * 0x1p-23f - 1);
         if (bf16 && p->kind != RETROFIT_NORM) {
-            for (size_t j = 0; j < n; j++) next[j] = float_to_bf16(p->master[j]);
+            for (size_t j = 0; j < n; j++) next[j] = retrofit_float_to_bf16(p->master[j]);
             p->weight.data = next, p->weight.type = RETROFIT_BF16, next += n;
         }
         weights[p->part] += (double)(n * retrofit_type_size(p->weight.type));
@@ -149,26 +149,26 @@ static void decoding(bool bf16, const float *pool, size_t pool_size) {
     }
     double bandwidth = (double)pool_size / reading;
     for (size_t r = 1; r <= 16; r *= 4) {
-        retrofit_activations *a =
-            retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = 64, .recurrences = r});
-        retrofit_thinking how = {.recurrences = r};
+        retrofit_buffers *a =
+            retrofit_buffers_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_kv_cache){.capacity = 64, .recurrences = r});
+        retrofit_recurrence_options how = {.recurrences = r};
         int32_t tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8};
         double best = 1e9, bytes = weights[RETROFIT_PART_PRELUDE] + weights[RETROFIT_PART_CODA] + weights[RETROFIT_PART_HEAD] +
                                    (double)r * weights[RETROFIT_PART_CORE] +
                                    ((double)r + 1) / 2 * weights[RETROFIT_PART_ADAPTER]; // A_e once, A_s every time
         for (int round = 0; round < 3; round++) {
-            retrofit_rewind(a);
-            const float *logits = retrofit_feed(a, tokens, 1, 8, NULL, &how);
+            retrofit_clear_cache(a);
+            const float *logits = retrofit_next_logits(a, tokens, 1, 8, NULL, &how);
             double start = now();
             for (int i = 0; i < 32; i++) {
                 int32_t id = retrofit_argmax(logits, c.vocab);
-                logits = retrofit_feed(a, &id, 1, 1, NULL, &how);
+                logits = retrofit_next_logits(a, &id, 1, 1, NULL, &how);
             }
             best = fmin(best, (now() - start) / 32);
         }
         printf("a model of 107M, %s, r = %-2zu %15.1f tok/s %8.1f %8.1f %6.2f%s\n", bf16 ? "bf16" : "fp32", r, 1 / best,
                1e-9 * bytes / best, 1e-9 * bandwidth, bytes / best / bandwidth, total == 12345 ? " " : "");
-        fflush(stdout), retrofit_activations_free(a);
+        fflush(stdout), retrofit_buffers_free(a);
     }
     free(halves), retrofit_free(m);
 }

@@ -28,7 +28,7 @@ static void *need(void *p, const char *what) {
     if (!p) fprintf(stderr, "bench_cuda: %s: %s\n", what, retrofit_error()), exit(1);
     return p;
 }
-static void *memory(size_t n, size_t size) { return need(allocate(n, size), "memory"); }
+static void *memory(size_t n, size_t size) { return need(retrofit_allocate(n, size), "memory"); }
 
 static int by_value(const void *a, const void *b) { return *(double *)a < *(double *)b ? -1 : *(double *)a > *(double *)b; }
 static double median(double *x, size_t n) { return qsort(x, n, sizeof *x, by_value), x[n / 2]; }
@@ -87,22 +87,22 @@ static void prepare(void) {
     normals = memory(pool_size, 4), rounded = memory(pool_size, 4), positives = memory(pool_size, 4), halves = memory(pool_size, 2);
     PARALLEL_FOR(pool_size)
     for (size_t i = 0; i < pool_size; i++) {
-        normals[i] = hash_normal(1, i), positives[i] = fabsf(normals[i]);
-        halves[i] = float_to_bf16(normals[i]), rounded[i] = bf16_to_float(halves[i]);
+        normals[i] = retrofit_hash_normal(1, i), positives[i] = fabsf(normals[i]);
+        halves[i] = retrofit_float_to_bf16(normals[i]), rounded[i] = retrofit_bf16_to_float(halves[i]);
     }
 }
 
 static void upload_pool(const retrofit_ops *ops, void *to, size_t n, size_t at, const void *pool, size_t size) {
     at %= pool_size;
     for (size_t done = 0, piece; done < n; done += piece, at = 0) {
-        piece = least(n - done, pool_size - at);
+        piece = retrofit_min(n - done, pool_size - at);
         ops->upload((char *)to + done * size, (const char *)pool + at * size, piece * size);
     }
 }
 
 static int32_t *random_integers(size_t n, size_t from, size_t to) { // below `to`, or `from` if that is the same
     int32_t *x = memory(n, sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = (int32_t)(from + (size_t)(hash_uniform(2, i) * (double)(to - from)));
+    for (size_t i = 0; i < n; i++) x[i] = (int32_t)(from + (size_t)(retrofit_hash_uniform(2, i) * (double)(to - from)));
     return x;
 }
 
@@ -202,16 +202,16 @@ OP(rmsnorm_backward, ALL, "Nd") {
     about.terms = s[0];
     on->rmsnorm_backward(both(F32, n), both(F32, s[1]), in(ACT, n), in(F32, n), in(F32, s[0]), in(F32, s[1]), s[0], s[1]);
 }
-OP(matmul_forward, ROWS, "NdQ wqkv", "NdW fc", "CdV head", "dWd muon", "ddd muon", "1dQ wqkv", "1dW fc") {
+OP(matmul_forward, ROWS, "NdQ w_qkv", "NdW fc", "CdV head", "dWd muon", "ddd muon", "1dQ w_qkv", "1dW fc") {
     multiplies(s[0], s[1], s[2], s[1]);
     on->matmul_forward(out(ACT, s[0] * s[2]), in(ACT, s[0] * s[1]), matrix(s[2], s[1], 0), s[0], s[1], s[2]);
 }
-OP(matmul_residual_forward, ROWS, "Ndd proj", "NFd mlp_proj", "NddS adapter", "1dd proj", "1Fd mlp_proj", "1ddS adapter", "1dV head") {
+OP(matmul_residual_forward, ROWS, "Ndd proj", "NFd w_down", "NddS adapter", "1dd proj", "1Fd w_down", "1ddS adapter", "1dV head") {
     size_t N = s[0], I = s[1], O = s[2];
     multiplies(N, I, O, I);
     on->matmul_residual_forward(out(F32, N * O), in(F32, N * O), in(ACT, N * I), matrix(O, I, s[3]), N, I, O);
 }
-OP(matmul_backward_input, ROWS, "NdQ wqkv", "Ndd proj", "NdW fc", "NFd mlp_proj", "CdV head", "dWd muon") {
+OP(matmul_backward_input, ROWS, "NdQ w_qkv", "Ndd proj", "NdW fc", "NFd w_down", "CdV head", "dWd muon") {
     multiplies(s[0], s[1], s[2], s[2]);
     on->matmul_backward_input(out(ACT, s[0] * s[1]), in(ACT, s[0] * s[2]), matrix(s[2], s[1], 0), s[0], s[1], s[2]);
 }
@@ -219,7 +219,7 @@ OP(matmul_residual_backward_input, ROWS, "NddS adapter") {
     multiplies(s[0], s[1], s[2], s[2]);
     on->matmul_residual_backward_input(out(F32, s[0] * s[1]), in(ACT, s[0] * s[2]), matrix(s[2], s[1], s[3]), s[0], s[1], s[2]);
 }
-OP(matmul_backward_weight, ROWS, "QNd wqkv", "dNd proj", "WNd fc", "dNF mlp_proj", "dNdS adapter", "VCd head") {
+OP(matmul_backward_weight, ROWS, "QNd w_qkv", "dNd proj", "WNd fc", "dNF w_down", "dNdS adapter", "VCd head") {
     size_t O = s[0], N = s[1], I = s[2], stride = s[3] ? s[3] : I; // cut to 64 rows of dw, dout is the first columns of all of it
     multiplies(N, I, O, N);
     on->matmul_backward_weight(both(F32, (O - 1) * stride + I), stride, next_array('i', ACT, N * O, N, whole, NULL), in(ACT, N * I), N, I,
@@ -274,12 +274,12 @@ OP(attention_cached, SEQUENCE, "11PHGh") {
     about.terms = P, about.notes = "p";
     on->attention_cached(out(ACT, N * H * h), qkv, keys, values, integers(s[0], P - s[1], P - s[1]), s[0], s[1], P, H, G, h, on->act_type);
 }
-OP(kv_lend, SEQUENCE, "1PGh") { // a token that stopped after the first of 8 recurrences of 8 layers; the second: capacity
+OP(kv_backfill, SEQUENCE, "1PGh") { // a token that stopped after the first of 8 recurrences of 8 layers; the second: capacity
     size_t S = 8, C = 8, B = s[0], P = s[1], width = s[2] * s[3];
     void *keys = both(ACT, S * C * B * P * width), *values = both(ACT, S * C * B * P * width);
     int32_t *past = integers(B, P - 1, P - 1), *used = integers(B, 1, 1);
     about.bytes = 2.0 * S * C * B * width * size_of(ACT);
-    on->kv_lend(keys, values, past, used, S, C, B * P * width, B, P, s[2], s[3], on->act_type);
+    on->kv_backfill(keys, values, past, used, S, C, B * P * width, B, P, s[2], s[3], on->act_type);
 }
 OP(sum_squares, ALL, "Wd fc") { about.terms = 256, on->sum_squares(number('b', 0), in(F32, s[0] * s[1]), s[0] * s[1]); }
 OP(adamw_update, ROWS, "Wd fc") {
@@ -314,7 +314,7 @@ static const struct {
     const char *const *shapes;
     size_t cut;
 } operations[] = {
-#define X(type, name, parameters) {#name, call_##name, shapes_##name, cut_##name},
+#define X(name, parameters) {#name, call_##name, shapes_##name, cut_##name},
     RETROFIT_OPS(X) // an operation that is not measured does not compile
 #undef X
 };
@@ -351,7 +351,7 @@ static void results(const retrofit_ops *ops, call *f, const size_t *s, result r[
         float *x = memory(n, 4);
         on->download(from.bytes, arrays[i].at[0], n * size);
         PARALLEL_FOR(n)
-        for (size_t j = 0; j < n; j++) x[j] = size == 2 ? bf16_to_float(from.half[j]) : size == 8 ? (float)from.twice[j] : from.single[j];
+        for (size_t j = 0; j < n; j++) x[j] = size == 2 ? retrofit_bf16_to_float(from.half[j]) : size == 8 ? (float)from.twice[j] : from.single[j];
         r[i] = (result){x, n, arrays[i].type == ACT}, free(from.bytes);
     }
     release();
@@ -365,7 +365,7 @@ static void compare(const result got[ARRAYS], const result want[ARRAYS], double 
         double off = 0, size = 0, round = 0;
         SUMS(off, size, round)
         for (size_t j = 0; j < (want[i].x ? want[i].n : 0); j++) {
-            double y = want[i].x[j], nearest = bf16 && want[i].half ? bf16_to_float(float_to_bf16(want[i].x[j])) : y;
+            double y = want[i].x[j], nearest = bf16 && want[i].half ? retrofit_bf16_to_float(retrofit_float_to_bf16(want[i].x[j])) : y;
             off += (got[i].x[j] - y) * (got[i].x[j] - y), size += y * y, round += (nearest - y) * (nearest - y);
         }
         double e = sqrt(off / size), limit = sqrt((*about.notes == 'p' ? 2 : 1) * round / size + sums * sums);
@@ -382,9 +382,9 @@ static double seconds_of(call *f, const size_t *s) {
     while (copies < (miniature ? 2 : COPIES) && (double)copies * bytes < 256e6) copies++;
     for (turn = 1; turn < copies; turn++) call_once(f, s);
     calls = miniature || copies >= 32 ? copies : 32 / copies * copies;
-    on->record();
+    on->record_begin();
     for (size_t i = 0; i < calls; i++) turn = i % copies, call_once(f, s);
-    void *list = on->recorded();
+    void *list = on->record_end();
     for (size_t i = 0; i < rounds + 2; i++) { // the first warms up, the second tells how many make 0.2 s
         double start = retrofit_seconds();
         for (size_t j = 0; j < repeats; j++) on->replay(list);
@@ -393,7 +393,7 @@ static double seconds_of(call *f, const size_t *s) {
         if (i == 1 && !miniature) repeats = 1 + (size_t)(0.2 / passed);
         if (i >= 2) t[i - 2] = passed / (double)calls;
     }
-    return on->forget(list), release(), median(t, rounds);
+    return on->record_free(list), release(), median(t, rounds);
 }
 
 static void limits(void) {
@@ -403,7 +403,7 @@ static void limits(void) {
     say(HEAD, "%-36s|%16s|%14s", "what", " measured", " of data sheet");
     say(ROW, "copying %.3f GB, read and written|%.0f GB/s|-", 4e-9 * *K, copy_limit / 1e9);
     say(ROW, "product, %zu on a side, %s|%.1f TFLOP/s|%s", *M, fp32 ? "fp32" : "bf16", matmul_limit / 1e12,
-        share(matmul_limit, device->peak()));
+        share(matmul_limit, device->peak_flops()));
 }
 
 static void measure(const char *name, call *f, const char *text, size_t cut) {
@@ -417,7 +417,7 @@ static void measure(const char *name, call *f, const char *text, size_t cut) {
         s[i] = sizes[(int)text[i]];
         end += sprintf(end, text[i] == '1' ? "%s1" : "%s%c=%zu", i ? "," : "", text[i], s[i]);
     }
-    memcpy(small, s, sizeof s), whole = s[0], small[0] = least(cut, s[0]);
+    memcpy(small, s, sizeof s), whole = s[0], small[0] = retrofit_min(cut, s[0]);
     results(device, f, s, got);
     if (!fp32) results(&retrofit_cuda_fp32, f, s, want), compare(got, want, &error, &explained);
     results(&retrofit_cpu, f, small, want), compare(got, want, &cpu_error, &cpu_explained);
@@ -466,14 +466,14 @@ static void fill_model(retrofit_model *m) {
         if (p->kind == RETROFIT_NORM) device->upload(p->master, ones, d * 4);
         else upload_pool(device, p->master, p->rows * p->cols, at, x, 4), at += p->rows * p->cols;
     }
-    retrofit_refresh(m), free(x), free(ones);
+    retrofit_refresh_weights(m), free(x), free(ones);
 }
 static bool fits(const char *what, size_t bytes) {
-    size_t room = device->room();
+    size_t room = device->free_memory();
     if (bytes > room) say(LINE, "%s does not fit: it takes %.2f GB, %.2f are free", what, (double)bytes / 1e9, (double)room / 1e9);
     return bytes <= room;
 }
-static double pass(retrofit_activations *a, const int32_t *tokens, size_t n, size_t k) { // forward, loss, backward: the loss
+static double pass(retrofit_buffers *a, const int32_t *tokens, size_t n, size_t k) { // forward, loss, backward: the loss
     if (!retrofit_forward(a, tokens, a->B, a->T, a->model->config.state_std, 1, n, k)) need(NULL, "forward pass");
     double loss = retrofit_loss(a, tokens + 1, 1);
     return retrofit_backward(a), faults += !isfinite(loss), loss;
@@ -484,9 +484,9 @@ static void determinism(void) {
     retrofit_model *m = new_model(1, 2, 1);
     retrofit_training_bytes(m, RETROFIT_TRAINING, RETROFIT_ADAMW, &weights, &gradients, &moments);
     say(LINE, "## Determinism");
-    if (fits("The model", weights + gradients + retrofit_activations_bytes(&m->config, device, B, T, 2, RETROFIT_KEEP_ALL))) {
+    if (fits("The model", weights + gradients + retrofit_buffers_bytes(&m->config, device, B, T, 2, RETROFIT_KEEP_ALL))) {
         if (!retrofit_model_allocate(m, RETROFIT_TRAINING)) need(NULL, "model");
-        retrofit_activations *a = need(retrofit_activations_new(m, B, T, 2, RETROFIT_KEEP_ALL, NULL), "activations");
+        retrofit_buffers *a = need(retrofit_buffers_new(m, B, T, 2, RETROFIT_KEEP_ALL, NULL), "activations");
         int32_t *tokens = random_integers(B * T + 1, 0, sizes['V']);
         uint64_t *bits = memory(m->grad_bytes / 8, 8), first = 0;
         fill_model(m);
@@ -495,7 +495,7 @@ static void determinism(void) {
             double loss = (retrofit_zero_grad(m), pass(a, tokens, 2, 2));
             device->download(bits, m->grads, m->grad_bytes), memcpy(&hash, &loss, sizeof hash);
             SUMS(hash)
-            for (size_t j = 0; j < m->grad_bytes / 8; j++) hash += hash64(bits[j], j);
+            for (size_t j = 0; j < m->grad_bytes / 8; j++) hash += retrofit_hash(bits[j], j);
             first = i ? first : hash, differ += hash != first;
         }
         faults += differ;
@@ -503,7 +503,7 @@ static void determinism(void) {
             "%zu runs of a pass of %zu x %zu tokens, (n,k) = (2,2), 4 layers: %zu differ from the first; loss and gradients hash to "
             "%016llx",
             runs, B, T, differ, (unsigned long long)first);
-        free(tokens), free(bits), retrofit_activations_free(a);
+        free(tokens), free(bits), retrofit_buffers_free(a);
     }
     retrofit_free(m);
 }
@@ -514,12 +514,12 @@ static void train_steps(retrofit_model *m, retrofit_optimizer_kind kind, size_t 
                         size_t before) {
     const char *name = kind == RETROFIT_MUON ? "Muon" : "AdamW", *kept = keep == RETROFIT_KEEP_INPUTS ? "inputs" : "all";
     retrofit_optimizer o = {kind, 5e-5f, 1e-3f, 0.9f, 0.95f, kind == RETROFIT_MUON ? 1e-10f : 1e-8f, 1e-4f, 0.95f, 1, 0, 0};
-    size_t B = sizes['B'], T = sizes['T'], bytes = retrofit_activations_bytes(&m->config, device, B, T, k, keep),
+    size_t B = sizes['B'], T = sizes['T'], bytes = retrofit_buffers_bytes(&m->config, device, B, T, k, keep),
            rounds = miniature ? 1 : 5;
     char what[64];
     snprintf(what, sizeof what, "%s (%zu,%zu), %s kept,", name, n, k, kept);
     if (!fits(what, bytes)) return;
-    retrofit_activations *a = need(retrofit_activations_new(m, B, T, k, keep, NULL), "activations");
+    retrofit_buffers *a = need(retrofit_buffers_new(m, B, T, k, keep, NULL), "activations");
     int32_t *tokens = random_integers(B * T + 1, 0, sizes['V']);
     double step[7], passes[7];
     for (size_t i = 0; i < rounds + 2 * !miniature; i++) { // the first two warm up
@@ -531,15 +531,15 @@ static void train_steps(retrofit_model *m, retrofit_optimizer_kind kind, size_t 
     }
     double t = median(step + 2 * !miniature, rounds), p = median(passes + 2 * !miniature, rounds), speed = (double)(B * T) / t,
            flops = speed * retrofit_flops_per_token(&m->config, RETROFIT_TRAINING, T, n, k);
-    say(ROW, "%s|(%zu,%zu)|%s|%.0f|%.1f|%s|%.3f|%.1f|%.1f|%.2f|%.2f", name, n, k, kept, speed, flops / 1e12, share(flops, device->peak()),
-        flops / matmul_limit, 1e3 * p, 1e3 * (t - p), (double)(fixed + bytes) / 1e9, (double)(before - device->room()) / 1e9);
-    free(tokens), retrofit_activations_free(a);
+    say(ROW, "%s|(%zu,%zu)|%s|%.0f|%.1f|%s|%.3f|%.1f|%.1f|%.2f|%.2f", name, n, k, kept, speed, flops / 1e12, share(flops, device->peak_flops()),
+        flops / matmul_limit, 1e3 * p, 1e3 * (t - p), (double)(fixed + bytes) / 1e9, (double)(before - device->free_memory()) / 1e9);
+    free(tokens), retrofit_buffers_free(a);
 }
 
 static void training(void) {
     static const size_t runs[][2] = {{0, 4}, {4, 4}, {8, 8}, {24, 8}, {8, 8}};
     retrofit_model *m = miniature ? new_model(1, 2, 1) : new_model(4, 8, 4);
-    size_t before = device->room(), weights, gradients, moments[2];
+    size_t before = device->free_memory(), weights, gradients, moments[2];
     for (int kind = RETROFIT_ADAMW; kind <= RETROFIT_MUON; kind++)
         retrofit_training_bytes(m, RETROFIT_TRAINING, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments[kind]);
     say(LINE, "## Training: %zu-%zu-%zu layers, %.3fG parameters, micro-batches of %zu x %zu tokens", m->config.prelude, m->config.core,
@@ -569,22 +569,22 @@ static void decoding(void) {
     say(LINE, "## Decoding: %zu tokens, one at a time, after a prompt of %zu, weights in bf16", tokens, prompt);
     if (fits("The model", weights)) {
         if (!retrofit_model_allocate(m, RETROFIT_INFERENCE)) need(NULL, "model");
-        retrofit_activations *a =
-            need(retrofit_activations_new(m, 1, prompt, 0, RETROFIT_KEEP_NOTHING,
-                                          &(retrofit_cache){.capacity = prompt + tokens + 3, .recurrences = most}), "activations");
+        retrofit_buffers *a =
+            need(retrofit_buffers_new(m, 1, prompt, 0, RETROFIT_KEEP_NOTHING,
+                                          &(retrofit_kv_cache){.capacity = prompt + tokens + 3, .recurrences = most}), "activations");
         int32_t *text = random_integers(prompt, 0, c->vocab);
         fill_model(m);
         say(HEAD, "    r| tokens/s| ms/token| GB/token|    GB/s| of copy");
         for (size_t r = 1; r <= most; r = r == 1 || r == 8 ? 4 * r : 2 * r) {
             double t[3], d = (double)c->n_embd, start = 0;
-            retrofit_thinking how = {.recurrences = r};
+            retrofit_recurrence_options how = {.recurrences = r};
             for (size_t j = 0; j < rounds; j++) {
-                retrofit_rewind(a);
-                const float *logits = need((void *)retrofit_feed(a, text, 1, prompt, NULL, &how), "decoding");
+                retrofit_clear_cache(a);
+                const float *logits = need((void *)retrofit_next_logits(a, text, 1, prompt, NULL, &how), "decoding");
                 for (size_t i = 0; i < tokens + 3; i++) { // the first three prepare, record and replay a step
                     if (i == 3) start = retrofit_seconds();
                     int32_t next = retrofit_argmax(logits, c->vocab); // as infer does
-                    logits = need((void *)retrofit_feed(a, &next, 1, 1, NULL, &how), "decoding");
+                    logits = need((void *)retrofit_next_logits(a, &next, 1, 1, NULL, &how), "decoding");
                 }
                 t[j] = (retrofit_seconds() - start) / (double)tokens;
             }
@@ -594,7 +594,7 @@ static void decoding(void) {
             say(ROW, "%zu|%.1f|%.3f|%.4f|%.0f|%.3f", r, 1 / s, 1e3 * s, bytes / 1e9, bytes / s / 1e9, bytes / s / copy_limit);
         }
         say(LINE, "GB: of weights; the KV cache is not counted.");
-        free(text), retrofit_activations_free(a);
+        free(text), retrofit_buffers_free(a);
     }
     retrofit_free(m);
 }

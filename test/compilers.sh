@@ -6,7 +6,7 @@ passed=0 failed=0
 unit=$(mktemp -d) || exit 1
 trap 'rm -rf "$unit"' EXIT
 printf '#define RETROFIT_IMPLEMENTATION\n#include "retrofit.h"\n' >"$unit/c.c"
-cp "$unit/c.c" "$unit/c.cpp"
+printf '#include "retrofit.h"\n#include "retrofit.h"\n' >"$unit/declarations.cpp"
 try() {
     if out=$("$@" 2>&1); then passed=$((passed + 1)); else
         failed=$((failed + 1))
@@ -25,7 +25,7 @@ for cc in gcc clang; do
 done
 for cxx in g++ clang++; do
     command -v $cxx >/dev/null || continue
-    try $cxx -std=c++17 $strict "$unit/c.cpp"
+    try $cxx -std=c++17 $strict "$unit/declarations.cpp"
     try $cxx -std=c++17 $strict -fno-strict-aliasing -Wno-unknown-pragmas -x c++ retrofit_cuda.cu
 done
 if [ -n "$NVCC" ]; then

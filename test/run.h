@@ -9,7 +9,7 @@ static char *out, *err; // what the last command wrote
 static size_t out_size;
 
 static char *slurp(const char *path, size_t *size) {
-    char *text = read_file(path, size);
+    char *text = retrofit_read_file(path, size);
     return need(text != NULL, path), text;
 }
 
@@ -70,7 +70,7 @@ static float *logits_of(const char *model, const int32_t *tokens, size_t n, size
     need(retrofit_safetensors_open(&f, "logits.safetensors"), "logits.safetensors");
     const retrofit_tensor *t = fixture(&f, "logits");
     need(t->dims == 2 && t->shape[0] == n && t->shape[1] == V && t->type == RETROFIT_F32, "the shape of logits");
-    float *logits = (float *)allocate(n * V, sizeof *logits);
+    float *logits = (float *)retrofit_allocate(n * V, sizeof *logits);
     memcpy(logits, t->data, n * V * sizeof *logits);
     retrofit_safetensors_close(&f), unlink("logits.safetensors");
     return logits;

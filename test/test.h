@@ -28,7 +28,7 @@ static inline const retrofit_tensor *fixture(const retrofit_map *f, const char *
     vsnprintf(name, sizeof name, format, args);
     va_end(args);
     const retrofit_tensor *t = retrofit_safetensors_find(f, name);
-    if (!t) fail("%s: no tensor %s", f->path, name);
+    if (!t) retrofit_fail("%s: no tensor %s", f->path, name);
     need(t != NULL, name);
     return t;
 }

@@ -31,7 +31,7 @@ static void works(const char *format, ...) {
     int code = run_arguments(format, args);
     va_end(args);
     size_t size;
-    char *err = read_file(in_work("err"), &size);
+    char *err = retrofit_read_file(in_work("err"), &size);
     need(err != NULL, "stderr");
     check(code == 0, "%s: exit code %d: %s", format, code, err);
     free(err);
@@ -52,7 +52,7 @@ static void fails(int expected, const char *what, const char *format, ...) {
     int code = run_arguments(format, args);
     va_end(args);
     size_t size;
-    char *err = read_file(in_work("err"), &size), *end;
+    char *err = retrofit_read_file(in_work("err"), &size), *end;
     need(err != NULL, "stderr");
     check(code == expected, "%s: exit code %d, not %d: %s", format, code, expected, err);
     check((end = strchr(err, '\n')) && !end[1] && strstr(err, what), "%s: not one line with '%s' on stderr: '%s'", format, what, err);
@@ -72,16 +72,16 @@ static retrofit_model *load(const char *path) {
 }
 
 static float *numbers(const retrofit_parameter *p) { // as fp32; to be freed
-    float *x = (float *)allocate(p->rows * p->cols, sizeof *x);
-    to_float(x, p->weight.data, p->weight.type, p->rows * p->cols);
+    float *x = (float *)retrofit_allocate(p->rows * p->cols, sizeof *x);
+    retrofit_to_float(x, p->weight.data, p->weight.type, p->rows * p->cols);
     return x;
 }
 
 static void same_numbers(const char *name, const retrofit_parameter *a, const retrofit_parameter *b, bool rounded) {
     float *x = numbers(a), *y = numbers(b);
     bool same = a->rows == b->rows && a->cols == b->cols;
-    for (size_t i = 0; rounded && i < b->rows * b->cols; i++) y[i] = bf16_to_float(float_to_bf16(y[i]));
-    check(same && !memcmp(x, y, a->rows * a->cols * sizeof *x), "%s: %s is not the same", name, a->piece[0].name);
+    for (size_t i = 0; rounded && i < b->rows * b->cols; i++) y[i] = retrofit_bf16_to_float(retrofit_float_to_bf16(y[i]));
+    check(same && !memcmp(x, y, a->rows * a->cols * sizeof *x), "%s: %s is not the same", name, a->source[0].name);
     free(x), free(y);
 }
 
@@ -130,10 +130,10 @@ static void surgery(const char *name, const char *layers) {
 }
 
 static float *logits_of(const retrofit_model *m, const int32_t *tokens, size_t B, size_t T, size_t r) {
-    float *logits = (float *)allocate(B * T * m->config.vocab, sizeof *logits);
-    retrofit_activations *a = retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL);
+    float *logits = (float *)retrofit_allocate(B * T * m->config.vocab, sizeof *logits);
+    retrofit_buffers *a = retrofit_buffers_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(a && retrofit_forward(a, tokens, B, T, 0, 0, r, 0), "forward");
-    retrofit_logits(a, 0, B * T, logits), retrofit_activations_free(a);
+    retrofit_logits(a, 0, B * T, logits), retrofit_buffers_free(a);
     return logits;
 }
 
@@ -173,7 +173,7 @@ static void sharded_source(void) { // tiny/base in two files with an index
     fails(2, "no layer", "--from %s --to %s --prelude none --core 8 --coda none", in_work("sharded"), in_work("bad"));
     works("--from %s --to %s --prelude none --core 7,2-3 --coda none", in_work("sharded"), in_work("core"));
     ours = load(in_work("core")), theirs = load(FIXTURES "tiny/base");
-    for (size_t i = 0; i < 3; i++) same_numbers("core 7,2-3", &ours->core[i].wqkv, &theirs->coda[i ? i + 1 : 7].wqkv, false);
+    for (size_t i = 0; i < 3; i++) same_numbers("core 7,2-3", &ours->core[i].w_qkv, &theirs->coda[i ? i + 1 : 7].w_qkv, false);
     retrofit_free(ours), retrofit_free(theirs);
 }
 
@@ -187,7 +187,7 @@ static void random_model(const char *config, const char *name, bool plain) {
     double sigma = sqrt(2 / (5.0 * (double)c->n_embd)), depth = (double)(c->prelude + c->core * c->mean_recurrence + c->coda);
     for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
-        const char *label = p->piece[0].name;
+        const char *label = p->source[0].name;
         size_t n = p->rows * p->cols;
         bool residual = strstr(label, "attn.proj") || strstr(label, "mlp.proj") || strstr(label, "o_proj") || strstr(label, "down_proj");
         double mean, std, most, expected = residual ? sigma / sqrt(2 * depth) : sigma;
@@ -219,7 +219,7 @@ static void append(id_list *l, const retrofit_tokenizer *t, const char *text, si
 
 static void same_shard(const char *name, const char *path, const id_list *expected, int width) {
     size_t size = 0;
-    char *bytes = read_file(path, &size);
+    char *bytes = retrofit_read_file(path, &size);
     const int32_t *header = (const int32_t *)(void *)bytes;
     if (!check(bytes && size == 1024 + expected->count * (size_t)width, "%s: %zu bytes for %zu tokens", name, size, expected->count)) return free(bytes);
     check(header[0] == (width == 2 ? RETROFIT_SHARD_MAGIC_16 : RETROFIT_SHARD_MAGIC_32) && header[1] == (width == 2 ? 1 : 7) &&
@@ -243,7 +243,7 @@ static void tokenizing(const char *style) {
     append(&expected, t, first + 5, sizeof first - 5 - 7);
     write_text(in_work("a.txt"), first, sizeof first - 1);
     FILE *f = fopen(in_work("b.jsonl"), "wb");
-    fprintf(f, "{\"n\":1,\"text\":"), json_write_string(f, second, sizeof second - 1), fprintf(f, "}\r\n{\"text\":\" \\n\\u00a0 \"}\n\n");
+    fprintf(f, "{\"n\":1,\"text\":"), retrofit_json_write_string(f, second, sizeof second - 1), fprintf(f, "}\r\n{\"text\":\" \\n\\u00a0 \"}\n\n");
     append(&expected, t, second, sizeof second - 1);
     for (int i = 0; i < 2500; i++) { // more than a batch
         char text[64];
@@ -255,7 +255,7 @@ static void tokenizing(const char *style) {
     works("--tokenize %s %s --tokenizer %s --to %s", in_work("a.txt"), in_work("b.jsonl"), tokenizer, in_work("%s.bin", style));
     same_shard(style, in_work("%s.bin", style), &expected, 2);
     size_t size;
-    char *out = read_file(in_work("out"), &size);
+    char *out = retrofit_read_file(in_work("out"), &size);
     check(out && strstr(out, "2503 documents") && strstr(out, "2 empty"), "%s: what it prints: %s", style, out);
     snprintf(path, sizeof path, "%s", in_work("%s.bin", style));
     retrofit_data *data = retrofit_data_open(path, 16, retrofit_tokenizer_size(t), false, 0);
@@ -312,7 +312,7 @@ static void meta_tokenizer(metadata *m, const char *style) {
     char path[256];
     size_t size, count;
     snprintf(path, sizeof path, FIXTURES "tokenizers/%s/tokenizer.json", style);
-    char *text = read_file(path, &size);
+    char *text = retrofit_read_file(path, &size);
     retrofit_json *root = retrofit_json_parse(text, size, path);
     need(root != NULL, path);
     snprintf(path, sizeof path, FIXTURES "tokenizers/%s", style);
@@ -320,9 +320,9 @@ static void meta_tokenizer(metadata *m, const char *style) {
     need(t != NULL, path);
     const retrofit_json *model = retrofit_json_get(root, "model"), *vocab = retrofit_json_get(model, "vocab"), *merges = retrofit_json_get(model, "merges");
     count = retrofit_tokenizer_size(t);
-    const char **tokens = (const char **)allocate(count, sizeof *tokens);
-    int32_t *types = (int32_t *)allocate(count, sizeof *types);
-    float *scores = (float *)allocate(count, sizeof *scores);
+    const char **tokens = (const char **)retrofit_allocate(count, sizeof *tokens);
+    int32_t *types = (int32_t *)retrofit_allocate(count, sizeof *types);
+    float *scores = (float *)retrofit_allocate(count, sizeof *scores);
     bool spm = !strcmp(style, "llama2_style");
     for (const retrofit_json *e = vocab->child; e; e = e->next) {
         size_t id = (size_t)e->number;
@@ -362,18 +362,18 @@ static void meta_tokenizer(metadata *m, const char *style) {
 // n numbers of a type as llama.cpp stores them, with the numbers they stand for, both from random bits.
 static void put_numbers(FILE *f, uint32_t type, float *expected, size_t n, uint64_t seed) {
     for (size_t i = 0; i < n;) {
-        uint32_t bits = (uint32_t)hash64(seed, i);
+        uint32_t bits = (uint32_t)retrofit_hash(seed, i);
         // an fp16 of a middling exponent: (1024 + m)·2^(e-25)
         uint32_t e = 8 + bits % 5, fraction = bits >> 8 & 1023, half = bits >> 31 << 15 | e << 10 | fraction;
         float scale = ldexpf((float)(1024 + fraction), (int)e - 25) * (bits >> 31 ? -1 : 1), low = -8 * scale;
-        if (type == 0) expected[i] = (float)hash_normal(seed, i), fwrite(&expected[i++], 4, 1, f);
+        if (type == 0) expected[i] = (float)retrofit_hash_normal(seed, i), fwrite(&expected[i++], 4, 1, f);
         else if (type == 1) expected[i++] = scale, put_number(f, half, 2);
         else if (type == 30) bits = (0x3c00 | (bits & 0x81ff)) << 16, memcpy(&expected[i++], &bits, 4), put_number(f, bits >> 16, 2);
         else {
             put_number(f, half, 2);
             if (type == 3) put_number(f, 0xb400, 2), low = -0.25f;
             for (int j = 0; j < (type == 8 ? 32 : 16); j++) {
-                uint8_t q = (uint8_t)(hash64(seed + 1, i + (size_t)j) >> 9);
+                uint8_t q = (uint8_t)(retrofit_hash(seed + 1, i + (size_t)j) >> 9);
                 put_number(f, q, 1);
                 if (type == 8) expected[i + (size_t)j] = scale * (float)(int8_t)q;
                 else expected[i + (size_t)j] = scale * (float)(q % 16) + low, expected[i + 16 + (size_t)j] = scale * (float)(q / 16) + low;
@@ -408,13 +408,13 @@ static retrofit_model *write_gguf(const char *path, uint32_t type, const char *s
     meta_bool(&meta, "some.flag", true), meta_array(&meta, "some.numbers", 10, 2), put_number(meta.f, 1, 8), put_number(meta.f, 2, 8);
     if (flaw == BAD_PRE) meta_text(&meta, "tokenizer.ggml.pre", "qwen2"); // the first counts
     meta_tokenizer(&meta, style);
-    float *x = (float *)allocate(vocab * D, sizeof *x);
+    float *x = (float *)retrofit_allocate(vocab * D, sizeof *x);
     for (size_t i = 0; i < m->parameter_count; i++) {
         retrofit_parameter *p = m->parameters[i];
         float *to = p->master;
         if (tied && p == &m->lm_head) memcpy(to, m->wte.master, vocab * D * sizeof *to);
-        for (size_t j = 0; j < p->pieces && !(tied && p == &m->lm_head); to += p->piece[j++].rows * p->cols) {
-            size_t layer = i ? (i - 1) / 6 : 0, place[] = {0, 1, 4, 5, 6, 8}, rows = p->piece[j].rows;
+        for (size_t j = 0; j < p->sources && !(tied && p == &m->lm_head); to += p->source[j++].rows * p->cols) {
+            size_t layer = i ? (i - 1) / 6 : 0, place[] = {0, 1, 4, 5, 6, 8}, rows = p->source[j].rows;
             char name[64];
             if (p == &m->wte || p == &m->ln_f || p == &m->lm_head) strcpy(name, p == &m->wte ? "token_embd.weight" : p == &m->ln_f ? "output_norm.weight" : "output.weight");
             else snprintf(name, sizeof name, "blk.%zu.%s.weight", layer, table[place[(i - 1) % 6] + j].gguf);
@@ -427,7 +427,7 @@ static retrofit_model *write_gguf(const char *path, uint32_t type, const char *s
             put_numbers(f, stored, x, rows * p->cols, i * 8 + j);
             size_t head = D / HEADS;
             for (size_t r = 0; r < rows; r++) { // llama.cpp's row 2n + s of a head of q or k is row s·head/2 + n of Hugging Face's
-                size_t within = r % head, at = p->pieces == 3 && j < 2 ? r - within + within % 2 * (head / 2) + within / 2 : r;
+                size_t within = r % head, at = p->sources == 3 && j < 2 ? r - within + within % 2 * (head / 2) + within / 2 : r;
                 memcpy(to + at * p->cols, x + r * p->cols, p->cols * sizeof *x);
             }
         }
@@ -458,7 +458,7 @@ static void same_encoding(const char *made, const char *style) {
     char path[256];
     size_t size;
     snprintf(path, sizeof path, FIXTURES "tokenizers/%s/cases.json", style);
-    char *text = read_file(path, &size);
+    char *text = retrofit_read_file(path, &size);
     retrofit_json *cases = retrofit_json_parse(text, size, path);
     retrofit_tokenizer *t = retrofit_tokenizer_load(made);
     need(cases && t, "tokenizer of the GGUF");
@@ -471,7 +471,7 @@ static void same_encoding(const char *made, const char *style) {
         for (const retrofit_json *x = expected->child; same && x; x = x->next) same = ids[i++] == (int32_t)x->number;
         free(ids);
         const retrofit_json *plain = retrofit_json_get(e, "ids");
-        int32_t *them = (int32_t *)allocate(plain->count, sizeof *them);
+        int32_t *them = (int32_t *)retrofit_allocate(plain->count, sizeof *them);
         i = 0;
         for (const retrofit_json *x = plain->child; x; x = x->next) them[i++] = (int32_t)x->number;
         char *back = retrofit_decode(t, them, i, true, &length);
@@ -498,7 +498,7 @@ static void gguf_files(void) {
         same_config(files[i].name, &m->config, &expected->config);
         check(m->config.bos >= 0 && m->config.eos >= 0, "%s: bos and eos", files[i].name);
         same_model(files[i].name, m, expected, true, false);
-        same_numbers(files[i].name, &r->core[0].fc, &expected->coda[0].fc, true), same_numbers(files[i].name, &r->lm_head, &expected->lm_head, true);
+        same_numbers(files[i].name, &r->core[0].w_gate_up, &expected->coda[0].w_gate_up, true), same_numbers(files[i].name, &r->lm_head, &expected->lm_head, true);
         same_encoding(plain, files[i].style), same_encoding(cut, files[i].style);
         retrofit_free(m), retrofit_free(r), retrofit_free(expected);
     }
@@ -510,7 +510,7 @@ static void gguf_files(void) {
     }
     size_t size;
     retrofit_free(write_gguf(in_work("flaw.gguf"), 8, "smollm_style", true, false, GOOD));
-    char *bytes = read_file(in_work("flaw.gguf"), &size), *at = (char *)memmem(bytes, size, "llama.feed_forward_length", 25);
+    char *bytes = retrofit_read_file(in_work("flaw.gguf"), &size), *at = (char *)memmem(bytes, size, "llama.feed_forward_length", 25);
     at[29] = 32; // 64 before: the shapes no longer fit
     write_text(in_work("shape.gguf"), bytes, size);
     fails(1, "metadata ask for", "--from %s --to %s", in_work("shape.gguf"), in_work("bad"));
@@ -559,7 +559,7 @@ static void bad_input(void) {
     fails(1, "exists already", "%s --to %s", source, in_work("there"));
     fails(1, "exists already", "%s --to %s", source, in_work("file"));
     size_t size;
-    char *bytes = read_file(FIXTURES "tiny/base/model.safetensors", &size), *config = read_file(FIXTURES "tiny/base/config.json", &(size_t){0});
+    char *bytes = retrofit_read_file(FIXTURES "tiny/base/model.safetensors", &size), *config = retrofit_read_file(FIXTURES "tiny/base/config.json", &(size_t){0});
     mkdir(in_work("broken"), 0777);
     write_text(in_work("broken/config.json"), config, strlen(config));
     fails(1, "no model.safetensors", "--from %s --to %s", in_work("broken"), bad);

@@ -2,11 +2,11 @@
 #include "test.h"
 
 // A token sequence of one's own for every row.
-static int32_t nth(size_t row, size_t i, size_t V) { return (int32_t)(hash64(row + 1, i) % V); }
+static int32_t nth(size_t row, size_t i, size_t V) { return (int32_t)(retrofit_hash(row + 1, i) % V); }
 
-static retrofit_activations *with_cache(const retrofit_model *m, size_t B, size_t T, size_t capacity, size_t r) {
-    retrofit_activations *a =
-        retrofit_activations_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = capacity, .recurrences = r});
+static retrofit_buffers *with_cache(const retrofit_model *m, size_t B, size_t T, size_t capacity, size_t r) {
+    retrofit_buffers *a =
+        retrofit_buffers_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, &(retrofit_kv_cache){.capacity = capacity, .recurrences = r});
     need(a != NULL, "activations with a cache");
     return a;
 }
@@ -14,22 +14,22 @@ static retrofit_activations *with_cache(const retrofit_model *m, size_t B, size_
 // Logits (B,L,V) of every row's sequence by the full forward pass, without a cache: what decoding has to agree with.
 static float *full(const retrofit_model *m, size_t B, size_t L, size_t r, float sigma, uint64_t seed) {
     size_t V = m->config.vocab;
-    int32_t *tokens = (int32_t *)allocate(B * L, 4);
-    float *logits = (float *)allocate(B * L * V, 4);
+    int32_t *tokens = (int32_t *)retrofit_allocate(B * L, 4);
+    float *logits = (float *)retrofit_allocate(B * L * V, 4);
     for (size_t i = 0; i < B * L; i++) tokens[i] = nth(i / L, i % L, V);
-    retrofit_activations *a = retrofit_activations_new(m, 1, L, 0, RETROFIT_KEEP_NOTHING, NULL);
+    retrofit_buffers *a = retrofit_buffers_new(m, 1, L, 0, RETROFIT_KEEP_NOTHING, NULL);
     for (size_t row = 0; row < B; row++) { // one by one: a row's start state does not depend on the others
         need(a && retrofit_forward(a, tokens + row * L, 1, L, sigma, seed, r, 0), "full forward");
         retrofit_logits(a, 0, L, logits + row * L * V);
     }
-    retrofit_activations_free(a), free(tokens);
+    retrofit_buffers_free(a), free(tokens);
     return logits;
 }
 
 // Decoding of several rows: `seen` counts what each has been fed so far.
 typedef struct {
     const char *name;
-    retrofit_activations *a;
+    retrofit_buffers *a;
     size_t B, L, r, seen[4];
     float sigma;
     uint64_t seed;
@@ -45,7 +45,7 @@ static const float *feed(decoding *x, size_t b, size_t t, const int32_t *lengths
     for (size_t i = 0; i < b * t; i++)
         tokens[i] = lengths && i % t >= (size_t)lengths[i / t] ? padding : nth(i / t, x->seen[i / t] + i % t, V);
     const float *logits =
-        retrofit_feed(x->a, tokens, b, t, lengths, &(retrofit_thinking){.recurrences = x->r, .sigma = x->sigma, .seed = x->seed});
+        retrofit_next_logits(x->a, tokens, b, t, lengths, &(retrofit_recurrence_options){.recurrences = x->r, .sigma = x->sigma, .seed = x->seed});
     need(logits != NULL, x->name);
     for (size_t i = 0; i < b; i++) {
         x->seen[i] += lengths ? (size_t)lengths[i] : t;
@@ -57,7 +57,7 @@ static const float *feed(decoding *x, size_t b, size_t t, const int32_t *lengths
     return logits;
 }
 
-static void start_again(decoding *x) { retrofit_rewind(x->a), memset(x->seen, 0, sizeof x->seen); }
+static void start_again(decoding *x) { retrofit_clear_cache(x->a), memset(x->seen, 0, sizeof x->seen); }
 
 static void decode(const char *name, size_t L) {
     char path[256];
@@ -71,13 +71,13 @@ static void decode(const char *name, size_t L) {
         for (int random = 0; random < (plain ? 1 : 2); random++) {
             // a larger σ than the models', so that the start state matters beyond the tolerance
             decoding x = {.name = name, .B = 3, .L = L, .r = r, .sigma = random ? 0.5f : 0, .seed = 42};
-            float *logits = full(m, x.B, L, r, x.sigma, x.seed), *kept = (float *)allocate(2 * x.B * V, 4);
+            float *logits = full(m, x.B, L, r, x.sigma, x.seed), *kept = (float *)retrofit_allocate(2 * x.B * V, 4);
             x.full = logits, x.a = with_cache(m, x.B, L > 40 ? 100 : 16, L, 4); // room for more recurrences than are asked for
             // a prompt, a second piece of it, then token by token; and when the context is full, no more
             size_t prompt = L > 40 ? 97 : 7;
             feed(&x, 1, prompt, NULL, 0), feed(&x, 1, 4, NULL, 0);
             while (x.seen[0] < L) feed(&x, 1, 1, NULL, 0);
-            check(!retrofit_feed(x.a, (int32_t[]){0}, 1, 1, NULL, &(retrofit_thinking){.recurrences = r}) &&
+            check(!retrofit_next_logits(x.a, (int32_t[]){0}, 1, 1, NULL, &(retrofit_recurrence_options){.recurrences = r}) &&
                       strstr(retrofit_error(), "context"),
                   "%s: a token too many: %s", name, retrofit_error());
             // one by one from the start
@@ -95,7 +95,7 @@ static void decode(const char *name, size_t L) {
             check(!memcmp(kept, kept + 3 * V, 3 * V * 4), "%s r %zu: logits depend on the padding, by %.2e", name, r,
                   relative_error(kept, kept + 3 * V, 3 * V));
             if (x.worst > worst) worst = x.worst;
-            retrofit_activations_free(x.a), free(logits), free(kept);
+            retrofit_buffers_free(x.a), free(logits), free(kept);
         }
     printf("%s: %zu positions, logits at most %.1e off\n", name, L, worst);
     retrofit_free(m);
@@ -106,16 +106,16 @@ static void errors(void) {
     retrofit_model *m = retrofit_load(FIXTURES "tiny/recurrent", &retrofit_cpu, RETROFIT_INFERENCE);
     need(m != NULL, "tiny");
     int32_t V = (int32_t)m->config.vocab, tokens[64] = {1, 2, 3};
-    retrofit_activations *a = with_cache(m, 2, 8, 12, 3), *quiet = with_cache(m, 2, 8, 12, 3),
-                         *none = retrofit_activations_new(m, 2, 8, 0, RETROFIT_KEEP_NOTHING, NULL);
+    retrofit_buffers *a = with_cache(m, 2, 8, 12, 3), *quiet = with_cache(m, 2, 8, 12, 3),
+                         *none = retrofit_buffers_new(m, 2, 8, 0, RETROFIT_KEEP_NOTHING, NULL);
     float before[2][256];
-    need(V <= 256 && none && retrofit_feed(a, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}) &&
-             retrofit_feed(quiet, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}),
+    need(V <= 256 && none && retrofit_next_logits(a, tokens, 2, 5, NULL, &(retrofit_recurrence_options){.recurrences = 3}) &&
+             retrofit_next_logits(quiet, tokens, 2, 5, NULL, &(retrofit_recurrence_options){.recurrences = 3}),
          "feed");
-    for (int i = 0; i < 2; i++) memcpy(before[i], quiet->next + (size_t)(i * V), (size_t)V * 4);
+    for (int i = 0; i < 2; i++) memcpy(before[i], quiet->decoder->next + (size_t)(i * V), (size_t)V * 4);
     const struct {
         const char *what;
-        retrofit_activations *a;
+        retrofit_buffers *a;
         int32_t token;
         size_t b, t;
         const int32_t *lengths;
@@ -137,32 +137,32 @@ static void errors(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         for (size_t j = 0; j < 64; j++) tokens[j] = j == cases[i].b * cases[i].t - 1 ? cases[i].token : 0;
         error_text[0] = 0;
-        bool worked = retrofit_feed(cases[i].a, tokens, cases[i].b, cases[i].t, cases[i].lengths,
-                                    &(retrofit_thinking){.recurrences = cases[i].r}) != NULL;
+        bool worked = retrofit_next_logits(cases[i].a, tokens, cases[i].b, cases[i].t, cases[i].lengths,
+                                    &(retrofit_recurrence_options){.recurrences = cases[i].r}) != NULL;
         check(!worked && *retrofit_error() && !strchr(retrofit_error(), '\n'), "%s: %s, error \"%s\"", cases[i].what,
               worked ? "accepted" : "refused", retrofit_error());
     }
     tokens[0] = 7, tokens[1] = 9;
-    need(retrofit_feed(a, tokens, 2, 1, NULL, &(retrofit_thinking){.recurrences = 2}) &&
-             retrofit_feed(quiet, tokens, 2, 1, NULL, &(retrofit_thinking){.recurrences = 2}),
+    need(retrofit_next_logits(a, tokens, 2, 1, NULL, &(retrofit_recurrence_options){.recurrences = 2}) &&
+             retrofit_next_logits(quiet, tokens, 2, 1, NULL, &(retrofit_recurrence_options){.recurrences = 2}),
          "feed");
-    check(!memcmp(a->next, quiet->next, 2 * (size_t)V * 4), "refused calls left a trace of %.2e in the logits",
-          relative_error(a->next, quiet->next, 2 * (size_t)V));
+    check(!memcmp(a->decoder->next, quiet->decoder->next, 2 * (size_t)V * 4), "refused calls left a trace of %.2e in the logits",
+          relative_error(a->decoder->next, quiet->decoder->next, 2 * (size_t)V));
     // from the start again the same bits
     for (size_t j = 0; j < 64; j++) tokens[j] = (int32_t[]){1, 2, 3, 0}[j < 3 ? j : 3];
-    retrofit_rewind(a);
-    need(retrofit_feed(a, tokens, 2, 5, NULL, &(retrofit_thinking){.recurrences = 3}) != NULL, "feed");
+    retrofit_clear_cache(a);
+    need(retrofit_next_logits(a, tokens, 2, 5, NULL, &(retrofit_recurrence_options){.recurrences = 3}) != NULL, "feed");
     for (int i = 0; i < 2; i++)
-        check(!memcmp(a->next + (size_t)(i * V), before[i], (size_t)V * 4), "after rewinding, row %d has other logits", i);
+        check(!memcmp(a->decoder->next + (size_t)(i * V), before[i], (size_t)V * 4), "after rewinding, row %d has other logits", i);
     error_text[0] = 0;
-    check(!retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING,
-                                    &(retrofit_cache){.capacity = m->config.context + 1, .recurrences = 3}) &&
+    check(!retrofit_buffers_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING,
+                                    &(retrofit_kv_cache){.capacity = m->config.context + 1, .recurrences = 3}) &&
               *retrofit_error(),
           "a cache longer than the model's context");
-    check(!retrofit_activations_new(m, 1, m->config.context + 1, 0, RETROFIT_KEEP_NOTHING, NULL) &&
-              !retrofit_activations_new(m, 0, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = 8, .recurrences = 1}),
+    check(!retrofit_buffers_new(m, 1, m->config.context + 1, 0, RETROFIT_KEEP_NOTHING, NULL) &&
+              !retrofit_buffers_new(m, 0, 8, 0, RETROFIT_KEEP_NOTHING, &(retrofit_kv_cache){.capacity = 8, .recurrences = 1}),
           "no batch that could be");
-    retrofit_activations_free(a), retrofit_activations_free(quiet), retrofit_activations_free(none), retrofit_free(m);
+    retrofit_buffers_free(a), retrofit_buffers_free(quiet), retrofit_buffers_free(none), retrofit_free(m);
 }
 
 // ---- Sampling ------------------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ static void sampling(void) {
     float logits[12], many[40];
     const double p[] = {0.02, 0.3, 0.05, 0.13, 0.02, 0.2, 0.08, 0.01, 0.1, 0.04, 0.03, 0.02};
     for (size_t i = 0; i < 12; i++) logits[i] = (float)log(p[i]) + 3;
-    for (size_t i = 0; i < 40; i++) many[i] = (float)(hash64(9, i) % 5) * 0.5f; // eight or so of each: ties
+    for (size_t i = 0; i < 40; i++) many[i] = (float)(retrofit_hash(9, i) % 5) * 0.5f; // eight or so of each: ties
     const struct {
         const char *what;
         retrofit_sampling s;

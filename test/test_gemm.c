@@ -23,13 +23,13 @@ static matrix_view matrix(size_t rows, size_t cols, retrofit_type type, void **b
         for (size_t j = 0; j < cols; j++) {
             size_t at = 1 + i * x.row + j * x.col;
             if (type == RETROFIT_F32) ((float *)*block)[at] = uniform();
-            else ((uint16_t *)*block)[at] = float_to_bf16(uniform());
+            else ((uint16_t *)*block)[at] = retrofit_float_to_bf16(uniform());
         }
     return x;
 }
 static double element(matrix_view x, size_t i, size_t j) {
     size_t at = i * x.row + j * x.col;
-    return x.type == RETROFIT_F32 ? ((const float *)x.data)[at] : bf16_to_float(((const uint16_t *)x.data)[at]);
+    return x.type == RETROFIT_F32 ? ((const float *)x.data)[at] : retrofit_bf16_to_float(((const uint16_t *)x.data)[at]);
 }
 
 static void compare(size_t M, size_t N, size_t K) {
@@ -80,7 +80,7 @@ static void compare(size_t M, size_t N, size_t K) {
 
 // One NaN or infinity in A or B must spoil its row or column of C (0 times either is NaN), and nothing else.
 static void spoil(size_t M, size_t N, size_t K, bool in_a, float value, bool transposed) {
-    float *a = (float *)allocate(M * K, 4), *b = (float *)allocate(K * N, 4), *c = (float *)allocate(M * N, 4);
+    float *a = (float *)retrofit_allocate(M * K, 4), *b = (float *)retrofit_allocate(K * N, 4), *c = (float *)retrofit_allocate(M * N, 4);
     need(a && b && c, "memory");
     matrix_view A = transposed ? view_transposed(a, M) : view(a, K), B = transposed ? view_transposed(b, K) : view(b, N);
     size_t i = below(M), j = below(N), k = below(K), wrong = 0;

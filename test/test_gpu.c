@@ -9,13 +9,13 @@
 // ---- A CPU that rounds as the GPU does ---------------------------------------------------------------------------------------------
 static void round_all(act *x_, size_t n) {
     float *x = (float *)x_;
-    for (size_t i = 0; i < n; i++) x[i] = bf16_to_float(float_to_bf16(x[i]));
+    for (size_t i = 0; i < n; i++) x[i] = retrofit_bf16_to_float(retrofit_float_to_bf16(x[i]));
 }
 static void r_rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps) {
     rmsnorm_forward(out, rstd, x, weight, N, d, eps), round_all(out, N * d);
 }
 static retrofit_weight rounded_weight(retrofit_weight w, size_t rows, size_t cols) { // as retrofit_refresh's copy has it; lives until the process ends
-    float *copy = (float *)allocate(rows * cols, sizeof *copy);
+    float *copy = (float *)retrofit_allocate(rows * cols, sizeof *copy);
     for (size_t i = 0; i < rows; i++) memcpy(copy + i * cols, (const float *)w.data + i * w.stride, cols * sizeof *copy);
     round_all(copy, rows * cols);
     w.data = copy, w.stride = cols;
@@ -47,9 +47,9 @@ static void r_attention_backward(act *dqkv, float *delta, const act *dout, const
                                  size_t H, size_t G, size_t h) {
     attention_backward(dqkv, delta, dout, qkv, out, lse, B, T, H, G, h), round_all(dqkv, B * T * (H + 2 * G) * h);
 }
-static void r_swiglu_forward(act *out, const act *fc, size_t N, size_t F) { swiglu_forward(out, fc, N, F), round_all(out, N * F); }
-static void r_swiglu_backward(act *dfc, act *out, const act *dout, const act *fc, size_t N, size_t F) {
-    swiglu_backward(dfc, out, dout, fc, N, F), round_all(dfc, N * 2 * F), round_all(out, N * F);
+static void r_swiglu_forward(act *out, const act *gate_up, size_t N, size_t F) { swiglu_forward(out, gate_up, N, F), round_all(out, N * F); }
+static void r_swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F) {
+    swiglu_backward(dgate_up, out, dout, gate_up, N, F), round_all(dgate_up, N * 2 * F), round_all(out, N * F);
 }
 static void r_cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale) {
     cross_entropy(losses, logits, labels, N, V, scale), round_all(logits, N * V);
@@ -71,7 +71,7 @@ typedef struct {
 } outcome;
 
 static float *on_host(const retrofit_ops *ops, const void *from, size_t n) {
-    float *x = (float *)allocate(n, sizeof *x);
+    float *x = (float *)retrofit_allocate(n, sizeof *x);
     need(x != NULL, "memory");
     ops->download(x, from, n * sizeof *x);
     return x;
@@ -94,18 +94,18 @@ static outcome run(const retrofit_ops *ops, const char *name, size_t n, size_t k
     need(retrofit_safetensors_open(&f, path), path);
     const retrofit_tensor *tokens = fixture(&f, "tokens"), *labels = fixture(&f, "labels"), *s0 = fixture(&f, "s0");
     size_t B = tokens->shape[0], T = tokens->shape[1];
-    retrofit_activations *a = retrofit_activations_new(o.m, B, T, k, keep, NULL);
+    retrofit_buffers *a = retrofit_buffers_new(o.m, B, T, k, keep, NULL);
     need(a && retrofit_prelude(a, (const int32_t *)tokens->data, B, T), name);
     ops->upload(a->state, s0->data, s0->count * 4);
     retrofit_recur(a, n, k);
     retrofit_coda(a);
     o.count = B * T * o.m->config.vocab, o.states = s0->count;
-    o.logits = (float *)allocate(o.count, 4);
+    o.logits = (float *)retrofit_allocate(o.count, 4);
     retrofit_logits(a, 0, B * T, o.logits);
     o.state = on_host(ops, latest_state(a), o.states);
     o.loss = retrofit_loss(a, (const int32_t *)labels->data, 1);
     retrofit_backward(a);
-    retrofit_activations_free(a), retrofit_safetensors_close(&f);
+    retrofit_buffers_free(a), retrofit_safetensors_close(&f);
     return o;
 }
 
@@ -143,13 +143,13 @@ static void fixture_runs(const char *name, const char *run_name, size_t n, size_
     check(!memcmp(fast.logits, again.logits, fast.count * 4) && fast.loss == again.loss, "%s: recomputing gives another forward pass", what);
     for (size_t i = 0; i < strict.m->parameter_count; i++) {
         const retrofit_parameter *p = strict.m->parameters[i];
-        const float *theirs = (const float *)fixture(&f, "%s.grad.%s", run_name, p->piece[0].name)->data;
+        const float *theirs = (const float *)fixture(&f, "%s.grad.%s", run_name, p->source[0].name)->data;
         float *g[4] = {gradient(&strict, i), gradient(&fast, i), gradient(&explained, i), gradient(&again, i)};
         e = relative_error(g[0], theirs, p->rows * p->cols);
         if (e > worst) worst = e;
-        check(e < 1e-4, "fp32 %s %s: gradient of %s %.2e off", name, run_name, p->piece[0].name, e);
-        within(what, p->piece[0].name, g[1], theirs, g[2], p->rows * p->cols, &of);
-        check(!memcmp(g[1], g[3], p->rows * p->cols * 4), "%s: recomputing gives another gradient of %s", what, p->piece[0].name);
+        check(e < 1e-4, "fp32 %s %s: gradient of %s %.2e off", name, run_name, p->source[0].name, e);
+        within(what, p->source[0].name, g[1], theirs, g[2], p->rows * p->cols, &of);
+        check(!memcmp(g[1], g[3], p->rows * p->cols * 4), "%s: recomputing gives another gradient of %s", what, p->source[0].name);
         for (int j = 0; j < 4; j++) free(g[j]);
     }
     printf("%s %s: fp32 worst gradient %.1e; bf16 at most %.2f of what is allowed\n", name, run_name, worst, of);
@@ -161,21 +161,21 @@ static retrofit_model *three_steps(const retrofit_ops *ops, const char *name, re
     retrofit_model *m = load(name, ops, RETROFIT_TRAINING);
     enum { B = 2, T = 21 };
     int32_t tokens[B * T], labels[B * T];
-    retrofit_activations *a = retrofit_activations_new(m, B, T, 2, RETROFIT_KEEP_ALL, NULL);
+    retrofit_buffers *a = retrofit_buffers_new(m, B, T, 2, RETROFIT_KEEP_ALL, NULL);
     need(a && retrofit_optimizer_init(m, kind), "memory");
     for (size_t t = 1; t <= 3; t++) {
         retrofit_optimizer o = {kind, 1e-3f, 2e-3f, 0.9f, 0.95f, kind == RETROFIT_MUON ? 1e-10f : 1e-6f, 0.01f, 0.95f, 1, 2e-3f, 1.5f};
         retrofit_zero_grad(m);
         for (size_t micro = 0; micro < 2; micro++) {
             for (size_t i = 0; i < B * T; i++)
-                tokens[i] = (int32_t)(hash64(t * 2 + micro, i) % m->config.vocab), labels[i] = i % 7 ? (int32_t)(hash64(t * 2 + micro, i + 1) % m->config.vocab) : -100;
+                tokens[i] = (int32_t)(retrofit_hash(t * 2 + micro, i) % m->config.vocab), labels[i] = i % 7 ? (int32_t)(retrofit_hash(t * 2 + micro, i + 1) % m->config.vocab) : -100;
             need(retrofit_forward(a, tokens, B, T, 0.01f, t, micro, 2), "forward");
             need(isfinite(retrofit_loss(a, labels, 0.5f)), "loss");
             retrofit_backward(a);
         }
         norms[t - 1] = retrofit_optimizer_step(m, &o, t);
     }
-    retrofit_activations_free(a);
+    retrofit_buffers_free(a);
     return m;
 }
 
@@ -194,7 +194,7 @@ static void training(const char *name, retrofit_optimizer_kind kind) {
     // almost zero, that number goes the other way. So in bf16 single tensors count if they are large, and all of them together.
     float *ways[4];
     size_t all = 0;
-    for (int j = 0; j < 4; j++) ways[j] = (float *)allocate(start->weight_count, 4);
+    for (int j = 0; j < 4; j++) ways[j] = (float *)retrofit_allocate(start->weight_count, 4);
     for (size_t i = 0; i < start->parameter_count; i++) {
         const retrofit_parameter *p = start->parameters[i];
         size_t n = p->rows * p->cols;
@@ -204,8 +204,8 @@ static void training(const char *name, retrofit_optimizer_kind kind) {
             for (size_t e = 0; e < n; e++) way[j][e] -= p->master[e];
         double e = relative_error(way[1], way[0], n);
         if (e > worst) worst = e;
-        check(e < 1e-3, "%s, fp32: %s went %.2e of its way off the CPU's", what, p->piece[0].name, e);
-        if (n > 1000) within(what, p->piece[0].name, way[3], way[0], way[2], n, &of);
+        check(e < 1e-3, "%s, fp32: %s went %.2e of its way off the CPU's", what, p->source[0].name, e);
+        if (n > 1000) within(what, p->source[0].name, way[3], way[0], way[2], n, &of);
         for (int j = 0; j < 4; j++) memcpy(ways[j] + all, way[j], n * 4), free(way[j]);
         all += n;
     }
@@ -222,13 +222,13 @@ static void decoding(const retrofit_ops *ops, const char *name, double tolerance
     retrofit_model *m = load(name, ops, RETROFIT_INFERENCE);
     size_t V = m->config.vocab, L = 24, B = 2;
     int32_t tokens[2 * 24], some[2 * 24];
-    float *full = (float *)allocate(B * L * V, 4);
+    float *full = (float *)retrofit_allocate(B * L * V, 4);
     double worst = 0;
-    retrofit_activations *a =
-        retrofit_activations_new(m, B, 9, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){.capacity = L, .recurrences = 3});
-    retrofit_activations *whole = retrofit_activations_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, NULL);
+    retrofit_buffers *a =
+        retrofit_buffers_new(m, B, 9, 0, RETROFIT_KEEP_NOTHING, &(retrofit_kv_cache){.capacity = L, .recurrences = 3});
+    retrofit_buffers *whole = retrofit_buffers_new(m, B, L, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(a && whole && full, "activations");
-    for (size_t i = 0; i < B * L; i++) tokens[i] = (int32_t)(hash64(5, i) % V);
+    for (size_t i = 0; i < B * L; i++) tokens[i] = (int32_t)(retrofit_hash(5, i) % V);
     for (size_t pass = 0; pass < 4; pass++) {
         size_t r = pass == 1 ? 2 : 3;
         float sigma = pass == 3 ? 0 : 0.02f;
@@ -237,11 +237,11 @@ static void decoding(const retrofit_ops *ops, const char *name, double tolerance
             need(retrofit_forward(whole, tokens + row * L, 1, L, sigma, seed, r, 0), "forward");
             retrofit_logits(whole, 0, L, full + row * L * V);
         }
-        retrofit_rewind(a);
+        retrofit_clear_cache(a);
         for (size_t at = 0, t; at < L; at += t) {
             t = at ? 1 : 9;
             for (size_t i = 0; i < B * t; i++) some[i] = tokens[i / t * L + at + i % t];
-            const float *logits = retrofit_feed(a, some, B, t, NULL, &(retrofit_thinking){.recurrences = r, .sigma = sigma, .seed = seed});
+            const float *logits = retrofit_next_logits(a, some, B, t, NULL, &(retrofit_recurrence_options){.recurrences = r, .sigma = sigma, .seed = seed});
             need(logits != NULL, "feed");
             for (size_t b = 0; b < B; b++) {
                 double e = relative_error(logits + b * V, full + (b * L + at + t - 1) * V, V);
@@ -251,70 +251,70 @@ static void decoding(const retrofit_ops *ops, const char *name, double tolerance
         }
     }
     printf("%s %s: decoding %.1e off the full pass\n", ops->name, name, worst);
-    free(full), retrofit_activations_free(a), retrofit_activations_free(whole), retrofit_free(m);
+    free(full), retrofit_buffers_free(a), retrofit_buffers_free(whole), retrofit_free(m);
 }
 
 // Exits, drafts and continuous thinking as on a CPU: rows that stop after as many recurrences, the same tokens.
 static void thinking(const retrofit_ops *ops, const char *name) {
     retrofit_model *m = load(name, ops, RETROFIT_INFERENCE), *exact = load(name, &retrofit_cpu, RETROFIT_INFERENCE);
     size_t V = m->config.vocab, B = 3, early = 0;
-    retrofit_cache cache = {.capacity = 24, .recurrences = 5};
-    retrofit_activations *a = retrofit_activations_new(m, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache),
-                         *b = retrofit_activations_new(exact, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache);
-    float *scratch = (float *)allocate(10 * V, 4);
+    retrofit_kv_cache cache = {.capacity = 24, .recurrences = 5};
+    retrofit_buffers *a = retrofit_buffers_new(m, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache),
+                         *b = retrofit_buffers_new(exact, B, 8, 0, RETROFIT_KEEP_NOTHING, &cache);
+    float *scratch = (float *)retrofit_allocate(10 * V, 4);
     need(a && b && scratch, "activations");
     int32_t tokens[3 * 8], out[4];
     for (int exit = RETROFIT_EXIT_NONE; exit <= RETROFIT_EXIT_ARGMAX_STABILITY; exit++) {
-        retrofit_thinking how = {.recurrences = 5,
+        retrofit_recurrence_options how = {.recurrences = 5,
                                  .sigma = 0.1f,
                                  .seed = 3,
                                  .exit = (retrofit_exit)exit,
                                  .threshold = exit == RETROFIT_EXIT_ARGMAX_STABILITY ? 1 : 0.2f,
                                  .continuous = exit % 2 == 0,
                                  .noise = exit == RETROFIT_EXIT_KL ? 3 : 0};
-        retrofit_rewind(a), retrofit_rewind(b);
+        retrofit_clear_cache(a), retrofit_clear_cache(b);
         for (size_t i = 0; i < 6; i++) {
-            for (size_t j = 0; j < B * 8; j++) tokens[j] = (int32_t)(hash64(i + 10 * (size_t)exit, j) % V);
+            for (size_t j = 0; j < B * 8; j++) tokens[j] = (int32_t)(retrofit_hash(i + 10 * (size_t)exit, j) % V);
             size_t t = i ? 1 : 8;
-            need(retrofit_feed(a, tokens, B, t, NULL, &how) && retrofit_feed(b, tokens, B, t, NULL, &how), "feed");
-            double e = relative_error(a->next, b->next, B * V);
+            need(retrofit_next_logits(a, tokens, B, t, NULL, &how) && retrofit_next_logits(b, tokens, B, t, NULL, &how), "feed");
+            double e = relative_error(a->decoder->next, b->decoder->next, B * V);
             check(e < 1e-4, "%s %s, exit %d: token %zu's logits are %.2e off the CPU's", ops->name, name, exit, i, e);
             for (size_t row = 0; row < B; row++)
-                check(a->used[row] == b->used[row], "%s %s, exit %d: row %zu took %d recurrences, on a CPU %d", ops->name, name, exit, row,
-                      (int)a->used[row], (int)b->used[row]),
-                    early += a->used[row] < 5;
+                check(a->decoder->used[row] == b->decoder->used[row], "%s %s, exit %d: row %zu took %d recurrences, on a CPU %d", ops->name, name, exit, row,
+                      (int)a->decoder->used[row], (int)b->decoder->used[row]),
+                    early += a->decoder->used[row] < 5;
         }
     }
     check(early > 20, "%s %s: %zu tokens stopped early", ops->name, name, early);
     // What a recorded step is for: another way to think is another recording, and one whose noise differs from token to token is not recorded.
-    static const retrofit_thinking ways[] = {{.noise = 0}, {.continuous = true}, {.noise = 0},
+    static const retrofit_recurrence_options ways[] = {{.noise = 0}, {.continuous = true}, {.noise = 0},
                                              {.noise = 3}, {.noise = 9},         {.noise = 9, .noise_kind = RETROFIT_NOISE_CHI},
                                              {.noise = 0}};
-    retrofit_rewind(a), retrofit_rewind(b);
+    retrofit_clear_cache(a), retrofit_clear_cache(b);
     for (size_t i = 0; i < 21; i++) {
-        retrofit_thinking how = ways[i / 3];
+        retrofit_recurrence_options how = ways[i / 3];
         how.recurrences = 3, how.sigma = 0.3f, how.seed = 5;
-        need(retrofit_feed(a, tokens + i % 8, 1, 1, NULL, &how) && retrofit_feed(b, tokens + i % 8, 1, 1, NULL, &how), "feed");
-        double e = relative_error(a->next, b->next, V);
+        need(retrofit_next_logits(a, tokens + i % 8, 1, 1, NULL, &how) && retrofit_next_logits(b, tokens + i % 8, 1, 1, NULL, &how), "feed");
+        double e = relative_error(a->decoder->next, b->decoder->next, V);
         check(e < 1e-4, "%s %s, way %zu: token %zu's logits are %.2e off the CPU's", ops->name, name, i / 3, i, e);
     }
     cache.bf16 = true;
-    check(!retrofit_activations_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &cache), "%s: keys and values in bf16, activations not", ops->name);
-    retrofit_thinking how = {.recurrences = 5, .sigma = 0.1f, .seed = 3};
+    check(!retrofit_buffers_new(m, 1, 8, 0, RETROFIT_KEEP_NOTHING, &cache), "%s: keys and values in bf16, activations not", ops->name);
+    retrofit_recurrence_options how = {.recurrences = 5, .sigma = 0.1f, .seed = 3};
     retrofit_sampling greedy = {0, 0, 1, 0, 1};
-    retrofit_rewind(a), retrofit_rewind(b);
-    int32_t next = retrofit_argmax(retrofit_feed(a, tokens, 1, 8, NULL, &how), V),
-            plain = retrofit_argmax(retrofit_feed(b, tokens, 1, 8, NULL, &how), V);
+    retrofit_clear_cache(a), retrofit_clear_cache(b);
+    int32_t next = retrofit_argmax(retrofit_next_logits(a, tokens, 1, 8, NULL, &how), V),
+            plain = retrofit_argmax(retrofit_next_logits(b, tokens, 1, 8, NULL, &how), V);
     for (size_t made = 0; made < 10;) {
         size_t count = retrofit_speculate(a, next, 4, 4, &how, &greedy, V, out, scratch);
         need(count > 0, "speculate");
         for (size_t i = 0; i < count; i++, made++) {
-            plain = retrofit_argmax(retrofit_feed(b, &plain, 1, 1, NULL, &how), V);
+            plain = retrofit_argmax(retrofit_next_logits(b, &plain, 1, 1, NULL, &how), V);
             check(out[i] == plain, "%s %s: drafted token %zu is %d, on a CPU plainly %d", ops->name, name, made, (int)out[i], (int)plain);
         }
         next = out[count - 1];
     }
-    free(scratch), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m), retrofit_free(exact);
+    free(scratch), retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_free(m), retrofit_free(exact);
 }
 
 // ---- The same bits, whatever the order of threads; memory as foretold --------------------------------------------------------------
@@ -351,14 +351,14 @@ static void memory(void) {
             retrofit_model *shape = retrofit_model_new(&c, &counting);
             need(shape != NULL, "model");
             retrofit_training_bytes(shape, RETROFIT_TRAINING, (retrofit_optimizer_kind)kind, &weights, &gradients, &moments);
-            activations = retrofit_activations_bytes(&c, &counting, 2, 16, 3, (retrofit_keep)keep);
+            activations = retrofit_buffers_bytes(&c, &counting, 2, 16, 3, (retrofit_keep)keep);
             retrofit_free(shape);
             taken = 0;
             retrofit_model *m = load("head64/recurrent", &counting, RETROFIT_TRAINING);
-            retrofit_activations *a = retrofit_activations_new(m, 2, 16, 3, (retrofit_keep)keep, NULL);
+            retrofit_buffers *a = retrofit_buffers_new(m, 2, 16, 3, (retrofit_keep)keep, NULL);
             need(a && retrofit_optimizer_init(m, (retrofit_optimizer_kind)kind), "memory");
             check(taken == weights + gradients + moments + activations, "memory: %zu bytes foretold, %zu taken", weights + gradients + moments + activations, taken);
-            retrofit_activations_free(a), retrofit_free(m);
+            retrofit_buffers_free(a), retrofit_free(m);
         }
     check(!retrofit_cuda.alloc((size_t)1 << 60) && strstr(retrofit_error(), "out of memory"), "an exabyte is had, or the error is '%s'", retrofit_error());
 }

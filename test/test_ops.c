@@ -26,7 +26,7 @@ static bool replay;     // the second run, which only has to repeat the first on
 static uint64_t digest; // of all bits that operations have returned
 static uint64_t rng, draws;
 
-static double uniform(void) { return hash_uniform(rng, draws++); }
+static double uniform(void) { return retrofit_hash_uniform(rng, draws++); }
 static double normal(void) {
     double r = sqrt(-2 * log(uniform()));
     return r * cos(2 * 3.14159265358979323846 * uniform());
@@ -51,7 +51,7 @@ static void *on_host[256], *on_device[64];
 static size_t hosts, devices;
 
 static double *doubles(size_t n) { // zeros, until release
-    double *x = (double *)allocate(n, sizeof *x);
+    double *x = (double *)retrofit_allocate(n, sizeof *x);
     need(x && hosts < 256, "memory");
     return on_host[hosts++] = x, x;
 }
@@ -66,13 +66,13 @@ static double decode(retrofit_type type, const void *from) {
     uint16_t half;
     int32_t i;
     if (type == RETROFIT_F32) return memcpy(&f, from, 4), f;
-    if (type == RETROFIT_BF16) return memcpy(&half, from, 2), bf16_to_float(half);
+    if (type == RETROFIT_BF16) return memcpy(&half, from, 2), retrofit_bf16_to_float(half);
     return memcpy(&i, from, 4), i;
 }
 
 static void encode(retrofit_type type, void *to, double x, bool odd) { // odd: a NaN as memset(…, 0xff) leaves it, all its bits set
     float f = (float)x;
-    uint16_t half = float_to_bf16(f);
+    uint16_t half = retrofit_float_to_bf16(f);
     int32_t i = type == RETROFIT_I32 ? (int32_t)x : 0;
     if (isnan(x) && odd) memset(to, 0xff, retrofit_type_size(type));
     else memcpy(to, type == RETROFIT_F32 ? (void *)&f : type == RETROFIT_BF16 ? (void *)&half : &i, retrofit_type_size(type));
@@ -546,14 +546,14 @@ TEST(attention_cached) {
     retrofit_type type = kv_type(trial);
     memcpy(x, qkv_all.x, s.B * S * s.Q * sizeof *x);
     for (size_t i = 0; i < s.B * S * s.Q; i++) // keys and values that their type can hold
-        if (i % s.Q >= d && type == RETROFIT_BF16) x[i] = bf16_to_float(float_to_bf16((float)x[i]));
+        if (i % s.Q >= d && type == RETROFIT_BF16) x[i] = retrofit_bf16_to_float(retrofit_float_to_bf16((float)x[i]));
     attend_all(want, l, terms, le, x, all, p_rounding());
     double *past_x = doubles(s.B);
     array past = array_of(RETROFIT_I32, s.B, past_x), keys = filled(type, s.B * capacity * width, NAN),
           values = filled(type, s.B * capacity * width, NAN);
     for (size_t step = 0; step < 6; step++) {
         size_t room = S;
-        for (size_t b = 0; b < s.B; b++) room = least(room, S - (size_t)past_x[b]);
+        for (size_t b = 0; b < s.B; b++) room = retrofit_min(room, S - (size_t)past_x[b]);
         if (!room) break;
         s.T = step % 2 ? 1 : any(1, room);
         SHAPE("B %zu T %zu past %g.. capacity %zu H %zu G %zu h %zu", s.B, s.T, past_x[0], capacity, s.H, s.G, s.h);
@@ -576,7 +576,7 @@ TEST(attention_cached) {
     }
 }
 
-TEST(kv_lend) {
+TEST(kv_backfill) {
     size_t S = pick(1, 9), C = pick(1, 4), B = pick(1, 5), G = pick(1, 3), h = 2 * pick(1, 20), capacity = pick(1, 30), width = G * h;
     size_t stride = (B + trial % 2) * capacity * width; // more rows than are lent to
     SHAPE("S %zu C %zu B %zu capacity %zu G %zu h %zu", S, C, B, capacity, G, h);
@@ -584,7 +584,7 @@ TEST(kv_lend) {
     array kv[2] = {filled(type, S * C * stride, 1), filled(type, S * C * stride, 1)}, past = integers(B, 0, capacity - 1),
           used = integers(B, 1, S);
     if (trial & 1) poison(kv[0], any(0, S * C * stride - 1)); // is lent like any number
-    ops->kv_lend(kv[0].at, kv[1].at, past.i, used.i, S, C, stride, B, capacity, G, h, type);
+    ops->kv_backfill(kv[0].at, kv[1].at, past.i, used.i, S, C, stride, B, capacity, G, h, type);
     for (size_t i = 0; i < 2 * S * C * stride; i++) {
         double *x = kv[i % 2].x;
         size_t at = i / 2, slot = at / stride / C, in = at % stride, b = in / width / capacity;
@@ -595,9 +595,9 @@ TEST(kv_lend) {
 }
 
 // ---- SwiGLU ------------------------------------------------------------------------------------------------------------------
-static void gated(double *y, const double *fc, size_t N, size_t F) {
+static void gated(double *y, const double *gate_up, size_t N, size_t F) {
     for (size_t i = 0; i < N * F; i++) {
-        double gate = fc[i / F * 2 * F + i % F], up = fc[i / F * 2 * F + F + i % F];
+        double gate = gate_up[i / F * 2 * F + i % F], up = gate_up[i / F * 2 * F + F + i % F];
         y[i] = gate / (1 + exp(-gate)) * up;
     }
 }
@@ -606,32 +606,32 @@ TEST(swiglu_forward) {
     size_t N = trial == 5 ? 70000 : pick(1, 70), F = trial == 5 ? 2 : pick(1, 150);
     double scale = trial % 3 ? 1 : 25; // e^-gate far beyond fp32's range; there |silu(gate)| < 1e-35, and a little of up may be wrong
     SHAPE("N %zu F %zu scale %g%s", N, F, scale, trial % 4 == 3 ? ", with NaN" : "");
-    array fc = acts(N * 2 * F, scale), out = acts_unset(N * F);
-    if (trial % 4 == 3) poison(fc, any(0, fc.n - 1));
+    array gate_up = acts(N * 2 * F, scale), out = acts_unset(N * F);
+    if (trial % 4 == 3) poison(gate_up, any(0, gate_up.n - 1));
     double *want = doubles(N * F), *terms = doubles(N * F);
-    gated(want, fc.x, N, F);
-    for (size_t i = 0; i < N * F; i++) terms[i] = fabs(want[i]) + 1e-28 * fabs(fc.x[i / F * 2 * F + F + i % F]);
-    ops->swiglu_forward(out.at, fc.at, N, F);
+    gated(want, gate_up.x, N, F);
+    for (size_t i = 0; i < N * F; i++) terms[i] = fabs(want[i]) + 1e-28 * fabs(gate_up.x[i / F * 2 * F + F + i % F]);
+    ops->swiglu_forward(out.at, gate_up.at, N, F);
     near("out", out, want, terms, 8 * U);
 }
 
 TEST(swiglu_backward) {
     size_t N = pick(1, 70), F = pick(1, 100);
     SHAPE("N %zu F %zu", N, F);
-    array fc = acts(N * 2 * F, trial % 3 ? 1 : 4), dout = acts(N * F, 1), dfc = acts_unset(N * 2 * F), out = acts_unset(N * F);
+    array gate_up = acts(N * 2 * F, trial % 3 ? 1 : 4), dout = acts(N * F, 1), dgate_up = acts_unset(N * 2 * F), out = acts_unset(N * F);
     double *want = doubles(N * 2 * F), *y = doubles(F), *forward = doubles(N * F);
     for (size_t n = 0; n < N; n++)
-        DIFFERENCES(want + n * 2 * F, fc.x + n * 2 * F, 2 * F, gated(y, fc.x + n * 2 * F, 1, F), y, dout.x + n * F, F);
-    gated(forward, fc.x, N, F);
-    ops->swiglu_backward(dfc.at, out.at, dout.at, fc.at, N, F);
-    near_tensor("dfc", dfc, want);
+        DIFFERENCES(want + n * 2 * F, gate_up.x + n * 2 * F, 2 * F, gated(y, gate_up.x + n * 2 * F, 1, F), y, dout.x + n * F, F);
+    gated(forward, gate_up.x, N, F);
+    ops->swiglu_backward(dgate_up.at, out.at, dout.at, gate_up.at, N, F);
+    near_tensor("dgate_up", dgate_up, want);
     near("out", out, forward, forward, 8 * U);
     size_t bad = any(0, N * F - 1); // with a NaN: the two derivatives it goes into, and no other
-    double *again = fetch(dfc);
+    double *again = fetch(dgate_up);
     again[bad / F * 2 * F + bad % F] = again[bad / F * 2 * F + F + bad % F] = NAN;
-    poison(dout, bad), send(dfc);
-    ops->swiglu_backward(dfc.at, out.at, dout.at, fc.at, N, F);
-    near("dfc with NaN", dfc, again, NULL, 0);
+    poison(dout, bad), send(dgate_up);
+    ops->swiglu_backward(dgate_up.at, out.at, dout.at, gate_up.at, N, F);
+    near("dgate_up with NaN", dgate_up, again, NULL, 0);
 }
 
 // ---- Cross-entropy -------------------------------------------------------------------------------------------------------------
@@ -918,7 +918,7 @@ static const struct {
     const char *name;
     void (*run)(const retrofit_ops *ops);
 } cases[] = {
-#define X(type, name, parameters) {#name, test_##name},
+#define X(name, parameters) {#name, test_##name},
     RETROFIT_OPS(X) // an operation without a test does not compile
 #undef X
 };

@@ -7,7 +7,7 @@ static void shard_of(const char *path, int32_t magic, int32_t version, size_t pr
     int32_t header[256] = {magic, version, (int32_t)promised};
     uint16_t tokens[256];
     char bytes[sizeof header + sizeof tokens];
-    for (size_t i = 0; i < count; i++) tokens[i] = (uint16_t)(i + 1 == count && last >= 0 ? (size_t)last : hash64(7, i) % vocab);
+    for (size_t i = 0; i < count; i++) tokens[i] = (uint16_t)(i + 1 == count && last >= 0 ? (size_t)last : retrofit_hash(7, i) % vocab);
     memcpy(bytes, header, sizeof header), memcpy(bytes + sizeof header, tokens, count * 2);
     write_bytes(path, bytes, sizeof header + count * 2);
 }
@@ -277,7 +277,7 @@ static void frozen(void) {
             const retrofit_parameter *p = m->parameters[j];
             bool moves = p->part == RETROFIT_PART_ADAPTER || (i && p->part == RETROFIT_PART_CORE);
             check(moves == (memcmp(p->weight.data, before->parameters[j]->weight.data, p->rows * p->cols * 4) != 0),
-                  "--train %s: %s moved, or did not", trained[i], p->piece[0].name);
+                  "--train %s: %s moved, or did not", trained[i], p->source[0].name);
         }
         retrofit_free(m), retrofit_free(before);
         foretold(i ? "--train core" : "--train adapter", a, i ? RETROFIT_TRAINING_CORE : RETROFIT_TRAINING_ADAPTER, true);
@@ -329,7 +329,7 @@ static void plain_stays_plain(void) {
     need(a && b && a->parameter_count == b->parameter_count, "two plain models of a kind");
     for (size_t i = 0; i < a->parameter_count; i++) {
         double moved = relative_error(b->parameters[i]->master, a->parameters[i]->master, a->parameters[i]->rows * a->parameters[i]->cols);
-        check(moved > 0 && moved < .1, "plain: %s moved by %g of its size in two steps", a->parameters[i]->piece[0].name, moved);
+        check(moved > 0 && moved < .1, "plain: %s moved by %g of its size in two steps", a->parameters[i]->source[0].name, moved);
     }
     retrofit_free(a), retrofit_free(b);
 }

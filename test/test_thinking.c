@@ -11,7 +11,7 @@ enum { PROMPTS = 334 }; // 1,002 with three models
 enum { MODELS = 3, REST = 7, DEEPEST = 9 }; // tokens behind each prompt; recurrences at most
 
 static uint64_t random_state;
-static size_t any(size_t lo, size_t hi) { return lo + (size_t)(hash64(1, random_state++) % (hi - lo + 1)); }
+static size_t any(size_t lo, size_t hi) { return lo + (size_t)(retrofit_hash(1, random_state++) % (hi - lo + 1)); }
 
 static retrofit_model *load(size_t which) {
     char path[256];
@@ -21,23 +21,23 @@ static retrofit_model *load(size_t which) {
     return m;
 }
 
-static retrofit_activations *with_cache(const retrofit_model *m, size_t B, retrofit_cache_kind kind, size_t M, bool bf16) {
-    retrofit_activations *a = retrofit_activations_new(m, B, 12, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){32, DEEPEST, kind, M, bf16});
+static retrofit_buffers *with_cache(const retrofit_model *m, size_t B, retrofit_cache_kind kind, size_t M, bool bf16) {
+    retrofit_buffers *a = retrofit_buffers_new(m, B, 12, 0, RETROFIT_KEEP_NOTHING, &(retrofit_kv_cache){32, DEEPEST, kind, M, bf16});
     need(a != NULL, "activations with a cache");
     return a;
 }
 
-static const float *feed(retrofit_activations *a, const int32_t *tokens, size_t b, size_t t, const retrofit_thinking *how) {
-    const float *logits = retrofit_feed(a, tokens, b, t, NULL, how);
+static const float *feed(retrofit_buffers *a, const int32_t *tokens, size_t b, size_t t, const retrofit_recurrence_options *how) {
+    const float *logits = retrofit_next_logits(a, tokens, b, t, NULL, how);
     need(logits != NULL, "feed");
     return logits;
 }
 
 // A start state that matters, and a prompt of one's own.
-static retrofit_thinking random_prompt(int32_t *tokens, size_t *n, size_t V) {
+static retrofit_recurrence_options random_prompt(int32_t *tokens, size_t *n, size_t V) {
     *n = any(1, 12);
     for (size_t i = 0; i < 12 + REST; i++) tokens[i] = (int32_t)any(0, V - 1);
-    return (retrofit_thinking){.recurrences = any(1, DEEPEST - 1), .sigma = any(0, 1) ? 0.3f : 0, .seed = any(1, 99), .threshold = -1};
+    return (retrofit_recurrence_options){.recurrences = any(1, DEEPEST - 1), .sigma = any(0, 1) ? 0.3f : 0, .seed = any(1, 99), .threshold = -1};
 }
 
 // ---- What should equal plain decoding, to the bit: caches large enough, exits that never fire; and r = 1, those that always do ----------
@@ -47,8 +47,8 @@ static void equal_to_plain(size_t which) {
     enum { PLAIN, SHARED, GROUPED, NEVER, ALWAYS, ONE, KINDS };
     static const char *const names[] = {
         "plain", "shared by as many", "grouped one by one", "an exit that never fires", "one that always fires", "one recurrence"};
-    retrofit_activations *a[KINDS], *whole = retrofit_activations_new(m, 1, 12 + REST, 0, RETROFIT_KEEP_NOTHING, NULL);
-    float *logits = (float *)allocate(REST * V, 4);
+    retrofit_buffers *a[KINDS], *whole = retrofit_buffers_new(m, 1, 12 + REST, 0, RETROFIT_KEEP_NOTHING, NULL);
+    float *logits = (float *)retrofit_allocate(REST * V, 4);
     need(whole && logits, "activations");
     for (int k = 0; k < KINDS; k++)
         a[k] = with_cache(m, 1,
@@ -59,11 +59,11 @@ static void equal_to_plain(size_t which) {
     for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
         int32_t tokens[12 + REST];
         size_t n;
-        retrofit_thinking how = random_prompt(tokens, &n, V), ways[KINDS] = {how, how, how, how, how, how};
+        retrofit_recurrence_options how = random_prompt(tokens, &n, V), ways[KINDS] = {how, how, how, how, how, how};
         ways[NEVER].exit = ways[ALWAYS].exit = (retrofit_exit)(1 + prompt % 5);
         bool stable = ways[NEVER].exit == RETROFIT_EXIT_ARGMAX_STABILITY;
         ways[NEVER].threshold = stable ? 1e9f : 0, ways[ALWAYS].threshold = stable ? 0 : 1e30f;
-        for (int k = 0; k < KINDS; k++) retrofit_rewind(a[k]), feed(a[k], tokens, 1, n, &ways[k]);
+        for (int k = 0; k < KINDS; k++) retrofit_clear_cache(a[k]), feed(a[k], tokens, 1, n, &ways[k]);
         ways[ONE].recurrences = 1; // the prompt thought as deep as the others
         need(retrofit_forward(whole, tokens, 1, n + REST, how.sigma, how.seed, how.recurrences, 0), "forward");
         retrofit_logits(whole, n, REST, logits);
@@ -73,17 +73,17 @@ static void equal_to_plain(size_t which) {
             check(apart < 2.5e-6 * fmax(4, (double)how.recurrences), "%s, prompt %zu, r %zu: token %zu is %.2e off the full pass",
                   models[which], prompt, how.recurrences, i, apart);
             for (int k = SHARED; k <= NEVER; k++)
-                check(!memcmp(feed(a[k], tokens + i, 1, 1, &ways[k]), plain, V * 4) && a[k]->used[0] == (int32_t)how.recurrences,
+                check(!memcmp(feed(a[k], tokens + i, 1, 1, &ways[k]), plain, V * 4) && a[k]->decoder->used[0] == (int32_t)how.recurrences,
                       "%s, prompt %zu: %s, r %zu: token %zu differs", models[which], prompt, names[k], how.recurrences, i);
             const float *one = feed(a[ONE], tokens + i, 1, 1, &ways[ONE]);
-            check(!memcmp(feed(a[ALWAYS], tokens + i, 1, 1, &ways[ALWAYS]), one, V * 4) && a[ALWAYS]->used[0] == 1,
+            check(!memcmp(feed(a[ALWAYS], tokens + i, 1, 1, &ways[ALWAYS]), one, V * 4) && a[ALWAYS]->decoder->used[0] == 1,
                   "%s, prompt %zu: %s, token %zu differs from r = 1", models[which], prompt, names[ALWAYS], i);
         }
-        worst_latest += memcmp(a[ONE]->next, a[PLAIN]->next, V * 4) != 0;
+        worst_latest += memcmp(a[ONE]->decoder->next, a[PLAIN]->decoder->next, V * 4) != 0;
     }
     check(worst_latest > PROMPTS / 2, "%s: r = 1 and r agree: nothing was tested", models[which]);
-    for (int k = 0; k < KINDS; k++) retrofit_activations_free(a[k]);
-    free(logits), retrofit_activations_free(whole), retrofit_free(m);
+    for (int k = 0; k < KINDS; k++) retrofit_buffers_free(a[k]);
+    free(logits), retrofit_buffers_free(whole), retrofit_free(m);
 }
 
 // ---- Exits: the recurrence at which each criterion, written out, stops; and what a token that stopped leaves in the cache ---------------
@@ -106,20 +106,20 @@ static void cut_below(double *p, size_t V) { // min-p: what is below a tenth of 
 }
 
 // What a criterion compares after recurrences 1, 2, …, R of a token behind those that `a` holds: each by plain decoding so deep, of the same token.
-static void measure(double value[DEEPEST + 1], retrofit_activations *a, retrofit_exit exit, int32_t token, const retrofit_thinking *how) {
+static void measure(double value[DEEPEST + 1], retrofit_buffers *a, retrofit_exit exit, int32_t token, const retrofit_recurrence_options *how) {
     const retrofit_model *m = a->model;
     size_t V = m->config.vocab, d = m->config.n_embd, same = 0;
-    double *p = (double *)allocate(V, 8), *q = (double *)allocate(V, 8), entropy = 100;
-    float *s = (float *)allocate(d, 4);
-    int32_t likeliest = -1, n = a->seen[0];
+    double *p = (double *)retrofit_allocate(V, 8), *q = (double *)retrofit_allocate(V, 8), entropy = 100;
+    float *s = (float *)retrofit_allocate(d, 4);
+    int32_t likeliest = -1, n = a->decoder->seen[0];
     for (size_t v = 0; v < V; v++) q[v] = 1 / (double)V;
     need(set_batch(a, &token, 1, 1), "batch");
-    m->ops->upload(a->past, a->seen, 4), retrofit_start(a, how->sigma, how->seed), memcpy(s, a->state, d * 4);
+    m->ops->upload(a->past, a->decoder->seen, 4), retrofit_init_state(a, how->sigma, how->seed), memcpy(s, a->state, d * 4);
     for (size_t i = 1; i <= DEEPEST; i++) {
         double change = 0, size = 0;
-        retrofit_thinking plain = {.recurrences = i, .sigma = how->sigma, .seed = how->seed};
+        retrofit_recurrence_options plain = {.recurrences = i, .sigma = how->sigma, .seed = how->seed};
         const float *z = feed(a, &token, 1, 1, &plain);
-        a->seen[0] = n;
+        a->decoder->seen[0] = n;
         for (size_t c = 0; c < d; c++) change += pow((double)a->state[c] - s[c], 2), size += pow(a->state[c], 2);
         memcpy(s, a->state, d * 4);
         probabilities(p, z, V);
@@ -142,20 +142,20 @@ static void measure(double value[DEEPEST + 1], retrofit_activations *a, retrofit
 static void exits(size_t which) {
     retrofit_model *m = load(which);
     size_t V = m->config.vocab, C = m->config.core, fired[6] = {0}, early[6] = {0}, width = m->config.n_kv_heads * m->config.head_dim;
-    static const retrofit_cache kinds[] = {
+    static const retrofit_kv_cache kinds[] = {
         {0}, {.kind = RETROFIT_CACHE_SHARED, .M = 4}, {.kind = RETROFIT_CACHE_GROUPED, .M = 2}, {.bf16 = true}};
-    retrofit_activations *pair[4][2], *a, *b;
+    retrofit_buffers *pair[4][2], *a, *b;
     for (size_t i = 0; i < 8; i++) pair[i / 2][i % 2] = with_cache(m, 1, kinds[i / 2].kind, kinds[i / 2].M, kinds[i / 2].bf16);
     for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
         int32_t tokens[12 + REST];
         size_t n, R = prompt % 3 ? DEEPEST : any(2, DEEPEST), entry = width * (prompt / 5 % 4 == 3 ? 2 : 4);
         double value[DEEPEST + 1];
-        retrofit_thinking how = random_prompt(tokens, &n, V), plain = how;
+        retrofit_recurrence_options how = random_prompt(tokens, &n, V), plain = how;
         a = pair[prompt / 5 % 4][0], b = pair[prompt / 5 % 4][1];
         how.exit = (retrofit_exit)(1 + prompt % 5), how.recurrences = R, plain.recurrences = DEEPEST;
-        retrofit_rewind(a), retrofit_rewind(b);
+        retrofit_clear_cache(a), retrofit_clear_cache(b);
         feed(a, tokens, 1, n, &plain), feed(b, tokens, 1, n, &plain);
-        check(a->used[0] == DEEPEST, "a prompt stopped early, after %d", (int)a->used[0]);
+        check(a->decoder->used[0] == DEEPEST, "a prompt stopped early, after %d", (int)a->decoder->used[0]);
         measure(value, b, how.exit, tokens[n], &how);
         bool stable = how.exit == RETROFIT_EXIT_ARGMAX_STABILITY;
         size_t pick = any(1, R), due = 0; // a threshold just beyond what some recurrence has, so that it or an earlier one stops
@@ -167,21 +167,21 @@ static void exits(size_t which) {
         for (size_t i = 1; i < DEEPEST && !stable; i++)
             close |= fabs(value[i] - (double)how.threshold) < 1e-4 * (double)how.threshold + 1e-7;
         const float *z = feed(a, tokens + n, 1, 1, &how);
-        fired[how.exit]++, early[how.exit] += (size_t)a->used[0] < R;
+        fired[how.exit]++, early[how.exit] += (size_t)a->decoder->used[0] < R;
         if (!close)
-            check((size_t)a->used[0] == due, "%s, prompt %zu: exit %d at %g stops after %d recurrences, not %zu (there %g, before %g)",
-                  models[which], prompt, (int)how.exit, limit, (int)a->used[0], due, value[due], due > 1 ? value[due - 1] : 0);
+            check((size_t)a->decoder->used[0] == due, "%s, prompt %zu: exit %d at %g stops after %d recurrences, not %zu (there %g, before %g)",
+                  models[which], prompt, (int)how.exit, limit, (int)a->decoder->used[0], due, value[due], due > 1 ? value[due - 1] : 0);
         // The logits are those of so many recurrences; the slots not reached hold the last one's entries; the next token, all the way down, reads them.
-        plain.recurrences = (size_t)a->used[0];
+        plain.recurrences = (size_t)a->decoder->used[0];
         check(!memcmp(z, feed(b, tokens + n, 1, 1, &plain), V * 4), "%s, prompt %zu: exit %d after %d: other logits", models[which], prompt,
-              (int)how.exit, (int)a->used[0]);
-        size_t M = b->cache.M, reached = prompt / 5 % 4 == 1   ? least(plain.recurrences, M)
+              (int)how.exit, (int)a->decoder->used[0]);
+        size_t M = b->decoder->cache.M, reached = prompt / 5 % 4 == 1   ? retrofit_min(plain.recurrences, M)
                                          : prompt / 5 % 4 == 2 ? (plain.recurrences - 1) / M + 1
                                                                : plain.recurrences;
-        for (size_t i = reached; m->config.prelude + i * C + m->config.coda < b->slots; i++)
+        for (size_t i = reached; m->config.prelude + i * C + m->config.coda < b->decoder->slots; i++)
             for (size_t j = 0; j < C; j++)
                 for (int values = 0; values < 2; values++) {
-                    char *layer = (char *)(values ? b->values : b->keys) + ((m->config.prelude + j) * 32 + n) * entry;
+                    char *layer = (char *)(values ? b->decoder->values : b->decoder->keys) + ((m->config.prelude + j) * 32 + n) * entry;
                     memcpy(layer + i * C * 32 * entry, layer + (reached - 1) * C * 32 * entry, entry);
                 }
         plain.recurrences = DEEPEST;
@@ -198,16 +198,16 @@ static void exits(size_t which) {
         for (int i = 0; i < 20; i++) {
             int32_t tokens[12 + REST], used[2];
             size_t n;
-            retrofit_thinking how = random_prompt(tokens, &n, V);
+            retrofit_recurrence_options how = random_prompt(tokens, &n, V);
             how.recurrences = DEEPEST, how.exit = (retrofit_exit)exit;
             for (int named = 0; named < 2; named++) {
                 how.threshold = named ? usual[exit] : -1;
-                retrofit_rewind(a), feed(a, tokens, 1, n, &how), feed(a, tokens + n, 1, 1, &how), used[named] = a->used[0];
+                retrofit_clear_cache(a), feed(a, tokens, 1, n, &how), feed(a, tokens + n, 1, 1, &how), used[named] = a->decoder->used[0];
             }
             check(used[0] == used[1], "exit %d: %d recurrences by default, %d at %g", exit, (int)used[0], (int)used[1],
                   (double)usual[exit]);
         }
-    for (size_t i = 0; i < 8; i++) retrofit_activations_free(pair[i / 2][i % 2]);
+    for (size_t i = 0; i < 8; i++) retrofit_buffers_free(pair[i / 2][i % 2]);
     retrofit_free(m);
 }
 
@@ -229,8 +229,8 @@ static void thresholds(void) {
                 if (exit == RETROFIT_EXIT_ENTROPY_DIFF) value = fabs(entropy_of(p, V) - entropy_of(q, V));
                 *(value < target ? &low : &high) = step;
             }
-            retrofit_thinking how = {.exit = (retrofit_exit)exit, .threshold = -1};
-            check(!settled(&how, 1, z, V, was) && settled(&how, 2, next, V, was) == !above, "exit %d: %g %s", exit, target,
+            retrofit_recurrence_options how = {.exit = (retrofit_exit)exit, .threshold = -1};
+            check(!should_exit(&how, 1, z, V, was) && should_exit(&how, 2, next, V, was) == !above, "exit %d: %g %s", exit, target,
                   above ? "stops" : "does not stop");
         }
 }
@@ -240,37 +240,37 @@ static void exits_together(size_t which) {
     retrofit_model *m = load(which);
     enum { B = 4 };
     size_t V = m->config.vocab, apart = 0;
-    retrofit_activations *a = with_cache(m, B, RETROFIT_CACHE_FULL, 0, false), *shared = with_cache(m, B, RETROFIT_CACHE_SHARED, 2, false);
+    retrofit_buffers *a = with_cache(m, B, RETROFIT_CACHE_FULL, 0, false), *shared = with_cache(m, B, RETROFIT_CACHE_SHARED, 2, false);
     int32_t tokens[B][6], together[B * 6];
     for (int round = 0; round < 40; round++) {
-        retrofit_thinking how = {.recurrences = DEEPEST,
+        retrofit_recurrence_options how = {.recurrences = DEEPEST,
                                  .exit = (retrofit_exit)(1 + round % 5),
                                  .threshold = round % 5 == 4 ? 1 : 0.05f,
                                  .continuous = round % 3 == 0};
-        float *alone = (float *)allocate(6 * B * V, 4); // start state 0: rows are alike
+        float *alone = (float *)retrofit_allocate(6 * B * V, 4); // start state 0: rows are alike
         int32_t used[6][B];
         for (size_t b = 0; b < B; b++) {
-            retrofit_rewind(a);
+            retrofit_clear_cache(a);
             for (int i = 0; i < 6; i++) {
                 tokens[b][i] = (int32_t)any(0, V - 1);
-                memcpy(alone + ((size_t)i * B + b) * V, feed(a, &tokens[b][i], 1, 1, &how), V * 4), used[i][b] = a->used[0];
+                memcpy(alone + ((size_t)i * B + b) * V, feed(a, &tokens[b][i], 1, 1, &how), V * 4), used[i][b] = a->decoder->used[0];
             }
         }
-        retrofit_rewind(a);
+        retrofit_clear_cache(a);
         for (size_t i = 0; i < 6; i++) {
             for (size_t b = 0; b < B; b++) together[b] = tokens[b][i], apart += used[i][b] != used[i][0];
             const float *z = feed(a, together, B, 1, &how);
             for (size_t b = 0; b < B; b++)
-                check(!memcmp(z + b * V, alone + (i * B + b) * V, V * 4) && a->used[b] == used[i][b],
-                      "%s, exit %d: row %zu of a batch thinks %d, alone %d recurrences", models[which], (int)how.exit, b, (int)a->used[b],
+                check(!memcmp(z + b * V, alone + (i * B + b) * V, V * 4) && a->decoder->used[b] == used[i][b],
+                      "%s, exit %d: row %zu of a batch thinks %d, alone %d recurrences", models[which], (int)how.exit, b, (int)a->decoder->used[b],
                       (int)used[i][b]);
         }
-        check(!retrofit_feed(shared, together, B, 1, NULL, &how) && strstr(retrofit_error(), "full KV cache"),
+        check(!retrofit_next_logits(shared, together, B, 1, NULL, &how) && strstr(retrofit_error(), "full KV cache"),
               "exits of a batch with shared slots are accepted");
         free(alone);
     }
     check(apart > 50, "%s: the rows stopped at the same times: nothing was tested", models[which]);
-    retrofit_activations_free(a), retrofit_activations_free(shared), retrofit_free(m);
+    retrofit_buffers_free(a), retrofit_buffers_free(shared), retrofit_free(m);
 }
 
 // ---- Caches that hold less: which recurrence's entries a later token meets ------------------------------------------------------------
@@ -283,15 +283,15 @@ static void caches(size_t which) {
                  {RETROFIT_CACHE_SHARED, 100, DEEPEST}, {RETROFIT_CACHE_GROUPED, 2, 5}, {RETROFIT_CACHE_GROUPED, 4, 3},
                  {RETROFIT_CACHE_GROUPED, 100, 1}};
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-        retrofit_activations *a = with_cache(m, 1, kinds[k].kind, kinds[k].M, false),
+        retrofit_buffers *a = with_cache(m, 1, kinds[k].kind, kinds[k].M, false),
                              *full = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false),
                              *half = with_cache(m, 1, kinds[k].kind, kinds[k].M, true);
-        check(a->slots == P + kinds[k].slots * C + D, "kind %d of %zu: %zu slots", (int)kinds[k].kind, kinds[k].M, a->slots);
-        check(retrofit_cache_bytes(a) == 2 * a->slots * width * 4 && retrofit_cache_bytes(half) == 2 * a->slots * width * 2,
+        check(a->decoder->slots == P + kinds[k].slots * C + D, "kind %d of %zu: %zu slots", (int)kinds[k].kind, kinds[k].M, a->decoder->slots);
+        check(retrofit_cache_bytes(a) == 2 * a->decoder->slots * width * 4 && retrofit_cache_bytes(half) == 2 * a->decoder->slots * width * 2,
               "bytes per token: %zu", retrofit_cache_bytes(a));
         int32_t tokens[12 + REST];
         size_t n;
-        retrofit_thinking how = random_prompt(tokens, &n, V);
+        retrofit_recurrence_options how = random_prompt(tokens, &n, V);
         how.recurrences = DEEPEST;
         // One token alone attends to itself only: the same in every cache. What it leaves in slot s is the newest recurrence's that belongs there.
         const float *z = feed(a, tokens, 1, 1, &how);
@@ -304,24 +304,24 @@ static void caches(size_t which) {
                                                               : i == s)
                     newest = i;
             for (size_t j = 0; j < C; j++)
-                check(!memcmp((float *)a->keys + (P + s * C + j) * 32 * width, (float *)full->keys + (P + newest * C + j) * 32 * width,
+                check(!memcmp((float *)a->decoder->keys + (P + s * C + j) * 32 * width, (float *)full->decoder->keys + (P + newest * C + j) * 32 * width,
                               width * 4) &&
-                          !memcmp((float *)a->values + (P + s * C + j) * 32 * width,
-                                  (float *)full->values + (P + newest * C + j) * 32 * width, width * 4),
+                          !memcmp((float *)a->decoder->values + (P + s * C + j) * 32 * width,
+                                  (float *)full->decoder->values + (P + newest * C + j) * 32 * width, width * 4),
                       "kind %d of %zu: slot %zu does not hold recurrence %zu", (int)kinds[k].kind, kinds[k].M, s, newest);
         }
         // In bf16 the first layer's, which depend on no other's, are the same rounded; and the rest feels it.
-        retrofit_rewind(a);
+        retrofit_clear_cache(a);
         double apart = relative_error(feed(half, tokens, 1, n, &how), feed(a, tokens, 1, n, &how), V);
         check(apart > 0, "kind %d of %zu: keys and values in bf16 change nothing", (int)kinds[k].kind, kinds[k].M);
         for (size_t i = 0; i < n * width; i++)
-            check(((uint16_t *)half->keys)[i] == float_to_bf16(((float *)a->keys)[i]) &&
-                      ((uint16_t *)half->values)[i] == float_to_bf16(((float *)a->values)[i]),
+            check(((uint16_t *)half->decoder->keys)[i] == retrofit_float_to_bf16(((float *)a->decoder->keys)[i]) &&
+                      ((uint16_t *)half->decoder->values)[i] == retrofit_float_to_bf16(((float *)a->decoder->values)[i]),
                   "key or value %zu is not the same in bf16", i);
-        retrofit_activations_free(a), retrofit_activations_free(full), retrofit_activations_free(half);
+        retrofit_buffers_free(a), retrofit_buffers_free(full), retrofit_buffers_free(half);
     }
     for (int kind = RETROFIT_CACHE_SHARED; kind <= RETROFIT_CACHE_GROUPED; kind++)
-        check(!retrofit_activations_new(m, 1, 4, 0, RETROFIT_KEEP_NOTHING, &(retrofit_cache){8, 4, (retrofit_cache_kind)kind, 0, false}),
+        check(!retrofit_buffers_new(m, 1, 4, 0, RETROFIT_KEEP_NOTHING, &(retrofit_kv_cache){8, 4, (retrofit_cache_kind)kind, 0, false}),
               "a cache without slots");
     retrofit_free(m);
 }
@@ -330,17 +330,17 @@ static void caches(size_t which) {
 static void speculation(size_t which) {
     retrofit_model *m = load(which);
     size_t V = m->config.vocab, kept = 0, drafted = 0;
-    retrofit_activations *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false), *plain = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    float *scratch = (float *)allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, 4);
+    retrofit_buffers *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false), *plain = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
+    float *scratch = (float *)retrofit_allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, 4);
     for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
         int32_t tokens[12 + REST], text[64], out[RETROFIT_LOOKAHEAD];
         size_t n, L = any(1, 8), made = 0, wanted = 0,
                   fed = 0; // up to 8 rows a product's rows don't depend on each other, so even bits are equal
-        retrofit_thinking how = random_prompt(tokens, &n, V);
+        retrofit_recurrence_options how = random_prompt(tokens, &n, V);
         how.recurrences++;
         size_t draft = prompt % 2 ? any(1, how.recurrences - 1) : how.recurrences - 1;
         retrofit_sampling greedy = {0, 0, 1, 0, 1};
-        retrofit_rewind(a), retrofit_rewind(plain);
+        retrofit_clear_cache(a), retrofit_clear_cache(plain);
         text[0] = retrofit_argmax(feed(plain, tokens, 1, n, &how), V);
         int32_t next = retrofit_argmax(feed(a, tokens, 1, n, &how), V);
         check(next == text[0], "first token");
@@ -352,13 +352,13 @@ static void speculation(size_t which) {
                 made++, check(out[i] == text[made], "%s, prompt %zu, draft %zu of %zu, %zu ahead: token %zu is %d, plainly %d",
                               models[which], prompt, draft, how.recurrences, L, made, (int)out[i], (int)text[made]);
             kept += count - 1, drafted += L, next = out[count - 1];
-            fed += count, check((size_t)a->seen[0] == n + fed && a->used[0] == (int32_t)how.recurrences, "the cache holds %d tokens of %zu",
-                                (int)a->seen[0], n + fed);
+            fed += count, check((size_t)a->decoder->seen[0] == n + fed && a->decoder->used[0] == (int32_t)how.recurrences, "the cache holds %d tokens of %zu",
+                                (int)a->decoder->seen[0], n + fed);
         }
         // What is in the cache now is what plain decoding has there: the next logits are the same to the bit.
         if (n + made < 31 && made < wanted) {
-            size_t at = (size_t)a->seen[0];
-            plain->seen[0] = (int32_t)at;
+            size_t at = (size_t)a->decoder->seen[0];
+            plain->decoder->seen[0] = (int32_t)at;
             const float *z = feed(a, &next, 1, 1, &how);
             check(!memcmp(z, feed(plain, &next, 1, 1, &how), V * 4), "%s, prompt %zu: the cache is another one after drafts", models[which],
                   prompt);
@@ -369,10 +369,10 @@ static void speculation(size_t which) {
     // refusals
     int32_t out[RETROFIT_LOOKAHEAD + 1];
     retrofit_sampling s = {0, 0, 1, 0, 1};
-    retrofit_thinking how = {.recurrences = 4}, exit = {.recurrences = 4, .exit = RETROFIT_EXIT_KL}, noise = {.recurrences = 4, .noise = 1},
+    retrofit_recurrence_options how = {.recurrences = 4}, exit = {.recurrences = 4, .exit = RETROFIT_EXIT_KL}, noise = {.recurrences = 4, .noise = 1},
                       goes_on = {.recurrences = 4, .continuous = true};
-    retrofit_activations *shared = with_cache(m, 1, RETROFIT_CACHE_SHARED, 2, false);
-    retrofit_rewind(a);
+    retrofit_buffers *shared = with_cache(m, 1, RETROFIT_CACHE_SHARED, 2, false);
+    retrofit_clear_cache(a);
     check(!retrofit_speculate(a, 1, 4, 2, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 0, 2, &how, &s, V, out, scratch),
           "a draft as deep as the whole, or of nothing");
     check(!retrofit_speculate(a, 1, 2, 0, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 13, &how, &s, V, out, scratch),
@@ -381,9 +381,9 @@ static void speculation(size_t which) {
               !retrofit_speculate(a, 1, 2, 2, &goes_on, &s, V, out, scratch) &&
               !retrofit_speculate(shared, 1, 2, 2, &how, &s, V, out, scratch),
           "drafts with what does not go with them");
-    a->seen[0] = 31;
-    check(!retrofit_speculate(a, 1, 2, 2, &how, &s, V, out, scratch) && a->seen[0] == 31, "more drafts than the context holds");
-    free(scratch), retrofit_activations_free(a), retrofit_activations_free(plain), retrofit_activations_free(shared), retrofit_free(m);
+    a->decoder->seen[0] = 31;
+    check(!retrofit_speculate(a, 1, 2, 2, &how, &s, V, out, scratch) && a->decoder->seen[0] == 31, "more drafts than the context holds");
+    free(scratch), retrofit_buffers_free(a), retrofit_buffers_free(plain), retrofit_buffers_free(shared), retrofit_free(m);
 }
 
 // The rule's outcome has the whole depth's distribution, whatever the draft's: against p by χ², five deviations and what its tail is longer than a normal one.
@@ -391,20 +391,20 @@ static void acceptance(void) {
     enum { V = 9, DRAWS = 60000 };
     for (int round = 0; round < 60; round++) {
         float shallow[V], deep[V], q[V];
-        weighed c[V];
+        candidate c[V];
         double p[V], total, chi = 0, freedom = -1;
         size_t count[V] = {0}, n, strays = 0;
         retrofit_sampling s = {round % 3 ? 1 : 0.6f, round % 4 == 1 ? 4 : 0, round % 5 == 2 ? 0.8f : 1, round % 7 == 3 ? 0.2f : 0,
                                (uint64_t)round};
         for (int v = 0; v < V; v++) shallow[v] = (float)any(0, 30) / 10, deep[v] = round % 6 ? (float)any(0, 30) / 10 : shallow[v];
-        n = filtered(deep, V, &s, c, &total), memset(p, 0, sizeof p);
+        n = apply_filters(deep, V, &s, c, &total), memset(p, 0, sizeof p);
         for (size_t i = 0; i < n; i++) p[c[i].id] = (double)c[i].p / total;
-        n = filtered(shallow, V, &s, c, &total), memset(q, 0, sizeof q);
+        n = apply_filters(shallow, V, &s, c, &total), memset(q, 0, sizeof q);
         for (size_t i = 0; i < n; i++) q[c[i].id] = (float)(c[i].p / total);
         for (size_t i = 0; i < DRAWS; i++) {
-            weighed d[V];
+            candidate d[V];
             int32_t y = draw_filtered(shallow, V, &s, d, &n, &total);
-            count[keep_or_redraw(y, q, deep, V, &s, d)]++;
+            count[accept_or_resample(y, q, deep, V, &s, d)]++;
         }
         for (size_t v = 0; v < V; v++)
             if (p[v] == 0) strays += count[v];
@@ -419,28 +419,28 @@ static void sampled_drafts(void) {
     retrofit_model *m = load(0);
     enum { ROUNDS = 12000 };
     size_t V = m->config.vocab, tops = 0;
-    retrofit_activations *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    float *scratch = (float *)allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, 4);
-    double *first = (double *)allocate(V, 8), *second = (double *)allocate(V * V, 8), chi = 0;
-    retrofit_thinking how = {.recurrences = 4};
+    retrofit_buffers *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
+    float *scratch = (float *)retrofit_allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, 4);
+    double *first = (double *)retrofit_allocate(V, 8), *second = (double *)retrofit_allocate(V * V, 8), chi = 0;
+    retrofit_recurrence_options how = {.recurrences = 4};
     retrofit_sampling s = {0.5f, 4, 1, 0, 5};
     int32_t prompt[] = {5, 77, 31}, token = 9, out[RETROFIT_LOOKAHEAD];
-    size_t *count = (size_t *)allocate(V * V, sizeof *count), freedom = 0;
+    size_t *count = (size_t *)retrofit_allocate(V * V, sizeof *count), freedom = 0;
     feed(a, prompt, 1, 3, &how);
     double total;
-    weighed *c = (weighed *)(void *)scratch;
-    size_t n = filtered(feed(a, &token, 1, 1, &how), V, &s, c, &total);
+    candidate *c = (candidate *)(void *)scratch;
+    size_t n = apply_filters(feed(a, &token, 1, 1, &how), V, &s, c, &total);
     for (size_t i = 0; i < n; i++) first[c[i].id] = (double)c[i].p / total;
     for (size_t v = 0; v < V; v++) {
         int32_t id = (int32_t)v;
         if (first[v] == 0) continue;
-        a->seen[0] = 4, n = filtered(feed(a, &id, 1, 1, &how), V, &s, c, &total), tops++;
+        a->decoder->seen[0] = 4, n = apply_filters(feed(a, &id, 1, 1, &how), V, &s, c, &total), tops++;
         for (size_t i = 0; i < n; i++) second[v * V + (size_t)c[i].id] = first[v] * (double)c[i].p / total;
     }
     for (int i = 0; i < ROUNDS; i++) {
         int32_t pair[2];
         size_t have = 0;
-        a->seen[0] = 3;
+        a->decoder->seen[0] = 3;
         for (int32_t next = token; have < 2; next = pair[have - 1]) {
             size_t got = retrofit_speculate(a, next, 1 + (size_t)i % 3, 1 + (size_t)i % 4, &how, &s, V, out, scratch);
             need(got > 0, "speculate");
@@ -454,39 +454,39 @@ static void sampled_drafts(void) {
     }
     check(tops == 4 && chi < (double)freedom + 5 * sqrt(2 * (double)freedom),
           "pairs of drafted tokens: χ² %.1f with %zu degrees of freedom", chi, freedom);
-    free(scratch), free(first), free(second), free(count), retrofit_activations_free(a), retrofit_free(m);
+    free(scratch), free(first), free(second), free(count), retrofit_buffers_free(a), retrofit_free(m);
 }
 
 // ---- Continuous thinking: the state goes on from token to token ---------------------------------------------------------------------
 static void continuous(size_t which) {
     retrofit_model *m = load(which);
     size_t V = m->config.vocab, d = m->config.n_embd;
-    retrofit_activations *a = with_cache(m, 2, RETROFIT_CACHE_FULL, 0, false), *b = with_cache(m, 2, RETROFIT_CACHE_FULL, 0, false);
-    float *state = (float *)allocate(2 * d, 4), *z = (float *)allocate(2 * V, 4);
+    retrofit_buffers *a = with_cache(m, 2, RETROFIT_CACHE_FULL, 0, false), *b = with_cache(m, 2, RETROFIT_CACHE_FULL, 0, false);
+    float *state = (float *)retrofit_allocate(2 * d, 4), *z = (float *)retrofit_allocate(2 * V, 4);
     for (int round = 0; round < 30; round++) {
         int32_t tokens[2][8], some[16], lengths[2] = {(int32_t)any(1, 5), 5};
         for (size_t i = 0; i < 16; i++) tokens[i / 8][i % 8] = (int32_t)any(0, V - 1);
         for (size_t i = 0; i < 10; i++) some[i] = tokens[i / 5][i % 5];
-        retrofit_thinking how = {.recurrences = any(1, DEEPEST), .sigma = 0.3f, .seed = 5, .continuous = true}, plain = how;
+        retrofit_recurrence_options how = {.recurrences = any(1, DEEPEST), .sigma = 0.3f, .seed = 5, .continuous = true}, plain = how;
         plain.continuous = false;
-        retrofit_rewind(a), retrofit_rewind(b);
-        need(retrofit_feed(a, some, 2, 5, lengths, &how) && retrofit_feed(b, some, 2, 5, lengths, &plain), "prompts");
-        check(!memcmp(a->next, b->next, 2 * V * 4), "%s: a prompt's logits differ", models[which]); // it starts from s_0 as ever
+        retrofit_clear_cache(a), retrofit_clear_cache(b);
+        need(retrofit_next_logits(a, some, 2, 5, lengths, &how) && retrofit_next_logits(b, some, 2, 5, lengths, &plain), "prompts");
+        check(!memcmp(a->decoder->next, b->decoder->next, 2 * V * 4), "%s: a prompt's logits differ", models[which]); // it starts from s_0 as ever
         for (size_t row = 0; row < 2; row++) memcpy(state + row * d, b->state + (row * 5 + (size_t)lengths[row] - 1) * d, d * 4);
         for (size_t i = 5; i < 8; i++) { // by hand: prelude, the state put in place, the loop, the coda
             some[0] = tokens[0][i], some[1] = tokens[1][i];
             const float *got = feed(a, some, 2, 1, &how);
             need(set_batch(b, some, 2, 1), "batch");
-            m->ops->upload(b->past, b->seen, 2 * 4);
+            m->ops->upload(b->past, b->decoder->seen, 2 * 4);
             prelude_forward(b), memcpy(b->state, state, 2 * d * 4), retrofit_recur(b, how.recurrences, 0), retrofit_coda(b),
                 retrofit_logits(b, 0, 2, z);
-            memcpy(state, b->state, 2 * d * 4), b->seen[0]++, b->seen[1]++;
+            memcpy(state, b->state, 2 * d * 4), b->decoder->seen[0]++, b->decoder->seen[1]++;
             check(!memcmp(got, z, 2 * V * 4), "%s: token %zu does not start from the last state", models[which], i);
         }
     }
-    retrofit_rewind(a), retrofit_rewind(b); // forgets
+    retrofit_clear_cache(a), retrofit_clear_cache(b); // forgets
     int32_t some[] = {3, 9};
-    retrofit_thinking how = {.recurrences = 2, .sigma = 0.3f, .seed = 5, .continuous = true},
+    retrofit_recurrence_options how = {.recurrences = 2, .sigma = 0.3f, .seed = 5, .continuous = true},
                       plain = {.recurrences = 2, .sigma = 0.3f, .seed = 5};
     check(!memcmp(feed(a, some, 1, 1, &how), feed(b, some, 1, 1, &plain), V * 4), "%s: a first token does not start from s_0",
           models[which]);
@@ -494,24 +494,24 @@ static void continuous(size_t which) {
           models[which]);
     check(!memcmp(feed(a, some, 1, 2, &how), feed(b, some, 1, 2, &plain), V * 4), "%s: two tokens at a time do not start from s_0",
           models[which]);
-    free(state), free(z), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m);
+    free(state), free(z), retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_free(m);
 }
 
 // ---- Noise: the formula of each kind, by hand; the same seed the same noise, cached or not ------------------------------------------------
 static void noise(size_t which) {
     retrofit_model *m = load(which);
     size_t V = m->config.vocab, d = m->config.n_embd, n = 6;
-    retrofit_activations *a = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL),
-                         *b = retrofit_activations_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL);
-    retrofit_activations *cached = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
+    retrofit_buffers *a = retrofit_buffers_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL),
+                         *b = retrofit_buffers_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL);
+    retrofit_buffers *cached = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
     need(a && b, "activations");
-    float *z = (float *)allocate(V, 4), *noisy = (float *)allocate(n * d, 4);
+    float *z = (float *)retrofit_allocate(V, 4), *noisy = (float *)retrofit_allocate(n * d, 4);
     int32_t tokens[] = {1, 5, 9, 90, 3, 8};
     for (int kind = RETROFIT_NOISE_FIXED; kind <= RETROFIT_NOISE_CHI; kind++) {
-        retrofit_thinking how = {.recurrences = 4, .sigma = 0.3f, .seed = 9, .noise = 20, .noise_kind = (retrofit_noise)kind};
+        retrofit_recurrence_options how = {.recurrences = 4, .sigma = 0.3f, .seed = 9, .noise = 20, .noise_kind = (retrofit_noise)kind};
         double y = 20 * RETROFIT_STATE_STD, sizes[5] = {0};
         need(retrofit_prelude(a, tokens, 1, n) && retrofit_prelude(b, tokens, 1, n), "prelude");
-        retrofit_start(a, how.sigma, how.seed), retrofit_start(b, how.sigma, how.seed);
+        retrofit_init_state(a, how.sigma, how.seed), retrofit_init_state(b, how.sigma, how.seed);
         for (size_t i = 1; i <= 4; i++) {
             double x = kind == RETROFIT_NOISE_GEOM   ? y / (double)i
                        : kind == RETROFIT_NOISE_SQRT ? y / sqrt((double)i)
@@ -531,38 +531,38 @@ static void noise(size_t which) {
                   "%s, noise %d, recurrence %zu: z has a mean square of %g, at most %g", models[which], kind, i, sizes[i], largest_z);
             memcpy(a->state, noisy, n * d * 4), a->n = i; // the next one's
         }
-        retrofit_think(b, &how, 4); // the noise comes before the recurrence
-        for (retrofit_start(a, how.sigma, how.seed), a->n = 0; a->n < 4;) add_noise(a, &how), retrofit_recur(a, 1, 0);
+        retrofit_recur_noisy(b, &how, 4); // the noise comes before the recurrence
+        for (retrofit_init_state(a, how.sigma, how.seed), a->n = 0; a->n < 4;) add_noise(a, &how), retrofit_recur(a, 1, 0);
         check(!memcmp(a->state, b->state, n * d * 4), "%s: noise %d is not before each recurrence", models[which], kind);
         retrofit_coda(b), retrofit_logits(b, n - 1, 1, z);
         if (kind == RETROFIT_NOISE_CHI) continue; // its strength is drawn anew for every pass
-        retrofit_rewind(cached);
+        retrofit_clear_cache(cached);
         for (size_t i = 0; i + 1 < n; i++) feed(cached, tokens + i, 1, 1, &how);
         double apart = relative_error(feed(cached, tokens + n - 1, 1, 1, &how), z, V);
         check(apart < 1e-5, "%s: noise %d: cached %.2e off the full pass", models[which], kind, apart);
-        retrofit_thinking never = how; // the prompt as a whole, and behind it an exit that never fires
+        retrofit_recurrence_options never = how; // the prompt as a whole, and behind it an exit that never fires
         never.exit = RETROFIT_EXIT_KL, never.threshold = 0;
-        retrofit_rewind(cached), feed(cached, tokens, 1, n - 1, &how);
+        retrofit_clear_cache(cached), feed(cached, tokens, 1, n - 1, &how);
         apart = relative_error(feed(cached, tokens + n - 1, 1, 1, &never), z, V);
         check(apart < 1e-5, "%s: noise %d: a prompt or an exit is %.2e off the full pass", models[which], kind, apart);
-        how.noise = 0, retrofit_rewind(cached);
+        how.noise = 0, retrofit_clear_cache(cached);
         for (size_t i = 0; i + 1 < n; i++) feed(cached, tokens + i, 1, 1, &how);
         check(relative_error(feed(cached, tokens + n - 1, 1, 1, &how), z, V) > 1e-4, "%s: noise %d changes nothing", models[which], kind);
     }
-    free(z), free(noisy), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_activations_free(cached), retrofit_free(m);
+    free(z), free(noisy), retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_buffers_free(cached), retrofit_free(m);
 }
 
 // Every recurrence and seed has a z of its own; CHI a strength of its own at every position, twice a uniform one.
 static void noise_draws(void) {
     retrofit_model *m = load(0);
     size_t d = m->config.n_embd;
-    retrofit_activations *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    float *z = (float *)allocate(5 * d, 4);
-    retrofit_thinking how = {.recurrences = 4, .seed = 9, .noise = 20};
+    retrofit_buffers *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
+    float *z = (float *)retrofit_allocate(5 * d, 4);
+    retrofit_recurrence_options how = {.recurrences = 4, .seed = 9, .noise = 20};
     int32_t token = 1;
     need(set_batch(a, &token, 1, 1), "batch");
     for (size_t i = 0; i < 5; i++) { // start state, two recurrences, another seed, the first recurrence again
-        retrofit_start(a, i ? 0 : 20 * m->config.state_std, 9);
+        retrofit_init_state(a, i ? 0 : 20 * m->config.state_std, 9);
         a->n = i == 2, how.seed = i == 3 ? 8 : 9;
         if (i) add_noise(a, &how);
         memcpy(z + i * d, a->state, d * 4);
@@ -575,27 +575,27 @@ static void noise_draws(void) {
     check(!memcmp(z + d, z + 4 * d, d * 4), "the same seed and recurrence have another noise");
     double sum = 0, least_u = 2, most_u = 0;
     how.noise_kind = RETROFIT_NOISE_CHI;
-    for (a->seen[0] = 0; a->seen[0] < 32; a->seen[0]++) {
+    for (a->decoder->seen[0] = 0; a->decoder->seen[0] < 32; a->decoder->seen[0]++) {
         double size = 0;
-        retrofit_start(a, 0, 9), a->n = 0, add_noise(a, &how);
+        retrofit_init_state(a, 0, 9), a->n = 0, add_noise(a, &how);
         for (size_t c = 0; c < d; c++) size += (double)a->state[c] * a->state[c] / (double)d;
         double u = sqrt(size) / (20 * (double)m->config.state_std);
         sum += u / 32, least_u = fmin(least_u, u), most_u = fmax(most_u, u);
     }
     check(fabs(sum - 1) < 0.4 && least_u < 0.5 && most_u > 1.5, "chi noise: strengths from %g to %g, %g on average", least_u, most_u, sum);
-    free(z), retrofit_activations_free(a), retrofit_free(m);
+    free(z), retrofit_buffers_free(a), retrofit_free(m);
 }
 
 // A plain Llama has no recurrence to stop, whatever it is asked.
 static void plain_model(void) {
     retrofit_model *m = retrofit_load(FIXTURES "tiny/base", &retrofit_cpu, RETROFIT_INFERENCE);
     need(m != NULL, "a plain model");
-    retrofit_activations *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false), *b = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    retrofit_thinking how = {.recurrences = 3, .exit = RETROFIT_EXIT_KL, .threshold = -1, .continuous = true, .noise = 1}, none = {0};
+    retrofit_buffers *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false), *b = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
+    retrofit_recurrence_options how = {.recurrences = 3, .exit = RETROFIT_EXIT_KL, .threshold = -1, .continuous = true, .noise = 1}, none = {0};
     for (int32_t token = 1; token < 9; token++)
-        check(!memcmp(feed(a, &token, 1, 1, &how), feed(b, &token, 1, 1, &none), m->config.vocab * 4) && a->used[0] == 0,
-              "a plain model thinks %d recurrences", (int)a->used[0]);
-    retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m);
+        check(!memcmp(feed(a, &token, 1, 1, &how), feed(b, &token, 1, 1, &none), m->config.vocab * 4) && a->decoder->used[0] == 0,
+              "a plain model thinks %d recurrences", (int)a->decoder->used[0]);
+    retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_free(m);
 }
 
 int main(void) {

@@ -36,7 +36,7 @@ static void run_cases(const char *directory, const char *name) {
     retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
     check(t != NULL, "%s: %s", directory, retrofit_error());
     size_t size, n, before = failed;
-    char path[RETROFIT_PATH], *text = retrofit_path(path, directory, name) ? read_file(path, &size) : NULL;
+    char path[RETROFIT_PATH], *text = retrofit_path(path, directory, name) ? retrofit_read_file(path, &size) : NULL;
     retrofit_json *cases = text ? retrofit_json_parse(text, size, name) : NULL;
     check(cases != NULL, "%s: %s", name, retrofit_error());
     if (!t || !cases) return;
@@ -175,7 +175,7 @@ static void json_cases(void) {
     FILE *f = tmpfile();
     char all[256], read_back[2048];
     for (int i = 0; i < 128; i++) all[i] = (char)i;
-    json_write_string(f, all, 128);
+    retrofit_json_write_string(f, all, 128);
     rewind(f);
     size_t n = fread(read_back, 1, sizeof read_back, f);
     v = retrofit_json_parse(read_back, n, "written");
@@ -209,7 +209,7 @@ static void hostile(const char *directory, size_t stride, int flips) {
     char work[] = "/tmp/tok_hostile_XXXXXX", path[RETROFIT_PATH];
     need(mkdtemp(work) != NULL, work);
     size_t size, loaded = 0, whole = 0;
-    char *text = retrofit_path(path, directory, "tokenizer.json") ? read_file(path, &size) : NULL;
+    char *text = retrofit_path(path, directory, "tokenizer.json") ? retrofit_read_file(path, &size) : NULL;
     need(text && retrofit_path(path, work, "tokenizer.json"), directory);
     for (size_t n = 0; n < size; n += stride) write_file(path, text, n), try_load(work, &whole);
     check(whole <= 1, "truncated files were accepted"); // without a final newline it is whole
@@ -443,7 +443,7 @@ static void speed(const char *directory, const char *file) {
     retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
     printf("%s: load %.3f s (%s)\n", directory, retrofit_seconds() - t0, t ? "ok" : retrofit_error());
     size_t size, n, m;
-    char *text = read_file(file, &size);
+    char *text = retrofit_read_file(file, &size);
     if (!t || !text) return;
     t0 = retrofit_seconds();
     int32_t *ids = retrofit_encode(t, text, size, false, &n);

@@ -58,7 +58,7 @@ static double difference(const retrofit_model *a, const retrofit_model *b, int w
         double e = p->rows != q->rows || p->cols != q->cols || !x != !y ? INFINITY
                    : !x || !memcmp(x, y, n * 4)                         ? 0
                                                                         : relative_error(x, y, n) + 1e-30;
-        if (e > worst) worst = e, *name = p->piece[0].name;
+        if (e > worst) worst = e, *name = p->source[0].name;
     }
     return worst;
 }
@@ -112,10 +112,10 @@ static void state_sizes(void) {
     int32_t tokens[12];
     double rms[8];
     for (int i = 0; i < 12; i++) tokens[i] = i * 7 % 131;
-    retrofit_activations *a = retrofit_activations_new(m, 2, 6, 3, RETROFIT_KEEP_ALL, NULL);
-    retrofit_activations *b = retrofit_activations_new(m, 2, 6, 0, RETROFIT_KEEP_NOTHING, NULL);
+    retrofit_buffers *a = retrofit_buffers_new(m, 2, 6, 3, RETROFIT_KEEP_ALL, NULL);
+    retrofit_buffers *b = retrofit_buffers_new(m, 2, 6, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(a && b && retrofit_optimizer_init(m, RETROFIT_ADAMW) && retrofit_forward(a, tokens, 2, 6, 0.5f, 3, 2, 3), "forward");
-    size_t count = retrofit_state_sizes(a, rms);
+    size_t count = retrofit_state_rms(a, rms);
     check(count == 4, "%zu sizes of 4 states", count);
     for (size_t j = 0; j < count; j++) {
         double sum = 0;
@@ -124,7 +124,7 @@ static void state_sizes(void) {
         sum = sqrt(sum / (12.0 * (double)m->config.n_embd));
         check(fabs(rms[j] - sum) < 1e-6 * sum, "the size of s_%zu is %g, should be %g", 2 + j, rms[j], sum);
     }
-    retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m);
+    retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_free(m);
 }
 
 // ---- The authors' ten steps ----------------------------------------------------------------------------------------------
@@ -139,18 +139,18 @@ static double setting(const char *key) {
     return j->number;
 }
 
-static retrofit_activations *activations(const retrofit_model *m, size_t rows, size_t K) {
-    retrofit_activations *a =
-        retrofit_activations_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, RETROFIT_KEEP_ALL, NULL);
+static retrofit_buffers *activations(const retrofit_model *m, size_t rows, size_t K) {
+    retrofit_buffers *a =
+        retrofit_buffers_new(m, rows, fixture(&fixtures, "train.tokens")->shape[1] - 1, K, RETROFIT_KEEP_ALL, NULL);
     need(a != NULL, "activations");
     return a;
 }
 
 // Rows first .. first+count of train.tokens as tokens and labels, through (n,k), and back with the loss scaled. Zero start state.
-static double pass(retrofit_activations *a, size_t first, size_t count, size_t n, size_t k, float scale) {
+static double pass(retrofit_buffers *a, size_t first, size_t count, size_t n, size_t k, float scale) {
     const retrofit_tensor *t = fixture(&fixtures, "train.tokens");
     size_t T = t->shape[1] - 1;
-    int32_t *tokens = (int32_t *)allocate(2 * count * T, 4), *labels = tokens + count * T;
+    int32_t *tokens = (int32_t *)retrofit_allocate(2 * count * T, 4), *labels = tokens + count * T;
     for (size_t i = 0; i < count * T; i++) tokens[i] = ((const int32_t *)t->data)[(first + i / T) * (T + 1) + i % T];
     for (size_t i = 0; i < count * T; i++) labels[i] = ((const int32_t *)t->data)[(first + i / T) * (T + 1) + i % T + 1];
     need(first + count <= t->shape[0] && retrofit_forward(a, tokens, count, T, 0, 0, n, k), "forward");
@@ -178,7 +178,7 @@ static void close_to(double mine, double theirs, double tolerance, const char *k
 }
 
 // Optimizer step t (from 0) of the recipe; with the authors' record of it also compared.
-static void train_step(retrofit_model *m, retrofit_activations *a, retrofit_optimizer_kind kind, size_t t, const retrofit_json *theirs) {
+static void train_step(retrofit_model *m, retrofit_buffers *a, retrofit_optimizer_kind kind, size_t t, const retrofit_json *theirs) {
     const char *name = names[kind];
     size_t accumulate = (size_t)setting("accumulation"), K = (size_t)setting("max_backprop_depth");
     double warmup = setting("lr_warmup"), cooldown = setting("lr_cooldown"), min = setting("min_lr_ratio");
@@ -222,23 +222,23 @@ static void train_step(retrofit_model *m, retrofit_activations *a, retrofit_opti
 static void ten_steps(retrofit_optimizer_kind kind) {
     const char *name = names[kind];
     retrofit_model *m = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *start = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
-    retrofit_activations *a = activations(m, ROWS, 4);
+    retrofit_buffers *a = activations(m, ROWS, 4);
     need(retrofit_optimizer_init(m, kind), "moments");
     const retrofit_json *record = retrofit_json_get(retrofit_json_get(recipe, "runs"), name)->child;
     for (size_t t = 0; t < STEPS; t++, record = record->next) need(record != NULL, "ten records"), train_step(m, a, kind, t, record);
     double worst = 0, moved = INFINITY;
     for (size_t i = 0; i < m->parameter_count; i++) {
         const retrofit_parameter *p = m->parameters[i];
-        const retrofit_tensor *final = fixture(&fixtures, "%s.final.%s", name, p->piece[0].name);
+        const retrofit_tensor *final = fixture(&fixtures, "%s.final.%s", name, p->source[0].name);
         size_t n = p->rows * p->cols;
         double e = relative_error(p->master, (const float *) final->data, n),
                way = relative_error(start->parameters[i]->master, (const float *) final->data, n);
-        check(final->count == n && e < 1e-4, "%s: %s after ten steps is off by %.2e; it moved by %.2e", name, p->piece[0].name, e, way);
+        check(final->count == n && e < 1e-4, "%s: %s after ten steps is off by %.2e; it moved by %.2e", name, p->source[0].name, e, way);
         if (e > worst) worst = e;
         if (way < moved) moved = way;
     }
     printf("%s: worst final parameter %.1e off, where each moved by %.1e or more\n", name, worst, moved);
-    retrofit_activations_free(a);
+    retrofit_buffers_free(a);
 
     // The same in two sittings: bits must not show where it was interrupted. Everything kept is what the files hold.
     retrofit_model *one = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *two;
@@ -250,7 +250,7 @@ static void ten_steps(retrofit_optimizer_kind kind) {
     need(temporary && retrofit_save(one, temporary, RETROFIT_F32, NULL) && retrofit_save_optimizer(one, temporary, metadata) &&
              retrofit_directory_commit(temporary, final),
          "checkpoint");
-    retrofit_activations_free(a);
+    retrofit_buffers_free(a);
     retrofit_map f;
     two = load(at("runs/%s", name), RETROFIT_TRAINING); // finds DIR/latest
     need(retrofit_optimizer_init(two, kind) && retrofit_load_optimizer(two, &f, final), "optimizer.safetensors");
@@ -271,7 +271,7 @@ static void ten_steps(retrofit_optimizer_kind kind) {
     refused(retrofit_load_optimizer(other, &f, final), final, "moments of another optimizer");
     refused(retrofit_load_optimizer(plain, &f, final), final, "moments of another model");
     refused(retrofit_load_optimizer(other, &f, root), "optimizer.safetensors", "moments that are not there");
-    retrofit_activations_free(a), free(final), free(temporary);
+    retrofit_buffers_free(a), free(final), free(temporary);
     retrofit_free(m), retrofit_free(start), retrofit_free(one), retrofit_free(two), retrofit_free(other), retrofit_free(plain);
 }
 
@@ -280,20 +280,20 @@ static void ten_steps(retrofit_optimizer_kind kind) {
 // h⁴, allow steps large enough for fp32: what is left is far below 1e-3 of ‖g‖. u is g/‖g‖ itself, then half of it in random directions.
 static void finite_differences(const char *name, size_t k) {
     retrofit_model *m = load(name, RETROFIT_TRAINING);
-    retrofit_activations *a = activations(m, ROWS, k);
+    retrofit_buffers *a = activations(m, ROWS, k);
     double worst = 0;
     pass(a, 0, ROWS, 0, k, 1);
     for (size_t i = 0; i < m->parameter_count; i++) {
         retrofit_parameter *p = m->parameters[i];
         size_t n = p->rows * p->cols;
-        float *old = (float *)allocate(n, 4), *u = (float *)allocate(n, 4);
+        float *old = (float *)retrofit_allocate(n, 4), *u = (float *)retrofit_allocate(n, 4);
         memcpy(old, p->master, n * 4);
         double size = 0;
         sum_squares(&size, p->grad, n), size = sqrt(size);
         for (int random = 0; random < 2; random++) {
             double length = 0, slope = 0, loss[4];
             for (size_t j = 0; j < n; j++)
-                u[j] = p->grad[j] / (float)size + (random ? (hash64(i, j) & 1 ? 1.0f : -1.0f) / sqrtf((float)n) : 0),
+                u[j] = p->grad[j] / (float)size + (random ? (retrofit_hash(i, j) & 1 ? 1.0f : -1.0f) / sqrtf((float)n) : 0),
                 length += (double)u[j] * u[j];
             for (size_t j = 0; j < n; j++) slope += (double)p->grad[j] * u[j] / sqrt(length);
             double h =
@@ -305,25 +305,25 @@ static void finite_differences(const char *name, size_t k) {
             }
             memcpy(p->master, old, n * 4);
             double e = fabs((8 * (loss[2] - loss[1]) - (loss[3] - loss[0])) / (12 * h) - slope) / size;
-            check(e < 1e-3, "%s: gradient of %s and finite differences are %.2e apart", name, p->piece[0].name, e);
+            check(e < 1e-3, "%s: gradient of %s and finite differences are %.2e apart", name, p->source[0].name, e);
             if (e > worst) worst = e;
         }
         free(old), free(u);
     }
     printf("%s: worst finite difference %.1e\n", name, worst);
-    retrofit_activations_free(a), retrofit_free(m);
+    retrofit_buffers_free(a), retrofit_free(m);
 }
 
 // With (n,k) nothing flows into the first n recurrences: the gradients are those of (0,k) started from s_n, to the last bit.
 static void truncation(void) {
     retrofit_model *m = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), *fresh = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
-    retrofit_activations *a = activations(m, ROWS, 3), *b = activations(fresh, ROWS, 3);
+    retrofit_buffers *a = activations(m, ROWS, 3), *b = activations(fresh, ROWS, 3);
     const retrofit_tensor *t = fixture(&fixtures, "train.tokens");
     size_t T = t->shape[1] - 1, N = ROWS * T, V_ = m->config.vocab;
     int32_t tokens[1024];
     need(N <= 1024, "room for the tokens");
     for (size_t i = 0; i < N; i++) tokens[i] = ((const int32_t *)t->data)[i];
-    float *x = (float *)allocate(3 * N * V_, 4), *y = x + N * V_, *z = y + N * V_;
+    float *x = (float *)retrofit_allocate(3 * N * V_, 4), *y = x + N * V_, *z = y + N * V_;
     need(retrofit_forward(a, tokens, ROWS, T, 0.01f, 7, 2, 2) && retrofit_prelude(b, tokens, ROWS, T), "forward");
     memcpy(b->state, a->state, N * m->config.n_embd * 4); // in training `state` stays s_n
     retrofit_recur(b, 0, 2), retrofit_coda(b);
@@ -334,7 +334,7 @@ static void truncation(void) {
     // gradients matter to nothing but gradients; three recurrences are one, and one, and one
     need(retrofit_forward(a, tokens, ROWS, T, 0.01f, 7, 0, 3), "forward"), retrofit_logits(a, 0, N, x);
     need(retrofit_forward(a, tokens, ROWS, T, 0.01f, 7, 3, 0), "forward"), retrofit_logits(a, 0, N, y);
-    need(retrofit_prelude(b, tokens, ROWS, T), "prelude"), retrofit_start(b, 0.01f, 7);
+    need(retrofit_prelude(b, tokens, ROWS, T), "prelude"), retrofit_init_state(b, 0.01f, 7);
     for (int i = 0; i < 3; i++) retrofit_recur(b, 0, 1);
     retrofit_coda(b), retrofit_logits(b, 0, N, z);
     check(!memcmp(x, y, N * V_ * 4), "logits of (0,3) and (3,0) are %.2e apart", relative_error(x, y, N * V_));
@@ -356,7 +356,7 @@ static void truncation(void) {
     check(isnan(retrofit_loss(a, tokens, 0)) && *retrofit_error(), "the loss of no labels is a number"), tokens[3] = (int32_t)V_;
     check(isnan(retrofit_loss(a, tokens, 0)) && strstr(retrofit_error(), "label 3"), "a label of V: %s", retrofit_error());
     check(!retrofit_forward(a, tokens, ROWS, T, 0, 0, 0, 4), "4 recurrences with gradient where 3 fit");
-    free(x), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m), retrofit_free(fresh);
+    free(x), retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_free(m), retrofit_free(fresh);
 }
 
 // With A = [I | 0] and s_0 = e the loop is a plain stack of P + r·C + D layers with the core's repeated: logits equal to the last bit, and
@@ -371,20 +371,20 @@ static void unrolled(void) {
     retrofit_model *stack = retrofit_model_new(&c, &retrofit_cpu);
     need(stack && retrofit_model_allocate(stack, RETROFIT_TRAINING), "stack");
 #define LAYER(i) ((i) < P ? &m->prelude[i] : (i) < P + R * C ? &m->core[((i)-P) % C] : &m->coda[(i)-P - R * C])
-#define EACH(X)  X(norm_1) X(wqkv) X(proj) X(norm_2) X(fc) X(mlp_proj)
+#define EACH(X)  X(norm_1) X(w_qkv) X(w_out) X(norm_2) X(w_gate_up) X(w_down)
     for (size_t i = 0; i < c.coda; i++) {
 #define COPY(w) memcpy(stack->coda[i].w.master, LAYER(i)->w.master, LAYER(i)->w.rows *LAYER(i)->w.cols * 4);
         EACH(COPY)
     }
     memcpy(stack->wte.master, m->wte.master, V_ * d * 4), memcpy(stack->lm_head.master, m->lm_head.master, V_ * d * 4);
     memcpy(stack->ln_f.master, m->ln_f.master, d * 4);
-    retrofit_refresh(m), retrofit_refresh(stack);
-    retrofit_activations *a = retrofit_activations_new(m, 1, T, R, RETROFIT_KEEP_ALL, NULL),
-                         *b = retrofit_activations_new(stack, 1, T, 0, RETROFIT_KEEP_ALL, NULL);
+    retrofit_refresh_weights(m), retrofit_refresh_weights(stack);
+    retrofit_buffers *a = retrofit_buffers_new(m, 1, T, R, RETROFIT_KEEP_ALL, NULL),
+                         *b = retrofit_buffers_new(stack, 1, T, 0, RETROFIT_KEEP_ALL, NULL);
     const int32_t *tokens = (const int32_t *)fixture(&fixtures, "train.tokens")->data;
     need(a && b && retrofit_prelude(a, tokens, 1, T) && retrofit_forward(b, tokens, 1, T, 0, 0, 0, 0), "forward");
     memcpy(a->state, a->e, T * d * 4), retrofit_recur(a, 0, R), retrofit_coda(a);
-    float *x = (float *)allocate(2 * T * V_, 4), *y = x + T * V_;
+    float *x = (float *)retrofit_allocate(2 * T * V_, 4), *y = x + T * V_;
     retrofit_logits(a, 0, T, x), retrofit_logits(b, 0, T, y);
     check(!memcmp(x, y, T * V_ * 4), "looped and unrolled: logits are %.2e apart", relative_error(x, y, T * V_));
     retrofit_loss(a, tokens + 1, 1), retrofit_loss(b, tokens + 1, 1), retrofit_backward(a), retrofit_backward(b);
@@ -398,13 +398,13 @@ static void unrolled(void) {
         double e;
 #define COMPARE(p)                                                   \
     e = relative_error(w->p.grad, u->p.grad, w->p.rows * w->p.cols), \
-    check(e < 1e-6, "looped and unrolled: gradients of %s %.2e apart", w->p.piece[0].name, e);
+    check(e < 1e-6, "looped and unrolled: gradients of %s %.2e apart", w->p.source[0].name, e);
         EACH(COMPARE)
     }
     double squares = 0;
-    sum_squares(&squares, m->wte.grad, V_ * d), sum_squares(&squares, m->prelude[0].wqkv.grad, m->prelude[0].wqkv.rows * d);
+    sum_squares(&squares, m->wte.grad, V_ * d), sum_squares(&squares, m->prelude[0].w_qkv.grad, m->prelude[0].w_qkv.rows * d);
     check(squares == 0, "a gradient went past s_0");
-    free(x), retrofit_activations_free(a), retrofit_activations_free(b), retrofit_free(m), retrofit_free(stack);
+    free(x), retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_free(m), retrofit_free(stack);
 }
 
 // With parts frozen the others' gradients are the same to the bit, and nothing else has any, or moments, or moves.
@@ -416,7 +416,7 @@ static void freezing(void) {
             for (int mode = RETROFIT_TRAINING; mode <= RETROFIT_TRAINING_ADAPTER; mode++) {
                 retrofit_model *m = load(FIXTURES "tiny/recurrent", (retrofit_mode)mode);
                 need(retrofit_optimizer_init(m, (retrofit_optimizer_kind)kind), "moments");
-                retrofit_activations *a = retrofit_activations_new(m, 2, 9, 2, (retrofit_keep)how, NULL);
+                retrofit_buffers *a = retrofit_buffers_new(m, 2, 9, 2, (retrofit_keep)how, NULL);
                 need(a && retrofit_forward(a, tokens, 2, 9, 0.1f, 5, 1, 2), "forward");
                 retrofit_loss(a, tokens + 1, 1), retrofit_backward(a);
                 retrofit_optimizer o = {.kind = (retrofit_optimizer_kind)kind,
@@ -436,9 +436,9 @@ static void freezing(void) {
                     if (trained) sum_squares(&squares, p->grad, p->rows * p->cols);
                     check(trained ? p->grad && p->m && !memcmp(p->grad, q->grad, bytes) && !memcmp(p->master, q->master, bytes)
                                   : !p->grad && !p->m && !p->v,
-                          "%s, mode %d: gradient, moment or step of %s", names[kind], mode, p->piece[0].name);
+                          "%s, mode %d: gradient, moment or step of %s", names[kind], mode, p->source[0].name);
                     check(trained == (memcmp(p->master, before->master, bytes) != 0), "%s, mode %d: %s moved, or did not", names[kind],
-                          mode, p->piece[0].name);
+                          mode, p->source[0].name);
                 }
                 check(fabs(norm - sqrt(squares)) < 1e-6 * norm, "mode %d: the norm is %g, of the trained gradients %g", mode, norm,
                       sqrt(squares));
@@ -449,7 +449,7 @@ static void freezing(void) {
                     retrofit_free(shape);
                 check(gradients == m->grad_bytes && moments == m->moment_bytes, "mode %d: %zu and %zu bytes foretold, %zu and %zu taken",
                       mode, gradients, moments, m->grad_bytes, m->moment_bytes);
-                retrofit_activations_free(a);
+                retrofit_buffers_free(a);
                 if (m != whole) retrofit_free(m);
             }
             retrofit_free(whole), retrofit_free(start);
@@ -487,18 +487,18 @@ static void accumulation(void) {
     retrofit_model *m[4];
     for (int i = 0; i < 4; i++)
         m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING), need(retrofit_optimizer_init(m[i], RETROFIT_ADAMW), "moments");
-    retrofit_activations *a = activations(m[0], ROWS, 3), *b = activations(m[1], 2 * ROWS, 3);
+    retrofit_buffers *a = activations(m[0], ROWS, 3), *b = activations(m[1], 2 * ROWS, 3);
     double halves = pass(a, 0, ROWS, 1, 3, 0.5f) / 2 + pass(a, ROWS, ROWS, 1, 3, 0.5f) / 2, whole = pass(b, 0, 2 * ROWS, 1, 3, 1);
     const char *name = "";
     double e = difference(m[0], m[1], GRAD, &name);
     check(e < 1e-6 && fabs(halves - whole) < 1e-6 * whole, "two micro-batches: loss %.9g, one: %.9g; gradients of %s %.2e apart", halves,
           whole, name, e);
-    retrofit_activations_free(a), retrofit_activations_free(b);
+    retrofit_buffers_free(a), retrofit_buffers_free(b);
     for (int i = 2; i < 4; i++) { // the second run in buffers that have seen other work
         a = activations(m[i], ROWS + (size_t)i % 2, 4);
         if (i == 3) pass(a, 10, ROWS + 1, 2, 4, 1);
         for (size_t t = 0; t < 3; t++) train_step(m[i], a, RETROFIT_ADAMW, t, NULL);
-        retrofit_activations_free(a);
+        retrofit_buffers_free(a);
     }
     same(m[2], m[3], MASTER, "three steps, twice");
     for (int i = 0; i < 4; i++) retrofit_free(m[i]);
@@ -510,10 +510,10 @@ static void decay(retrofit_optimizer_kind kind) {
     retrofit_model *m[2], *start = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
     for (int i = 0; i < 2; i++) {
         m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
-        retrofit_activations *a = activations(m[i], ROWS, 1);
+        retrofit_buffers *a = activations(m[i], ROWS, 1);
         retrofit_optimizer o = {kind, 0.01f, 0.02f, 0.9f, 0.95f, 1e-8f, i ? 0.5f : 0, 0.95f, 0, 0, 0};
         need(retrofit_optimizer_init(m[i], kind), "moments"), pass(a, 0, ROWS, 0, 1, 1);
-        retrofit_optimizer_step(m[i], &o, 1), retrofit_activations_free(a);
+        retrofit_optimizer_step(m[i], &o, 1), retrofit_buffers_free(a);
     }
     for (size_t i = 0; i < start->parameter_count; i++) {
         const retrofit_parameter *p = start->parameters[i];
@@ -522,7 +522,7 @@ static void decay(retrofit_optimizer_kind kind) {
             double with = (double)m[1]->parameters[i]->master[j], without = (double)m[0]->parameters[i]->master[j];
             worst = fmax(worst, fabs(with - without + lr * 0.5 * (double)p->master[j]));
         }
-        check(worst < 1e-6, "%s: weight decay of %s is off by %.2e", names[kind], p->piece[0].name, worst);
+        check(worst < 1e-6, "%s: weight decay of %s is off by %.2e", names[kind], p->source[0].name, worst);
     }
     retrofit_free(m[0]), retrofit_free(m[1]), retrofit_free(start);
 }
@@ -533,10 +533,10 @@ static void throttling(void) {
         retrofit_model *m[2], *start = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
         for (int i = 0; i < 2; i++) {
             m[i] = load(FIXTURES "tiny/recurrent", RETROFIT_TRAINING);
-            retrofit_activations *a = activations(m[i], ROWS, 1);
+            retrofit_buffers *a = activations(m[i], ROWS, 1);
             retrofit_optimizer o = {(retrofit_optimizer_kind)kind, 0.01f, 0.02f, 0.9f, 0.95f, 1e-8f, 0, 0.95f, 0, 0, i ? 4.0f : 0};
             need(retrofit_optimizer_init(m[i], (retrofit_optimizer_kind)kind), "moments"), pass(a, 0, ROWS, 0, 1, 1);
-            retrofit_optimizer_step(m[i], &o, 1), retrofit_activations_free(a);
+            retrofit_optimizer_step(m[i], &o, 1), retrofit_buffers_free(a);
         }
         for (size_t i = 0; i < start->parameter_count; i++) {
             const retrofit_parameter *p = start->parameters[i];
@@ -545,7 +545,7 @@ static void throttling(void) {
                 double way = (double)m[0]->parameters[i]->master[j] - p->master[j], slow = (double)m[1]->parameters[i]->master[j] - p->master[j];
                 worst = fmax(worst, fabs(slow - share * way));
             }
-            check(worst < 1e-6, "%s: throttled by 4, %s is %.2e off", names[kind], p->piece[0].name, worst);
+            check(worst < 1e-6, "%s: throttled by 4, %s is %.2e off", names[kind], p->source[0].name, worst);
         }
         retrofit_free(m[0]), retrofit_free(m[1]), retrofit_free(start);
     }
@@ -554,7 +554,7 @@ static void throttling(void) {
 // The source model trained by the same loop, on one batch again and again, must learn it.
 static void baseline(void) {
     retrofit_model *m = load(FIXTURES "tiny/base", RETROFIT_TRAINING);
-    retrofit_activations *a = activations(m, ROWS, 0);
+    retrofit_buffers *a = activations(m, ROWS, 0);
     need(retrofit_optimizer_init(m, RETROFIT_ADAMW), "moments");
     double first = 0, last = 0;
     for (size_t t = 0; t < 20; t++) {
@@ -566,7 +566,7 @@ static void baseline(void) {
         retrofit_optimizer_step(m, &o, t + 1);
     }
     check(last < 0.8 * first, "20 steps on one batch: loss from %.4f to %.4f only", first, last);
-    retrofit_activations_free(a), retrofit_free(m);
+    retrofit_buffers_free(a), retrofit_free(m);
 }
 
 // ---- Checkpoints -----------------------------------------------------------------------------------------------------------
@@ -575,7 +575,7 @@ static uint16_t nearest_bf16(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
     uint16_t below = (uint16_t)(bits >> 16);
-    double down = (double)f - (double)bf16_to_float(below), up = (double)bf16_to_float((uint16_t)(below + 1)) - (double)f;
+    double down = (double)f - (double)retrofit_bf16_to_float(below), up = (double)retrofit_bf16_to_float((uint16_t)(below + 1)) - (double)f;
     return fabs(down) < fabs(up) || (fabs(down) == fabs(up) && below % 2 == 0) ? below : (uint16_t)(below + 1);
 }
 
@@ -605,8 +605,8 @@ static void there_and_back(const char *name) {
     n = load(bf16, RETROFIT_TRAINING);
     for (size_t i = 0, bad = 0; i < n->parameter_count; i++)
         for (size_t j = 0; !bad && j < n->parameters[i]->rows * n->parameters[i]->cols; j++) {
-            float x = m->parameters[i]->master[j], y = n->parameters[i]->master[j], z = bf16_to_float(nearest_bf16(x));
-            bad += !check(!memcmp(&y, &z, 4), "%s: %s[%zu] = %a in bf16 is %a, not %a", name, n->parameters[i]->piece[0].name, j, (double)x,
+            float x = m->parameters[i]->master[j], y = n->parameters[i]->master[j], z = retrofit_bf16_to_float(nearest_bf16(x));
+            bad += !check(!memcmp(&y, &z, 4), "%s: %s[%zu] = %a in bf16 is %a, not %a", name, n->parameters[i]->source[0].name, j, (double)x,
                           (double)y, (double)z);
         }
     other = load(bf16, RETROFIT_INFERENCE); // written as fp32 from bf16, nothing changes
@@ -614,7 +614,7 @@ static void there_and_back(const char *name) {
     retrofit_free(other), other = load(f32, RETROFIT_TRAINING), same(other, n, MASTER, "bf16 to fp32"), retrofit_free(other);
     // another space in the header, and every bf16 lies at an odd address; for the sanitizer
     size_t size;
-    char *file = read_file(at("bf16/model.safetensors"), &size);
+    char *file = retrofit_read_file(at("bf16/model.safetensors"), &size);
     need(file && ++*(uint8_t *)file, "a header whose length can be raised"), memmove(file + 10, file + 9, size - 9), file[9] = ' ';
     write_file(at("bf16/model.safetensors"), file, size + 1), free(file);
     other = load(bf16, RETROFIT_TRAINING), same(other, n, MASTER, "bf16 at odd addresses"), retrofit_free(other), retrofit_free(n);
@@ -676,11 +676,11 @@ static bool opens(const char *header, size_t data_bytes) {
 
 static void hostile_bytes(void) {
     size_t size, header;
-    char *file = read_file(FIXTURES "tiny/base/model.safetensors", &size), *copy = file ? (char *)malloc(size) : NULL, text[512];
+    char *file = retrofit_read_file(FIXTURES "tiny/base/model.safetensors", &size), *copy = file ? (char *)malloc(size) : NULL, text[512];
     need(copy != NULL, "tiny/base"), memcpy(&header, file, 8);
     for (size_t i = 0; i < 40; i++) { // cut at the seams and anywhere between
         const size_t seams[] = {0, 1, 7, 8, 9, header, header + 7, header + 8, header + 9, size - 4, size - 1};
-        hostile(file, i < 11 ? seams[i] : hash64(1, i) % (i % 2 ? size : header), "a truncated file");
+        hostile(file, i < 11 ? seams[i] : retrofit_hash(1, i) % (i % 2 ? size : header), "a truncated file");
     }
     const uint64_t lengths[] = {0, 1, header - 1, header + 1, size - 8, size - 7, size, 1ull << 31, 1ull << 63, UINT64_MAX - 7, UINT64_MAX};
     for (size_t i = 0; i < 11; i++) {
@@ -688,7 +688,7 @@ static void hostile_bytes(void) {
         memcpy(copy, file, size), memcpy(copy, &lengths[i], 8), hostile(copy, size, text);
     }
     for (size_t i = 0; i < 200; i++) { // one bit of the header: refused, or harmless
-        memcpy(copy, file, size), copy[8 + hash64(2, i) % header] ^= (char)(1 << i % 8), error_text[0] = 0;
+        memcpy(copy, file, size), copy[8 + retrofit_hash(2, i) % header] ^= (char)(1 << i % 8), error_text[0] = 0;
         write_file(at("hostile/model.safetensors"), copy, size);
         retrofit_model *m = retrofit_load(at("hostile"), &retrofit_cpu, RETROFIT_INFERENCE);
         if (!m) refused(false, "hostile", "a header with one bit changed");
@@ -734,7 +734,7 @@ static bool edited(retrofit_tensor *t, edit e) { // false: left out
 static void rewrite(const char *path, edit e, const char *extra) {
     retrofit_map f;
     need(retrofit_safetensors_open(&f, FIXTURES "tiny/base/model.safetensors"), "tiny/base");
-    retrofit_tensor *t = (retrofit_tensor *)allocate(f.count + 1, sizeof *t);
+    retrofit_tensor *t = (retrofit_tensor *)retrofit_allocate(f.count + 1, sizeof *t);
     size_t n = 0;
     for (size_t i = 0; i < f.count; i++) t[n] = f.tensors[i], n += edited(&t[n], e);
     if (extra) t[n] = t[0], t[n++].name = extra;
@@ -760,8 +760,8 @@ static void hostile_tensors(void) {
         for (size_t i = 0, bad = 0; i < m->parameter_count; i++) {
             const float *w = (const float *)m->parameters[i]->weight.data;
             need(m->parameters[i]->weight.type == RETROFIT_F32, "F16 read as F32");
-            for (size_t j = 0; j < m->parameters[i]->pieces; j++) {
-                const retrofit_tensor *t = fixture(&f, "%s", m->parameters[i]->piece[j].name);
+            for (size_t j = 0; j < m->parameters[i]->sources; j++) {
+                const retrofit_tensor *t = fixture(&f, "%s", m->parameters[i]->source[j].name);
                 for (size_t k = 0; !bad && k < t->count; k++, w++) {
                     int bits = ((const uint16_t *)t->data)[k], e = bits >> 10 & 31;
                     double value = (bits & 0x8000 ? -1 : 1) * ldexp((e ? 1024 : 0) + (bits & 1023), (e ? e : 1) - 25);
@@ -843,7 +843,7 @@ static void hostile_configs(void) {
     }
     read_config(llama, "eos_token_id", "[1e300, 2]"); // accepted or not, without an undefined cast
     size_t size;
-    char *config = read_file(FIXTURES "tiny/base/config.json", &size);
+    char *config = retrofit_read_file(FIXTURES "tiny/base/config.json", &size);
     retrofit_config c;
     for (size_t cut = 0; config && cut + 1 < size; cut++) { // the last byte may be a newline
         write_file(at("hostile/config.json"), config, cut);
@@ -945,7 +945,7 @@ static void shards(void) {
 int main(void) {
     strcpy(root, "/tmp/retrofit_XXXXXX");
     size_t size;
-    char *text = read_file(FIXTURES "tiny/train.json", &size);
+    char *text = retrofit_read_file(FIXTURES "tiny/train.json", &size);
     need(mkdtemp(root) && !atexit(remove_root), "temporary directory");
     need(text && (recipe = retrofit_json_parse(text, size, "train.json")) &&
              retrofit_safetensors_open(&fixtures, FIXTURES "tiny/train.safetensors"),
@@ -957,7 +957,7 @@ int main(void) {
         decay(RETROFIT_ELLISADAM), throttling(), baseline();
     there_and_back(FIXTURES "tiny/recurrent"), there_and_back(FIXTURES "tiny/base"), there_and_back(FIXTURES "llama3/recurrent");
     directories();
-    char *config = read_file(FIXTURES "tiny/base/config.json", &size);
+    char *config = retrofit_read_file(FIXTURES "tiny/base/config.json", &size);
     need(config && !mkdir(at("hostile"), 0777), "hostile"), write_file(at("hostile/config.json"), config, size), free(config);
     hostile_bytes(), hostile_tensors(), hostile_configs(), shards();
     retrofit_json_free(recipe), free(text), retrofit_safetensors_close(&fixtures);
