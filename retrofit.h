@@ -1899,7 +1899,7 @@ static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, si
 static void draw_states(retrofit_buffers *a, float *states, float sigma, uint64_t seed) {
     const retrofit_ops *ops = a->model->ops;
     size_t d = a->model->config.n_embd;
-    if (!a->decoder->cache.capacity) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
+    if (!a->decoder) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
     else
         for (size_t i = 0; i < a->b; i++) ops->state_init(states + i * a->t * d, a->past + i, 1, a->t, d, sigma, seed);
 }
@@ -2040,7 +2040,7 @@ const float *retrofit_next_logits(retrofit_buffers *a, const int32_t *tokens, si
     const retrofit_model *m = a->model;
     const retrofit_config *c = &m->config;
     size_t d = c->n_embd, V = c->vocab, r = how->recurrences;
-    if (!a->decoder->cache.capacity || a->keep) return retrofit_fail("these activations have no KV cache"), (const float *)NULL;
+    if (!a->decoder || a->keep) return retrofit_fail("these activations have no KV cache"), (const float *)NULL;
     if (c->core && (r == 0 || r > a->decoder->cache.recurrences))
         return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r, a->decoder->cache.recurrences), (const float *)NULL;
     if (how->exit && b > 1 && a->decoder->cache.kind != RETROFIT_CACHE_FULL) // of these slots a row that has stopped would lose what it wrote
