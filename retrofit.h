@@ -1103,45 +1103,94 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 }
 
 // =================================================================================================
-// 4  How many recurrences, how much of them, how fast: sampler, curriculum, learning rate
+// 4  How many recurrences, and the step: sampler, schedules, plan, training
 // =================================================================================================
 
-// rate ~ LogNormal(ln r - σ²/2, σ = 1/2), so that its mean is r; p ~ Poisson(rate) + 1 recurrences; the last min(K, p) get gradients.
-// The draw depends on m alone, so every device of a run, and a resumed run, makes the same one.
+// ---- The sampler ----------------------------------------------------------------------------------
+// How often the core runs is drawn anew for every micro-batch m = 1, 2, 3, …:
+//
+//     rate ~ LogNormal(ln r - σ²/2, σ),  σ = 1/2          its mean is r
+//     p    ~ Poisson(rate) + 1                            recurrences
+//     n = max(p - K, 0) without gradient, then k = min(p, K) with
+//
+// A model trained at one depth is good at that depth alone. A Poisson draw varies depth, but too
+// little: 8 ± 2.8. Its rate being log-normal makes the tail heavy, 8 ± 5, so that now and then the
+// model must still be right three or four times as deep as usual, and becomes stable there. A Poisson
+// draw can be 0, and a model must run its core once: hence the + 1, and hence the mean of n + k is
+// r + 1. For r = K = 8, a hundred thousand draws (mean 8.98, deviation 5.1, the largest 77):
+//
+//     recurrences   1 –  4   █████████                17.0 %
+//                   5 –  8   ███████████████████      37.5 %
+//                   9 – 16   ███████████████████      37.5 %
+//                  17 – 77   ████                      8.1 %
+//
+// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), the mean number of
+// recurrences without gradient and K with, so that a mean below K draws like K. Without the max such
+// draws would differ from theirs. A training never sees it, because its plan lowers K to r first.
+//
+// The draw depends on m alone. Every device of a run, and a run that was resumed, makes the same one,
+// so no device waits for another that thinks longer. The generator is PyTorch's, seeded as the authors
+// seed it: 514229 (a Fibonacci number) plus m, modulo 2³¹ - 1.
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate) {
-    mt19937 g;
-    mt19937_seed(&g, (uint32_t)((514229 + m) % 0x7fffffffu));
     const double sigma = 0.5;
-    float drawn = (float)exp(log((double)(r > K ? r : K)) - sigma * sigma / 2 + sigma * mt19937_normal(&g));
-    size_t p = mt19937_poisson(&g, (double)drawn) + 1;
+    mt19937 generator;
+    mt19937_seed(&generator, (uint32_t)((514229 + m) % 0x7fffffffu));
+    double mu = log((double)retrofit_max(r, K)) - sigma * sigma / 2;
+    float drawn = (float)exp(mu + sigma * mt19937_normal(&generator));
+    size_t p = mt19937_poisson(&generator, (double)drawn) + 1;
     *n = p > K ? p - K : 0;
-    *k = p < K ? p : K;
+    *k = retrofit_min(p, K);
     if (rate) *rate = drawn;
 }
 
-// Step S, behind the last, has the authors' schedules back at their start; so do these.
+// ---- Schedules ------------------------------------------------------------------------------------
+// All of them are functions of the step t = 0 … S - 1; w and c are shares of the S steps.
+//
+//     curriculum     r̄(t) = ceil(R·f(t / ceil(w·S))),  f(x) = x or 1 - √(1 - x);  0 becomes 1
+//     depth          K(t) = ceil(K·(a + (1 - a)·t / ceil(w·S))),  a = start/K, and at most r̄(t)
+//     learning rate  lr·(a + (1 - a)·t / ceil(w·S)),  a = min_lr_ratio, then lr, and over the last
+//                    ceil(c·S) steps  lr·(a + (1 - a)·(1 + cos(π·x))/2),  x from 0 to 1
+//
+// The curriculum lets most of the training happen where recurrences are cheap. In the paper's runs,
+// R = 32, K = 8, S = 50,000, w = .75 and 1 - √(1 - x), which stays low long and rises late:
+//
+//     step t                  0   3,750   9,375   18,750   28,125   33,750   37,500 …
+//     r̄(t)                    1       2       5       10       16       22       32
+//     (n,k) of p = r̄ + 1    1,1     1,2     1,5      3,8      9,8     15,8     25,8
+//
+// After its warm-up the curriculum stays at R, the depth at K (it has no warm-up in the paper's runs:
+// K from the beginning), the learning rate at lr until it falls. At t = S, one step past the end, the
+// authors' schedules return to their starting value: the curriculum to 0, the depth to its start, the
+// learning rate to min_lr_ratio·lr, where its cosine ends anyway. Ours do the same, since the fixtures
+// include that step; no training takes it.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
-    double warm = ceil(w * (double)S);
-    if (kind == RETROFIT_CURRICULUM_NONE || ((double)t >= warm && t < S)) return R;
+    double warmup = ceil(w * (double)S);
+    if (kind == RETROFIT_CURRICULUM_NONE) return R;
     if (t >= S) return 0;
-    double x = (double)t / warm;
+    if ((double)t >= warmup) return R;
+    double x = (double)t / warmup;
     return R * (kind == RETROFIT_CURRICULUM_LINEAR ? x : 1 - sqrt(1 - x));
 }
 
 double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base) {
-    double warm = ceil(w * (double)S);
+    double warmup = ceil(w * (double)S);
     if (t >= S) return base * start;
-    return (double)t >= warm ? base : base * (start + (1 - start) * ((double)t / warm));
+    if ((double)t >= warmup) return base;
+    return base * (start + (1 - start) * ((double)t / warmup));
 }
 
 double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr) {
-    double warm = ceil(w * (double)S), cool = ceil(c * (double)S), s = (double)t;
-    if (s < warm) return lr * (min + (1 - min) * (s / warm));
-    if (s < (double)S - cool) return lr;
-    double x = cool > 0 ? fmin(1, (s - ((double)S - cool)) / cool) : 1;
+    double warmup = ceil(w * (double)S), cooldown = ceil(c * (double)S), step = (double)t;
+    if (step < warmup) return lr * (min + (1 - min) * (step / warmup));
+    double begin = (double)S - cooldown;
+    if (step < begin) return lr;
+    double x = cooldown > 0 ? fmin(1, (step - begin) / cooldown) : 1;
     return lr * (min + (1 - min) * 0.5 * (1 + cos(3.14159265358979323846 * x)));
 }
 
+// ---- The training ---------------------------------------------------------------------------------
+// The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
+// tokens. (The authors' 4 to 64 GPUs draw once for a micro-batch on each of them.)
 const retrofit_training retrofit_paper_training = {
     .steps = 50000,
     .accumulate = 128,
@@ -1171,26 +1220,21 @@ const retrofit_training retrofit_paper_training = {
 
 retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
                                  size_t step) {
-    size_t S = training->steps;
+    const retrofit_training *run = training;
+    size_t S = run->steps;
+    double w = run->warmup, c = run->cooldown, min = run->min_lr_ratio;
     retrofit_plan plan = {0, 0, 0, 0};
-    plan.lr = (float)retrofit_learning_rate(step, S, training->warmup, training->cooldown,
-                                            training->min_lr_ratio, training->lr);
-    plan.muon_lr = (float)retrofit_learning_rate(step, S, training->warmup, training->cooldown,
-                                                 training->min_lr_ratio, training->muon_lr);
+    plan.lr = (float)retrofit_learning_rate(step, S, w, c, min, run->lr);
+    plan.muon_lr = (float)retrofit_learning_rate(step, S, w, c, min, run->muon_lr);
     if (retrofit_is_plain(config)) return plan;
 
-    double mean = retrofit_curriculum(training->curriculum, step, S, training->curriculum_warmup,
-                                      (double)training->mean_recurrence);
+    double R = (double)run->mean_recurrence, K = (double)run->backprop_depth;
+    double mean = retrofit_curriculum(run->curriculum, step, S, run->curriculum_warmup, R);
     plan.mean = retrofit_max(1, (size_t)ceil(mean));
-    double K = (double)training->backprop_depth;
-    double warmup = training->depth_warmup;
-    if (training->fixed_k) {
-        plan.mean = training->fixed_n + training->fixed_k;
-        warmup = 0;
-    }
-    // A little is taken off before rounding up: start/K·K may come out a bit more than start.
-    double start = (double)training->depth_start / K;
-    double depth = retrofit_linear_schedule(step, S, warmup, start, K) - 1e-9;
+    if (run->fixed_k) plan.mean = run->fixed_n + run->fixed_k;
+    // A little is taken off before rounding up: K·start/K may come out a bit more than start.
+    double depth_warmup = run->fixed_k ? 0 : run->depth_warmup, start = (double)run->depth_start / K;
+    double depth = retrofit_linear_schedule(step, S, depth_warmup, start, K) - 1e-9;
     plan.depth = retrofit_min(plan.mean, (size_t)ceil(depth));
     return plan;
 }
@@ -1215,69 +1259,72 @@ static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uin
 }
 
 static void count_micro_batch(retrofit_step *result, const retrofit_training *training,
-                              const retrofit_config *config, size_t tokens, size_t T, size_t n,
-                              size_t k) {
-    retrofit_mode mode = training->mode;
-    result->n = n;
-    result->k = k;
+                              const retrofit_config *config, size_t B, size_t T) {
+    size_t n = result->n, k = result->k;
+    double tokens = (double)(B * T);
     result->mean_k += (double)k / (double)training->accumulate;
-    result->flops += retrofit_flops_per_token(config, mode, T, n, k) * (double)tokens;
-    result->paper_flops += retrofit_paper_flops_per_token(config, n, k) * (double)tokens;
+    result->flops += retrofit_flops_per_token(config, training->mode, T, n, k) * tokens;
+    result->paper_flops += retrofit_paper_flops_per_token(config, n, k) * tokens;
 }
 
 bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
                             retrofit_step *result) {
     retrofit_model *model = (retrofit_model *)buffers->model;
-    const retrofit_config *config = &model->config;
     size_t B = buffers->B, T = buffers->T, accumulate = training->accumulate;
-    retrofit_plan plan = retrofit_plan_step(training, config, step);
-    *result = (retrofit_step){.plan = plan, .norm = NAN};
+    const int32_t *tokens = buffers->host_tokens, *labels = buffers->host_labels;
+    retrofit_plan plan = retrofit_plan_step(training, &model->config, step);
+    retrofit_step r = {.plan = plan, .norm = NAN};
 
     retrofit_zero_grad(model);
     for (size_t j = 0; j < accumulate; j++) {
-        size_t n, k;
         uint64_t index = (uint64_t)step * accumulate + j;
         uint64_t seed = retrofit_hash(training->seed, index);
         if (!read_micro_batch(buffers, data, index)) return false;
-        retrofit_plan_draw(training, &plan, step, j, &n, &k);
-        if (!retrofit_forward(buffers, buffers->host_tokens, B, T, training->sigma, seed, n, k)) return false;
-        result->loss += retrofit_loss(buffers, buffers->host_labels, 1.0f / (float)accumulate) / (double)accumulate;
+        retrofit_plan_draw(training, &plan, step, j, &r.n, &r.k);
+        if (!retrofit_forward(buffers, tokens, B, T, training->sigma, seed, r.n, r.k)) return false;
+        double loss = retrofit_loss(buffers, labels, 1.0f / (float)accumulate);
+        r.loss += loss / (double)accumulate;
         retrofit_backward(buffers);
-        count_micro_batch(result, training, config, B * T, T, n, k);
+        count_micro_batch(&r, training, &model->config, B, T);
     }
 
     retrofit_optimizer optimizer = training->optimizer;
     optimizer.lr = plan.lr;
     optimizer.muon_lr = plan.muon_lr;
-    optimizer.throttle = training->throttle ? (float)result->mean_k : 0;
-    if (isfinite(result->loss)) result->norm = retrofit_optimizer_step(model, &optimizer, t);
+    optimizer.throttle = training->throttle ? (float)r.mean_k : 0;
+    if (isfinite(r.loss)) r.norm = retrofit_optimizer_step(model, &optimizer, t);
+    *result = r;
     return true;
 }
 
 // =================================================================================================
-// 5  Optimizers
+// 5  Optimizers: AdamW, Muon, AdamW*
 // =================================================================================================
 
-static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) { return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX; }
+// g below is the accumulated gradient times min(1, clip / (‖g‖ + 1e-6)), ‖g‖ the 2-norm over all
+// parameters that are trained. t counts updates from 1. By --optimizer:
+//
+//     parameter                      updated by   learning rate   weight decay   eps
+//     muon       w_qkv w_out         Muon         1e-3            1e-4
+//                w_gate_up w_down A
+//                wte lm_head norms   AdamW        5e-5            1e-4           1e-10
+//     adamw      all                 AdamW        5e-5            1e-4           1e-8
+//     ellisadam  all                 AdamW*       5e-5            1e-4           1e-6
+//
+// 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam which the Muon package brings along for
+// what is no matrix. Weight decay is on every parameter, norms and embeddings too. Learning rates are peaks
+// (section 4); throttle divides those of the adapter and the core by the step's mean k, for their
+// gradients are sums over k recurrences.
 
-static void sum_squares(double *sum, const float *x, size_t n) {
-    double total = 0;
-    enum { BLOCK = 1 << 14, MANY = 256 }; // blocks are summed side by side and added in order, whatever the number of threads
-    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
-        double sums[MANY] = {0};
-        PARALLEL_FOR(n - at)
-        for (size_t i = 0; i < MANY; i++) {
-            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
-            for (size_t j = begin; j < end; j += 256) sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
-        }
-        for (size_t i = 0; i < MANY; i++) total += sums[i];
-    }
-    *sum += total;
-}
-
-static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,
-                         double bias2, float eps, float decay) {
+// ---- AdamW ----------------------------------------------------------------------------------------
+//     m ← m + (1 - β₁)·(g - m)             m̂ = m / (1 - β₁ᵗ)
+//     v ← β₂·v + (1 - β₂)·g²               v̂ = v / (1 - β₂ᵗ)
+//     w ← w·(1 - lr·decay) - lr·m̂ / (√v̂ + eps)
+// bias1 and bias2 are the two denominators.
+static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale,
+                         float lr, float beta1, float beta2, double bias1, double bias2, float eps,
+                         float decay) {
     float step = (float)(lr / bias1), root = (float)sqrt(bias2), keep = 1.0f - lr * decay;
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) {
@@ -1288,33 +1335,28 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
     }
 }
 
-static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps) {
-    double total = 0;
-    enum { BLOCK = 1 << 12, MANY = 256 }; // as in sum_squares
-    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
-        double sums[MANY] = {0};
-        PARALLEL_FOR(n - at)
-        for (size_t i = 0; i < MANY; i++)
-            for (size_t j = at + i * BLOCK; j < retrofit_min(at + (i + 1) * BLOCK, n); j++) {
-                float gj = g[j] * scale;
-                m[j] += (1.0f - beta1) * (gj - m[j]);
-                v[j] = beta2 * v[j] + (1.0f - beta2) * gj * gj;
-                if (v[j] < eps * eps) v[j] = eps * eps;
-                sums[i] += gj * gj / v[j];
-            }
-        for (size_t i = 0; i < MANY; i++) total += sums[i];
-    }
-    *sum += total;
-}
-
-static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2,
-                             float decay) {
-    float step = (float)(lr / bias1 / fmax(1, sqrt(*sum / (double)n))), root = (float)sqrt(bias2);
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) w[i] = w[i] * (1.0f - decay) - step * atan2f(m[i], sqrtf(v[i]) / root);
-}
-
-static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale, float momentum) {
+// ---- Muon -----------------------------------------------------------------------------------------
+//     m ← m + (1 - μ)·(g - m)                      momentum, μ = .95
+//     u = g + μ·(m - g)                            Nesterov's look ahead
+//     X = u / (‖u‖ + 1e-7), transposed if it has more rows than columns
+//     five times:  X ← a·X + (b·A + c·A²)·X,  A = X·Xᵀ,  (a, b, c) = (3.4445, -4.7750, 2.0315)
+//     w ← w·(1 - lr·decay) - lr·√max(1, rows/cols)·X
+//
+// Adam steps along a matrix's few strongest directions; Muon takes an equally long step along all of
+// them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without computing U
+// and V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
+// coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 up (of X, whose
+// largest is at most 1) to between .68 and 1.14, and does not converge to 1 exactly. √max(1, rows/cols)
+// makes a tall matrix's step change its output as much as a wide one's.
+//
+// w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The step's
+// size stays the same, thanks to the last factor, but it is shared out differently: where the
+// gradients G₁ and G₂ of two stacked matrices have a direction of the input in common, with singular
+// values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1 each. So the
+// authors' recurrent models are trained, whose matrices are fused like ours. Their baseline is Hugging
+// Face's Llama, whose q, k, v, gate and up are matrices of their own; ours has them fused there too.
+static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale,
+                          float momentum) {
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) {
         float gi = g[i] * scale;
@@ -1324,80 +1366,169 @@ static void muon_momentum(float *u, float *m, const float *g, size_t n, float sc
 }
 
 static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
-    float *x = (float *)x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
+    float *x = x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
     PARALLEL_FOR(rows * cols)
-    for (size_t r = 0; r < rows; r++)
-        for (size_t c = 0; c < cols; c++) x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < cols; c++)
+            x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
+    }
 }
 
+// y = a·x + b·y
 static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
-    float *y = (float *)y_;
-    const float *x = (const float *)x_;
+    float *y = y_;
+    const float *x = x_;
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
 }
 
-static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale, float decay) {
-    const float *x = (const float *)x_;
+static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale,
+                        float decay) {
+    const float *x = x_;
     PARALLEL_FOR(rows * cols)
-    for (size_t r = 0; r < rows; r++)
+    for (size_t r = 0; r < rows; r++) {
         for (size_t c = 0; c < cols; c++) {
-            float u = x[rows > cols ? c * rows + r : r * cols + c];
-            w[r * cols + c] = w[r * cols + c] * (1.0f - lr * decay) - lr * scale * u;
+            float step = x[rows > cols ? c * rows + r : r * cols + c];
+            w[r * cols + c] = w[r * cols + c] * (1.0f - lr * decay) - lr * scale * step;
         }
-}
-
-// Muon: the momentum's update direction u, with its singular values pushed towards 1 by five steps of the quintic iteration
-// X ← aX + (bA + cA²)X, A = XXᵀ, on X = u/(‖u‖ + 1e-7); X is kept with at most as many rows as columns.
-static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr) {
-    const retrofit_ops *ops = m->ops;
-    size_t rows = p->rows, cols = p->cols, r = rows < cols ? rows : cols, c = rows < cols ? cols : rows;
-    retrofit_weight x = {m->muon_x, ops->act_type, c}, a = {m->muon_a, ops->act_type, r};
-    ops->muon_momentum(m->muon_u, p->m, p->grad, rows * cols, scale, o->momentum);
-    ops->zero(m->sums + 1, sizeof *m->sums);
-    ops->sum_squares(m->sums + 1, m->muon_u, rows * cols);
-    ops->muon_load(m->muon_x, m->muon_u, m->sums + 1, rows, cols);
-    for (int i = 0; i < 5; i++) {
-        ops->matmul_forward(m->muon_a, m->muon_x, x, r, c, r);
-        ops->matmul_forward(m->muon_b, m->muon_a, a, r, r, r); // A is symmetric: A·Aᵀ = A²
-        ops->axpby(m->muon_b, m->muon_a, r * r, -4.7750f, 2.0315f);
-        ops->matmul_backward_input(m->muon_y, m->muon_b, x, r, c, r);
-        ops->axpby(m->muon_x, m->muon_y, r * c, 1, 3.4445f);
     }
-    ops->muon_update(p->master, m->muon_x, rows, cols, lr, sqrtf(fmaxf(1, (float)rows / (float)cols)), o->weight_decay);
 }
 
-// AdamW*, the authors' ELLISAdam: m and v begin as the first gradient and its square; atan2 needs no eps, but v is never below eps²; a tensor
-// whose gradient is larger than v expects takes a smaller step; weight decay follows the schedule, not the learning rate.
-static void ellisadam_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr, size_t t,
-                           double bias1, double bias2) {
+static void newton_schulz(retrofit_model *model, size_t rows, size_t cols) {
+    const retrofit_ops *ops = model->ops;
+    size_t r = retrofit_min(rows, cols), c = retrofit_max(rows, cols);
+    act *X = model->muon_x, *Y = model->muon_y, *A = model->muon_a, *B = model->muon_b;
+    retrofit_weight x = {X, ops->act_type, c}, a = {A, ops->act_type, r};
+    for (int i = 0; i < 5; i++) {
+        ops->matmul_forward(A, X, x, r, c, r);               // A = X·Xᵀ
+        ops->matmul_forward(B, A, a, r, r, r);               // B = A·Aᵀ = A², A being symmetric
+        ops->axpby(B, A, r * r, -4.7750f, 2.0315f);          // B = b·A + c·A²
+        ops->matmul_backward_input(Y, B, x, r, c, r);        // Y = B·X
+        ops->axpby(X, Y, r * c, 1, 3.4445f);                 // X = Y + a·X
+    }
+}
+
+static void muon_step(retrofit_model *model, const retrofit_parameter *p,
+                      const retrofit_optimizer *optimizer, float scale, float lr) {
+    const retrofit_ops *ops = model->ops;
     size_t n = p->rows * p->cols;
-    m->ops->zero(m->sums + 1, sizeof *m->sums);
-    m->ops->ellisadam_moments(p->m, p->v, m->sums + 1, p->grad, n, scale, t > 1 ? o->beta1 : 0, t > 1 ? o->beta2 : 0, o->eps);
-    m->ops->ellisadam_update(p->master, p->m, p->v, m->sums + 1, n, lr, bias1, bias2,
-                             o->weight_decay * (o->peak_lr > 0 ? o->lr / o->peak_lr : 1));
+    float tall = sqrtf(fmaxf(1, (float)p->rows / (float)p->cols));
+    double *squares = model->sums + 1;
+    ops->muon_momentum(model->muon_u, p->m, p->grad, n, scale, optimizer->momentum);
+    ops->zero(squares, sizeof *squares);
+    ops->sum_squares(squares, model->muon_u, n);
+    ops->muon_load(model->muon_x, model->muon_u, squares, p->rows, p->cols);
+    newton_schulz(model, p->rows, p->cols);
+    ops->muon_update(p->master, model->muon_x, p->rows, p->cols, lr, tall,
+                     optimizer->weight_decay);
 }
 
-double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t) {
-    double norm;
-    m->ops->zero(m->sums, sizeof *m->sums);
-    m->ops->sum_squares(m->sums, (const float *)m->grads, m->grad_bytes / sizeof(float));
-    m->ops->download(&norm, m->sums, sizeof norm);
-    if (!isfinite(norm = sqrt(norm))) return norm;
+// ---- AdamW*: the paper's name; ELLISAdam in the authors' code, with their switches ----------------
+//     m, v as AdamW's, but they begin as the first gradient and its square; v ← max(v, eps²)
+//     step = lr / bias1 / max(1, √mean(g²/v))      a tensor whose gradient is larger than v expects
+//                                                  takes a smaller step
+//     w ← w·(1 - decay·lr/peak_lr) - step·atan2(m, √(v / bias2))
+// atan2(m, √v) is about m/√v where that is small and never above π/2: it needs no eps. The weight
+// decay follows the schedule, not the size of the learning rate.
+static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale,
+                              float beta1, float beta2, float eps) {
+    enum { BLOCK = 1 << 12, BLOCKS = 256 }; // as in sum_squares
+    double total = 0;
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
+        double sums[BLOCKS] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < BLOCKS; i++) {
+            size_t end = retrofit_min(at + (i + 1) * BLOCK, n);
+            for (size_t j = at + i * BLOCK; j < end; j++) {
+                float gj = g[j] * scale;
+                m[j] += (1.0f - beta1) * (gj - m[j]);
+                v[j] = beta2 * v[j] + (1.0f - beta2) * gj * gj;
+                if (v[j] < eps * eps) v[j] = eps * eps;
+                sums[i] += gj * gj / v[j];
+            }
+        }
+        for (size_t i = 0; i < BLOCKS; i++) total += sums[i];
+    }
+    *sum += total;
+}
+
+static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n,
+                             float lr, double bias1, double bias2, float decay) {
+    double rms = sqrt(*sum / (double)n);
+    float step = (float)(lr / bias1 / fmax(1, rms)), root = (float)sqrt(bias2);
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++)
+        w[i] = w[i] * (1.0f - decay) - step * atan2f(m[i], sqrtf(v[i]) / root);
+}
+
+static void ellisadam_step(retrofit_model *model, const retrofit_parameter *p,
+                           const retrofit_optimizer *optimizer, float scale, float lr, size_t t,
+                           double bias1, double bias2) {
+    const retrofit_ops *ops = model->ops;
+    size_t n = p->rows * p->cols;
+    double *sum = model->sums + 1;
+    bool first = t == 1; // with β = 0 the moments become the gradient and its square
+    float beta1 = first ? 0 : optimizer->beta1, beta2 = first ? 0 : optimizer->beta2;
+    float of_peak = optimizer->peak_lr > 0 ? optimizer->lr / optimizer->peak_lr : 1;
+    ops->zero(sum, sizeof *sum);
+    ops->ellisadam_moments(p->m, p->v, sum, p->grad, n, scale, beta1, beta2, optimizer->eps);
+    ops->ellisadam_update(p->master, p->m, p->v, sum, n, lr, bias1, bias2,
+                          optimizer->weight_decay * of_peak);
+}
+
+// ---- One update of all parameters -----------------------------------------------------------------
+
+static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) {
+    return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX;
+}
+
+// Blocks are summed side by side and added in order, whatever the number of threads.
+static void sum_squares(double *sum, const float *x, size_t n) {
+    enum { BLOCK = 1 << 14, BLOCKS = 256 };
+    double total = 0;
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
+        double sums[BLOCKS] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < BLOCKS; i++) {
+            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
+            for (size_t j = begin; j < end; j += 256)
+                sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
+        }
+        for (size_t i = 0; i < BLOCKS; i++) total += sums[i];
+    }
+    *sum += total;
+}
+
+static double gradient_norm(retrofit_model *model) {
+    const retrofit_ops *ops = model->ops;
+    double squares;
+    ops->zero(model->sums, sizeof *model->sums);
+    ops->sum_squares(model->sums, model->grads, model->grad_bytes / sizeof(float));
+    ops->download(&squares, model->sums, sizeof squares);
+    return sqrt(squares);
+}
+
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t) {
+    const retrofit_optimizer *o = optimizer;
+    double norm = gradient_norm(model);
+    if (!isfinite(norm)) return norm;
     float scale = o->clip > 0 ? (float)fmin(1, o->clip / (norm + 1e-6)) : 1;
     double bias1 = 1 - pow(o->beta1, (double)t), bias2 = 1 - pow(o->beta2, (double)t);
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        bool throttled = o->throttle > 0 && (p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER);
-        float slower = throttled ? o->throttle : 1, lr = o->lr / slower;
-        size_t n = p->rows * p->cols;
+
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        bool repeated = p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER;
+        float slower = repeated && o->throttle > 0 ? o->throttle : 1;
+        float lr = o->lr / slower;
         if (p->frozen) continue;
-        if (by_muon(p, o->kind)) muon_step(m, p, o, scale, o->muon_lr / slower);
-        else if (o->kind == RETROFIT_ELLISADAM) ellisadam_step(m, p, o, scale, lr, t, bias1, bias2);
+        if (by_muon(p, o->kind)) muon_step(model, p, o, scale, o->muon_lr / slower);
+        else if (o->kind == RETROFIT_ELLISADAM)
+            ellisadam_step(model, p, o, scale, lr, t, bias1, bias2);
         else
-            m->ops->adamw_update(p->master, p->m, p->v, p->grad, n, scale, lr, o->beta1, o->beta2, bias1, bias2, o->eps, o->weight_decay);
+            model->ops->adamw_update(p->master, p->m, p->v, p->grad, p->rows * p->cols, scale, lr,
+                                     o->beta1, o->beta2, bias1, bias2, o->eps, o->weight_decay);
     }
-    retrofit_refresh_weights(m);
+    retrofit_refresh_weights(model);
     return norm;
 }
 
