@@ -107,14 +107,8 @@ typedef struct {
 
 typedef enum { RETROFIT_EMBEDDING, RETROFIT_HEAD, RETROFIT_NORM, RETROFIT_MATRIX } retrofit_kind;
 typedef enum {
-    RETROFIT_PART_EMBEDDING,
-    RETROFIT_PART_PRELUDE,
-    RETROFIT_PART_ADAPTER,
-    RETROFIT_PART_CORE,
-    RETROFIT_PART_CODA,
-    RETROFIT_PART_NORM,
-    RETROFIT_PART_HEAD,
-    RETROFIT_PARTS // their number
+    RETROFIT_PART_EMBEDDING, RETROFIT_PART_PRELUDE, RETROFIT_PART_ADAPTER, RETROFIT_PART_CORE,
+    RETROFIT_PART_CODA, RETROFIT_PART_NORM, RETROFIT_PART_HEAD, RETROFIT_PARTS // their number
 } retrofit_part;
 
 // A tensor of a checkpoint file. Where a plain Llama stores q, k, v or gate, up apart, our fused
@@ -195,70 +189,62 @@ typedef struct {
 //   sum_squares            *sum += Σ x², in double, on the device
 //   adamw_update … muon_update   section 5
 #define RETROFIT_OPS(X) \
-    X(embedding_forward, \
-      (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d)) \
-    X(embedding_backward, \
-      (float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d)) \
-    X(rmsnorm_forward, \
-      (act *out, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps)) \
-    X(rmsnorm_backward, \
-      (float *dx, float *dweight, const act *dout, const float *x, const float *rstd, \
-       const float *weight, size_t N, size_t d)) \
-    X(matmul_forward, \
-      (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O)) \
-    X(matmul_residual_forward, \
-      (float *out, const float *residual, const act *inp, retrofit_weight w, size_t N, size_t I, \
-       size_t O)) \
-    X(matmul_backward_input, \
-      (act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O)) \
-    X(matmul_residual_backward_input, \
-      (float *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O)) \
-    X(matmul_backward_weight, \
-      (float *dw, size_t stride, const act *dout, const act *inp, size_t N, size_t I, size_t O)) \
-    X(rope_forward, \
-      (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, \
-       size_t h)) \
-    X(rope_backward, \
-      (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, size_t h)) \
-    X(attention_forward, \
-      (act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h)) \
-    X(attention_backward, \
-      (act *dqkv, float *delta, const act *dout, const act *qkv, const act *out, const float *lse, \
-       size_t B, size_t T, size_t H, size_t G, size_t h)) \
+    X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t \
+      d)) \
+    X(embedding_backward, (float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t \
+      d)) \
+    X(rmsnorm_forward, (act *out, float *rstd, const float *x, const float *weight, size_t N, \
+      size_t d, float eps)) \
+    X(rmsnorm_backward, (float *dx, float *dweight, const act *dout, const float *x, const float \
+      *rstd, const float *weight, size_t N, size_t d)) \
+    X(matmul_forward, (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t \
+      O)) \
+    X(matmul_residual_forward, (float *out, const float *residual, const act *inp, \
+      retrofit_weight w, size_t N, size_t I, size_t O)) \
+    X(matmul_backward_input, (act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, \
+      size_t O)) \
+    X(matmul_residual_backward_input, (float *dinp, const act *dout, retrofit_weight w, size_t \
+      N, size_t I, size_t O)) \
+    X(matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, size_t \
+      N, size_t I, size_t O)) \
+    X(rope_forward, (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, \
+      size_t H, size_t G, size_t h)) \
+    X(rope_backward, (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, \
+      size_t h)) \
+    X(attention_forward, (act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, \
+      size_t G, size_t h)) \
+    X(attention_backward, (act *dqkv, float *delta, const act *dout, const act *qkv, const act \
+      *out, const float *lse, size_t B, size_t T, size_t H, size_t G, size_t h)) \
     X(swiglu_forward, (act *out, const act *gate_up, size_t N, size_t F)) \
-    X(swiglu_backward, \
-      (act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F)) \
-    X(cross_entropy, \
-      (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale)) \
+    X(swiglu_backward, (act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, \
+      size_t F)) \
+    X(cross_entropy, (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, \
+      float scale)) \
     X(cast, (act *out, const float *x, size_t n)) \
     X(add, (float *x, const float *y, size_t n, float keep)) \
-    X(state_init, \
-      (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed)) \
-    X(kv_store, \
-      (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, \
-       size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
-    X(attention_cached, \
-      (act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, \
-       size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
-    X(kv_backfill, \
-      (act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, \
-       size_t stride, size_t B, size_t capacity, size_t G, size_t h, retrofit_type type)) \
+    X(state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, \
+      uint64_t seed)) \
+    X(kv_store, (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t \
+      T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
+    X(attention_cached, (act *out, const act *qkv, const act *keys, const act *values, const \
+      int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h, \
+      retrofit_type type)) \
+    X(kv_backfill, (act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, \
+      size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h, retrofit_type \
+      type)) \
     X(sum_squares, (double *sum, const float *x, size_t n)) \
-    X(adamw_update, \
-      (float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, \
-       float beta2, double bias1, double bias2, float eps, float decay)) \
-    X(ellisadam_moments, \
-      (float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, \
-       float beta2, float eps)) \
-    X(ellisadam_update, \
-      (float *w, const float *m, const float *v, const double *sum, size_t n, float lr, \
-       double bias1, double bias2, float decay)) \
-    X(muon_momentum, \
-      (float *u, float *m, const float *g, size_t n, float scale, float momentum)) \
+    X(adamw_update, (float *w, float *m, float *v, const float *g, size_t n, float scale, float \
+      lr, float beta1, float beta2, double bias1, double bias2, float eps, float decay)) \
+    X(ellisadam_moments, (float *m, float *v, double *sum, const float *g, size_t n, float \
+      scale, float beta1, float beta2, float eps)) \
+    X(ellisadam_update, (float *w, const float *m, const float *v, const double *sum, size_t n, \
+      float lr, double bias1, double bias2, float decay)) \
+    X(muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float \
+      momentum)) \
     X(muon_load, (act *x, const float *u, const double *squares, size_t rows, size_t cols)) \
     X(axpby, (act *y, const act *x, size_t n, float a, float b)) \
-    X(muon_update, \
-      (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, float decay))
+    X(muon_update, (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, \
+      float decay))
 
 struct retrofit_ops {
     const char *name;              // "cpu", "cuda", "cuda-fp32"
@@ -295,31 +281,12 @@ const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[2
 
 // What is trained: all of it, the adapter and the core, or the adapter alone. The rest is frozen.
 typedef enum {
-    RETROFIT_INFERENCE,
-    RETROFIT_TRAINING,
-    RETROFIT_TRAINING_CORE,
-    RETROFIT_TRAINING_ADAPTER
+    RETROFIT_INFERENCE, RETROFIT_TRAINING, RETROFIT_TRAINING_CORE, RETROFIT_TRAINING_ADAPTER
 } retrofit_mode;
-
-// A model of this shape without memory for its weights: the list of parameters alone. NULL or error.
-retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
-// Memory for its parameters, in fp32, zeroed; for training also for gradients. false or error.
-bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
-// Reads a Hugging Face directory: config.json, model.safetensors or its shards; or directory/latest
-// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their type;
-// everything else copies them, to fp32 masters for training. NULL or error.
-retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
-void retrofit_free(retrofit_model *model);
-// Copies masters to where operations read them; needed after masters were changed by hand.
-void retrofit_refresh_weights(retrofit_model *model);
 
 // What a forward pass keeps for backward: nothing (blocks run in place), all that retrofit_block
 // lists, or each block's input alone, from which backward computes the rest again (--recompute).
-typedef enum {
-    RETROFIT_KEEP_NOTHING,
-    RETROFIT_KEEP_ALL,
-    RETROFIT_KEEP_INPUTS
-} retrofit_keep;
+typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } retrofit_keep;
 
 // What backward needs of one block.
 typedef struct {
@@ -393,14 +360,6 @@ typedef struct {
     retrofit_decoder *decoder; // NULL without a KV cache
 } retrofit_buffers;
 
-// K is ignored where nothing is kept; cache: NULL unless it is for decoding. NULL or error.
-retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
-                                       retrofit_keep keep, const retrofit_kv_cache *cache);
-void retrofit_buffers_free(retrofit_buffers *buffers);
-// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow.
-size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
-                              size_t T, size_t K, retrofit_keep keep);
-
 // ---- Forward and backward -------------------------------------------------------------------------
 
 // One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or error.
@@ -420,10 +379,6 @@ void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, floa
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
 void retrofit_backward(retrofit_buffers *buffers); // adds to the gradient of every parameter
-// Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
-// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's memory.
-size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms);
-
 // Floating-point operations of training on one token with (n,k), and as the paper's figures count.
 double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
                                 size_t n, size_t k);
@@ -436,9 +391,7 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
 
 typedef enum {
-    RETROFIT_CURRICULUM_NONE,
-    RETROFIT_CURRICULUM_LINEAR,
-    RETROFIT_CURRICULUM_1_SQRT
+    RETROFIT_CURRICULUM_NONE, RETROFIT_CURRICULUM_LINEAR, RETROFIT_CURRICULUM_1_SQRT
 } retrofit_curriculum_kind;
 // Schedules at step t (from 0) of S: the mean recurrence before it is rounded up; a value that grows
 // linearly from start·base to base (the backprop depth); the learning rate. w, c: shares of S.
@@ -456,16 +409,9 @@ typedef struct {
     float peak_lr;        // ELLISADAM: the lr that the weight decay is meant for; 0: this step's
     float throttle;       // divides the learning rates of adapter and core; 0: 1
 } retrofit_optimizer;
-// Memory for the moments and Muon's scratch. false or error.
-bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
 // Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that is
 // not finite, nothing changes.
 double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t);
-// What training a model without memory would take: bytes of weights (with their copies in act_type),
-// gradients, moments.
-void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
-                             size_t *weights, size_t *gradients, size_t *moments);
-
 // A whole training; retrofit_paper_training, beside the step in section 4, has the paper's numbers.
 typedef struct {
     size_t steps, accumulate;               // S; micro-batches in a step
@@ -524,39 +470,6 @@ void *retrofit_allocate(size_t count, size_t size);
 size_t retrofit_type_size(retrofit_type type); // bytes of an element
 static inline size_t retrofit_min(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
-
-// Random numbers that are a function of (seed, counter), so that they are the same from any thread
-// and on any device: 64 bits, a number in (0, 1), a normal number cut at ±3. See section 12.
-#ifdef __CUDACC__
-#define RETROFIT_DEVICE __host__ __device__
-#else
-#define RETROFIT_DEVICE
-#endif
-RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
-RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
-RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
-
-// splitmix64's finaliser.
-RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter) {
-    uint64_t z = seed + 0x9e3779b97f4a7c15ull * (counter + 1);
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-
-RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter) {
-    return ((double)(retrofit_hash(seed, counter) >> 11) + 0.5) * 0x1p-53;
-}
-
-// By Box and Muller; the one draw in 370 that lies beyond is drawn again.
-RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter) {
-    uint64_t key = retrofit_hash(seed, counter);
-    for (uint64_t i = 0;; i += 2) {
-        double radius = sqrt(-2 * log(retrofit_hash_uniform(key, i)));
-        double z = radius * cos(2 * 3.14159265358979323846 * retrofit_hash_uniform(key, i + 1));
-        if (fabs(z) <= 3) return (float)z;
-    }
-}
 
 #ifdef __cplusplus
 }
@@ -631,6 +544,15 @@ static size_t core_slot(const retrofit_buffers *buffers, size_t i);
 static size_t coda_slot(const retrofit_buffers *buffers);
 // Normal numbers for every state.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed);
+// Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0 and
+// an error if one is not below V or none counts.
+static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
+static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels);
+// Section 8: masters to where operations read them. Counter-based random bits.
+void retrofit_refresh_weights(retrofit_model *model);
+static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
+static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
+static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
 // Section 9: row `index`, counted on over epochs: T tokens and the T that follow each.
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
 
@@ -672,21 +594,18 @@ static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer 
                                 retrofit_block *block, const float *x, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
-    const float *norm_1 = (const float *)layer->norm_1.weight.data;
-    const float *norm_2 = (const float *)layer->norm_2.weight.data;
-    size_t N = buffers->N, d = c->n_embd, Q = retrofit_qkv_width(c), F = c->intermediate;
-    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    const float *norm_1 = layer->norm_1.weight.data, *norm_2 = layer->norm_2.weight.data;
+    size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, F = c->intermediate;
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim, Q = retrofit_qkv_width(c);
     const int32_t *past = buffers->decoder ? buffers->past : NULL;
     act *norm = buffers->norm;
     block->x = x;
 
     ops->rmsnorm_forward(norm, block->rstd_1, x, norm_1, N, d, c->norm_eps);
     ops->matmul_forward(block->qkv, norm, layer->w_qkv.weight, N, d, Q);
-    ops->rope_forward(block->qkv, buffers->rope, past, buffers->b, buffers->t, H, G, h);
+    ops->rope_forward(block->qkv, buffers->rope, past, b, t, H, G, h);
     if (buffers->decoder) attend_to_cache(buffers, block, slot);
-    else
-        ops->attention_forward(block->attention, block->lse, block->qkv, buffers->b, buffers->t, H,
-                               G, h);
+    else ops->attention_forward(block->attention, block->lse, block->qkv, b, t, H, G, h);
     ops->matmul_residual_forward(block->mid, x, block->attention, layer->w_out.weight, N, d, d);
     ops->rmsnorm_forward(norm, block->rstd_2, block->mid, norm_2, N, d, c->norm_eps);
     ops->matmul_forward(block->gate_up, norm, layer->w_gate_up.weight, N, d, 2 * F);
@@ -702,36 +621,30 @@ static void block_forward(retrofit_buffers *buffers, const retrofit_layer *layer
     ops->matmul_residual_forward(block->out, block->mid, swiglu, layer->w_down.weight, N, F, d);
 }
 
-static void mlp_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
+static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     const retrofit_gradients *g = &buffers->gradients;
-    const float *norm_2 = (const float *)layer->norm_2.weight.data;
-    size_t N = buffers->N, d = c->n_embd, F = c->intermediate;
+    const float *norm_1 = layer->norm_1.weight.data, *norm_2 = layer->norm_2.weight.data;
+    size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, F = c->intermediate;
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim, Q = retrofit_qkv_width(c);
     act *norm = buffers->norm, *swiglu = buffers->swiglu;
+    bool trained = !layer->w_qkv.frozen; // a layer is frozen as a whole
+
+    if (buffers->keep == RETROFIT_KEEP_INPUTS)
+        block_until_gate_up(buffers, layer, block, block->x, 0);
 
     ops->cast(g->dbranch, g->dx, N * d);
     ops->matmul_backward_input(g->dswiglu, g->dbranch, layer->w_down.weight, N, F, d);
     ops->swiglu_backward(g->dgate_up, swiglu, g->dswiglu, block->gate_up, N, F);
-    if (!layer->w_down.frozen) {
+    if (trained) {
         ops->matmul_backward_weight(layer->w_down.grad, F, g->dbranch, swiglu, N, F, d);
         ops->rmsnorm_forward(norm, block->rstd_2, block->mid, norm_2, N, d, c->norm_eps);
         ops->matmul_backward_weight(layer->w_gate_up.grad, d, g->dgate_up, norm, N, d, 2 * F);
     }
     ops->matmul_backward_input(g->dinner, g->dgate_up, layer->w_gate_up.weight, N, d, 2 * F);
-    ops->rmsnorm_backward(g->dx, layer->norm_2.grad, g->dinner, block->mid, block->rstd_2, norm_2, N,
-                          d);
-}
-
-static void attention_branch_backward(retrofit_buffers *buffers, retrofit_layer *layer,
-                                      retrofit_block *block) {
-    const retrofit_config *c = &buffers->model->config;
-    const retrofit_ops *ops = buffers->model->ops;
-    const retrofit_gradients *g = &buffers->gradients;
-    const float *norm_1 = (const float *)layer->norm_1.weight.data;
-    size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, Q = retrofit_qkv_width(c);
-    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
-    bool trained = !layer->w_qkv.frozen;
+    ops->rmsnorm_backward(g->dx, layer->norm_2.grad, g->dinner, block->mid, block->rstd_2, norm_2,
+                          N, d);
 
     ops->cast(g->dbranch, g->dx, N * d);
     if (trained)
@@ -741,19 +654,12 @@ static void attention_branch_backward(retrofit_buffers *buffers, retrofit_layer 
                             block->lse, b, t, H, G, h);
     ops->rope_backward(g->dqkv, buffers->rope, b, t, H, G, h);
     if (trained) {
-        ops->rmsnorm_forward(buffers->norm, block->rstd_1, block->x, norm_1, N, d, c->norm_eps);
-        ops->matmul_backward_weight(layer->w_qkv.grad, d, g->dqkv, buffers->norm, N, d, Q);
+        ops->rmsnorm_forward(norm, block->rstd_1, block->x, norm_1, N, d, c->norm_eps);
+        ops->matmul_backward_weight(layer->w_qkv.grad, d, g->dqkv, norm, N, d, Q);
     }
     ops->matmul_backward_input(g->dinner, g->dqkv, layer->w_qkv.weight, N, d, Q);
     ops->rmsnorm_backward(g->dx, layer->norm_1.grad, g->dinner, block->x, block->rstd_1, norm_1, N,
                           d);
-}
-
-static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
-    if (buffers->keep == RETROFIT_KEEP_INPUTS)
-        block_until_gate_up(buffers, layer, block, block->x, 0);
-    mlp_backward(buffers, layer, block);
-    attention_branch_backward(buffers, layer, block);
 }
 
 // Blocks in a row: each into its own buffers (`saved`), or all of them in place on x. Returns where
@@ -791,27 +697,6 @@ static retrofit_weight adapter_e(const retrofit_model *model) {
     retrofit_weight w = model->adapter.weight;
     w.data = (const char *)w.data + model->config.n_embd * retrofit_type_size(w.type);
     return w;
-}
-
-// Checks the next batch's token ids and uploads them.
-static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t) {
-    const retrofit_model *model = buffers->model;
-    size_t V = model->config.vocab;
-    if (b == 0 || t == 0 || b > buffers->B || t > buffers->T)
-        return retrofit_fail("a batch of %zu x %zu tokens where at most %zu x %zu fit", b, t,
-                             buffers->B, buffers->T);
-    for (size_t i = 0; i < b * t; i++) {
-        if (tokens[i] < 0 || (size_t)tokens[i] >= V)
-            return retrofit_fail("token %zu is %d, but the vocabulary has %zu entries", i,
-                                 (int)tokens[i], V);
-    }
-    buffers->b = b;
-    buffers->t = t;
-    buffers->N = b * t;
-    buffers->n = 0;
-    buffers->k = 0;
-    model->ops->upload(buffers->tokens, tokens, buffers->N * sizeof *tokens);
-    return true;
 }
 
 static void prelude_forward(retrofit_buffers *buffers) {
@@ -925,40 +810,10 @@ static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
     return (char *)p + i * retrofit_type_size(ops->act_type);
 }
 
-void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits) {
-    const retrofit_model *model = buffers->model;
-    const retrofit_ops *ops = model->ops;
-    size_t d = model->config.n_embd, V = model->config.vocab;
-    size_t rows = retrofit_min(buffers->chunk, WIDE_ROWS);
-    float *wide = buffers->wide_logits;
-    for (size_t at = 0; at < count; at += rows) {
-        size_t some = retrofit_min(rows, count - at);
-        act *final = act_at(ops, buffers->final, (first + at) * d);
-        ops->matmul_residual_forward(wide, NULL, final, model->lm_head.weight, some, d, V);
-        ops->download(logits + at * V, wide, some * V * sizeof *logits);
-    }
-}
-
 // ---- Loss -----------------------------------------------------------------------------------------
 // The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A step
 // accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has, so a
 // step's loss is the mean of its micro-batches' means.
-
-// How many labels count; 0 and an error if one is not below V, or none counts.
-static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels) {
-    size_t V = buffers->model->config.vocab, counted = 0;
-    for (size_t i = 0; i < buffers->N; i++) {
-        if (labels[i] == -100) continue;
-        if (labels[i] < 0 || (size_t)labels[i] >= V) {
-            retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i, (int)labels[i],
-                          V);
-            return 0;
-        }
-        counted++;
-    }
-    if (counted == 0) retrofit_fail("all labels of the batch are -100: there is no loss");
-    return counted;
-}
 
 // The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place and
 // goes on to the head and to dfinal before the next chunk is computed.
@@ -1050,20 +905,6 @@ void retrofit_backward(retrofit_buffers *buffers) {
         blocks_backward(buffers, model->prelude, c->prelude, buffers->saved.prelude);
     }
     model->ops->embedding_backward(model->wte.grad, buffers->tokens, dx, buffers->N, c->n_embd);
-}
-
-size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
-    const retrofit_model *model = buffers->model;
-    size_t count = buffers->N * model->config.n_embd;
-    double *sum = model->sums + 1;
-    if (retrofit_is_plain(&model->config)) return 0;
-    for (size_t j = 0; j <= buffers->k; j++) {
-        model->ops->zero(sum, sizeof *sum);
-        model->ops->sum_squares(sum, saved_state(buffers, j), count);
-        model->ops->download(&rms[j], sum, sizeof *rms);
-        rms[j] = sqrt(rms[j] / (double)count);
-    }
-    return buffers->k + 1;
 }
 
 // ---- What it costs --------------------------------------------------------------------------------
@@ -2333,6 +2174,73 @@ extern "C" {
 // PART III  MACHINERY
 // =================================================================================================
 
+// ---- Devices, models and buffers in memory: section 8 ----------------------------------------------
+
+// A model of this shape without memory for its weights: the list of parameters alone. NULL or error.
+retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
+// Memory for its parameters, in fp32, zeroed; for training also for gradients. false or error.
+bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
+// Reads a Hugging Face directory: config.json, model.safetensors or its shards; or directory/latest
+// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their type;
+// everything else copies them, to fp32 masters for training. NULL or error.
+retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
+void retrofit_free(retrofit_model *model);
+// Copies masters to where operations read them; needed after masters were changed by hand.
+void retrofit_refresh_weights(retrofit_model *model);
+
+// K is ignored where nothing is kept; cache: NULL unless it is for decoding. NULL or error.
+retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
+                                       retrofit_keep keep, const retrofit_kv_cache *cache);
+void retrofit_buffers_free(retrofit_buffers *buffers);
+// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow.
+size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
+                              size_t T, size_t K, retrofit_keep keep);
+
+// Memory for the moments and Muon's scratch. false or error.
+bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
+// What training a model without memory would take: bytes of weights (with their copies in act_type),
+// gradients, moments.
+void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
+                             size_t *weights, size_t *gradients, size_t *moments);
+// Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
+// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's memory.
+size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms);
+
+// ---- Random numbers -------------------------------------------------------------------------------
+
+// Random numbers that are a function of (seed, counter), so that they are the same from any thread
+// and on any device: 64 bits, a number in (0, 1), a normal number cut at ±3.
+#ifdef __CUDACC__
+#define RETROFIT_DEVICE __host__ __device__
+#else
+#define RETROFIT_DEVICE
+#endif
+RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
+RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
+RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
+
+// splitmix64's finaliser.
+RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter) {
+    uint64_t z = seed + 0x9e3779b97f4a7c15ull * (counter + 1);
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
+RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter) {
+    return ((double)(retrofit_hash(seed, counter) >> 11) + 0.5) * 0x1p-53;
+}
+
+// By Box and Muller; the one draw in 370 that lies beyond is drawn again.
+RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter) {
+    uint64_t key = retrofit_hash(seed, counter);
+    for (uint64_t i = 0;; i += 2) {
+        double radius = sqrt(-2 * log(retrofit_hash_uniform(key, i)));
+        double z = radius * cos(2 * 3.14159265358979323846 * retrofit_hash_uniform(key, i + 1));
+        if (fabs(z) <= 3) return (float)z;
+    }
+}
+
 // ---- Small things that programs need too ----------------------------------------------------------
 
 // directory/name into path. false or error if it is too long.
@@ -2728,6 +2636,73 @@ static void rope_table(float *table, const retrofit_config *c, size_t positions)
             table[(p * c->head_dim / 2 + i) * 2] = cosf(angle), table[(p * c->head_dim / 2 + i) * 2 + 1] = sinf(angle);
         }
     }
+}
+
+// ---- What a caller gives and gets --------------------------------------------------------------
+
+// Checks the next batch's token ids and uploads them.
+static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t) {
+    const retrofit_model *model = buffers->model;
+    size_t V = model->config.vocab;
+    if (b == 0 || t == 0 || b > buffers->B || t > buffers->T)
+        return retrofit_fail("a batch of %zu x %zu tokens where at most %zu x %zu fit", b, t,
+                             buffers->B, buffers->T);
+    for (size_t i = 0; i < b * t; i++) {
+        if (tokens[i] < 0 || (size_t)tokens[i] >= V)
+            return retrofit_fail("token %zu is %d, but the vocabulary has %zu entries", i,
+                                 (int)tokens[i], V);
+    }
+    buffers->b = b;
+    buffers->t = t;
+    buffers->N = b * t;
+    buffers->n = 0;
+    buffers->k = 0;
+    model->ops->upload(buffers->tokens, tokens, buffers->N * sizeof *tokens);
+    return true;
+}
+
+// How many labels count; 0 and an error if one is not below V, or none counts.
+static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels) {
+    size_t V = buffers->model->config.vocab, counted = 0;
+    for (size_t i = 0; i < buffers->N; i++) {
+        if (labels[i] == -100) continue;
+        if (labels[i] < 0 || (size_t)labels[i] >= V) {
+            retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i, (int)labels[i],
+                          V);
+            return 0;
+        }
+        counted++;
+    }
+    if (counted == 0) retrofit_fail("all labels of the batch are -100: there is no loss");
+    return counted;
+}
+
+void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_ops *ops = model->ops;
+    size_t d = model->config.n_embd, V = model->config.vocab;
+    size_t rows = retrofit_min(buffers->chunk, WIDE_ROWS);
+    float *wide = buffers->wide_logits;
+    for (size_t at = 0; at < count; at += rows) {
+        size_t some = retrofit_min(rows, count - at);
+        act *final = act_at(ops, buffers->final, (first + at) * d);
+        ops->matmul_residual_forward(wide, NULL, final, model->lm_head.weight, some, d, V);
+        ops->download(logits + at * V, wide, some * V * sizeof *logits);
+    }
+}
+
+size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
+    const retrofit_model *model = buffers->model;
+    size_t count = buffers->N * model->config.n_embd;
+    double *sum = model->sums + 1;
+    if (retrofit_is_plain(&model->config)) return 0;
+    for (size_t j = 0; j <= buffers->k; j++) {
+        model->ops->zero(sum, sizeof *sum);
+        model->ops->sum_squares(sum, saved_state(buffers, j), count);
+        model->ops->download(&rms[j], sum, sizeof *rms);
+        rms[j] = sqrt(rms[j] / (double)count);
+    }
+    return buffers->k + 1;
 }
 
 // ---- Buffers: one arena for each retrofit_buffers --------------------------------------------------
