@@ -1,48 +1,94 @@
-/* retrofit.h - Teaching Pretrained Language Models to Think Deeper with Retrofitted Recurrence, in one header.
+/* retrofit.h - Teaching Pretrained Language Models to Think Deeper with Retrofitted Recurrence
 
-   The method of McLeish et al. (arXiv 2511.07384): a pretrained Llama is cut into three parts, and a small new matrix, the
-   adapter, feeds the middle part its own output r times. A short training teaches the model to use that loop; from then on
-   it thinks deeper the more recurrences it is given.
+   The method of McLeish et al. (arXiv 2511.07384) in one header. A pretrained Llama is cut into three
+   parts, prelude, core and coda; a new matrix, the adapter, feeds the core its own output r times. A
+   short training teaches the model to use that loop; from then on it thinks deeper the more
+   recurrences it is given.
 
-       tokens ── wte ── prelude ── e ─────────────┬─────────────┬─ … ─────────┐
-                       P blocks    │              │             │             │
-                                   ▼              ▼             ▼             ▼
-              s_0 ~ N(0, σ²) ── adapter ─ core ─ adapter ─ core ─ … ─ adapter ─ core ── s_r ── coda ── RMSNorm ── lm_head ── logits
-                                      C blocks                                                D blocks
-                               └──────────────────── r recurrences, the same weights ───┘
+       tokens ─ wte ─ prelude ─ e ──────┬─────────────┬── … ───────┐
+                      P blocks          │             │            │
+                                        ▼             ▼            ▼
+              s_0 ~ N(0, σ²) ──── adapter ─ core ─ adapter ─ core … core ─ s_r ─ coda ─ norm ─ lm_head
+                                           C blocks                            D blocks
+                                  └──── r recurrences, the same weights ────┘
 
-       e    = prelude(wte[tokens])
-       s_0  ~ normal cut at ±3σ, or zero
-       s_i  = core(A·concat(s_{i-1}, e)),  A·concat(s, e) = A_s·s + A_e·e                 i = 1..r = n + k
-       loss = cross_entropy(lm_head·RMSNorm(coda(s_r)), labels)
+   This file is a book in three parts. PART I is the method: whoever reads up to the line "The method
+   ends here" has understood the paper. PART II thinks longer (decoding). PART III is machinery. What
+   Part I needs from there is declared, with a sentence each, before section 2.
 
-   Training draws r anew for every micro-batch from a Poisson around a log-normal rate whose mean grows by a curriculum. The
-   first n recurrences run without storing anything; gradients flow back through the last k only (truncated backpropagation).
+   0  The method in formulas
 
-   Shape letters, used in every comment:
-       B sequences   T tokens in each   N = B·T      d = n_embd       H query heads, G key/value heads, h = d/H their size
-       Q = (H+2G)·h  F = intermediate   V vocabulary                  P, C, D layers in prelude, core, coda
+   Letters:  B rows   T tokens in each   N = B·T   d = n_embd   H query heads   G key/value heads
+             h = d/H   Q = (H+2G)·h   F = intermediate size   V vocabulary   P, C, D layers in prelude,
+             core, coda   r = n + k recurrences, n without and k with gradient   R, K: means, section 4
 
-   Usage: in ONE C or C++ file
+       e      = prelude(wte[tokens])
+       s_0    ~ N(0, σ²), cut at ±3σ
+       y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e             i = 1 … r,  A = [A_s | A_e]
+       s_i    = core(y_i)
+       logits = lm_head·RMSNorm_f(coda(s_r))                 loss L = mean cross-entropy of the labels
+
+   The gradient. Write dX for ∂L/∂X, and coreᵀ for the derivative of the core, at y_i, applied to a
+   gradient. Backward through coda and head gives ds_r. Then, for i = r, r - 1, …
+
+       dY_i     = coreᵀ(ds_i)                     and the core's own gradient, as of any stack of blocks
+       ds_{i-1} = A_sᵀ·dY_i
+
+   A_s, A_e, the core's weights and e are the same in every recurrence. L depends on them in many
+   places, and the derivative is the sum over the places:
+
+       dA_s  = Σ_i dY_i·s_{i-1}ᵀ                  a product for each i, since s_{i-1} differs
+       dA_e  = Σ_i dY_i·eᵀ    = (Σ_i dY_i)·eᵀ     e does not depend on i, so the sum comes first:
+       de    = Σ_i A_eᵀ·dY_i  = A_eᵀ·(Σ_i dY_i)   one product each, however many recurrences there were
+       dcore = Σ_i of its gradient at y_i
+
+   For the same reason A_e·e is computed once in the forward pass. de then goes back through the
+   prelude to wte.
+
+   Truncation. Only the last k recurrences are followed back: the sums run over i = n + 1 … n + k, and
+   ds_n is set to zero, as if s_n were a constant like s_0. What is left out is every term of i ≤ n, in
+   dA_s, in dA_e, in the core's gradient and in de; coda, head and final norm lose nothing. Those terms
+   have come back through k cores or more. Where states converge, which is what the training brings
+   about, each core makes them smaller, so they matter little, and the n first recurrences need to
+   store nothing: memory grows with k, not with r.
+
+   Surgery (convert.c) makes the three parts from the layers of the source. The paper takes the first
+   for the prelude, the last for the coda, and the last before those for the core, of TinyLlama's 22
+   layers 0-3, 18-21 and 10-17; any list may be given. What is in no part, here 4-9, is dropped for
+   good. wte, final norm and head are copied; a head that shared wte becomes a matrix of its own. The
+   adapter is new: PyTorch's uniform of ±1/√(2d), as the authors have it, or [0 | I], which starts as
+   the source without the dropped layers.
+
+   Contents                                            function                          line
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   748
+       s_0                                             retrofit_init_state               772
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            777
+       s_i, without and with gradient                  retrofit_recur                    813
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               639
+       its gradient                                    block_backward                    670
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     826
+       L                                               retrofit_loss                     884
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               912
+       dA_e, de                                        injection_backward                929
+       floating-point operations                       retrofit_flops_per_token          962
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1021
+       the curriculum r̄(t)                             retrofit_curriculum               1053
+       a training step                                 retrofit_training_step            1157
+       the paper's numbers                             retrofit_paper_training           1081
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1398
+       Newton-Schulz                                   newton_schulz                     1284
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1427
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2056
+       the list of parameters; arenas                  retrofit_model_new                2536
+       files                                           retrofit_load                     3453
+       matrix products                                 gemm                              3926
+       tokenizer                                       retrofit_encode                   4470
+
+   Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
        #include "retrofit.h"
-   and plain #include "retrofit.h" elsewhere. Compile with -O3 -march=native -ffp-contract=fast for the fast
-   kernels, -fopenmp for threads; link with -lm.
-   Functions that can fail return false or NULL; retrofit_error() then says what was wrong, where, and what to do.
-
-   Contents                                              Where the paper's equations are
-       1  declarations: config, parameters, operations       e = prelude(wte[x])              retrofit_prelude
-       2  memory, files, errors, random numbers              s_i = core(A·concat(s, e))       retrofit_recur
-       3  JSON, safetensors                                  logits                           retrofit_coda, retrofit_logits
-       4  tokenizer                                          loss and its gradient            retrofit_loss, retrofit_backward
-       5  operations on the CPU, forward beside backward     x += proj(attn(RMSNorm x)) ...   block_forward, block_backward
-       6  block, model: forward and backward                 r ~ Poisson(LogNormal) + 1       retrofit_draw_recurrences
-       7  recurrence sampler, curriculum, learning rate      r̄(t), curriculum                 retrofit_curriculum
-       8  optimizers: AdamW, Muon, AdamW*; clipping          AdamW, Muon, AdamW*              retrofit_optimizer_step
-       9  decoding: KV cache, exits, sampling, drafts        next token                       retrofit_feed, retrofit_sample
-      10  checkpoints, token shards                          surgery                          convert.c
-
-   License: MIT. */
+   and plain #include "retrofit.h" elsewhere, in C11 or C++17. Compile with -O3 -march=native
+   -ffp-contract=fast, and -fopenmp for threads; link with -lm. License: MIT. */
 #ifndef RETROFIT_H
 #define RETROFIT_H
 
