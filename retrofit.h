@@ -60,29 +60,29 @@
    the source without the dropped layers.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   748
-       s_0                                             retrofit_init_state               772
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            777
-       s_i, without and with gradient                  retrofit_recur                    813
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               639
-       its gradient                                    block_backward                    670
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     826
-       L                                               retrofit_loss                     884
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               912
-       dA_e, de                                        injection_backward                929
-       floating-point operations                       retrofit_flops_per_token          962
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1021
-       the curriculum r̄(t)                             retrofit_curriculum               1053
-       a training step                                 retrofit_training_step            1157
-       the paper's numbers                             retrofit_paper_training           1081
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1398
-       Newton-Schulz                                   newton_schulz                     1284
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1427
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2056
-       the list of parameters; arenas                  retrofit_model_new                2536
-       files                                           retrofit_load                     3453
-       matrix products                                 gemm                              3926
-       tokenizer                                       retrofit_encode                   4470
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   734
+       s_0                                             retrofit_init_state               758
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            763
+       s_i, without and with gradient                  retrofit_recur                    799
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               625
+       its gradient                                    block_backward                    656
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     812
+       L                                               retrofit_loss                     870
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               898
+       dA_e, de                                        injection_backward                915
+       floating-point operations                       retrofit_flops_per_token          948
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1007
+       the curriculum r̄(t)                             retrofit_curriculum               1039
+       a training step                                 retrofit_training_step            1126
+       the paper's numbers                             retrofit_paper_training           1067
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1367
+       Newton-Schulz                                   newton_schulz                     1253
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1396
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2025
+       the list of parameters; arenas                  retrofit_model_new                2505
+       files                                           retrofit_load                     3422
+       matrix products                                 gemm                              3895
+       tokenizer                                       retrofit_encode                   4439
 
    Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
@@ -207,33 +207,25 @@ typedef struct {
 
 // ---- Operations -----------------------------------------------------------------------------------
 // The model is written once, over this table. The CPU's rows are in section 6, a GPU's, under the
-// same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them:
-//   - arguments are outputs, inputs, sizes, in this order;
-//   - gradients of parameters add (+=), gradients of activations are set (=), but for the residual
-//     stream's, dx of rmsnorm_backward, which adds;
-//   - nothing allocates; every sum has a fixed order, so a run repeats bit for bit;
-//   - the residual stream, states, parameters and their gradients are fp32; `act` is the table's type.
-// The formulas stand at the definitions. Rows n = b·T + t of an activation are the tokens in order.
-//   embedding              x (N,d) are rows of wte (V,d)
-//   rmsnorm                out (N,d), rstd (N); backward: dweight may be NULL
-//   matmul                 out (N,O) = inp (N,I)·wᵀ, w (O,I); backward: dinp (N,I), and dw (O,I)
-//                          whose rows are `stride` apart
-//   matmul_residual        the same into fp32, plus residual (N,O): NULL for zero, or out itself
-//   rope                   turns q and k inside qkv (N,Q), in place; table: (positions, h/2, {cos, sin});
-//                          row b begins at position past[b], or at 0 if past is NULL
-//   attention              out (N,d), lse (N,H) from qkv (N,Q), T tokens in each of B rows, causal;
-//                          backward: dqkv (N,Q), and delta (N,H), which it needs on the way
-//   swiglu                 out (N,F) from gate_up (N,2F); backward: dgate_up (N,2F), and out again
-//   cross_entropy          losses (N), 0 where a label is negative; if scale is not 0 the logits (N,V)
-//                          are replaced by their gradient
-//   cast, add              out = (act) x; x = keep·x + y
-//   state_init             s (B,T,d), a function of (seed, b, past[b] + t, column) alone
-//   kv_store               k and v of qkv to keys, values (B,capacity,G·h) at positions past[b] + t;
-//                          type: of the cache, the table's own or, on a CPU, bf16
-//   attention_cached       out (N,d): T new queries a row over the positions 0 … past[b] + t
-//   kv_backfill            section 7: a token that stopped early fills the slots it did not reach
-//   sum_squares            *sum += Σ x², in double, on the device
-//   adamw_update … muon_update   section 5
+// same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them: arguments
+// are outputs, inputs, sizes. Gradients of parameters add (+=), gradients of activations are set (=),
+// except the residual stream's, dx of rmsnorm_backward, which adds. Nothing allocates. Every sum has
+// a fixed order, so a run repeats bit for bit. The residual stream, states, parameters and their
+// gradients are fp32, `act` is the table's type. The formulas stand at the definitions.
+//   embedding         x (N,d) from wte (V,d)
+//   rmsnorm           out (N,d), rstd (N); dweight may be NULL
+//   matmul            out (N,O) = inp (N,I)·wᵀ, w (O,I); dinp (N,I); dw (O,I), rows `stride` apart
+//   matmul_residual   the same into fp32, plus residual (N,O): NULL for zero, or out itself
+//   rope              in place on q and k of qkv (N,Q); table (positions,h/2,{cos, sin}); row b begins
+//                     at position past[b], or at 0 if past is NULL
+//   attention         out (N,d), lse (N,H) from qkv (N,Q); dqkv (N,Q), delta (N,H)
+//   swiglu            out (N,F) from gate_up (N,2F); backward gives out again
+//   cross_entropy     losses (N), 0 where a label is negative; unless scale is 0 the logits (N,V) are
+//                     replaced by their gradient
+//   cast, add, axpby  out = (act) x; x = keep·x + y; y = a·x + b·y
+//   state_init        s (B,T,d), a function of (seed, b, past[b] + t, column) alone
+//   kv_store …        keys, values (B,capacity,G·h) of `type`: section 7
+//   sum_squares …     *sum += Σ x², in double, on the device; and the optimizers': section 5
 #define RETROFIT_OPS(X) \
     X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t \
       d)) \
@@ -305,8 +297,8 @@ struct retrofit_ops {
     void (*download)(void *host, const void *from, size_t bytes);
     void (*copy)(void *to, const void *from, size_t bytes);   // within the device
     void (*zero)(void *p, size_t bytes);
-    // A device that can, else NULL: between record_begin and record_end operations and copies are
-    // noted, not done; replay does what was noted, with the same arguments, in one go.
+    // NULL if a device cannot: from record_begin to record_end operations and copies are noted, not
+    // done; replay does them, with the same arguments, in one go.
     void (*record_begin)(void);
     void *(*record_end)(void);
     void (*replay)(void *recording);
@@ -336,15 +328,14 @@ typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } 
 
 // What backward needs of one block.
 typedef struct {
-    const float *x;      // (N,d)   its input, the output of the block before
-    float *rstd_1;       // (N)
-    act *qkv;            // (N,Q)   after RoPE
-    act *attention;      // (N,d)
-    float *lse;          // (N,H)
-    float *mid;          // (N,d)   the residual stream between attention and MLP
-    float *rstd_2;       // (N)
-    act *gate_up;        // (N,2F)
-    float *out;          // (N,d)
+    const float *x;          // (N,d)   its input, the output of the block before
+    float *rstd_1, *rstd_2;  // (N)
+    act *qkv;                // (N,Q)   after RoPE
+    act *attention;          // (N,d)
+    float *lse;              // (N,H)
+    float *mid;              // (N,d)   the residual stream between attention and MLP
+    act *gate_up;            // (N,2F)
+    float *out;              // (N,d)
 } retrofit_block;
 
 // What a forward pass saves for backward.
@@ -410,18 +401,17 @@ typedef struct {
 
 // One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
-// s_0; sigma 0: zero. With a KV cache every row's state is what it would be if the row were alone.
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
 // n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
 void retrofit_recur(retrofit_buffers *buffers, size_t n, size_t k);
-void retrofit_coda(retrofit_buffers *buffers); // the coda and the final norm
+void retrofit_coda(retrofit_buffers *buffers); // and the final norm
 // All four. false or error.
 bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
                       float sigma, uint64_t seed, size_t n, size_t k);
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
-// The mean cross-entropy, in nats, over labels (b,t) that are not -100; NaN or error if one is not
-// below V. With scale not 0 also the gradient of scale·loss for retrofit_backward to go on from.
+// The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V. Unless
+// scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
 void retrofit_backward(retrofit_buffers *buffers); // adds to the gradient of every parameter
@@ -432,45 +422,33 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 
 // ---- Training -------------------------------------------------------------------------------------
 
-// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and backprop depth K; *rate (may be
-// NULL): the log-normal draw.
-void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
-
 typedef enum {
     RETROFIT_CURRICULUM_NONE, RETROFIT_CURRICULUM_LINEAR, RETROFIT_CURRICULUM_1_SQRT
 } retrofit_curriculum_kind;
-// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up; a value that grows
-// linearly from start·base to base (the backprop depth); the learning rate. w, c: shares of S.
-double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R);
-double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base);
-double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr);
-
 typedef enum { RETROFIT_ADAMW, RETROFIT_MUON, RETROFIT_ELLISADAM } retrofit_optimizer_kind;
 typedef struct {
     retrofit_optimizer_kind kind;
-    float lr, muon_lr;    // this step's
+    float lr, muon_lr;                     // this step's
     float beta1, beta2, eps, weight_decay;
-    float momentum;       // Muon's
-    float clip;           // the largest norm of the whole gradient; 0: no clipping
-    float peak_lr;        // ELLISADAM: the lr that the weight decay is meant for; 0: this step's
-    float throttle;       // divides the learning rates of adapter and core; 0: 1
+    float momentum;                        // Muon's
+    float clip;                            // the largest norm of the whole gradient; 0: no clipping
+    float peak_lr;                         // ELLISADAM: the lr that its weight decay is meant for
+    float throttle;                        // divides the learning rates of adapter and core; 0: 1
 } retrofit_optimizer;
-// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that is
-// not finite, nothing changes.
-double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t);
+
 // A whole training; retrofit_paper_training, beside the step in section 4, has the paper's numbers.
 typedef struct {
     size_t steps, accumulate;               // S; micro-batches in a step
     size_t mean_recurrence, backprop_depth; // R, K: where the schedules end
     retrofit_curriculum_kind curriculum;
     double curriculum_warmup;               // share of the steps in which the mean grows to R
-    size_t depth_start;
-    double depth_warmup;                    // share in which the depth grows from depth_start; 0: none
+    size_t depth_start;                     // the depth grows from here to K over the share
+    double depth_warmup;                    // depth_warmup; 0: it is K from the beginning
     size_t fixed_n, fixed_k;                // fixed_k > 0: these in every micro-batch, no draws
     double lr, muon_lr;                     // peaks
     double warmup, cooldown, min_lr_ratio;  // shares of the steps; where the rates start and end
     bool throttle;                          // divide adapter's and core's lr by the step's mean k
-    retrofit_mode mode;
+    retrofit_mode mode;                     // what is trained
     retrofit_optimizer optimizer;           // its lr, muon_lr and throttle are set by every step
     float sigma;                            // of s_0
     uint64_t seed;                          // of the start states
@@ -479,27 +457,35 @@ extern const retrofit_training retrofit_paper_training;
 
 // What one step does; a plain Llama has mean = depth = 0.
 typedef struct {
-    size_t mean, depth;  // the mean of the draws, r̄(t); how many recurrences get gradients
+    size_t mean, depth; // the mean of the draws, r̄(t); how many recurrences get gradients
     float lr, muon_lr;
 } retrofit_plan;
-retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
-                                 size_t step);
-// n and k of micro-batch j (from 0) of that step.
-void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
-                        size_t j, size_t *n, size_t *k);
 
-// What a step gave.
+// What a step gave: the gradient's norm before clipping is NaN if the loss is not finite.
 typedef struct {
     retrofit_plan plan;
-    double loss, norm;         // norm: of the gradient before clipping; NaN if the loss is not finite
-    size_t n, k;               // of the last micro-batch
-    double mean_k;
-    double flops, paper_flops;
+    double loss, norm, mean_k, flops, paper_flops;
+    size_t n, k; // of the last micro-batch
 } retrofit_step;
 
+// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and depth K; *rate: NULL, or the draw.
+void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
+// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up, a value that grows
+// linearly from start·base to base (the depth), the learning rate. w, c: shares of S.
+double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R);
+double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base);
+double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr);
+// What step number `step` (from 0) does, and n and k of its micro-batch j (from 0).
+retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
+                                 size_t step);
+void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
+                        size_t j, size_t *n, size_t *k);
+// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that is
+// not finite, nothing changes.
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t);
+// That step, whose update is number t (skipped ones do not count), with buffers->B rows in a
+// micro-batch. false or error.
 typedef struct retrofit_data retrofit_data; // token shards: section 9
-// Step number `step` (from 0), whose optimizer update is number t (from 1: skipped steps do not
-// count). buffers->B rows make a micro-batch. false or error.
 bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
                             retrofit_step *result);
@@ -1079,30 +1065,13 @@ double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min
 // The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
 // tokens. (The authors' 4 to 64 GPUs draw once for a micro-batch on each of them.)
 const retrofit_training retrofit_paper_training = {
-    .steps = 50000,
-    .accumulate = 128,
-    .mean_recurrence = 32,
-    .backprop_depth = 8,
-    .curriculum = RETROFIT_CURRICULUM_1_SQRT,
-    .curriculum_warmup = 0.75,
-    .depth_start = 1,
-    .depth_warmup = 0,
-    .lr = 5e-5,
-    .muon_lr = 1e-3,
-    .warmup = 0.0025,
-    .cooldown = 0.6,
-    .min_lr_ratio = 0.001,
+    .steps = 50000, .accumulate = 128, .seed = 1, .sigma = (float)RETROFIT_STATE_STD,
+    .mean_recurrence = 32, .curriculum = RETROFIT_CURRICULUM_1_SQRT, .curriculum_warmup = 0.75,
+    .backprop_depth = 8, .depth_start = 1, .depth_warmup = 0,
+    .lr = 5e-5, .muon_lr = 1e-3, .warmup = 0.0025, .cooldown = 0.6, .min_lr_ratio = 0.001,
     .mode = RETROFIT_TRAINING,
-    .optimizer = {.kind = RETROFIT_MUON,
-                  .beta1 = 0.9f,
-                  .beta2 = 0.95f,
-                  .eps = 1e-10f,
-                  .weight_decay = 1e-4f,
-                  .momentum = 0.95f,
-                  .clip = 1,
-                  .peak_lr = 5e-5f},
-    .sigma = (float)RETROFIT_STATE_STD,
-    .seed = 1,
+    .optimizer = {.kind = RETROFIT_MUON, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-10f,
+                  .weight_decay = 1e-4f, .momentum = 0.95f, .clip = 1, .peak_lr = 5e-5f},
 };
 
 retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
