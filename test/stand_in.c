@@ -1,5 +1,5 @@
-// A stand-in for SmolLM2 where there is no network: stand_in FROM TO makes a plain Llama of 30 layers by
-// repeating those of a smaller one. `make readme` runs the README's commands on it.
+// A stand-in for SmolLM2 where there is no network: stand_in FROM TO makes a plain Llama of 30
+// layers by repeating those of a smaller one. `make readme` runs the README's commands on it.
 #define RETROFIT_IMPLEMENTATION
 #include "../retrofit.h"
 
