@@ -60,29 +60,24 @@
    the source without the dropped layers.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   734
-       s_0                                             retrofit_init_state               758
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            763
-       s_i, without and with gradient                  retrofit_recur                    799
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               625
-       its gradient                                    block_backward                    656
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     812
-       L                                               retrofit_loss                     870
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               898
-       dA_e, de                                        injection_backward                915
-       floating-point operations                       retrofit_flops_per_token          948
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1007
-       the curriculum r̄(t)                             retrofit_curriculum               1039
-       a training step                                 retrofit_training_step            1126
-       the paper's numbers                             retrofit_paper_training           1067
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1367
-       Newton-Schulz                                   newton_schulz                     1253
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1396
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2025
-       the list of parameters; arenas                  retrofit_model_new                2505
-       files                                           retrofit_load                     3422
-       matrix products                                 gemm                              3895
-       tokenizer                                       retrofit_encode                   4439
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   725
+       s_0                                             retrofit_init_state               749
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            754
+       s_i, without and with gradient                  retrofit_recur                    790
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               616
+       its gradient                                    block_backward                    647
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     803
+       L                                               retrofit_loss                     861
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               889
+       dA_e, de                                        injection_backward                906
+       floating-point operations                       retrofit_flops_per_token          938
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         995
+       the curriculum r̄(t)                             retrofit_curriculum               1027
+       a training step                                 retrofit_training_step            1104
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1345
+       Newton-Schulz                                   newton_schulz                     1231
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1374
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2003
 
    Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
@@ -152,9 +147,9 @@ typedef struct {
 } retrofit_weight;
 
 typedef enum { RETROFIT_EMBEDDING, RETROFIT_HEAD, RETROFIT_NORM, RETROFIT_MATRIX } retrofit_kind;
-typedef enum {
+typedef enum { // RETROFIT_PARTS is their number
     RETROFIT_PART_EMBEDDING, RETROFIT_PART_PRELUDE, RETROFIT_PART_ADAPTER, RETROFIT_PART_CORE,
-    RETROFIT_PART_CODA, RETROFIT_PART_NORM, RETROFIT_PART_HEAD, RETROFIT_PARTS // their number
+    RETROFIT_PART_CODA, RETROFIT_PART_NORM, RETROFIT_PART_HEAD, RETROFIT_PARTS
 } retrofit_part;
 
 // A tensor of a checkpoint file. Where a plain Llama stores q, k, v or gate, up apart, our fused
@@ -194,7 +189,7 @@ typedef struct {
     retrofit_parameter adapter;             // (d,2d)  [A_s | A_e]; a plain Llama has none
     retrofit_parameter ln_f;                // (d)     the final norm
     retrofit_parameter lm_head;             // (V,d)
-    retrofit_parameter **parameters;        // the one list of all of them, as section 8 makes it
+    retrofit_parameter **parameters;        // the one list of all of them: section 8
     size_t parameter_count, weight_count;   // entries of that list; numbers in all of them
     void *weights, *masters, *grads, *moments; // arenas; NULL where there is nothing to hold
     size_t grad_bytes, moment_bytes;
@@ -321,7 +316,6 @@ const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[2
 typedef enum {
     RETROFIT_INFERENCE, RETROFIT_TRAINING, RETROFIT_TRAINING_CORE, RETROFIT_TRAINING_ADAPTER
 } retrofit_mode;
-
 // What a forward pass keeps for backward: nothing (blocks run in place), all that retrofit_block
 // lists, or each block's input alone, from which backward computes the rest again (--recompute).
 typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } retrofit_keep;
@@ -341,21 +335,19 @@ typedef struct {
 // What a forward pass saves for backward.
 typedef struct {
     retrofit_block *prelude, *core, *coda; // [P], [K·C], [D]
-    float **adapted;                       // [K] (N,d)  A·concat(s_{i-1}, e), the core's input
+    float **adapted;                       // [K] (N,d)  y_i, the input of the core
 } retrofit_saved;
 
-// Gradients of activations; each holds what stands in its comment until the next operation needs it.
+// Gradients of activations; each holds what its comment says until the next operation needs it.
 typedef struct {
-    float *dx;         // (N,d)   of the residual stream
-    float *dinjected;  // (N,d)   of A_e·e: Σ dY_i
-    float *delta;      // (N,H)   Σ_c dout·out of attention's backward pass
-    act *dbranch;      // (N,d)   dx, cast, as what a branch added
-    act *dinner;       // (N,d)   of a norm's output
-    act *dattention;   // (N,d)
-    act *dqkv;         // (N,Q)
-    act *dswiglu;      // (N,F)
-    act *dgate_up;     // (N,2F)
-    act *dfinal;       // (N,d)   of the final norm's output
+    float *dx;                        // (N,d)   of the residual stream
+    float *dinjected;                 // (N,d)   of A_e·e: Σ dY_i
+    float *delta;                     // (N,H)   of attention's backward pass
+    act *dbranch;                     // (N,d)   dx, cast, as what a branch added
+    act *dinner;                      // (N,d)   of a norm's output
+    act *dattention, *dqkv;           // (N,d), (N,Q)
+    act *dswiglu, *dgate_up;          // (N,F), (N,2F)
+    act *dfinal;                      // (N,d)   of the final norm's output
 } retrofit_gradients;
 
 typedef struct retrofit_decoder retrofit_decoder; // the KV cache and what decoding notes: section 7
@@ -389,9 +381,8 @@ typedef struct {
     act *logits;              // (chunk,V)
     size_t chunk;             // rows of logits that exist at a time
     float *wide_logits;       // (rows,V) in fp32, for the host
-    int32_t *host_tokens, *host_labels; // (B·T) on the host: the rows that a training step reads
+    int32_t *host_tokens, *host_labels; // (B·T) on the host: the rows of a training step
     float *host_losses;       // (B·T) on the host
-
     retrofit_saved saved;
     retrofit_gradients gradients;
     retrofit_decoder *decoder; // NULL without a KV cache
@@ -585,8 +576,8 @@ void retrofit_refresh_weights(retrofit_model *model);
 static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
 static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
 static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
-// Section 9: row `index`, counted on over epochs: T tokens and the T that follow each.
-bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
+// Section 8: the rows of a micro-batch, counted from 0 over the whole training.
+static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index);
 
 uint16_t retrofit_float_to_bf16(float f);
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
@@ -940,34 +931,31 @@ void retrofit_backward(retrofit_buffers *buffers) {
 }
 
 // ---- What it costs --------------------------------------------------------------------------------
-// A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
-// costs 1; backward 1 for the gradient of what came in and 1 for that of the weights, unless they are
-// frozen. The n recurrences without gradient cost 1 each. A_e·e is computed once per pass, whatever r
-// is, and so are its gradients. (The ds of the first recurrence with gradient, which truncation saves,
-// is counted: 2d² of some billions.)
+// A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward costs
+// 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless they are
+// frozen. Recurrences without gradient cost 1. A_e·e is computed once, whatever r is, and so are its
+// gradients. (The ds of the first recurrence with gradient, which truncation saves, is counted.)
 double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
                                 size_t n, size_t k) {
-    double d = (double)config->n_embd, F = (double)config->intermediate;
-    double Q = (double)retrofit_qkv_width(config), V = (double)config->vocab;
-    double layer = 2 * (d * Q + d * d + 3 * d * F) + 2 * (double)T * d;
-    double adapter_half = retrofit_is_plain(config) ? 0 : 2 * d * d;
-    bool all = mode == RETROFIT_TRAINING, none = mode == RETROFIT_INFERENCE;
-
-    double of_prelude = all ? 3 : 1;
-    double of_A_e = all ? 3 : none ? 1 : 2;
-    double of_A_s = none ? 1 : 3;
-    double of_core = none ? 1 : mode == RETROFIT_TRAINING_ADAPTER ? 2 : 3;
-    double of_coda = all ? 3 : none ? 1 : 2;
+    static const int passes[4][5] = { // over prelude, A_e, core, A_s, coda with head
+        {1, 1, 1, 1, 1},              // inference
+        {3, 3, 3, 3, 3},              // training all of it,
+        {1, 2, 3, 3, 2},              // the adapter and the core,
+        {1, 2, 2, 3, 2},              // the adapter
+    };
+    const int *times = passes[mode];
+    double d = (double)config->n_embd, F = (double)config->intermediate, V = (double)config->vocab;
     double P = (double)config->prelude, C = (double)config->core, D = (double)config->coda;
-    double without_gradient = (double)n * (C * layer + adapter_half);
-    double with_gradient = (double)k * (of_core * C * layer + of_A_s * adapter_half);
-    return of_prelude * P * layer + of_A_e * adapter_half + without_gradient + with_gradient +
-           of_coda * (D * layer + 2 * d * V);
+    double layer = 2 * (d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F) + 2 * (double)T * d;
+    double half = retrofit_is_plain(config) ? 0 : 2 * d * d; // A_s or A_e
+    double once = times[0] * P * layer + times[1] * half + times[4] * (D * layer + 2 * d * V);
+    double with_gradient = times[2] * C * layer + times[3] * half;
+    return once + (double)n * (C * layer + half) + (double)k * with_gradient;
 }
 
-// As the paper's figures count: 6·N_1 + 2·N_2 per token, N_1 the parameters of prelude, k times the
-// core, and coda, N_2 those of n times the core. Attention, adapter, embedding and head do not count,
-// nor does freezing: it is a measure of the body's size times its passes.
+// As the paper's figures count: 6·N_1 + 2·N_2, N_1 the parameters of prelude, k times the core, and
+// coda, N_2 those of n times the core. Attention, adapter, embedding, head and freezing do not count:
+// it is a measure of the body's size times its passes.
 double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k) {
     double d = (double)config->n_embd, F = (double)config->intermediate;
     double layer = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F + 2 * d;
@@ -1079,7 +1067,7 @@ retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrof
     const retrofit_training *run = training;
     size_t S = run->steps;
     double w = run->warmup, c = run->cooldown, min = run->min_lr_ratio;
-    retrofit_plan plan = {0, 0, 0, 0};
+    retrofit_plan plan = {0};
     plan.lr = (float)retrofit_learning_rate(step, S, w, c, min, run->lr);
     plan.muon_lr = (float)retrofit_learning_rate(step, S, w, c, min, run->muon_lr);
     if (retrofit_is_plain(config)) return plan;
@@ -1102,16 +1090,6 @@ void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *
     if (plan->mean == 0 || training->fixed_k) return;
     uint64_t m = step * training->accumulate + j + 1;
     retrofit_draw_recurrences(m, plan->mean, plan->depth, n, k, NULL);
-}
-
-static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index) {
-    size_t T = buffers->T;
-    for (size_t i = 0; i < buffers->B; i++) {
-        int32_t *tokens = buffers->host_tokens + i * T;
-        int32_t *labels = buffers->host_labels + i * T;
-        if (!retrofit_data_row(data, index * buffers->B + i, tokens, labels)) return false;
-    }
-    return true;
 }
 
 static void count_micro_batch(retrofit_step *result, const retrofit_training *training,
@@ -2704,6 +2682,17 @@ void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, floa
         ops->matmul_residual_forward(wide, NULL, final, model->lm_head.weight, some, d, V);
         ops->download(logits + at * V, wide, some * V * sizeof *logits);
     }
+}
+
+// Rows of a micro-batch, counted from 0 over the whole training, to the host.
+static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index) {
+    size_t T = buffers->T;
+    for (size_t i = 0; i < buffers->B; i++) {
+        int32_t *tokens = buffers->host_tokens + i * T;
+        int32_t *labels = buffers->host_labels + i * T;
+        if (!retrofit_data_row(data, index * buffers->B + i, tokens, labels)) return false;
+    }
+    return true;
 }
 
 size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
