@@ -2234,27 +2234,35 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
     }
 }
 
-// ---- Small things that programs need too ----------------------------------------------------------
+// ---- Small things that programs need too --------------------------------------------------------
 
-// directory/name into path. false or error if it is too long.
-#define RETROFIT_PATH 4096
+#define RETROFIT_PATH 4096 // bytes of a path, its NUL included
+// Writes directory/name to path. false or error if it is too long.
 bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name);
-FILE *retrofit_open_file(const char *path, size_t *size); // a regular file, to read. NULL or error
-char *retrofit_read_file(const char *path, size_t *size); // with a NUL behind it. NULL or error
-void *retrofit_map_file(const char *path, size_t *size);  // into memory. NULL or error
-// Flushes and closes f; a file that could not be written whole is removed. false or error.
-bool retrofit_finish_file(FILE *f, const char *path, bool ok);
-// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written
-// to, but left as it was. false or error.
+// Opens a regular file for reading and sets *size to its bytes. NULL or error.
+FILE *retrofit_open_file(const char *path, size_t *size);
+// Reads a whole file; a NUL follows its *size bytes. Freed with free(). NULL or error.
+char *retrofit_read_file(const char *path, size_t *size);
+// Maps a whole file into memory, to be read only; munmap gives it back. NULL or error, also if the
+// file is empty.
+void *retrofit_map_file(const char *path, size_t *size);
+// Brings what was written to the disk and closes the file. If `ok` is false, or if any of it failed
+// since the file was opened, the file is removed: false or error.
+bool retrofit_finish_file(FILE *file, const char *path, bool ok);
+// Makes a directory and its parents, as mkdir -p does. fresh: it must not exist yet. path must be
+// writable, since it is changed on the way and then restored. false or error.
 bool retrofit_make_directories(char *path, bool fresh);
-bool retrofit_sync_directory(const char *path); // false or error
-void retrofit_parent_directory(char *path);     // cut to it, in place
-double retrofit_seconds(void);                  // of a clock that only goes forward
+// Brings a directory to the disk: which files it has and under which names. false or error.
+bool retrofit_sync_directory(const char *path);
+// Cuts a path, in place, to the directory that it lies in: "a/b" to "a", "a" to ".".
+void retrofit_parent_directory(char *path);
+// Seconds on a clock that only goes forward; differences alone have a meaning.
+double retrofit_seconds(void);
 
 float retrofit_bf16_to_float(uint16_t x);
-uint16_t retrofit_float_to_bf16(float f);       // to nearest even; NaN stays NaN
+uint16_t retrofit_float_to_bf16(float f); // to nearest, ties to even; NaN stays NaN
 float retrofit_f16_to_float(uint16_t x);
-// n elements of a tensor in a file's type, at any address, as fp32.
+// n elements of type F32, BF16 or F16, at any address, as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
 // ---- Text, JSON, tokenizer ------------------------------------------------------------------------
@@ -2337,79 +2345,120 @@ int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); /
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
 uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t); // of what decides ids, however the file is laid out; never 0
 
-// ---- Files -----------------------------------------------------------------------------------------------------------
+// ---- Files --------------------------------------------------------------------------------------
+
+// A tensor in a file or in memory. Dimensions beyond `dims` are unused.
 typedef struct {
     const char *name;
     retrofit_type type;
-    size_t dims, shape[4], count; // count: the product
+    size_t dims, shape[4], count; // count: elements
     const void *data;
 } retrofit_tensor;
 
-typedef struct retrofit_map { // a safetensors file mapped into memory
+// A safetensors file, mapped into memory. Only tensors of types that this library reads are listed;
+// the others are checked and left out.
+typedef struct retrofit_map {
     char *path;
     void *base;
     size_t bytes;
-    retrofit_tensor *tensors; // those of types this library reads (F32, BF16, F16, I32); others are checked and left out
+    retrofit_tensor *tensors; // [count], in the order of the header
     size_t count;
     retrofit_json *header;
 } retrofit_map;
 
-bool retrofit_safetensors_open(retrofit_map *f, const char *path); // checks every size, offset and overlap; false + error
-void retrofit_safetensors_close(retrofit_map *f);
-const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name);
-const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key); // NULL if absent
-// Writes tensors whose data lie in memory of `ops`; floats are stored as `type`. metadata: key, value, …, NULL. On failure no file.
-bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
-                                retrofit_type type, const char *const *metadata);
+// Opens a file and checks every size and offset; tensors may neither overlap nor leave holes. false
+// or error, and then there is nothing to close.
+bool retrofit_safetensors_open(retrofit_map *map, const char *path);
+void retrofit_safetensors_close(retrofit_map *map);
+// The tensor of that name; the text that __metadata__ has under that key. NULL if there is none.
+const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name);
+const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key);
+// Writes tensors whose data lie in memory of `ops`. Floats are stored as `type`: F32, BF16, or F16
+// if they are F16 already; integers stay as they are. metadata: key, value, …, NULL; or just NULL.
+// false or error, and then there is no file.
+bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
+                                const retrofit_tensor *tensors, size_t count, retrofit_type type,
+                                const char *const *metadata);
 
-// A directory is made under a temporary name and takes its place in one step: begin returns the temporary name (malloc'd; NULL +
-// error), commit flushes and renames (`final` must not exist, or be empty), abandon removes a directory of files.
+// A directory is filled under a temporary name and takes its place in one step, so that it is there
+// as a whole or not at all.
+// Makes it beside `final` and returns its temporary name, freed with free(). NULL or error.
 char *retrofit_directory_begin(const char *final);
+// Renames it. Its files must be on the disk; `final` must not exist, or be empty. false or error.
 bool retrofit_directory_commit(const char *temporary, const char *final);
+// Removes it and the files in it.
 void retrofit_directory_abandon(const char *temporary);
 
-bool retrofit_config_check(const retrofit_config *config, const char *where); // false or error
-// DIR/config.json: model_type huginn_raven or llama. type: of the tensors beside it. false or error.
+// Whether the numbers make a model; `where` begins the error. false or error.
+bool retrofit_config_check(const retrofit_config *config, const char *where);
+// Reads directory/config.json, of model_type huginn_raven or llama. false or error, also if it asks
+// for what is not supported.
 bool retrofit_config_read(retrofit_config *config, const char *directory);
-bool retrofit_config_write(const retrofit_config *config, retrofit_type type, const char *directory);
+// Writes it. type: of the tensors beside it. false or error.
+bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
+                           const char *directory);
 
-// DIR, or DIR/latest if DIR itself holds no config.json (a training run's output): written to path, returned.
+// Where the model is: in `directory`, or in directory/latest if `directory` has no config.json, as
+// the output of a training. Returns one of the two; the second one is written to `path`.
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
-// config.json, model.safetensors and the tokenizer files found in tokenizer_from (may be NULL), into an existing directory.
-bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from);
-// optimizer.safetensors: the moments, with metadata (key, value, …, NULL). Loading checks every name and shape.
-bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata);
-bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory); // leaves f open for its metadata
+// Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
+// the tokenizer's files from tokenizer_from, which may be NULL. false or error.
+bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
+                   const char *tokenizer_from);
+// Writes the optimizer's moments to directory/optimizer.safetensors; metadata as above. false or
+// error.
+bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
+                             const char *const *metadata);
+// Reads them back, into a model with an optimizer's memory; checks every name and shape. The file
+// stays open as `map`, for its metadata. false or error, and then there is nothing to close.
+bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const char *directory);
 
-// Token shards (llm.c's .bin): 256 int32 of header {magic, version, tokens}, then uint16 or uint32 tokens. Ours also have the tokenizer's
-// hash in the header, its low half in int32 3, its high half in 4; llm.c's have zeros there.
-#define RETROFIT_SHARD_MAGIC_16 20240520 // version 1
-#define RETROFIT_SHARD_MAGIC_32 20240801 // version 7
-// Every file that matches the glob, in name order, cut into rows of T+1 tokens that do not overlap. vocab: ids are checked when
-// read. shuffle: rows in a random order, another in each epoch. NULL + error.
-retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed);
-void retrofit_data_close(retrofit_data *d);
-size_t retrofit_data_rows(const retrofit_data *d);
-// false + error if a shard was made with another tokenizer than that of this hash; shards that do not say pass.
-bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer);
-// Row `index` (counted on over epochs): T tokens and the T that follow each. false + error if an id is not below vocab.
-bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels);
+// Token shards: llm.c's .bin files. A header of 256 int32, then the tokens as uint16 or uint32. The
+// header begins with {magic, version, number of tokens}. Ours go on with the hash of the tokenizer,
+// its low half in int32 3 and its high half in int32 4; llm.c's have zeros there.
+#define RETROFIT_SHARD_MAGIC_16 20240520 // version 1, uint16
+#define RETROFIT_SHARD_MAGIC_32 20240801 // version 7, uint32
+// Opens every file that the glob matches, in the order of their names, as rows of T + 1 tokens that
+// do not overlap. vocab: ids must be below it. shuffle: rows come in a random order, which differs
+// from epoch to epoch. NULL or error.
+retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
+                                  uint64_t seed);
+void retrofit_data_close(retrofit_data *data);
+size_t retrofit_data_rows(const retrofit_data *data);
+// false or error if a shard was made with a tokenizer of another hash. Shards without a hash pass.
+bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer);
+// Row `index`, which counts on over the epochs: T tokens, and as labels the token after each. false
+// or error if an id is not below vocab.
+bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
 
-// ---- Command lines: what the three programs share ----------------------------------------------------------------------------
-enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_SWITCH, RETROFIT_HEADING };
+// ---- Command lines ------------------------------------------------------------------------------
+
+// What an option's value points to, and what sets it:
+enum {
+    RETROFIT_FLAG,   // bool: true by --name
+    RETROFIT_STRING, // const char *: the value
+    RETROFIT_SIZE,   // size_t
+    RETROFIT_REAL,   // double, finite
+    RETROFIT_CHOICE, // int: the index of the value among the alternatives
+    RETROFIT_SWITCH, // int: 1 by --name alone, 2 + that index by --name=value
+    RETROFIT_HEADING // nothing: its name is a line of the help
+};
 typedef int retrofit_option_type; // one of these
 typedef struct {
-    const char *name;     // without the dashes; a HEADING's is a line of the help
+    const char *name; // without the dashes
     retrofit_option_type type;
-    void *value;          // bool *, const char **, size_t *, double *, int * (the choice's index; a SWITCH's + 2, or 1 for the name alone)
-    const char *argument; // what the help calls it; a CHOICE's or SWITCH's alternatives, "a|b|c"
+    void *value;
+    const char *argument; // what the help calls the value; of a CHOICE or SWITCH "a|b|c"
     const char *help;
 } retrofit_option;
-// Reads --name value and --name=value by the table; what has no dashes goes to `others` if that is not NULL (at most argc). Returns -1 to go
-// on, or the exit code: 0 after --help (usage and table on stdout), 2 after one line on stderr about what is wrong.
-int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others, size_t *other_count);
-bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count); // "1,2,4": positive sizes; false + error
-double retrofit_seconds(void);                                                  // of a clock that only goes forward
+// Reads --name value and --name=value by a table of `count` options. Arguments without dashes go to
+// `others`, which has memory for argc; if it is NULL, they are errors. Returns -1 to go on, or the
+// program's exit code: 0 after --help (usage and the table on stdout), 2 after one line on stderr
+// that says what is wrong.
+int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
+                     const char *usage, const char **others, size_t *other_count);
+// A list like "1,2,4" of at most `max` positive sizes. false or error.
+bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 
 #ifdef __cplusplus
 }
@@ -2422,211 +2471,362 @@ double retrofit_seconds(void);                                                  
 // 8  Memory: the one list of parameters, arenas, who shares what
 // =================================================================================================
 
-bool retrofit_is_plain(const retrofit_config *c) { return c->core == 0; }
+bool retrofit_is_plain(const retrofit_config *config) { return config->core == 0; }
 
-size_t retrofit_qkv_width(const retrofit_config *c) { return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim; }
+size_t retrofit_qkv_width(const retrofit_config *config) {
+    return (config->n_heads + 2 * config->n_kv_heads) * config->head_dim;
+}
 
-// One block of memory handed out in pieces. Laying something out twice, first with base NULL, measures it before it is allocated.
+// ---- Arenas -------------------------------------------------------------------------------------
+// An arena is one block of memory that is handed out in parts. Everything here is laid out twice by
+// the same function: the first time `base` is NULL and sizes only add up; then the block is
+// allocated, and the second time hands out addresses in it. So the total and the addresses come
+// from the same lines of code.
 typedef struct {
-    char *base;
-    size_t used; // SIZE_MAX once a size has overflowed
+    char *base;  // NULL while measuring
+    size_t used; // bytes handed out; SIZE_MAX once a size has overflowed
 } arena;
 
+// count·size bytes, aligned to 64. NULL while measuring.
 static void *arena_alloc(arena *a, size_t count, size_t size) {
-    size_t at = a->used, bytes;
-    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX / 2 || at > SIZE_MAX / 2) return a->used = SIZE_MAX, (void *)NULL;
-    a->used = at + (bytes + 63) / 64 * 64;
-    return a->base ? a->base + at : NULL;
-}
-
-// ---- The one list of parameters -------------------------------------------------------------------------------------------
-static void piece(retrofit_parameter *p, size_t rows, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(p->source[p->sources].name, sizeof p->source->name, format, args);
-    va_end(args);
-    p->source[p->sources++].rows = rows;
-    p->rows += rows;
-}
-
-static void list(retrofit_model *m, retrofit_parameter *p, size_t cols, retrofit_kind kind, retrofit_part part) {
-    p->cols = cols, p->kind = kind, p->part = part;
-    p->weight.stride = cols, p->weight.type = RETROFIT_F32;
-    m->parameters[m->parameter_count++] = p;
-    m->weight_count += p->rows * cols;
-}
-
-// A layer's parameters, by the authors' names and by a plain Llama's, where q, k, v and gate, up are tensors of their own.
-static const struct {
-    size_t field;
-    retrofit_kind kind;
-    const char *name, *plain[3];
-} layer_list[] = {{offsetof(retrofit_layer, norm_1), RETROFIT_NORM, "norm_1", {"input_layernorm", NULL, NULL}},
-                  {offsetof(retrofit_layer, w_qkv), RETROFIT_MATRIX, "attn.Wqkv", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}},
-                  {offsetof(retrofit_layer, w_out), RETROFIT_MATRIX, "attn.proj", {"self_attn.o_proj", NULL, NULL}},
-                  {offsetof(retrofit_layer, norm_2), RETROFIT_NORM, "norm_2", {"post_attention_layernorm", NULL, NULL}},
-                  {offsetof(retrofit_layer, w_gate_up), RETROFIT_MATRIX, "mlp.fc", {"mlp.gate_proj", "mlp.up_proj", NULL}},
-                  {offsetof(retrofit_layer, w_down), RETROFIT_MATRIX, "mlp.proj", {"mlp.down_proj", NULL, NULL}}};
-
-static void list_layer(retrofit_model *m, retrofit_layer *w, const char *group, size_t i, retrofit_part part) {
-    size_t d = m->config.n_embd, F = m->config.intermediate, kv = m->config.n_kv_heads * m->config.head_dim;
-    size_t rows[6][3] = {{1, 0, 0}, {d, kv, kv}, {d, 0, 0}, {1, 0, 0}, {F, F, 0}, {d, 0, 0}}, cols[6] = {d, d, d, d, d, F};
-    for (size_t j = 0; j < 6; j++) {
-        retrofit_parameter *p = (retrofit_parameter *)(void *)((char *)w + layer_list[j].field);
-        if (!retrofit_is_plain(&m->config)) piece(p, rows[j][0] + rows[j][1] + rows[j][2], "transformer.%s.%zu.%s.weight", group, i, layer_list[j].name);
-        else
-            for (size_t k = 0; k < 3 && layer_list[j].plain[k]; k++) piece(p, rows[j][k], "model.layers.%zu.%s.weight", i, layer_list[j].plain[k]);
-        list(m, p, cols[j], layer_list[j].kind, part);
+    size_t start = a->used, bytes;
+    bool overflow = __builtin_mul_overflow(count, size, &bytes);
+    if (overflow || bytes > SIZE_MAX / 2 || start > SIZE_MAX / 2) {
+        a->used = SIZE_MAX;
+        return NULL;
     }
+    a->used = start + (bytes + 63) / 64 * 64;
+    return a->base ? a->base + start : NULL;
+}
+
+// Between the two times: allocates what was measured, and starts again at its beginning. The block,
+// zeroed, which ops->free frees. NULL or error.
+static void *arena_reserve(arena *a, const retrofit_ops *ops) {
+    a->base = ops->alloc(a->used);
+    a->used = 0;
+    return a->base;
+}
+
+// ---- The one list of parameters -----------------------------------------------------------------
+// Loading, saving, the optimizers and the tests go through model->parameters; names and shapes are
+// written down here and nowhere else. Surgery (convert.c) copies the layers that were chosen, whole,
+// from a list with the names on the right to one with those on the left; the other layers have no
+// place in it, and the adapter is new.
+//
+//     in a recurrent checkpoint             in a plain Llama's file
+//     transformer.wte.weight                model.embed_tokens.weight
+//     transformer.prelude.i.….weight        -
+//     transformer.adapter.weight            -
+//     transformer.core_block.i.….weight     -
+//     transformer.coda.i.….weight           model.layers.i.….weight
+//     transformer.ln_f.weight               model.norm.weight
+//     lm_head.weight                        lm_head.weight; none if it is tied to the embedding
+//
+// list_model has these rows, list_layer those of the tensors at …; both in the order of the list.
+
+// A row of the list: a parameter (rows,cols) with its names. A plain Llama keeps q, k, v and gate,
+// up in tensors of their own, which lie in the parameter one below the other.
+typedef struct {
+    retrofit_parameter *parameter;
+    retrofit_kind kind;
+    size_t cols;
+    const char *recurrent;
+    struct {
+        const char *name;
+        size_t rows;
+    } plain[3];
+} listed;
+
+static void add_source(retrofit_parameter *parameter, const char *prefix, const char *name,
+                       size_t rows) {
+    retrofit_source_tensor *source = &parameter->source[parameter->sources++];
+    snprintf(source->name, sizeof source->name, "%s%s.weight", prefix, name);
+    source->rows = rows;
+}
+
+static void list_parameter(retrofit_model *model, const listed *row, const char *prefix,
+                           retrofit_part part) {
+    retrofit_parameter *parameter = row->parameter;
+    bool plain = retrofit_is_plain(&model->config);
+    for (size_t i = 0; i < 3 && row->plain[i].rows > 0; i++) {
+        parameter->rows += row->plain[i].rows;
+        if (plain) add_source(parameter, prefix, row->plain[i].name, row->plain[i].rows);
+    }
+    if (!plain) add_source(parameter, prefix, row->recurrent, parameter->rows);
+
+    parameter->cols = row->cols;
+    parameter->kind = row->kind;
+    parameter->part = part;
+    parameter->weight.type = RETROFIT_F32;
+    parameter->weight.stride = row->cols;
+    model->parameters[model->parameter_count++] = parameter;
+    model->weight_count += parameter->rows * parameter->cols;
+}
+
+enum { LAYER_PARAMETERS = 6 };
+
+// The parameters of one layer; matrices are (outputs,inputs).
+static void list_layer(retrofit_model *model, retrofit_layer *layer, const char *prefix,
+                       retrofit_part part) {
+    const retrofit_config *c = &model->config;
+    size_t d = c->n_embd, F = c->intermediate, kv = c->n_kv_heads * c->head_dim; // kv = G·h
+    // clang-format off
+    const listed rows[LAYER_PARAMETERS] = {
+        {&layer->norm_1,    RETROFIT_NORM,   d, "norm_1",    {{"input_layernorm",          1}}},
+        {&layer->w_qkv,     RETROFIT_MATRIX, d, "attn.Wqkv", {{"self_attn.q_proj",         d},
+                                                              {"self_attn.k_proj",         kv},
+                                                              {"self_attn.v_proj",         kv}}},
+        {&layer->w_out,     RETROFIT_MATRIX, d, "attn.proj", {{"self_attn.o_proj",         d}}},
+        {&layer->norm_2,    RETROFIT_NORM,   d, "norm_2",    {{"post_attention_layernorm", 1}}},
+        {&layer->w_gate_up, RETROFIT_MATRIX, d, "mlp.fc",    {{"mlp.gate_proj",            F},
+                                                              {"mlp.up_proj",              F}}},
+        {&layer->w_down,    RETROFIT_MATRIX, F, "mlp.proj",  {{"mlp.down_proj",            d}}}};
+    // clang-format on
+    for (size_t i = 0; i < LAYER_PARAMETERS; i++) list_parameter(model, &rows[i], prefix, part);
+}
+
+static void list_layers(retrofit_model *model, retrofit_layer *layers, size_t count,
+                        const char *group, retrofit_part part) {
+    char prefix[64];
+    for (size_t i = 0; i < count; i++) {
+        if (retrofit_is_plain(&model->config))
+            snprintf(prefix, sizeof prefix, "model.layers.%zu.", i);
+        else snprintf(prefix, sizeof prefix, "transformer.%s.%zu.", group, i);
+        list_layer(model, &layers[i], prefix, part);
+    }
+}
+
+static void list_model(retrofit_model *model) {
+    const retrofit_config *c = &model->config;
+    size_t d = c->n_embd, V = c->vocab;
+    bool plain = retrofit_is_plain(c);
+    const char *prefix = plain ? "model." : "transformer.";
+    // clang-format off
+    listed wte     = {&model->wte,     RETROFIT_EMBEDDING, d,     "wte",     {{"embed_tokens", V}}};
+    listed adapter = {&model->adapter, RETROFIT_MATRIX,    2 * d, "adapter", {{NULL,           d}}};
+    listed ln_f    = {&model->ln_f,    RETROFIT_NORM,      d,     "ln_f",    {{"norm",         1}}};
+    listed lm_head = {&model->lm_head, RETROFIT_HEAD,      d,     "lm_head", {{"lm_head",      V}}};
+    // clang-format on
+    list_parameter(model, &wte, prefix, RETROFIT_PART_EMBEDDING);
+    list_layers(model, model->prelude, c->prelude, "prelude", RETROFIT_PART_PRELUDE);
+    if (!plain) list_parameter(model, &adapter, prefix, RETROFIT_PART_ADAPTER);
+    list_layers(model, model->core, c->core, "core_block", RETROFIT_PART_CORE);
+    list_layers(model, model->coda, c->coda, "coda", RETROFIT_PART_CODA);
+    list_parameter(model, &ln_f, prefix, RETROFIT_PART_NORM);
+    list_parameter(model, &lm_head, "", RETROFIT_PART_HEAD);
 }
 
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops) {
     if (!retrofit_config_check(config, "model")) return NULL;
     if (config->head_dim > ops->max_head_dim)
-        return retrofit_fail("heads of %zu are more than the %zu that %s takes: use the CPU", config->head_dim, ops->max_head_dim, ops->name), (retrofit_model *)NULL;
-    retrofit_model *m = (retrofit_model *)retrofit_allocate(1, sizeof *m);
-    if (!m) return NULL;
-    m->config = *config, m->ops = ops;
-    size_t P = config->prelude, C = config->core, D = config->coda, d = config->n_embd, V = config->vocab;
-    bool plain = retrofit_is_plain(config);
-    m->prelude = (retrofit_layer *)retrofit_allocate(P, sizeof *m->prelude);
-    m->core = (retrofit_layer *)retrofit_allocate(C, sizeof *m->core);
-    m->coda = (retrofit_layer *)retrofit_allocate(D, sizeof *m->coda);
-    m->parameters = (retrofit_parameter **)retrofit_allocate(6 * (P + C + D) + 4, sizeof *m->parameters);
-    if (!m->prelude || !m->core || !m->coda || !m->parameters) return retrofit_free(m), (retrofit_model *)NULL;
-    piece(&m->wte, V, plain ? "model.embed_tokens.weight" : "transformer.wte.weight");
-    list(m, &m->wte, d, RETROFIT_EMBEDDING, RETROFIT_PART_EMBEDDING);
-    for (size_t i = 0; i < P; i++) list_layer(m, &m->prelude[i], "prelude", i, RETROFIT_PART_PRELUDE);
-    if (!plain) {
-        piece(&m->adapter, d, "transformer.adapter.weight");
-        list(m, &m->adapter, 2 * d, RETROFIT_MATRIX, RETROFIT_PART_ADAPTER);
+        return fail_null("heads of %zu are more than the %zu that %s takes: use the CPU",
+                         config->head_dim, ops->max_head_dim, ops->name);
+    retrofit_model *model = retrofit_allocate(1, sizeof *model);
+    if (!model) return NULL;
+    model->config = *config;
+    model->ops = ops;
+    size_t layers = config->prelude + config->core + config->coda;
+    size_t max_parameters = LAYER_PARAMETERS * layers + 4;
+    model->prelude = retrofit_allocate(config->prelude, sizeof *model->prelude);
+    model->core = retrofit_allocate(config->core, sizeof *model->core);
+    model->coda = retrofit_allocate(config->coda, sizeof *model->coda);
+    model->parameters = retrofit_allocate(max_parameters, sizeof *model->parameters);
+    if (!model->prelude || !model->core || !model->coda || !model->parameters) {
+        retrofit_free(model);
+        return NULL;
     }
-    for (size_t i = 0; i < C; i++) list_layer(m, &m->core[i], "core_block", i, RETROFIT_PART_CORE);
-    for (size_t i = 0; i < D; i++) list_layer(m, &m->coda[i], "coda", i, RETROFIT_PART_CODA);
-    piece(&m->ln_f, 1, plain ? "model.norm.weight" : "transformer.ln_f.weight");
-    list(m, &m->ln_f, d, RETROFIT_NORM, RETROFIT_PART_NORM);
-    piece(&m->lm_head, V, "lm_head.weight");
-    list(m, &m->lm_head, d, RETROFIT_HEAD, RETROFIT_PART_HEAD);
-    return m;
+    list_model(model);
+    return model;
 }
 
-void retrofit_free(retrofit_model *m) {
-    if (!m) return;
-    void *arenas[] = {m->weights, m->masters, m->grads, m->moments};
-    for (size_t i = 0; i < 4; i++)
-        if (arenas[i]) m->ops->free(arenas[i]);
-    for (size_t i = 0; i < m->map_count; i++) retrofit_safetensors_close(&m->maps[i]);
-    free(m->maps), free(m->prelude), free(m->core), free(m->coda), free(m->parameters), free(m);
-}
-
-// Marks what a mode does not train.
-static void freeze(retrofit_model *m, retrofit_mode mode) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        p->frozen = (mode == RETROFIT_TRAINING_CORE || mode == RETROFIT_TRAINING_ADAPTER) && p->part != RETROFIT_PART_ADAPTER &&
-                    (mode == RETROFIT_TRAINING_ADAPTER || p->part != RETROFIT_PART_CORE);
+void retrofit_free(retrofit_model *model) {
+    if (!model) return;
+    void *arenas[] = {model->weights, model->masters, model->grads, model->moments};
+    for (size_t i = 0; i < 4; i++) {
+        if (arenas[i]) model->ops->free(arenas[i]);
     }
+    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
+    free(model->maps);
+    free(model->prelude);
+    free(model->core);
+    free(model->coda);
+    free(model->parameters);
+    free(model);
 }
 
-// One fp32 copy of every parameter in one arena: its size, and where each copy lies (`member`: master or grad; a frozen one has no grad).
-static float **copy_slot(retrofit_parameter *p, size_t member) { return (float **)(void *)((char *)p + member); }
+// ---- Where parameters lie -----------------------------------------------------------------------
+//
+//     arena     what it holds                    in training             in inference
+//     masters   fp32 weights: the optimizer      all parameters          if the model was loaded,
+//               updates them, checkpoints                                none; if it was made, as
+//               are written from them                                    by convert, all
+//     weights   what operations read, if that    matrices and the head   what can't stay in the
+//               is not the master                where act is bf16       mapped file (section 9)
+//     grads     fp32 gradients                   trained parameters      none
+//     moments   m and v; Muon's scratch          trained parameters      none
+//
+// A frozen parameter has a master, for checkpoints, but neither a gradient nor moments.
 
-static void lay_out_copies(retrofit_model *m, arena *a, size_t member) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        bool none = p->frozen && member == offsetof(retrofit_parameter, grad);
-        *copy_slot(p, member) = none ? NULL : (float *)arena_alloc(a, p->rows * p->cols, sizeof(float));
-    }
-}
-
-static void *allocate_copies(retrofit_model *m, size_t member, size_t *bytes) {
-    arena a = {NULL, 0};
-    lay_out_copies(m, &a, member);
-    if (bytes) *bytes = a.used;
-    if (!(a.base = (char *)m->ops->alloc(a.used))) return NULL;
-    a.used = 0, lay_out_copies(m, &a, member);
-    return a.base;
-}
-
-// The type the operations read a parameter in: norms and the embedding stay fp32, matrices take the table's type.
-static retrofit_type compute_type(const retrofit_model *m, const retrofit_parameter *p) {
-    return p->kind == RETROFIT_NORM || p->kind == RETROFIT_EMBEDDING ? RETROFIT_F32 : m->ops->act_type;
-}
-
-// What the operations read: the master itself, or its copy in the table's type.
-static void lay_out_weights(retrofit_model *m, arena *a) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        p->weight.type = compute_type(m, p), p->weight.data = p->master;
-        if (p->weight.type != RETROFIT_F32) p->weight.data = arena_alloc(a, p->rows * p->cols, retrofit_type_size(p->weight.type));
-    }
-}
-
-bool retrofit_model_allocate(retrofit_model *m, retrofit_mode mode) {
-    freeze(m, mode);
-    if (!(m->masters = allocate_copies(m, offsetof(retrofit_parameter, master), NULL))) return false;
-    if (mode != RETROFIT_INFERENCE && !(m->grads = allocate_copies(m, offsetof(retrofit_parameter, grad), &m->grad_bytes))) return false;
-    arena a = {NULL, 0};
-    lay_out_weights(m, &a);
-    if (a.used && !(m->weights = m->ops->alloc(a.used))) return false;
-    a.base = (char *)m->weights, a.used = 0, lay_out_weights(m, &a);
+static bool is_trained(retrofit_mode mode, retrofit_part part) {
+    if (mode == RETROFIT_TRAINING_ADAPTER) return part == RETROFIT_PART_ADAPTER;
+    if (mode == RETROFIT_TRAINING_CORE)
+        return part == RETROFIT_PART_ADAPTER || part == RETROFIT_PART_CORE;
     return true;
 }
 
-void retrofit_refresh_weights(retrofit_model *m) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        if (p->weight.type != RETROFIT_F32) m->ops->cast((act *)p->weight.data, p->master, p->rows * p->cols);
+static void freeze(retrofit_model *model, retrofit_mode mode) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        parameter->frozen = !is_trained(mode, parameter->part);
     }
 }
 
-static void lay_out_moments(retrofit_model *m, arena *a, retrofit_optimizer_kind kind) {
-    size_t size = retrofit_type_size(m->ops->act_type), largest = 0, side = 0;
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        size_t n = p->rows * p->cols, shorter = p->rows < p->cols ? p->rows : p->cols;
-        if (p->frozen) continue;
-        p->m = (float *)arena_alloc(a, n, 4);
-        p->v = by_muon(p, kind) ? NULL : (float *)arena_alloc(a, n, 4);
-        if (by_muon(p, kind) && n > largest) largest = n;
-        if (by_muon(p, kind) && shorter > side) side = shorter;
+static void lay_out_masters(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        parameter->master = arena_alloc(a, parameter->rows * parameter->cols, sizeof(float));
     }
-    m->sums = (double *)arena_alloc(a, 2, sizeof(double));
-    m->muon_u = (float *)arena_alloc(a, largest, 4);
-    m->muon_x = arena_alloc(a, largest, size), m->muon_y = arena_alloc(a, largest, size);
-    m->muon_a = arena_alloc(a, side * side, size), m->muon_b = arena_alloc(a, side * side, size);
 }
 
-bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind) {
-    arena a = {NULL, 0};
-    lay_out_moments(m, &a, kind);
-    m->moment_bytes = a.used;
-    if (!(m->moments = m->ops->alloc(a.used))) return false;
-    a.base = (char *)m->moments, a.used = 0, lay_out_moments(m, &a, kind);
+static void lay_out_grads(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        if (parameter->frozen) parameter->grad = NULL;
+        else parameter->grad = arena_alloc(a, parameter->rows * parameter->cols, sizeof(float));
+    }
+}
+
+// The type in which operations read a parameter.
+static retrofit_type compute_type(const retrofit_model *model, retrofit_kind kind) {
+    if (kind == RETROFIT_NORM || kind == RETROFIT_EMBEDDING) return RETROFIT_F32;
+    return model->ops->act_type;
+}
+
+static void lay_out_weights(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        retrofit_type type = compute_type(model, parameter->kind);
+        size_t count = parameter->rows * parameter->cols;
+        parameter->weight.type = type;
+        if (type == RETROFIT_F32) parameter->weight.data = parameter->master;
+        else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
+    }
+}
+
+bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode) {
+    arena masters = {NULL, 0}, grads = {NULL, 0}, weights = {NULL, 0};
+    freeze(model, mode);
+
+    lay_out_masters(model, &masters);
+    model->masters = arena_reserve(&masters, model->ops);
+    if (!model->masters) return false;
+    lay_out_masters(model, &masters);
+
+    if (mode != RETROFIT_INFERENCE) {
+        lay_out_grads(model, &grads);
+        model->grad_bytes = grads.used;
+        model->grads = arena_reserve(&grads, model->ops);
+        if (!model->grads) return false;
+        lay_out_grads(model, &grads);
+    }
+
+    lay_out_weights(model, &weights);
+    if (weights.used == 0) return true; // operations read the masters
+    model->weights = arena_reserve(&weights, model->ops);
+    if (!model->weights) return false;
+    lay_out_weights(model, &weights);
     return true;
 }
 
-void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
+void retrofit_refresh_weights(retrofit_model *model) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        if (parameter->weight.type == RETROFIT_F32) continue;
+        act *copy = (act *)parameter->weight.data;
+        model->ops->cast(copy, parameter->master, parameter->rows * parameter->cols);
+    }
+}
+
+// Every trained parameter has a first moment m, and with AdamW and AdamW* a second one, v. Those
+// that Muon updates share scratch instead: u, x and y are as large as the largest matrix; a and b
+// hold products of x with itself, which are square, and as wide as a matrix's shorter side.
+static void lay_out_moments(retrofit_model *model, arena *a, retrofit_optimizer_kind kind) {
+    size_t size = retrofit_type_size(model->ops->act_type), max_count = 0, max_side = 0;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        size_t rows = parameter->rows, cols = parameter->cols;
+        if (parameter->frozen) continue;
+        parameter->m = arena_alloc(a, rows * cols, sizeof(float));
+        if (by_muon(parameter, kind)) {
+            parameter->v = NULL;
+            max_count = retrofit_max(max_count, rows * cols);
+            max_side = retrofit_max(max_side, retrofit_min(rows, cols));
+        } else parameter->v = arena_alloc(a, rows * cols, sizeof(float));
+    }
+    model->sums = arena_alloc(a, 2, sizeof(double));
+    model->muon_u = arena_alloc(a, max_count, sizeof(float));
+    model->muon_x = arena_alloc(a, max_count, size);
+    model->muon_y = arena_alloc(a, max_count, size);
+    model->muon_a = arena_alloc(a, max_side * max_side, size);
+    model->muon_b = arena_alloc(a, max_side * max_side, size);
+}
+
+bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind) {
+    arena a = {NULL, 0};
+    lay_out_moments(model, &a, kind);
+    model->moment_bytes = a.used;
+    model->moments = arena_reserve(&a, model->ops);
+    if (!model->moments) return false;
+    lay_out_moments(model, &a, kind);
+    return true;
+}
+
+// Measures all arenas and allocates none.
+void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
+                             retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
                              size_t *moments) {
-    arena a = {NULL, 0}, g = {NULL, 0}, o = {NULL, 0};
-    freeze(m, mode);
-    lay_out_copies(m, &a, offsetof(retrofit_parameter, master)), lay_out_weights(m, &a);
-    lay_out_copies(m, &g, offsetof(retrofit_parameter, grad)), lay_out_moments(m, &o, kind);
-    *weights = a.used, *gradients = g.used, *moments = o.used;
+    arena for_weights = {NULL, 0}, for_gradients = {NULL, 0}, for_moments = {NULL, 0};
+    freeze(model, mode);
+    lay_out_masters(model, &for_weights);
+    lay_out_weights(model, &for_weights);
+    lay_out_grads(model, &for_gradients);
+    lay_out_moments(model, &for_moments, kind);
+    *weights = for_weights.used;
+    *gradients = for_gradients.used;
+    *moments = for_moments.used;
 }
 
-// HF's RoPE: angle of position p and pair i is p·θ^(-2i/h); Llama-3.2 turns long wavelengths `factor` times slower, with a ramp between.
+// ---- RoPE's table -------------------------------------------------------------------------------
+// As in HF: pair i = 0 … h/2 - 1 of a head at position p turns by the angle p·ω_i, with
+//
+//     ω_i = θ^(-2i/h)
+//
+// Llama 3 was first trained on a shorter context, the original one. What counts is how many turns a
+// pair makes there: with more than `high` it keeps its ω_i, with fewer than `low` it becomes
+// `factor` times slower, and in between lies a ramp:
+//
+//     turns_i = original_context·ω_i / 2π
+//     keep_i  = (turns_i - low) / (high - low), cut to [0, 1]
+//     ω_i    ←  ω_i·(keep_i + (1 - keep_i)/factor)
+static float rope_frequency(const retrofit_config *c, size_t i) {
+    float frequency = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
+    if (!c->rope_llama3) return frequency;
+    double wavelength = 2 * 3.14159265358979323846 / (double)frequency; // in positions
+    double turns = c->rope_original_context / wavelength;
+    double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
+    return (float)((double)frequency * (keep + (1 - keep) / c->rope_factor));
+}
+
+// table: (positions, h/2, {cos, sin}).
 static void rope_table(float *table, const retrofit_config *c, size_t positions) {
-    for (size_t i = 0; i < c->head_dim / 2; i++) {
-        float inverse = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
-        if (c->rope_llama3) {
-            double wavelength = 2 * 3.14159265358979323846 / (double)inverse, turns = c->rope_original_context / wavelength;
-            double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
-            inverse = (float)((double)inverse * (keep + (1 - keep) / c->rope_factor));
-        }
+    size_t pairs = c->head_dim / 2;
+    for (size_t i = 0; i < pairs; i++) {
+        float frequency = rope_frequency(c, i);
         for (size_t p = 0; p < positions; p++) {
-            float angle = (float)p * inverse;
-            table[(p * c->head_dim / 2 + i) * 2] = cosf(angle), table[(p * c->head_dim / 2 + i) * 2 + 1] = sinf(angle);
+            float angle = (float)p * frequency;
+            float *pair = table + (p * pairs + i) * 2;
+            pair[0] = cosf(angle);
+            pair[1] = sinf(angle);
         }
     }
 }
@@ -2981,258 +3181,485 @@ void retrofit_buffers_free(retrofit_buffers *buffers) {
 // 9  Files: safetensors, checkpoints, token shards
 // =================================================================================================
 
-// ---- safetensors -----------------------------------------------------------------------------------------------------
-// 8 bytes: length of the header; the header, JSON: {"name": {"dtype": "F32", "shape": [r, c], "data_offsets": [begin, end]}, …};
-// then the data, little endian, offsets counted from its start.
+// ---- safetensors: reading -----------------------------------------------------------------------
+// A file of tensors, little endian:
+//
+//     8 bytes    the length of the header
+//     header     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, …}
+//     data       the elements of all tensors; the offsets count from the start of the data
+//
+// We map files into memory and use tensors where they lie, so everything is checked before.
 
+// Types in a file: first those that we read, in the order of retrofit_type. Tensors of the others
+// are checked, too, but are not listed.
 static const struct {
     const char *name;
     size_t size;
-} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // in retrofit_type's order; the others are known, but not read
-                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {NULL, 1}};
+} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // these are ours
+                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2},
+                  {"U16", 2}, {"I8", 1},   {"U8", 1},  {"BOOL", 1}};
+enum { FILE_TYPES = sizeof file_types / sizeof *file_types };
 
-static int by_size(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return x < y ? -1 : x > y;
+typedef struct {
+    size_t begin, end; // bytes, from the start of the data
+} byte_range;
+
+static int by_begin(const void *a, const void *b) {
+    const byte_range *x = a, *y = b;
+    return x->begin < y->begin ? -1 : x->begin > y->begin;
 }
 
-// Checks the entry j of the header; the tensor joins the list if its type is one of ours.
-static bool safetensors_entry(retrofit_map *f, const retrofit_json *j, const char *data, size_t data_bytes, size_t range[2]) {
-    const retrofit_json *dtype = retrofit_json_get(j, "dtype"), *shape = retrofit_json_get(j, "shape");
-    const retrofit_json *offsets = retrofit_json_get(j, "data_offsets");
-    size_t begin = 0, end = 0, type = 0, bytes;
-    if (!dtype || dtype->type != RETROFIT_JSON_STRING || !shape || shape->type != RETROFIT_JSON_ARRAY || !offsets || offsets->count != 2 ||
-        !retrofit_json_size(offsets->child, &begin) || !retrofit_json_size(offsets->child->next, &end))
-        return retrofit_fail("%s: tensor %s: needs dtype, shape and two data_offsets", f->path, j->key);
-    while (file_types[type].name && strcmp(file_types[type].name, dtype->string)) type++;
-    bool ours = type <= RETROFIT_I32, sizes = !ours || shape->count <= 4;
-    retrofit_tensor t = {j->key, ours ? (retrofit_type)type : RETROFIT_F32, 0, {0}, 1, NULL};
-    for (const retrofit_json *s = shape->child; s && sizes; s = s->next) {
+// false if one of the sizes is none, or if their product overflows.
+static bool read_tensor_shape(retrofit_tensor *tensor, const retrofit_json *shape) {
+    tensor->count = 1;
+    for (const retrofit_json *size = shape->child; size; size = size->next) {
         size_t n = 0;
-        sizes = retrofit_json_size(s, &n) && !__builtin_mul_overflow(t.count, n, &t.count);
-        if (ours) t.shape[t.dims++] = n;
+        if (!retrofit_json_size(size, &n)) return false;
+        if (__builtin_mul_overflow(tensor->count, n, &tensor->count)) return false;
+        if (tensor->dims < 4) tensor->shape[tensor->dims] = n;
+        tensor->dims++;
     }
-    bool fits = !__builtin_mul_overflow(t.count, file_types[type].size, &bytes);
-    const char *wrong = !file_types[type].name              ? "unknown dtype"
-                        : !sizes || !fits                   ? "the shape is not at most 4 sizes, or too large"
-                        : begin > end || end > data_bytes   ? "it lies outside the data: truncated?"
-                        : bytes != end - begin              ? "its shape needs another number of bytes"
-                        : begin % file_types[type].size > 0 ? "it is not aligned to its dtype"
-                                                            : NULL;
-    if (wrong) return retrofit_fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", f->path, j->key, dtype->string, begin, end, data_bytes, wrong);
-    range[0] = begin, range[1] = end;
-    t.data = data + begin;
-    if (ours) f->tensors[f->count++] = t;
     return true;
 }
 
-static bool safetensors_read(retrofit_map *f) { // what it has opened so far when it fails, its caller closes
-    if (!(f->base = retrofit_map_file(f->path, &f->bytes))) return false;
-    const char *text = (const char *)f->base + 8;
-    uint64_t header = 0;
-    if (f->bytes >= 8) memcpy(&header, f->base, 8);
-    if (f->bytes < 8 || header < 2 || header > f->bytes - 8 || header > 100000000)
-        return retrofit_fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu", f->path, f->bytes, (unsigned long long)header);
-    if (!(f->header = retrofit_json_parse(text, (size_t)header, f->path))) return false;
-    if (f->header->type != RETROFIT_JSON_OBJECT) return retrofit_fail("%s: the header is not a JSON object", f->path);
-    size_t bytes = f->bytes - 8 - (size_t)header, n = 0, covered = 0;
-    f->tensors = (retrofit_tensor *)retrofit_allocate(f->header->count + 1, sizeof *f->tensors + 2 * sizeof(size_t));
-    if (!f->tensors) return false;
-    size_t *ranges = (size_t *)(f->tensors + f->header->count + 1); // begin, end; begin, end; … of those that are not empty
-    for (const retrofit_json *j = f->header->child; j; j = j->next) {
-        if (!strcmp(j->key, "__metadata__")) continue;
-        if (!safetensors_entry(f, j, text + header, bytes, ranges + n)) return false;
-        n += ranges[n] != ranges[n + 1] ? 2 : 0;
-    }
-    // In the order of the file, every tensor must begin where the one before it ends, and the last one end with the file.
-    qsort(ranges, n / 2, 2 * sizeof *ranges, by_size);
-    size_t i = 0;
-    for (; i < n && ranges[i] == covered; i += 2) covered = ranges[i + 1];
-    return (i == n && covered == bytes) || retrofit_fail("%s: tensors overlap or leave a hole at byte %zu of %zu", f->path, covered, bytes);
-}
-
-bool retrofit_safetensors_open(retrofit_map *f, const char *path) {
-    memset(f, 0, sizeof *f);
-    if ((f->path = strdup(path)) ? safetensors_read(f) : retrofit_fail("out of memory")) return true;
-    return retrofit_safetensors_close(f), false;
-}
-
-void retrofit_safetensors_close(retrofit_map *f) {
-    if (f->base) munmap(f->base, f->bytes);
-    retrofit_json_free(f->header);
-    free(f->tensors), free(f->path);
-    memset(f, 0, sizeof *f);
-}
-
-const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name) {
-    for (size_t i = 0; i < f->count; i++)
-        if (!strcmp(f->tensors[i].name, name)) return &f->tensors[i];
+// Reads the shape. What is wrong with the tensor, or NULL.
+static const char *tensor_problem(retrofit_tensor *tensor, size_t type, const retrofit_json *shape,
+                                  byte_range range, size_t data_bytes) {
+    size_t bytes;
+    if (type == FILE_TYPES) return "unknown dtype";
+    bool is_shape = read_tensor_shape(tensor, shape) && (type > RETROFIT_I32 || tensor->dims <= 4);
+    if (!is_shape || __builtin_mul_overflow(tensor->count, file_types[type].size, &bytes))
+        return "the shape is not at most 4 sizes, or too large";
+    if (range.begin > range.end || range.end > data_bytes)
+        return "it lies outside the data: truncated?";
+    if (bytes != range.end - range.begin) return "its shape needs another number of bytes";
+    if (range.begin % file_types[type].size > 0) return "it is not aligned to its dtype";
     return NULL;
 }
 
-const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key) {
-    const retrofit_json *j = retrofit_json_get(retrofit_json_get(f->header, "__metadata__"), key);
-    return j && j->type == RETROFIT_JSON_STRING ? j->string : NULL;
-}
+// Checks one entry of the header and lists its tensor. false or error.
+static bool read_tensor_entry(retrofit_map *map, const retrofit_json *entry, const char *data,
+                              size_t data_bytes, byte_range *range) {
+    const retrofit_json *dtype = retrofit_json_get(entry, "dtype");
+    const retrofit_json *shape = retrofit_json_get(entry, "shape");
+    const retrofit_json *offsets = retrofit_json_get(entry, "data_offsets");
+    bool complete = dtype && dtype->type == RETROFIT_JSON_STRING && shape &&
+                    shape->type == RETROFIT_JSON_ARRAY && offsets && offsets->count == 2 &&
+                    retrofit_json_size(offsets->child, &range->begin) &&
+                    retrofit_json_size(offsets->child->next, &range->end);
+    if (!complete)
+        return retrofit_fail("%s: tensor %s: needs dtype, shape and two data_offsets", map->path,
+                             entry->key);
 
-static retrofit_type stored_type(const retrofit_tensor *t, retrofit_type floats) { return t->type == RETROFIT_I32 ? RETROFIT_I32 : floats; }
-
-// Failures to write show in ferror(f), for finish_file.
-bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
-                                retrofit_type type, const char *const *metadata) {
-    enum { CHUNK = 1 << 18 };
-    float *wide = (float *)retrofit_allocate(CHUNK, sizeof(float) + sizeof(uint16_t));
-    if (!wide) return false;
-    uint16_t *half = (uint16_t *)(wide + CHUNK);
-    FILE *f = fopen(path, "wb");
-    if (!f) return free(wide), retrofit_fail("%s: %s", path, strerror(errno));
-    uint64_t header = 0;
-    size_t offset = 0;
-    fwrite(&header, 8, 1, f); // its length, written again once it is known
-    fprintf(f, "{\"__metadata__\":{\"format\":\"pt\"");
-    for (size_t i = 0; metadata && metadata[i]; i++) fputc(i % 2 ? ':' : ',', f), retrofit_json_write_string(f, metadata[i], strlen(metadata[i]));
-    fputc('}', f);
-    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
-        size_t bytes = t->count * retrofit_type_size(stored_type(t, type));
-        fputc(',', f), retrofit_json_write_string(f, t->name, strlen(t->name));
-        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", file_types[stored_type(t, type)].name);
-        for (size_t j = 0; j < t->dims; j++) fprintf(f, "%s%zu", j ? "," : "", t->shape[j]);
-        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
-        offset += bytes;
-    }
-    fputc('}', f);
-    long at = ftell(f);
-    for (; at % 64; at++) fputc(' ', f); // tensors start aligned, so that they can be used where they lie
-    header = (uint64_t)at - 8;
-    bool ok = at > 0 && !fseek(f, 0, SEEK_SET) && fwrite(&header, 8, 1, f) == 1 && !fseek(f, at, SEEK_SET);
-    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
-        retrofit_type stored = stored_type(t, type);
-        size_t size = retrofit_type_size(t->type);
-        for (size_t i = 0; ok && i < t->count; i += CHUNK) {
-            size_t n = retrofit_min(t->count - i, CHUNK);
-            ops->download(size == 4 ? (void *)wide : (void *)half, (const char *)t->data + i * size, n * size);
-            if (stored != t->type && size == 2) retrofit_to_float(wide, half, t->type, n);
-            for (size_t j = 0; stored != t->type && stored == RETROFIT_BF16 && j < n; j++) half[j] = retrofit_float_to_bf16(wide[j]);
-            size_t to = retrofit_type_size(stored);
-            ok = fwrite(to == 4 ? (void *)wide : (void *)half, to, n, f) == n;
-        }
-    }
-    free(wide);
-    return retrofit_finish_file(f, path, ok);
-}
-
-// ---- config.json
-bool retrofit_config_check(const retrofit_config *c, const char *where) {
-    struct { const char *name; size_t value, most; } sizes[] = { // small enough that no product of them overflows
-        {"the width (n_embd, hidden_size)", c->n_embd, 1 << 20}, {"the number of heads", c->n_heads, 1 << 16},
-        {"the number of key/value heads", c->n_kv_heads, 1 << 16}, {"intermediate_size", c->intermediate, 1 << 22},
-        {"the vocabulary", c->vocab, 1 << 24}, {"the context (max_position_embeddings)", c->context, 1 << 24},
-        {"the number of layers", c->prelude + c->core + c->coda, 4096}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value == 0 || sizes[i].value > sizes[i].most)
-            return retrofit_fail("%s: %s is %zu, not between 1 and %zu", where, sizes[i].name, sizes[i].value, sizes[i].most);
-    if (c->n_embd != c->n_heads * c->head_dim)
-        return retrofit_fail("%s: %zu heads of %zu do not make a width of %zu", where, c->n_heads, c->head_dim, c->n_embd);
-    if (c->n_heads % c->n_kv_heads) return retrofit_fail("%s: %zu heads cannot share %zu key/value heads", where, c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2) return retrofit_fail("%s: a head size of %zu is odd: RoPE needs pairs", where, c->head_dim);
-    if (!(c->norm_eps > 0 && c->norm_eps < 1)) return retrofit_fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
-    if (!(c->rope_theta > 1 && c->rope_theta < 1e12)) return retrofit_fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
-    if (c->rope_llama3 && !(c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low && c->rope_original_context > 0))
-        return retrofit_fail("%s: rope_scaling's numbers make no sense", where);
-    if (!(c->state_std >= 0 && c->state_std < 100)) return retrofit_fail("%s: init_values.std %g is not between 0 and 100", where, (double)c->state_std);
-    if (c->core == 0 && c->prelude) return retrofit_fail("%s: a prelude without a recurrent core", where);
-    if (c->mean_recurrence == 0 || c->mean_recurrence > 1 << 16 || c->backprop_depth == 0 || c->backprop_depth > 1 << 16)
-        return retrofit_fail("%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    size_t type = 0;
+    while (type < FILE_TYPES && strcmp(file_types[type].name, dtype->string)) type++;
+    retrofit_tensor tensor = {.name = entry->key, .type = (retrofit_type)type};
+    const char *problem = tensor_problem(&tensor, type, shape, *range, data_bytes);
+    if (problem)
+        return retrofit_fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", map->path,
+                             entry->key, dtype->string, range->begin, range->end, data_bytes,
+                             problem);
+    tensor.data = data + range->begin;
+    if (type <= RETROFIT_I32) map->tensors[map->count++] = tensor;
     return true;
 }
 
-// The sizes of a config, under a plain Llama's names and under the authors'.
-static const struct {
-    const char *plain, *recurrent; // NULL: not in such a config
-    size_t field;
-    bool required;
-} config_sizes[] = {{"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
-                    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
-                    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
-                    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
-                    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
-                    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context), true},
-                    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
-                    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
-                    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
-                    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
-                    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
-
-// What a config may say in words, and the one thing that is supported.
-static const char *const config_words[][2] = {{"norm_class_name", "RMSNorm_llama"}, {"block_class_name", "SandwichBlock"}, {"hidden_act", "silu"},
-                                              {"nonlin_name", "SiLU"}, {"injection_type", "linear"}};
-static const char *const config_flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias", "tie_embeddings"}; // none of them may be true
-
-static double config_number(const retrofit_json *j, const char *where, const char *key, double otherwise, bool *ok) { // ok is sticky
-    const retrofit_json *n = retrofit_json_get(j, key);
-    if (n && n->type == RETROFIT_JSON_ARRAY && n->child) n = n->child; // Llama-3's chat models list several ends: the first is the document's
-    if (!n || n->type == RETROFIT_JSON_NULL) return otherwise;
-    if (*ok && n->type != RETROFIT_JSON_NUMBER) *ok = retrofit_fail("%s: %s is not a number", where, key);
-    return n->type == RETROFIT_JSON_NUMBER ? n->number : otherwise;
+// In the order of the file every tensor must begin where the one before it ends, and the last one
+// must end with the file.
+static bool check_tensor_ranges(const retrofit_map *map, byte_range *ranges, size_t count,
+                                size_t data_bytes) {
+    size_t covered = 0, i = 0;
+    qsort(ranges, count, sizeof *ranges, by_begin);
+    for (; i < count && ranges[i].begin == covered; i++) covered = ranges[i].end;
+    if (i == count && covered == data_bytes) return true;
+    return retrofit_fail("%s: tensors overlap or leave a hole at byte %zu of %zu", map->path,
+                         covered, data_bytes);
 }
 
-static bool config_true(const retrofit_json *j, const char *key) {
-    const retrofit_json *b = retrofit_json_get(j, key);
-    return b && b->type == RETROFIT_JSON_BOOL && b->number != 0;
+// Maps the file and parses its header, which ends where the data start.
+static bool read_tensor_header(retrofit_map *map, size_t *data_start) {
+    uint64_t length = 0;
+    map->base = retrofit_map_file(map->path, &map->bytes);
+    if (!map->base) return false;
+    if (map->bytes >= 8) memcpy(&length, map->base, 8);
+    if (map->bytes < 8 || length < 2 || length > map->bytes - 8 || length > 100000000)
+        return retrofit_fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu",
+                             map->path, map->bytes, (unsigned long long)length);
+    map->header = retrofit_json_parse((const char *)map->base + 8, length, map->path);
+    if (!map->header) return false;
+    if (map->header->type != RETROFIT_JSON_OBJECT)
+        return retrofit_fail("%s: the header is not a JSON object", map->path);
+    *data_start = 8 + length;
+    return true;
 }
 
-static int32_t config_id(double x) { return (int32_t)fmax(-1, fmin(1 << 24, x)); }
-
-static bool config_parse(retrofit_config *c, const retrofit_json *j, const char *where) {
-    const retrofit_json *type = retrofit_json_get(j, "model_type"), *init = retrofit_json_get(j, "init_values"), *n;
-    bool plain = retrofit_json_is(type, "llama"), ok = true;
-    if (!plain && !retrofit_json_is(type, "huginn_raven")) return retrofit_fail("%s: model_type is neither llama nor huginn_raven: no other is known", where);
-    memset(c, 0, sizeof *c);
-    c->mean_recurrence = c->backprop_depth = 1;
-    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
-        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
-        if (!key || (!(n = retrofit_json_get(j, key)) && !config_sizes[i].required)) continue;
-        if (!retrofit_json_size(n, (size_t *)(void *)((char *)c + config_sizes[i].field))) return retrofit_fail("%s: %s is missing or not a size", where, key);
+static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
+    const char *data = (const char *)map->base + data_start;
+    size_t data_bytes = map->bytes - data_start, count = 0;
+    map->tensors = retrofit_allocate(map->header->count, sizeof *map->tensors);
+    byte_range *ranges = retrofit_allocate(map->header->count, sizeof *ranges);
+    bool ok = map->tensors && ranges;
+    for (const retrofit_json *entry = map->header->child; ok && entry; entry = entry->next) {
+        if (!strcmp(entry->key, "__metadata__")) continue;
+        ok = read_tensor_entry(map, entry, data, data_bytes, &ranges[count]);
+        if (ranges[count].begin != ranges[count].end) count++; // an empty tensor may lie anywhere
     }
-    if (!retrofit_json_get(j, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
-    if (c->vocab == 0 && !retrofit_json_size(retrofit_json_get(j, "vocab_size"), &c->vocab)) return retrofit_fail("%s: vocab_size is missing or not a size", where);
-    for (size_t i = 0; i < sizeof config_words / sizeof *config_words; i++)
-        if ((n = retrofit_json_get(j, config_words[i][0])) && !retrofit_json_is(n, config_words[i][1]))
-            return retrofit_fail("%s: %s is not %s: only Llama's blocks are supported", where, config_words[i][0], config_words[i][1]);
-    for (size_t i = 0; i < sizeof config_flags / sizeof *config_flags; i++)
-        if (config_true(j, config_flags[i])) return retrofit_fail("%s: %s is true: such models are not supported", where, config_flags[i]);
-    // transformers 5 keeps rope_theta and the scaling in rope_parameters
-    const retrofit_json *rope = retrofit_json_get(j, retrofit_json_get(j, "rope_parameters") ? "rope_parameters" : "rope_scaling"), *kind;
-    c->rope_theta = config_number(j, where, "rope_theta", config_number(rope, where, "rope_theta", 10000, &ok), &ok);
-    if ((kind = retrofit_json_get(rope, "rope_type")) || (kind = retrofit_json_get(rope, "type"))) {
-        c->rope_llama3 = retrofit_json_is(kind, "llama3");
-        if (!c->rope_llama3 && !retrofit_json_is(kind, "default")) return retrofit_fail("%s: rope_scaling is not of type llama3: no other is known", where);
-        c->rope_factor = config_number(rope, where, "factor", 0, &ok), c->rope_low = config_number(rope, where, "low_freq_factor", 0, &ok);
-        c->rope_high = config_number(rope, where, "high_freq_factor", 0, &ok);
-        c->rope_original_context = config_number(rope, where, "original_max_position_embeddings", 0, &ok);
-    }
-    c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
-    if (config_number(j, where, "head_dim", (double)c->head_dim, &ok) != (double)c->head_dim && ok)
-        return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where, c->n_embd, c->n_heads);
-    if (config_number(init, where, "embed_scale", 1, &ok) != 1 && ok) return retrofit_fail("%s: init_values.embed_scale is not 1", where);
-    c->norm_eps = (float)config_number(j, where, plain ? "rms_norm_eps" : "norm_eps", plain ? 1e-6 : 0, &ok);
-    c->state_std = (float)config_number(init, where, "std", RETROFIT_STATE_STD, &ok);
-    c->tied = plain && config_true(j, "tie_word_embeddings");
-    c->bos = config_id(config_number(j, where, "bos_token_id", -1, &ok)), c->eos = config_id(config_number(j, where, "eos_token_id", -1, &ok));
-    return ok && retrofit_config_check(c, where);
-}
-
-bool retrofit_config_read(retrofit_config *c, const char *directory) {
-    char path[RETROFIT_PATH];
-    size_t size;
-    char *text = retrofit_path(path, directory, "config.json") ? retrofit_read_file(path, &size) : NULL;
-    retrofit_json *j = text ? retrofit_json_parse(text, size, path) : NULL;
-    bool ok = j && config_parse(c, j, path);
-    retrofit_json_free(j), free(text);
+    ok = ok && check_tensor_ranges(map, ranges, count, data_bytes);
+    free(ranges);
     return ok;
 }
 
-static const char *number_text(double x, char *buffer) { // the shortest decimal that reads back as the same float, else double
+bool retrofit_safetensors_open(retrofit_map *map, const char *path) {
+    size_t data_start = 0;
+    memset(map, 0, sizeof *map);
+    map->path = strdup(path);
+    if (!map->path) return retrofit_fail("out of memory");
+    if (read_tensor_header(map, &data_start) && read_tensor_entries(map, data_start)) return true;
+    retrofit_safetensors_close(map);
+    return false;
+}
+
+void retrofit_safetensors_close(retrofit_map *map) {
+    if (map->base) munmap(map->base, map->bytes);
+    retrofit_json_free(map->header);
+    free(map->tensors);
+    free(map->path);
+    memset(map, 0, sizeof *map);
+}
+
+const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name) {
+    for (size_t i = 0; i < map->count; i++) {
+        if (!strcmp(map->tensors[i].name, name)) return &map->tensors[i];
+    }
+    return NULL;
+}
+
+const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key) {
+    const retrofit_json *metadata = retrofit_json_get(map->header, "__metadata__");
+    const retrofit_json *value = retrofit_json_get(metadata, key);
+    return value && value->type == RETROFIT_JSON_STRING ? value->string : NULL;
+}
+
+// ---- safetensors: writing -----------------------------------------------------------------------
+
+// Elements on their way between a file and a device.
+enum { CONVERSION_CHUNK = 1 << 18 };
+typedef struct {
+    float raw[CONVERSION_CHUNK]; // memory for elements of any type, as the device has them
+    float fp32[CONVERSION_CHUNK];
+    uint16_t bf16[CONVERSION_CHUNK];
+} conversion;
+
+// n elements, at most a chunk, in type `to`: `data` itself if they have it, else part of `scratch`.
+static const void *convert_chunk(const void *data, retrofit_type from, retrofit_type to, size_t n,
+                                 conversion *scratch) {
+    if (from == to) return data;
+    retrofit_to_float(scratch->fp32, data, from, n);
+    if (to == RETROFIT_F32) return scratch->fp32;
+    for (size_t i = 0; i < n; i++) scratch->bf16[i] = retrofit_float_to_bf16(scratch->fp32[i]);
+    return scratch->bf16;
+}
+
+static retrofit_type stored_type(const retrofit_tensor *tensor, retrofit_type floats) {
+    return tensor->type == RETROFIT_I32 ? RETROFIT_I32 : floats;
+}
+
+static void write_json_key(FILE *file, const char *key) {
+    retrofit_json_write_string(file, key, strlen(key));
+    fputc(':', file);
+}
+
+static void write_tensor_metadata(FILE *file, const char *const *metadata) {
+    write_json_key(file, "__metadata__");
+    fprintf(file, "{\"format\":\"pt\"");
+    for (size_t i = 0; metadata && metadata[i]; i += 2) {
+        fputc(',', file);
+        write_json_key(file, metadata[i]);
+        retrofit_json_write_string(file, metadata[i + 1], strlen(metadata[i + 1]));
+    }
+    fputc('}', file);
+}
+
+// The length in front is written again once it is known. Spaces let the data start at a multiple of
+// 64, so that tensors can be used where they lie.
+static bool write_tensor_header(FILE *file, const retrofit_tensor *tensors, size_t count,
+                                retrofit_type type, const char *const *metadata) {
+    uint64_t length = 0;
+    size_t offset = 0;
+    fwrite(&length, 8, 1, file);
+    fputc('{', file);
+    write_tensor_metadata(file, metadata);
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_tensor *tensor = &tensors[i];
+        retrofit_type stored = stored_type(tensor, type);
+        size_t end = offset + tensor->count * retrofit_type_size(stored);
+        fputc(',', file);
+        write_json_key(file, tensor->name);
+        fprintf(file, "{\"dtype\":\"%s\",\"shape\":[", file_types[stored].name);
+        for (size_t j = 0; j < tensor->dims; j++)
+            fprintf(file, "%s%zu", j ? "," : "", tensor->shape[j]);
+        fprintf(file, "],\"data_offsets\":[%zu,%zu]}", offset, end);
+        offset = end;
+    }
+    fputc('}', file);
+
+    long data_start = ftell(file);
+    if (data_start < 0) return false;
+    for (; data_start % 64; data_start++) fputc(' ', file);
+    length = (uint64_t)data_start - 8;
+    return !fseek(file, 0, SEEK_SET) && fwrite(&length, 8, 1, file) == 1 &&
+           !fseek(file, data_start, SEEK_SET);
+}
+
+static bool write_tensor(FILE *file, const retrofit_ops *ops, const retrofit_tensor *tensor,
+                         retrofit_type stored, conversion *scratch) {
+    size_t size = retrofit_type_size(tensor->type), stored_size = retrofit_type_size(stored);
+    for (size_t i = 0; i < tensor->count; i += CONVERSION_CHUNK) {
+        size_t n = retrofit_min(tensor->count - i, CONVERSION_CHUNK);
+        ops->download(scratch->raw, (const char *)tensor->data + i * size, n * size);
+        const void *out = convert_chunk(scratch->raw, tensor->type, stored, n, scratch);
+        if (fwrite(out, stored_size, n, file) != n) return false;
+    }
+    return true;
+}
+
+// Most calls' failures show only in ferror, which retrofit_finish_file looks at.
+bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
+                                const retrofit_tensor *tensors, size_t count, retrofit_type type,
+                                const char *const *metadata) {
+    conversion *scratch = retrofit_allocate(1, sizeof *scratch);
+    if (!scratch) return false;
+    FILE *file = fopen(path, "wb");
+    if (!file) {
+        retrofit_fail("%s: %s", path, strerror(errno));
+        free(scratch);
+        return false;
+    }
+    bool ok = write_tensor_header(file, tensors, count, type, metadata);
+    for (size_t i = 0; ok && i < count; i++)
+        ok = write_tensor(file, ops, &tensors[i], stored_type(&tensors[i], type), scratch);
+    free(scratch);
+    return retrofit_finish_file(file, path, ok);
+}
+
+// ---- config.json: checking and reading ----------------------------------------------------------
+
+// The limits are so small that no product of sizes overflows.
+static bool check_config_sizes(const retrofit_config *c, const char *where) {
+    const struct {
+        const char *name;
+        size_t value, max;
+    } sizes[] = {{"the width (n_embd, hidden_size)", c->n_embd, 1 << 20},
+                 {"the number of heads", c->n_heads, 1 << 16},
+                 {"the number of key/value heads", c->n_kv_heads, 1 << 16},
+                 {"intermediate_size", c->intermediate, 1 << 22},
+                 {"the vocabulary", c->vocab, 1 << 24},
+                 {"the context (max_position_embeddings)", c->context, 1 << 24},
+                 {"the number of layers", c->prelude + c->core + c->coda, 4096}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        if (sizes[i].value == 0 || sizes[i].value > sizes[i].max)
+            return retrofit_fail("%s: %s is %zu, not between 1 and %zu", where, sizes[i].name,
+                                 sizes[i].value, sizes[i].max);
+    }
+    if (c->core == 0 && c->prelude > 0)
+        return retrofit_fail("%s: a prelude without a recurrent core", where);
+    return true;
+}
+
+static bool check_config_heads(const retrofit_config *c, const char *where) {
+    if (c->n_embd != c->n_heads * c->head_dim)
+        return retrofit_fail("%s: %zu heads of %zu do not make a width of %zu", where, c->n_heads,
+                             c->head_dim, c->n_embd);
+    if (c->n_heads % c->n_kv_heads)
+        return retrofit_fail("%s: %zu heads cannot share %zu key/value heads", where, c->n_heads,
+                             c->n_kv_heads);
+    if (c->head_dim % 2)
+        return retrofit_fail("%s: a head size of %zu is odd: RoPE needs pairs", where, c->head_dim);
+    return true;
+}
+
+// Every comparison is false for a NaN, so a NaN is refused as well.
+static bool check_config_numbers(const retrofit_config *c, const char *where) {
+    if (!(c->norm_eps > 0 && c->norm_eps < 1))
+        return retrofit_fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
+    if (!(c->rope_theta > 1 && c->rope_theta < 1e12))
+        return retrofit_fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
+    bool scaling = c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low &&
+                   c->rope_original_context > 0;
+    if (c->rope_llama3 && !scaling)
+        return retrofit_fail("%s: rope_scaling's numbers make no sense", where);
+    if (!(c->state_std >= 0 && c->state_std < 100))
+        return retrofit_fail("%s: init_values.std %g is not between 0 and 100", where,
+                             (double)c->state_std);
+    size_t R = c->mean_recurrence, K = c->backprop_depth;
+    if (R == 0 || R > 1 << 16 || K == 0 || K > 1 << 16)
+        return retrofit_fail(
+            "%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    return true;
+}
+
+bool retrofit_config_check(const retrofit_config *config, const char *where) {
+    return check_config_sizes(config, where) && check_config_heads(config, where) &&
+           check_config_numbers(config, where);
+}
+
+// The sizes of a config, as a plain Llama and as the authors call them. NULL: it has no such size.
+static const struct {
+    const char *plain, *recurrent;
+    size_t offset; // of the field in retrofit_config
+    bool required;
+} config_sizes[] = {
+    {"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
+    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
+    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
+    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
+    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
+    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context),
+     true},
+    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
+    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
+    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
+    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
+    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
+enum { CONFIG_SIZES = sizeof config_sizes / sizeof *config_sizes };
+
+static const char *config_size_key(size_t i, bool plain) {
+    return plain ? config_sizes[i].plain : config_sizes[i].recurrent;
+}
+
+static bool read_config_sizes(retrofit_config *c, const retrofit_json *json, bool plain,
+                              const char *where) {
+    for (size_t i = 0; i < CONFIG_SIZES; i++) {
+        const char *key = config_size_key(i, plain);
+        const retrofit_json *size = key ? retrofit_json_get(json, key) : NULL;
+        if (!key || (!size && !config_sizes[i].required)) continue;
+        size_t *field = (void *)((char *)c + config_sizes[i].offset);
+        if (!retrofit_json_size(size, field))
+            return retrofit_fail("%s: %s is missing or not a size", where, key);
+    }
+    if (!retrofit_json_get(json, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
+    const retrofit_json *vocab = retrofit_json_get(json, "vocab_size");
+    if (c->vocab == 0 && !retrofit_json_size(vocab, &c->vocab))
+        return retrofit_fail("%s: vocab_size is missing or not a size", where);
+    c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
+    return true;
+}
+
+static bool config_is_true(const retrofit_json *json, const char *key) {
+    const retrofit_json *value = retrofit_json_get(json, key);
+    return value && value->type == RETROFIT_JSON_BOOL && value->number != 0;
+}
+
+// What a config may leave out, but must not say otherwise.
+static bool check_config_supported(const retrofit_json *json, const char *where) {
+    static const char *const words[][2] = {{"norm_class_name", "RMSNorm_llama"},
+                                           {"block_class_name", "SandwichBlock"},
+                                           {"hidden_act", "silu"},
+                                           {"nonlin_name", "SiLU"},
+                                           {"injection_type", "linear"}};
+    static const char *const flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias",
+                                        "tie_embeddings"};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        const retrofit_json *word = retrofit_json_get(json, words[i][0]);
+        if (word && !retrofit_json_is(word, words[i][1]))
+            return retrofit_fail("%s: %s is not %s: only Llama's blocks are supported", where,
+                                 words[i][0], words[i][1]);
+    }
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+        if (config_is_true(json, flags[i]))
+            return retrofit_fail("%s: %s is true: such models are not supported", where, flags[i]);
+    }
+    return true;
+}
+
+// A number, or the first of a list: Llama-3's chat models list several ends of text, and the first
+// one is the document's. Without one, *out stays as it was. false or error if it is something else.
+static bool read_config_number(double *out, const retrofit_json *json, const char *key,
+                               const char *where) {
+    const retrofit_json *number = retrofit_json_get(json, key);
+    if (number && number->type == RETROFIT_JSON_ARRAY && number->child) number = number->child;
+    if (!number || number->type == RETROFIT_JSON_NULL) return true;
+    if (number->type != RETROFIT_JSON_NUMBER)
+        return retrofit_fail("%s: %s is not a number", where, key);
+    *out = number->number;
+    return true;
+}
+
+static bool read_config_rope(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *rope = retrofit_json_get(json, "rope_parameters"); // transformers 5
+    if (!rope) rope = retrofit_json_get(json, "rope_scaling");
+    c->rope_theta = 10000;
+    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
+    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
+
+    const retrofit_json *type = retrofit_json_get(rope, "rope_type");
+    if (!type) type = retrofit_json_get(rope, "type");
+    if (!type) return true;
+    c->rope_llama3 = retrofit_json_is(type, "llama3");
+    if (!c->rope_llama3 && !retrofit_json_is(type, "default"))
+        return retrofit_fail("%s: rope_scaling is not of type llama3: no other is known", where);
+    return read_config_number(&c->rope_factor, rope, "factor", where) &&
+           read_config_number(&c->rope_low, rope, "low_freq_factor", where) &&
+           read_config_number(&c->rope_high, rope, "high_freq_factor", where) &&
+           read_config_number(&c->rope_original_context, rope, "original_max_position_embeddings",
+                              where);
+}
+
+static int32_t config_token_id(double number) { return (int32_t)fmax(-1, fmin(1 << 24, number)); }
+
+static bool read_config_numbers(retrofit_config *c, const retrofit_json *json, bool plain,
+                                const char *where) {
+    const retrofit_json *init = retrofit_json_get(json, "init_values");
+    double head_dim = (double)c->head_dim, scale = 1, eps = plain ? 1e-6 : 0;
+    double std = RETROFIT_STATE_STD, bos = -1, eos = -1;
+    if (!read_config_number(&head_dim, json, "head_dim", where)) return false;
+    if (head_dim != (double)c->head_dim)
+        return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where,
+                             c->n_embd, c->n_heads);
+    if (!read_config_number(&scale, init, "embed_scale", where)) return false;
+    if (scale != 1) return retrofit_fail("%s: init_values.embed_scale is not 1", where);
+    if (!read_config_number(&eps, json, plain ? "rms_norm_eps" : "norm_eps", where)) return false;
+    if (!read_config_number(&std, init, "std", where)) return false;
+    if (!read_config_number(&bos, json, "bos_token_id", where)) return false;
+    if (!read_config_number(&eos, json, "eos_token_id", where)) return false;
+    c->norm_eps = (float)eps;
+    c->state_std = (float)std;
+    c->bos = config_token_id(bos);
+    c->eos = config_token_id(eos);
+    return true;
+}
+
+static bool config_parse(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *type = retrofit_json_get(json, "model_type");
+    bool plain = retrofit_json_is(type, "llama");
+    if (!plain && !retrofit_json_is(type, "huginn_raven"))
+        return retrofit_fail("%s: model_type is neither llama nor huginn_raven: no other is known",
+                             where);
+    memset(c, 0, sizeof *c);
+    c->mean_recurrence = 1;
+    c->backprop_depth = 1;
+    c->tied = plain && config_is_true(json, "tie_word_embeddings");
+    return read_config_sizes(c, json, plain, where) && check_config_supported(json, where) &&
+           read_config_rope(c, json, where) && read_config_numbers(c, json, plain, where) &&
+           retrofit_config_check(c, where);
+}
+
+bool retrofit_config_read(retrofit_config *config, const char *directory) {
+    char path[RETROFIT_PATH];
+    size_t size;
+    if (!retrofit_path(path, directory, "config.json")) return false;
+    char *text = retrofit_read_file(path, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    bool ok = json && config_parse(config, json, path);
+    retrofit_json_free(json);
+    free(text);
+    return ok;
+}
+
+// ---- config.json: writing -----------------------------------------------------------------------
+
+// The shortest decimal that reads back as the same float if x is one, else as the same double.
+static const char *number_text(double x, char buffer[32]) {
     bool narrow = (double)(float)x == x;
     for (int digits = 1; digits <= 17; digits++) {
         snprintf(buffer, 32, "%.*g", digits, x);
@@ -3241,170 +3668,312 @@ static const char *number_text(double x, char *buffer) { // the shortest decimal
     return buffer;
 }
 
-bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory) {
-    char path[RETROFIT_PATH], a[32], b[32], e[32];
-    bool plain = retrofit_is_plain(c);
-    FILE *f = retrofit_path(path, directory, "config.json") ? fopen(path, "wb") : NULL;
-    if (!f) return retrofit_fail("%s: %s", path, strerror(errno));
-    errno = 0;
-    fprintf(f, "{\n");
-    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
-        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
-        if (key) fprintf(f, "  \"%s\": %zu,\n", key, *(const size_t *)(const void *)((const char *)c + config_sizes[i].field));
+static void write_config_sizes(FILE *file, const retrofit_config *c, bool plain) {
+    for (size_t i = 0; i < CONFIG_SIZES; i++) {
+        const size_t *field = (const void *)((const char *)c + config_sizes[i].offset);
+        const char *key = config_size_key(i, plain);
+        if (key) fprintf(file, "  \"%s\": %zu,\n", key, *field);
     }
-    if (plain)
-        fprintf(f, "  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"hidden_act\": \"silu\",\n"
-                   "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    else {
-        size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
-        double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
-        fprintf(f,
-                "  \"architectures\": [\"RavenForCausalLM\"],\n  \"model_type\": \"huginn_raven\",\n"
-                "  \"auto_map\": {\n    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
-                "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n  },\n"
-                "  \"architecture_class_name\": \"RecurrentGPT\",\n  \"block_class_name\": \"SandwichBlock\",\n"
-                "  \"norm_class_name\": \"RMSNorm_llama\",\n  \"mlp_class_name\": \"GatedMLP\",\n  \"nonlin_name\": \"SiLU\",\n"
-                "  \"injection_type\": \"linear\",\n  \"state_init\": \"like-init\",\n  \"init_strategy\": \"takase\",\n"
-                "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n  \"test_time_noise\": 0,\n  \"test_time_noise_type\": \"fixed\",\n"
-                "  \"bias\": false,\n  \"qk_bias\": false,\n  \"tie_embeddings\": false,\n  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n"
-                "  \"n_layers\": %zu,\n  \"effective_expected_depth\": %zu,\n",
-                c->vocab, c->context, c->prelude + c->core + c->coda, depth);
-        fprintf(f, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, \"out_proj\": %s, \"std\": %s},\n", number_text(sigma, a),
-                number_text(sigma / sqrt(2.0 * (double)depth), b),
-                number_text(c->state_std == (float)RETROFIT_STATE_STD ? RETROFIT_STATE_STD : (double)c->state_std, e));
-    }
-    if (c->bos >= 0) fprintf(f, "  \"bos_token_id\": %d,\n", (int)c->bos);
-    if (c->eos >= 0) fprintf(f, "  \"eos_token_id\": %d,\n", (int)c->eos);
-    if (c->rope_llama3)
-        fprintf(f, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, \"low_freq_factor\": %s, "
-                   "\"original_max_position_embeddings\": %.0f, \"rope_type\": \"llama3\"},\n",
-                number_text(c->rope_factor, a), number_text(c->rope_high, b), number_text(c->rope_low, e), c->rope_original_context);
-    fprintf(f, "  \"head_dim\": %zu,\n  \"%s\": %s,\n  \"rope_theta\": %s,\n  \"tie_word_embeddings\": false,\n  \"torch_dtype\": \"%s\"\n}\n",
-            c->head_dim, plain ? "rms_norm_eps" : "norm_eps", number_text((double)c->norm_eps, a), number_text(c->rope_theta, b),
-            type == RETROFIT_BF16 ? "bfloat16" : "float32");
-    return retrofit_finish_file(f, path, true);
 }
 
-// ---- Loading ---------------------------------------------------------------------------------------------------------------
-static bool open_map(retrofit_model *m, const char *path) {
-    retrofit_map *maps = (retrofit_map *)realloc(m->maps, (m->map_count + 1) * sizeof *maps);
+// What config.json says of every plain Llama, and of every model for the authors' modelling code.
+static const char config_plain_words[] =
+    "  \"architectures\": [\"LlamaForCausalLM\"],\n"
+    "  \"model_type\": \"llama\",\n"
+    "  \"hidden_act\": \"silu\",\n"
+    "  \"attention_bias\": false,\n"
+    "  \"mlp_bias\": false,\n";
+static const char config_recurrent_words[] =
+    "  \"architectures\": [\"RavenForCausalLM\"],\n"
+    "  \"model_type\": \"huginn_raven\",\n"
+    "  \"auto_map\": {\n"
+    "    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
+    "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n"
+    "  },\n"
+    "  \"architecture_class_name\": \"RecurrentGPT\",\n"
+    "  \"block_class_name\": \"SandwichBlock\",\n"
+    "  \"norm_class_name\": \"RMSNorm_llama\",\n"
+    "  \"mlp_class_name\": \"GatedMLP\",\n"
+    "  \"nonlin_name\": \"SiLU\",\n"
+    "  \"injection_type\": \"linear\",\n"
+    "  \"state_init\": \"like-init\",\n"
+    "  \"init_strategy\": \"takase\",\n"
+    "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n"
+    "  \"test_time_noise\": 0,\n"
+    "  \"test_time_noise_type\": \"fixed\",\n"
+    "  \"bias\": false,\n"
+    "  \"qk_bias\": false,\n"
+    "  \"tie_embeddings\": false,\n";
+
+// init_values are the standard deviations that a training from scratch would start with, by
+// Huginn's rule: σ for every matrix, σ/√(2·depth) for those that write to the residual stream.
+static void write_config_recurrent(FILE *file, const retrofit_config *c) {
+    char embedding[32], out_proj[32], std[32];
+    size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
+    double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
+    bool usual = c->state_std == (float)RETROFIT_STATE_STD;
+    fputs(config_recurrent_words, file);
+    fprintf(file, "  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n", c->vocab, c->context);
+    fprintf(file, "  \"n_layers\": %zu,\n", c->prelude + c->core + c->coda);
+    fprintf(file, "  \"effective_expected_depth\": %zu,\n", depth);
+    number_text(sigma, embedding);
+    number_text(sigma / sqrt(2.0 * (double)depth), out_proj);
+    number_text(usual ? RETROFIT_STATE_STD : (double)c->state_std, std);
+    fprintf(file, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, ", embedding);
+    fprintf(file, "\"out_proj\": %s, \"std\": %s},\n", out_proj, std);
+}
+
+static void write_config_rope(FILE *file, const retrofit_config *c) {
+    char factor[32], high[32], low[32];
+    fprintf(file, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, ",
+            number_text(c->rope_factor, factor), number_text(c->rope_high, high));
+    fprintf(file, "\"low_freq_factor\": %s, \"original_max_position_embeddings\": %.0f, ",
+            number_text(c->rope_low, low), c->rope_original_context);
+    fprintf(file, "\"rope_type\": \"llama3\"},\n");
+}
+
+bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
+                           const char *directory) {
+    char path[RETROFIT_PATH], eps[32], theta[32];
+    bool plain = retrofit_is_plain(config);
+    if (!retrofit_path(path, directory, "config.json")) return false;
+    FILE *file = fopen(path, "wb");
+    if (!file) return retrofit_fail("%s: %s", path, strerror(errno));
+    errno = 0; // so that what retrofit_finish_file reports comes from writing
+    fprintf(file, "{\n");
+    write_config_sizes(file, config, plain);
+    if (plain) fputs(config_plain_words, file);
+    else write_config_recurrent(file, config);
+    if (config->bos >= 0) fprintf(file, "  \"bos_token_id\": %d,\n", (int)config->bos);
+    if (config->eos >= 0) fprintf(file, "  \"eos_token_id\": %d,\n", (int)config->eos);
+    if (config->rope_llama3) write_config_rope(file, config);
+    fprintf(file, "  \"head_dim\": %zu,\n", config->head_dim);
+    fprintf(file, "  \"%s\": %s,\n", plain ? "rms_norm_eps" : "norm_eps",
+            number_text((double)config->norm_eps, eps));
+    fprintf(file, "  \"rope_theta\": %s,\n", number_text(config->rope_theta, theta));
+    fprintf(file, "  \"tie_word_embeddings\": false,\n");
+    fprintf(file, "  \"torch_dtype\": \"%s\"\n}\n", type == RETROFIT_BF16 ? "bfloat16" : "float32");
+    return retrofit_finish_file(file, path, true);
+}
+
+// ---- Loading ------------------------------------------------------------------------------------
+// Where the tensors of a checkpoint go:
+//
+//     training              all of them are copied to the masters, as fp32
+//     inference on a CPU    a parameter that is one tensor, of the type that operations read it in,
+//                           stays where it lies in the mapped file; the others are copied to the
+//                           arena of weights: norms that are not fp32, and a plain Llama's q, k, v
+//                           and gate, up, which operations read as one matrix
+//     inference on a GPU    all of them are copied to the arena of weights
+
+static bool open_map(retrofit_model *model, const char *path) {
+    size_t count = model->map_count;
+    retrofit_map *maps = realloc(model->maps, (count + 1) * sizeof *maps);
     if (!maps) return retrofit_fail("out of memory");
-    m->maps = maps;
-    if (!retrofit_safetensors_open(&maps[m->map_count], path)) return false;
-    m->map_count++;
+    model->maps = maps;
+    if (!retrofit_safetensors_open(&maps[count], path)) return false;
+    model->map_count++;
     return true;
 }
 
-// model.safetensors, or every file its index names.
-static bool open_maps(retrofit_model *m, const char *directory) {
-    char path[RETROFIT_PATH], index[RETROFIT_PATH];
-    size_t size;
-    if (!retrofit_path(path, directory, "model.safetensors") || !retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (access(path, F_OK) == 0) return open_map(m, path);
-    if (access(index, F_OK)) return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json", directory);
-    char *text = retrofit_read_file(index, &size);
-    retrofit_json *j = text ? retrofit_json_parse(text, size, index) : NULL;
-    const retrofit_json *map = retrofit_json_get(j, "weight_map");
-    bool ok = j && (map || retrofit_fail("%s: no weight_map", index));
-    for (const retrofit_json *e = map ? map->child : NULL; ok && e; e = e->next) {
-        size_t seen = 0;
-        if (e->type != RETROFIT_JSON_STRING || strchr(e->string, '/')) ok = retrofit_fail("%s: %s is not in a file of this directory", index, e->key);
-        ok = ok && retrofit_path(path, directory, e->string);
-        while (ok && seen < m->map_count && strcmp(m->maps[seen].path, path)) seen++;
-        if (ok && seen == m->map_count) ok = open_map(m, path);
+static bool is_map_open(const retrofit_model *model, const char *path) {
+    for (size_t i = 0; i < model->map_count; i++) {
+        if (!strcmp(model->maps[i].path, path)) return true;
     }
-    retrofit_json_free(j), free(text);
+    return false;
+}
+
+// Opens every file that the index names: {"weight_map": {"tensor": "file", …}}.
+static bool open_shards(retrofit_model *model, const char *directory, const char *index) {
+    char path[RETROFIT_PATH];
+    size_t size;
+    char *text = retrofit_read_file(index, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, index) : NULL;
+    const retrofit_json *map = retrofit_json_get(json, "weight_map");
+    bool ok = json != NULL;
+    if (ok && !map) ok = retrofit_fail("%s: no weight_map", index);
+    for (const retrofit_json *entry = map ? map->child : NULL; ok && entry; entry = entry->next) {
+        if (entry->type != RETROFIT_JSON_STRING || strchr(entry->string, '/'))
+            ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
+        ok = ok && retrofit_path(path, directory, entry->string);
+        if (ok && !is_map_open(model, path)) ok = open_map(model, path);
+    }
+    retrofit_json_free(json);
+    free(text);
     return ok;
 }
 
-static const retrofit_tensor *find_tensor(const retrofit_model *m, const char *name) {
-    for (size_t i = 0; i < m->map_count; i++) {
-        const retrofit_tensor *t = retrofit_safetensors_find(&m->maps[i], name);
-        if (t) return t;
+static bool open_maps(retrofit_model *model, const char *directory) {
+    char path[RETROFIT_PATH], index[RETROFIT_PATH];
+    if (!retrofit_path(path, directory, "model.safetensors")) return false;
+    if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
+    if (access(path, F_OK) == 0) return open_map(model, path);
+    if (access(index, F_OK) == 0) return open_shards(model, directory, index);
+    return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json",
+                         directory);
+}
+
+static const retrofit_tensor *find_tensor(const retrofit_model *model, const char *name) {
+    for (size_t i = 0; i < model->map_count; i++) {
+        const retrofit_tensor *tensor = retrofit_safetensors_find(&model->maps[i], name);
+        if (tensor) return tensor;
     }
     return NULL;
 }
 
-static bool find_piece(const retrofit_model *m, const retrofit_parameter *p, size_t i, const char *where, const retrofit_tensor **out) {
-    const retrofit_tensor *t = find_tensor(m, p->source[i].name);
-    if (!t && p->kind == RETROFIT_HEAD && m->config.tied) t = find_tensor(m, m->wte.source[0].name);
-    if (!t) return retrofit_fail("%s: tensor %s is missing", where, p->source[i].name);
-    bool norm = p->kind == RETROFIT_NORM;
-    if (t->type == RETROFIT_I32 || t->dims != (norm ? 1u : 2u) || t->shape[0] != (norm ? p->cols : p->source[i].rows) ||
-        (!norm && t->shape[1] != p->cols))
-        return retrofit_fail("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)", where, t->name, t->dims ? t->shape[0] : 1,
-                    t->dims > 1 ? t->shape[1] : 1, norm ? p->cols : p->source[i].rows, norm ? 1 : p->cols);
-    *out = t;
+// The tensors of the files that make up a parameter, one below the other.
+typedef struct {
+    const retrofit_tensor *tensor[3];
+} source_tensors;
+
+static const retrofit_tensor *find_source(const retrofit_model *model,
+                                          const retrofit_parameter *parameter, size_t i,
+                                          const char *where) {
+    const char *name = parameter->source[i].name;
+    const retrofit_tensor *tensor = find_tensor(model, name);
+    bool tied = parameter->kind == RETROFIT_HEAD && model->config.tied;
+    if (!tensor && tied) tensor = find_tensor(model, model->wte.source[0].name);
+    if (!tensor) return fail_null("%s: tensor %s is missing", where, name);
+
+    bool norm = parameter->kind == RETROFIT_NORM;
+    size_t rows = norm ? parameter->cols : parameter->source[i].rows;
+    size_t cols = norm ? 1 : parameter->cols;
+    size_t found_rows = tensor->dims > 0 ? tensor->shape[0] : 1;
+    size_t found_cols = tensor->dims > 1 ? tensor->shape[1] : 1;
+    bool fits = tensor->dims == (norm ? 1 : 2) && found_rows == rows && found_cols == cols;
+    if (!fits || tensor->type == RETROFIT_I32)
+        return fail_null("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)",
+                         where, tensor->name, found_rows, found_cols, rows, cols);
+    return tensor;
+}
+
+static bool find_sources(const retrofit_model *model, source_tensors *sources, const char *where) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        for (size_t j = 0; j < parameter->sources; j++) {
+            sources[i].tensor[j] = find_source(model, parameter, j, where);
+            if (!sources[i].tensor[j]) return false;
+        }
+    }
     return true;
 }
 
-// n elements from a file to memory of the device, changing their type on the way.
-static bool store(const retrofit_ops *ops, char *to, retrofit_type type, const char *from, retrofit_type from_type, size_t n) {
-    if (type == from_type) return ops->upload(to, from, n * retrofit_type_size(type)), true;
-    enum { CHUNK = 1 << 16 };
-    float *wide = (float *)retrofit_allocate(CHUNK, sizeof *wide);
-    uint16_t *half = (uint16_t *)retrofit_allocate(CHUNK, sizeof *half);
-    for (size_t at = 0; wide && half && at < n; at += CHUNK) {
-        size_t count = retrofit_min(n - at, CHUNK);
-        retrofit_to_float(wide, from + at * retrofit_type_size(from_type), from_type, count);
-        for (size_t i = 0; type == RETROFIT_BF16 && i < count; i++) half[i] = retrofit_float_to_bf16(wide[i]);
-        ops->upload(to + at * retrofit_type_size(type), type == RETROFIT_F32 ? (void *)wide : (void *)half, count * retrofit_type_size(type));
+// The type in which a loaded parameter is read. On a CPU all but norms may also stay in bf16.
+static retrofit_type loaded_type(const retrofit_model *model, const retrofit_parameter *parameter,
+                                 const source_tensors *sources) {
+    if (model->ops != &retrofit_cpu || parameter->kind == RETROFIT_NORM)
+        return compute_type(model, parameter->kind);
+    for (size_t j = 0; j < parameter->sources; j++) {
+        if (sources->tensor[j]->type != RETROFIT_BF16) return compute_type(model, parameter->kind);
     }
-    bool ok = wide && half;
-    free(wide), free(half);
+    return RETROFIT_BF16;
+}
+
+static bool stays_in_file(const retrofit_model *model, const retrofit_parameter *parameter,
+                          const retrofit_tensor *tensor) {
+    bool aligned = (uintptr_t)tensor->data % retrofit_type_size(tensor->type) == 0;
+    bool as_it_is = parameter->sources == 1 && tensor->type == parameter->weight.type;
+    return model->ops == &retrofit_cpu && as_it_is && aligned;
+}
+
+static void lay_out_loaded(retrofit_model *model, arena *a, const source_tensors *sources) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        const retrofit_tensor *tensor = sources[i].tensor[0];
+        retrofit_type type = loaded_type(model, parameter, &sources[i]);
+        size_t count = parameter->rows * parameter->cols;
+        parameter->weight.type = type;
+        if (stays_in_file(model, parameter, tensor)) parameter->weight.data = tensor->data;
+        else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
+    }
+}
+
+static bool place_for_inference(retrofit_model *model, const source_tensors *sources) {
+    arena a = {NULL, 0};
+    lay_out_loaded(model, &a, sources);
+    if (a.used == 0) return true; // everything stays in the files
+    model->weights = arena_reserve(&a, model->ops);
+    if (!model->weights) return false;
+    lay_out_loaded(model, &a, sources);
+    return true;
+}
+
+static void upload_tensor(const retrofit_ops *ops, char *to, retrofit_type type,
+                          const retrofit_tensor *tensor, conversion *scratch) {
+    const char *from = tensor->data;
+    size_t size = retrofit_type_size(type), from_size = retrofit_type_size(tensor->type);
+    if (type == tensor->type) {
+        ops->upload(to, from, tensor->count * size);
+        return;
+    }
+    for (size_t i = 0; i < tensor->count; i += CONVERSION_CHUNK) {
+        size_t n = retrofit_min(tensor->count - i, CONVERSION_CHUNK);
+        const void *out = convert_chunk(from + i * from_size, tensor->type, type, n, scratch);
+        ops->upload(to + i * size, out, n * size);
+    }
+}
+
+// To its master, or, in inference, to where operations read it.
+static void upload_parameter(const retrofit_model *model, const retrofit_parameter *parameter,
+                             const source_tensors *sources, conversion *scratch) {
+    char *to = parameter->master ? (char *)parameter->master : (char *)parameter->weight.data;
+    retrofit_type type = parameter->master ? RETROFIT_F32 : parameter->weight.type;
+    if (to == sources->tensor[0]->data) return; // it stays in the file
+    for (size_t j = 0; j < parameter->sources; j++) {
+        upload_tensor(model->ops, to, type, sources->tensor[j], scratch);
+        to += sources->tensor[j]->count * retrofit_type_size(type);
+    }
+}
+
+static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *where) {
+    source_tensors *sources = retrofit_allocate(model->parameter_count, sizeof *sources);
+    conversion *scratch = retrofit_allocate(1, sizeof *scratch);
+    bool ok = sources && scratch && find_sources(model, sources, where);
+    if (ok && mode == RETROFIT_INFERENCE) ok = place_for_inference(model, sources);
+    else if (ok) ok = retrofit_model_allocate(model, mode);
+    for (size_t i = 0; ok && i < model->parameter_count; i++)
+        upload_parameter(model, model->parameters[i], &sources[i], scratch);
+    free(sources);
+    free(scratch);
     return ok;
 }
 
-// Decides where each parameter lies, twice: to measure, and to copy what cannot stay in the file.
-static bool load_weights(retrofit_model *m, retrofit_mode mode, const char *where) {
-    bool in_place = mode == RETROFIT_INFERENCE && m->ops == &retrofit_cpu;
-    arena a = {NULL, 0};
-    for (int pass = 0; pass < 2; pass++) {
-        for (size_t i = 0; i < m->parameter_count; i++) {
-            retrofit_parameter *p = m->parameters[i];
-            const retrofit_tensor *t[3];
-            for (size_t j = 0; j < p->sources; j++)
-                if (!find_piece(m, p, j, where, &t[j])) return false;
-            if (mode == RETROFIT_INFERENCE) {
-                p->weight.type = compute_type(m, p);
-                if (in_place && p->kind != RETROFIT_NORM && t[0]->type == RETROFIT_BF16 && (p->sources == 1 || t[1]->type == RETROFIT_BF16) &&
-                    (p->sources < 3 || t[2]->type == RETROFIT_BF16))
-                    p->weight.type = RETROFIT_BF16;
-                if (in_place && p->sources == 1 && t[0]->type == p->weight.type &&
-                    (uintptr_t)t[0]->data % retrofit_type_size(t[0]->type) == 0) {
-                    p->weight.data = t[0]->data;
-                    continue;
-                }
-                p->weight.data = arena_alloc(&a, p->rows * p->cols, retrofit_type_size(p->weight.type));
-            }
-            if (pass == 0) continue;
-            char *to = mode != RETROFIT_INFERENCE ? (char *)p->master : (char *)p->weight.data;
-            retrofit_type type = mode != RETROFIT_INFERENCE ? RETROFIT_F32 : p->weight.type;
-            for (size_t j = 0; j < p->sources; j++) {
-                if (!store(m->ops, to, type, (const char *)t[j]->data, t[j]->type, t[j]->count)) return false;
-                to += t[j]->count * retrofit_type_size(type);
-            }
+// Whether the model has a place for a tensor. Rotary tables and a head that is tied, which older
+// files carry along, need none.
+static bool has_place(const retrofit_model *model, const char *name) {
+    if (strstr(name, "rotary_emb.inv_freq")) return true;
+    if (model->config.tied && !strcmp(name, "lm_head.weight")) return true;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        for (size_t j = 0; j < parameter->sources; j++) {
+            if (!strcmp(name, parameter->source[j].name)) return true;
         }
-        if (pass == 0 && mode != RETROFIT_INFERENCE && !retrofit_model_allocate(m, mode)) return false;
-        if (pass == 0 && a.used) {
-            if (!(m->weights = m->ops->alloc(a.used))) return false;
-            a.base = (char *)m->weights, a.used = 0;
-        }
+    }
+    return false;
+}
+
+static bool check_all_used(const retrofit_model *model, const retrofit_map *map) {
+    for (size_t i = 0; i < map->count; i++) {
+        const char *name = map->tensors[i].name;
+        if (!has_place(model, name))
+            return retrofit_fail("%s: tensor %s has no place in a model of this config.json",
+                                 map->path, name);
+        if (find_tensor(model, name) != &map->tensors[i])
+            return retrofit_fail("%s: tensor %s is there twice", map->path, name);
     }
     return true;
 }
 
-// Every tensor of the files must have a place; rotary tables and a tied head, which older files carry, need none.
-static bool check_all_used(const retrofit_model *m) {
-    for (size_t f = 0; f < m->map_count; f++)
-        for (size_t i = 0; i < m->maps[f].count; i++) {
-            const char *name = m->maps[f].tensors[i].name;
-            bool used = strstr(name, "rotary_emb.inv_freq") || (m->config.tied && !strcmp(name, "lm_head.weight"));
-            for (size_t p = 0; !used && p < m->parameter_count; p++)
-                for (size_t j = 0; !used && j < m->parameters[p]->sources; j++) used = !strcmp(name, m->parameters[p]->source[j].name);
-            if (used && find_tensor(m, name) != &m->maps[f].tensors[i]) return retrofit_fail("%s: tensor %s is there twice", m->maps[f].path, name);
-            if (!used) return retrofit_fail("%s: tensor %s has no place in a model of this config.json", m->maps[f].path, name);
-        }
+static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
+    if (!open_maps(model, directory)) return false;
+    if (!load_weights(model, mode, directory)) return false;
+    for (size_t i = 0; i < model->map_count; i++) {
+        if (!check_all_used(model, &model->maps[i])) return false;
+    }
+    if (mode == RETROFIT_INFERENCE) return true;
+    retrofit_refresh_weights(model);
+    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
+    model->map_count = 0; // nothing lies in the files any more
     return true;
 }
 
@@ -3413,207 +3982,327 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
     retrofit_config config;
     directory = retrofit_model_directory(directory, path);
     if (!retrofit_config_read(&config, directory)) return NULL;
-    retrofit_model *m = retrofit_model_new(&config, ops);
-    if (!m) return NULL;
-    if (!open_maps(m, directory) || !load_weights(m, mode, directory) || !check_all_used(m)) return retrofit_free(m), (retrofit_model *)NULL;
-    if (mode != RETROFIT_INFERENCE) {
-        retrofit_refresh_weights(m);
-        while (m->map_count) retrofit_safetensors_close(&m->maps[--m->map_count]);
-    }
-    return m;
+    retrofit_model *model = retrofit_model_new(&config, ops);
+    if (!model) return NULL;
+    if (load_files(model, mode, directory)) return model;
+    retrofit_free(model);
+    return NULL;
 }
 
-// ---- Checkpoints
+// ---- Checkpoints --------------------------------------------------------------------------------
+
 char *retrofit_directory_begin(const char *final) {
-    size_t n = strlen(final);
-    while (n > 1 && final[n - 1] == '/') n--;
-    if (n == 0 || n > 4000) return retrofit_fail("'%s' is no name for a directory", final), (char *)NULL;
-    char *path = (char *)retrofit_allocate(RETROFIT_PATH, 1);
+    size_t length = strlen(final);
+    while (length > 1 && final[length - 1] == '/') length--;
+    if (length == 0 || length > RETROFIT_PATH - 96)
+        return fail_null("'%s' is no name for a directory", final);
+    char *path = retrofit_allocate(RETROFIT_PATH, 1);
     if (!path) return NULL;
-    snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)n, final, (long)getpid());
-    retrofit_directory_abandon(path); // of an earlier process of this number
-    return retrofit_make_directories(path, true) ? path : (free(path), (char *)NULL);
+    snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)length, final, (long)getpid());
+    retrofit_directory_abandon(path); // an earlier process with this number may have left one
+    if (retrofit_make_directories(path, true)) return path;
+    free(path);
+    return NULL;
 }
 
 void retrofit_directory_abandon(const char *temporary) {
-    DIR *d = opendir(temporary);
-    if (!d) return;
     char path[RETROFIT_PATH];
-    for (struct dirent *e; (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..") && retrofit_path(path, temporary, e->d_name)) unlink(path);
-    closedir(d), rmdir(temporary);
+    DIR *directory = opendir(temporary);
+    if (!directory) return;
+    for (struct dirent *e = readdir(directory); e; e = readdir(directory)) {
+        bool itself = !strcmp(e->d_name, ".") || !strcmp(e->d_name, "..");
+        if (!itself && retrofit_path(path, temporary, e->d_name)) unlink(path);
+    }
+    closedir(directory);
+    rmdir(temporary);
 }
 
 bool retrofit_directory_commit(const char *temporary, const char *final) {
     char parent[RETROFIT_PATH];
-    snprintf(parent, sizeof parent, "%s", temporary), retrofit_parent_directory(parent);
+    snprintf(parent, sizeof parent, "%s", temporary);
+    retrofit_parent_directory(parent);
     if (!retrofit_sync_directory(temporary)) return false;
-    if (rename(temporary, final))
-        return retrofit_fail("%s: %s", final, errno == ENOTEMPTY || errno == ENOTDIR ? "exists already: remove it" : strerror(errno));
+    if (rename(temporary, final)) {
+        bool exists = errno == ENOTEMPTY || errno == ENOTDIR;
+        return retrofit_fail("%s: %s", final,
+                             exists ? "exists already: remove it" : strerror(errno));
+    }
     return retrofit_sync_directory(parent);
 }
 
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
-    bool here = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
-    bool latest = !here && retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0;
-    return latest && retrofit_path(path, directory, "latest") ? path : directory;
+    bool model = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
+    if (model) return directory;
+    bool run = retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0;
+    return run && retrofit_path(path, directory, "latest") ? path : directory;
 }
 
-// What a checkpoint is written from: the weights, every piece under its name; or the moments, each parameter whole under its label behind
-// "m." or "v.". malloc'd, with the names behind the tensors.
-static retrofit_tensor *list_tensors(const retrofit_model *m, bool moments, size_t *count) {
-    enum { MOST = 3, NAME = 96 }; // tensors of a parameter, bytes of a name
-    retrofit_tensor *t = (retrofit_tensor *)retrofit_allocate(MOST * m->parameter_count, sizeof *t + NAME);
-    *count = 0;
-    for (size_t i = 0; t && i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        const char *data = (const char *)(p->master ? p->master : p->weight.data);
-        for (size_t j = 0; j < (moments ? 2 : p->sources); j++) {
-            if (moments) data = (const char *)(j ? p->v : p->m);
-            if (!data) continue;
-            char *name = (char *)(t + MOST * m->parameter_count) + *count * NAME;
-            snprintf(name, NAME, "%s%s", !moments ? "" : j ? "v." : "m.", p->source[moments ? 0 : j].name);
-            size_t rows = moments ? p->rows : p->source[j].rows;
-            retrofit_type type = moments || p->master ? RETROFIT_F32 : p->weight.type;
-            retrofit_tensor out = {name, type, 2, {rows, p->cols, 0, 0}, rows * p->cols, data};
-            if (!moments && p->kind == RETROFIT_NORM) out.dims = 1, out.shape[0] = p->cols;
-            data += out.count * retrofit_type_size(type);
-            t[(*count)++] = out;
+// Tensors to write to a file, or to look for in one, with memory for names that have to be made.
+typedef struct {
+    retrofit_tensor *tensors;
+    char (*names)[96];
+    size_t count;
+} tensor_list;
+
+static bool tensor_list_new(tensor_list *list, size_t max) {
+    list->tensors = retrofit_allocate(max, sizeof *list->tensors);
+    list->names = retrofit_allocate(max, sizeof *list->names);
+    list->count = 0;
+    return list->tensors && list->names;
+}
+
+static void tensor_list_free(tensor_list *list) {
+    free(list->tensors);
+    free(list->names);
+}
+
+static retrofit_tensor *tensor_list_add(tensor_list *list, const char *prefix, const char *name,
+                                        retrofit_type type, size_t rows, size_t cols,
+                                        const void *data) {
+    snprintf(list->names[list->count], sizeof *list->names, "%s%s", prefix, name);
+    retrofit_tensor tensor = {list->names[list->count], type, 2, {rows, cols}, rows * cols, data};
+    list->tensors[list->count] = tensor;
+    return &list->tensors[list->count++];
+}
+
+// The weights: every source tensor under its name.
+static bool list_weights(const retrofit_model *model, tensor_list *list) {
+    if (!tensor_list_new(list, 3 * model->parameter_count)) return false;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        retrofit_type type = parameter->master ? RETROFIT_F32 : parameter->weight.type;
+        const char *data = parameter->weight.data;
+        if (parameter->master) data = (const char *)parameter->master;
+        for (size_t j = 0; j < parameter->sources; j++) {
+            const retrofit_source_tensor *source = &parameter->source[j];
+            retrofit_tensor *tensor =
+                tensor_list_add(list, "", source->name, type, source->rows, parameter->cols, data);
+            data += tensor->count * retrofit_type_size(type);
+            if (parameter->kind != RETROFIT_NORM) continue;
+            tensor->dims = 1;
+            tensor->shape[0] = parameter->cols;
         }
     }
-    return t;
+    return true;
 }
 
-static bool write_tensors(const retrofit_model *m, bool moments, const char *directory, retrofit_type type, const char *const *metadata) {
-    char path[RETROFIT_PATH];
-    size_t count;
-    retrofit_tensor *t = list_tensors(m, moments, &count);
-    bool ok = t && retrofit_path(path, directory, moments ? "optimizer.safetensors" : "model.safetensors") &&
-              retrofit_safetensors_write(path, m->ops, t, count, type, metadata);
-    free(t);
-    return ok;
+// The moments: m and v of a parameter, if it has them, under its label.
+static bool list_moments(const retrofit_model *model, tensor_list *list) {
+    if (!tensor_list_new(list, 2 * model->parameter_count)) return false;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        const char *label = parameter->source[0].name;
+        size_t rows = parameter->rows, cols = parameter->cols;
+        if (parameter->m)
+            tensor_list_add(list, "m.", label, RETROFIT_F32, rows, cols, parameter->m);
+        if (parameter->v)
+            tensor_list_add(list, "v.", label, RETROFIT_F32, rows, cols, parameter->v);
+    }
+    return true;
 }
 
 static bool copy_file(const char *from, const char *to) {
     size_t size;
     char *text = retrofit_read_file(from, &size);
-    FILE *f = text ? fopen(to, "wb") : NULL;
-    bool ok = f ? retrofit_finish_file(f, to, fwrite(text, 1, size, f) == size) : text && retrofit_fail("%s: %s", to, strerror(errno));
+    if (!text) return false;
+    FILE *file = fopen(to, "wb");
+    bool ok = file != NULL;
+    if (ok) ok = retrofit_finish_file(file, to, fwrite(text, 1, size, file) == size);
+    else retrofit_fail("%s: %s", to, strerror(errno));
     free(text);
     return ok;
 }
 
-bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from) {
-    // What belongs to a tokenizer, and the authors' modelling code where the source has it.
-    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                                        "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-                                        "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
-    bool ok = write_tensors(m, false, directory, type, NULL) && retrofit_config_write(&m->config, type, directory);
-    for (size_t i = 0; ok && tokenizer_from && i < sizeof names / sizeof *names; i++) {
-        char source[RETROFIT_PATH], target[RETROFIT_PATH];
-        ok = retrofit_path(source, tokenizer_from, names[i]) && retrofit_path(target, directory, names[i]) &&
-             (access(source, F_OK) || copy_file(source, target));
+// What belongs to a tokenizer, and the authors' modelling code where the source has it.
+static bool copy_companions(const char *from, const char *to) {
+    static const char *const names[] = {
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+        "generation_config.json", "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
+    char source[RETROFIT_PATH], target[RETROFIT_PATH];
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (!retrofit_path(source, from, names[i])) return false;
+        if (!retrofit_path(target, to, names[i])) return false;
+        if (access(source, F_OK) == 0 && !copy_file(source, target)) return false;
     }
-    return ok;
+    return true;
 }
 
-bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata) {
-    return write_tensors(m, true, directory, RETROFIT_F32, metadata);
-}
-
-bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory) {
+bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
+                   const char *tokenizer_from) {
     char path[RETROFIT_PATH];
-    if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(f, path)) return false;
-    size_t count;
-    retrofit_tensor *t = list_tensors(m, true, &count);
-    bool ok = t && (count == f->count || retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, count));
-    for (size_t i = 0; ok && i < count; i++) {
-        const retrofit_tensor *saved = retrofit_safetensors_find(f, t[i].name);
-        ok = saved && saved->type == RETROFIT_F32 && saved->dims == 2 && !memcmp(saved->shape, t[i].shape, 2 * sizeof *t->shape);
-        if (ok) m->ops->upload((void *)t[i].data, saved->data, saved->count * sizeof(float));
-        else retrofit_fail("%s: %s is missing or of another shape", path, t[i].name);
-    }
-    free(t);
-    if (!ok) retrofit_safetensors_close(f);
+    tensor_list list;
+    bool ok = list_weights(model, &list) && retrofit_path(path, directory, "model.safetensors") &&
+              retrofit_safetensors_write(path, model->ops, list.tensors, list.count, type, NULL);
+    tensor_list_free(&list);
+    if (!ok || !retrofit_config_write(&model->config, type, directory)) return false;
+    return !tokenizer_from || copy_companions(tokenizer_from, directory);
+}
+
+bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
+                             const char *const *metadata) {
+    char path[RETROFIT_PATH];
+    tensor_list list;
+    bool ok = list_moments(model, &list) &&
+              retrofit_path(path, directory, "optimizer.safetensors") &&
+              retrofit_safetensors_write(path, model->ops, list.tensors, list.count, RETROFIT_F32,
+                                         metadata);
+    tensor_list_free(&list);
     return ok;
 }
 
-// ---- Token shards -----------------------------------------------------------------------------------------------------------
-typedef struct { void *base; size_t bytes, width, rows; } shard; // width: bytes of a token
+static bool upload_moments(const retrofit_model *model, const retrofit_map *map,
+                           const tensor_list *list) {
+    if (list->count != map->count)
+        return retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?",
+                             map->path, map->count, list->count);
+    for (size_t i = 0; i < list->count; i++) {
+        const retrofit_tensor *moment = &list->tensors[i];
+        const retrofit_tensor *saved = retrofit_safetensors_find(map, moment->name);
+        bool fits = saved && saved->type == RETROFIT_F32 && saved->dims == 2 &&
+                    saved->shape[0] == moment->shape[0] && saved->shape[1] == moment->shape[1];
+        if (!fits)
+            return retrofit_fail("%s: %s is missing or of another shape", map->path, moment->name);
+        model->ops->upload((void *)moment->data, saved->data, saved->count * sizeof(float));
+    }
+    return true;
+}
+
+bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const char *directory) {
+    char path[RETROFIT_PATH];
+    tensor_list list;
+    if (!retrofit_path(path, directory, "optimizer.safetensors")) return false;
+    if (!retrofit_safetensors_open(map, path)) return false;
+    bool ok = list_moments(model, &list) && upload_moments(model, map, &list);
+    tensor_list_free(&list);
+    if (!ok) retrofit_safetensors_close(map);
+    return ok;
+}
+
+// ---- Token shards -------------------------------------------------------------------------------
+
+enum { SHARD_HEADER = 1024 }; // bytes
+
+typedef struct {
+    void *base;
+    size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
+} token_shard;
 
 struct retrofit_data {
     size_t T, vocab, rows;
     glob_t files;
-    shard *shard;         // [files.gl_pathc]
+    token_shard *shards;  // [files.gl_pathc]
     uint64_t seed, epoch; // of `order`
-    size_t *order;        // [rows] the rows of this epoch; NULL: as they lie in the files
+    size_t *order;        // [rows] rows in the order of the epoch; NULL: as they lie in the files
 };
 
-static bool open_shard(retrofit_data *d, shard *s, const char *path) {
-    if (!(s->base = retrofit_map_file(path, &s->bytes))) return false;
-    const int32_t *header = (const int32_t *)s->base;
-    if (s->bytes < 1024) return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path, s->bytes);
-    if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) s->width = 2;
-    else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) s->width = 4;
-    else return retrofit_fail("%s: not a token shard (magic %d, version %d): make one with convert --tokenize", path, header[0], header[1]);
-    size_t tokens = (s->bytes - 1024) / s->width;
-    if (header[2] < 0 || (size_t)header[2] != tokens || (s->bytes - 1024) % s->width)
-        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated?", path, header[2], tokens);
-    d->rows += s->rows = tokens / (d->T + 1);
+static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
+    shard->base = retrofit_map_file(path, &shard->bytes);
+    if (!shard->base) return false;
+    const int32_t *header = shard->base;
+    if (shard->bytes < SHARD_HEADER)
+        return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path,
+                             shard->bytes);
+    if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) shard->width = 2;
+    else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) shard->width = 4;
+    else
+        return retrofit_fail("%s: not a token shard (magic %d, version %d): make one with "
+                             "convert --tokenize",
+                             path, header[0], header[1]);
+    size_t tokens = (shard->bytes - SHARD_HEADER) / shard->width;
+    bool whole = (shard->bytes - SHARD_HEADER) % shard->width == 0;
+    if (header[2] < 0 || (size_t)header[2] != tokens || !whole)
+        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated?",
+                             path, header[2], tokens);
+    shard->rows = tokens / (data->T + 1);
+    data->rows += shard->rows;
     return true;
 }
 
-retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed) {
-    retrofit_data *d = (retrofit_data *)retrofit_allocate(1, sizeof *d);
-    if (!d) return NULL;
-    d->T = T, d->vocab = vocab, d->seed = seed, d->epoch = UINT64_MAX;
-    int why = glob(pattern, 0, NULL, &d->files);
-    bool ok = why == 0 ? (d->shard = (shard *)retrofit_allocate(d->files.gl_pathc, sizeof *d->shard)) != NULL
-                       : retrofit_fail("%s: %s", pattern, why == GLOB_NOMATCH ? "no such file" : "cannot be searched");
-    for (size_t i = 0; ok && i < d->files.gl_pathc; i++) ok = open_shard(d, &d->shard[i], d->files.gl_pathv[i]);
-    if (ok && d->rows == 0) ok = retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, T + 1);
-    if (ok && shuffle) ok = (d->order = (size_t *)retrofit_allocate(d->rows, sizeof *d->order)) != NULL;
-    if (!ok) retrofit_data_close(d), d = NULL;
-    return d;
+static bool open_data_files(retrofit_data *data, const char *pattern, bool shuffle) {
+    int problem = glob(pattern, 0, NULL, &data->files);
+    if (problem)
+        return retrofit_fail("%s: %s", pattern,
+                             problem == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+    data->shards = retrofit_allocate(data->files.gl_pathc, sizeof *data->shards);
+    if (!data->shards) return false;
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        if (!open_shard(data, &data->shards[i], data->files.gl_pathv[i])) return false;
+    }
+    if (data->rows == 0)
+        return retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, data->T + 1);
+    if (shuffle) data->order = retrofit_allocate(data->rows, sizeof *data->order);
+    return !shuffle || data->order;
 }
 
-void retrofit_data_close(retrofit_data *d) {
-    if (!d) return;
-    for (size_t i = 0; d->shard && i < d->files.gl_pathc; i++)
-        if (d->shard[i].base) munmap(d->shard[i].base, d->shard[i].bytes);
-    globfree(&d->files), free(d->shard), free(d->order), free(d);
+retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
+                                  uint64_t seed) {
+    retrofit_data *data = retrofit_allocate(1, sizeof *data);
+    if (!data) return NULL;
+    data->T = T;
+    data->vocab = vocab;
+    data->seed = seed;
+    data->epoch = UINT64_MAX; // none is shuffled yet
+    if (open_data_files(data, pattern, shuffle)) return data;
+    retrofit_data_close(data);
+    return NULL;
 }
 
-size_t retrofit_data_rows(const retrofit_data *d) { return d->rows; }
+void retrofit_data_close(retrofit_data *data) {
+    if (!data) return;
+    for (size_t i = 0; data->shards && i < data->files.gl_pathc; i++) {
+        if (data->shards[i].base) munmap(data->shards[i].base, data->shards[i].bytes);
+    }
+    globfree(&data->files);
+    free(data->shards);
+    free(data->order);
+    free(data);
+}
 
-bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer) {
-    for (size_t i = 0; i < d->files.gl_pathc; i++) {
-        const uint32_t *header = (const uint32_t *)d->shard[i].base;
+size_t retrofit_data_rows(const retrofit_data *data) { return data->rows; }
+
+bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer) {
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        const uint32_t *header = data->shards[i].base;
         uint64_t made_with = header[3] | (uint64_t)header[4] << 32;
-        if (made_with && made_with != tokenizer)
-            return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's (%016llx): make it anew, convert --tokenize --tokenizer MODEL",
-                        d->files.gl_pathv[i], (unsigned long long)made_with, (unsigned long long)tokenizer);
+        if (made_with != 0 && made_with != tokenizer)
+            return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's "
+                                 "(%016llx): make it anew, convert --tokenize --tokenizer MODEL",
+                                 data->files.gl_pathv[i], (unsigned long long)made_with,
+                                 (unsigned long long)tokenizer);
     }
     return true;
 }
 
-bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels) {
-    if (d->order && d->epoch != index / d->rows) { // Fisher and Yates, from the seed and the epoch alone
-        uint64_t key = retrofit_hash(d->seed, d->epoch = index / d->rows);
-        for (size_t i = 0; i < d->rows; i++) {
-            size_t j = (size_t)(retrofit_hash(key, i) % (i + 1));
-            d->order[i] = d->order[j], d->order[j] = i;
-        }
+// The order of an epoch, by Fisher and Yates: a function of the seed and the epoch alone, so that a
+// run that is resumed goes on with the same rows.
+static void shuffle_rows(retrofit_data *data, uint64_t epoch) {
+    uint64_t key = retrofit_hash(data->seed, epoch);
+    for (size_t i = 0; i < data->rows; i++) {
+        size_t j = (size_t)(retrofit_hash(key, i) % (i + 1));
+        data->order[i] = data->order[j];
+        data->order[j] = i;
     }
-    size_t place = (size_t)(index % d->rows), row = d->order ? d->order[place] : place, s = 0;
-    while (row >= d->shard[s].rows) row -= d->shard[s++].rows;
-    for (size_t t = 0, first = row * (d->T + 1), width = d->shard[s].width; t <= d->T; t++) {
+    data->epoch = epoch;
+}
+
+bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels) {
+    uint64_t epoch = index / data->rows;
+    size_t row = (size_t)(index % data->rows), s = 0;
+    if (data->order && data->epoch != epoch) shuffle_rows(data, epoch);
+    if (data->order) row = data->order[row];
+    for (; row >= data->shards[s].rows; s++) row -= data->shards[s].rows;
+
+    size_t first = row * (data->T + 1), width = data->shards[s].width;
+    const char *base = (const char *)data->shards[s].base + SHARD_HEADER;
+    for (size_t t = 0; t <= data->T; t++) {
         uint32_t id = 0;
-        memcpy(&id, (const char *)d->shard[s].base + 1024 + (first + t) * width, width);
-        if (id >= d->vocab)
-            return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: tokenized for another model?", d->files.gl_pathv[s],
-                        first + t, id, d->vocab);
-        if (t < d->T) tokens[t] = (int32_t)id;
+        memcpy(&id, base + (first + t) * width, width);
+        if (id >= data->vocab)
+            return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: "
+                                 "tokenized for another model?",
+                                 data->files.gl_pathv[s], first + t, id, data->vocab);
+        if (t < data->T) tokens[t] = (int32_t)id;
         if (t > 0) labels[t - 1] = (int32_t)id;
     }
     return true;
@@ -4776,10 +5465,14 @@ void retrofit_tokenizer_free(retrofit_tokenizer *t) {
 // 12  Errors, files, random numbers, command lines
 // =================================================================================================
 
+// ---- Errors -------------------------------------------------------------------------------------
+
 static RETROFIT_THREAD_LOCAL char error_text[1024];
+
 const char *retrofit_error(void) { return error_text; }
 
-// Records one line about what went wrong. Names in files may hold anything: one line it stays.
+// An error is one line, even if names that come from files are not: control characters turn into
+// question marks.
 static void record_error(const char *format, va_list args) {
     vsnprintf(error_text, sizeof error_text, format, args);
     for (char *c = error_text; *c; c++) {
@@ -4803,56 +5496,117 @@ static void *fail_null(const char *format, ...) {
     return NULL;
 }
 
-// count * size zeroed bytes; NULL and an error if the product overflows or memory is out. Freed with free().
 void *retrofit_allocate(size_t count, size_t size) {
-    if (size && count > SIZE_MAX / size) return retrofit_fail("a size of %zu x %zu bytes overflows", count, size), (void *)NULL;
-    void *p = calloc(count ? count : 1, size ? size : 1);
-    if (!p) retrofit_fail("out of memory: %zu bytes", count * size);
-    return p;
+    if (size > 0 && count > SIZE_MAX / size)
+        return fail_null("a size of %zu x %zu bytes overflows", count, size);
+    void *memory = calloc(retrofit_max(count, 1), retrofit_max(size, 1));
+    if (!memory) return fail_null("out of memory: %zu bytes", count * size);
+    return memory;
 }
 
-// Opens a regular file for reading.
+// ---- Files and directories ----------------------------------------------------------------------
+
+bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
+    int length = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
+    if (length > 0 && length < RETROFIT_PATH) return true;
+    return retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
+}
+
 FILE *retrofit_open_file(const char *path, size_t *size) {
-    FILE *f = fopen(path, "rbe");
-    if (!f) return retrofit_fail("%s: %s", path, strerror(errno)), (FILE *)NULL;
-    struct stat st;
-    if (!fstat(fileno(f), &st) && S_ISREG(st.st_mode)) return *size = (size_t)st.st_size, f;
-    return fclose(f), retrofit_fail("%s: not a regular file", path), (FILE *)NULL;
+    FILE *file = fopen(path, "rbe");
+    if (!file) return fail_null("%s: %s", path, strerror(errno));
+    struct stat status;
+    if (fstat(fileno(file), &status) == 0 && S_ISREG(status.st_mode)) {
+        *size = (size_t)status.st_size;
+        return file;
+    }
+    fclose(file);
+    return fail_null("%s: not a regular file", path);
 }
 
-// The whole file, with a NUL behind it; NULL and an error. Freed with free().
 char *retrofit_read_file(const char *path, size_t *size) {
-    FILE *f = retrofit_open_file(path, size);
-    char *text = f ? (char *)retrofit_allocate(*size + 1, 1) : NULL;
-    bool ok = text && (fread(text, 1, *size, f) == *size || retrofit_fail("%s: reading failed, or it became shorter", path));
-    if (f) fclose(f);
-    return ok ? text : (free(text), (char *)NULL);
+    FILE *file = retrofit_open_file(path, size);
+    if (!file) return NULL;
+    char *text = retrofit_allocate(*size + 1, 1);
+    bool ok = text != NULL;
+    if (ok && fread(text, 1, *size, file) != *size)
+        ok = retrofit_fail("%s: reading failed, or it became shorter", path);
+    fclose(file);
+    if (ok) return text;
+    free(text);
+    return NULL;
 }
 
-// The whole file mapped into memory; NULL and an error, also for a file of no bytes.
 void *retrofit_map_file(const char *path, size_t *size) {
-    FILE *f = retrofit_open_file(path, size);
-    if (!f) return NULL;
-    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(f), 0);
-    if (base == MAP_FAILED) base = NULL, retrofit_fail("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
-    return fclose(f), base;
+    FILE *file = retrofit_open_file(path, size);
+    if (!file) return NULL;
+    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(file), 0);
+    if (base == MAP_FAILED)
+        base = fail_null("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
+    fclose(file);
+    return base;
 }
 
-// Flushes and closes; a file that could not be written whole is removed.
-bool retrofit_finish_file(FILE *f, const char *path, bool ok) {
-    ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
-    int why = errno;
-    if (fclose(f) && ok) ok = false, why = errno;
-    if (!ok) remove(path), retrofit_fail("%s: writing failed: %s", path, strerror(why ? why : EIO));
+bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
+    ok = ok && !ferror(file) && !fflush(file) && !fsync(fileno(file));
+    int problem = errno;
+    if (fclose(file) && ok) {
+        ok = false;
+        problem = errno;
+    }
+    if (ok) return true;
+    remove(path);
+    return retrofit_fail("%s: writing failed: %s", path, strerror(problem ? problem : EIO));
+}
+
+bool retrofit_sync_directory(const char *path) {
+    int descriptor = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool ok = descriptor >= 0 && fsync(descriptor) == 0;
+    if (!ok) retrofit_fail("%s: %s", path, strerror(errno));
+    if (descriptor >= 0) close(descriptor);
     return ok;
 }
 
-bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
-    int n = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
-    return (n > 0 && n < RETROFIT_PATH) || retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
+void retrofit_parent_directory(char *path) {
+    char *slash = strrchr(path, '/');
+    if (slash == path) slash[1] = 0; // the root
+    else if (slash) slash[0] = 0;
+    else strcpy(path, ".");
 }
 
-size_t retrofit_type_size(retrofit_type type) { return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2; }
+// Cuts the path behind each of its names in turn, makes that directory, and mends the cut.
+bool retrofit_make_directories(char *path, bool fresh) {
+    if (!*path) return retrofit_fail("'' is no name for a directory");
+    char *end = path;
+    bool ok = true;
+    while (ok && *end) {
+        end += 1 + strcspn(end + 1, "/");
+        char next = *end;
+        *end = 0;
+        bool may_exist = next != 0 || !fresh;
+        if (mkdir(path, 0777) && !(errno == EEXIST && may_exist))
+            ok = retrofit_fail("%s: %s", path, strerror(errno));
+        *end = next;
+    }
+    return ok;
+}
+
+double retrofit_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- Types of elements --------------------------------------------------------------------------
+//                  sign   exponent   mantissa
+//     F32          1      8          23
+//     BF16         1      8           7           the upper half of an F32
+//     F16          1      5          10           (1024 + mantissa)·2^(exponent - 25); exponent 0:
+//                                                 mantissa·2^-24; exponent 31: infinity and NaN
+
+size_t retrofit_type_size(retrofit_type type) {
+    return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2;
+}
 
 float retrofit_bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -4861,7 +5615,9 @@ float retrofit_bf16_to_float(uint16_t x) {
     return f;
 }
 
-uint16_t retrofit_float_to_bf16(float f) { // round to nearest even; NaN stays NaN
+// Adding half of the last place that is kept, less one bit if that place is even, rounds to nearest
+// even. A NaN gets a mantissa bit that survives.
+uint16_t retrofit_float_to_bf16(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
@@ -4870,170 +5626,245 @@ uint16_t retrofit_float_to_bf16(float f) { // round to nearest even; NaN stays N
 
 float retrofit_f16_to_float(uint16_t x) {
     int exponent = x >> 10 & 31, mantissa = x & 1023;
-    float f = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+    float f;
     if (exponent == 31) f = mantissa ? NAN : INFINITY;
+    else if (exponent == 0) f = ldexpf((float)mantissa, -24);
+    else f = ldexpf((float)(mantissa + 1024), exponent - 25);
     return x >> 15 ? -f : f;
 }
 
-// n elements of a tensor in a file's type as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n) {
-    if (type == RETROFIT_F32) memcpy(out, data, n * 4);
-    for (size_t i = 0; type != RETROFIT_F32 && i < n; i++) {
+    if (type == RETROFIT_F32) {
+        memcpy(out, data, n * sizeof(float));
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
         uint16_t x;
-        memcpy(&x, (const char *)data + 2 * i, 2); // at any address: a file's header may have an odd length
+        memcpy(&x, (const char *)data + 2 * i, 2); // the address may be odd
         out[i] = type == RETROFIT_BF16 ? retrofit_bf16_to_float(x) : retrofit_f16_to_float(x);
     }
 }
 
-bool retrofit_sync_directory(const char *path) {
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    bool ok = (fd >= 0 && fsync(fd) == 0) || retrofit_fail("%s: %s", path, strerror(errno));
-    if (fd >= 0) close(fd);
-    return ok;
+// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -----------
+
+static void mt19937_seed(mt19937 *generator, uint32_t seed) {
+    uint32_t *state = generator->state;
+    state[0] = seed;
+    for (uint32_t i = 1; i < 624; i++)
+        state[i] = 1812433253u * (state[i - 1] ^ state[i - 1] >> 30) + i;
+    generator->next = 0;
 }
 
-void retrofit_parent_directory(char *path) { // in place
-    char *slash = strrchr(path, '/');
-    if (slash) slash[slash == path] = 0;
-    else strcpy(path, ".");
-}
-
-// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written to, but left as it was.
-bool retrofit_make_directories(char *path, bool fresh) {
-    char *end = path;
-    if (!*path) return retrofit_fail("'' is no name for a directory");
-    for (char next = '/'; next; *end = next) {
-        end += 1 + strcspn(end + 1, "/"), next = *end, *end = 0;
-        if (mkdir(path, 0777) && (errno != EEXIST || (fresh && !next))) return retrofit_fail("%s: %s", path, strerror(errno));
-    }
-    return true;
-}
-
-// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -------------------------------
-
-static void mt19937_seed(mt19937 *g, uint32_t seed) {
-    g->state[0] = seed;
-    for (uint32_t i = 1; i < 624; i++) g->state[i] = 1812433253u * (g->state[i - 1] ^ g->state[i - 1] >> 30) + i;
-    g->next = 0;
-}
-
-static uint32_t mt19937_next(mt19937 *g) { // twists one word at a time, as it is needed: most draws need few of the 624
-    size_t i = g->next;
-    g->next = (i + 1) % 624;
-    uint32_t y = (g->state[i] & 0x80000000u) | (g->state[g->next] & 0x7fffffffu);
-    y = g->state[i] = g->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
-    y ^= y >> 11, y ^= y << 7 & 0x9d2c5680u, y ^= y << 15 & 0xefc60000u;
+// Renews one word of the state when it is needed: most draws need few of the 624.
+static uint32_t mt19937_next(mt19937 *generator) {
+    uint32_t *state = generator->state;
+    size_t i = generator->next, next = (i + 1) % 624;
+    uint32_t y = (state[i] & 0x80000000u) | (state[next] & 0x7fffffffu);
+    y = state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
+    state[i] = y;
+    generator->next = next;
+    y ^= y >> 11;
+    y ^= y << 7 & 0x9d2c5680u;
+    y ^= y << 15 & 0xefc60000u;
     return y ^ y >> 18;
 }
 
-static double mt19937_uniform(mt19937 *g) { // [0, 1): the low 53 bits of two outputs, the first one high
-    uint64_t high = mt19937_next(g), low = mt19937_next(g);
+// Two outputs, the first one high, make 64 bits. The low 53 of them times 2^-53 lie in [0, 1).
+static double mt19937_uniform(mt19937 *generator) {
+    uint64_t high = mt19937_next(generator);
+    uint64_t low = mt19937_next(generator);
     return (double)((high << 32 | low) & ((1ull << 53) - 1)) * 0x1p-53;
 }
 
-static double mt19937_normal(mt19937 *g) {
-    double u1 = mt19937_uniform(g), u2 = mt19937_uniform(g);
+// Box and Muller: √(-2·log(1 - u_2))·cos(2π·u_1). PyTorch keeps the sine for a second number, but
+// here a generator draws only one.
+static double mt19937_normal(mt19937 *generator) {
+    double u1 = mt19937_uniform(generator);
+    double u2 = mt19937_uniform(generator);
     return sqrt(-2 * log1p(-u2)) * cos(2 * 3.14159265358979323846 * u1);
 }
 
-// Poisson as PyTorch draws it: by multiplying uniforms for small rates, by Hörmann's transformed rejection (PTRS, 1993) from 10 on.
-static size_t mt19937_poisson(mt19937 *g, double rate) {
-    if (rate < 10) {
-        double floor_ = exp(-rate), product = 1;
-        for (size_t k = 0;; k++)
-            if ((product *= mt19937_uniform(g)) <= floor_) return k;
-    }
+// Knuth: how many uniforms can be multiplied before the product falls to e^-λ or below.
+static size_t poisson_by_product(mt19937 *generator, double rate) {
+    double limit = exp(-rate), product = mt19937_uniform(generator);
+    size_t k = 0;
+    for (; product > limit; k++) product *= mt19937_uniform(generator);
+    return k;
+}
+
+// Hörmann's transformed rejection (PTRS, 1993). Of uniforms u in [-1/2, 1/2) and v in [0, 1),
+//
+//     k = ⌊(2a/u_s + b)·u + λ + 0.43⌋    u_s = 1/2 - |u|
+//
+// is accepted if v/α ≤ (a/u_s² + b)·e^-λ·λ^k/k!. Two comparisons mostly spare the logarithms.
+static size_t poisson_by_rejection(mt19937 *generator, double rate) {
     double b = 0.931 + 2.53 * sqrt(rate), a = -0.059 + 0.02483 * b, log_rate = log(rate);
     double inverse_alpha = 1.1239 + 1.1328 / (b - 3.4), v_r = 0.9277 - 3.6224 / (b - 2);
     for (;;) {
-        double u = mt19937_uniform(g) - 0.5, v = mt19937_uniform(g), us = 0.5 - fabs(u);
+        double u = mt19937_uniform(generator) - 0.5;
+        double v = mt19937_uniform(generator);
+        double us = 0.5 - fabs(u);
         double k = floor((2 * a / us + b) * u + rate + 0.43);
         if (us >= 0.07 && v <= v_r) return (size_t)k;
         if (k < 0 || (us < 0.013 && v > us)) continue;
-        if (log(v) + log(inverse_alpha) - log(a / (us * us) + b) <= -rate + k * log_rate - lgamma(k + 1)) return (size_t)k;
+        double left = log(v) + log(inverse_alpha) - log(a / (us * us) + b);
+        if (left <= -rate + k * log_rate - lgamma(k + 1)) return (size_t)k;
     }
 }
 
-// ---- Command lines ----------------------------------------------------------------------------------------------------------
-double retrofit_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+// As PyTorch draws it.
+static size_t mt19937_poisson(mt19937 *generator, double rate) {
+    if (rate < 10) return poisson_by_product(generator, rate);
+    return poisson_by_rejection(generator, rate);
 }
 
-bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count) {
+// ---- Command lines ------------------------------------------------------------------------------
+
+bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count) {
     *count = 0;
     for (char *end;; text = end + 1) {
         unsigned long long n = strtoull(text, &end, 10);
-        if (*text < '0' || *text > '9' || n == 0 || n > 1 << 20 || (*end && *end != ','))
+        bool digit = *text >= '0' && *text <= '9';
+        bool separated = *end == 0 || *end == ',';
+        if (!digit || n == 0 || n > 1 << 20 || !separated)
             return retrofit_fail("'%s' is not a list of positive numbers like 1,2,4", text);
-        if (*count == most) return retrofit_fail("a list of more than %zu numbers", most);
+        if (*count == max) return retrofit_fail("a list of more than %zu numbers", max);
         out[(*count)++] = (size_t)n;
         if (*end == 0) return true;
     }
 }
 
-static bool read_option(const retrofit_option *o, const char *text) { // text: the value; NULL if there is none
-    char *end = NULL;
-    if (o->type == RETROFIT_SWITCH && !text) return *(int *)o->value = 1, true;
-    if (o->type == RETROFIT_FLAG) return text ? retrofit_fail("--%s takes no value", o->name) : (*(bool *)o->value = true);
-    if (!text) return retrofit_fail("--%s needs a value", o->name);
-    if (o->type == RETROFIT_STRING) return *(const char **)o->value = text, true;
-    if (o->type == RETROFIT_SIZE) {
-        errno = 0;
-        *(size_t *)o->value = (size_t)strtoull(text, &end, 10);
-        return (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) || retrofit_fail("--%s needs a whole number, not '%s'", o->name, text);
-    }
-    if (o->type == RETROFIT_REAL) {
-        double x = *(double *)o->value = strtod(text, &end);
-        return (*text && *end == 0 && isfinite(x)) || retrofit_fail("--%s needs a number, not '%s'", o->name, text);
-    }
-    size_t n = strlen(text);
-    const char *c = o->argument;
-    for (int i = 0; c; i++, c = strchr(c, '|'), c += c != NULL)
-        if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|'))
-            return *(int *)o->value = i + (o->type == RETROFIT_SWITCH ? 2 : 0), true;
-    return retrofit_fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
+static bool read_option_size(const retrofit_option *option, const char *text) {
+    char *end;
+    errno = 0;
+    *(size_t *)option->value = (size_t)strtoull(text, &end, 10);
+    if (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) return true;
+    return retrofit_fail("--%s needs a whole number, not '%s'", option->name, text);
 }
 
-static size_t common_letters(const char *a, const char *b) { // at their beginnings and ends: enough to guess what was meant
+static bool read_option_real(const retrofit_option *option, const char *text) {
+    char *end;
+    double x = strtod(text, &end);
+    *(double *)option->value = x;
+    if (*text && *end == 0 && isfinite(x)) return true;
+    return retrofit_fail("--%s needs a number, not '%s'", option->name, text);
+}
+
+static bool read_option_choice(const retrofit_option *option, const char *text) {
+    int first = option->type == RETROFIT_SWITCH ? 2 : 0;
+    const char *choice = option->argument;
+    for (int i = 0;; i++) {
+        size_t length = strcspn(choice, "|");
+        if (strlen(text) == length && !strncmp(choice, text, length)) {
+            *(int *)option->value = first + i;
+            return true;
+        }
+        if (choice[length] == 0) break;
+        choice += length + 1;
+    }
+    return retrofit_fail("--%s is one of %s, not '%s'", option->name, option->argument, text);
+}
+
+// text: the value; NULL if there is none.
+static bool read_option(const retrofit_option *option, const char *text) {
+    if (option->type == RETROFIT_FLAG) {
+        if (text) return retrofit_fail("--%s takes no value", option->name);
+        *(bool *)option->value = true;
+        return true;
+    }
+    if (option->type == RETROFIT_SWITCH && !text) {
+        *(int *)option->value = 1;
+        return true;
+    }
+    if (!text) return retrofit_fail("--%s needs a value", option->name);
+    if (option->type == RETROFIT_SIZE) return read_option_size(option, text);
+    if (option->type == RETROFIT_REAL) return read_option_real(option, text);
+    if (option->type != RETROFIT_STRING) return read_option_choice(option, text);
+    *(const char **)option->value = text;
+    return true;
+}
+
+enum { HELP_COLUMN = 36 }; // where the explanations begin
+
+static void print_options(const retrofit_option *table, size_t count, const char *usage) {
+    printf("%s", usage);
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_option *option = &table[i];
+        if (option->type == RETROFIT_HEADING) {
+            printf("\n%s\n", option->name);
+            continue;
+        }
+        const char *argument = option->argument ? option->argument : "";
+        bool may_miss = option->type == RETROFIT_SWITCH;
+        int width = printf(may_miss ? "  --%s[=%s]" : "  --%s %s", option->name, argument);
+        if (width > HELP_COLUMN - 2) {
+            printf("\n");
+            width = 0;
+        }
+        printf("%*s%s\n", HELP_COLUMN - width, "", option->help);
+    }
+}
+
+// name: up to "=" or the end.
+static const retrofit_option *find_option(const retrofit_option *table, size_t count,
+                                          const char *name) {
+    size_t length = strcspn(name, "=");
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_option *option = &table[i];
+        if (option->type == RETROFIT_HEADING || strlen(option->name) != length) continue;
+        if (!strncmp(option->name, name, length)) return option;
+    }
+    return NULL;
+}
+
+// Letters that two names share at their beginnings and ends: enough to guess what was meant.
+static size_t common_letters(const char *a, const char *b) {
     size_t n = strlen(a), m = strlen(b), front = 0, back = 0;
     while (front < n && front < m && a[front] == b[front]) front++;
     while (back < n && back < m && a[n - 1 - back] == b[m - 1 - back]) back++;
     return front + back;
 }
 
-int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others,
-                     size_t *other_count) {
-    const char *program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
+static const char *nearest_option(const retrofit_option *table, size_t count, const char *name) {
+    const char *nearest = "help";
+    for (size_t i = 0; i < count; i++) {
+        if (table[i].type == RETROFIT_HEADING) continue;
+        if (common_letters(table[i].name, name) > common_letters(nearest, name))
+            nearest = table[i].name;
+    }
+    return nearest;
+}
+
+int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
+                     const char *usage, const char **others, size_t *other_count) {
+    const char *slash = strrchr(argv[0], '/'), *program = slash ? slash + 1 : argv[0];
     for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i], *value = strchr(arg, '='), *nearest = "help";
-        if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) {
-            printf("%s", usage);
-            for (const retrofit_option *o = table; o < table + count; o++) {
-                bool heading = o->type == RETROFIT_HEADING;
-                const char *form = o->type == RETROFIT_SWITCH ? "  --%s[=%s]" : "  --%s %s";
-                int n = heading ? printf("\n%s\n", o->name) : printf(form, o->name, o->argument ? o->argument : "");
-                if (!heading) printf("%s%*s%s\n", n > 34 ? "\n" : "", n > 34 ? 36 : 36 - n, "", o->help);
-            }
+        const char *argument = argv[i], *name = argument + 2, *value = strchr(argument, '=');
+        if (!strcmp(argument, "--help") || !strcmp(argument, "-h")) {
+            print_options(table, count, usage);
             return 0;
         }
-        if (strncmp(arg, "--", 2)) {
-            if (!others) return fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n", program, arg), 2;
-            others[(*other_count)++] = arg;
+        bool dashes = !strncmp(argument, "--", 2);
+        if (!dashes && !others) {
+            fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n",
+                    program, argument);
+            return 2;
+        }
+        if (!dashes) {
+            others[(*other_count)++] = argument;
             continue;
         }
-        const retrofit_option *found = NULL;
-        size_t length = strcspn(arg, "=") - 2;
-        for (const retrofit_option *o = table; o < table + count; o++) {
-            if (o->type == RETROFIT_HEADING) continue;
-            if (!found && strlen(o->name) == length && !strncmp(o->name, arg + 2, length)) found = o;
-            if (common_letters(o->name, arg + 2) > common_letters(nearest, arg + 2)) nearest = o->name;
-        }
+        const retrofit_option *option = find_option(table, count, name);
+        bool alone = !option || option->type == RETROFIT_FLAG || option->type == RETROFIT_SWITCH;
         if (value) value++;
-        else if (found && found->type != RETROFIT_FLAG && found->type != RETROFIT_SWITCH && i + 1 < argc) value = argv[++i];
-        if (!(found ? read_option(found, value) : retrofit_fail("unknown option %s: did you mean --%s?", arg, nearest)))
-            return fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error()), 2;
+        else if (!alone && i + 1 < argc) value = argv[++i];
+        bool ok = option ? read_option(option, value)
+                         : retrofit_fail("unknown option %s: did you mean --%s?", argument,
+                                         nearest_option(table, count, name));
+        if (!ok) {
+            fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error());
+            return 2;
+        }
     }
     return -1;
 }
