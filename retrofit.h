@@ -2509,9 +2509,9 @@ static void *arena_reserve(arena *a, const retrofit_ops *ops) {
 
 // ---- The one list of parameters -----------------------------------------------------------------
 // Loading, saving, the optimizers and the tests go through model->parameters; names and shapes are
-// written down here alone. Surgery (convert.c) copies the layers that were chosen, whole, from a list
-// with the names on the right to one with those on the left; the other layers have no place there,
-// and the adapter is new.
+// written down here alone. Surgery (convert.c) copies the layers that were chosen, whole, from a
+// list with the names on the right to one with those on the left; the other layers have no place
+// there, and the adapter is new.
 //
 //     in a recurrent checkpoint             in a plain Llama's file
 //     transformer.wte.weight                model.embed_tokens.weight
