@@ -42,6 +42,7 @@
 // files are read back and compared with the source, bit for bit.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
+#include <ctype.h>
 #include <errno.h>
 #include <math.h>
 #include <stdarg.h>
@@ -128,9 +129,14 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     exit(code);
 }
 
+// Ends the program where a function of the library failed.
+static void must(bool ok) {
+    if (!ok) die(1, "%s", retrofit_error());
+}
+
 static void *allocate_or_die(size_t count, size_t size) {
     void *memory = retrofit_allocate(count, size);
-    if (!memory) die(1, "%s", retrofit_error());
+    must(memory != NULL);
     return memory;
 }
 
@@ -263,16 +269,15 @@ static const layer_preset presets[] = {
     {"smollm2", 30, "0-3", "20-25", "26-29"},
 };
 
-static bool is_digit(char c) { return c >= '0' && c <= '9'; }
-
 // Reads "4" or "4-7" and returns where it ends, at a comma or the text's end. NULL if it is
 // neither.
 static const char *read_range(const char *text, size_t *first, size_t *last) {
-    if (!is_digit(*text)) return NULL;
+    if (!isdigit((unsigned char)*text)) return NULL;
     char *end;
     *first = (size_t)strtoull(text, &end, 10);
     *last = *first;
-    if (*end == '-' && is_digit(end[1])) *last = (size_t)strtoull(end + 1, &end, 10);
+    if (*end == '-' && isdigit((unsigned char)end[1]))
+        *last = (size_t)strtoull(end + 1, &end, 10);
     if (*last < *first || (*end && *end != ',')) return NULL;
     return end;
 }
@@ -427,7 +432,7 @@ static void surgery(const retrofit_model *source, tokenizer_source tokenizer) {
 
     retrofit_config config = recurrent_config(&source->config, &choice);
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
-    if (!model) die(1, "%s", retrofit_error());
+    must(model != NULL);
     float *adapter = new_adapter(config.n_embd);
     model->adapter.weight.data = adapter;
 
@@ -527,16 +532,15 @@ static void print_summary(const retrofit_model *model, const layer_choice *choic
 static void write_model(const retrofit_model *model, const retrofit_parameter *const *origin,
                         const layer_choice *choice, tokenizer_source tokenizer) {
     char *directory = retrofit_directory_begin(options.to);
-    if (!directory) die(1, "%s", retrofit_error());
+    must(directory != NULL);
     snprintf(unfinished, sizeof unfinished, "%s", directory);
     free(directory);
 
     retrofit_type type = options.dtype == DTYPE_BF16 ? RETROFIT_BF16 : RETROFIT_F32;
-    if (!retrofit_save(model, unfinished, type, tokenizer.directory))
-        die(1, "%s", retrofit_error());
+    must(retrofit_save(model, unfinished, type, tokenizer.directory));
     if (tokenizer.gguf) gguf_write_tokenizer(tokenizer.gguf, unfinished);
     size_t bytes = verify(origin, model->parameter_count);
-    if (!retrofit_directory_commit(unfinished, options.to)) die(1, "%s", retrofit_error());
+    must(retrofit_directory_commit(unfinished, options.to));
     unfinished[0] = 0;
     print_summary(model, choice, bytes);
 }
@@ -551,13 +555,14 @@ static void read_shape(retrofit_config *config) {
     char path[RETROFIT_PATH];
     const char *file = options.random;
     if (!stat(options.random, &status) && S_ISDIR(status.st_mode)) {
-        if (!retrofit_path(path, options.random, "config.json")) die(1, "%s", retrofit_error());
+        must(retrofit_path(path, options.random, "config.json"));
         file = path;
     }
     size_t size;
     char *text = retrofit_read_file(file, &size);
     retrofit_json *json = text ? retrofit_json_parse(text, size, file) : NULL;
-    if (!json || !config_parse(config, json, file)) die(1, "%s", retrofit_error());
+    must(json != NULL);
+    must(config_parse(config, json, file));
     retrofit_json_free(json);
     free(text);
 }
@@ -608,8 +613,8 @@ static void make_random(void) {
     if (options.backprop_depth != SIZE_MAX) config.backprop_depth = options.backprop_depth;
 
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
-    if (!model || !retrofit_model_allocate(model, RETROFIT_INFERENCE))
-        die(1, "%s", retrofit_error());
+    must(model != NULL);
+    must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
     initialise(model);
     tokenizer_source tokenizer = {.directory = options.tokenizer};
     write_model(model, (const retrofit_parameter *const *)model->parameters, NULL, tokenizer);
@@ -688,7 +693,8 @@ static void write_id(shard_writer *writer, int32_t id) {
     size_t written = writer->narrow ? fwrite(&narrow, sizeof narrow, 1, writer->file)
                                     : fwrite(&id, sizeof id, 1, writer->file);
     if (written != 1) die(1, "%s: writing failed: %s", unfinished, strerror(errno));
-    if (++writer->tokens > INT32_MAX)
+    writer->tokens++;
+    if (writer->tokens > INT32_MAX)
         die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
 }
 
@@ -777,7 +783,7 @@ static void tokenize_lines(shard_writer *writer, const char *path) {
 static void tokenize_whole(shard_writer *writer, const char *path) {
     document document = {.line = 0};
     document.raw = retrofit_read_file(path, &document.size);
-    if (!document.raw) die(1, "%s", retrofit_error());
+    must(document.raw != NULL);
     write_batch(writer, &document, 1, path);
 }
 
@@ -805,7 +811,8 @@ static bool adds_at_end(const retrofit_tokenizer *tokenizer, int32_t id) {
         size_t own_count, count;
         int32_t *own = retrofit_encode(tokenizer, letter, 1, false, &own_count);
         int32_t *ids = retrofit_encode(tokenizer, letter, 1, true, &count);
-        if (!own || !ids) die(1, "%s", retrofit_error());
+        must(own != NULL);
+        must(ids != NULL);
         bool conclusive = own_count > 0 && own[own_count - 1] != id;
         bool added = conclusive && ids[count - 1] == id;
         free(own);
@@ -819,7 +826,7 @@ static void open_tokenizer(shard_writer *writer) {
     char path[RETROFIT_PATH];
     const char *directory = retrofit_model_directory(options.tokenizer, path);
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
-    if (!tokenizer) die(1, "%s", retrofit_error());
+    must(tokenizer != NULL);
 
     retrofit_config config;
     size_t size = retrofit_tokenizer_size(tokenizer);
@@ -860,14 +867,14 @@ static void finish_shard(shard_writer *writer) {
     errno = 0;
     bool ok = !fseek(writer->file, 0, SEEK_SET);
     ok = ok && fwrite(header, sizeof header, 1, writer->file) == 1;
-    if (!retrofit_finish_file(writer->file, unfinished, ok)) die(1, "%s", retrofit_error());
+    must(retrofit_finish_file(writer->file, unfinished, ok));
     if (rename(unfinished, options.to)) die(1, "%s: %s", options.to, strerror(errno));
 
     char parent[RETROFIT_PATH];
     strcpy(parent, unfinished);
     retrofit_parent_directory(parent);
     unfinished[0] = 0;
-    if (!retrofit_sync_directory(parent)) die(1, "%s", retrofit_error());
+    must(retrofit_sync_directory(parent));
 }
 
 static void tokenize(const char *const *files, size_t count) {
@@ -1107,7 +1114,7 @@ static void gguf_read_shape(gguf_file *gguf, gguf_tensor *tensor) {
 
 static void gguf_read_tensor(gguf_file *gguf, gguf_tensor *tensor) {
     gguf_string name = gguf_read_string(gguf);
-    snprintf(tensor->name, sizeof tensor->name, "%.*s", GGUF_SHOW(name)); // Llama's all fit
+    snprintf(tensor->name, sizeof tensor->name, "%.*s", GGUF_SHOW(name)); // a Llama's all fit
     gguf_read_shape(gguf, tensor);
     tensor->type = (uint32_t)gguf_read_number(gguf, 4);
     tensor->offset = (size_t)gguf_read_number(gguf, 8);
@@ -1146,7 +1153,7 @@ static void gguf_open(gguf_file *gguf, const char *path) {
     memset(gguf, 0, sizeof *gguf);
     gguf->path = path;
     gguf->bytes = retrofit_map_file(path, &gguf->size);
-    if (!gguf->bytes) die(1, "%s", retrofit_error());
+    must(gguf->bytes != NULL);
     gguf_read_header(gguf);
 
     uint32_t alignment = gguf_u32(gguf, "general.alignment", 32);
@@ -1255,14 +1262,13 @@ static gguf_tensor *gguf_find_tensor(const gguf_file *gguf, const char *name) {
     return NULL;
 }
 
-// Llama 3.x divides its rotary frequencies θ^(-2i/h) by the f_i that a GGUF has in
-// rope_freqs.weight. They are checked: if frequency i makes t_i turns in the original context of
-// 8192,
+// Llama 3.x divides its rotary frequencies θ^(-2i/h) by numbers f_i, which a GGUF has as tensor
+// rope_freqs.weight. If frequency i makes t_i turns in the original context of 8192 tokens, then
 //
 //     t_i = 8192·θ^(-2i/h)/2π      s_i = min(max((t_i - 1)/(4 - 1), 0), 1)
 //     1/f_i = (1 - s_i)/factor + s_i
 //
-// and the last one, of the slowest frequency, is the factor itself.
+// so the last one, of the slowest frequency, is the factor itself. All of them are checked.
 static bool is_llama3_scaling(const retrofit_config *c, const float *divisors) {
     for (size_t i = 0; i < c->head_dim / 2; i++) {
         double frequency = pow(c->rope_theta, -2.0 * (double)i / (double)c->head_dim);
@@ -1334,7 +1340,7 @@ static void gguf_read_config(const gguf_file *gguf, retrofit_config *c) {
     c->backprop_depth = 1;
     const gguf_tensor *embedding = gguf_find_tensor(gguf, "token_embd.weight");
     c->vocab = embedding ? embedding->rows : 0;
-    if (!retrofit_config_check(c, gguf->path)) die(1, "%s", retrofit_error());
+    must(retrofit_config_check(c, gguf->path));
     gguf_read_rope(gguf, c);
 }
 
@@ -1406,8 +1412,8 @@ static retrofit_model *gguf_load(const gguf_file *gguf) {
     retrofit_config config;
     gguf_read_config(gguf, &config);
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
-    if (!model || !retrofit_model_allocate(model, RETROFIT_INFERENCE))
-        die(1, "%s", retrofit_error());
+    must(model != NULL);
+    must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
 
     gguf_load_parameter(gguf, "token_embd.weight", &model->wte);
     for (size_t i = 0; i < config.coda; i++) gguf_load_layer(gguf, &config, i, &model->coda[i]);
@@ -1644,37 +1650,28 @@ static void print_added_tokens(FILE *f, const gguf_vocabulary *v) {
     print_json(f, "\n  ],\n");
 }
 
-// SentencePiece writes a space as ▁.
-static void print_normalizer(FILE *f, const gguf_vocabulary *v) {
-    print_json(f, "  'normalizer': ");
-    if (v->sentencepiece) {
-        print_json(f, "{'type': 'Sequence', 'normalizers': [");
-        if (v->add_space) print_json(f, "{'type': 'Prepend', 'prepend': '▁'}, ");
-        print_json(f, "{'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}]}");
-    } else print_json(f, "null");
-    print_json(f, ",\n");
+// SentencePiece writes a space as ▁, and has no words.
+static void print_sentencepiece_steps(FILE *f, bool add_space) {
+    print_json(f, "  'normalizer': {'type': 'Sequence', 'normalizers': [");
+    if (add_space) print_json(f, "{'type': 'Prepend', 'prepend': '▁'}, ");
+    print_json(f, "{'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}]},\n");
+    print_json(f, "  'pre_tokenizer': null,\n");
 }
 
 // How byte-level BPE cuts a text into words, within which it merges.
-static void print_pre_tokenizer(FILE *f, const gguf_vocabulary *v) {
+static void print_byte_level_steps(FILE *f, bool smollm, bool llama3) {
     static const char llama3_pattern[] =
         "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}|"
         " ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+";
-    print_json(f, "  'pre_tokenizer': ");
-    if (v->sentencepiece) {
-        print_json(f, "null,\n");
-        return;
-    }
-    if (v->smollm || v->llama3) print_json(f, "{'type': 'Sequence', 'pretokenizers': [");
-    if (v->smollm) print_json(f, "{'type': 'Digits', 'individual_digits': true}, ");
-    if (v->llama3) {
-        print_json(f, "{'type': 'Split', 'behavior': 'Isolated', 'invert': false, ");
-        print_json(f, "'pattern': {'Regex': '%s'}}, ", llama3_pattern);
-    }
-    print_json(f, "{'type': 'ByteLevel', 'add_prefix_space': false, 'trim_offsets': true, ");
-    print_json(f, "'use_regex': %s}", true_or_false(!v->llama3));
-    if (v->smollm || v->llama3) print_json(f, "]}");
-    print_json(f, ",\n");
+    print_json(f, "  'normalizer': null,\n  'pre_tokenizer': ");
+    if (smollm || llama3) print_json(f, "{'type': 'Sequence', 'pretokenizers': [");
+    if (smollm) print_json(f, "{'type': 'Digits', 'individual_digits': true}, ");
+    if (llama3)
+        print_json(f, "{'type': 'Split', 'behavior': 'Isolated', 'invert': false, "
+                      "'pattern': {'Regex': '%s'}}, ", llama3_pattern);
+    print_json(f, "{'type': 'ByteLevel', 'add_prefix_space': false, 'trim_offsets': true, "
+                  "'use_regex': %s}", true_or_false(!llama3));
+    print_json(f, smollm || llama3 ? "]},\n" : ",\n");
 }
 
 static void print_special_token(FILE *f, const gguf_vocabulary *v, int role) {
@@ -1719,19 +1716,16 @@ static void print_post_processor(FILE *f, const gguf_vocabulary *v) {
 }
 
 static void print_decoder(FILE *f, const gguf_vocabulary *v) {
-    print_json(f, "  'decoder': ");
-    if (v->sentencepiece) {
-        print_json(f, "{'type': 'Sequence', 'decoders': [");
-        print_json(f, "{'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, ");
-        print_json(f, "{'type': 'ByteFallback'}, {'type': 'Fuse'}");
-        if (v->add_space)
-            print_json(f, ", {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}");
-        print_json(f, "]}");
-    } else {
-        print_json(f, "{'type': 'ByteLevel', 'add_prefix_space': true, 'trim_offsets': true, ");
-        print_json(f, "'use_regex': true}");
+    if (!v->sentencepiece) {
+        print_json(f, "  'decoder': {'type': 'ByteLevel', 'add_prefix_space': true, "
+                      "'trim_offsets': true, 'use_regex': true},\n");
+        return;
     }
-    print_json(f, ",\n");
+    print_json(f, "  'decoder': {'type': 'Sequence', 'decoders': ["
+                  "{'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, "
+                  "{'type': 'ByteFallback'}, {'type': 'Fuse'}");
+    if (v->add_space) print_json(f, ", {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}");
+    print_json(f, "]},\n");
 }
 
 static void print_merges(FILE *f, const gguf_vocabulary *v, const merge_list *derived) {
@@ -1775,8 +1769,8 @@ static void print_model(FILE *f, const gguf_vocabulary *v, const merge_list *der
 static void print_tokenizer(FILE *f, const gguf_vocabulary *v, const merge_list *derived) {
     print_json(f, "{\n  'version': '1.0',\n  'truncation': null,\n  'padding': null,\n");
     print_added_tokens(f, v);
-    print_normalizer(f, v);
-    print_pre_tokenizer(f, v);
+    if (v->sentencepiece) print_sentencepiece_steps(f, v->add_space);
+    else print_byte_level_steps(f, v->smollm, v->llama3);
     print_post_processor(f, v);
     print_decoder(f, v);
     print_model(f, v, derived);
@@ -1814,7 +1808,7 @@ static void write_tokenizer_config(const gguf_vocabulary *v, const char *directo
     char path[RETROFIT_PATH];
     FILE *f = create_file(path, directory, "tokenizer_config.json");
     print_tokenizer_config(f, v);
-    if (!retrofit_finish_file(f, path, true)) die(1, "%s", retrofit_error());
+    must(retrofit_finish_file(f, path, true));
 }
 
 // Returns what our reader makes of the file: it finds whatever else is wrong with the vocabulary.
@@ -1823,7 +1817,7 @@ static retrofit_tokenizer *write_tokenizer(const gguf_vocabulary *v, const char 
     char path[RETROFIT_PATH];
     FILE *f = create_file(path, directory, "tokenizer.json");
     print_tokenizer(f, v, derived);
-    if (!retrofit_finish_file(f, path, true)) die(1, "%s", retrofit_error());
+    must(retrofit_finish_file(f, path, true));
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
     if (!tokenizer) gguf_die(v->gguf, "its tokenizer makes no sense: %s", retrofit_error());
     return tokenizer;
@@ -1864,7 +1858,7 @@ static void convert(int task) {
         tokenizer.gguf = &gguf;
     } else {
         source = retrofit_load(options.from, &retrofit_cpu, RETROFIT_INFERENCE);
-        if (!source) die(1, "%s", retrofit_error());
+        must(source != NULL);
         tokenizer.directory = retrofit_model_directory(options.from, path);
     }
     if (task == SURGERY) surgery(source, tokenizer);
