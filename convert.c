@@ -282,6 +282,12 @@ static const char *read_range(const char *text, size_t *first, size_t *last) {
     return end;
 }
 
+static size_t count_layer(const layer_numbers *list, size_t layer) {
+    size_t count = 0;
+    for (size_t i = 0; i < list->count; i++) count += list->layers[i] == layer;
+    return count;
+}
+
 // Reads a list like "0-3", "2,5,8-9" (in any order) or "none". No layer may stand in it twice.
 static void read_layers(layer_numbers *list, const char *option, const char *text,
                         size_t available) {
@@ -297,9 +303,8 @@ static void read_layers(layer_numbers *list, const char *option, const char *tex
             die(2, "--%s %s: there is no layer %zu: the source has %zu, from 0", option, text, last,
                 available);
         for (size_t layer = first; layer <= last; layer++) {
-            for (size_t i = 0; i < list->count; i++)
-                if (list->layers[i] == layer)
-                    die(2, "--%s %s: layer %zu is there twice", option, text, layer);
+            if (count_layer(list, layer))
+                die(2, "--%s %s: layer %zu is there twice", option, text, layer);
             list->layers[list->count++] = layer;
         }
         if (*position == 0) return;
@@ -336,12 +341,6 @@ static void choose_layers(layer_choice *choice, size_t available) {
     read_layers(&choice->core, "core", core, available);
     read_layers(&choice->coda, "coda", coda, available);
     if (!choice->core.count) die(2, "--core none: there must be a layer to repeat");
-}
-
-static size_t count_layer(const layer_numbers *list, size_t layer) {
-    size_t count = 0;
-    for (size_t i = 0; i < list->count; i++) count += list->layers[i] == layer;
-    return count;
 }
 
 // Says which layers are gone and how many parameters went with them. A plain Llama's layers, all of
