@@ -2265,85 +2265,116 @@ float retrofit_f16_to_float(uint16_t x);
 // n elements of type F32, BF16 or F16, at any address, as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
-// ---- Text, JSON, tokenizer ------------------------------------------------------------------------
+// ---- Text, JSON, tokenizer ----------------------------------------------------------------------
 
-// Bytes that grow. Running out of memory sets `failed`, for callers to look at once at the end.
+// Bytes that grow, from a zeroed struct; freed with free(text.bytes). Running out of memory records
+// an error and sets `failed`, after which nothing is appended: callers look at it once, at the end.
 typedef struct {
     char *bytes;
-    size_t size, room;
+    size_t size, capacity;
     bool failed;
 } retrofit_text;
-void retrofit_text_append(retrofit_text *text, const void *bytes, size_t n);
-// Cuts off both ends what Python's str.strip would.
-void retrofit_strip(const char **s, size_t *n);
-// The length of the character at s[0 … n), n > 0, and the character. Where s is not UTF-8, *c is
-// RETROFIT_UTF8_INVALID and the length that of what Unicode replaces by one U+FFFD.
-#define RETROFIT_UTF8_INVALID UINT32_MAX
-size_t retrofit_utf8_next(const char *s, size_t n, uint32_t *c);
+void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size);
 
-enum { RETROFIT_JSON_NULL, RETROFIT_JSON_BOOL, RETROFIT_JSON_NUMBER, RETROFIT_JSON_STRING, RETROFIT_JSON_ARRAY, RETROFIT_JSON_OBJECT };
+// Moves the text's beginning and reduces its size, so that neither end has what Python's str.strip
+// removes.
+void retrofit_strip(const char **text, size_t *size);
+
+// The first character of text, size > 0, and its length. If it is not valid UTF-8, *code_point is
+// RETROFIT_UTF8_INVALID, and the length is that of the stretch for which Unicode puts one U+FFFD.
+#define RETROFIT_UTF8_INVALID UINT32_MAX
+size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point);
+
+enum {
+    RETROFIT_JSON_NULL,
+    RETROFIT_JSON_BOOL,
+    RETROFIT_JSON_NUMBER,
+    RETROFIT_JSON_STRING,
+    RETROFIT_JSON_ARRAY,
+    RETROFIT_JSON_OBJECT,
+};
 typedef int retrofit_json_type; // one of these
 typedef struct retrofit_json retrofit_json;
 struct retrofit_json {
     retrofit_json_type type;
-    size_t count;              // children of an array or object
-    size_t length, key_length; // of string and key, which may contain NUL
-    const char *string, *key;  // UTF-8 with a NUL behind it; a number's string is the number as written; key is NULL outside objects
-    double number;             // the number, correctly rounded; 0 or 1 for a bool
-    retrofit_json *child, *next;
+    size_t count;         // children of an array or object
+    const char *key;      // the name of an object's member, else NULL. UTF-8 with a NUL at its end
+    size_t key_length;    // of key, which may contain NUL too
+    const char *string;   // a string, or a number as it is written. UTF-8 with a NUL at its end
+    size_t length;        // of string, which may contain NUL too
+    double number;        // a number, correctly rounded; 0 or 1 for a bool
+    retrofit_json *child; // the first child of an array or object
+    retrofit_json *next;  // the next child of the same parent
 };
 
-// Parses size bytes of text as strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but white space after
-// the value. Of equal keys in an object all are kept and retrofit_json_get finds the first. Copies what it needs from text. Returns the
-// root, freed with retrofit_json_free, or NULL with retrofit_error() naming `where` (a file name, say) and the byte.
+// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but
+// white space after the value. If members of an object have equal names, all are kept. Copies what
+// it needs from text. Returns the root, freed with retrofit_json_free, or NULL with an error that
+// names `where` (a file, say) and the byte.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
-// Whether j is that string; whether it is a number that is a size, in *out. j may be NULL.
-bool retrofit_json_is(const retrofit_json *j, const char *word);
-bool retrofit_json_size(const retrofit_json *j, size_t *out);
-// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
-void retrofit_json_write_string(FILE *f, const char *s, size_t n);
-// Frees the whole tree of a root that retrofit_json_parse returned, or NULL.
+// Frees the tree of a root that retrofit_json_parse returned; root may be NULL.
 void retrofit_json_free(retrofit_json *root);
-// The first member of that name; NULL if there is none or object is not an object (NULL included). Cannot fail.
+// The first member of this name; NULL if there is none or `object` is NULL or not an object.
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
+// Whether value is the string `word`. It may be NULL.
+bool retrofit_json_is(const retrofit_json *value, const char *word);
+// Whether value is a whole number from 0 to 2^53, which *out then is. It may be NULL.
+bool retrofit_json_size(const retrofit_json *value, size_t *out);
+// Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
+void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
-// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3 and Qwen 2, and SentencePiece's
-// BPE as in Llama 2. Read-only once loaded: threads may share one.
+// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2,
+// Llama 3 and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so
+// that threads may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
 
-// Reads directory/tokenizer.json and, if there, tokenizer_config.json (bos_token, eos_token; add_bos_token and add_eos_token count only
-// where tokenizer.json has no post_processor). Freed with retrofit_tokenizer_free. NULL with retrofit_error() for a step or option that is
-// not supported: none that would change ids is skipped.
+// Reads directory/tokenizer.json and, if it is there, tokenizer_config.json (bos_token, eos_token;
+// add_bos_token and add_eos_token count only where tokenizer.json has no post_processor). Freed
+// with retrofit_tokenizer_free. NULL or error, also for a step or setting that is not supported:
+// none that would change ids is skipped.
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory);
-void retrofit_tokenizer_free(retrofit_tokenizer *t); // or NULL
-// Encodes size bytes of UTF-8; special tokens written out in text become their ids. with_special adds what the post-processor adds (BOS,
-// mostly). Each stretch of invalid UTF-8 is read as U+FFFD, as Python's errors="replace" does before Hugging Face sees a text. Returns
-// malloc'd ids and *count, or NULL with retrofit_error() if memory is out.
-int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count);
-// Decodes ids to malloc'd valid UTF-8 with a NUL behind it, *size without the NUL; skip_special leaves special tokens out. NULL with
-// retrofit_error() for an id that is no token's.
-char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size);
+void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 
-// Text as it is generated. Tokens cannot be decoded one by one: one may be half a character, and the first one's leading space goes. So
-// the caller keeps all ids and, after each new one, asks what text they added; `last` says that no more will come. The pieces make up
-// exactly what retrofit_decode makes of all ids. A piece is empty while the last character is incomplete. Start from a zeroed stream;
-// only tokens since the last but one piece are decoded each time. Returns and fails like retrofit_decode.
+// Encodes UTF-8. Special tokens that are spelt out in text become their ids. with_special adds what
+// the post-processor adds (BOS, mostly). Each invalid stretch of UTF-8 is read as U+FFFD, as
+// Python's errors="replace" does before Hugging Face's tokenizers see a text. Returns malloc'd ids
+// and *count; NULL or error if memory is out.
+int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                         bool with_special, size_t *count);
+// Decodes ids to malloc'd valid UTF-8 with a NUL at its end, which *size does not count.
+// skip_special leaves special tokens out. NULL or error for an id that no token has.
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size);
+
+// Text as it is generated. Tokens cannot be decoded one by one: one may be half of a character, and
+// the first one loses its leading space. So the caller keeps all ids and asks after each new one
+// what text has come; `last` says that no more ids will. The texts together are exactly what
+// retrofit_decode makes of all ids; a text is empty as long as its last character is incomplete.
+// Start from a zeroed stream. Each call decodes only tokens from `begin` on, so that its cost does
+// not grow. Returns and fails like retrofit_decode.
 typedef struct {
-    size_t from, done;
+    size_t begin, end; // the tokens that gave the last text that was not empty
 } retrofit_stream;
-char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
+char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                           const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size);
 
-// Which of count ids generated text is to be decoded behind, in *id. SentencePiece's decoder takes a space off the front: not off this
-// text, if there is text before it. Byte tokens would not do: what a run of them says is known only at its end. false: decode it alone.
-bool retrofit_decode_context(const retrofit_tokenizer *t, const int32_t *ids, size_t count, int32_t *id);
+// Generated text must be decoded together with a token of the text before it, if there is one:
+// SentencePiece's decoder takes a space off the front, which is wrong in the middle of a text.
+// Finds the token to use in the count ids of that text. (Byte tokens would not do, since what a run
+// of them stands for is known only at its end.) false: there is none, or none is needed.
+bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                             int32_t *id);
 
-// The ids of the beginning and end of text that tokenizer_config.json names; -1 if it names none.
-int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t);
-int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t);
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); // of a token spelt as in the file ("▁the"), or -1
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
-uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t); // of what decides ids, however the file is laid out; never 0
+// The ids of beginning and end of text that tokenizer_config.json names; -1 if it names none.
+int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer);
+int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer);
+// The id of a token spelt as in the file ("▁the"), or -1.
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *token);
+// The highest id + 1.
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer);
+// A hash, never 0, of all that decides ids, however the file is laid out.
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer);
 
 // ---- Files --------------------------------------------------------------------------------------
 
@@ -4656,809 +4687,1656 @@ static void attend_tiles(float *out, float *lse, const float *q, const void *k, 
 // 11  JSON, tokenizer
 // =================================================================================================
 
-size_t retrofit_utf8_next(const char *s, size_t n, uint32_t *c) {
-    unsigned lead = (unsigned char)s[0];
-    if (lead < 0x80) return *c = lead, 1;
-    size_t more = lead < 0xc2 ? 0 : lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : lead < 0xf5 ? 3 : 0;
-    // The second byte's range is narrower where the full one would allow overlong forms, surrogates or values above U+10FFFF.
-    unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80, high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-    *c = more ? lead & (0x3fu >> more) : RETROFIT_UTF8_INVALID;
-    for (size_t i = 1; i <= more; i++, low = 0x80, high = 0xbf) {
-        unsigned byte = i < n ? (unsigned char)s[i] : 0;
-        if (byte < low || byte > high) return *c = RETROFIT_UTF8_INVALID, i;
-        *c = *c << 6 | (byte & 0x3f);
+// ---- UTF-8 --------------------------------------------------------------------------------------
+
+// The lead byte tells how many continuation bytes (80 to BF) follow it. After E0, ED, F0 and F4 the
+// first of them has a narrower range: the full one would allow overlong forms, surrogates and
+// values above U+10FFFF. An invalid stretch is as long as it could be the beginning of a character.
+size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point) {
+    unsigned lead = (unsigned char)text[0];
+    if (lead < 0x80) {
+        *code_point = lead;
+        return 1;
     }
+    *code_point = RETROFIT_UTF8_INVALID;
+    if (lead < 0xc2 || lead > 0xf4) return 1;
+
+    size_t more = lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : 3;
+    unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+    unsigned high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    uint32_t value = lead & (0x3fu >> more);
+    for (size_t i = 1; i <= more; i++) {
+        unsigned byte = i < size ? (unsigned char)text[i] : 0;
+        if (byte < low || byte > high) return i;
+        value = value << 6 | (byte & 0x3f);
+        low = 0x80;
+        high = 0xbf;
+    }
+    *code_point = value;
     return more + 1;
 }
 
-// Writes c, a valid code point, as UTF-8 to out[0..4) and returns its length.
-static size_t utf8_put(uint32_t c, char *out) {
-    if (c < 0x80) return out[0] = (char)c, 1;
-    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)((0xf00u >> n & 0xf0) | c);
-    return n;
+// Writes a valid code point as UTF-8 to out, which has room for four bytes, and returns its length.
+static size_t utf8_put(uint32_t code_point, char *out) {
+    static const unsigned char lead[] = {0, 0x00, 0xc0, 0xe0, 0xf0}; // by length
+    size_t length = code_point < 0x80 ? 1 : code_point < 0x800 ? 2 : code_point < 0x10000 ? 3 : 4;
+    for (size_t i = length - 1; i > 0; i--) {
+        out[i] = (char)(0x80 | (code_point & 0x3f));
+        code_point >>= 6;
+    }
+    out[0] = (char)(lead[length] | code_point);
+    return length;
 }
 
-// The parser works on its own copy of the text, with a NUL behind it, and decodes strings in place: `out` never overtakes `at`.
+// The characters that Python's str.strip removes: White_Space and the separators U+001C to U+001F.
+static bool is_space(uint32_t c) {
+    if (c <= 0x20) return (c >= 9 && c <= 13) || c >= 0x1c;
+    if (c >= 0x2000 && c <= 0x200a) return true;
+    return c == 0x85 || c == 0xa0 || c == 0x1680 || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
+}
+
+void retrofit_strip(const char **text, size_t *size) {
+    uint32_t code_point;
+    while (*size) {
+        size_t length = retrofit_utf8_next(*text, *size, &code_point);
+        if (!is_space(code_point)) break;
+        *text += length;
+        *size -= length;
+    }
+    while (*size) {
+        const char *end = *text + *size;
+        size_t length = 1; // of the last character; no white space is longer than three bytes
+        while (length < 3 && length < *size && (end[-(ptrdiff_t)length] & 0xc0) == 0x80) length++;
+        if (retrofit_utf8_next(end - length, length, &code_point) != length) break;
+        if (!is_space(code_point)) break;
+        *size -= length;
+    }
+}
+
+void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
+    if (!text->failed && text->size + size >= text->capacity) {
+        size_t capacity = text->capacity + text->capacity / 2 + size + 64;
+        char *bigger = realloc(text->bytes, capacity);
+        if (bigger) {
+            text->bytes = bigger;
+            text->capacity = capacity;
+        } else {
+            text->failed = true;
+            retrofit_fail("out of memory: %zu bytes", capacity);
+        }
+    }
+    if (text->failed || !size) return;
+    memcpy(text->bytes + text->size, bytes, size);
+    text->size += size;
+}
+
+// ---- JSON ---------------------------------------------------------------------------------------
+
+// The parser works on its own copy of the text, which ends in a NUL. It decodes strings inside this
+// copy: `out` never overtakes `at`, since no escape is shorter than the character it stands for.
 typedef struct {
-    const char *where, *begin;
-    char *at, *out;       // the next character to read; where the next decoded string goes
-    retrofit_json *nodes; // the next free one
+    const char *where;    // for errors: a file name, say
+    const char *begin;    // of the copy
+    char *at;             // the next character to read
+    char *out;            // where the next decoded string goes
+    retrofit_json *nodes; // the next free node
 } json_parser;
 
-static bool json_fail(const json_parser *p, const char *why) { return retrofit_fail("%s: byte %td: bad JSON: %s", p->where, p->at - p->begin, why); }
-
-static char json_skip(json_parser *p) { // white space; the character behind it
-    while (*p->at == ' ' || *p->at == '\t' || *p->at == '\r' || *p->at == '\n') p->at++;
-    return *p->at;
+static bool json_fail(const json_parser *parser, const char *why) {
+    ptrdiff_t byte = parser->at - parser->begin;
+    return retrofit_fail("%s: byte %td: bad JSON: %s", parser->where, byte, why);
 }
 
-static bool json_escape(json_parser *p, uint32_t *c) {
+// Skips white space and returns the character behind it.
+static char json_skip(json_parser *parser) {
+    char c = *parser->at;
+    while (c == ' ' || c == '\t' || c == '\r' || c == '\n') c = *++parser->at;
+    return c;
+}
+
+// \uXXXX: one UTF-16 code unit.
+static bool json_code_unit(json_parser *parser, uint32_t *unit) {
+    const char *at = parser->at;
+    if (at[0] != '\\' || at[1] != 'u' || strspn(at + 2, "0123456789abcdefABCDEF") < 4)
+        return json_fail(parser, "an unknown escape, or half of a surrogate pair");
+    char digits[5] = {at[2], at[3], at[4], at[5], 0};
+    *unit = (uint32_t)strtoul(digits, NULL, 16);
+    parser->at += 6;
+    return true;
+}
+
+// Characters above U+FFFF are written as two code units, a surrogate pair:
+//     code point = 0x10000 + (high - 0xD800)·0x400 + (low - 0xDC00)
+static bool json_escape(json_parser *parser, uint32_t *code_point) {
     static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-    const char *name = p->at[1] ? strchr(names, p->at[1]) : NULL;
-    if (name) return p->at += 2, *c = (uint32_t)values[name - names], true;
-    uint32_t unit[2] = {0, 0}; // UTF-16; the second only behind the first half of a pair
-    for (int i = 0; i == 0 || (i == 1 && unit[0] >> 10 == 0xd800 >> 10); i++, p->at += 6) {
-        bool ok = p->at[0] == '\\' && p->at[1] == 'u' && strspn(p->at + 2, "0123456789abcdefABCDEF") >= 4;
-        if (!ok) return json_fail(p, "an unknown escape, or half of a surrogate pair");
-        for (int j = 2; j < 6; j++) unit[i] = unit[i] << 4 | ((p->at[j] & 15) + (p->at[j] > '9' ? 9 : 0));
+    const char *name = parser->at[1] ? strchr(names, parser->at[1]) : NULL;
+    if (name) {
+        *code_point = (uint32_t)values[name - names];
+        parser->at += 2;
+        return true;
     }
-    *c = unit[0];
-    if (*c < 0xd800 || *c > 0xdfff) return true;
-    *c = 0x10000 + ((unit[0] - 0xd800) << 10) + (unit[1] - 0xdc00);
-    return unit[1] >> 10 == 0xdc00 >> 10 || json_fail(p, "half of a surrogate pair before this");
+    uint32_t high, low = 0;
+    if (!json_code_unit(parser, &high)) return false;
+    *code_point = high;
+    if (high < 0xd800 || high > 0xdfff) return true;
+    if (high < 0xdc00 && !json_code_unit(parser, &low)) return false;
+    if (low < 0xdc00 || low > 0xdfff)
+        return json_fail(parser, "half of a surrogate pair before this");
+    *code_point = 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00);
+    return true;
 }
 
-static bool json_string(json_parser *p, const char **string, size_t *length) {
-    if (*p->at != '"') return json_fail(p, "expected a string");
-    *string = p->out;
-    uint32_t c = 0;
-    for (p->at++; *p->at != '"';) {
-        if ((unsigned char)*p->at < ' ') return json_fail(p, "a string does not end, or a control character in it is not escaped");
-        if (*p->at != '\\') *p->out++ = *p->at++;
-        else if (json_escape(p, &c)) p->out += utf8_put(c, p->out);
-        else return false;
+static bool json_string(json_parser *parser, const char **string, size_t *length) {
+    if (*parser->at != '"') return json_fail(parser, "expected a string");
+    parser->at++;
+    char *begin = parser->out;
+    while (*parser->at != '"') {
+        if ((unsigned char)*parser->at < ' ')
+            return json_fail(parser, "a string does not end, or a control character in it is not "
+                                     "escaped");
+        if (*parser->at != '\\') {
+            *parser->out++ = *parser->at++;
+            continue;
+        }
+        uint32_t code_point;
+        if (!json_escape(parser, &code_point)) return false;
+        parser->out += utf8_put(code_point, parser->out);
     }
-    *length = (size_t)(p->out - *string);
-    *p->out++ = 0;
-    return p->at++, true;
+    parser->at++;
+    *string = begin;
+    *length = (size_t)(parser->out - begin);
+    *parser->out++ = 0;
+    return true;
 }
 
-static bool json_number(json_parser *p, retrofit_json *v) {
+// strtod accepts more than JSON does: leading zeros, a '+' in front, and a point without digits on
+// either side. These are refused here.
+static bool json_number(json_parser *parser, retrofit_json *value) {
     static const char digits[] = "0123456789";
-    char *text = p->out, *end;
-    size_t n = strspn(p->at, "0123456789+-.eE");
-    memmove(text, p->at, n), text[n] = 0;
-    v->type = RETROFIT_JSON_NUMBER, v->string = text, v->length = n, v->number = strtod(text, &end);
-    // What strtod takes and JSON does not: leading zeros or '+', no digit before or behind the point.
+    char *text = parser->out, *end;
+    size_t length = strspn(parser->at, "0123456789+-.eE");
+    memmove(text, parser->at, length);
+    text[length] = 0;
+    double number = strtod(text, &end);
+
     const char *first = text + (*text == '-'), *point = strchr(text, '.');
-    size_t whole = strspn(first, digits);
-    if (*end || !whole || (whole > 1 && *first == '0') || (point && !strspn(point + 1, digits)) || !isfinite(v->number))
-        return json_fail(p, "not a value, or a number too large for a double (or LC_NUMERIC is not \"C\")");
-    return p->at += n, p->out += n + 1, true;
+    size_t whole_digits = strspn(first, digits);
+    bool leading_zero = whole_digits > 1 && *first == '0';
+    bool fraction = !point || strspn(point + 1, digits) > 0;
+    if (*end || !whole_digits || leading_zero || !fraction || !isfinite(number))
+        return json_fail(parser, "not a value, or a number too large for a double (or LC_NUMERIC "
+                                 "is not \"C\")");
+    value->type = RETROFIT_JSON_NUMBER;
+    value->number = number;
+    value->string = text;
+    value->length = length;
+    parser->at += length;
+    parser->out += length + 1;
+    return true;
 }
 
-// Any value; v is zeroed. The depth bounds the recursion.
-static bool json_value(json_parser *p, retrofit_json *v, int depth) {
-    static const char *const words[] = {"null", "false", "true"};
-    char c = json_skip(p);
-    if (c == '"') return v->type = RETROFIT_JSON_STRING, json_string(p, &v->string, &v->length);
-    for (int i = 0; i < 3; i++)
-        if (!strncmp(p->at, words[i], strlen(words[i])))
-            return p->at += strlen(words[i]), v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2, true;
-    if (c != '[' && c != '{') return json_number(p, v);
-    if (depth == 64) return json_fail(p, "more than 64 levels");
-    char object = c == '{', close = object ? '}' : ']';
-    p->at++, v->type = object ? RETROFIT_JSON_OBJECT : RETROFIT_JSON_ARRAY;
-    if (json_skip(p) == close) return p->at++, true;
-    for (retrofit_json **tail = &v->child; c != close; tail = &(*tail)->next, p->at++) {
-        retrofit_json *child = *tail = p->nodes++;
-        v->count++, json_skip(p);
-        if (object && !json_string(p, &child->key, &child->key_length)) return false;
-        if (object && json_skip(p) != ':') return json_fail(p, "expected ':'");
-        p->at += object;
-        if (!json_value(p, child, depth + 1)) return false;
-        c = json_skip(p);
-        if (c != ',' && c != close) return json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
+static bool json_value(json_parser *parser, retrofit_json *value, int depth);
+
+// The children of an array or object, from its opening bracket to its closing one.
+static bool json_children(json_parser *parser, retrofit_json *parent, int depth) {
+    bool is_object = parent->type == RETROFIT_JSON_OBJECT;
+    char close = is_object ? '}' : ']';
+    parser->at++;
+    char next = json_skip(parser);
+    if (next == close) parser->at++;
+
+    for (retrofit_json **link = &parent->child; next != close; parser->at++) {
+        retrofit_json *child = parser->nodes++;
+        *link = child;
+        link = &child->next;
+        parent->count++;
+        json_skip(parser);
+        if (is_object) {
+            if (!json_string(parser, &child->key, &child->key_length)) return false;
+            if (json_skip(parser) != ':') return json_fail(parser, "expected ':'");
+            parser->at++;
+        }
+        if (!json_value(parser, child, depth + 1)) return false;
+        next = json_skip(parser);
+        if (next != ',' && next != close)
+            return json_fail(parser, is_object ? "expected ',' or '}'" : "expected ',' or ']'");
     }
     return true;
 }
 
-// All is one block: the nodes, at most one for each opening bracket and comma, and one more; then the text. It starts a byte late, so
-// that a number has room for its NUL: before every other one, a bracket, comma or colon has been read.
-retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
-    size_t nodes = 1;
-    for (size_t i = 0; i < size;) {
-        uint32_t c;
-        size_t n = retrofit_utf8_next(text + i, size - i, &c);
-        if (c == RETROFIT_UTF8_INVALID) return retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i), (retrofit_json *)NULL;
-        nodes += c == '[' || c == '{' || c == ',', i += n;
+// Any value, into a zeroed node. The limit of the depth bounds the recursion.
+static bool json_value(json_parser *parser, retrofit_json *value, int depth) {
+    char first = json_skip(parser);
+    if (first == '"') {
+        value->type = RETROFIT_JSON_STRING;
+        return json_string(parser, &value->string, &value->length);
     }
-    retrofit_json *root = (retrofit_json *)retrofit_allocate(nodes + (size + 2) / sizeof *root + 1, sizeof *root);
+    if (first == '[' || first == '{') {
+        if (depth == 64) return json_fail(parser, "more than 64 levels");
+        value->type = first == '[' ? RETROFIT_JSON_ARRAY : RETROFIT_JSON_OBJECT;
+        return json_children(parser, value, depth);
+    }
+    static const char *const words[] = {"null", "false", "true"};
+    for (int i = 0; i < 3; i++) {
+        size_t length = strlen(words[i]);
+        if (strncmp(parser->at, words[i], length)) continue;
+        value->type = i == 0 ? RETROFIT_JSON_NULL : RETROFIT_JSON_BOOL;
+        value->number = i == 2;
+        parser->at += length;
+        return true;
+    }
+    return json_number(parser, value);
+}
+
+// At least as many as there are values in the text: each but the first comes behind an opening
+// bracket or a comma. 0 or error if the text is not UTF-8.
+static size_t json_count_nodes(const char *text, size_t size, const char *where) {
+    size_t count = 1, length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t c;
+        length = retrofit_utf8_next(text + i, size - i, &c);
+        if (c == RETROFIT_UTF8_INVALID) {
+            retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i);
+            return 0;
+        }
+        if (c == '[' || c == '{' || c == ',') count++;
+    }
+    return count;
+}
+
+// The tree is one block of memory: the nodes, then the copy of the text. Decoded strings end in a
+// NUL, for which their quotes leave room. A number has no quotes: its NUL takes the room of the
+// bracket, comma or colon before it, or of the byte by which the copy starts late.
+retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
+    size_t nodes = json_count_nodes(text, size, where);
+    if (!nodes) return NULL;
+    size_t text_nodes = (size + 2) / sizeof(retrofit_json) + 1; // the text's size, in nodes
+    retrofit_json *root = retrofit_allocate(nodes + text_nodes, sizeof *root);
     if (!root) return NULL;
-    char *out = (char *)(root + nodes), *begin = (char *)memcpy(out + 1, text, size);
-    json_parser p = {where, begin, begin, out, root + 1};
-    if (json_value(&p, root, 0) && (json_skip(&p), p.at == begin + size || json_fail(&p, "something follows the value"))) return root;
-    return free(root), (retrofit_json *)NULL;
+    char *out = (char *)(root + nodes);
+    char *begin = memcpy(out + 1, text, size);
+
+    json_parser parser = {where, begin, begin, out, root + 1};
+    bool ok = json_value(&parser, root, 0);
+    if (ok) {
+        json_skip(&parser);
+        if (parser.at != begin + size) ok = json_fail(&parser, "something follows the value");
+    }
+    if (ok) return root;
+    free(root);
+    return NULL;
 }
 
 void retrofit_json_free(retrofit_json *root) { free(root); }
 
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key) {
-    const retrofit_json *m = object && object->type == RETROFIT_JSON_OBJECT ? object->child : NULL;
-    while (m && (m->key_length != strlen(key) || memcmp(m->key, key, m->key_length))) m = m->next;
-    return m;
+    if (!object || object->type != RETROFIT_JSON_OBJECT) return NULL;
+    size_t length = strlen(key);
+    const retrofit_json *member = object->child;
+    while (member && (member->key_length != length || memcmp(member->key, key, length)))
+        member = member->next;
+    return member;
 }
 
-bool retrofit_json_is(const retrofit_json *j, const char *word) { return j && j->type == RETROFIT_JSON_STRING && !strcmp(j->string, word); }
-
-// A JSON number that is a size.
-bool retrofit_json_size(const retrofit_json *j, size_t *out) {
-    if (!j || j->type != RETROFIT_JSON_NUMBER || j->number < 0 || j->number > 0x1p53 || j->number != floor(j->number)) return false;
-    return *out = (size_t)j->number, true;
+bool retrofit_json_is(const retrofit_json *value, const char *word) {
+    return value && value->type == RETROFIT_JSON_STRING && !strcmp(value->string, word);
 }
 
-// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
-void retrofit_json_write_string(FILE *f, const char *s, size_t n) {
-    fputc('"', f);
-    for (size_t i = 0; i < n; i++)
-        if ((unsigned char)s[i] < 0x20) fprintf(f, "\\u%04x", s[i]);
-        else fprintf(f, s[i] == '"' || s[i] == '\\' ? "\\%c" : "%c", s[i]);
-    fputc('"', f);
+bool retrofit_json_size(const retrofit_json *value, size_t *out) {
+    if (!value || value->type != RETROFIT_JSON_NUMBER) return false;
+    double number = value->number;
+    if (number < 0 || number > 0x1p53 || number != floor(number)) return false;
+    *out = (size_t)number;
+    return true;
 }
 
-// ---- Tokenizer
-// Unicode 16's \p{L}, \p{N} and \s in run lengths: so many code points outside the class, so many inside, and so on; each number in base
-// 26, its last digit a capital.
-// clang-format off
-static const char *const tok_runs[] = {
-    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBBbEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDB"
-    "SBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJBDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCb"
-    "EBEIBDBXBKBFDBbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCHDENMBRbMBBFBCbRBmVBECHBBBEC"
-    "bPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcPdLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRC"
-    "DbPEBGBCDBFhKcMkSCGCbMCGCIBBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHBHBHBHBHBHBHBHd"
-    "CBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIVQBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDb"
-    "YBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqnSMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZb"
-    "DDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFcNTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBc"
-    "CKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBXMcBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKB"
-    "BCBBbMBBZBBBbScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScVhRbHbFJBbLRBbXbEeIHBCBbMVBZG"
-    "BCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRbESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpG"
-    "dkUeDFNDJHKiwKdHBcTBCCBCCCEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECBtBHBEBCBPBhPcHc"
-    "QHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclfCbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
-    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeYLgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWy"
-    "GbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKWKdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbP"
-    "HmSGbWKGKkSbFgCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGKkCXbjsZKceWUMUeEZbqRbYdnCKq"
-    "GKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
-    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB"};
-// clang-format on
-
-enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_MAX_ID = 1 << 22, TOK_MAX_PROBE = 1024, TOK_MAX_SPECIALS = 16 };
-#define TOK_MARK "▁" // SentencePiece's space, U+2581
-
-// All that may happen to text before and after BPE, in the only order there may be: the roles are the members of tokenizer.json, each a
-// step or a Sequence of steps; a step is known by its type and these settings.
-enum { TOK_PREPEND, TOK_REPLACE, TOK_DIGITS, TOK_GPT2, TOK_QWEN2, TOK_LLAMA3, TOK_BYTES, TOK_GPT2_BYTES };
-enum { TOK_UNREPLACE = TOK_GPT2_BYTES + 1, TOK_BYTE_FALLBACK, TOK_FUSE, TOK_STRIP, TOK_UNBYTES, TOK_OFFSETS, TOK_TEMPLATE, TOK_STEPS };
-static const char *const tok_roles[] = {"normalizer", "pre_tokenizer", "decoder", "post_processor"};
-static const char *const tok_lists[] = {"normalizers", "pretokenizers", "decoders", "processors"};
-// clang-format off
-#define TOK_SPLIT(pattern) {1, "Split", {"behavior", "Isolated", "invert", "false", "Regex", pattern}}
-#define TOK_PATTERN(digits) "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
-    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-static const struct { int role; const char *type, *settings[7]; } tok_steps[TOK_STEPS] = {
-    {0, "Prepend", {"prepend", TOK_MARK}}, {0, "Replace", {"String", " ", "content", TOK_MARK}},
-    {1, "Digits", {"individual_digits", "true"}}, // each digit for itself
-    TOK_SPLIT("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"),
-    TOK_SPLIT(TOK_PATTERN("\\p{N}")), TOK_SPLIT(TOK_PATTERN("\\p{N}{1,3}")),
-    {1, "ByteLevel", {"add_prefix_space", "false", "use_regex", "false"}}, // bytes to printable characters
-    {1, "ByteLevel", {"add_prefix_space", "false"}},                       // with GPT-2's pattern before that
-    {2, "Replace", {"String", TOK_MARK, "content", " "}}, {2, "ByteFallback", {NULL}}, // tokens like <0x0A> to bytes
-    {2, "Fuse", {NULL}}, {2, "Strip", {"content", " ", "start", "1", "stop", "0"}},    // a space off the front
-    {2, "ByteLevel", {NULL}}, {3, "ByteLevel", {NULL}}, {3, "TemplateProcessing", {NULL}}}; // the second does nothing here
-
-// text: NULL if no token has the id. model: BPE may produce it; not so for most added tokens.
-typedef struct { const char *text; size_t size; bool model, added, special; } tok_token;
-// key: first byte, + 256 if the token is to be found in normalized text, where its own text is normalized too.
-typedef struct { const char *text; size_t size; int32_t id, key; } tok_added;
-typedef struct { uint64_t pair; uint32_t rank; int32_t id; } tok_merge; // pair: left id << 32 | right id; rank: 1 and up, 0 is a free slot
-typedef struct { int32_t id; uint32_t previous, next; } tok_symbol;     // id -1: merged into the one before
-typedef struct { uint64_t order; int32_t id; } tok_candidate;           // order: rank << 32 | position, lowest rank first, then leftmost
-typedef struct {
-    const retrofit_tokenizer *t; retrofit_text text, normal, piece, ids;
-    tok_symbol *symbols; tok_candidate *heap; size_t room, heap_count; uint32_t symbol_count; // room: for a piece of so many bytes
-} tok_encoder;
-// clang-format on
-
-struct retrofit_tokenizer {
-    char *strings;                      // what tokens point to
-    tok_token *tokens;                  // by id
-    int32_t *by_text;                   // open-addressed hash table of id + 1; token_mask is its size - 1
-    tok_merge *merges;                  // the same by pair
-    tok_added *added;                   // sorted by key, the longest first; those with key k are first[k] to first[k + 1]
-    uint8_t *classes;                   // by code point
-    uint16_t chars[256], bytes_of[324]; // of the byte-level alphabet, and back, + 1
-    size_t strings_used, size, token_mask, merge_mask, first[513], before_count, after_count;
-    int32_t before[TOK_MAX_SPECIALS], after[TOK_MAX_SPECIALS], bos, eos, unk;           // before, after: what with_special adds
-    int32_t byte_ids[256];                                                              // of tokens like <0x0A>, + 1
-    bool has[TOK_STEPS], split, bytes, decodes, fuse_unk, byte_fallback, ignore_merges; // decodes: if not, spaces go between tokens
-    bool meet[256][256], bad; // meet: whether a merge joins text ending in the one byte to text beginning with the other
-    int digits, last;         // digits: of the pattern, see tok_split. While loading: the last step, whether an error has been reported
-    const char *where;        // (the first counts; what functions return after it does not matter), and the file
-};
-
-void retrofit_text_append(retrofit_text *out, const void *bytes, size_t n) {
-    if (!out->failed && out->size + n >= out->room) {
-        size_t room = out->room + out->room / 2 + n + 64;
-        char *bigger = (char *)realloc(out->bytes, room);
-        if (bigger) out->bytes = bigger, out->room = room;
-        else out->failed = !retrofit_fail("out of memory: %zu bytes", room);
-    }
-    if (out->failed || !n) return;
-    memcpy(out->bytes + out->size, bytes, n);
-    out->size += n;
-}
-
-// Appends s with U+FFFD for what is not UTF-8; with `each` for each byte of s if any is not.
-static void tok_put_valid(retrofit_text *out, const char *s, size_t n, bool each) {
-    size_t start = out->size;
-    uint32_t c = 0;
-    for (size_t i = 0, k; i < n && !(each && c == RETROFIT_UTF8_INVALID); i += k) {
-        k = retrofit_utf8_next(s + i, n - i, &c);
-        retrofit_text_append(out, c == RETROFIT_UTF8_INVALID ? "\xef\xbf\xbd" : s + i, c == RETROFIT_UTF8_INVALID ? 3 : k);
-    }
-    if (!each || c != RETROFIT_UTF8_INVALID) return;
-    for (out->size = start; n--;) retrofit_text_append(out, "\xef\xbf\xbd", 3);
-}
-
-// What Python's str.strip takes off both ends. (inline: not every program has text to strip.)
-static inline bool is_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
-}
-
-void retrofit_strip(const char **s, size_t *n) {
-    uint32_t c;
-    for (size_t k; *n && (k = retrofit_utf8_next(*s, *n, &c), is_space(c));) *s += k, *n -= k;
-    for (size_t k; *n; *n -= k) {
-        for (k = 1; k < 3 && k < *n && ((*s)[*n - k] & 0xc0) == 0x80;) k++;
-        if (retrofit_utf8_next(*s + *n - k, k, &c) != k || !is_space(c)) break;
-    }
-}
-
-// The byte that a token "<0x0A>" stands for, or -1.
-static int tok_fallback_byte(const tok_token *k) {
-    bool is = k->size == 6 && !memcmp(k->text, "<0x", 3) && k->text[5] == '>' && strspn(k->text + 3, "0123456789ABCDEF") == 2;
-    return is ? (int)strtol(k->text + 3, NULL, 16) : -1;
-}
-
-// The length of the run of characters at the beginning of s that are in (or, if `out`, out of) the classes.
-static size_t tok_run(const retrofit_tokenizer *t, const char *s, size_t n, int classes, bool out) {
-    size_t i = 0;
-    uint32_t c;
-    for (size_t k; i < n && (k = retrofit_utf8_next(s + i, n - i, &c), !(t->classes[c] & classes) == out);) i += k;
-    return i;
-}
-
-// The length of 's 't 'm 'd 're 've 'll at s, or 0. fold is (?i:...), to which long s (U+017F) is an s too.
-static size_t tok_contraction(const char *s, size_t n, bool fold) {
-    if (n < 2 || s[0] != '\'') return 0;
-    if (fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2)) return 3;
-    int a = s[1] | (fold ? 32 : 0), b = n > 2 ? s[2] | (fold ? 32 : 0) : 0;
-    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
-    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
-}
-
-// The length of the pattern's match at s, n > 0, alternative by alternative; every character is in one. digits: 0 is GPT-2's
-// pattern, 1 and 3 are Qwen 2's and Llama 3's with at most so many digits.
-static size_t tok_split(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
-    uint32_t c;
-    size_t k = tok_contraction(s, n, digits != 0), first = retrofit_utf8_next(s, n, &c), lead = c == ' ';
-    if (k) return k;
-    int class_ = t->classes[c];
-    size_t skip = !digits ? lead : class_ & (TOK_LETTER | TOK_NUMBER) || c == '\r' || c == '\n' ? 0 : first;
-    if ((k = tok_run(t, s + skip, n - skip, TOK_LETTER, false))) return skip + k;
-    if (!digits && (k = tok_run(t, s + lead, n - lead, TOK_NUMBER, false))) return lead + k;
-    while (class_ & TOK_NUMBER && digits-- && k < n && (first = retrofit_utf8_next(s + k, n - k, &c), t->classes[c] & TOK_NUMBER)) k += first;
-    if (k) return k;
-    if ((k = tok_run(t, s + lead, n - lead, TOK_WHITE | TOK_LETTER | TOK_NUMBER, true))) {
-        for (k += lead; digits && k < n && (s[k] == '\r' || s[k] == '\n');) k++;
-        return k;
-    }
-    size_t white = tok_run(t, s, n, TOK_WHITE, false), last = white;
-    for (k = white; digits && k; k--)
-        if (s[k - 1] == '\r' || s[k - 1] == '\n') return k;
-    while (((unsigned char)s[--last] & 0xc0) == 0x80) {}
-    return white < n && last ? last : white; // the last space before a word goes with the word
-}
-
-// The slot of a token's text: its own, or the free one where it would go; NULL after MAX_PROBE steps: a file made to collide.
-static int32_t *tok_text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 0x100000001b3u;
-    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        int32_t *slot = &t->by_text[((hash ^ hash >> 29) + probe) & t->token_mask];
-        if (!*slot || (t->tokens[*slot - 1].size == n && !memcmp(t->tokens[*slot - 1].text, s, n))) return slot;
-    }
-    return NULL;
-}
-
-// The id of a token, or -1; with `model` only if BPE may produce it.
-static int32_t tok_find(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
-    const int32_t *slot = tok_text_slot(t, s, n);
-    return slot && *slot && (!model || t->tokens[*slot - 1].model) ? *slot - 1 : -1;
-}
-
-static tok_merge *tok_merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t right) {
-    uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right, hash = pair * 0x9e3779b97f4a7c15u;
-    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        tok_merge *m = &t->merges[(size_t)((hash ^ hash >> 32) + probe) & t->merge_mask];
-        if (!m->rank || m->pair == pair) return m;
-    }
-    return NULL;
-}
-
-static void tok_add_symbol(tok_encoder *e, int32_t id) {
-    tok_symbol s = {id, e->symbol_count - 1, e->symbol_count + 1}; // for the first, previous is UINT32_MAX
-    e->symbols[e->symbol_count++] = s;
-}
-
-// Queues the merge of the symbol at `at` with the next one, if there is such a merge.
-static void tok_add_candidate(tok_encoder *e, uint32_t at) {
-    if (at == UINT32_MAX || e->symbols[at].next >= e->symbol_count) return;
-    const tok_merge *m = tok_merge_slot(e->t, e->symbols[at].id, e->symbols[e->symbols[at].next].id);
-    if (!m || !m->rank) return;
-    tok_candidate c = {(uint64_t)m->rank << 32 | at, m->id};
-    size_t i = e->heap_count++;
-    for (; i && e->heap[(i - 1) / 2].order > c.order; i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = c;
-}
-
-// Merges the lowest-ranked, leftmost pair of the symbols until none is left, and moves what remains to the ids.
-static void tok_merge_symbols(tok_encoder *e) {
-    for (uint32_t i = 0; i < e->symbol_count; i++) tok_add_candidate(e, i);
-    while (e->heap_count) {
-        tok_candidate best = e->heap[0], c = e->heap[--e->heap_count];
-        size_t i = 0;
-        for (size_t child; (child = 2 * i + 1) < e->heap_count; e->heap[i] = e->heap[child], i = child) {
-            child += child + 1 < e->heap_count && e->heap[child + 1].order < e->heap[child].order;
-            if (e->heap[child].order >= c.order) break;
-        }
-        e->heap[i] = c;
-        uint32_t at = (uint32_t)best.order;
-        tok_symbol *left = &e->symbols[at], *right = left->next < e->symbol_count ? &e->symbols[left->next] : NULL;
-        const tok_merge *m = left->id >= 0 && right ? tok_merge_slot(e->t, left->id, right->id) : NULL;
-        if (!m || !m->rank || m->id != best.id) continue; // outdated: one of the two has merged since
-        left->id = best.id, left->next = right->next, right->id = -1;
-        if (left->next < e->symbol_count) e->symbols[left->next].previous = at;
-        tok_add_candidate(e, left->previous), tok_add_candidate(e, at);
-    }
-    for (size_t i = 0; i < e->symbol_count; i = e->symbols[i].next) retrofit_text_append(&e->ids, &e->symbols[i].id, sizeof(int32_t));
-    e->symbol_count = 0;
-}
-
-// Byte-pair encoding of one piece. Characters without a token become byte tokens, the unknown token, or nothing, in that order.
-static void tok_encode_piece(tok_encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    int32_t id = t->ignore_merges ? tok_find(t, s, n, true) : -1;
-    if (id >= 0) return retrofit_text_append(&e->ids, &id, sizeof id);
-    if (n > e->room) {
-        free(e->symbols), free(e->heap);
-        e->room = 2 * n; // no more symbols than bytes; each is queued once at first, and every merge queues two
-        e->symbols = (tok_symbol *)retrofit_allocate(e->room, sizeof *e->symbols);
-        e->heap = (tok_candidate *)retrofit_allocate(3 * e->room, sizeof *e->heap);
-    }
-    if (!e->symbols || !e->heap || (n >= UINT32_MAX && !retrofit_fail("4 GB in one piece: encode the text in parts"))) e->ids.failed = true;
-    bool known = false, unknown = false; // an unknown token is due before the next known one; bytes overtake it, as in Hugging Face's
-    for (size_t i = 0, k; i < n && !e->ids.failed; i += k) {
-        uint32_t c;
-        k = retrofit_utf8_next(s + i, n - i, &c);
-        if ((id = tok_find(t, s + i, k, true)) >= 0) { // where no merge can join two characters the text may be cut: the queue stays short
-            if (known && !t->meet[(unsigned char)s[i - 1]][(unsigned char)s[i]]) tok_merge_symbols(e);
-            if (unknown) tok_add_symbol(e, t->unk);
-            tok_add_symbol(e, id);
-            known = true, unknown = false;
+void retrofit_json_write_string(FILE *file, const char *text, size_t size) {
+    fputc('"', file);
+    for (size_t i = 0; i < size; i++) {
+        if ((unsigned char)text[i] < 0x20) {
+            fprintf(file, "\\u%04x", text[i]);
             continue;
         }
-        bool bytes = t->byte_fallback;
-        for (size_t j = 0; j < k; j++) bytes = bytes && t->byte_ids[(unsigned char)s[i + j]];
-        for (size_t j = 0; bytes && j < k; j++) tok_add_symbol(e, t->byte_ids[(unsigned char)s[i + j]] - 1);
-        if (!bytes && unknown && !t->fuse_unk) tok_add_symbol(e, t->unk);
-        known = false, unknown |= !bytes && t->unk >= 0;
+        if (text[i] == '"' || text[i] == '\\') fputc('\\', file);
+        fputc(text[i], file);
     }
-    if (unknown) tok_add_symbol(e, t->unk);
-    tok_merge_symbols(e);
+    fputc('"', file);
 }
 
-static void tok_replace(retrofit_text *out, const char *s, size_t n, const char *from, const char *to) {
-    const char *hit, *end = s + n;
-    for (; (hit = (const char *)memmem(s, (size_t)(end - s), from, strlen(from))); s = hit + strlen(from))
-        retrofit_text_append(out, s, (size_t)(hit - s)), retrofit_text_append(out, to, strlen(to));
-    retrofit_text_append(out, s, (size_t)(end - s));
+// ---- Tokenizer: its parts -----------------------------------------------------------------------
+// From text to ids:
+//     1  what is not UTF-8 becomes U+FFFD;
+//     2  added tokens that are spelt out in the text are taken out of it, the longest first;
+//     3  what is between them is normalized (the normalizer's steps), and those added tokens that
+//        are to be found in normalized text are taken out of that;
+//     4  the rest is cut into pieces (the pre_tokenizer's steps);
+//     5  byte-pair encoding turns each piece into ids;
+//     6  special tokens go around all ids (the post_processor's steps).
+// From ids to text: the tokens' texts are joined, after the decoder's steps.
+
+// Which code points are letters, numbers and white space, \p{L}, \p{N} and \s, in Unicode 16. A
+// string lists run lengths: how many code points from U+0000 on are outside of the class, how many
+// after them are inside, then outside again, and so on; after the last run all are outside.
+// A length is written in base 26 with digits a = 0 to z = 25, the most significant first; its last
+// digit is a capital. So \s begins with J = 9 outside, F = 5 inside (U+0009 to U+000D), S = 18
+// outside, B = 1 inside (U+0020), dW = 3·26 + 22 = 100 outside.
+// test/unicode_classes.py made the table from the Unicode data and can check it.
+// clang-format off
+static const char *const tok_class_runs[] = {
+    // \p{L}
+    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBB"
+    "bEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDBSBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJ"
+    "BDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCbEBEIBDBXBKBFD"
+    "BbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCH"
+    "DENMBRbMBBFBCbRBmVBECHBBBECbPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcP"
+    "dLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRCDbPEBGBCDBFhKcMkSCGCbMCGCI"
+    "BBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHB"
+    "HBHBHBHBHBHBHdCBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIV"
+    "QBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDbYBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqn"
+    "SMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZ"
+    "bDDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFc"
+    "NTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBcCKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBX"
+    "McBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKBBCBBbMBBZBBB"
+    "bScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScV"
+    "hRbHbFJBbLRBbXbEeIHBCBbMVBZGBCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRb"
+    "ESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpGdkUeDFNDJHKiwKdHBcTBCCBCC"
+    "CEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECB"
+    "tBHBEBCBPBhPcHcQHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclf"
+    "CbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
+    // \p{N}
+    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeY"
+    "LgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWyGbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKW"
+    "KdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbPHmSGbWKGKkSbF"
+    "gCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGK"
+    "kCXbjsZKceWUMUeEZbqRbYdnCKqGKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
+    // \s
+    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB",
+};
+// clang-format on
+
+enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_OTHER = 8 }; // each character is in one
+
+enum {
+    TOK_MAX_ID = 1 << 22,
+    TOK_MAX_PROBE = 1024,  // steps in a hash table: more are a file made to collide
+    TOK_MAX_SPECIALS = 16, // before the text, and after it
+};
+#define TOK_MARK    "▁"            // U+2581, which SentencePiece writes for a space
+#define TOK_INVALID "\xef\xbf\xbd" // U+FFFD, for what is not UTF-8
+
+// The members of tokenizer.json that hold a step, or a Sequence, which holds a list of steps.
+enum { TOK_NORMALIZER, TOK_PRE_TOKENIZER, TOK_DECODER, TOK_POST_PROCESSOR };
+static const struct {
+    const char *member, *list;
+} tok_roles[] = {
+    [TOK_NORMALIZER] = {"normalizer", "normalizers"},
+    [TOK_PRE_TOKENIZER] = {"pre_tokenizer", "pretokenizers"},
+    [TOK_DECODER] = {"decoder", "decoders"},
+    [TOK_POST_PROCESSOR] = {"post_processor", "processors"},
+};
+
+// All steps that are supported, in the only order in which a file may list them. (Their numbers are
+// part of retrofit_tokenizer_hash.)
+enum {
+    TOK_PREPEND_MARK,  // normalizer: "▁" goes in front of the text
+    TOK_MARK_SPACES,   // normalizer: each space becomes "▁"
+    TOK_SPLIT_DIGITS,  // pre_tokenizer: each digit is a piece
+    TOK_SPLIT_GPT2,    // pre_tokenizer: each match of GPT-2's pattern is a piece
+    TOK_SPLIT_QWEN2,   // pre_tokenizer: each match of Qwen 2's pattern
+    TOK_SPLIT_LLAMA3,  // pre_tokenizer: each match of Llama 3's pattern
+    TOK_BYTE_LEVEL,    // pre_tokenizer: each byte becomes a character of the byte-level alphabet
+    TOK_GPT2_BYTES,    // pre_tokenizer: TOK_SPLIT_GPT2, then TOK_BYTE_LEVEL
+    TOK_UNMARK_SPACES, // decoder: each "▁" becomes a space
+    TOK_BYTE_FALLBACK, // decoder: tokens like <0x0A> become bytes
+    TOK_FUSE,          // decoder: the tokens' texts are joined
+    TOK_STRIP_SPACE,   // decoder: a space at the beginning goes
+    TOK_UNDO_BYTES,    // decoder: characters of the byte-level alphabet become bytes
+    TOK_OFFSETS,       // post_processor: changes offsets in the text, which we don't give: no ids
+    TOK_TEMPLATE,      // post_processor: special tokens go before and after the text's ids
+    TOK_STEPS
+};
+
+// clang-format off
+// The patterns, as the files have them. They differ in how they cut contractions and digits.
+#define TOK_GPT2_PATTERN \
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define TOK_QWEN2_PATTERN  TOK_PATTERN("\\p{N}")
+#define TOK_LLAMA3_PATTERN TOK_PATTERN("\\p{N}{1,3}")
+#define TOK_PATTERN(digits) \
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define TOK_SPLIT(pattern) {"behavior", "Isolated", "invert", "false", "Regex", pattern}
+
+// How a file spells each step: its role, its type, and the settings it must have (name, value,
+// name, value, …). A step in a file is the first row that fits, below the row of the step before.
+static const struct {
+    int role;
+    const char *type, *settings[7];
+} tok_steps[TOK_STEPS] = {
+    [TOK_PREPEND_MARK]  = {TOK_NORMALIZER, "Prepend", {"prepend", TOK_MARK}},
+    [TOK_MARK_SPACES]   = {TOK_NORMALIZER, "Replace", {"String", " ", "content", TOK_MARK}},
+    [TOK_SPLIT_DIGITS]  = {TOK_PRE_TOKENIZER, "Digits", {"individual_digits", "true"}},
+    [TOK_SPLIT_GPT2]    = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_GPT2_PATTERN)},
+    [TOK_SPLIT_QWEN2]   = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_QWEN2_PATTERN)},
+    [TOK_SPLIT_LLAMA3]  = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_LLAMA3_PATTERN)},
+    [TOK_BYTE_LEVEL]    = {TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", "false",
+                                                              "use_regex", "false"}},
+    [TOK_GPT2_BYTES]    = {TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", "false"}},
+    [TOK_UNMARK_SPACES] = {TOK_DECODER, "Replace", {"String", TOK_MARK, "content", " "}},
+    [TOK_BYTE_FALLBACK] = {TOK_DECODER, "ByteFallback", {NULL}},
+    [TOK_FUSE]          = {TOK_DECODER, "Fuse", {NULL}},
+    [TOK_STRIP_SPACE]   = {TOK_DECODER, "Strip", {"content", " ", "start", "1", "stop", "0"}},
+    [TOK_UNDO_BYTES]    = {TOK_DECODER, "ByteLevel", {NULL}},
+    [TOK_OFFSETS]       = {TOK_POST_PROCESSOR, "ByteLevel", {NULL}},
+    [TOK_TEMPLATE]      = {TOK_POST_PROCESSOR, "TemplateProcessing", {NULL}},
+};
+// clang-format on
+
+typedef struct {
+    const char *text; // NULL: no token has this id
+    size_t size;      // of text
+    bool in_model;    // whether byte-pair encoding may give it: not so for most added tokens
+    bool added;       // listed in added_tokens
+    bool special;     // decoding can leave it out
+} tok_token;
+
+// An added token, found wherever its text is spelt out.
+typedef struct {
+    const char *text; // what to look for: the token's text, normalized where the text searched is
+    size_t size;
+    int32_t id;
+    int32_t key; // text's first byte, + 256 if it is to be found in normalized text
+} tok_added;
+
+// Two neighbours become one token.
+typedef struct {
+    uint64_t pair; // tok_pair of their ids
+    uint32_t rank; // place in the list of merges from 1 on, the lowest goes first; 0: a free slot
+    int32_t id;    // what they become
+} tok_merge;
+
+typedef struct {
+    int32_t ids[TOK_MAX_SPECIALS];
+    size_t count;
+} tok_specials;
+
+struct retrofit_tokenizer {
+    // The vocabulary
+    tok_token *tokens;     // by id
+    size_t size;           // of tokens: the highest id + 1
+    int32_t *by_text;      // hash table from a token's text to its id + 1; 0 is a free slot
+    size_t text_mask;      // number of its slots, a power of two, minus 1
+    tok_merge *merges;     // hash table from a pair of ids to its merge
+    size_t merge_mask;     // number of its slots minus 1
+    bool joins[256][256];  // whether a merge joins text that ends in the first byte to text that
+                           // begins with the second
+    int32_t byte_ids[256]; // id + 1 of the token that stands for a byte, as <0x0A> does; 0 if none
+    char *strings;         // the bytes of all tokens' texts
+
+    // Added tokens
+    tok_added *added;            // by key, those with the same key from the longest to the shortest
+    size_t added_begin[512 + 1]; // those with key k are added_begin[k] … added_begin[k + 1] - 1
+
+    // Settings
+    bool has[TOK_STEPS];   // which steps it has
+    int pattern;           // TOK_SPLIT_GPT2, _QWEN2 or _LLAMA3 cuts text into pieces; -1: none
+    bool byte_level;       // pieces are spelt in the byte-level alphabet
+    bool has_decoder;      // if not, decoding puts spaces between tokens
+    bool fuse_unk;         // neighbouring unknown characters become one unknown token
+    bool byte_fallback;    // unknown characters become byte tokens, where each byte has one
+    bool ignore_merges;    // a piece that is a token needs no merges
+    int32_t bos, eos, unk; // ids of beginning and end of text, of unknown characters; -1 if none
+    tok_specials before;   // what with_special adds in front of the text
+    tok_specials after;    // and behind it
+
+    // Characters
+    uint8_t *classes;           // by code point: TOK_LETTER, TOK_NUMBER, TOK_WHITE or TOK_OTHER
+    uint16_t byte_to_char[256]; // the byte-level alphabet
+    uint16_t char_to_byte[324]; // and back: byte + 1; 0: not in the alphabet
+};
+
+// ---- Tokenizer: what all its parts use ----------------------------------------------------------
+
+// The byte that a token like <0x0A> stands for, or -1.
+static int tok_fallback_byte(const tok_token *token) {
+    const char *text = token->text;
+    if (token->size != 6 || memcmp(text, "<0x", 3) || text[5] != '>') return -1;
+    if (strspn(text + 3, "0123456789ABCDEF") != 2) return -1;
+    return (int)strtol(text + 3, NULL, 16);
 }
 
-static void tok_normalize(const retrofit_tokenizer *t, retrofit_text *out, const char *s, size_t n) {
+// FNV-1a, continued over the bytes of a text.
+static uint64_t tok_hash_text(uint64_t hash, const char *text, size_t size) {
+    for (size_t i = 0; i < size; i++) hash = (hash ^ (unsigned char)text[i]) * 0x100000001b3u;
+    return hash;
+}
+
+// The slot of a token's text: its own, or the free one where it would go. NULL if not found soon.
+static int32_t *tok_text_slot(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, text, size);
+    hash ^= hash >> 29;
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        int32_t *slot = &tokenizer->by_text[(hash + probe) & tokenizer->text_mask];
+        if (!*slot) return slot;
+        const tok_token *token = &tokenizer->tokens[*slot - 1];
+        if (token->size == size && !memcmp(token->text, text, size)) return slot;
+    }
+    return NULL;
+}
+
+// The id of the token with this text, or -1.
+static int32_t tok_find(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    const int32_t *slot = tok_text_slot(tokenizer, text, size);
+    return slot ? *slot - 1 : -1;
+}
+
+// The same, only for tokens that byte-pair encoding may give.
+static int32_t tok_find_in_model(const retrofit_tokenizer *tokenizer, const char *text,
+                                 size_t size) {
+    int32_t id = tok_find(tokenizer, text, size);
+    return id >= 0 && tokenizer->tokens[id].in_model ? id : -1;
+}
+
+static uint64_t tok_pair(int32_t left, int32_t right) {
+    return (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+}
+
+// The slot of a pair: its own, or the free one where it would go. NULL if not found soon.
+static tok_merge *tok_merge_slot(const retrofit_tokenizer *tokenizer, uint64_t pair) {
+    uint64_t hash = pair * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        tok_merge *merge = &tokenizer->merges[(hash + probe) & tokenizer->merge_mask];
+        if (!merge->rank || merge->pair == pair) return merge;
+    }
+    return NULL;
+}
+
+// Appends text with one U+FFFD for each stretch that is not UTF-8.
+static void tok_append_valid(retrofit_text *out, const char *text, size_t size) {
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        if (code_point == RETROFIT_UTF8_INVALID) retrofit_text_append(out, TOK_INVALID, 3);
+        else retrofit_text_append(out, text + i, length);
+    }
+}
+
+// Appends text with `to` wherever it has `from`.
+static void tok_append_replaced(retrofit_text *out, const char *text, size_t size, const char *from,
+                                const char *to) {
+    size_t from_size = strlen(from);
+    const char *end = text + size;
+    for (;;) {
+        const char *hit = memmem(text, (size_t)(end - text), from, from_size);
+        if (!hit) break;
+        retrofit_text_append(out, text, (size_t)(hit - text));
+        retrofit_text_append(out, to, strlen(to));
+        text = hit + from_size;
+    }
+    retrofit_text_append(out, text, (size_t)(end - text));
+}
+
+// The normalizer: text, normalized, replaces what out holds.
+static void tok_normalize(const retrofit_tokenizer *tokenizer, retrofit_text *out, const char *text,
+                          size_t size) {
     out->size = 0;
-    if (t->has[TOK_PREPEND]) retrofit_text_append(out, TOK_MARK, 3);
-    tok_replace(out, s, n, " ", t->has[TOK_REPLACE] ? TOK_MARK : " ");
+    if (tokenizer->has[TOK_PREPEND_MARK]) retrofit_text_append(out, TOK_MARK, strlen(TOK_MARK));
+    if (tokenizer->has[TOK_MARK_SPACES]) tok_append_replaced(out, text, size, " ", TOK_MARK);
+    else retrofit_text_append(out, text, size);
 }
 
-// Cuts normalized text into pieces and encodes them.
-static void tok_encode_pieces(tok_encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    for (size_t i = 0, end = 0, k; i < n; i += k) { // end: of the digit, or of what is before the next digit
+// ---- Tokenizer: the patterns that cut text into pieces ------------------------------------------
+
+// The size of the characters at the beginning of text, of at most `most`, that are in the classes.
+static size_t tok_run(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                      int classes, size_t most) {
+    size_t end = 0;
+    for (size_t i = 0; i < most && end < size; i++) {
+        uint32_t code_point;
+        size_t length = retrofit_utf8_next(text + end, size - end, &code_point);
+        if (!(tokenizer->classes[code_point] & classes)) break;
+        end += length;
+    }
+    return end;
+}
+
+// Each tok_match function returns the length of the match at the beginning of text, or 0.
+// 's|'t|'re|'ve|'m|'ll|'d, or with any_case (?i:…), where the long s (U+017F) is an s too.
+static size_t tok_match_contraction(const char *text, size_t size, bool any_case) {
+    if (size < 2 || text[0] != '\'') return 0;
+    if (any_case && size > 2 && !memcmp(text + 1, "ſ", 2)) return 3;
+    int lower = any_case ? 'a' - 'A' : 0; // the bit that capital letters lack
+    int first = text[1] | lower;
+    int second = size > 2 ? text[2] | lower : 0;
+    if (first == 's' || first == 't' || first == 'm' || first == 'd') return 2;
+    if ((first == 'r' || first == 'v') && second == 'e') return 3;
+    return first == 'l' && second == 'l' ? 3 : 0;
+}
+
+// \s+(?!\S)|\s+ where text begins with `white` > 0 bytes of white space. Before anything else the
+// last character of white space is left for the next match, unless it is the only one.
+static size_t tok_match_white(const char *text, size_t size, size_t white) {
+    if (white == size) return white;
+    size_t last = white - 1;
+    while (((unsigned char)text[last] & 0xc0) == 0x80) last--;
+    return last ? last : white;
+}
+
+// The alternatives of GPT-2's pattern, one by one; size > 0. Every character is in one of them.
+static size_t tok_match_gpt2(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    // 's|'t|'re|'ve|'m|'ll|'d
+    size_t length = tok_match_contraction(text, size, false);
+    if (length) return length;
+    //  ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+
+    static const int classes[] = {TOK_LETTER, TOK_NUMBER, TOK_OTHER};
+    size_t space = text[0] == ' ';
+    for (int i = 0; i < 3; i++) {
+        length = tok_run(tokenizer, text + space, size - space, classes[i], SIZE_MAX);
+        if (length) return space + length;
+    }
+    // \s+(?!\S)|\s+
+    return tok_match_white(text, size, tok_run(tokenizer, text, size, TOK_WHITE, SIZE_MAX));
+}
+
+static bool is_line_break(int32_t c) { return c == '\r' || c == '\n'; }
+
+// The alternatives of Llama 3's pattern, with at most 3 digits, and of Qwen 2's, with 1.
+static size_t tok_match_llama3(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                               size_t most_digits) {
+    // (?i:'s|'t|'re|'ve|'m|'ll|'d)
+    size_t length = tok_match_contraction(text, size, true);
+    if (length) return length;
+    // [^\r\n\p{L}\p{N}]?\p{L}+
+    uint32_t first;
+    size_t skip = retrofit_utf8_next(text, size, &first);
+    bool is_word = tokenizer->classes[first] & (TOK_LETTER | TOK_NUMBER);
+    if (is_word || is_line_break((int32_t)first)) skip = 0;
+    length = tok_run(tokenizer, text + skip, size - skip, TOK_LETTER, SIZE_MAX);
+    if (length) return skip + length;
+    // \p{N}{1,most_digits}
+    length = tok_run(tokenizer, text, size, TOK_NUMBER, most_digits);
+    if (length) return length;
+    //  ?[^\s\p{L}\p{N}]+[\r\n]*
+    size_t space = first == ' ';
+    length = tok_run(tokenizer, text + space, size - space, TOK_OTHER, SIZE_MAX);
+    if (length) {
+        length += space;
+        while (length < size && is_line_break(text[length])) length++;
+        return length;
+    }
+    // \s*[\r\n]+, which is white space up to its last line break
+    size_t white = tok_run(tokenizer, text, size, TOK_WHITE, SIZE_MAX);
+    for (length = white; length > 0; length--)
+        if (is_line_break(text[length - 1])) return length;
+    // \s+(?!\S)|\s+
+    return tok_match_white(text, size, white);
+}
+
+// The length of the piece at the beginning of text.
+static size_t tok_match(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    switch (tokenizer->pattern) {
+    case TOK_SPLIT_GPT2: return tok_match_gpt2(tokenizer, text, size);
+    case TOK_SPLIT_QWEN2: return tok_match_llama3(tokenizer, text, size, 1);
+    case TOK_SPLIT_LLAMA3: return tok_match_llama3(tokenizer, text, size, 3);
+    default: return size;
+    }
+}
+
+// ---- Tokenizer: byte-pair encoding --------------------------------------------------------------
+// A piece begins as a row of symbols, one for each character. As long as any two neighbours have a
+// merge, the pair whose merge has the lowest rank is merged, of equal ones the leftmost. A queue, a
+// binary heap in this order, holds the pairs that may be merged: n symbols take O(n·log n) steps.
+
+// The symbols are a linked list in an array. The first has previous UINT32_MAX, the last has next
+// symbol_count.
+typedef struct {
+    int32_t id; // -1: it has been merged into the one before it
+    uint32_t previous, next;
+} tok_symbol;
+
+// A merge of the symbol at `position` with the next one.
+typedef struct {
+    uint64_t order; // rank << 32 | position: the heap's lowest comes first
+    int32_t id;     // what they become
+} tok_candidate;
+
+typedef struct {
+    const retrofit_tokenizer *tokenizer;
+    retrofit_text valid;      // the text, U+FFFD for what is not UTF-8
+    retrofit_text normalized; // what is between two added tokens
+    retrofit_text piece;      // a piece in the byte-level alphabet
+    retrofit_text ids;        // the result: its bytes are int32_t
+    tok_symbol *symbols;
+    uint32_t symbol_count;
+    tok_candidate *heap;
+    size_t heap_count;
+    size_t capacity; // symbols and heap have room for a piece of so many bytes
+} tok_encoder;
+
+static void tok_append_id(tok_encoder *encoder, int32_t id) {
+    retrofit_text_append(&encoder->ids, &id, sizeof id);
+}
+
+static void tok_add_symbol(tok_encoder *encoder, int32_t id) {
+    uint32_t at = encoder->symbol_count++;
+    encoder->symbols[at] = (tok_symbol){id, at - 1, at + 1};
+}
+
+// The merge of the symbol at `at` with the next one, or NULL.
+static const tok_merge *tok_merge_at(const tok_encoder *encoder, uint32_t at) {
+    const tok_symbol *left = &encoder->symbols[at];
+    if (left->id < 0 || left->next >= encoder->symbol_count) return NULL;
+    uint64_t pair = tok_pair(left->id, encoder->symbols[left->next].id);
+    const tok_merge *merge = tok_merge_slot(encoder->tokenizer, pair);
+    return merge && merge->rank ? merge : NULL;
+}
+
+// Puts the merge of the symbol at `at` with the next one into the queue, if there is one.
+static void tok_push_candidate(tok_encoder *encoder, uint32_t at) {
+    const tok_merge *merge = tok_merge_at(encoder, at);
+    if (!merge) return;
+    tok_candidate *heap = encoder->heap;
+    tok_candidate candidate = {(uint64_t)merge->rank << 32 | at, merge->id};
+    size_t i = encoder->heap_count++;
+    while (i > 0 && heap[(i - 1) / 2].order > candidate.order) {
+        heap[i] = heap[(i - 1) / 2];
+        i = (i - 1) / 2;
+    }
+    heap[i] = candidate;
+}
+
+// Takes the first candidate out of the queue, which is not empty.
+static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
+    tok_candidate *heap = encoder->heap;
+    tok_candidate first = heap[0];
+    size_t count = --encoder->heap_count;
+    tok_candidate last = heap[count]; // goes where the heap has room for it
+    size_t i = 0;
+    for (;;) {
+        size_t child = 2 * i + 1;
+        if (child >= count) break;
+        if (child + 1 < count && heap[child + 1].order < heap[child].order) child++;
+        if (heap[child].order >= last.order) break;
+        heap[i] = heap[child];
+        i = child;
+    }
+    heap[i] = last;
+    return first;
+}
+
+// Does all merges of the symbols and moves what remains to the ids.
+static void tok_merge_symbols(tok_encoder *encoder) {
+    tok_symbol *symbols = encoder->symbols;
+    uint32_t count = encoder->symbol_count;
+    for (uint32_t i = 0; i < count; i++) tok_push_candidate(encoder, i);
+    while (encoder->heap_count) {
+        tok_candidate best = tok_pop_candidate(encoder);
+        uint32_t at = (uint32_t)best.order;
+        const tok_merge *merge = tok_merge_at(encoder, at);
+        if (!merge || merge->id != best.id) continue; // outdated: one of the two has changed since
+
+        tok_symbol *left = &symbols[at], *right = &symbols[left->next];
+        left->id = best.id;
+        left->next = right->next;
+        right->id = -1;
+        if (left->next < count) symbols[left->next].previous = at;
+        if (left->previous != UINT32_MAX) tok_push_candidate(encoder, left->previous);
+        tok_push_candidate(encoder, at);
+    }
+    for (uint32_t i = 0; i < count; i = symbols[i].next) tok_append_id(encoder, symbols[i].id);
+    encoder->symbol_count = 0;
+}
+
+// Makes room for a piece of `size` bytes. It has no more symbols than bytes; each is queued once at
+// first, and each merge, of which there are fewer than symbols, queues two more. false or error.
+static bool tok_reserve(tok_encoder *encoder, size_t size) {
+    if (size > encoder->capacity) {
+        free(encoder->symbols);
+        free(encoder->heap);
+        encoder->capacity = 2 * size;
+        encoder->symbols = retrofit_allocate(encoder->capacity, sizeof *encoder->symbols);
+        encoder->heap = retrofit_allocate(3 * encoder->capacity, sizeof *encoder->heap);
+    }
+    if (!encoder->symbols || !encoder->heap) return false;
+    if (size < UINT32_MAX) return true;
+    return retrofit_fail("4 GB in one piece: encode the text in parts");
+}
+
+// Byte fallback: adds the byte tokens of a character, if there is one for each of its bytes.
+static bool tok_add_bytes(tok_encoder *encoder, const char *character, size_t length) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    if (!tokenizer->byte_fallback) return false;
+    for (size_t i = 0; i < length; i++)
+        if (!tokenizer->byte_ids[(unsigned char)character[i]]) return false;
+    for (size_t i = 0; i < length; i++)
+        tok_add_symbol(encoder, tokenizer->byte_ids[(unsigned char)character[i]] - 1);
+    return true;
+}
+
+// Byte-pair encoding of one piece. A character without a token becomes byte tokens, or else the
+// unknown token, or else nothing. An unknown token waits for the next character that is no byte
+// token, or the end: so byte tokens overtake it, as in Hugging Face's tokenizers.
+// Where no merge joins text that ends in the byte before to text that begins with this byte, no
+// merge can ever reach over this place. So what is before it is merged at once: the queue stays
+// short.
+static void tok_encode_piece(tok_encoder *encoder, const char *text, size_t size) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    if (tokenizer->ignore_merges) {
+        int32_t whole = tok_find_in_model(tokenizer, text, size);
+        if (whole >= 0) {
+            tok_append_id(encoder, whole);
+            return;
+        }
+    }
+    if (!tok_reserve(encoder, size)) {
+        encoder->ids.failed = true;
+        return;
+    }
+    bool known = false;   // the character before this one has a token
+    bool unknown = false; // an unknown token is still to be added
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        int32_t id = tok_find_in_model(tokenizer, text + i, length);
+        if (id >= 0) {
+            const bool *joins = known ? tokenizer->joins[(unsigned char)text[i - 1]] : NULL;
+            if (joins && !joins[(unsigned char)text[i]]) tok_merge_symbols(encoder);
+            if (unknown) tok_add_symbol(encoder, tokenizer->unk);
+            tok_add_symbol(encoder, id);
+            unknown = false;
+        } else if (!tok_add_bytes(encoder, text + i, length)) {
+            if (unknown && !tokenizer->fuse_unk) tok_add_symbol(encoder, tokenizer->unk);
+            unknown = tokenizer->unk >= 0;
+        }
+        known = id >= 0;
+    }
+    if (unknown) tok_add_symbol(encoder, tokenizer->unk);
+    tok_merge_symbols(encoder);
+}
+
+// ---- Tokenizer: from text to ids ----------------------------------------------------------------
+
+// Encodes a piece spelt in the byte-level alphabet.
+static void tok_encode_bytes(tok_encoder *encoder, const char *text, size_t size) {
+    encoder->piece.size = 0;
+    for (size_t i = 0; i < size; i++) {
+        char character[4];
+        uint32_t code_point = encoder->tokenizer->byte_to_char[(unsigned char)text[i]];
+        retrofit_text_append(&encoder->piece, character, utf8_put(code_point, character));
+    }
+    tok_encode_piece(encoder, encoder->piece.bytes, encoder->piece.size);
+}
+
+// Cuts normalized text into pieces and encodes them. With the Digits step each digit, and each
+// stretch between digits, is cut on its own.
+static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    size_t end = tokenizer->has[TOK_SPLIT_DIGITS] ? 0 : size; // of the digit, or of the stretch
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        if (i == end) end += tok_run(tokenizer, text + i, size - i, ~TOK_NUMBER, SIZE_MAX);
+        if (i == end) end += tok_run(tokenizer, text + i, size - i, TOK_NUMBER, 1);
+        length = tok_match(tokenizer, text + i, end - i);
+        if (tokenizer->byte_level) tok_encode_bytes(encoder, text + i, length);
+        else tok_encode_piece(encoder, text + i, length);
+    }
+}
+
+// The first added token in the text, of several at one place the longest, and the size of the text
+// before it; NULL and the whole size if there is none.
+static const tok_added *tok_find_added(const retrofit_tokenizer *tokenizer, const char *text,
+                                       size_t size, bool normalized, size_t *before) {
+    for (size_t i = 0; i < size; i++) {
+        const size_t *begin = &tokenizer->added_begin[(unsigned char)text[i] + 256 * normalized];
+        for (size_t j = begin[0]; j < begin[1]; j++) {
+            const tok_added *added = &tokenizer->added[j];
+            if (added->size > size - i || memcmp(added->text, text + i, added->size)) continue;
+            *before = i;
+            return added;
+        }
+    }
+    *before = size;
+    return NULL;
+}
+
+// Takes added tokens out of text and encodes what is between them: text as given is normalized and
+// searched again; normalized text is cut into pieces.
+static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    while (size > 0) {
+        size_t before;
+        const tok_added *added = tok_find_added(tokenizer, text, size, normalized, &before);
+        if (normalized) {
+            tok_encode_pieces(encoder, text, before);
+        } else if (before > 0) {
+            retrofit_text *out = &encoder->normalized;
+            tok_normalize(tokenizer, out, text, before);
+            tok_encode_text(encoder, out->bytes, out->size, true);
+        }
+        if (!added) return;
+        tok_append_id(encoder, added->id);
+        text += before + added->size;
+        size -= before + added->size;
+    }
+}
+
+int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                         bool with_special, size_t *count) {
+    tok_encoder encoder = {.tokenizer = tokenizer};
+    tok_append_valid(&encoder.valid, text, size);
+    size_t before = with_special ? tokenizer->before.count : 0;
+    size_t after = with_special ? tokenizer->after.count : 0;
+    retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
+    tok_encode_text(&encoder, encoder.valid.bytes, encoder.valid.size, false);
+    retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
+
+    bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.piece.failed;
+    free(encoder.valid.bytes);
+    free(encoder.normalized.bytes);
+    free(encoder.piece.bytes);
+    free(encoder.symbols);
+    free(encoder.heap);
+    if (failed || encoder.ids.failed) {
+        free(encoder.ids.bytes);
+        return NULL;
+    }
+    *count = encoder.ids.size / sizeof(int32_t);
+    return (int32_t *)(void *)encoder.ids.bytes;
+}
+
+// ---- Tokenizer: from ids to text ----------------------------------------------------------------
+
+// Appends the bytes that byte tokens stand for, a run of them, and empties the run. If they are not
+// UTF-8, each byte becomes U+FFFD.
+static void tok_flush_bytes(retrofit_text *out, retrofit_text *run) {
+    bool valid = true;
+    size_t length;
+    for (size_t i = 0; valid && i < run->size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(run->bytes + i, run->size - i, &code_point);
+        valid = code_point != RETROFIT_UTF8_INVALID;
+    }
+    if (valid) retrofit_text_append(out, run->bytes, run->size);
+    else
+        for (size_t i = 0; i < run->size; i++) retrofit_text_append(out, TOK_INVALID, 3);
+    run->size = 0;
+}
+
+// Appends the bytes that a token's characters stand for in the byte-level alphabet; if one of them
+// is not in it, as in added tokens, the token's text as it is.
+static void tok_undo_bytes(const retrofit_tokenizer *tokenizer, retrofit_text *out,
+                           const tok_token *token) {
+    size_t size_before = out->size, length;
+    for (size_t i = 0; i < token->size; i += length) {
         uint32_t c;
-        if (i == end) end = t->has[TOK_DIGITS] ? i + tok_run(t, s + i, n - i, TOK_NUMBER, true) : n;
-        if (i == end) end += retrofit_utf8_next(s + i, n - i, &c);
-        k = t->split ? tok_split(t, s + i, end - i, t->digits) : end - i;
-        char text[4];
-        e->piece.size = 0;
-        for (size_t j = 0; t->bytes && j < k; j++) retrofit_text_append(&e->piece, text, utf8_put(t->chars[(unsigned char)s[i + j]], text));
-        tok_encode_piece(e, t->bytes ? e->piece.bytes : s + i, t->bytes ? e->piece.size : k);
-    }
-}
-
-// Finds added tokens, the longest first, in text as it is given, and then others in what is between those, normalized.
-static void tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized) {
-    for (size_t i = 0, done = 0; i < n; done = i) {
-        const tok_added *a = NULL, *end = NULL;
-        for (; i < n; i++) {
-            const size_t *first = &e->t->first[(unsigned char)s[i] + (normalized ? 256 : 0)];
-            for (a = e->t->added + first[0], end = e->t->added + first[1]; a < end && (a->size > n - i || memcmp(a->text, s + i, a->size));)
-                a++;
-            if (a < end) break;
+        length = retrofit_utf8_next(token->text + i, token->size - i, &c);
+        if (c >= 324 || !tokenizer->char_to_byte[c]) {
+            out->size = size_before;
+            retrofit_text_append(out, token->text, token->size);
+            return;
         }
-        if (i > done && normalized) tok_encode_pieces(e, s + done, i - done);
-        else if (i > done) tok_normalize(e->t, &e->normal, s + done, i - done), tok_encode_text(e, e->normal.bytes, e->normal.size, true);
-        if (i < n) retrofit_text_append(&e->ids, &a->id, sizeof a->id), i += a->size;
+        char byte = (char)(tokenizer->char_to_byte[c] - 1);
+        retrofit_text_append(out, &byte, 1);
     }
 }
 
-int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count) {
-    tok_encoder e = {t, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, NULL, NULL, 0, 0, 0};
-    tok_put_valid(&e.text, text, size, false);
-    retrofit_text_append(&e.ids, t->before, with_special ? t->before_count * sizeof *t->before : 0);
-    tok_encode_text(&e, e.text.bytes, e.text.size, false);
-    retrofit_text_append(&e.ids, t->after, with_special ? t->after_count * sizeof *t->after : 0);
-    bool ok = !e.text.failed && !e.normal.failed && !e.piece.failed && !e.ids.failed;
-    free(e.text.bytes), free(e.normal.bytes), free(e.piece.bytes), free(e.symbols), free(e.heap);
-    if (ok) return *count = e.ids.size / sizeof(int32_t), (int32_t *)(void *)e.ids.bytes;
-    return free(e.ids.bytes), (int32_t *)NULL;
-}
-
-char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size) {
-    retrofit_text out = {NULL, 0, 0, false}, run = out; // run: bytes, which need not be characters yet
-    bool ok = true, join = false;
-    for (size_t i = 0; ok && i < count; i++) {
-        const tok_token *k = ids[i] >= 0 && (size_t)ids[i] < t->size ? &t->tokens[ids[i]] : NULL;
-        if (!k || !k->text) ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu", (int)ids[i], i, count, t->size - 1);
-        if (!ok || (skip_special && k->special)) continue;
-        int byte = t->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(k) : -1;
+// Appends a token's text. Bytes wait in `run` until all are there, since one token may hold only a
+// part of a character.
+static void tok_decode_token(const retrofit_tokenizer *tokenizer, const tok_token *token,
+                             retrofit_text *out, retrofit_text *run) {
+    if (tokenizer->has[TOK_UNDO_BYTES]) {
+        tok_undo_bytes(tokenizer, run, token);
+        return;
+    }
+    int byte = tokenizer->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(token) : -1;
+    if (byte >= 0) {
         char character = (char)byte;
-        if (byte >= 0) retrofit_text_append(&run, &character, 1);
-        else if (t->has[TOK_UNBYTES]) {
-            size_t start = run.size, n = 0;
-            for (uint32_t c; n < k->size && (n += retrofit_utf8_next(k->text + n, k->size - n, &c), byte = c < 324 ? t->bytes_of[c] - 1 : -1) >= 0;)
-                character = (char)byte, retrofit_text_append(&run, &character, 1);
-            if (byte < 0) run.size = start, retrofit_text_append(&run, k->text, k->size); // not of the byte-level alphabet, an added token: as it is
-        } else {
-            tok_put_valid(&out, run.bytes, run.size, true), run.size = 0, retrofit_text_append(&out, " ", join);
-            tok_replace(&out, k->text, k->size, TOK_MARK, t->has[TOK_UNREPLACE] ? " " : TOK_MARK);
-        }
-        join = !t->decodes;
+        retrofit_text_append(run, &character, 1);
+        return;
     }
-    tok_put_valid(&out, run.bytes, run.size, !t->has[TOK_UNBYTES]);
-    size_t strip = t->has[TOK_STRIP] && out.size && out.bytes[0] == ' ';
-    retrofit_text_append(&out, "", 1), free(run.bytes);
-    if (!ok || out.failed || run.failed) return free(out.bytes), (char *)NULL;
-    *size = out.size - strip - 1;
-    return (char *)memmove(out.bytes, out.bytes + strip, *size + 1);
+    tok_flush_bytes(out, run);
+    if (tokenizer->has[TOK_UNMARK_SPACES])
+        tok_append_replaced(out, token->text, token->size, TOK_MARK, " ");
+    else retrofit_text_append(out, token->text, token->size);
 }
 
-char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size) {
+    retrofit_text out = {0}, run = {0};
+    bool ok = true, first = true;
+    for (size_t i = 0; ok && i < count; i++) {
+        bool in_range = ids[i] >= 0 && (size_t)ids[i] < tokenizer->size;
+        const tok_token *token = in_range ? &tokenizer->tokens[ids[i]] : NULL;
+        if (!token || !token->text) {
+            ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu",
+                               (int)ids[i], i, count, tokenizer->size - 1);
+        } else if (!skip_special || !token->special) {
+            if (!first && !tokenizer->has_decoder) retrofit_text_append(&out, " ", 1);
+            tok_decode_token(tokenizer, token, &out, &run);
+            first = false;
+        }
+    }
+    if (tokenizer->has[TOK_UNDO_BYTES]) tok_append_valid(&out, run.bytes, run.size);
+    else tok_flush_bytes(&out, &run);
+    retrofit_text_append(&out, "", 1);
+    free(run.bytes);
+    if (!ok || out.failed || run.failed) {
+        free(out.bytes);
+        return NULL;
+    }
+    bool strip = tokenizer->has[TOK_STRIP_SPACE] && out.bytes[0] == ' ';
+    *size = out.size - strip - 1;
+    return memmove(out.bytes, out.bytes + strip, *size + 1);
+}
+
+// Whether tokens to come may change the end of this text of `count` tokens: U+FFFD may yet become a
+// character, and what a run of byte tokens stands for is known only when it is over.
+static bool tok_may_change(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                           bool skip_special, const char *text, size_t size) {
+    if (size >= 3 && !memcmp(text + size - 3, TOK_INVALID, 3)) return true;
+    if (!count || !tokenizer->has[TOK_BYTE_FALLBACK]) return false;
+    size_t last = count - 1;
+    while (last > 0 && skip_special && tokenizer->tokens[ids[last]].special) last--;
+    return tok_fallback_byte(&tokenizer->tokens[ids[last]]) >= 0;
+}
+
+// Decodes the tokens of the last text that was given out together with the new ones, and gives out
+// what is new. The former keep the new text from losing its leading space; so they stay in the
+// window until there is new text to do that for the next.
+char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                           const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size) {
-    if (s->from > s->done || s->done > count)
-        return retrofit_fail("a stream at token %zu cannot go on with %zu tokens: zero it to start again", s->done, count), (char *)NULL;
-    size_t old_size = 0, end = count - s->from;
-    if (count) ids += s->from;
-    char *text = retrofit_decode(t, ids, end, skip_special, size);
-    char *old = text ? retrofit_decode(t, ids, s->done - s->from, skip_special, &old_size) : NULL;
-    bool ok = old && old_size <= *size && !memcmp(text, old, old_size);
-    if (old && !ok) retrofit_fail("tokens %zu to %zu change text already given out: decode them together", s->done, count);
-    if (free(old), !ok) return free(text), (char *)NULL;
-    // U+FFFD may yet become a character, and what a run of byte tokens stands for is known only when it is over.
-    while (end > 1 && skip_special && t->tokens[ids[end - 1]].special) end--;
-    bool wait = (*size >= 3 && !memcmp(text + *size - 3, "\xef\xbf\xbd", 3)) ||
-                (end && t->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(&t->tokens[ids[end - 1]]) >= 0);
-    *size = wait && !last ? 0 : *size - old_size;
-    memmove(text, text + old_size, *size), text[*size] = 0;
-    if (*size) s->from = s->done, s->done = count; // else keep a window that yields text: only its first space may go
+    if (stream->begin > stream->end || stream->end > count)
+        return fail_null(
+            "a stream at token %zu cannot go on with %zu tokens: zero it to start again",
+            stream->end, count);
+    if (count) ids += stream->begin;
+    size_t window = count - stream->begin, old_window = stream->end - stream->begin;
+    char *text = retrofit_decode(tokenizer, ids, window, skip_special, size);
+    if (!text) return NULL;
+
+    size_t old_size = 0;
+    char *old = retrofit_decode(tokenizer, ids, old_window, skip_special, &old_size);
+    bool same = old && old_size <= *size && !memcmp(text, old, old_size);
+    if (old && !same)
+        retrofit_fail("tokens %zu to %zu change text already given out: decode them together",
+                      stream->end, count);
+    free(old);
+    if (!same) {
+        free(text);
+        return NULL;
+    }
+    bool wait = !last && tok_may_change(tokenizer, ids, window, skip_special, text, *size);
+    *size = wait ? 0 : *size - old_size;
+    memmove(text, text + old_size, *size);
+    text[*size] = 0;
+    if (*size) {
+        stream->begin = stream->end;
+        stream->end = count;
+    }
     return text;
 }
 
-bool retrofit_decode_context(const retrofit_tokenizer *t, const int32_t *ids, size_t count, int32_t *id) {
-    for (size_t i = count; !t->has[TOK_UNBYTES] && i-- > 0;) {
-        const tok_token *before = &t->tokens[ids[i]];
+bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                             int32_t *id) {
+    if (tokenizer->has[TOK_UNDO_BYTES]) return false;
+    for (size_t i = count; i > 0; i--) {
+        const tok_token *before = &tokenizer->tokens[ids[i - 1]];
         if (before->special || tok_fallback_byte(before) >= 0) continue;
-        *id = ids[i];
+        *id = ids[i - 1];
         return true;
     }
     return false;
 }
 
-int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t) { return t->bos; }
-int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t) { return t->eos; }
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find(t, token, strlen(token), false); }
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
+// ---- Tokenizer: what a caller may ask -----------------------------------------------------------
 
-uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t) {
-    uint64_t h = t->size, sum = 0;
-    for (size_t id = 0; id < t->size; id++) {
-        for (size_t i = 0; i < t->tokens[id].size; i++) h = (h ^ (unsigned char)t->tokens[id].text[i]) * 0x100000001b3;
-        h = retrofit_hash(h, 2 * id + t->tokens[id].model);
+int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer) { return tokenizer->bos; }
+int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer) { return tokenizer->eos; }
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer) { return tokenizer->size; }
+
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *token) {
+    return tok_find(tokenizer, token, strlen(token));
+}
+
+// Token shards hold this number: what it is made of, and in which order, cannot change. Merges and
+// added tokens enter as a sum, since their order in memory means nothing.
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
+    uint64_t hash = tokenizer->size, sum = 0;
+    for (size_t id = 0; id < tokenizer->size; id++) {
+        const tok_token *token = &tokenizer->tokens[id];
+        hash = tok_hash_text(hash, token->text, token->size);
+        hash = retrofit_hash(hash, 2 * id + token->in_model);
     }
-    for (size_t i = 0; i <= t->merge_mask; i++) // in the order of the table, hence a sum
-        if (t->merges[i].rank) sum += retrofit_hash(t->merges[i].pair, t->merges[i].rank);
-    for (size_t i = 0; i < t->first[512]; i++) sum += retrofit_hash(~(uint64_t)t->added[i].id, (uint64_t)t->added[i].key);
-    for (size_t i = 0; i < TOK_STEPS; i++) h = retrofit_hash(h, t->has[i]);
-    h = retrofit_hash(h, (uint64_t)(t->fuse_unk + 2 * t->byte_fallback + 4 * t->ignore_merges)),
-    h = retrofit_hash(retrofit_hash(h, (uint64_t)t->unk), (uint64_t)t->eos);
-    for (size_t i = 0; i < t->before_count; i++) h = retrofit_hash(h, (uint64_t)t->before[i]);
-    for (size_t i = 0; i < t->after_count; i++) h = retrofit_hash(h, ~(uint64_t)t->after[i]);
-    return h + sum ? h + sum : 1;
+    for (size_t i = 0; i <= tokenizer->merge_mask; i++) {
+        const tok_merge *merge = &tokenizer->merges[i];
+        if (merge->rank) sum += retrofit_hash(merge->pair, merge->rank);
+    }
+    for (size_t i = 0; i < tokenizer->added_begin[512]; i++) {
+        const tok_added *added = &tokenizer->added[i];
+        sum += retrofit_hash(~(uint64_t)added->id, (uint64_t)added->key);
+    }
+    for (size_t i = 0; i < TOK_STEPS; i++) hash = retrofit_hash(hash, tokenizer->has[i]);
+    int flags = tokenizer->fuse_unk + 2 * tokenizer->byte_fallback + 4 * tokenizer->ignore_merges;
+    hash = retrofit_hash(hash, (uint64_t)flags);
+    hash = retrofit_hash(hash, (uint64_t)tokenizer->unk);
+    hash = retrofit_hash(hash, (uint64_t)tokenizer->eos);
+    for (size_t i = 0; i < tokenizer->before.count; i++)
+        hash = retrofit_hash(hash, (uint64_t)tokenizer->before.ids[i]);
+    for (size_t i = 0; i < tokenizer->after.count; i++)
+        hash = retrofit_hash(hash, ~(uint64_t)tokenizer->after.ids[i]);
+    hash += sum;
+    return hash ? hash : 1;
 }
 
-static void tok_refuse(retrofit_tokenizer *t, const char *what, const char *name) {
-    char line[200]; // names come from the file: no control character of theirs may break the line
+// ---- Tokenizer: loading -------------------------------------------------------------------------
+
+// The functions below report an error by `failed` and go on with harmless values; only the first
+// error counts. Callers stop where it suits them.
+typedef struct {
+    retrofit_tokenizer *tokenizer;
+    char path[RETROFIT_PATH]; // of the file being read
+    bool failed;              // an error has been reported
+    int last_step;            // the step loaded before; -1 at first
+    size_t strings_size;      // bytes of tokenizer->strings in use
+} tok_loader;
+
+// An error, unless there was one before: the file, what is wrong, and in quotes with what.
+static void tok_refuse(tok_loader *loader, const char *what, const char *name) {
+    if (loader->failed) return;
+    char line[200];
     snprintf(line, sizeof line, "%s", name);
-    for (char *c = line; *c; c++) *c = (unsigned char)*c < 32 || *c == 127 ? '?' : *c;
-    if (!t->bad) t->bad = !retrofit_fail("%s: %s \"%s\"", t->where, what, line);
+    // Names come from the file: the error has one line, whatever they hold.
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    loader->failed = true;
+    retrofit_fail("%s: %s \"%s\"", loader->path, what, line);
 }
 
-static const retrofit_json tok_none = {RETROFIT_JSON_ARRAY, 0, 0, 0, "", "", 0, NULL, NULL};
-static const retrofit_json *tok_present(const retrofit_json *object, const char *key) { // null is as good as absent
-    const retrofit_json *v = retrofit_json_get(object, key);
-    return v && v->type == RETROFIT_JSON_NULL ? NULL : v;
+static const retrofit_json tok_nothing = {.type = RETROFIT_JSON_ARRAY, .string = "", .key = ""};
+
+// The member of this name; NULL if it is absent, or null, which means the same.
+static const retrofit_json *tok_present(const retrofit_json *object, const char *key) {
+    const retrofit_json *value = retrofit_json_get(object, key);
+    return value && value->type == RETROFIT_JSON_NULL ? NULL : value;
 }
 
-static const retrofit_json *tok_get(retrofit_tokenizer *t, const retrofit_json *object, const char *key, retrofit_json_type type) {
-    const retrofit_json *v = retrofit_json_get(object, key);
-    if (v && v->type == type) return v;
-    return tok_refuse(t, "missing, or of the wrong type:", key), &tok_none;
+// The member of this name and type. If there is none, an error, and a value without children.
+static const retrofit_json *tok_get(tok_loader *loader, const retrofit_json *object,
+                                    const char *key, retrofit_json_type type) {
+    const retrofit_json *value = retrofit_json_get(object, key);
+    if (value && value->type == type) return value;
+    tok_refuse(loader, "missing, or of the wrong type:", key);
+    return &tok_nothing;
 }
 
-static bool tok_flag(retrofit_tokenizer *t, const retrofit_json *object, const char *key, bool otherwise) {
-    return tok_present(object, key) ? tok_get(t, object, key, RETROFIT_JSON_BOOL)->number != 0 : otherwise;
+static bool tok_flag(tok_loader *loader, const retrofit_json *object, const char *key,
+                     bool otherwise) {
+    if (!tok_present(object, key)) return otherwise;
+    return tok_get(loader, object, key, RETROFIT_JSON_BOOL)->number != 0;
 }
 
-static int32_t tok_get_id(retrofit_tokenizer *t, const retrofit_json *v) {
-    bool good = v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < TOK_MAX_ID && v->number == floor(v->number);
-    if (!good) tok_refuse(t, "not a token id from 0 to 4194303:", v->string ? v->string : "");
-    return good ? (int32_t)v->number : 0;
+static int32_t tok_read_id(tok_loader *loader, const retrofit_json *value) {
+    size_t id;
+    if (retrofit_json_size(value, &id) && id < TOK_MAX_ID) return (int32_t)id;
+    tok_refuse(loader, "not a token id from 0 to 4194303:", value->string ? value->string : "");
+    return 0;
 }
 
-static const char *tok_keep(retrofit_tokenizer *t, const char *s, size_t n) {
-    char *copy = (char *)memcpy(t->strings + t->strings_used, s, n);
-    t->strings_used += n + 1;
+// Whether a setting of a step has this value. It may also be a setting of the step's pattern.
+static bool tok_setting_is(const retrofit_json *step, const char *key, const char *value) {
+    const retrofit_json *found = retrofit_json_get(step, key);
+    if (!found) found = retrofit_json_get(retrofit_json_get(step, "pattern"), key);
+    if (!found) return false;
+    if (found->type == RETROFIT_JSON_BOOL) return !strcmp(value, found->number ? "true" : "false");
+    return found->string && !strcmp(value, found->string);
+}
+
+static bool tok_add_special(tok_specials *specials, int32_t id) {
+    if (specials->count == TOK_MAX_SPECIALS) return false;
+    specials->ids[specials->count++] = id;
+    return true;
+}
+
+// The ids of one special token of the template.
+static void tok_load_special(tok_loader *loader, const retrofit_json *special,
+                             tok_specials *specials) {
+    const retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *value = tok_get(loader, special, "ids", RETROFIT_JSON_ARRAY)->child;
+    for (; value && !loader->failed; value = value->next) {
+        int32_t id = tok_read_id(loader, value);
+        bool is_token = (size_t)id < tokenizer->size && tokenizer->tokens[id].text;
+        if (!is_token || !tok_add_special(specials, id))
+            tok_refuse(loader, "a bad or a 17th", "SpecialToken");
+    }
+}
+
+// "single" lists what a text becomes: special tokens and, once, the text itself, "Sequence" A. (B,
+// the second text of a pair, is not supported.)
+static void tok_load_template(tok_loader *loader, const retrofit_json *step) {
+    const retrofit_json *all = tok_get(loader, step, "special_tokens", RETROFIT_JSON_OBJECT);
+    const retrofit_json *part = tok_get(loader, step, "single", RETROFIT_JSON_ARRAY)->child;
+    tok_specials *specials = &loader->tokenizer->before;
+    bool has_text = false;
+    for (; part && !loader->failed; part = part->next) {
+        const retrofit_json *special = retrofit_json_get(part, "SpecialToken");
+        if (special) {
+            const char *id = tok_get(loader, special, "id", RETROFIT_JSON_STRING)->string;
+            tok_load_special(loader, tok_get(loader, all, id, RETROFIT_JSON_OBJECT), specials);
+            continue;
+        }
+        if (has_text || !tok_setting_is(retrofit_json_get(part, "Sequence"), "id", "A")) break;
+        has_text = true;
+        specials = &loader->tokenizer->after;
+    }
+    if (!has_text || part) tok_refuse(loader, "needs the text once, as A:", "TemplateProcessing");
+}
+
+// Whether a step of the file is the one in this row of tok_steps.
+static bool tok_step_is(const retrofit_json *json, int role, const char *type, int step) {
+    if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) return false;
+    const char *const *setting = tok_steps[step].settings;
+    while (setting[0] && tok_setting_is(json, setting[0], setting[1])) setting += 2;
+    return !setting[0];
+}
+
+// A step, or a Sequence of steps. The parser's limit of the depth bounds the recursion.
+static void tok_load_step(tok_loader *loader, const retrofit_json *json, int role) {
+    const char *type = tok_get(loader, json, "type", RETROFIT_JSON_STRING)->string;
+    if (!strcmp(type, "Sequence")) {
+        json = tok_get(loader, json, tok_roles[role].list, RETROFIT_JSON_ARRAY)->child;
+        for (; json && !loader->failed; json = json->next) tok_load_step(loader, json, role);
+        return;
+    }
+    int step = loader->last_step + 1;
+    while (step < TOK_STEPS && !tok_step_is(json, role, type, step)) step++;
+    if (step == TOK_STEPS) {
+        tok_refuse(loader, "this step is unsupported (or its settings, or its place):", type);
+        return;
+    }
+    loader->tokenizer->has[step] = true;
+    loader->last_step = step;
+    if (step == TOK_TEMPLATE) tok_load_template(loader, json);
+}
+
+static void tok_load_role(tok_loader *loader, const retrofit_json *root, int role) {
+    const retrofit_json *json = tok_present(root, tok_roles[role].member);
+    if (json && !loader->failed) tok_load_step(loader, json, role);
+}
+
+// Refuses steps that do not go together, and draws from the others what encoding needs to know.
+static void tok_check_steps(tok_loader *loader) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const bool *has = tokenizer->has;
+    int patterns = has[TOK_SPLIT_GPT2] + has[TOK_SPLIT_QWEN2] + has[TOK_SPLIT_LLAMA3];
+    patterns += has[TOK_GPT2_BYTES];
+    tokenizer->pattern = has[TOK_SPLIT_LLAMA3]  ? TOK_SPLIT_LLAMA3
+                         : has[TOK_SPLIT_QWEN2] ? TOK_SPLIT_QWEN2
+                         : patterns             ? TOK_SPLIT_GPT2
+                                                : -1;
+    tokenizer->byte_level = has[TOK_BYTE_LEVEL] || has[TOK_GPT2_BYTES];
+
+    bool bytes_twice = has[TOK_BYTE_LEVEL] && has[TOK_GPT2_BYTES];
+    bool strips_each_token = has[TOK_STRIP_SPACE] && !has[TOK_FUSE];
+    bool spm_decoder = has[TOK_UNMARK_SPACES] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE];
+    bool two_decoders = has[TOK_UNDO_BYTES] && spm_decoder;
+    if (patterns > 1 || bytes_twice || strips_each_token || two_decoders)
+        tok_refuse(loader, "steps that are not supported together, in", "pre_tokenizer or decoder");
+}
+
+// A piece of text that stays as long as the tokenizer, with a NUL behind it.
+static const char *tok_keep(tok_loader *loader, const char *text, size_t size) {
+    char *copy = memcpy(loader->tokenizer->strings + loader->strings_size, text, size);
+    loader->strings_size += size + 1;
     return copy;
 }
 
-// A setting may be one of the step's pattern.
-static bool tok_setting_is(const retrofit_json *o, const char *key, const char *value) {
-    const retrofit_json *v = retrofit_json_get(o, key);
-    if (!v) v = retrofit_json_get(retrofit_json_get(o, "pattern"), key);
-    if (v && v->type == RETROFIT_JSON_BOOL) return !strcmp(value, v->number != 0 ? "true" : "false");
-    return v && v->string && !strcmp(value, v->string);
-}
-
-static void tok_load_template(retrofit_tokenizer *t, const retrofit_json *o) {
-    const retrofit_json *all = tok_get(t, o, "special_tokens", RETROFIT_JSON_OBJECT), *special, *v;
-    const retrofit_json *m = tok_get(t, o, "single", RETROFIT_JSON_ARRAY)->child;
-    bool text = false; // has been there: as A; B, of pairs, is not supported
-    for (; m && !t->bad; m = m->next) {
-        special = retrofit_json_get(m, "SpecialToken");
-        if (!special && (text || !tok_setting_is(retrofit_json_get(m, "Sequence"), "id", "A"))) break;
-        text |= !special;
-        if (special) special = tok_get(t, all, tok_get(t, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
-        for (v = special ? tok_get(t, special, "ids", RETROFIT_JSON_ARRAY)->child : NULL; v && !t->bad; v = v->next) {
-            size_t *count = text ? &t->after_count : &t->before_count, id = (size_t)tok_get_id(t, v);
-            if (*count == TOK_MAX_SPECIALS || id >= t->size || !t->tokens[id].text) tok_refuse(t, "a bad or a 17th", "SpecialToken");
-            else (text ? t->after : t->before)[(*count)++] = (int32_t)id;
-        }
-    }
-    if (!text || m) tok_refuse(t, "needs the text once, as A:", "TemplateProcessing");
-}
-
-// A step or a Sequence of steps. The parser's depth limit bounds the recursion.
-static void tok_load_step(retrofit_tokenizer *t, const retrofit_json *o, int role) {
-    const char *type = tok_get(t, o, "type", RETROFIT_JSON_STRING)->string;
-    int step = t->last + 1;
-    if (!strcmp(type, "Sequence")) {
-        const retrofit_json *s = tok_get(t, o, tok_lists[role], RETROFIT_JSON_ARRAY)->child;
-        for (; s && !t->bad; s = s->next) tok_load_step(t, s, role);
+static void tok_add_token(tok_loader *loader, const char *text, size_t size, int32_t id,
+                          bool in_model) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tok_token *token = &tokenizer->tokens[id];
+    int32_t *slot = tok_text_slot(tokenizer, text, size);
+    if (!slot || *slot || token->text) {
+        tok_refuse(loader, "this text, or its id, is in the vocabulary twice (or collides):", text);
         return;
     }
-    for (; step < TOK_STEPS; step++) {
-        if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) continue;
-        const char *const *set = tok_steps[step].settings;
-        while (*set && tok_setting_is(o, set[0], set[1])) set += 2;
-        if (!*set) break;
+    token->text = tok_keep(loader, text, size);
+    token->size = size;
+    token->in_model = in_model;
+    *slot = id + 1;
+    int byte = tok_fallback_byte(token);
+    if (in_model && byte >= 0) tokenizer->byte_ids[byte] = id + 1;
+}
+
+// An empty hash table that `count` entries fill at most by half. *mask is its number of slots, a
+// power of two, minus 1.
+static void *tok_allocate_table(tok_loader *loader, size_t count, size_t slot_size, size_t *mask) {
+    size_t slots = 2;
+    while (slots <= 2 * count) slots *= 2;
+    *mask = slots - 1;
+    void *table = retrofit_allocate(slots, slot_size);
+    if (!table) loader->failed = true;
+    return table;
+}
+
+static void tok_load_vocabulary(tok_loader *loader, const retrofit_json *vocabulary,
+                                const retrofit_json *added) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    int32_t last = -1;
+    const retrofit_json *entry;
+    for (entry = vocabulary->child; entry; entry = entry->next) {
+        int32_t id = tok_read_id(loader, entry);
+        if (id > last) last = id;
     }
-    if (step == TOK_STEPS) return tok_refuse(t, "this step is unsupported (or its settings, or its place):", type);
-    t->has[t->last = step] = true;
-    if (step == TOK_TEMPLATE) tok_load_template(t, o);
-}
-
-static void tok_add_token(retrofit_tokenizer *t, const char *text, size_t size, int32_t id, bool model) {
-    int32_t *slot = tok_text_slot(t, text, size);
-    if (!slot || *slot || t->tokens[id].text) return tok_refuse(t, "this text, or its id, is in the vocabulary twice (or collides):", text);
-    tok_token k = {tok_keep(t, text, size), size, model, false, false};
-    t->tokens[id] = k, *slot = id + 1;
-    if (model && tok_fallback_byte(&k) >= 0) t->byte_ids[tok_fallback_byte(&k)] = id + 1;
-}
-
-// A hash table that count entries fill at most by half; *mask is its size, a power of two, less one.
-static void *tok_table(size_t count, size_t each, size_t *mask) {
-    for (*mask = 1; *mask < 2 * count;) *mask = 2 * *mask + 1;
-    return retrofit_allocate(*mask + 1, each);
-}
-
-static void tok_load_vocabulary(retrofit_tokenizer *t, const retrofit_json *vocabulary, const retrofit_json *added) {
-    const retrofit_json *v;
-    int32_t last = -1, id;
-    for (v = vocabulary->child; v; v = v->next) last = (id = tok_get_id(t, v)) > last ? id : last;
-    for (v = added->child; v; v = v->next) last = (id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER))) > last ? id : last;
-    t->size = (size_t)(last + 1);
-    if (!t->size) tok_refuse(t, "no token in the", "vocab");
-    t->tokens = (tok_token *)retrofit_allocate(t->size, sizeof *t->tokens);
-    t->by_text = (int32_t *)tok_table(vocabulary->count + added->count, sizeof *t->by_text, &t->token_mask);
-    t->bad |= !t->tokens || !t->by_text;
-    for (v = vocabulary->child; v && !t->bad; v = v->next) tok_add_token(t, v->key, v->key_length, tok_get_id(t, v), true);
-}
-
-// Merges are ["a", "b"] or "a b"; of equal ones the last counts.
-static void tok_load_merges(retrofit_tokenizer *t, const retrofit_json *merges) {
-    retrofit_text joined = {NULL, 0, 0, false};
-    uint32_t rank = 0;
-    t->bad |= !(t->merges = (tok_merge *)tok_table(merges->count, sizeof *t->merges, &t->merge_mask));
-    for (const retrofit_json *m = merges->child; m && !t->bad; m = m->next, t->bad |= joined.failed) {
-        bool pair = m->type == RETROFIT_JSON_ARRAY && m->count == 2;
-        const char *space = m->type == RETROFIT_JSON_STRING ? (const char *)memchr(m->string, ' ', m->length) : NULL;
-        size_t cut = pair ? m->child->length : space ? (size_t)(space - m->string) : 0;
-        joined.size = 0;
-        if (pair) retrofit_text_append(&joined, m->child->string, cut), retrofit_text_append(&joined, m->child->next->string, m->child->next->length);
-        if (space) retrofit_text_append(&joined, m->string, cut), retrofit_text_append(&joined, space + 1, m->length - cut - 1);
-        retrofit_text_append(&joined, "", 1);
-        size_t n = joined.failed ? 0 : joined.size - 1;
-        int32_t a = tok_find(t, joined.bytes, n ? cut : 0, true), b = n ? tok_find(t, joined.bytes + cut, n - cut, true) : -1;
-        int32_t both = tok_find(t, joined.bytes, n, true);
-        tok_merge *slot = !cut || cut == n || a < 0 || b < 0 || both < 0 ? NULL : tok_merge_slot(t, a, b);
-        if (!slot && !joined.failed) tok_refuse(t, "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", joined.bytes);
-        if (!slot) continue;
-        slot->pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b, slot->rank = ++rank, slot->id = both;
-        t->meet[(unsigned char)joined.bytes[cut - 1]][(unsigned char)joined.bytes[cut]] = true;
+    for (entry = added->child; entry; entry = entry->next) {
+        int32_t id = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
+        if (id > last) last = id;
     }
-    free(joined.bytes);
+    if (last < 0) tok_refuse(loader, "no token in the", "vocab");
+    if (loader->failed) return;
+
+    tokenizer->size = (size_t)last + 1;
+    tokenizer->tokens = retrofit_allocate(tokenizer->size, sizeof *tokenizer->tokens);
+    if (!tokenizer->tokens) loader->failed = true;
+    tokenizer->by_text = tok_allocate_table(loader, vocabulary->count + added->count,
+                                            sizeof *tokenizer->by_text, &tokenizer->text_mask);
+    for (entry = vocabulary->child; entry && !loader->failed; entry = entry->next)
+        tok_add_token(loader, entry->key, entry->key_length, tok_read_id(loader, entry), true);
 }
 
-static int tok_by_key(const void *a, const void *b) {
-    const tok_added *x = (const tok_added *)a, *y = (const tok_added *)b;
-    return x->key != y->key ? x->key - y->key : (x->size < y->size) - (x->size > y->size);
+// Adds the merge of text[0 … cut) and text[cut … size). Of equal ones the last counts.
+static void tok_add_merge(tok_loader *loader, const char *text, size_t cut, size_t size,
+                          uint32_t rank) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    bool two = cut > 0 && cut < size;
+    int32_t left = two ? tok_find_in_model(tokenizer, text, cut) : -1;
+    int32_t right = two ? tok_find_in_model(tokenizer, text + cut, size - cut) : -1;
+    int32_t both = two ? tok_find_in_model(tokenizer, text, size) : -1;
+    bool known = left >= 0 && right >= 0 && both >= 0;
+    tok_merge *slot = known ? tok_merge_slot(tokenizer, tok_pair(left, right)) : NULL;
+    if (!slot) {
+        tok_refuse(loader,
+                   "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", text);
+        return;
+    }
+    slot->pair = tok_pair(left, right);
+    slot->rank = rank;
+    slot->id = both;
+    tokenizer->joins[(unsigned char)text[cut - 1]][(unsigned char)text[cut]] = true;
 }
 
-static void tok_load_added(retrofit_tokenizer *t, const retrofit_json *added) {
-    retrofit_text normal = {NULL, 0, 0, false};
-    size_t n = 0;
-    if (!(t->added = (tok_added *)retrofit_allocate(added->count, sizeof *t->added))) t->bad = true;
-    for (const retrofit_json *v = added->child; v && !t->bad; v = v->next) {
-        const retrofit_json *content = tok_get(t, v, "content", RETROFIT_JSON_STRING);
-        int32_t id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER)), known = tok_find(t, content->string, content->length, false);
-        bool bad =
-            !content->length || (known >= 0 && (known != id || t->tokens[id].added)); // empty, or there with another id, or listed twice
-        if (bad || tok_flag(t, v, "lstrip", false) || tok_flag(t, v, "rstrip", false) || tok_flag(t, v, "single_word", false))
-            tok_refuse(t, "empty, twice there, or with lstrip, rstrip or single_word, which are unsupported: the added token",
-                       content->string);
-        if (known < 0 && !t->bad) tok_add_token(t, content->string, content->length, id, false);
-        if (t->bad) break;
-        tok_token *k = &t->tokens[id];
-        tok_added a = {k->text, k->size, id, 0};
-        k->added = true, k->special = tok_flag(t, v, "special", false);
-        if (tok_flag(t, v, "normalized", !k->special)) { // decoding gives the text as written here, as tokenizers 0.21 does
-            tok_normalize(t, &normal, k->text, k->size);
-            if ((t->bad |= normal.failed)) break;
-            a.text = tok_keep(t, normal.bytes, normal.size), a.size = normal.size, a.key = 256;
+// Merges are ["a", "b"] or "a b", the one of the lowest rank first.
+static void tok_load_merges(tok_loader *loader, const retrofit_json *merges) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->merges = tok_allocate_table(loader, merges->count, sizeof *tokenizer->merges,
+                                           &tokenizer->merge_mask);
+    retrofit_text both = {0};
+    uint32_t rank = 1;
+    const retrofit_json *merge = merges->child;
+    for (; merge && !loader->failed; merge = merge->next) {
+        size_t cut = 0;
+        both.size = 0;
+        if (merge->type == RETROFIT_JSON_ARRAY && merge->count == 2) {
+            const retrofit_json *left = merge->child, *right = left->next;
+            cut = left->length;
+            retrofit_text_append(&both, left->string, left->length);
+            retrofit_text_append(&both, right->string, right->length);
+        } else if (merge->type == RETROFIT_JSON_STRING) {
+            const char *space = memchr(merge->string, ' ', merge->length);
+            cut = space ? (size_t)(space - merge->string) : 0;
+            retrofit_text_append(&both, merge->string, cut);
+            if (space) retrofit_text_append(&both, space + 1, merge->length - cut - 1);
         }
-        a.key += (unsigned char)a.text[0], t->added[n++] = a;
+        retrofit_text_append(&both, "", 1);
+        if (both.failed) loader->failed = true;
+        else tok_add_merge(loader, both.bytes, cut, both.size - 1, rank++);
     }
+    free(both.bytes);
+}
+
+// By key, then the longest first.
+static int tok_compare_added(const void *a, const void *b) {
+    const tok_added *x = a, *y = b;
+    if (x->key != y->key) return x->key - y->key;
+    return (x->size < y->size) - (x->size > y->size);
+}
+
+// One of added_tokens, which may be in the vocabulary too. `normal` is scratch memory. Where its
+// text is normalized to be found, decoding still gives the text as it stands in the file, as
+// Hugging Face's tokenizers do since 0.21.
+static void tok_load_added(tok_loader *loader, const retrofit_json *entry, tok_added *added,
+                           retrofit_text *normal) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *content = tok_get(loader, entry, "content", RETROFIT_JSON_STRING);
+    int32_t id = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
+    int32_t known = tok_find(tokenizer, content->string, content->length);
+    tok_token *token = &tokenizer->tokens[id];
+    bool bad = !content->length || (known >= 0 && (known != id || token->added));
+    bad = bad || tok_flag(loader, entry, "lstrip", false);
+    bad = bad || tok_flag(loader, entry, "rstrip", false);
+    bad = bad || tok_flag(loader, entry, "single_word", false);
+    if (bad)
+        tok_refuse(loader,
+                   "empty, twice there, or with lstrip, rstrip or single_word, which are "
+                   "unsupported: the added token",
+                   content->string);
+    if (known < 0 && !loader->failed)
+        tok_add_token(loader, content->string, content->length, id, false);
+    if (loader->failed) return;
+
+    token->added = true;
+    token->special = tok_flag(loader, entry, "special", false);
+    *added = (tok_added){.text = token->text, .size = token->size, .id = id};
+    if (tok_flag(loader, entry, "normalized", !token->special)) {
+        tok_normalize(tokenizer, normal, token->text, token->size);
+        if (normal->failed) {
+            loader->failed = true;
+            return;
+        }
+        added->text = tok_keep(loader, normal->bytes, normal->size);
+        added->size = normal->size;
+        added->key = 256;
+    }
+    added->key += (unsigned char)added->text[0];
+}
+
+static void tok_load_all_added(tok_loader *loader, const retrofit_json *list) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->added = retrofit_allocate(list->count, sizeof *tokenizer->added);
+    if (!tokenizer->added) loader->failed = true;
+    retrofit_text normal = {0};
+    size_t count = 0;
+    for (const retrofit_json *v = list->child; v && !loader->failed; v = v->next)
+        tok_load_added(loader, v, &tokenizer->added[count++], &normal);
     free(normal.bytes);
-    if (!t->bad) qsort(t->added, n, sizeof *t->added, tok_by_key);
-    for (size_t key = 0, i = 0; key < 513; t->first[key++] = i)
-        while (i < n && t->added[i].key < (int)key) i++;
-}
+    if (loader->failed) return;
 
-static void tok_load_tokenizer(retrofit_tokenizer *t, const retrofit_json *root) {
-    static const char *const neutral[] = {"truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix"};
-    const retrofit_json *added = tok_present(root, "added_tokens") ? tok_get(t, root, "added_tokens", RETROFIT_JSON_ARRAY) : &tok_none;
-    const retrofit_json *model = tok_get(t, root, "model", RETROFIT_JSON_OBJECT), *v;
-    for (int i = 0; i < 5; i++)
-        if ((v = tok_present(i < 2 ? root : model, neutral[i])) && !(v->type == RETROFIT_JSON_STRING && !v->length))
-            tok_refuse(t, "not supported, should be null:", neutral[i]);
-    if (!tok_setting_is(model, "type", "BPE")) tok_refuse(t, "only BPE is supported as", "model");
-    for (int role = 0; role < 3 && !t->bad; role++)
-        if ((v = tok_present(root, tok_roles[role]))) tok_load_step(t, v, role);
-    for (int k = 0; k < 3; k++) {
-        unsigned c = 0, run = 0, inside = 0;
-        for (const char *p = tok_runs[k]; *p; inside ^= *p++ < 'a') {
-            run = run * 26 + (unsigned)((*p | 32) - 'a');
-            for (; *p < 'a' && run; run--) t->classes[c++] |= (uint8_t)(inside << k);
-        }
-    }
-    // The byte-level alphabet shows a byte that is not printable Latin-1 as the next free code point from 256 up.
-    for (unsigned b = 0, next = 256; b < 256; b++) {
-        t->chars[b] = (uint16_t)((b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++);
-        t->bytes_of[t->chars[b]] = (uint16_t)(b + 1);
-    }
-    const bool *has = t->has;
-    int patterns = has[TOK_GPT2] + has[TOK_QWEN2] + has[TOK_LLAMA3] + has[TOK_GPT2_BYTES], bytes = has[TOK_BYTES] + has[TOK_GPT2_BYTES];
-    if (patterns > 1 || bytes > 1 || (has[TOK_STRIP] && !has[TOK_FUSE]) ||
-        (has[TOK_UNBYTES] && (has[TOK_UNREPLACE] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE])))
-        tok_refuse(t, "steps that are not supported together, in", "pre_tokenizer or decoder");
-    t->split = patterns, t->bytes = bytes, t->digits = has[TOK_LLAMA3] ? 3 : has[TOK_QWEN2];
-    t->fuse_unk = tok_flag(t, model, "fuse_unk", false), t->byte_fallback = tok_flag(t, model, "byte_fallback", false);
-    t->ignore_merges = tok_flag(t, model, "ignore_merges", false), t->decodes = tok_present(root, "decoder") != NULL;
-    const retrofit_json *vocabulary = tok_get(t, model, "vocab", RETROFIT_JSON_OBJECT);
-    if (!t->bad) tok_load_vocabulary(t, vocabulary, added);
-    if (!t->bad) tok_load_merges(t, tok_get(t, model, "merges", RETROFIT_JSON_ARRAY));
-    if (!t->bad && tok_present(model, "unk_token")) {
-        v = tok_get(t, model, "unk_token", RETROFIT_JSON_STRING), t->unk = tok_find(t, v->string, v->length, true);
-        if (t->unk < 0) tok_refuse(t, "not in the vocabulary, the unk_token", v->string);
-    }
-    if (!t->bad) tok_load_added(t, added);
-    if (!t->bad && (v = tok_present(root, "post_processor"))) tok_load_step(t, v, 3);
-}
-
-// tokenizer_config.json may hold anything else too. own_specials: tokenizer.json has a post_processor.
-static void tok_load_config(retrofit_tokenizer *t, const retrofit_json *config, bool own_specials) {
-    for (int i = 0; i < 2; i++) {
-        const char *key = i ? "eos_token" : "bos_token";
-        const retrofit_json *v = tok_present(config, key);
-        if (v && v->type == RETROFIT_JSON_OBJECT) v = tok_get(t, v, "content", RETROFIT_JSON_STRING);
-        int32_t id = v && v->type == RETROFIT_JSON_STRING ? tok_find(t, v->string, v->length, false) : -1;
-        if (v && id < 0) tok_refuse(t, "tokenizer.json does not have the token that is said to be", key);
-        *(i ? &t->eos : &t->bos) = id;
-        if (!own_specials && tok_flag(t, config, i ? "add_eos_token" : "add_bos_token", false) && id >= 0)
-            (i ? t->after : t->before)[0] = id, *(i ? &t->after_count : &t->before_count) = 1;
+    qsort(tokenizer->added, count, sizeof *tokenizer->added, tok_compare_added);
+    size_t i = 0;
+    for (int key = 0; key <= 512; key++) {
+        while (i < count && tokenizer->added[i].key < key) i++;
+        tokenizer->added_begin[key] = i;
     }
 }
 
-static retrofit_json *tok_read(const char *directory, const char *name, char path[RETROFIT_PATH], size_t *size) {
-    char *text = retrofit_path(path, directory, name) ? retrofit_read_file(path, size) : NULL;
-    retrofit_json *root = text ? retrofit_json_parse(text, *size, path) : NULL;
-    return free(text), root;
+// Enters the code points of a class, in run lengths: see tok_class_runs.
+static void tok_enter_class(uint8_t *classes, const char *runs, uint8_t class) {
+    size_t end = 0, length = 0;
+    bool inside = false;
+    for (const char *digit = runs; *digit; digit++) {
+        bool is_last = *digit >= 'A' && *digit <= 'Z';
+        length = 26 * length + (size_t)(*digit - (is_last ? 'A' : 'a'));
+        if (!is_last) continue;
+        if (inside) memset(classes + end, class, length);
+        end += length;
+        length = 0;
+        inside = !inside;
+    }
+}
+
+static void tok_make_classes(uint8_t *classes) {
+    memset(classes, TOK_OTHER, 0x110000);
+    tok_enter_class(classes, tok_class_runs[0], TOK_LETTER);
+    tok_enter_class(classes, tok_class_runs[1], TOK_NUMBER);
+    tok_enter_class(classes, tok_class_runs[2], TOK_WHITE);
+}
+
+// GPT-2's byte-level alphabet: a byte that is printable in Latin-1 stands for itself; the others
+// are the code points from 256 on.
+static void tok_make_byte_level(retrofit_tokenizer *tokenizer) {
+    uint16_t next = 256;
+    for (int byte = 0; byte < 256; byte++) {
+        bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+        uint16_t code_point = printable ? (uint16_t)byte : next++;
+        tokenizer->byte_to_char[byte] = code_point;
+        tokenizer->char_to_byte[code_point] = (uint16_t)(byte + 1);
+    }
+}
+
+// What is not supported must be absent, null or an empty string.
+static void tok_check_neutral(tok_loader *loader, const retrofit_json *object, const char *key) {
+    const retrofit_json *value = tok_present(object, key);
+    bool empty = value && value->type == RETROFIT_JSON_STRING && !value->length;
+    if (value && !empty) tok_refuse(loader, "not supported, should be null:", key);
+}
+
+static void tok_load_unk(tok_loader *loader, const retrofit_json *model) {
+    if (!tok_present(model, "unk_token")) return;
+    const retrofit_json *unk = tok_get(loader, model, "unk_token", RETROFIT_JSON_STRING);
+    int32_t id = tok_find_in_model(loader->tokenizer, unk->string, unk->length);
+    if (id < 0) tok_refuse(loader, "not in the vocabulary, the unk_token", unk->string);
+    loader->tokenizer->unk = id;
+}
+
+// tokenizer.json. The order matters: special tokens must be tokens, merges are of tokens, and added
+// tokens are normalized.
+static void tok_load_tokenizer(tok_loader *loader, const retrofit_json *root) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *added = &tok_nothing;
+    if (tok_present(root, "added_tokens"))
+        added = tok_get(loader, root, "added_tokens", RETROFIT_JSON_ARRAY);
+    const retrofit_json *model = tok_get(loader, root, "model", RETROFIT_JSON_OBJECT);
+    tok_check_neutral(loader, root, "truncation");
+    tok_check_neutral(loader, root, "padding");
+    tok_check_neutral(loader, model, "dropout");
+    tok_check_neutral(loader, model, "continuing_subword_prefix");
+    tok_check_neutral(loader, model, "end_of_word_suffix");
+    if (!tok_setting_is(model, "type", "BPE"))
+        tok_refuse(loader, "only BPE is supported as", "model");
+
+    tok_load_role(loader, root, TOK_NORMALIZER);
+    tok_load_role(loader, root, TOK_PRE_TOKENIZER);
+    tok_load_role(loader, root, TOK_DECODER);
+    tok_check_steps(loader);
+    tokenizer->has_decoder = tok_present(root, "decoder") != NULL;
+    tokenizer->fuse_unk = tok_flag(loader, model, "fuse_unk", false);
+    tokenizer->byte_fallback = tok_flag(loader, model, "byte_fallback", false);
+    tokenizer->ignore_merges = tok_flag(loader, model, "ignore_merges", false);
+
+    const retrofit_json *vocabulary = tok_get(loader, model, "vocab", RETROFIT_JSON_OBJECT);
+    if (!loader->failed) tok_load_vocabulary(loader, vocabulary, added);
+    if (loader->failed) return;
+    const retrofit_json *merges = tok_get(loader, model, "merges", RETROFIT_JSON_ARRAY);
+    tok_load_merges(loader, merges);
+    tok_load_unk(loader, model);
+    if (!loader->failed) tok_load_all_added(loader, added);
+    if (!loader->failed) tok_load_role(loader, root, TOK_POST_PROCESSOR);
+}
+
+// The id of tokenizer_config.json's bos_token or eos_token, a string or an object; -1: it has none.
+static int32_t tok_config_id(tok_loader *loader, const retrofit_json *config, const char *key) {
+    const retrofit_json *value = tok_present(config, key);
+    if (!value) return -1;
+    if (value->type == RETROFIT_JSON_OBJECT)
+        value = tok_get(loader, value, "content", RETROFIT_JSON_STRING);
+    int32_t id = -1;
+    if (value->type == RETROFIT_JSON_STRING)
+        id = tok_find(loader->tokenizer, value->string, value->length);
+    if (id < 0)
+        tok_refuse(loader, "tokenizer.json does not have the token that is said to be", key);
+    return id;
+}
+
+// tokenizer_config.json, which may hold anything else too. Where tokenizer.json has no
+// post_processor, it says whether bos and eos go around a text.
+static void tok_load_config(tok_loader *loader, const retrofit_json *config,
+                            bool has_post_processor) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->bos = tok_config_id(loader, config, "bos_token");
+    bool add_bos = !has_post_processor && tok_flag(loader, config, "add_bos_token", false);
+    if (add_bos && tokenizer->bos >= 0) tok_add_special(&tokenizer->before, tokenizer->bos);
+    tokenizer->eos = tok_config_id(loader, config, "eos_token");
+    bool add_eos = !has_post_processor && tok_flag(loader, config, "add_eos_token", false);
+    if (add_eos && tokenizer->eos >= 0) tok_add_special(&tokenizer->after, tokenizer->eos);
+}
+
+// Memory for a tokenizer.json of this size, and what does not depend on its contents.
+static void tok_prepare(tok_loader *loader, size_t size) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->bos = -1;
+    tokenizer->eos = -1;
+    tokenizer->unk = -1;
+    // All texts are in the file. Those of added tokens may be here twice, with "▁" for each space.
+    tokenizer->strings = retrofit_allocate(size + 1, 4);
+    tokenizer->classes = retrofit_allocate(0x110000, 1);
+    if (!tokenizer->strings || !tokenizer->classes) {
+        loader->failed = true;
+        return;
+    }
+    tok_make_classes(tokenizer->classes);
+    tok_make_byte_level(tokenizer);
+}
+
+static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, const char *name,
+                                    size_t *size) {
+    char *text = NULL;
+    if (retrofit_path(loader->path, directory, name)) text = retrofit_read_file(loader->path, size);
+    retrofit_json *root = text ? retrofit_json_parse(text, *size, loader->path) : NULL;
+    free(text);
+    if (!root) loader->failed = true;
+    return root;
+}
+
+static void tok_load_directory(tok_loader *loader, const char *directory) {
+    size_t size;
+    retrofit_json *root = tok_read_json(loader, directory, "tokenizer.json", &size);
+    if (!root) return;
+    tok_prepare(loader, size);
+    if (!loader->failed) tok_load_tokenizer(loader, root);
+    bool has_post_processor = tok_present(root, "post_processor") != NULL;
+    retrofit_json_free(root);
+    if (loader->failed) return;
+
+    bool has_path = retrofit_path(loader->path, directory, "tokenizer_config.json");
+    if (has_path && access(loader->path, F_OK) && errno == ENOENT) return;
+    retrofit_json *config = tok_read_json(loader, directory, "tokenizer_config.json", &size);
+    if (config) tok_load_config(loader, config, has_post_processor);
+    retrofit_json_free(config);
 }
 
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
-    char path[RETROFIT_PATH];
-    size_t size, ignored;
-    retrofit_json *root = tok_read(directory, "tokenizer.json", path, &size), *config = NULL;
-    retrofit_tokenizer *t = root ? (retrofit_tokenizer *)retrofit_allocate(1, sizeof *t) : NULL;
-    if (!t) return retrofit_json_free(root), (retrofit_tokenizer *)NULL;
-    t->where = path, t->bos = t->eos = t->unk = t->last = -1;
-    t->strings = (char *)retrofit_allocate(size + 1, 4); // enough: the texts of added tokens may be there twice, with ▁ for each space
-    t->classes = (uint8_t *)retrofit_allocate(0x110000, 1);
-    if (!(t->bad = !t->strings || !t->classes)) tok_load_tokenizer(t, root);
-    if (!t->bad && (!retrofit_path(path, directory, "tokenizer_config.json") || !access(path, F_OK) || errno != ENOENT)) {
-        config = tok_read(directory, "tokenizer_config.json", path, &ignored);
-        if (!(t->bad = !config)) tok_load_config(t, config, tok_present(root, "post_processor") != NULL);
-    }
-    retrofit_json_free(root), retrofit_json_free(config);
-    if (!t->bad) return t;
-    return retrofit_tokenizer_free(t), (retrofit_tokenizer *)NULL;
+    tok_loader loader = {.tokenizer = retrofit_allocate(1, sizeof(retrofit_tokenizer))};
+    if (!loader.tokenizer) return NULL;
+    loader.last_step = -1;
+    tok_load_directory(&loader, directory);
+    if (!loader.failed) return loader.tokenizer;
+    retrofit_tokenizer_free(loader.tokenizer);
+    return NULL;
 }
 
-void retrofit_tokenizer_free(retrofit_tokenizer *t) {
-    if (!t) return;
-    free(t->strings), free(t->tokens), free(t->by_text), free(t->merges), free(t->added), free(t->classes), free(t);
+void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer) {
+    if (!tokenizer) return;
+    free(tokenizer->strings);
+    free(tokenizer->tokens);
+    free(tokenizer->by_text);
+    free(tokenizer->merges);
+    free(tokenizer->added);
+    free(tokenizer->classes);
+    free(tokenizer);
 }
 
 // =================================================================================================
