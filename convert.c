@@ -557,13 +557,7 @@ static void read_shape(retrofit_config *config) {
         must(retrofit_path(path, options.random, "config.json"));
         file = path;
     }
-    size_t size;
-    char *text = retrofit_read_file(file, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, file) : NULL;
-    must(json != NULL);
-    must(config_parse(config, json, file));
-    retrofit_json_free(json);
-    free(text);
+    must(retrofit_config_read_file(config, file));
 }
 
 // W_out and W_down by their names in a recurrent model's file, then in a plain Llama's.

@@ -2425,6 +2425,8 @@ bool retrofit_config_check(const retrofit_config *config, const char *where);
 // Reads directory/config.json, of model_type huginn_raven or llama. false or error, also if it asks
 // for what is not supported.
 bool retrofit_config_read(retrofit_config *config, const char *directory);
+// The same of a config.json under any name. false or error.
+bool retrofit_config_read_file(retrofit_config *config, const char *path);
 // Writes it. type: of the tensors beside it. false or error.
 bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
                            const char *directory);
@@ -3675,16 +3677,19 @@ static bool config_parse(retrofit_config *c, const retrofit_json *json, const ch
            retrofit_config_check(c, where);
 }
 
-bool retrofit_config_read(retrofit_config *config, const char *directory) {
-    char path[RETROFIT_PATH];
+bool retrofit_config_read_file(retrofit_config *config, const char *path) {
     size_t size;
-    if (!retrofit_path(path, directory, "config.json")) return false;
     char *text = retrofit_read_file(path, &size);
     retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
     bool ok = json && config_parse(config, json, path);
     retrofit_json_free(json);
     free(text);
     return ok;
+}
+
+bool retrofit_config_read(retrofit_config *config, const char *directory) {
+    char path[RETROFIT_PATH];
+    return retrofit_path(path, directory, "config.json") && retrofit_config_read_file(config, path);
 }
 
 // ---- config.json: writing -----------------------------------------------------------------------
