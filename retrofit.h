@@ -1723,8 +1723,8 @@ extern "C" {
 // =================================================================================================
 // A decoding step takes one new token per row through the prelude, r recurrences and the coda, and
 // ends with the logits of the token that follows. Attention reads the keys and values of earlier
-// tokens from the KV cache, to which the new token's are added. r is free at test time: more than in
-// training, fewer for tokens that are settled early, few for a draft.
+// tokens from the KV cache, to which the new token's are added. r is free at test time: it may be
+// larger than in training, end early for easy tokens, and be small for drafts.
 
 // How the recurrences of a core layer share the cache's slots.
 typedef enum {
@@ -1740,8 +1740,8 @@ struct retrofit_kv_cache {
 };
 size_t retrofit_cache_bytes(const retrofit_buffers *buffers); // of keys and values, per token
 
-// By what a token's recurrences stop early. LATENT_DIFF is the fastest: the others need coda and head
-// in every recurrence.
+// What has to become stable for a token's recurrences to stop early. LATENT_DIFF is the fastest,
+// since the others need coda and head in every recurrence.
 typedef enum {
     RETROFIT_EXIT_NONE, RETROFIT_EXIT_ENTROPY_DIFF, RETROFIT_EXIT_LATENT_DIFF,
     RETROFIT_EXIT_KL, RETROFIT_EXIT_MINP_KL, RETROFIT_EXIT_ARGMAX_STABILITY
@@ -1791,10 +1791,11 @@ struct retrofit_decoder {
 void retrofit_recur_noisy(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
                           size_t n);
 
-// Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all). Returns
-// the logits (b,V) behind each row's last token, on the host, valid until the next call. NULL or error.
-const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
-                                  const int32_t *lengths,
+// Feeds t new tokens per row: tokens (b,t), of which the first lengths[i] count (NULL: all).
+// Returns the logits (b,V) behind each row's last token, on the host, valid until the next call.
+// NULL or error.
+const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b,
+                                  size_t t, const int32_t *lengths,
                                   const retrofit_recurrence_options *options);
 void retrofit_clear_cache(retrofit_buffers *buffers);
 // How far a state (d) has moved, relative to its size.
@@ -1810,12 +1811,12 @@ typedef struct {
 int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch);
 int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 
-// Self-speculative decoding: drafts tokens behind `token` with `depth` recurrences each, verifies them
-// in one pass of r. Returns how many tokens follow `token` (1 … lookahead, in out; the last is not in
-// the cache yet), distributed as in plain decoding; greedy ones are the same tokens. One row; no exit,
-// noise or `continuous`. Only ids below `vocab` are drawn: V, or fewer if the others are padding.
-// scratch: (2·lookahead + 2)·V floats; the first lookahead·V of them then are the logits that `token`
-// and the drafts led to. 0 or error.
+// Self-speculative decoding: drafts tokens behind `token` with `depth` recurrences each, verifies
+// them in one pass of r. Returns how many tokens follow `token`: 1 … lookahead, in `out`; they are
+// distributed as in plain decoding, and greedy ones are the same. The last is not in the cache yet.
+// One row; no exit, noise or `continuous`. Only ids below `vocab` are drawn: V, or fewer if the
+// others are padding. scratch: (2·lookahead + 2)·V floats; the first lookahead·V are then the logits that
+// `token` and the drafts led to. 0 or error.
 size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
                           const retrofit_recurrence_options *options, retrofit_sampling *sampling,
                           size_t vocab, int32_t *out, float *scratch);
@@ -1826,15 +1827,15 @@ size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth
 
 #ifdef RETROFIT_IMPLEMENTATION
 
-// ---- KV cache -------------------------------------------------------------------------------------
-// A core layer reads another input in every recurrence, so its keys and values are others each time. A
-// slot (B,capacity,G·h) holds those of one layer and recurrence for every position:
+// ---- KV cache -----------------------------------------------------------------------------------
+// A core layer's input differs from recurrence to recurrence, and so do its keys and values. A slot
+// (B,capacity,G·h) holds those of one layer in one recurrence, for every position:
 //
 //     first slot    0         P              P+C            P+2C               slots - D
 //     holds         prelude | core, i = 0  | core, i = 1  | core, i = 2  | …  | coda
 //
-// The core needs r·C slots that way. Other kinds have recurrences share slots; what a token leaves in
-// a slot is from its last recurrence there. With M = 4:
+// The core needs r·C slots that way. In other kinds of cache recurrences share slots, and what a
+// token leaves in a slot is from its last recurrence there. With M = 4:
 //
 //     recurrence i  0  1  2  3  4  5  6  7
 //     full          0  1  2  3  4  5  6  7       slot i
@@ -1850,10 +1851,10 @@ static size_t kv_slot(const retrofit_kv_cache *cache, size_t i) {
     }
 }
 
-// Slots of a core layer after r > 0 recurrences.
+// Slots of a core layer that r recurrences use.
 static size_t slots_of(const retrofit_kv_cache *cache, size_t r) {
     if (cache->kind == RETROFIT_CACHE_SHARED) return retrofit_min(cache->M, r);
-    return kv_slot(cache, r - 1) + 1;
+    return r ? kv_slot(cache, r - 1) + 1 : 0;
 }
 
 static size_t core_slot(const retrofit_buffers *buffers, size_t i) {
@@ -1909,8 +1910,8 @@ static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, si
                           H, G, h, decoder->kv_type);
 }
 
-// Normal numbers, cut at ±3, times sigma, for every state of the batch. Decoding draws each row's as if
-// it were the only one, so that a text does not depend on those beside it.
+// Normal numbers, cut at ±3, times sigma, for every state of the batch. Decoding draws each row's
+// as if it were the only one, so that a text does not depend on those beside it.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed) {
     const retrofit_ops *ops = buffers->model->ops;
     size_t b = buffers->b, t = buffers->t, d = buffers->model->config.n_embd;
@@ -1922,7 +1923,7 @@ static void draw_states(retrofit_buffers *buffers, float *states, float sigma, u
         ops->state_init(states + row * t * d, buffers->past + row, 1, t, d, sigma, seed);
 }
 
-// ---- Noise: s ← (1 - x)·s + x·z before recurrence i = 1, 2, … -------------------------------------
+// ---- Noise: s ← (1 - x)·s + x·z before recurrence i = 1, 2, … -----------------------------------
 
 // x, from y = noise·σ; u is uniform in (0, 1).
 static float noise_strength(const retrofit_buffers *buffers,
@@ -1939,8 +1940,8 @@ static float noise_strength(const retrofit_buffers *buffers,
     }
 }
 
-// z is drawn as s_0 is, but anew for each recurrence. The noise is drawn into buffers->x, which is free
-// until the coda runs.
+// z is drawn as s_0 is, but anew for each recurrence. The noise is drawn into buffers->x, which is
+// free until the coda runs.
 static void add_noise(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
     const retrofit_model *model = buffers->model;
     uint64_t key = retrofit_hash(options->seed, ~(uint64_t)buffers->n);
@@ -1962,15 +1963,17 @@ void retrofit_recur_noisy(retrofit_buffers *buffers, const retrofit_recurrence_o
     }
 }
 
-// ---- One decoding step ----------------------------------------------------------------------------
+// ---- One decoding step --------------------------------------------------------------------------
 
 // Whether the batch goes on from the states in `carried`.
-static bool carries_on(const retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+static bool carries_on(const retrofit_buffers *buffers,
+                       const retrofit_recurrence_options *options) {
     return options->continuous && buffers->t == 1 && buffers->b <= buffers->decoder->carries;
 }
 
 // e, and the state that the first recurrence reads.
-static void begin_recurrence(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+static void begin_recurrence(retrofit_buffers *buffers,
+                             const retrofit_recurrence_options *options) {
     const retrofit_model *model = buffers->model;
     size_t bytes = buffers->b * model->config.n_embd * sizeof *buffers->state;
     prelude_forward(buffers);
@@ -1980,7 +1983,7 @@ static void begin_recurrence(retrofit_buffers *buffers, const retrofit_recurrenc
     else retrofit_init_state(buffers, options->sigma, options->seed);
 }
 
-// The logits behind `count` tokens of the batch, from number `token` on, to wide_logits from `row` on.
+// The logits behind `count` tokens of the batch, from number `token` on, to rows of wide_logits.
 static void head_forward(retrofit_buffers *buffers, size_t row, size_t token, size_t count) {
     const retrofit_model *model = buffers->model;
     size_t d = model->config.n_embd, V = model->config.vocab;
@@ -2001,9 +2004,9 @@ static void run_step(retrofit_buffers *buffers, const retrofit_recurrence_option
     read_next_logits(buffers);
 }
 
-// A step is hundreds of short operations; to start them one by one takes a GPU longer than to do them.
-// So the device records them once (a CUDA graph) and repeats the recording: what differs between
-// tokens lies in memory. What operations get as arguments must be the same for a recording to fit.
+// A step is hundreds of short operations, and starting each of them can take longer than doing it.
+// So a GPU records them once (a CUDA graph) and then replays the recording. It fits as long as the
+// operations get the same arguments; what differs from token to token lies in memory.
 static bool recording_fits(const retrofit_buffers *buffers,
                            const retrofit_recurrence_options *options) {
     const retrofit_decoder *decoder = buffers->decoder;
@@ -2013,7 +2016,7 @@ static bool recording_fits(const retrofit_buffers *buffers,
            recorded->continuous == carries_on(buffers, options);
 }
 
-// Forgets the recording; the next one is to be of a step like this.
+// The next recording is to be of a step like this one.
 static void await_recording(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
     retrofit_decoder *decoder = buffers->decoder;
     if (decoder->step) buffers->model->ops->record_free(decoder->step);
@@ -2030,17 +2033,14 @@ static void record_step(retrofit_buffers *buffers, const retrofit_recurrence_opt
     buffers->decoder->step = ops->record_end();
 }
 
-// One token for each of b rows through r recurrences. The second step of its kind is recorded, not the
-// first, in which the device may still load libraries and choose algorithms: a recording can't hold
-// that. Steps with noise are not recorded, since its strength may differ from token to token.
+// One token for each of b rows, through r recurrences. The second step of its kind is recorded, not
+// the first, in which the device may still have to load kernels and choose algorithms: a recording
+// cannot contain that. Noise is not recorded, as its strength may differ from token to token.
 static void decode_step(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
     const retrofit_ops *ops = buffers->model->ops;
-    if (!ops->record_begin || options->noise > 0) {
-        run_step(buffers, options);
-        return;
-    }
-    if (!recording_fits(buffers, options)) {
-        await_recording(buffers, options);
+    bool recordable = ops->record_begin && !(options->noise > 0);
+    if (!recordable || !recording_fits(buffers, options)) {
+        if (recordable) await_recording(buffers, options);
         run_step(buffers, options);
         return;
     }
@@ -2049,9 +2049,9 @@ static void decode_step(retrofit_buffers *buffers, const retrofit_recurrence_opt
     buffers->n = retrofit_is_plain(&buffers->model->config) ? 0 : options->recurrences;
 }
 
-// ---- Exits ----------------------------------------------------------------------------------------
-// A criterion compares a token's distribution p_i = softmax(logits_i), or its state s_i, with that of
-// the recurrence before, and says whether the token may stop after recurrence i = 1, 2, ….
+// ---- Exits --------------------------------------------------------------------------------------
+// A criterion compares a token's distribution p_i = softmax(logits_i), or its state s_i, with that
+// of the recurrence before, and says whether the token may stop after recurrence i = 1, 2, ….
 
 // What recurrence i left of one row.
 typedef struct {
@@ -2095,8 +2095,8 @@ static bool latent_diff(const recurrence_result *result, double threshold) {
     return retrofit_relative_change(result->state, result->state_before, result->d) < threshold;
 }
 
-// KL(p_{i-1} | p_i) = Σ_v p_{i-1,v}·(log p_{i-1,v} - log p_{i,v}), where p_0 is uniform. With a cut, a
-// probability below e^cut times the largest becomes 1/V, and then all are divided by their new sum.
+// KL(p_{i-1} | p_i) = Σ_v p_{i-1,v}·(log p_{i-1,v} - log p_{i,v}), where p_0 is uniform. Given a
+// cut, probabilities below e^cut times the largest become 1/V; then all are divided by their sum.
 static double divergence(const recurrence_result *result, float cut) {
     const float *z = result->logits;
     size_t V = result->V;
@@ -2120,7 +2120,7 @@ static bool kl(const recurrence_result *result, double threshold) {
     return divergence(result, -INFINITY) < threshold;
 }
 
-// Of distributions in which every p_v < 0.1·max p counts as 1/V: unlikely tokens have no say.
+// The same where every p_v below a tenth of the largest counts as 1/V: unlikely tokens have no say.
 static bool minp_kl(const recurrence_result *result, double threshold) {
     return divergence(result, logf(0.1f)) < threshold;
 }
@@ -2148,7 +2148,8 @@ static const struct {
     {argmax_stability, 5, false},
 };
 
-static bool should_exit(const retrofit_recurrence_options *options, const recurrence_result *result) {
+static bool should_exit(const retrofit_recurrence_options *options,
+                        const recurrence_result *result) {
     double threshold = (double)options->threshold;
     if (threshold < 0) threshold = criteria[options->exit].threshold;
     return criteria[options->exit].is_met(result, threshold);
@@ -2179,7 +2180,7 @@ static void keep_state_of(retrofit_buffers *buffers, size_t row, size_t token) {
     buffers->model->ops->copy(buffers->decoder->carried + row * d, state, d * sizeof *state);
 }
 
-// Stops each row that meets its criterion after the recurrence just done, and after the last one all
+// Stops the rows that meet the criterion after the recurrence just done, and after recurrence r all
 // that are left. Returns how many stopped.
 static size_t check_exits(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
     retrofit_decoder *decoder = buffers->decoder;
@@ -2200,8 +2201,8 @@ static size_t check_exits(retrofit_buffers *buffers, const retrofit_recurrence_o
     return stopped;
 }
 
-// A token that stopped early has left nothing in the slots of deeper recurrences. Later tokens that go
-// deeper find there a copy of what its last recurrence left.
+// A token that stopped early has left nothing in the slots of deeper recurrences. Later tokens that
+// go deeper find there copies of what its last recurrence left.
 static void backfill_cache(retrofit_buffers *buffers) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
@@ -2214,14 +2215,15 @@ static void backfill_cache(retrofit_buffers *buffers) {
         ops->upload(decoder->reached + row, &reached, sizeof reached);
     }
     ops->kv_backfill(slot_at(buffers, decoder->keys, P), slot_at(buffers, decoder->values, P),
-                     buffers->past, decoder->reached, slots, C, B * capacity * G * h, b, capacity, G,
-                     h, decoder->kv_type);
+                     buffers->past, decoder->reached, slots, C, B * capacity * G * h, b, capacity,
+                     G, h, decoder->kv_type);
 }
 
-// A decoding step with an exit. All rows run until the last one stops. A row that stopped earlier keeps
-// its saved state; what it writes to the cache after that is overwritten by kv_backfill below, so
-// nothing reads it.
-static void recur_until_exit(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+// A decoding step with an exit. All rows run until the last one stops. A row that stopped earlier
+// keeps its saved state; what it writes to the cache after that is overwritten by kv_backfill
+// below, so nothing reads it.
+static void recur_until_exit(retrofit_buffers *buffers,
+                             const retrofit_recurrence_options *options) {
     retrofit_decoder *decoder = buffers->decoder;
     size_t b = buffers->b, d = buffers->model->config.n_embd, running = b, stopped = 0;
     bool states = criteria[options->exit].reads_states;
@@ -2241,7 +2243,7 @@ static void recur_until_exit(retrofit_buffers *buffers, const retrofit_recurrenc
     backfill_cache(buffers);
 }
 
-// ---- The next token's logits ----------------------------------------------------------------------
+// ---- The next token's logits --------------------------------------------------------------------
 
 static bool check_next_logits(const retrofit_buffers *buffers, size_t b, size_t t,
                               const int32_t *lengths, const retrofit_recurrence_options *options) {
@@ -2254,8 +2256,8 @@ static bool check_next_logits(const retrofit_buffers *buffers, size_t b, size_t 
                              decoder->cache.recurrences);
     // A row that runs on after it stopped would overwrite entries in slots that recurrences share.
     if (options->exit && b > 1 && decoder->cache.kind != RETROFIT_CACHE_FULL)
-        return retrofit_fail("rows that stop thinking at different times need the full KV cache, or "
-                             "one row at a time");
+        return retrofit_fail("rows that stop thinking at different times need the full KV cache, "
+                             "or one row at a time");
     for (size_t row = 0; row < retrofit_min(b, buffers->B); row++) {
         if (lengths && (lengths[row] < 1 || (size_t)lengths[row] > t))
             return retrofit_fail("row %zu: %d tokens of %zu", row, (int)lengths[row], t);
@@ -2271,9 +2273,9 @@ static size_t last_token(const retrofit_buffers *buffers, const int32_t *lengths
     return row * buffers->t + (lengths ? (size_t)lengths[row] : buffers->t) - 1;
 }
 
-// Several tokens per row, in one pass; logits only behind the last. Shorter rows are padded at the end:
-// causal attention hides the padding from the row's own tokens, and its entries in the cache lie behind
-// the row's end, where later tokens overwrite them before anything reads there.
+// Several tokens per row, in one pass; logits only behind the last. Shorter rows are padded at the
+// end: causal attention hides the padding from the row's own tokens, and its entries in the cache
+// lie behind the row's end, where later tokens overwrite them before anything reads there.
 static void read_prompts(retrofit_buffers *buffers, const int32_t *lengths,
                          const retrofit_recurrence_options *options) {
     begin_recurrence(buffers, options);
@@ -2283,8 +2285,8 @@ static void read_prompts(retrofit_buffers *buffers, const int32_t *lengths,
         head_forward(buffers, row, last_token(buffers, lengths, row), 1);
 }
 
-const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
-                                  const int32_t *lengths,
+const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b,
+                                  size_t t, const int32_t *lengths,
                                   const retrofit_recurrence_options *options) {
     const retrofit_ops *ops = buffers->model->ops;
     const retrofit_config *c = &buffers->model->config;
@@ -2317,7 +2319,7 @@ void retrofit_clear_cache(retrofit_buffers *buffers) {
     buffers->decoder->carries = 0;
 }
 
-// ---- Sampling: softmax(logits/temperature), then top-k, top-p, min-p, in this order ----------------
+// ---- Sampling: softmax(logits/temperature), then top-k, top-p, min-p, in this order -------------
 
 int32_t retrofit_argmax(const float *logits, size_t V) {
     size_t best = 0;
@@ -2384,7 +2386,7 @@ static distribution apply_filters(const float *logits, size_t V, const retrofit_
         candidates[v].p = fmaxf(0, expf((logits[v] - max) / temperature));
         candidates[v].id = (int32_t)v;
     }
-    // min-p and top-k may change places, and so less is left to sort; top-p's shares need all of top-k.
+    // Without top-p, min-p may come before top-k: the same are left, and fewer are sorted.
     if (!by_share) n = keep_min_p(candidates, n, sampling->min_p);
     if (top_k || by_share) qsort(candidates, n, sizeof *candidates, by_probability);
     if (top_k && top_k < n) n = top_k;
@@ -2419,17 +2421,17 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampli
     return draw_filtered(&left, sampling);
 }
 
-// ---- Self-speculative decoding --------------------------------------------------------------------
-// A token costs r recurrences, each of which reads all of the core's weights. Drafts of few recurrences
-// cost less, and the recurrences that they lack are done for all of them in one pass, which reads the
-// weights once. A draft y drawn from q stays with probability min(1, p(y)/q(y)), p being the
-// distribution at full depth; else a token is drawn in its place from max(0, p - q), made to sum to 1
-// (Leviathan et al. 2023). What comes out has the distribution p, because a draft is rejected with
-// probability 1 - Σ_x min(q(x), p(x)) = Σ_x max(0, p(x) - q(x)), the sum that the latter is divided by:
+// ---- Self-speculative decoding ------------------------------------------------------------------
+// Drafts of few recurrences are cheap, and the recurrences that they lack are done for all of them
+// in one pass, which reads the core's weights once for many tokens. With q the distribution that a
+// draft y was drawn from and p the one at full depth, y stays with probability min(1, p(y)/q(y));
+// else a token is drawn from max(0, p - q), divided by its sum (Leviathan et al. 2023). A draft is
+// rejected with probability 1 - Σ_x min(q(x), p(x)) = Σ_x max(0, p(x) - q(x)), which is that very
+// sum, so the tokens that come out have the distribution p:
 //
-//     P(x) = q(x)·min(1, p(x)/q(x)) + max(0, p(x) - q(x)) = min(q(x), p(x)) + max(0, p(x) - q(x)) = p(x)
+//     P(x) = q(x)·min(1, p(x)/q(x)) + max(0, p(x) - q(x)) = min(q(x), p(x)) + max(0, p(x) - q(x))
 
-// q (V): probabilities; logits (V): of the full depth, from which p comes. Returns y or its replacement.
+// q (V): probabilities; logits (V): those at full depth. Returns y or its replacement.
 static int32_t accept_or_resample(int32_t y, const float *q, const float *logits, size_t V,
                                   retrofit_sampling *sampling, candidate *scratch) {
     distribution p = apply_filters(logits, V, sampling, scratch);
@@ -2463,8 +2465,8 @@ static bool check_speculation(const retrofit_buffers *buffers, size_t depth, siz
     return true;
 }
 
-// Draws fed[1] … fed[lookahead] behind fed[0], one by one, with q (lookahead,V) the distributions that
-// they come from. Keeps the state and A_e·e of each token that was fed, for the verification.
+// Draws fed[1] … fed[lookahead] behind fed[0], one by one; q (lookahead,V): the distributions that
+// they come from. Keeps the state and A_e·e of each token that was fed, for verify_drafts.
 static bool draft_tokens(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
                          retrofit_sampling *sampling, size_t vocab, size_t lookahead, int32_t *fed,
                          float *q, candidate *scratch) {
@@ -2486,8 +2488,8 @@ static bool draft_tokens(retrofit_buffers *buffers, const retrofit_recurrence_op
 }
 
 // Takes the drafts together from recurrence `depth` on to r; logits (lookahead,V) behind each.
-static bool verify_drafts(retrofit_buffers *buffers, const int32_t *fed, size_t lookahead, size_t depth,
-                          size_t r, float *logits) {
+static bool verify_drafts(retrofit_buffers *buffers, const int32_t *fed, size_t lookahead,
+                          size_t depth, size_t r, float *logits) {
     const retrofit_ops *ops = buffers->model->ops;
     size_t d = buffers->model->config.n_embd, bytes = lookahead * d * sizeof(float);
     const retrofit_decoder *decoder = buffers->decoder;
@@ -2509,7 +2511,8 @@ size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth
     if (!check_speculation(buffers, depth, lookahead, options)) return 0;
     float *logits = scratch, *q = scratch + lookahead * V;
     candidate *candidates = (void *)(q + lookahead * V);
-    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token}, *seen = &buffers->decoder->seen[0], start = *seen;
+    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token};
+    int32_t *seen = &buffers->decoder->seen[0], start = *seen;
     retrofit_recurrence_options shallow = *options;
     shallow.recurrences = depth;
 

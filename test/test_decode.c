@@ -1,5 +1,5 @@
-// Decoding with the KV cache against the full forward pass, position by position, and sampling against
-// what the filters are to keep.
+// Decoding with the KV cache against the full forward pass, position by position, and sampling
+// against what the filters are to keep.
 #include "test.h"
 
 // A token sequence of its own for every row.
@@ -7,26 +7,24 @@ static int32_t nth(size_t row, size_t i, size_t V) {
     return (int32_t)(retrofit_hash(row + 1, i) % V);
 }
 
-static retrofit_buffers *with_cache(const retrofit_model *model, size_t B, size_t T, size_t capacity,
-                                    size_t r) {
+static retrofit_buffers *with_cache(const retrofit_model *model, size_t B, size_t T,
+                                    size_t capacity, size_t r) {
     retrofit_kv_cache cache = {.capacity = capacity, .recurrences = r};
-    retrofit_buffers *buffers =
-        retrofit_buffers_new(model, B, T, 0, RETROFIT_KEEP_NOTHING, &cache);
+    retrofit_buffers *buffers = retrofit_buffers_new(model, B, T, 0, RETROFIT_KEEP_NOTHING, &cache);
     need(buffers != NULL, "buffers with a cache");
     return buffers;
 }
 
-// ---- Cached decoding against the full pass ---------------------------------------------------------
+// ---- Cached decoding against the full pass ------------------------------------------------------
 
-// Logits (B,L,V) of every row's sequence by the full forward pass, without a cache. Rows one by one: in
-// decoding a row's start state does not depend on the others.
+// Logits (B,L,V) of every row's sequence by the full forward pass, without a cache. Rows one by
+// one: in decoding a row's start state does not depend on the others.
 static float *full_pass(const retrofit_model *model, size_t B, size_t L, size_t r, float sigma,
                         uint64_t seed) {
     size_t V = model->config.vocab;
     int32_t *tokens = retrofit_allocate(L, sizeof *tokens);
     float *logits = retrofit_allocate(B * L * V, sizeof *logits);
-    retrofit_buffers *buffers =
-        retrofit_buffers_new(model, 1, L, 0, RETROFIT_KEEP_NOTHING, NULL);
+    retrofit_buffers *buffers = retrofit_buffers_new(model, 1, L, 0, RETROFIT_KEEP_NOTHING, NULL);
     need(tokens && logits && buffers, "the full pass's buffers");
     for (size_t row = 0; row < B; row++) {
         for (size_t i = 0; i < L; i++) tokens[i] = nth(row, i, V);
@@ -49,8 +47,8 @@ typedef struct {
     double worst;
 } decoding;
 
-// Feeds row i its next lengths[i] tokens (t of them if NULL), padded to t with `padding`, and compares
-// the logits with the full pass's.
+// Feeds row i its next lengths[i] tokens (t of them if NULL), padded to t with `padding`, and
+// compares the logits with the full pass's.
 static const float *feed_padded(decoding *x, size_t b, size_t t, const int32_t *lengths,
                                 int32_t padding) {
     int32_t tokens[512];
@@ -151,7 +149,7 @@ static void decode(const char *name, size_t L) {
     retrofit_free(model);
 }
 
-// ---- Errors ---------------------------------------------------------------------------------------
+// ---- Errors -------------------------------------------------------------------------------------
 
 static const float *feed_two(retrofit_buffers *buffers, const int32_t *tokens, size_t t, size_t r) {
     retrofit_recurrence_options options = {.recurrences = r};
@@ -179,7 +177,7 @@ static void refuse(retrofit_buffers *buffers, retrofit_buffers *without) {
         {"more tokens than the context has left", buffers, 0, 2, 8, NULL, 3},
         {"more recurrences than the cache holds", buffers, 0, 2, 1, NULL, 4},
         {"no recurrences", buffers, 0, 2, 1, NULL, 0},
-        {"recurrences whose layers overflow to none", buffers, 0, 2, 1, NULL, SIZE_MAX / c->core + 1},
+        {"layers that overflow to none", buffers, 0, 2, 1, NULL, SIZE_MAX / c->core + 1},
         {"a negative token", buffers, -1, 2, 1, NULL, 3},
         {"a token of V", buffers, V, 2, 1, NULL, 3},
         {"a row of no tokens", buffers, 0, 2, 2, (const int32_t[]){2, 0}, 3},
@@ -195,8 +193,9 @@ static void refuse(retrofit_buffers *buffers, retrofit_buffers *without) {
         error_text[0] = 0;
         const float *logits =
             retrofit_next_logits(cases[i].buffers, tokens, b, t, cases[i].lengths, &options);
-        check(!logits && *retrofit_error() && !strchr(retrofit_error(), '\n'), "%s: %s, error \"%s\"",
-              cases[i].what, logits ? "accepted" : "refused", retrofit_error());
+        check(!logits && *retrofit_error() && !strchr(retrofit_error(), '\n'),
+              "%s: %s, error \"%s\"", cases[i].what, logits ? "accepted" : "refused",
+              retrofit_error());
     }
 }
 
@@ -213,13 +212,16 @@ static void impossible_buffers(const retrofit_model *model) {
           "no batch that could be");
 }
 
-// Refused calls leave the cache as it was: the next tokens come out to the last bit as without them.
+// Refused calls leave the cache as it was: the next tokens come out to the last bit as without
+// them.
 static void errors(void) {
-    retrofit_model *model = retrofit_load(FIXTURES "tiny/recurrent", &retrofit_cpu, RETROFIT_INFERENCE);
+    retrofit_model *model =
+        retrofit_load(FIXTURES "tiny/recurrent", &retrofit_cpu, RETROFIT_INFERENCE);
     need(model != NULL, "tiny");
     size_t V = model->config.vocab;
     int32_t tokens[64] = {1, 2, 3}, others[2] = {7, 9};
-    retrofit_buffers *buffers = with_cache(model, 2, 8, 12, 3), *quiet = with_cache(model, 2, 8, 12, 3);
+    retrofit_buffers *buffers = with_cache(model, 2, 8, 12, 3);
+    retrofit_buffers *quiet = with_cache(model, 2, 8, 12, 3);
     retrofit_buffers *without = retrofit_buffers_new(model, 2, 8, 0, RETROFIT_KEEP_NOTHING, NULL);
     float *before = retrofit_allocate(2 * V, sizeof *before);
     need(without && before, "buffers without a cache");
@@ -227,9 +229,11 @@ static void errors(void) {
     memcpy(before, feed_two(quiet, tokens, 5, 3), 2 * V * sizeof *before);
 
     refuse(buffers, without);
-    const float *after = feed_two(buffers, others, 1, 2), *undisturbed = feed_two(quiet, others, 1, 2);
+    const float *after = feed_two(buffers, others, 1, 2);
+    const float *undisturbed = feed_two(quiet, others, 1, 2);
     check(!memcmp(after, undisturbed, 2 * V * sizeof *after),
-          "refused calls left a trace of %.2e in the logits", relative_error(after, undisturbed, 2 * V));
+          "refused calls left a trace of %.2e in the logits",
+          relative_error(after, undisturbed, 2 * V));
 
     retrofit_clear_cache(buffers); // from the start again the same bits
     after = feed_two(buffers, tokens, 5, 3);
@@ -245,7 +249,7 @@ static void errors(void) {
     retrofit_free(model);
 }
 
-// ---- Sampling -------------------------------------------------------------------------------------
+// ---- Sampling -----------------------------------------------------------------------------------
 
 // ranks[v]: how many tokens come before v; of equal logits the first ids count as larger.
 static void rank_tokens(size_t *ranks, const float *logits, size_t V) {
@@ -275,8 +279,8 @@ static void remove_beyond_top_p(double *p, const size_t *ranks, size_t V, double
     }
 }
 
-// Probabilities after temperature, top-k, top-p and min-p, in this order, each filter acting on what
-// the one before has kept: the definition, with as many loops as it takes.
+// Probabilities after temperature, top-k, top-p and min-p, in this order, each filter acting on
+// what the one before has kept: the definition, with as many loops as it takes.
 static void expected(double *p, const float *logits, size_t V, const retrofit_sampling *sampling) {
     size_t ranks[64];
     double max = -INFINITY, most = 0;
@@ -294,9 +298,10 @@ static void expected(double *p, const float *logits, size_t V, const retrofit_sa
     for (size_t v = 0; v < V; v++) p[v] /= sum;
 }
 
-// χ² has mean f, its degrees of freedom, and deviation √(2f): draws are allowed five deviations and a
-// little for small f. They are the same in every run.
-static void frequencies(const float *logits, size_t V, retrofit_sampling sampling, const char *what) {
+// χ² has mean f, its degrees of freedom, and deviation √(2f): draws are allowed five deviations and
+// a little for small f. They are the same in every run.
+static void frequencies(const float *logits, size_t V, retrofit_sampling sampling,
+                        const char *what) {
     enum { DRAWS = 20000 };
     double p[64], chi = 0, freedom = -1;
     size_t count[64] = {0}, strays = 0;
@@ -320,8 +325,8 @@ static void frequencies(const float *logits, size_t V, retrofit_sampling samplin
         chi += (count[v] - due) * (count[v] - due) / due;
     }
     check(strays == 0, "%s: %zu draws of tokens that the filters take out", what, strays);
-    check(chi < freedom + 5 * sqrt(2 * freedom) + 5, "%s: χ² is %.1f with %g degrees of freedom", what,
-          chi, freedom);
+    check(chi < freedom + 5 * sqrt(2 * freedom) + 5, "%s: χ² is %.1f with %g degrees of freedom",
+          what, chi, freedom);
     check(!memcmp(copy, logits, V * sizeof *copy), "%s: the logits were changed", what);
     free(scratch);
 }
@@ -330,8 +335,7 @@ static void frequencies(const float *logits, size_t V, retrofit_sampling samplin
 static float distinct[12], ties[40];
 
 static void make_logits(void) {
-    static const double p[] = {0.02, 0.3,  0.05, 0.13, 0.02, 0.2,
-                               0.08, 0.01, 0.1,  0.04, 0.03, 0.02};
+    static const double p[] = {0.02, 0.3, 0.05, 0.13, 0.02, 0.2, 0.08, 0.01, 0.1, 0.04, 0.03, 0.02};
     for (size_t i = 0; i < 12; i++) distinct[i] = (float)log(p[i]) + 3;
     for (size_t i = 0; i < 40; i++) ties[i] = (float)(retrofit_hash(9, i) % 5) * 0.5f;
 }
@@ -389,7 +393,8 @@ static void seeds(void) {
     size_t other = 0;
     c.seed = 78;
     for (int i = 0; i < 200; i++) {
-        int32_t x = retrofit_sample(ties, 40, &a, scratch), y = retrofit_sample(ties, 40, &b, scratch);
+        int32_t x = retrofit_sample(ties, 40, &a, scratch);
+        int32_t y = retrofit_sample(ties, 40, &b, scratch);
         check(x == y, "draw %d of one seed is %d and %d", i, x, y);
         other += x != retrofit_sample(ties, 40, &c, scratch);
     }
@@ -427,12 +432,14 @@ static void extremes(void) {
                 stray = id;
                 strays++;
             }
-            check(strays == 0, "extreme logits %zu, filter %d: %zu of 500 draws are wrong, such as %d",
-                  i, filter, strays, stray);
+            check(strays == 0,
+                  "extreme logits %zu, filter %d: %zu of 500 draws are wrong, such as %d", i,
+                  filter, strays, stray);
         }
     }
     retrofit_sampling strict = {1, 0, 1, 2, 5}; // a min-p above 1 leaves nothing: then the largest
-    check(retrofit_sample(distinct, 12, &strict, scratch) == 1, "min-p 2 does not choose the largest");
+    check(retrofit_sample(distinct, 12, &strict, scratch) == 1,
+          "min-p 2 does not choose the largest");
 }
 
 int main(void) {
