@@ -1686,48 +1686,44 @@ extern "C" {
 // PART II  THINKING LONGER
 // 7  Decoding: KV cache, exits, sampling, drafts
 // =================================================================================================
+// A decoding step takes one new token per row through the prelude, r recurrences and the coda, and
+// ends with the logits of the token that follows. Attention reads the keys and values of earlier
+// tokens from the KV cache, to which the new token's are added. r is free at test time: it may be
+// larger than in training, end early for easy tokens, and be small for drafts.
 
-// A KV cache, and where recurrence i = 0, 1, … of a core layer keeps its keys and values: in slot i
-// (full), i mod M (shared: the newest recurrence wins) or i div M (grouped).
+// How the recurrences of a core layer share the cache's slots.
 typedef enum {
-    RETROFIT_CACHE_FULL,
-    RETROFIT_CACHE_SHARED,
-    RETROFIT_CACHE_GROUPED
+    RETROFIT_CACHE_FULL,   // each has its own
+    RETROFIT_CACHE_SHARED, // M slots, taken in turn
+    RETROFIT_CACHE_GROUPED // M successive recurrences have one in common
 } retrofit_cache_kind;
 struct retrofit_kv_cache {
     size_t capacity, recurrences; // positions; the largest r
     retrofit_cache_kind kind;
     size_t M;
-    bool bf16;                    // keys and values in bf16 where activations are fp32; on a CPU
+    bool bf16;                    // on a CPU: keys and values in bf16 rather than fp32
 };
 size_t retrofit_cache_bytes(const retrofit_buffers *buffers); // of keys and values, per token
 
-// When a token's recurrences stop early: section 7 has each criterion's formula and the authors'
-// threshold. Prompts never stop early.
+// What has to become stable for a token's recurrences to stop early. LATENT_DIFF is the fastest,
+// since the others need coda and head in every recurrence.
 typedef enum {
-    RETROFIT_EXIT_NONE,
-    RETROFIT_EXIT_ENTROPY_DIFF,
-    RETROFIT_EXIT_LATENT_DIFF, // the only one that needs no coda and head in every recurrence
-    RETROFIT_EXIT_KL,
-    RETROFIT_EXIT_MINP_KL,
-    RETROFIT_EXIT_ARGMAX_STABILITY
+    RETROFIT_EXIT_NONE, RETROFIT_EXIT_ENTROPY_DIFF, RETROFIT_EXIT_LATENT_DIFF,
+    RETROFIT_EXIT_KL, RETROFIT_EXIT_MINP_KL, RETROFIT_EXIT_ARGMAX_STABILITY
 } retrofit_exit;
-// How strong test-time noise is in recurrence i.
+// How strong test-time noise is in each recurrence.
 typedef enum {
-    RETROFIT_NOISE_FIXED,
-    RETROFIT_NOISE_GEOM,
-    RETROFIT_NOISE_SQRT,
-    RETROFIT_NOISE_LINE,
+    RETROFIT_NOISE_FIXED, RETROFIT_NOISE_GEOM, RETROFIT_NOISE_SQRT, RETROFIT_NOISE_LINE,
     RETROFIT_NOISE_CHI
 } retrofit_noise;
 typedef struct {
-    size_t recurrences;  // r; with an exit the most that a token takes
-    float sigma;         // of s_0 and
-    uint64_t seed;       // its seed, as in retrofit_init_state
-    retrofit_exit exit;
+    size_t recurrences;  // r; with an exit, the most that a token takes
+    float sigma;         // of s_0
+    uint64_t seed;       // of s_0 and of the noise
+    retrofit_exit exit;  // a prompt takes all r recurrences even so
     float threshold;     // of the exit; below 0: the authors'
-    bool continuous;     // a token fed alone starts from the last state of the one before it
-    float noise;         // 0: none
+    bool continuous;     // a token fed alone starts from the last state of the token before it
+    float noise;         // in units of the model's state_std; 0: none
     retrofit_noise noise_kind;
 } retrofit_recurrence_options;
 
@@ -1737,37 +1733,38 @@ typedef struct {
 struct retrofit_decoder {
     retrofit_kv_cache cache;
     retrofit_type kv_type;
-    size_t slots;        // prelude layers, core layers times the slots of one, coda layers
+    size_t slots;        // of all layers together
     act *keys, *values;  // (slots,B,capacity,G·h) of kv_type
-    int32_t *reached;    // (B)     slots that hold entries of the row's newest token
+    int32_t *reached;    // (B)     slots per core layer that the row's newest token has written
     float *carried;      // (B,d)   states of rows that stopped; with `continuous`, to start from
-    size_t carries;      // rows of it
+    size_t carries;      // rows that have one to start from
     float *drafted;      // (2,RETROFIT_LOOKAHEAD,d) states and A_e·e of drafted tokens
 
     // On the host:
     int32_t *seen;       // (B)     tokens that each row has in the cache: `past`
     int32_t *used;       // (B)     recurrences that each row's last token took
     float *next;         // (B,V)   the logits that retrofit_next_logits returns
-    double *measure;     // (B,V)   what an exit's criterion noted in the recurrence before
-    float *latent;       // (2,B,d) states before and now
+    double *measure;     // (B,V)   what the exit's criterion noted in the recurrence before
+    float *latent;       // (2,B,d) states of even and of odd recurrences
 
     void *step;          // one decoding step as the device recorded it, for
     size_t step_b;       // so many rows and
     retrofit_recurrence_options step_options;
-    size_t steps;        // such steps so far
 };
 
-// n recurrences without gradient, with noise if the options ask for it.
+// n recurrences without gradient, with noise if the options ask for it and nothing is kept.
 void retrofit_recur_noisy(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
                           size_t n);
 
-// Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all) through
-// the recurrences and the KV cache; returns the logits (b,V) behind each row's last token, on the host,
-// valid until the next call. decoder->used[i] then is the recurrences it took. NULL or error.
-const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
-                                  const int32_t *lengths,
+// Feeds t new tokens per row: tokens (b,t), of which the first lengths[i] count (NULL: all).
+// Returns the logits (b,V) behind each row's last token, on the host, valid until the next call.
+// NULL or error.
+const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b,
+                                  size_t t, const int32_t *lengths,
                                   const retrofit_recurrence_options *options);
 void retrofit_clear_cache(retrofit_buffers *buffers);
+// How far a state (d) has moved, relative to its size.
+double retrofit_relative_change(const float *now, const float *before, size_t d);
 
 typedef struct {
     float temperature;  // 0: greedy
@@ -1775,21 +1772,19 @@ typedef struct {
     float top_p, min_p; // 1, 0: all
     uint64_t seed;      // advances with every draw
 } retrofit_sampling;
-// Draws a token; filters in the order temperature, top-k, top-p, min-p. scratch: V pairs of 8 bytes.
+// Draws the next token. scratch: V pairs of 8 bytes.
 int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch);
 int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 
-// Self-speculative decoding: `token` and L - 1 tokens drafted behind it go through `draft` recurrences
-// one by one, then through the other r - draft together. Returns how many tokens follow `token`
-// (1 … L; out has room for L), distributed exactly as those of plain decoding; greedy ones are the same
-// tokens. The last one is not fed yet. One row; no exit, noise or `continuous`. Only ids below n are
-// drawn: V, or fewer if the others are padding. scratch: (2L + 2)·V floats, of which the first L·V are
-// then the logits (L,V) that the tokens were judged by. 0 or error.
-size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t draft, size_t L,
+// Self-speculative decoding: drafts tokens behind `token` with `depth` recurrences each, verifies
+// them in one pass of r. Returns how many tokens follow `token`: 1 … lookahead, in `out`; they are
+// distributed as in plain decoding, and greedy ones are the same. The last is not in the cache yet.
+// One row; no exit, noise or `continuous`. Only ids below `vocab` are drawn: V, or fewer if the
+// others are padding. scratch: (2·lookahead + 2)·V floats; the first lookahead·V are then the logits that
+// `token` and the drafts led to. 0 or error.
+size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
                           const retrofit_recurrence_options *options, retrofit_sampling *sampling,
-                          size_t n, int32_t *out, float *scratch);
-// ‖now - before‖ / ‖now‖ of one state (d).
-double retrofit_relative_change(const float *now, const float *before, size_t d);
+                          size_t vocab, int32_t *out, float *scratch);
 #ifdef __cplusplus
 }
 #endif
@@ -1797,14 +1792,20 @@ double retrofit_relative_change(const float *now, const float *before, size_t d)
 
 #ifdef RETROFIT_IMPLEMENTATION
 
-// Slots of a core layer after so many recurrences.
-static size_t slots_of(const retrofit_kv_cache *cache, size_t recurrences) {
-    switch (cache->kind) {
-    case RETROFIT_CACHE_SHARED: return retrofit_min(cache->M, recurrences);
-    case RETROFIT_CACHE_GROUPED: return (recurrences + cache->M - 1) / cache->M;
-    default: return recurrences;
-    }
-}
+// ---- KV cache -----------------------------------------------------------------------------------
+// A core layer's input differs from recurrence to recurrence, and so do its keys and values. A slot
+// (B,capacity,G·h) holds those of one layer in one recurrence, for every position:
+//
+//     first slot    0         P              P+C            P+2C               slots - D
+//     holds         prelude | core, i = 0  | core, i = 1  | core, i = 2  | …  | coda
+//
+// The core needs r·C slots that way. In other kinds of cache recurrences share slots, and what a
+// token leaves in a slot is from its last recurrence there. With M = 4:
+//
+//     recurrence i  0  1  2  3  4  5  6  7
+//     full          0  1  2  3  4  5  6  7       slot i
+//     shared        0  1  2  3  0  1  2  3       slot i mod M
+//     grouped       0  0  0  0  1  1  1  1       slot i div M
 
 // The slot of recurrence i = 0, 1, … in a core layer.
 static size_t kv_slot(const retrofit_kv_cache *cache, size_t i) {
@@ -1813,6 +1814,12 @@ static size_t kv_slot(const retrofit_kv_cache *cache, size_t i) {
     case RETROFIT_CACHE_GROUPED: return i / cache->M;
     default: return i;
     }
+}
+
+// Slots of a core layer that r recurrences use.
+static size_t slots_of(const retrofit_kv_cache *cache, size_t r) {
+    if (cache->kind == RETROFIT_CACHE_SHARED) return retrofit_min(cache->M, r);
+    return r ? kv_slot(cache, r - 1) + 1 : 0;
 }
 
 static size_t core_slot(const retrofit_buffers *buffers, size_t i) {
@@ -1829,7 +1836,7 @@ static size_t coda_slot(const retrofit_buffers *buffers) {
 static bool decoder_new(retrofit_buffers *buffers, const retrofit_kv_cache *cache) {
     const retrofit_model *model = buffers->model;
     const retrofit_config *c = &model->config;
-    retrofit_decoder *decoder = (retrofit_decoder *)retrofit_allocate(1, sizeof *decoder);
+    retrofit_decoder *decoder = retrofit_allocate(1, sizeof *decoder);
     if (!decoder) return false;
     decoder->cache = *cache;
     decoder->kv_type = cache->bf16 ? RETROFIT_BF16 : model->ops->act_type;
@@ -1838,202 +1845,446 @@ static bool decoder_new(retrofit_buffers *buffers, const retrofit_kv_cache *cach
     return true;
 }
 
-size_t retrofit_cache_bytes(const retrofit_buffers *buffers) {
+// Bytes of one token's keys, or values, in a slot.
+static size_t entry_bytes(const retrofit_buffers *buffers) {
     const retrofit_config *c = &buffers->model->config;
-    const retrofit_decoder *decoder = buffers->decoder;
-    size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(decoder->kv_type);
-    return 2 * decoder->slots * entry;
+    return c->n_kv_heads * c->head_dim * retrofit_type_size(buffers->decoder->kv_type);
+}
+
+size_t retrofit_cache_bytes(const retrofit_buffers *buffers) {
+    return 2 * buffers->decoder->slots * entry_bytes(buffers);
+}
+
+// Keys or values (`base`) of a slot.
+static act *slot_at(const retrofit_buffers *buffers, act *base, size_t slot) {
+    size_t positions = buffers->B * buffers->decoder->cache.capacity;
+    return (char *)base + slot * positions * entry_bytes(buffers);
 }
 
 static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     const retrofit_decoder *decoder = buffers->decoder;
-    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim, b = buffers->b, t = buffers->t;
     size_t capacity = decoder->cache.capacity;
-    size_t entry = G * h * retrofit_type_size(decoder->kv_type);
-    size_t at = slot * buffers->B * capacity * entry;
-    act *keys = (char *)decoder->keys + at, *values = (char *)decoder->values + at;
-    ops->kv_store(keys, values, block->qkv, buffers->past, buffers->b, buffers->t, capacity, H, G, h,
+    act *keys = slot_at(buffers, decoder->keys, slot);
+    act *values = slot_at(buffers, decoder->values, slot);
+    ops->kv_store(keys, values, block->qkv, buffers->past, b, t, capacity, H, G, h,
                   decoder->kv_type);
-    ops->attention_cached(block->attention, block->qkv, keys, values, buffers->past, buffers->b,
-                          buffers->t, capacity, H, G, h, decoder->kv_type);
+    ops->attention_cached(block->attention, block->qkv, keys, values, buffers->past, b, t, capacity,
+                          H, G, h, decoder->kv_type);
 }
 
-// Normal numbers for every state. In decoding a row's are what they would be if it were alone: a text does not depend on its batch.
-static void draw_states(retrofit_buffers *a, float *states, float sigma, uint64_t seed) {
-    const retrofit_ops *ops = a->model->ops;
-    size_t d = a->model->config.n_embd;
-    if (!a->decoder) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
-    else
-        for (size_t i = 0; i < a->b; i++) ops->state_init(states + i * a->t * d, a->past + i, 1, a->t, d, sigma, seed);
-}
-
-// z goes where the coda's stream will be: it is not there yet.
-static void add_noise(retrofit_buffers *a, const retrofit_recurrence_options *how) {
-    const retrofit_model *m = a->model;
-    uint64_t key = retrofit_hash(how->seed, ~(uint64_t)a->n);
-    float i = (float)(a->n + 1), y = how->noise * m->config.state_std, x = y;
-    if (how->noise_kind == RETROFIT_NOISE_GEOM) x = y / i;
-    if (how->noise_kind == RETROFIT_NOISE_SQRT) x = y / sqrtf(i);
-    if (how->noise_kind == RETROFIT_NOISE_LINE) x = fmaxf(y, 1 - (i - 1) / (float)how->recurrences);
-    if (how->noise_kind == RETROFIT_NOISE_CHI) x = 2 * y * (float)retrofit_hash_uniform(key, (uint64_t)a->decoder->seen[0]);
-    draw_states(a, a->x, x, key);
-    m->ops->add(a->state, a->x, a->N * m->config.n_embd, 1 - x);
-}
-
-void retrofit_recur_noisy(retrofit_buffers *a, const retrofit_recurrence_options *how, size_t n) {
-    bool noisy = how->noise > 0 && !a->keep && a->model->config.core;
-    for (; noisy && n; n--) add_noise(a, how), retrofit_recur(a, 1, 0);
-    retrofit_recur(a, n, 0);
-}
-
-static void begin_recurrence(retrofit_buffers *a, const retrofit_recurrence_options *how) {
-    const retrofit_config *c = &a->model->config;
-    prelude_forward(a);
-    if (!c->core) return;
-    if (how->continuous && a->t == 1 && a->b <= a->decoder->carries) a->model->ops->copy(a->state, a->decoder->carried, a->b * c->n_embd * sizeof *a->state);
-    else retrofit_init_state(a, how->sigma, how->seed);
-}
-
-// Logits of the next token after each of b rows of one token.
-static void read_next(retrofit_buffers *a) {
-    const retrofit_model *m = a->model;
-    retrofit_coda(a);
-    m->ops->matmul_residual_forward(a->wide_logits, NULL, a->final, m->lm_head.weight, a->b, m->config.n_embd, m->config.vocab);
-}
-
-// One token for each of b rows. A step is hundreds of short operations that differ from those of the step before only in what lies in
-// memory: a device that can record them does so (the second time: the first may still have to prepare itself) and then repeats them.
-static void decode_step(retrofit_buffers *a, const retrofit_recurrence_options *how) {
-    const retrofit_ops *ops = a->model->ops;
-    const retrofit_recurrence_options *was = &a->decoder->step_options;
-    bool carried = how->continuous && a->b <= a->decoder->carries;
-    if (a->b != a->decoder->step_b || how->recurrences != was->recurrences || how->sigma != was->sigma || how->seed != was->seed ||
-        carried != was->continuous || how->noise != was->noise || how->noise_kind != was->noise_kind) {
-        if (a->decoder->step) ops->record_free(a->decoder->step);
-        a->decoder->step = NULL, a->decoder->steps = 0, a->decoder->step_b = a->b, a->decoder->step_options = *how, a->decoder->step_options.continuous = carried;
+// Normal numbers, cut at ±3, times sigma, for every state of the batch. Decoding draws each row's
+// as if it were the only one, so that a text does not depend on those beside it.
+static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed) {
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t b = buffers->b, t = buffers->t, d = buffers->model->config.n_embd;
+    if (!buffers->decoder) {
+        ops->state_init(states, NULL, b, t, d, sigma, seed);
+        return;
     }
-    bool record = ops->record_begin && a->decoder->steps++ == 1 && !(how->noise > 0);
-    if (record) ops->record_begin();
-    if (!a->decoder->step) begin_recurrence(a, how), retrofit_recur_noisy(a, how, how->recurrences), read_next(a);
-    if (record) a->decoder->step = ops->record_end();
-    if (a->decoder->step) ops->replay(a->decoder->step), a->n = a->model->config.core ? how->recurrences : 0;
+    for (size_t row = 0; row < b; row++)
+        ops->state_init(states + row * t * d, buffers->past + row, 1, t, d, sigma, seed);
 }
 
-static double exit_limit(const retrofit_recurrence_options *how) {
-    static const double usual[] = {0, 1e-3, 0.03, 5e-4, 1e-6, 5}; // by retrofit_exit
-    return how->threshold < 0 ? usual[how->exit] : (double)how->threshold;
+// ---- Noise: s ← (1 - x)·s + x·z before recurrence i = 1, 2, … -----------------------------------
+
+// x, from y = noise·σ; u is uniform in (0, 1).
+static float noise_strength(const retrofit_buffers *buffers,
+                            const retrofit_recurrence_options *options, uint64_t key) {
+    uint64_t position = buffers->decoder ? (uint64_t)buffers->decoder->seen[0] : 0;
+    float i = (float)(buffers->n + 1), r = (float)options->recurrences;
+    float y = options->noise * buffers->model->config.state_std;
+    switch (options->noise_kind) {
+    case RETROFIT_NOISE_GEOM: return y / i;
+    case RETROFIT_NOISE_SQRT: return y / sqrtf(i);
+    case RETROFIT_NOISE_LINE: return fmaxf(y, 1 - (i - 1) / r);
+    case RETROFIT_NOISE_CHI: return 2 * y * (float)retrofit_hash_uniform(key, position); // 2uy
+    default: return y;
+    }
 }
 
-// ‖now - before‖ / ‖now‖ of one state. (inline: not every program looks at states.)
+// z is drawn as s_0 is, but anew for each recurrence. The noise is drawn into buffers->x, which is
+// free until the coda runs.
+static void add_noise(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    const retrofit_model *model = buffers->model;
+    uint64_t key = retrofit_hash(options->seed, ~(uint64_t)buffers->n);
+    float x = noise_strength(buffers, options, key);
+    draw_states(buffers, buffers->x, x, key);
+    model->ops->add(buffers->state, buffers->x, buffers->N * model->config.n_embd, 1 - x);
+}
+
+void retrofit_recur_noisy(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                          size_t n) {
+    bool noisy = options->noise > 0 && !buffers->keep;
+    if (!noisy || retrofit_is_plain(&buffers->model->config)) {
+        retrofit_recur(buffers, n, 0);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
+        add_noise(buffers, options);
+        retrofit_recur(buffers, 1, 0);
+    }
+}
+
+// ---- One decoding step --------------------------------------------------------------------------
+
+// Whether the batch goes on from the states in `carried`.
+static bool carries_on(const retrofit_buffers *buffers,
+                       const retrofit_recurrence_options *options) {
+    return options->continuous && buffers->t == 1 && buffers->b <= buffers->decoder->carries;
+}
+
+// e, and the state that the first recurrence reads.
+static void begin_recurrence(retrofit_buffers *buffers,
+                             const retrofit_recurrence_options *options) {
+    const retrofit_model *model = buffers->model;
+    size_t bytes = buffers->b * model->config.n_embd * sizeof *buffers->state;
+    prelude_forward(buffers);
+    if (retrofit_is_plain(&model->config)) return;
+    if (carries_on(buffers, options))
+        model->ops->copy(buffers->state, buffers->decoder->carried, bytes);
+    else retrofit_init_state(buffers, options->sigma, options->seed);
+}
+
+// The logits behind `count` tokens of the batch, from number `token` on, to rows of wide_logits.
+static void head_forward(retrofit_buffers *buffers, size_t row, size_t token, size_t count) {
+    const retrofit_model *model = buffers->model;
+    size_t d = model->config.n_embd, V = model->config.vocab;
+    const act *final = act_at(model->ops, buffers->final, token * d);
+    model->ops->matmul_residual_forward(buffers->wide_logits + row * V, NULL, final,
+                                        model->lm_head.weight, count, d, V);
+}
+
+// The logits that the states of b rows of one token lead to.
+static void read_next_logits(retrofit_buffers *buffers) {
+    retrofit_coda(buffers);
+    head_forward(buffers, 0, 0, buffers->b);
+}
+
+static void run_step(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    begin_recurrence(buffers, options);
+    retrofit_recur_noisy(buffers, options, options->recurrences);
+    read_next_logits(buffers);
+}
+
+// A step is hundreds of short operations, and starting each of them can take longer than doing it.
+// So a GPU records them once (a CUDA graph) and then replays the recording. It fits as long as the
+// operations get the same arguments; what differs from token to token lies in memory.
+static bool recording_fits(const retrofit_buffers *buffers,
+                           const retrofit_recurrence_options *options) {
+    const retrofit_decoder *decoder = buffers->decoder;
+    const retrofit_recurrence_options *recorded = &decoder->step_options;
+    return decoder->step_b == buffers->b && recorded->recurrences == options->recurrences &&
+           recorded->sigma == options->sigma && recorded->seed == options->seed &&
+           recorded->continuous == carries_on(buffers, options);
+}
+
+// The next recording is to be of a step like this one.
+static void await_recording(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    retrofit_decoder *decoder = buffers->decoder;
+    if (decoder->step) buffers->model->ops->record_free(decoder->step);
+    decoder->step = NULL;
+    decoder->step_b = buffers->b;
+    decoder->step_options = *options;
+    decoder->step_options.continuous = carries_on(buffers, options);
+}
+
+static void record_step(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    const retrofit_ops *ops = buffers->model->ops;
+    ops->record_begin();
+    run_step(buffers, options);
+    buffers->decoder->step = ops->record_end();
+}
+
+// One token for each of b rows, through r recurrences. The second step of its kind is recorded, not
+// the first, in which the device may still have to load kernels and choose algorithms: a recording
+// cannot contain that. Noise is not recorded, as its strength may differ from token to token.
+static void decode_step(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    const retrofit_ops *ops = buffers->model->ops;
+    bool recordable = ops->record_begin && !(options->noise > 0);
+    if (!recordable || !recording_fits(buffers, options)) {
+        if (recordable) await_recording(buffers, options);
+        run_step(buffers, options);
+        return;
+    }
+    if (!buffers->decoder->step) record_step(buffers, options);
+    ops->replay(buffers->decoder->step);
+    buffers->n = retrofit_is_plain(&buffers->model->config) ? 0 : options->recurrences;
+}
+
+// ---- Exits --------------------------------------------------------------------------------------
+// A criterion compares a token's distribution p_i = softmax(logits_i), or its state s_i, with that
+// of the recurrence before, and says whether the token may stop after recurrence i = 1, 2, ….
+
+// What recurrence i left of one row.
+typedef struct {
+    size_t i, V, d;
+    const float *logits;               // (V) logits_i, or
+    const float *state, *state_before; // (d) s_i and s_{i-1}
+    double *noted;                     // (V) what the criterion noted in the recurrence before
+} recurrence_result;
+
+// Σ_v e^{z_v - max}: with it p_v = e^{z_v - max} / sum, log p_v = z_v - max - log sum.
+static double softmax_sum(const float *z, size_t V, float max) {
+    double sum = 0;
+    for (size_t v = 0; v < V; v++) sum += (double)fast_exp(z[v] - max);
+    return sum;
+}
+
+// |H(p_i) - H(p_{i-1})| in nats, with the entropy H(p) = -Σ_v p_v·log p_v
+static bool entropy_diff(const recurrence_result *result, double threshold) {
+    const float *z = result->logits;
+    size_t V = result->V;
+    float max = max_element(z, V);
+    double sum = softmax_sum(z, V, max), log_sum = log(sum), entropy = 0;
+    for (size_t v = 0; v < V; v++)
+        entropy -= (double)fast_exp(z[v] - max) / sum * ((double)(z[v] - max) - log_sum);
+    double before = result->i > 1 ? result->noted[0] : 100; // more than any vocabulary has
+    result->noted[0] = entropy;
+    return fabs(entropy - before) < threshold;
+}
+
+// ‖s_i - s_{i-1}‖ / ‖s_i‖
 double retrofit_relative_change(const float *now, const float *before, size_t d) {
     double change = 0, size = 0;
-    for (size_t c = 0; c < d; c++) size += (double)now[c] * now[c], change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
+    for (size_t c = 0; c < d; c++) {
+        size += (double)now[c] * now[c];
+        change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
+    }
     return sqrt(change / size);
 }
 
-// Whether a row may stop after recurrence i = 1, 2, …, by its logits z; `was` is what the criterion noted the recurrence before.
-static bool should_exit(const retrofit_recurrence_options *how, size_t i, const float *z, size_t V, double *was) {
-    double limit = exit_limit(how), sum = 0, entropy = 0, kl = 0;
-    if (how->exit == RETROFIT_EXIT_ARGMAX_STABILITY) {
-        double likeliest = retrofit_argmax(z, V);
-        was[1] = i > 1 && was[0] == likeliest ? was[1] + 1 : 0, was[0] = likeliest;
-        return was[1] >= limit;
-    }
-    float top = max_element(z, V);
-    for (size_t v = 0; v < V; v++) sum += (double)fast_exp(z[v] - top);
-    double log_sum = log(sum);
-    if (how->exit == RETROFIT_EXIT_ENTROPY_DIFF) {
-        for (size_t v = 0; v < V; v++) entropy -= (double)fast_exp(z[v] - top) / sum * ((double)(z[v] - top) - log_sum);
-        double before = i > 1 ? was[0] : 100; // nats: more than there are
-        return was[0] = entropy, fabs(entropy - before) < limit;
-    }
-    bool cut = how->exit == RETROFIT_EXIT_MINP_KL; // what is below a tenth of the largest becomes 1/V, then the sum 1 again
-    float tenth = cut ? logf(0.1f) : -INFINITY;
-    double low = -log((double)V), total = 0, log_total = 0;
-    for (size_t v = 0; cut && v < V; v++) total += z[v] - top < tenth ? 1 / (double)V : (double)fast_exp(z[v] - top) / sum;
-    if (cut) log_total = log(total);
+static bool latent_diff(const recurrence_result *result, double threshold) {
+    return retrofit_relative_change(result->state, result->state_before, result->d) < threshold;
+}
+
+// KL(p_{i-1} | p_i) = Σ_v p_{i-1,v}·(log p_{i-1,v} - log p_{i,v}), where p_0 is uniform. Given a
+// cut, probabilities below e^cut times the largest become 1/V; then all are divided by their sum.
+static double divergence(const recurrence_result *result, float cut) {
+    const float *z = result->logits;
+    size_t V = result->V;
+    float max = max_element(z, V);
+    double sum = softmax_sum(z, V, max), log_sum = log(sum), log_uniform = -log((double)V);
+    double new_sum = 0, log_new_sum = 0, total = 0;
+    for (size_t v = 0; cut > -INFINITY && v < V; v++)
+        new_sum += z[v] - max < cut ? 1 / (double)V : (double)fast_exp(z[v] - max) / sum;
+    if (cut > -INFINITY) log_new_sum = log(new_sum);
     for (size_t v = 0; v < V; v++) {
-        double before = i > 1 ? was[v] : low, now = (z[v] - top < tenth ? low : (double)(z[v] - top) - log_sum) - log_total;
-        kl += (double)fast_exp((float)before) * (before - now), was[v] = now;
+        double before = result->i > 1 ? result->noted[v] : log_uniform;
+        double now = z[v] - max < cut ? log_uniform : (double)(z[v] - max) - log_sum;
+        now -= log_new_sum;
+        total += (double)fast_exp((float)before) * (before - now);
+        result->noted[v] = now;
     }
-    return kl < limit;
+    return total;
 }
 
-// The same token by token as long as it takes, at most r recurrences. Rows that have stopped go through the motions until all have; their
-// states are put aside, and nobody reads what their deeper recurrences leave in the cache: it is overwritten by what they lend.
-static void recur_until_exit(retrofit_buffers *a, const retrofit_recurrence_options *how) {
-    const retrofit_model *m = a->model;
-    const retrofit_ops *ops = m->ops;
-    size_t b = a->b, d = m->config.n_embd, V = m->config.vocab, i = 0, stopped = 0, G = m->config.n_kv_heads, h = m->config.head_dim;
-    bool by_latent = how->exit == RETROFIT_EXIT_LATENT_DIFF, read = false;
-    begin_recurrence(a, how);
-    memset(a->decoder->used, 0, b * sizeof *a->decoder->used);
-    if (by_latent) ops->download(a->decoder->latent, a->state, b * d * sizeof(float));
-    while (stopped < b && i < how->recurrences) {
-        retrofit_recur_noisy(a, how, 1), i++;
-        const float *before = a->decoder->latent + (i - 1) % 2 * b * d, *now = a->decoder->latent + i % 2 * b * d;
-        if (by_latent) ops->download((float *)now, a->state, b * d * sizeof(float));
-        else read_next(a), ops->download(a->decoder->next, a->wide_logits, b * V * sizeof(float));
-        read = !by_latent;
-        for (size_t row = 0; row < b; row++) {
-            if (a->decoder->used[row]) continue;
-            bool rests = by_latent ? retrofit_relative_change(now + row * d, before + row * d, d) < exit_limit(how)
-                                   : should_exit(how, i, a->decoder->next + row * V, V, a->decoder->measure + row * V);
-            if (i < how->recurrences && !rests) continue;
-            a->decoder->used[row] = (int32_t)i, stopped++;
-            ops->copy(a->decoder->carried + row * d, a->state + row * d, d * sizeof(float));
-        }
-    }
-    for (size_t row = 0; row < b; row++) read = read && (size_t)a->decoder->used[row] == i;
-    ops->copy(a->state, a->decoder->carried, b * d * sizeof(float));
-    if (!read) read_next(a);
-    int32_t *reached = (int32_t *)a->decoder->latent; // on the host; the states in there have served
-    for (size_t row = 0; row < b; row++) reached[row] = (int32_t)slots_of(&a->decoder->cache, (size_t)a->decoder->used[row]);
-    ops->upload(a->decoder->reached, reached, b * sizeof *reached);
-    size_t first = m->config.prelude * a->B * a->decoder->cache.capacity * G * h * retrofit_type_size(a->decoder->kv_type);
-    ops->kv_backfill((char *)a->decoder->keys + first, (char *)a->decoder->values + first, a->past, a->decoder->reached, slots_of(&a->decoder->cache, a->decoder->cache.recurrences),
-                 m->config.core, a->B * a->decoder->cache.capacity * G * h, b, a->decoder->cache.capacity, G, h, a->decoder->kv_type);
+static bool kl(const recurrence_result *result, double threshold) {
+    return divergence(result, -INFINITY) < threshold;
 }
 
-// Prelude layer i has its keys and values in slot i, core layer j of recurrence i in slot P + i·C + j (or that which the cache's kind says),
-// the coda in the last D. A row shorter than t is padded on the right: what the padding leaves in the cache lies behind the row's end, where no
-// query looks before the next tokens have overwritten it.
-const float *retrofit_next_logits(retrofit_buffers *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths,
-                           const retrofit_recurrence_options *how) {
-    const retrofit_model *m = a->model;
-    const retrofit_config *c = &m->config;
-    size_t d = c->n_embd, V = c->vocab, r = how->recurrences;
-    if (!a->decoder || a->keep) return retrofit_fail("these activations have no KV cache"), (const float *)NULL;
-    if (c->core && (r == 0 || r > a->decoder->cache.recurrences))
-        return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r, a->decoder->cache.recurrences), (const float *)NULL;
-    if (how->exit && b > 1 && a->decoder->cache.kind != RETROFIT_CACHE_FULL) // of these slots a row that has stopped would lose what it wrote
-        return retrofit_fail("rows that stop thinking at different times need the full KV cache, or one row at a time"), (const float *)NULL;
-    bool prompt = false;
-    for (size_t i = 0; i < b && i < a->B; i++) {
-        prompt = prompt || a->decoder->seen[i] == 0;
-        if (lengths && (lengths[i] < 1 || (size_t)lengths[i] > t)) return retrofit_fail("row %zu: %d tokens of %zu", i, (int)lengths[i], t), (const float *)NULL;
-        if ((size_t)a->decoder->seen[i] + t > a->decoder->cache.capacity)
-            return retrofit_fail("%zu tokens after %d do not fit in a context of %zu", t, (int)a->decoder->seen[i], a->decoder->cache.capacity), (const float *)NULL;
-    }
-    if (!set_batch(a, tokens, b, t)) return NULL;
-    m->ops->upload(a->past, a->decoder->seen, a->B * sizeof *a->decoder->seen);
-    for (size_t i = 0; i < b; i++) a->decoder->used[i] = c->core ? (int32_t)r : 0;
-    if (t == 1 && c->core && how->exit && !prompt) recur_until_exit(a, how);
-    else if (t == 1) decode_step(a, how);
-    else begin_recurrence(a, how), retrofit_recur_noisy(a, how, r), retrofit_coda(a);
-    for (size_t i = 0; i < b; i++) {
-        size_t last = i * t + (lengths ? (size_t)lengths[i] : t) - 1;
-        if (t > 1) m->ops->matmul_residual_forward(a->wide_logits + i * V, NULL, act_at(m->ops, a->final, last * d), m->lm_head.weight, 1, d, V);
-        if (how->continuous && c->core) m->ops->copy(a->decoder->carried + i * d, a->state + last * d, d * sizeof(float)), a->decoder->carries = b;
-        a->decoder->seen[i] += (int32_t)(last - i * t + 1);
-    }
-    m->ops->download(a->decoder->next, a->wide_logits, b * V * sizeof *a->decoder->next);
-    return a->decoder->next;
+// The same where every p_v below a tenth of the largest counts as 1/V: unlikely tokens have no say.
+static bool minp_kl(const recurrence_result *result, double threshold) {
+    return divergence(result, logf(0.1f)) < threshold;
 }
 
-void retrofit_clear_cache(retrofit_buffers *a) { memset(a->decoder->seen, 0, a->B * sizeof *a->decoder->seen), a->decoder->carries = 0; }
+// The likeliest token has stayed the same for `threshold` recurrences more.
+static bool argmax_stability(const recurrence_result *result, double threshold) {
+    double *likeliest = &result->noted[0], *repeats = &result->noted[1];
+    double before = result->i > 1 ? *likeliest : -1;
+    *likeliest = retrofit_argmax(result->logits, result->V);
+    *repeats = *likeliest == before ? *repeats + 1 : 0;
+    return *repeats >= threshold;
+}
+
+// By retrofit_exit: each criterion, the authors' threshold, and whether it reads states or logits.
+static const struct {
+    bool (*is_met)(const recurrence_result *result, double threshold);
+    double threshold;
+    bool reads_states;
+} criteria[] = {
+    {NULL, 0, false},
+    {entropy_diff, 1e-3, false},
+    {latent_diff, 0.03, true},
+    {kl, 5e-4, false},
+    {minp_kl, 1e-6, false},
+    {argmax_stability, 5, false},
+};
+
+static bool should_exit(const retrofit_recurrence_options *options,
+                        const recurrence_result *result) {
+    double threshold = (double)options->threshold;
+    if (threshold < 0) threshold = criteria[options->exit].threshold;
+    return criteria[options->exit].is_met(result, threshold);
+}
+
+// Where the states s_i (b,d) lie on the host: the last two are kept.
+static float *latent_states(const retrofit_buffers *buffers, size_t i) {
+    return buffers->decoder->latent + i % 2 * buffers->b * buffers->model->config.n_embd;
+}
+
+// Downloads what the criterion reads of the recurrence just done.
+static void download_result(retrofit_buffers *buffers, bool states) {
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_config *c = &buffers->model->config;
+    size_t b = buffers->b;
+    float *latent = latent_states(buffers, buffers->n), *next = buffers->decoder->next;
+    if (states) {
+        ops->download(latent, buffers->state, b * c->n_embd * sizeof *latent);
+        return;
+    }
+    read_next_logits(buffers);
+    ops->download(next, buffers->wide_logits, b * c->vocab * sizeof *next);
+}
+
+static void keep_state_of(retrofit_buffers *buffers, size_t row, size_t token) {
+    size_t d = buffers->model->config.n_embd;
+    float *state = buffers->state + token * d;
+    buffers->model->ops->copy(buffers->decoder->carried + row * d, state, d * sizeof *state);
+}
+
+// Stops the rows that meet the criterion after the recurrence just done, and after recurrence r all
+// that are left. Returns how many stopped.
+static size_t check_exits(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    retrofit_decoder *decoder = buffers->decoder;
+    size_t V = buffers->model->config.vocab, d = buffers->model->config.n_embd;
+    size_t i = buffers->n, stopped = 0;
+    for (size_t row = 0; row < buffers->b; row++) {
+        if (decoder->used[row] > 0) continue; // stopped before
+        recurrence_result result = {.i = i, .V = V, .d = d};
+        result.logits = decoder->next + row * V;
+        result.state = latent_states(buffers, i) + row * d;
+        result.state_before = latent_states(buffers, i - 1) + row * d;
+        result.noted = decoder->measure + row * V;
+        if (i < options->recurrences && !should_exit(options, &result)) continue;
+        decoder->used[row] = (int32_t)i;
+        keep_state_of(buffers, row, row);
+        stopped++;
+    }
+    return stopped;
+}
+
+// A token that stopped early has left nothing in the slots of deeper recurrences. Later tokens that
+// go deeper find there copies of what its last recurrence left.
+static void backfill_cache(retrofit_buffers *buffers) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t B = buffers->B, b = buffers->b, capacity = decoder->cache.capacity;
+    size_t G = c->n_kv_heads, h = c->head_dim, P = c->prelude, C = c->core;
+    size_t slots = slots_of(&decoder->cache, decoder->cache.recurrences);
+    for (size_t row = 0; row < b; row++) {
+        int32_t reached = (int32_t)slots_of(&decoder->cache, (size_t)decoder->used[row]);
+        ops->upload(decoder->reached + row, &reached, sizeof reached);
+    }
+    ops->kv_backfill(slot_at(buffers, decoder->keys, P), slot_at(buffers, decoder->values, P),
+                     buffers->past, decoder->reached, slots, C, B * capacity * G * h, b, capacity,
+                     G, h, decoder->kv_type);
+}
+
+// A decoding step with an exit. All rows run until the last one stops. A row that stopped earlier
+// keeps its saved state; what it writes to the cache after that is overwritten by kv_backfill
+// below, so nothing reads it.
+static void recur_until_exit(retrofit_buffers *buffers,
+                             const retrofit_recurrence_options *options) {
+    retrofit_decoder *decoder = buffers->decoder;
+    size_t b = buffers->b, d = buffers->model->config.n_embd, running = b, stopped = 0;
+    bool states = criteria[options->exit].reads_states;
+    memset(decoder->used, 0, b * sizeof *decoder->used);
+    begin_recurrence(buffers, options);
+    if (states) download_result(buffers, true); // s_0
+    while (running > 0) {
+        retrofit_recur_noisy(buffers, options, 1);
+        download_result(buffers, states);
+        stopped = check_exits(buffers, options);
+        running -= stopped;
+    }
+    if (states || stopped < b) { // wide_logits are not those of every row's last state
+        buffers->model->ops->copy(buffers->state, decoder->carried, b * d * sizeof *buffers->state);
+        read_next_logits(buffers);
+    }
+    backfill_cache(buffers);
+}
+
+// ---- The next token's logits --------------------------------------------------------------------
+
+static bool check_next_logits(const retrofit_buffers *buffers, size_t b, size_t t,
+                              const int32_t *lengths, const retrofit_recurrence_options *options) {
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t r = options->recurrences;
+    bool plain = retrofit_is_plain(&buffers->model->config);
+    if (!decoder || buffers->keep) return retrofit_fail("these activations have no KV cache");
+    if (!plain && (r == 0 || r > decoder->cache.recurrences))
+        return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r,
+                             decoder->cache.recurrences);
+    // A row that runs on after it stopped would overwrite entries in slots that recurrences share.
+    if (options->exit && b > 1 && decoder->cache.kind != RETROFIT_CACHE_FULL)
+        return retrofit_fail("rows that stop thinking at different times need the full KV cache, "
+                             "or one row at a time");
+    for (size_t row = 0; row < retrofit_min(b, buffers->B); row++) {
+        if (lengths && (lengths[row] < 1 || (size_t)lengths[row] > t))
+            return retrofit_fail("row %zu: %d tokens of %zu", row, (int)lengths[row], t);
+        if ((size_t)decoder->seen[row] + t > decoder->cache.capacity)
+            return retrofit_fail("%zu tokens after %d do not fit in a context of %zu", t,
+                                 (int)decoder->seen[row], decoder->cache.capacity);
+    }
+    return true;
+}
+
+// The number in the batch of a row's last token.
+static size_t last_token(const retrofit_buffers *buffers, const int32_t *lengths, size_t row) {
+    return row * buffers->t + (lengths ? (size_t)lengths[row] : buffers->t) - 1;
+}
+
+// Several tokens per row, in one pass; logits only behind the last. Shorter rows are padded at the
+// end: causal attention hides the padding from the row's own tokens, and its entries in the cache
+// lie behind the row's end, where later tokens overwrite them before anything reads there.
+static void read_prompts(retrofit_buffers *buffers, const int32_t *lengths,
+                         const retrofit_recurrence_options *options) {
+    begin_recurrence(buffers, options);
+    retrofit_recur_noisy(buffers, options, options->recurrences);
+    retrofit_coda(buffers);
+    for (size_t row = 0; row < buffers->b; row++)
+        head_forward(buffers, row, last_token(buffers, lengths, row), 1);
+}
+
+const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b,
+                                  size_t t, const int32_t *lengths,
+                                  const retrofit_recurrence_options *options) {
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_config *c = &buffers->model->config;
+    retrofit_decoder *decoder = buffers->decoder;
+    bool plain = retrofit_is_plain(c), begins = false;
+    if (!check_next_logits(buffers, b, t, lengths, options)) return NULL;
+    if (!set_batch(buffers, tokens, b, t)) return NULL;
+    ops->upload(buffers->past, decoder->seen, buffers->B * sizeof *decoder->seen);
+    for (size_t row = 0; row < b; row++) {
+        decoder->used[row] = plain ? 0 : (int32_t)options->recurrences;
+        begins = begins || decoder->seen[row] == 0;
+    }
+
+    if (t > 1) read_prompts(buffers, lengths, options);
+    else if (plain || !options->exit || begins) decode_step(buffers, options);
+    else recur_until_exit(buffers, options);
+
+    for (size_t row = 0; row < b; row++) {
+        size_t last = last_token(buffers, lengths, row);
+        if (options->continuous && !plain) keep_state_of(buffers, row, last);
+        decoder->seen[row] += (int32_t)(last + 1 - row * t);
+    }
+    if (options->continuous && !plain) decoder->carries = b;
+    ops->download(decoder->next, buffers->wide_logits, b * c->vocab * sizeof *decoder->next);
+    return decoder->next;
+}
+
+void retrofit_clear_cache(retrofit_buffers *buffers) {
+    memset(buffers->decoder->seen, 0, buffers->B * sizeof *buffers->decoder->seen);
+    buffers->decoder->carries = 0;
+}
+
+// ---- Sampling: softmax(logits/temperature), then top-k, top-p, min-p, in this order -------------
 
 int32_t retrofit_argmax(const float *logits, size_t V) {
     size_t best = 0;
@@ -2042,118 +2293,207 @@ int32_t retrofit_argmax(const float *logits, size_t V) {
     return (int32_t)best;
 }
 
+// A token that may come next. p is relative to the likeliest token's, which is 1.
 typedef struct {
     float p;
     int32_t id;
 } candidate;
 
-static int by_probability(const void *x, const void *y) { // descending; equals by id, so that a seed decides alone
-    const candidate *a = (const candidate *)x, *b = (const candidate *)y;
-    return a->p > b->p ? -1 : a->p < b->p ? 1 : a->id < b->id ? -1 : 1;
-}
-
-// What the filters leave of the distribution, as weights that add up to *total; their number.
-static size_t apply_filters(const float *logits, size_t V, const retrofit_sampling *s, candidate *c, double *total) {
-    size_t n = V;
-    float top = max_element(logits, V), min_p = fminf(s->min_p, 1); // the largest stays, whatever min_p is
-    if (!(s->temperature > 0) || !isfinite(top)) return c->p = 1, c->id = retrofit_argmax(logits, V), *total = 1, (size_t)1;
-    for (size_t v = 0; v < V; v++) c[v].p = fmaxf(0, expf((logits[v] - top) / s->temperature)), c[v].id = (int32_t)v; // fmaxf: NaN is 0
-    if (min_p > 0 && !(s->top_p < 1)) { // relative to the largest, whose weight is 1: needs no sorting, and leaves less to sort
-        n = 0;
-        for (size_t v = 0; v < V; v++)
-            if (c[v].p >= min_p) c[n++] = c[v];
-    }
-    if (s->top_k || s->top_p < 1) qsort(c, n, sizeof *c, by_probability);
-    if (s->top_k && s->top_k < n) n = s->top_k;
-    double kept = 0;
-    *total = 0;
-    for (size_t i = 0; i < n; i++) *total += c[i].p;
-    if (s->top_p < 1) { // the fewest whose share reaches top_p
-        size_t i = 0;
-        while (i < n && kept < s->top_p * *total) kept += c[i++].p;
-        for (n = i ? i : 1; n > 1 && c[n - 1].p < min_p;) n--;
-        for (*total = 0, i = 0; i < n; i++) *total += c[i].p;
-    }
-    return n;
-}
-
-static double draw_uniform(retrofit_sampling *s) { return s->seed = retrofit_hash(s->seed, 0), retrofit_hash_uniform(s->seed, 1); }
-
-static int32_t draw_from(const candidate *c, size_t n, double total, retrofit_sampling *s) { // one of n by weight
-    double u = draw_uniform(s) * total;
-    for (size_t i = 0; i < n; i++)
-        if ((u -= c[i].p) < 0) return c[i].id;
-    return c[n - 1].id;
-}
-
-// From what the filters leave, which is in c then; where they leave one, no random number is taken.
-static int32_t draw_filtered(const float *logits, size_t V, retrofit_sampling *s, candidate *c, size_t *n, double *total) {
-    *n = apply_filters(logits, V, s, c, total);
-    return *n == 1 ? c->id : draw_from(c, *n, *total, s);
-}
-
-int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch) {
-    double total;
+// What the filters leave: n candidates whose p add up to `total`.
+typedef struct {
+    candidate *candidates;
     size_t n;
-    return draw_filtered(logits, V, s, (candidate *)scratch, &n, &total);
+    double total;
+} distribution;
+
+// Likeliest first; equals by id, so that a seed alone decides what is drawn.
+static int by_probability(const void *x, const void *y) {
+    const candidate *a = x, *b = y;
+    if (a->p != b->p) return a->p > b->p ? -1 : 1;
+    return a->id < b->id ? -1 : 1;
 }
 
-// ---- Self-speculative decoding ------------------------------------------------------------------------------------------------
-// The rule that keeps the distribution: a token y drafted from q stays with probability min(1, p(y)/q(y)), where p is what the whole depth says;
-// if not, another is drawn from what p has more than q. q (V): probabilities; logits: the whole depth's. Returns y or the other one.
-static int32_t accept_or_resample(int32_t y, const float *q, const float *logits, size_t V, retrofit_sampling *s, candidate *c) {
-    double total, p = 0, rest = 0;
-    size_t n = apply_filters(logits, V, s, c, &total), left = 0;
-    for (size_t i = 0; i < n; i++) p = c[i].id == y ? c[i].p / total : p;
-    if (n == 1) return c->id; // greedy, or nothing else is left: y stays if it is that
-    if (draw_uniform(s) * q[y] < p) return y;
-    for (size_t i = 0; i < n; i++) {
-        candidate more = {(float)(c[i].p / total - q[c[i].id]), c[i].id};
-        if (more.p > 0) rest += more.p, c[left++] = more;
-    }
-    return left ? draw_from(c, left, rest, s) : y; // none: p and q are equal but for rounding
+static double sum_of(const candidate *candidates, size_t n) {
+    double total = 0;
+    for (size_t i = 0; i < n; i++) total += candidates[i].p;
+    return total;
 }
 
-size_t retrofit_speculate(retrofit_buffers *a, int32_t token, size_t draft, size_t L, const retrofit_recurrence_options *how,
-                          retrofit_sampling *s, size_t n, int32_t *out, float *scratch) {
-    const retrofit_model *m = a->model;
-    const retrofit_ops *ops = m->ops;
-    size_t d = m->config.n_embd, V = m->config.vocab, r = how->recurrences, count = 0;
-    if (!m->config.core || draft == 0 || draft >= r)
-        return retrofit_fail("a draft of %zu recurrences for %zu: from 1 to one less", draft, r), (size_t)0;
-    if (L == 0 || L > RETROFIT_LOOKAHEAD || L > a->T)
-        return retrofit_fail("%zu tokens cannot be drafted: from 1 to %zu", L, retrofit_min(RETROFIT_LOOKAHEAD, a->T)), (size_t)0;
-    if (how->exit || how->continuous || how->noise > 0) return retrofit_fail("drafts go with no exit, continuous thinking or noise"), (size_t)0;
-    if (a->decoder->cache.kind != RETROFIT_CACHE_FULL) return retrofit_fail("drafts need the full KV cache"), (size_t)0;
-    float *logits = scratch, *q = scratch + L * V; // q: what the drafts were drawn from
-    candidate *c = (candidate *)(void *)(q + L * V);
-    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token}, start = a->decoder->seen[0];
-    retrofit_recurrence_options shallow = *how;
-    shallow.recurrences = draft;
-    for (size_t j = 0; j < L; j++) {
-        const float *z = retrofit_next_logits(a, &fed[j], 1, 1, NULL, &shallow);
-        if (!z) return a->decoder->seen[0] = start, (size_t)0;
-        ops->copy(a->decoder->drafted + j * d, a->state, d * sizeof(float));
-        ops->copy(a->decoder->drafted + (RETROFIT_LOOKAHEAD + j) * d, a->injected, d * sizeof(float));
-        double total;
-        size_t left;
-        fed[j + 1] = draw_filtered(z, n, s, c, &left, &total);
-        memset(q + j * V, 0, n * sizeof *q);
-        for (size_t i = 0; i < left; i++) q[j * V + (size_t)c[i].id] = (float)(c[i].p / total);
+// top-p: the fewest of n sorted candidates whose share of all reaches top_p, and at least one.
+static size_t keep_top_p(const candidate *candidates, size_t n, float top_p) {
+    double enough = top_p * sum_of(candidates, n), kept = 0;
+    size_t i = 0;
+    while (i < n && kept < enough) {
+        kept += candidates[i].p;
+        i++;
     }
-    a->decoder->seen[0] = start;
-    if (!set_batch(a, fed, 1, L)) return 0;
-    ops->upload(a->past, a->decoder->seen, a->B * sizeof *a->decoder->seen);
-    ops->copy(a->state, a->decoder->drafted, L * d * sizeof(float)),
-        ops->copy(a->injected, a->decoder->drafted + RETROFIT_LOOKAHEAD * d, L * d * sizeof(float));
-    a->n = draft;
-    retrofit_recur(a, r - draft, 0), retrofit_coda(a), retrofit_logits(a, 0, L, logits);
-    while (count < L) {
-        out[count] = accept_or_resample(fed[count + 1], q + count * V, logits + count * V, n, s, c);
+    return retrofit_max(i, 1);
+}
+
+// min-p: those at least min_p times as likely as the likeliest, which stays whatever min_p is.
+static size_t keep_min_p(candidate *candidates, size_t n, float min_p) {
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++)
+        if (candidates[i].p >= fminf(min_p, 1)) candidates[kept++] = candidates[i];
+    return kept;
+}
+
+static distribution apply_filters(const float *logits, size_t V, const retrofit_sampling *sampling,
+                                  candidate *candidates) {
+    float max = max_element(logits, V), temperature = sampling->temperature;
+    size_t n = V, top_k = sampling->top_k;
+    bool by_share = sampling->top_p < 1;
+    if (!(temperature > 0) || !isfinite(max)) {
+        candidates[0] = (candidate){1, retrofit_argmax(logits, V)};
+        return (distribution){candidates, 1, 1};
+    }
+    for (size_t v = 0; v < V; v++) { // fmaxf makes NaN 0
+        candidates[v].p = fmaxf(0, expf((logits[v] - max) / temperature));
+        candidates[v].id = (int32_t)v;
+    }
+    // Without top-p, min-p may come before top-k: the same are left, and fewer are sorted.
+    if (!by_share) n = keep_min_p(candidates, n, sampling->min_p);
+    if (top_k || by_share) qsort(candidates, n, sizeof *candidates, by_probability);
+    if (top_k && top_k < n) n = top_k;
+    if (by_share) {
+        n = keep_top_p(candidates, n, sampling->top_p);
+        n = keep_min_p(candidates, n, sampling->min_p);
+    }
+    return (distribution){candidates, n, sum_of(candidates, n)};
+}
+
+static double draw_uniform(retrofit_sampling *sampling) {
+    sampling->seed = retrofit_hash(sampling->seed, 0);
+    return retrofit_hash_uniform(sampling->seed, 1);
+}
+
+static int32_t draw_from(const distribution *from, retrofit_sampling *sampling) {
+    double u = draw_uniform(sampling) * from->total;
+    for (size_t i = 0; i < from->n; i++) {
+        u -= from->candidates[i].p;
+        if (u < 0) return from->candidates[i].id;
+    }
+    return from->candidates[from->n - 1].id; // by rounding
+}
+
+// Where the filters leave one token, no random number is taken.
+static int32_t draw_filtered(const distribution *left, retrofit_sampling *sampling) {
+    return left->n == 1 ? left->candidates[0].id : draw_from(left, sampling);
+}
+
+int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch) {
+    distribution left = apply_filters(logits, V, sampling, scratch);
+    return draw_filtered(&left, sampling);
+}
+
+// ---- Self-speculative decoding ------------------------------------------------------------------
+// Drafts of few recurrences are cheap, and the recurrences that they lack are done for all of them
+// in one pass, which reads the core's weights once for many tokens. With q the distribution that a
+// draft y was drawn from and p the one at full depth, y stays with probability min(1, p(y)/q(y));
+// else a token is drawn from max(0, p - q), divided by its sum (Leviathan et al. 2023). A draft is
+// rejected with probability 1 - Σ_x min(q(x), p(x)) = Σ_x max(0, p(x) - q(x)), which is that very
+// sum, so the tokens that come out have the distribution p:
+//
+//     P(x) = q(x)·min(1, p(x)/q(x)) + max(0, p(x) - q(x)) = min(q(x), p(x)) + max(0, p(x) - q(x))
+
+// q (V): probabilities; logits (V): those at full depth. Returns y or its replacement.
+static int32_t accept_or_resample(int32_t y, const float *q, const float *logits, size_t V,
+                                  retrofit_sampling *sampling, candidate *scratch) {
+    distribution p = apply_filters(logits, V, sampling, scratch);
+    distribution rest = {scratch, 0, 0};
+    double p_y = 0;
+    if (p.n == 1) return scratch[0].id; // greedy, or all else is filtered out
+    for (size_t i = 0; i < p.n; i++)
+        if (scratch[i].id == y) p_y = scratch[i].p / p.total;
+    if (draw_uniform(sampling) * q[y] < p_y) return y;
+    for (size_t i = 0; i < p.n; i++) {
+        candidate more = {(float)(scratch[i].p / p.total - q[scratch[i].id]), scratch[i].id};
+        if (more.p <= 0) continue;
+        scratch[rest.n++] = more;
+        rest.total += more.p;
+    }
+    return rest.n ? draw_from(&rest, sampling) : y; // none: p and q are equal but for rounding
+}
+
+static bool check_speculation(const retrofit_buffers *buffers, size_t depth, size_t lookahead,
+                              const retrofit_recurrence_options *options) {
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t r = options->recurrences, most = retrofit_min(RETROFIT_LOOKAHEAD, buffers->T);
+    if (retrofit_is_plain(&buffers->model->config) || depth == 0 || depth >= r)
+        return retrofit_fail("a draft of %zu recurrences for %zu: from 1 to one less", depth, r);
+    if (lookahead == 0 || lookahead > most)
+        return retrofit_fail("%zu tokens cannot be drafted: from 1 to %zu", lookahead, most);
+    if (options->exit || options->continuous || options->noise > 0)
+        return retrofit_fail("drafts go with no exit, continuous thinking or noise");
+    if (!decoder || decoder->cache.kind != RETROFIT_CACHE_FULL)
+        return retrofit_fail("drafts need the full KV cache");
+    return true;
+}
+
+// Draws fed[1] … fed[lookahead] behind fed[0], one by one; q (lookahead,V): the distributions that
+// they come from. Keeps the state and A_e·e of each token that was fed, for verify_drafts.
+static bool draft_tokens(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                         retrofit_sampling *sampling, size_t vocab, size_t lookahead, int32_t *fed,
+                         float *q, candidate *scratch) {
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t d = buffers->model->config.n_embd, V = buffers->model->config.vocab;
+    float *states = buffers->decoder->drafted, *injected = states + RETROFIT_LOOKAHEAD * d;
+    for (size_t j = 0; j < lookahead; j++) {
+        const float *logits = retrofit_next_logits(buffers, &fed[j], 1, 1, NULL, options);
+        if (!logits) return false;
+        ops->copy(states + j * d, buffers->state, d * sizeof *states);
+        ops->copy(injected + j * d, buffers->injected, d * sizeof *injected);
+        distribution left = apply_filters(logits, vocab, sampling, scratch);
+        fed[j + 1] = draw_filtered(&left, sampling);
+        memset(q + j * V, 0, vocab * sizeof *q);
+        for (size_t i = 0; i < left.n; i++)
+            q[j * V + (size_t)scratch[i].id] = (float)(scratch[i].p / left.total);
+    }
+    return true;
+}
+
+// Takes the drafts together from recurrence `depth` on to r; logits (lookahead,V) behind each.
+static bool verify_drafts(retrofit_buffers *buffers, const int32_t *fed, size_t lookahead,
+                          size_t depth, size_t r, float *logits) {
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t d = buffers->model->config.n_embd, bytes = lookahead * d * sizeof(float);
+    const retrofit_decoder *decoder = buffers->decoder;
+    if (!set_batch(buffers, fed, 1, lookahead)) return false;
+    ops->upload(buffers->past, decoder->seen, buffers->B * sizeof *decoder->seen);
+    ops->copy(buffers->state, decoder->drafted, bytes);
+    ops->copy(buffers->injected, decoder->drafted + RETROFIT_LOOKAHEAD * d, bytes);
+    buffers->n = depth;
+    retrofit_recur(buffers, r - depth, 0);
+    retrofit_coda(buffers);
+    retrofit_logits(buffers, 0, lookahead, logits);
+    return true;
+}
+
+size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
+                          const retrofit_recurrence_options *options, retrofit_sampling *sampling,
+                          size_t vocab, int32_t *out, float *scratch) {
+    size_t V = buffers->model->config.vocab, r = options->recurrences, count = 0;
+    if (!check_speculation(buffers, depth, lookahead, options)) return 0;
+    float *logits = scratch, *q = scratch + lookahead * V;
+    candidate *candidates = (void *)(q + lookahead * V);
+    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token};
+    int32_t *seen = &buffers->decoder->seen[0], start = *seen;
+    retrofit_recurrence_options shallow = *options;
+    shallow.recurrences = depth;
+
+    bool drafted = draft_tokens(buffers, &shallow, sampling, vocab, lookahead, fed, q, candidates);
+    *seen = start;
+    if (!drafted || !verify_drafts(buffers, fed, lookahead, depth, r, logits)) return 0;
+    bool accepted = true;
+    while (count < lookahead && accepted) { // up to the first that is replaced
+        out[count] = accept_or_resample(fed[count + 1], q + count * V, logits + count * V, vocab,
+                                        sampling, candidates);
+        accepted = out[count] == fed[count + 1];
         count++;
-        if (out[count - 1] != fed[count]) break;
     }
-    return a->decoder->seen[0] = start + (int32_t)count, a->decoder->used[0] = (int32_t)r, count;
+    *seen = start + (int32_t)count; // `token` and the drafts that stayed, but for the last
+    buffers->decoder->used[0] = (int32_t)r;
+    return count;
 }
 
 #endif // RETROFIT_IMPLEMENTATION
