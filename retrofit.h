@@ -77,7 +77,7 @@
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1345
        Newton-Schulz                                   newton_schulz                     1231
        the operations: rmsnorm, rope, attention …      embedding_forward                 1374
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2003
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2253
 
    Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
