@@ -1007,6 +1007,20 @@ static decoding eval_decoding(const char *options) {
     return d;
 }
 
+// Noise without a KV cache: its strength may be drawn, for which a cache's positions are no help.
+static void noisy_losses(void) {
+    static const char *const kinds[] = {"fixed", "geom", "sqrt", "line", "chi"};
+    double quiet, noisy;
+    works(LOSSES);
+    check(sscanf(out, "%*[^\n] %*u %lf", &quiet) == 1, "no table: %s", out);
+    for (int i = 0; i < 5; i++) {
+        works(LOSSES "--noise 3 --noise-type %s", kinds[i]);
+        check(sscanf(out, "%*[^\n] %*u %lf", &noisy) == 1, "%s: no table: %s", kinds[i], out);
+        check(noisy != quiet && isfinite(noisy), "%s noise: loss %g, without %g", kinds[i], noisy,
+              quiet);
+    }
+}
+
 static void cached_losses(void) {
     static const char *const options[] = {
         "--kv-cache shared:1",
@@ -1174,6 +1188,7 @@ int main(void) {
     exits_and_caches();
     drafted_conversation();
     cached_losses();
+    noisy_losses();
     traces();
     bad_recurrences();
     exits_in_batches();
