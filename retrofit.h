@@ -1,83 +1,90 @@
 /* retrofit.h - Teaching Pretrained Language Models to Think Deeper with Retrofitted Recurrence
 
-   The method of McLeish et al. (arXiv 2511.07384) in one header. A pretrained Llama is cut into three
-   parts, prelude, core and coda; a new matrix, the adapter, feeds the core its own output r times. A
-   short training teaches the model to use that loop; from then on it thinks deeper the more
-   recurrences it is given.
+   The method of McLeish et al. (arXiv 2511.07384) in one header. A pretrained Llama is cut into
+   three parts, prelude, core and coda; a new matrix, the adapter, feeds the core its own output r
+   times. A short training teaches the model to use that loop; from then on it thinks deeper the
+   more recurrences it is given.
 
-       tokens ─ wte ─ prelude ─ e ──────┬─────────────┬── … ───────┐
-                      P blocks          │             │            │
-                                        ▼             ▼            ▼
-              s_0 ~ N(0, σ²) ──── adapter ─ core ─ adapter ─ core … core ─ s_r ─ coda ─ norm ─ lm_head
-                                           C blocks                            D blocks
-                                  └──── r recurrences, the same weights ────┘
+       tokens ─ wte ─ prelude ─ e ────┬─────────────┬── … ───────┐
+                      P blocks        │             │            │
+                                      ▼             ▼            ▼
+              s_0 ~ N(0, σ²) ── adapter ─ core ─ adapter ─ core … core ─ s_r ─ coda ─ norm ─ lm_head
+                                         C blocks                            D blocks
+                                └──── r recurrences, the same weights ────┘
 
-   This file is a book in three parts. PART I is the method: whoever reads up to the line "The method
-   ends here" has understood the paper. PART II thinks longer (decoding). PART III is machinery. What
-   Part I needs from there is declared, with a sentence each, before section 2.
+   This file is a book in three parts. PART I is the method: whoever reads up to the line "The
+   method ends here" has understood the paper. PART II thinks longer (decoding), PART III is
+   machinery; what Part I needs of it is declared, with a sentence each, before section 2.
 
    0  The method in formulas
 
    Letters:  B rows   T tokens in each   N = B·T   d = n_embd   H query heads   G key/value heads
-             h = d/H   Q = (H+2G)·h   F = intermediate size   V vocabulary   P, C, D layers in prelude,
-             core, coda   r = n + k recurrences, n without and k with gradient   R, K: means, section 4
+             h = d/H   Q = (H+2G)·h   F = intermediate size   V vocabulary   P, C, D layers in
+             prelude, core, coda   r = n + k recurrences, n without and k with gradient
 
-       e      = prelude(wte[tokens])
-       s_0    ~ N(0, σ²), cut at ±3σ
-       y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e             i = 1 … r,  A = [A_s | A_e]
-       s_i    = core(y_i)
-       logits = lm_head·RMSNorm_f(coda(s_r))                 loss L = mean cross-entropy of the labels
+       e      = prelude(wte[tokens])                                                (N,d)
+       s_0    ~ N(0, σ²), cut at ±3σ                                                (N,d)
+       y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e     i = 1 … r,  A = [A_s | A_e]  (d,2d)
+       s_i    = core(y_i)                                                           (N,d)
+       logits = lm_head·RMSNorm_f(coda(s_r))                                        (N,V)
+       L      = mean cross-entropy of the labels
+
+   The adapter has no bias, and there is no norm before, between or after the recurrences, only
+   those inside the blocks.
 
    The gradient. Write dX for ∂L/∂X, and coreᵀ for the derivative of the core, at y_i, applied to a
-   gradient. Backward through coda and head gives ds_r. Then, for i = r, r - 1, …
+   gradient. Backward through head and coda gives ds_r. Then, for i = r, r - 1, …
 
-       dY_i     = coreᵀ(ds_i)                     and the core's own gradient, as of any stack of blocks
+       dY_i     = coreᵀ(ds_i)              and the core's own gradient, as of any stack of blocks
        ds_{i-1} = A_sᵀ·dY_i
 
    A_s, A_e, the core's weights and e are the same in every recurrence. L depends on them in many
-   places, and the derivative is the sum over the places:
+   places, and the derivative is the sum, not the mean, over the places:
 
-       dA_s  = Σ_i dY_i·s_{i-1}ᵀ                  a product for each i, since s_{i-1} differs
+       dA_s  = Σ_i dY_i·s_{i-1}ᵀ                  a product for each i: s_{i-1} differs, and is kept
        dA_e  = Σ_i dY_i·eᵀ    = (Σ_i dY_i)·eᵀ     e does not depend on i, so the sum comes first:
-       de    = Σ_i A_eᵀ·dY_i  = A_eᵀ·(Σ_i dY_i)   one product each, however many recurrences there were
+       de    = Σ_i A_eᵀ·dY_i  = A_eᵀ·(Σ_i dY_i)   one product each, whatever k is
        dcore = Σ_i of its gradient at y_i
 
-   For the same reason A_e·e is computed once in the forward pass. de then goes back through the
-   prelude to wte.
+   For the same reason A_e·e is computed once in the forward pass. de goes on through the prelude to
+   wte. s_0 is drawn, not learned, and needs no gradient.
 
-   Truncation. Only the last k recurrences are followed back: the sums run over i = n + 1 … n + k, and
-   ds_n is set to zero, as if s_n were a constant like s_0. What is left out is every term of i ≤ n, in
-   dA_s, in dA_e, in the core's gradient and in de; coda, head and final norm lose nothing. Those terms
-   have come back through k cores or more. Where states converge, which is what the training brings
-   about, each core makes them smaller, so they matter little, and the n first recurrences need to
-   store nothing: memory grows with k, not with r.
+   Truncation. Only the last k recurrences are followed back: the sums run over i = n + 1 … n + k,
+   and ds_n is set to zero, as if s_n were a constant like s_0. What is left out is every term of i
+   ≤ n: in dA_s, in dA_e, in the core's gradient, in de and so in the prelude's and wte's. Head,
+   final norm and coda have their exact gradients; with n = 0 all have. The terms left out have come
+   back through k cores or more. Where states converge, which is what the training brings about,
+   each core makes them smaller, so they matter little; and the n first recurrences need to store
+   nothing: memory grows with k, not with r.
 
-   Surgery (convert.c) makes the three parts from the layers of the source. The paper takes the first
-   for the prelude, the last for the coda, and the last before those for the core, of TinyLlama's 22
-   layers 0-3, 18-21 and 10-17; any list may be given. What is in no part, here 4-9, is dropped for
-   good. wte, final norm and head are copied; a head that shared wte becomes a matrix of its own. The
-   adapter is new: PyTorch's uniform of ±1/√(2d), as the authors have it, or [0 | I], which starts as
-   the source without the dropped layers.
+   Surgery (convert.c) makes the parts from the source's layers. The paper takes the first for the
+   prelude, the last for the coda and the last before those for the core: 0-3, 10-17, 18-21 of
+   TinyLlama's 22; 0-3, 6-11, 12-15, or 0-1, 10-13, 14-15, of Llama-3.2-1B's 16. Any list may be
+   given. Layers in no part are dropped for good. wte, final norm and head are copied; a head that
+   shared wte becomes a matrix of its own. The adapter is new. As PyTorch's uniform of ±1/√(2d), the
+   authors' choice, it throws the pretrained signal away, which a long training heals. As [0 | I]
+   the model starts as the source without the dropped layers, the same at every r, for the state is
+   ignored until A_s has grown: in a short training that decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   725
-       s_0                                             retrofit_init_state               749
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            754
-       s_i, without and with gradient                  retrofit_recur                    790
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               616
-       its gradient                                    block_backward                    647
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     803
-       L                                               retrofit_loss                     861
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               889
-       dA_e, de                                        injection_backward                906
-       floating-point operations                       retrofit_flops_per_token          938
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         995
-       the curriculum r̄(t)                             retrofit_curriculum               1027
-       a training step                                 retrofit_training_step            1104
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1345
-       Newton-Schulz                                   newton_schulz                     1231
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1374
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2253
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   735
+       s_0                                             retrofit_init_state               760
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            765
+       s_i, without and with gradient                  retrofit_recur                    801
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               626
+       its gradient                                    block_backward                    657
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     814
+       L                                               retrofit_loss                     872
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               900
+       dA_e, de                                        injection_backward                917
+       floating-point operations                       retrofit_flops_per_token          950
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1008
+       the curriculum r̄(t)                             retrofit_curriculum               1040
+       a training step                                 retrofit_training_step            1117
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1359
+       Newton-Schulz                                   newton_schulz                     1245
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1388
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2267
 
    Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
@@ -88,7 +95,7 @@
 #define RETROFIT_H
 
 #if defined RETROFIT_IMPLEMENTATION && !defined _GNU_SOURCE
-#define _GNU_SOURCE // mmap, glob, fsync, open_memstream: where this header is implemented it must come first
+#define _GNU_SOURCE // mmap, glob, fsync: where this header is implemented it comes first
 #endif
 #include <math.h>
 #include <stdbool.h>
@@ -103,11 +110,11 @@ extern "C" {
 // =================================================================================================
 // 1  Declarations
 // =================================================================================================
-// Functions that can fail return false, NULL or NaN; retrofit_error() then says in one line what was
-// wrong, where, and what to do. "or error" below means that.
+// Functions that can fail return false, NULL or NaN; retrofit_error() then says in one line what
+// was wrong, where, and what to do. "or error" below means that.
 const char *retrofit_error(void);
 
-// ---- Configuration: the numbers of config.json ----------------------------------------------------
+// ---- Configuration: the numbers of config.json -------------------------------------------------
 
 // Element types of tensors. Files may hold any of them; operations read weights in F32 or BF16.
 typedef enum { RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32 } retrofit_type;
@@ -126,15 +133,15 @@ typedef struct {
     int32_t bos, eos;                              // token ids; -1 if the config has none
 } retrofit_config;
 
-// σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code was
-// first written for, is 5280 wide and starts its matrices with the variance 2/(5·width); the paper
-// kept the number for models of other widths.
+// σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code
+// was first written for, is 5280 wide and starts its matrices with the variance 2/(5·width); the
+// paper kept the number for models of other widths.
 #define RETROFIT_STATE_STD 0.008703882797784892
 
 bool retrofit_is_plain(const retrofit_config *config);         // a Llama without recurrence: C = 0
 size_t retrofit_qkv_width(const retrofit_config *config);      // Q = (H + 2G)·h
 
-// ---- Parameters -----------------------------------------------------------------------------------
+// ---- Parameters --------------------------------------------------------------------------------
 
 // An element of a branch activation: fp32 or bf16, as the operations' table says (act_type).
 typedef void act;
@@ -200,13 +207,14 @@ typedef struct {
     size_t map_count;
 } retrofit_model;
 
-// ---- Operations -----------------------------------------------------------------------------------
+// ---- Operations --------------------------------------------------------------------------------
 // The model is written once, over this table. The CPU's rows are in section 6, a GPU's, under the
-// same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them: arguments
-// are outputs, inputs, sizes. Gradients of parameters add (+=), gradients of activations are set (=),
-// except the residual stream's, dx of rmsnorm_backward, which adds. Nothing allocates. Every sum has
-// a fixed order, so a run repeats bit for bit. The residual stream, states, parameters and their
-// gradients are fp32, `act` is the table's type. The formulas stand at the definitions.
+// same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them:
+// arguments are outputs, inputs, sizes. Gradients of parameters add (+=), gradients of activations
+// are set (=), except the residual stream's, dx of rmsnorm_backward, which adds. Nothing allocates.
+// Every sum has a fixed order, so a run repeats bit for bit. The residual stream, states,
+// parameters and their gradients are fp32, `act` is the table's type. The formulas stand at the
+// definitions.
 //   embedding         x (N,d) from wte (V,d)
 //   rmsnorm           out (N,d), rstd (N); dweight may be NULL
 //   matmul            out (N,O) = inp (N,I)·wᵀ, w (O,I); dinp (N,I); dw (O,I), rows `stride` apart
@@ -310,7 +318,7 @@ typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place
 // with RETROFIT_CUDA, why. NULL or error.
 const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
 
-// ---- Models and buffers ---------------------------------------------------------------------------
+// ---- Models and buffers ------------------------------------------------------------------------
 
 // What is trained: all of it, the adapter and the core, or the adapter alone. The rest is frozen.
 typedef enum {
@@ -388,9 +396,10 @@ typedef struct {
     retrofit_decoder *decoder; // NULL without a KV cache
 } retrofit_buffers;
 
-// ---- Forward and backward -------------------------------------------------------------------------
+// ---- Forward and backward ----------------------------------------------------------------------
 
-// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or error.
+// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or
+// error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
 // n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
@@ -401,8 +410,8 @@ bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b
                       float sigma, uint64_t seed, size_t n, size_t k);
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
-// The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V. Unless
-// scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
+// The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V.
+// Unless scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
 void retrofit_backward(retrofit_buffers *buffers); // adds to the gradient of every parameter
@@ -411,7 +420,7 @@ double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mod
                                 size_t n, size_t k);
 double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k);
 
-// ---- Training -------------------------------------------------------------------------------------
+// ---- Training ----------------------------------------------------------------------------------
 
 typedef enum {
     RETROFIT_CURRICULUM_NONE, RETROFIT_CURRICULUM_LINEAR, RETROFIT_CURRICULUM_1_SQRT
@@ -459,10 +468,11 @@ typedef struct {
     size_t n, k; // of the last micro-batch
 } retrofit_step;
 
-// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and depth K; *rate: NULL, or the draw.
+// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and depth K; *rate: NULL, or the
+// draw.
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
-// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up, a value that grows
-// linearly from start·base to base (the depth), the learning rate. w, c: shares of S.
+// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up, a value that
+// grows linearly from start·base to base (the depth), the learning rate. w, c: shares of S.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R);
 double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base);
 double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr);
@@ -471,8 +481,8 @@ retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrof
                                  size_t step);
 void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
                         size_t j, size_t *n, size_t *k);
-// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that is
-// not finite, nothing changes.
+// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that
+// is not finite, nothing changes.
 double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t);
 // That step, whose update is number t (skipped ones do not count), with buffers->B rows in a
 // micro-batch. false or error.
@@ -481,7 +491,7 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
                             retrofit_step *result);
 
-// ---- What the method needs besides operations, from Part III ---------------------------------------
+// ---- What the method needs besides operations, from Part III -----------------------------------
 
 // Records an error, one line, and returns false, so that a caller can return it.
 #ifdef __GNUC__
@@ -560,15 +570,15 @@ static inline float fast_exp(float x);
 
 enum { WIDE_ROWS = 256 }; // rows of fp32 logits that exist at a time
 
-// Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot of the
-// core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
+// Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot
+// of the core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
 static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot);
 static size_t core_slot(const retrofit_buffers *buffers, size_t i);
 static size_t coda_slot(const retrofit_buffers *buffers);
 // Normal numbers for every state.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed);
-// Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0 and
-// an error if one is not below V or none counts.
+// Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0
+// and an error if one is not below V or none counts.
 static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels);
 // Section 8: masters to where operations read them. Counter-based random bits.
@@ -597,20 +607,20 @@ static void attend_tiles(float *out, float *lse, const float *q, const void *k, 
 //     a   = attention(rope(W_qkv·RMSNorm_1(x)))          mid = x + W_out·a
 //     s   = swiglu(W_gate_up·RMSNorm_2(mid))             out = mid + W_down·s
 //
-// Backward has dx, the gradient of out, and turns it into that of x. Each branch adds to the stream,
-// so the stream's gradient passes unchanged and the branch's is added to it:
+// Backward has dx, the gradient of out, and turns it into that of x. Each branch adds to the
+// stream, so the stream's gradient passes unchanged and the branch's is added to it:
 //
 //     ds   = W_downᵀ·dx       dW_down    += dx·sᵀ        dx += RMSNorm_2ᵀ(W_gate_upᵀ·swigluᵀ(ds))
 //     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attentionᵀ(da)))
 //
-// where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of what
-// came in from behind with the norms' outputs.
+// where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of
+// what came in from behind with the norms' outputs.
 //
-// What is kept for that: with c bytes for an element of act, 8 + 4H for rstd and lse, (Q + d + 2F)·c
-// for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token and layer.
-// The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again. With
-// RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as well:
-// about a third more work.
+// What is kept for that: with c bytes for an element of act, 8 + 4H for rstd and lse, (Q + d +
+// 2F)·c for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token
+// and layer. The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again.
+// With RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as
+// well: about a third more work.
 // A layer's own block of buffers and the shared scratch have the same type, so that one function
 // serves both. slot: where the layer's keys and values go in the KV cache, if there is one.
 static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
@@ -711,7 +721,7 @@ static void blocks_backward(retrofit_buffers *buffers, retrofit_layer *layers, s
 // 3  Prelude, recurrence, coda, loss; backpropagation truncated to the last k
 // =================================================================================================
 
-// ---- Prelude: e = prelude(wte[tokens]), and A_e·e -------------------------------------------------
+// ---- Prelude: e = prelude(wte[tokens]), and A_e·e ----------------------------------------------
 
 // The two halves of the adapter A = [A_s | A_e]: columns that read the state, columns that read e.
 static retrofit_weight adapter_s(const retrofit_model *model) { return model->adapter.weight; }
@@ -740,12 +750,13 @@ bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b
     return true;
 }
 
-// ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) --------------------------------------------------
+// ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) -----------------------------------------------
 
 // s_0 ~ N(0, σ²), cut at ±3σ; the same in training and at test time, drawn anew for every batch, so
 // that the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests that must
-// not depend on a draw. Each number is a function of (seed, row, position, column): a row's states do
-// not depend on how a text is cut into batches, and a cached decode equals the full forward pass.
+// not depend on a draw. Each number is a function of (seed, row, position, column): a row's states
+// do not depend on how a text is cut into batches, and a cached decode equals the full forward
+// pass.
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed) {
     draw_states(buffers, buffers->state, sigma, seed);
 }
@@ -793,7 +804,7 @@ void retrofit_recur(retrofit_buffers *buffers, size_t n, size_t k) {
     recur_and_save(buffers, k);
 }
 
-// ---- Coda: logits = lm_head·RMSNorm_f(coda(s_r)) --------------------------------------------------
+// ---- Coda: logits = lm_head·RMSNorm_f(coda(s_r)) -----------------------------------------------
 
 static const float *latest_state(const retrofit_buffers *buffers) {
     if (retrofit_is_plain(&buffers->model->config)) return buffers->embedded;
@@ -833,13 +844,13 @@ static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
     return (char *)p + i * retrofit_type_size(ops->act_type);
 }
 
-// ---- Loss -----------------------------------------------------------------------------------------
-// The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A step
-// accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has, so a
-// step's loss is the mean of its micro-batches' means.
+// ---- Loss --------------------------------------------------------------------------------------
+// The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A
+// step accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has,
+// so a step's loss is the mean of its micro-batches' means.
 
-// The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place and
-// goes on to the head and to dfinal before the next chunk is computed.
+// The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place
+// and goes on to the head and to dfinal before the next chunk is computed.
 static void head_and_loss(retrofit_buffers *buffers, float scale) {
     const retrofit_model *model = buffers->model;
     const retrofit_ops *ops = model->ops;
@@ -878,14 +889,14 @@ double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float sca
     return sum / (double)counted;
 }
 
-// ---- Backward: through the coda, the last k recurrences, the prelude ------------------------------
+// ---- Backward: through the coda, the last k recurrences, the prelude ---------------------------
 
 void retrofit_zero_grad(retrofit_model *model) {
     model->ops->zero(model->grads, model->grad_bytes);
 }
 
-// From i = n + k down to n + 1. dx comes in as ds_i and leaves as ds_{i-1}; in between it is dY_i, the
-// gradient of A·concat(s_{i-1}, e). At i = n + 1 it stops: s_n counts as a constant.
+// From i = n + k down to n + 1. dx comes in as ds_i and leaves as ds_{i-1}; in between it is dY_i,
+// the gradient of A·concat(s_{i-1}, e). At i = n + 1 it stops: s_n counts as a constant.
 static void recurrence_backward(retrofit_buffers *buffers) {
     retrofit_model *model = (retrofit_model *)buffers->model;
     const retrofit_ops *ops = model->ops;
@@ -930,11 +941,12 @@ void retrofit_backward(retrofit_buffers *buffers) {
     model->ops->embedding_backward(model->wte.grad, buffers->tokens, dx, buffers->N, c->n_embd);
 }
 
-// ---- What it costs --------------------------------------------------------------------------------
-// A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward costs
-// 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless they are
-// frozen. Recurrences without gradient cost 1. A_e·e is computed once, whatever r is, and so are its
-// gradients. (The ds of the first recurrence with gradient, which truncation saves, is counted.)
+// ---- What it costs -----------------------------------------------------------------------------
+// A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
+// costs 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless
+// they are frozen. Recurrences without gradient cost 1. A_e·e is computed once, whatever r is, and
+// so are its gradients. (The ds of the first recurrence with gradient, which truncation saves, is
+// counted.)
 double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
                                 size_t n, size_t k) {
     static const int passes[4][5] = { // over prelude, A_e, core, A_s, coda with head
@@ -954,8 +966,8 @@ double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mod
 }
 
 // As the paper's figures count: 6·N_1 + 2·N_2, N_1 the parameters of prelude, k times the core, and
-// coda, N_2 those of n times the core. Attention, adapter, embedding, head and freezing do not count:
-// it is a measure of the body's size times its passes.
+// coda, N_2 those of n times the core. Attention, adapter, embedding, head and freezing do not
+// count: it is a measure of the body's size times its passes.
 double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k) {
     double d = (double)config->n_embd, F = (double)config->intermediate;
     double layer = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F + 2 * d;
@@ -967,7 +979,7 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 // 4  How many recurrences, and the step: sampler, schedules, plan, training
 // =================================================================================================
 
-// ---- The sampler ----------------------------------------------------------------------------------
+// ---- The sampler -------------------------------------------------------------------------------
 // How often the core runs is drawn anew for every micro-batch m = 1, 2, 3, …:
 //
 //     rate ~ LogNormal(ln r - σ²/2, σ),  σ = 1/2          its mean is r
@@ -976,9 +988,9 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 //
 // A model trained at one depth is good at that depth alone. A Poisson draw varies depth, but too
 // little: 8 ± 2.8. Its rate being log-normal makes the tail heavy, 8 ± 5, so that now and then the
-// model must still be right three or four times as deep as usual, and becomes stable there. A Poisson
-// draw can be 0, and a model must run its core once: hence the + 1, and hence the mean of n + k is
-// r + 1. For r = K = 8, a hundred thousand draws (mean 8.98, deviation 5.1, the largest 77):
+// model must still be right three or four times as deep as usual, and becomes stable there. A
+// Poisson draw can be 0, and a model must run its core once: hence the + 1, and hence the mean of n
+// + k is r + 1. For r = K = 8, a hundred thousand draws (mean 8.98, deviation 5.1, the largest 77):
 //
 //     recurrences   1 –  4   █████████                17.0 %
 //                   5 –  8   ███████████████████      37.5 %
@@ -986,12 +998,13 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 //                  17 – 77   ████                      8.1 %
 //
 // In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), the mean number of
-// recurrences without gradient and K with, so that a mean below K draws like K. Without the max such
-// draws would differ from theirs. A training never sees it, because its plan lowers K to r first.
+// recurrences without gradient and K with, so that a mean below K draws like K. Without the max
+// such draws would differ from theirs. A training never sees it, because its plan lowers K to r
+// first.
 //
-// The draw depends on m alone. Every device of a run, and a run that was resumed, makes the same one,
-// so no device waits for another that thinks longer. The generator is PyTorch's, seeded as the authors
-// seed it: 514229 (a Fibonacci number) plus m, modulo 2³¹ - 1.
+// The draw depends on m alone. Every device of a run, and a run that was resumed, makes the same
+// one, so no device waits for another that thinks longer. The generator is PyTorch's, seeded as the
+// authors seed it: 514229 (a Fibonacci number) plus m, modulo 2³¹ - 1.
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate) {
     const double sigma = 0.5;
     mt19937 generator;
@@ -1004,7 +1017,7 @@ void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t
     if (rate) *rate = drawn;
 }
 
-// ---- Schedules ------------------------------------------------------------------------------------
+// ---- Schedules ---------------------------------------------------------------------------------
 // All of them are functions of the step t = 0 … S - 1; w and c are shares of the S steps.
 //
 //     curriculum     r̄(t) = ceil(R·f(t / ceil(w·S))),  f(x) = x or 1 - √(1 - x);  0 becomes 1
@@ -1019,11 +1032,11 @@ void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t
 //     r̄(t)                    1       2       5       10       16       22       32
 //     (n,k) of p = r̄ + 1    1,1     1,2     1,5      3,8      9,8     15,8     25,8
 //
-// After its warm-up the curriculum stays at R, the depth at K (it has no warm-up in the paper's runs:
-// K from the beginning), the learning rate at lr until it falls. At t = S, one step past the end, the
-// authors' schedules return to their starting value: the curriculum to 0, the depth to its start, the
-// learning rate to min_lr_ratio·lr, where its cosine ends anyway. Ours do the same, since the fixtures
-// include that step; no training takes it.
+// After its warm-up the curriculum stays at R, the depth at K (it has no warm-up in the paper's
+// runs: K from the beginning), the learning rate at lr until it falls. At t = S, one step past the
+// end, the authors' schedules return to their starting value: the curriculum to 0, the depth to its
+// start, the learning rate to min_lr_ratio·lr, where its cosine ends anyway. Ours do the same,
+// since the fixtures include that step; no training takes it.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
     double warmup = ceil(w * (double)S);
     if (kind == RETROFIT_CURRICULUM_NONE) return R;
@@ -1049,7 +1062,7 @@ double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min
     return lr * (min + (1 - min) * 0.5 * (1 + cos(3.14159265358979323846 * x)));
 }
 
-// ---- The training ---------------------------------------------------------------------------------
+// ---- The training ------------------------------------------------------------------------------
 // The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
 // tokens. (The authors' 4 to 64 GPUs draw once for a micro-batch on each of them.)
 const retrofit_training retrofit_paper_training = {
@@ -1146,12 +1159,12 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 //     adamw      all                 AdamW        5e-5            1e-4           1e-8
 //     ellisadam  all                 AdamW*       5e-5            1e-4           1e-6
 //
-// 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam which the Muon package brings along for
-// what is no matrix. Weight decay is on every parameter, norms and embeddings too. Learning rates are peaks
-// (section 4); throttle divides those of the adapter and the core by the step's mean k, for their
-// gradients are sums over k recurrences.
+// 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam which the Muon package brings along
+// for what is no matrix. Weight decay is on every parameter, norms and embeddings too. Learning
+// rates are peaks (section 4); throttle divides those of the adapter and the core by the step's
+// mean k, for their gradients are sums over k recurrences.
 
-// ---- AdamW ----------------------------------------------------------------------------------------
+// ---- AdamW -------------------------------------------------------------------------------------
 //     m ← m + (1 - β₁)·(g - m)             m̂ = m / (1 - β₁ᵗ)
 //     v ← β₂·v + (1 - β₂)·g²               v̂ = v / (1 - β₂ᵗ)
 //     w ← w·(1 - lr·decay) - lr·m̂ / (√v̂ + eps)
@@ -1169,26 +1182,27 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
     }
 }
 
-// ---- Muon -----------------------------------------------------------------------------------------
+// ---- Muon --------------------------------------------------------------------------------------
 //     m ← m + (1 - μ)·(g - m)                      momentum, μ = .95
 //     u = g + μ·(m - g)                            Nesterov's look ahead
 //     X = u / (‖u‖ + 1e-7), transposed if it has more rows than columns
 //     five times:  X ← a·X + (b·A + c·A²)·X,  A = X·Xᵀ,  (a, b, c) = (3.4445, -4.7750, 2.0315)
 //     w ← w·(1 - lr·decay) - lr·√max(1, rows/cols)·X
 //
-// Adam steps along a matrix's few strongest directions; Muon takes an equally long step along all of
-// them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without computing U
-// and V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
-// coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 up (of X, whose
-// largest is at most 1) to between .68 and 1.14, and does not converge to 1 exactly. √max(1, rows/cols)
-// makes a tall matrix's step change its output as much as a wide one's.
+// Adam steps along a matrix's few strongest directions; Muon takes an equally long step along all
+// of them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without
+// computing U and V: it leaves them as they are and maps every singular value s to a·s + b·s³ +
+// c·s⁵. Its coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 up
+// (of X, whose largest is at most 1) to between .68 and 1.14, and does not converge to 1 exactly.
+// √max(1, rows/cols) makes a tall matrix's step change its output as much as a wide one's.
 //
-// w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The step's
-// size stays the same, thanks to the last factor, but it is shared out differently: where the
-// gradients G₁ and G₂ of two stacked matrices have a direction of the input in common, with singular
-// values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1 each. So the
-// authors' recurrent models are trained, whose matrices are fused like ours. Their baseline is Hugging
-// Face's Llama, whose q, k, v, gate and up are matrices of their own; ours has them fused there too.
+// w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The
+// step's size stays the same, thanks to the last factor, but it is shared out differently: where
+// the gradients G₁ and G₂ of two stacked matrices have a direction of the input in common, with
+// singular values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1
+// each. So the authors' recurrent models are trained, whose matrices are fused like ours. Their
+// baseline is Hugging Face's Llama, whose q, k, v, gate and up are matrices of their own; ours has
+// them fused there too.
 static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale,
                           float momentum) {
     PARALLEL_FOR(n)
@@ -1257,7 +1271,7 @@ static void muon_step(retrofit_model *model, const retrofit_parameter *p,
                      optimizer->weight_decay);
 }
 
-// ---- AdamW*: the paper's name; ELLISAdam in the authors' code, with their switches ----------------
+// ---- AdamW*: the paper's name; ELLISAdam in the authors' code, with their switches -------------
 //     m, v as AdamW's, but they begin as the first gradient and its square; v ← max(v, eps²)
 //     step = lr / bias1 / max(1, √mean(g²/v))      a tensor whose gradient is larger than v expects
 //                                                  takes a smaller step
@@ -1310,7 +1324,7 @@ static void ellisadam_step(retrofit_model *model, const retrofit_parameter *p,
                           optimizer->weight_decay * of_peak);
 }
 
-// ---- One update of all parameters -----------------------------------------------------------------
+// ---- One update of all parameters --------------------------------------------------------------
 
 static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) {
     return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX;
