@@ -67,24 +67,24 @@
    ignored until A_s has grown: in a short training that decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   735
-       s_0                                             retrofit_init_state               760
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            765
-       s_i, without and with gradient                  retrofit_recur                    801
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               626
-       its gradient                                    block_backward                    657
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     814
-       L                                               retrofit_loss                     872
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               900
-       dA_e, de                                        injection_backward                917
-       floating-point operations                       retrofit_flops_per_token          950
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1008
-       the curriculum r̄(t)                             retrofit_curriculum               1040
-       a training step                                 retrofit_training_step            1117
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1359
-       Newton-Schulz                                   newton_schulz                     1245
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1388
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2267
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   738
+       s_0                                             retrofit_init_state               764
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            769
+       s_i, without and with gradient                  retrofit_recur                    805
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               627
+       its gradient                                    block_backward                    659
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     818
+       L                                               retrofit_loss                     876
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               904
+       dA_e, de                                        injection_backward                922
+       floating-point operations                       retrofit_flops_per_token          955
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1018
+       the curriculum r̄(t)                             retrofit_curriculum               1050
+       a training step                                 retrofit_training_step            1127
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1371
+       Newton-Schulz                                   newton_schulz                     1257
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1401
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2280
 
    Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
@@ -125,7 +125,7 @@ typedef struct {
     size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0
     float norm_eps;
     double rope_theta;
-    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these four:
+    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these:
     double rope_factor, rope_low, rope_high, rope_original_context;
     float state_std;                               // σ of s_0
     size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
@@ -219,12 +219,12 @@ typedef struct {
 //   rmsnorm           out (N,d), rstd (N); dweight may be NULL
 //   matmul            out (N,O) = inp (N,I)·wᵀ, w (O,I); dinp (N,I); dw (O,I), rows `stride` apart
 //   matmul_residual   the same into fp32, plus residual (N,O): NULL for zero, or out itself
-//   rope              in place on q and k of qkv (N,Q); table (positions,h/2,{cos, sin}); row b begins
-//                     at position past[b], or at 0 if past is NULL
+//   rope              in place on q and k of qkv (N,Q); table (positions,h/2,{cos, sin}); row b
+//                     begins at position past[b], or at 0 if past is NULL
 //   attention         out (N,d), lse (N,H) from qkv (N,Q); dqkv (N,Q), delta (N,H)
 //   swiglu            out (N,F) from gate_up (N,2F); backward gives out again
-//   cross_entropy     losses (N), 0 where a label is negative; unless scale is 0 the logits (N,V) are
-//                     replaced by their gradient
+//   cross_entropy     losses (N), 0 where a label is negative; unless scale is 0 the logits (N,V)
+//                     are replaced by their gradient
 //   cast, add, axpby  out = (act) x; x = keep·x + y; y = a·x + b·y
 //   state_init        s (B,T,d), a function of (seed, b, past[b] + t, column) alone
 //   kv_store …        keys, values (B,capacity,G·h) of `type`: section 7
@@ -483,7 +483,8 @@ void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *
                         size_t j, size_t *n, size_t *k);
 // Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that
 // is not finite, nothing changes.
-double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t);
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
+                               size_t t);
 // That step, whose update is number t (skipped ones do not count), with buffers->B rows in a
 // micro-batch. false or error.
 typedef struct retrofit_data retrofit_data; // token shards: section 9
@@ -611,7 +612,7 @@ static void attend_tiles(float *out, float *lse, const float *q, const void *k, 
 // stream, so the stream's gradient passes unchanged and the branch's is added to it:
 //
 //     ds   = W_downᵀ·dx       dW_down    += dx·sᵀ        dx += RMSNorm_2ᵀ(W_gate_upᵀ·swigluᵀ(ds))
-//     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attentionᵀ(da)))
+//     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attnᵀ(da)))
 //
 // where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of
 // what came in from behind with the norms' outputs.
@@ -647,14 +648,16 @@ static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer 
 static void block_forward(retrofit_buffers *buffers, const retrofit_layer *layer,
                           retrofit_block *block, const float *x, size_t slot) {
     const retrofit_ops *ops = buffers->model->ops;
-    size_t N = buffers->N, d = buffers->model->config.n_embd, F = buffers->model->config.intermediate;
+    const retrofit_config *c = &buffers->model->config;
+    size_t N = buffers->N, d = c->n_embd, F = c->intermediate;
     act *swiglu = buffers->swiglu;
     block_until_gate_up(buffers, layer, block, x, slot);
     ops->swiglu_forward(swiglu, block->gate_up, N, F);
     ops->matmul_residual_forward(block->out, block->mid, swiglu, layer->w_down.weight, N, F, d);
 }
 
-static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
+static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer,
+                           retrofit_block *block) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     const retrofit_gradients *g = &buffers->gradients;
@@ -752,10 +755,11 @@ bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b
 
 // ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) -----------------------------------------------
 
-// s_0 ~ N(0, σ²), cut at ±3σ; the same in training and at test time, drawn anew for every batch, so
-// that the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests that must
-// not depend on a draw. Each number is a function of (seed, row, position, column): a row's states
-// do not depend on how a text is cut into batches, and a cached decode equals the full forward
+// s_0 ~ N(0, σ²), cut at ±3σ, in training and at test time; a training draws it anew for every
+// micro-batch, so that the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for
+// tests that must not depend on a draw. Each number is a function of (seed, row, position, column).
+// The authors' is drawn by torch over the whole batch at once, so that in their module a row's
+// logits depend on what comes with it; ours do not, and a cached decode equals the full forward
 // pass.
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed) {
     draw_states(buffers, buffers->state, sigma, seed);
@@ -847,7 +851,7 @@ static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
 // ---- Loss --------------------------------------------------------------------------------------
 // The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A
 // step accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has,
-// so a step's loss is the mean of its micro-batches' means.
+// so a step's loss is the mean of its micro-batches' means, not that of all its tokens.
 
 // The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place
 // and goes on to the head and to dfinal before the next chunk is computed.
@@ -909,7 +913,8 @@ static void recurrence_backward(retrofit_buffers *buffers) {
         ops->cast(g->dbranch, g->dx, N * d);
         ops->cast(buffers->norm, saved_state(buffers, j), N * d);
         ops->matmul_backward_weight(model->adapter.grad, 2 * d, g->dbranch, buffers->norm, N, d, d);
-        if (j > 0) ops->matmul_residual_backward_input(g->dx, g->dbranch, adapter_s(model), N, d, d);
+        if (j == 0) break;
+        ops->matmul_residual_backward_input(g->dx, g->dbranch, adapter_s(model), N, d, d);
     }
 }
 
@@ -958,7 +963,8 @@ double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mod
     const int *times = passes[mode];
     double d = (double)config->n_embd, F = (double)config->intermediate, V = (double)config->vocab;
     double P = (double)config->prelude, C = (double)config->core, D = (double)config->coda;
-    double layer = 2 * (d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F) + 2 * (double)T * d;
+    double weights = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F;
+    double layer = 2 * weights + 2 * (double)T * d;
     double half = retrofit_is_plain(config) ? 0 : 2 * d * d; // A_s or A_e
     double once = times[0] * P * layer + times[1] * half + times[4] * (D * layer + 2 * d * V);
     double with_gradient = times[2] * C * layer + times[3] * half;
@@ -988,9 +994,11 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 //
 // A model trained at one depth is good at that depth alone. A Poisson draw varies depth, but too
 // little: 8 ± 2.8. Its rate being log-normal makes the tail heavy, 8 ± 5, so that now and then the
-// model must still be right three or four times as deep as usual, and becomes stable there. A
-// Poisson draw can be 0, and a model must run its core once: hence the + 1, and hence the mean of n
-// + k is r + 1. For r = K = 8, a hundred thousand draws (mean 8.98, deviation 5.1, the largest 77):
+// model must still be right three or four times as deep as usual, and becomes stable there. The
+// rows of a micro-batch share a draw, for they go through the core together. The mean of a
+// log-normal number is e^{μ + σ²/2}: hence the -σ²/2. A Poisson draw can be 0, and a model must run
+// its core once: hence the + 1, and hence the mean of n + k is r + 1. A hundred thousand draws for
+// r = K = 8 have the mean 8.98 and the deviation 5.1; the largest is 77:
 //
 //     recurrences   1 –  4   █████████                17.0 %
 //                   5 –  8   ███████████████████      37.5 %
@@ -1002,9 +1010,11 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 // such draws would differ from theirs. A training never sees it, because its plan lowers K to r
 // first.
 //
-// The draw depends on m alone. Every device of a run, and a run that was resumed, makes the same
-// one, so no device waits for another that thinks longer. The generator is PyTorch's, seeded as the
-// authors seed it: 514229 (a Fibonacci number) plus m, modulo 2³¹ - 1.
+// The draw depends on m alone, which counts on over steps and epochs. Every device of a run, and a
+// run that was resumed, makes the same one, so no device waits for another that thinks longer. The
+// generator is PyTorch's, seeded anew for each draw as the authors do: 514229 (a Fibonacci number)
+// plus m, modulo 2³¹ - 1. A normal number takes two uniforms (Box and Muller); the Poisson number
+// counts a product of uniforms below a rate of 10, from there on it is Hörmann's PTRS: section 12.
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate) {
     const double sigma = 0.5;
     mt19937 generator;
@@ -1032,11 +1042,11 @@ void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t
 //     r̄(t)                    1       2       5       10       16       22       32
 //     (n,k) of p = r̄ + 1    1,1     1,2     1,5      3,8      9,8     15,8     25,8
 //
-// After its warm-up the curriculum stays at R, the depth at K (it has no warm-up in the paper's
-// runs: K from the beginning), the learning rate at lr until it falls. At t = S, one step past the
-// end, the authors' schedules return to their starting value: the curriculum to 0, the depth to its
-// start, the learning rate to min_lr_ratio·lr, where its cosine ends anyway. Ours do the same,
-// since the fixtures include that step; no training takes it.
+// After its warm-up the curriculum stays at R, the depth at K (in the paper's runs from the
+// beginning), the learning rate at lr until it falls; a warm-up that reaches into the fall goes
+// first. At t = S, one step past the end, the authors' schedules return to their starting value:
+// the curriculum to 0, the depth to its start, the learning rate to min_lr_ratio·lr, where its
+// cosine ends anyway. Ours do the same, since the fixtures include that step; no training takes it.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
     double warmup = ceil(w * (double)S);
     if (kind == RETROFIT_CURRICULUM_NONE) return R;
@@ -1090,8 +1100,8 @@ retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrof
     plan.mean = retrofit_max(1, (size_t)ceil(mean));
     if (run->fixed_k) plan.mean = run->fixed_n + run->fixed_k;
     // A little is taken off before rounding up: K·start/K may come out a bit more than start.
-    double depth_warmup = run->fixed_k ? 0 : run->depth_warmup, start = (double)run->depth_start / K;
-    double depth = retrofit_linear_schedule(step, S, depth_warmup, start, K) - 1e-9;
+    w = run->fixed_k ? 0 : run->depth_warmup;
+    double depth = retrofit_linear_schedule(step, S, w, (double)run->depth_start / K, K) - 1e-9;
     plan.depth = retrofit_min(plan.mean, (size_t)ceil(depth));
     return plan;
 }
@@ -1150,7 +1160,9 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 // =================================================================================================
 
 // g below is the accumulated gradient times min(1, clip / (‖g‖ + 1e-6)), ‖g‖ the 2-norm over all
-// parameters that are trained. t counts updates from 1. By --optimizer:
+// parameters that are trained, summed in double. The updates hardly depend on the gradient's scale;
+// clipping keeps one large gradient from ruling the moments for many steps. t counts updates from
+// 1. By --optimizer:
 //
 //     parameter                      updated by   learning rate   weight decay   eps
 //     muon       w_qkv w_out         Muon         1e-3            1e-4
@@ -1160,9 +1172,10 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 //     ellisadam  all                 AdamW*       5e-5            1e-4           1e-6
 //
 // 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam which the Muon package brings along
-// for what is no matrix. Weight decay is on every parameter, norms and embeddings too. Learning
-// rates are peaks (section 4); throttle divides those of the adapter and the core by the step's
-// mean k, for their gradients are sums over k recurrences.
+// for what is no matrix. Weight decay is on every parameter, norms and embeddings too, and shrinks
+// with the learning rate. Learning rates are peaks; all follow the same schedule (section 4).
+// throttle divides those of adapter and core by the step's mean k, for their gradients are sums
+// over k recurrences.
 
 // ---- AdamW -------------------------------------------------------------------------------------
 //     m ← m + (1 - β₁)·(g - m)             m̂ = m / (1 - β₁ᵗ)
@@ -1190,19 +1203,18 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
 //     w ← w·(1 - lr·decay) - lr·√max(1, rows/cols)·X
 //
 // Adam steps along a matrix's few strongest directions; Muon takes an equally long step along all
-// of them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without
-// computing U and V: it leaves them as they are and maps every singular value s to a·s + b·s³ +
-// c·s⁵. Its coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 up
-// (of X, whose largest is at most 1) to between .68 and 1.14, and does not converge to 1 exactly.
-// √max(1, rows/cols) makes a tall matrix's step change its output as much as a wide one's.
+// of them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without U and
+// V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
+// coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 to 1 to
+// between .68 and 1.14; it does not converge to 1. √max(1, rows/cols), which is 1 for w_out, w_down
+// and A, makes a tall matrix's step change its output as much as a wide one's.
 //
 // w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The
 // step's size stays the same, thanks to the last factor, but it is shared out differently: where
-// the gradients G₁ and G₂ of two stacked matrices have a direction of the input in common, with
-// singular values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1
-// each. So the authors' recurrent models are trained, whose matrices are fused like ours. Their
-// baseline is Hugging Face's Llama, whose q, k, v, gate and up are matrices of their own; ours has
-// them fused there too.
+// the gradients of two stacked matrices have a direction of the input in common, with singular
+// values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1 each. The
+// authors' models are fused like ours. Their baseline is Hugging Face's Llama, whose q, k, v, gate
+// and up are matrices of their own; ours has them fused there too.
 static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale,
                           float momentum) {
     PARALLEL_FOR(n)
@@ -1278,8 +1290,8 @@ static void muon_step(retrofit_model *model, const retrofit_parameter *p,
 //     w ← w·(1 - decay·lr/peak_lr) - step·atan2(m, √(v / bias2))
 // atan2(m, √v) is about m/√v where that is small and never above π/2: it needs no eps. The weight
 // decay follows the schedule, not the size of the learning rate.
-static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale,
-                              float beta1, float beta2, float eps) {
+static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n,
+                              float scale, float beta1, float beta2, float eps) {
     enum { BLOCK = 1 << 12, BLOCKS = 256 }; // as in sum_squares
     double total = 0;
     for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
@@ -1356,7 +1368,8 @@ static double gradient_norm(retrofit_model *model) {
     return sqrt(squares);
 }
 
-double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t) {
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
+                               size_t t) {
     const retrofit_optimizer *o = optimizer;
     double norm = gradient_norm(model);
     if (!isfinite(norm)) return norm;
