@@ -592,6 +592,36 @@ static void mt19937_seed(mt19937 *generator, uint32_t seed);
 static double mt19937_normal(mt19937 *generator);
 static size_t mt19937_poisson(mt19937 *generator, double rate);
 
+// The operations: on a CPU in section 6, an optimizer's in 5, the KV cache's in 7.
+#define X(name, parameters) static void name parameters;
+RETROFIT_OPS(X)
+#undef X
+
+// The operations: on a CPU in section 6, an optimizer's in 5, the KV cache's in 7.
+#define X(name, parameters) static void name parameters;
+RETROFIT_OPS(X)
+#undef X
+
+// The operations: on a CPU in section 6, an optimizer's in 5, the KV cache's in 7.
+#define X(name, parameters) static void name parameters;
+RETROFIT_OPS(X)
+#undef X
+
+// The operations: on a CPU in section 6, an optimizer's in 5, the KV cache's in 7.
+#define X(name, parameters) static void name parameters;
+RETROFIT_OPS(X)
+#undef X
+
+// The operations: on a CPU in section 6, an optimizer's in 5, the KV cache's in 7.
+#define X(name, parameters) static void name parameters;
+RETROFIT_OPS(X)
+#undef X
+
+// The operations: on a CPU in section 6, an optimizer's in 5, the KV cache's in 7.
+#define X(name, parameters) static void name parameters;
+RETROFIT_OPS(X)
+#undef X
+
 // C = D + A·B on matrices in memory, C (M,N); D may be NULL (zero) or C itself. Section 10.
 typedef struct {
     const void *data;
@@ -606,10 +636,10 @@ static matrix_view view(const void *data, size_t row);            // fp32, rows 
 static matrix_view view_transposed(const void *data, size_t row); // of it
 
 // Sums and maxima in a fixed order that compilers can vectorise, and e^x that they can. Section 10.
-enum { LANES = 16 };
-static float sum_lanes(const float *lanes);
 static float dot(const float *a, const float *b, size_t n);
+static float weighted_dot(const float *a, const float *weight, const float *b, size_t n);
 static float max_element(const float *x, size_t n);
+static double sum_exp(float *terms, const float *x, size_t n, float max); // Σ e^{x - max}
 static inline float fast_exp(float x);
 
 // Loops over threads, if the work, in elements, is worth waking them.
@@ -637,11 +667,17 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
 uint16_t retrofit_float_to_bf16(float f);
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 bool retrofit_config_check(const retrofit_config *config, const char *where);
-// Attention by tiles: section 10.
+// Attention of one head of one sequence, tile by tile: section 10.
 enum { TILE = 96 };
-static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v,
-                         retrofit_type type, size_t kv_row, size_t kv_batch, const int32_t *past,
-                         size_t B, size_t T, size_t H, size_t G, size_t h);
+static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
+                   matrix_view v, size_t rows, size_t before, size_t h);
+typedef struct {
+    size_t T, h, Q, H;
+    matrix_view q, k, v, dy;  // (T,h)
+    const float *lse, *delta; // (T), elements H apart
+    float *dq, *dk, *dv;      // (T,h), rows Q apart; added to
+} attention_head;
+static void attend_backward(const attention_head *head);
 
 // =================================================================================================
 // 2  A block, forward and backward
@@ -1402,171 +1438,225 @@ double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, s
 }
 
 // =================================================================================================
-// 6  The operations on a CPU, forward beside backward (act is float here)
+// 6  The operations on a CPU, forward beside backward
 // =================================================================================================
+// `act` is float here. Above each operation stand its formula and its gradient, where dy means
+// ∂loss/∂y and ∘ multiplies element by element. Section 10 has the matrix products, the tiles of
+// attention, and sums over a row in an order that is fast.
 
-// ---- Embedding: x_n = wte[token_n]. Backward runs over columns, so that rows of one token add up in order. --------
-static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d) {
+// Gradients that are sums over rows are divided among the threads by columns, so many at a time: then
+// each element's rows add up in their order, however many threads there are.
+enum { COLUMNS = 64 };
+
+// ---- Embedding ----------------------------------------------------------------------------------
+//     x_n = wte[token_n]            dwte[token_n] += dx_n
+
+static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N,
+                              size_t d) {
+    const char *rows = wte.data;
+    size_t row_bytes = wte.stride * retrofit_type_size(wte.type);
     PARALLEL_FOR(N * d)
-    for (size_t n = 0; n < N; n++) {
-        const char *row = (const char *)wte.data + (size_t)tokens[n] * wte.stride * retrofit_type_size(wte.type);
-        retrofit_to_float(x + n * d, row, wte.type, d);
-    }
+    for (size_t n = 0; n < N; n++)
+        retrofit_to_float(x + n * d, rows + (size_t)tokens[n] * row_bytes, wte.type, d);
 }
 
-static void embedding_backward(float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d) {
+static void embedding_backward(float *dwte, const int32_t *tokens, const float *dx, size_t N,
+                               size_t d) {
     PARALLEL_FOR(N * d)
-    for (size_t c0 = 0; c0 < d; c0 += 64)
+    for (size_t first = 0; first < d; first += COLUMNS) {
+        size_t end = retrofit_min(first + COLUMNS, d);
         for (size_t n = 0; n < N; n++) {
             float *dw = dwte + (size_t)tokens[n] * d;
-            for (size_t c = c0; c < d && c < c0 + 64; c++) dw[c] += dx[n * d + c];
+            for (size_t c = first; c < end; c++) dw[c] += dx[n * d + c];
         }
-}
-
-// ---- RMSNorm: y = x·ρ·w, ρ = 1/sqrt(mean(x²) + eps) ---------------------------------------------------------------------
-// With g = dy·w: dx += ρ·(g - x·ρ²·mean(g·x)), dw += Σ_n dy·x·ρ.
-static void rmsnorm_forward(act *out_, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps) {
-    float *out = (float *)out_;
-    PARALLEL_FOR(N * d)
-    for (size_t n = 0; n < N; n++) {
-        float scale = 1.0f / sqrtf(dot(x + n * d, x + n * d, d) / (float)d + eps);
-        for (size_t c = 0; c < d; c++) out[n * d + c] = x[n * d + c] * scale * weight[c];
-        rstd[n] = scale;
     }
 }
 
-static void rmsnorm_backward(float *dx, float *dweight, const act *dout_, const float *x, const float *rstd, const float *weight, size_t N,
-                             size_t d) {
-    const float *dout = (const float *)dout_;
+// ---- RMSNorm ------------------------------------------------------------------------------------
+//     y = ρ·x∘w                     dx += ρ·(g - ρ²·mean(g∘x)·x)     with g = dy∘w
+//     ρ = 1/√(mean(x²) + ε)         dw += Σ_n ρ_n·dy_n∘x_n
+// The second term of dx is ρ's own derivative, ∂ρ/∂x = -ρ³·x/d.
+
+static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
+                            size_t d, float eps) {
+    float *y = out;
     PARALLEL_FOR(N * d)
     for (size_t n = 0; n < N; n++) {
-        const float *dy = dout + n * d, *xn = x + n * d;
-        float lanes[LANES] = {0}, tail = 0, r = rstd[n];
-        size_t c = 0;
-        for (; c + LANES <= d; c += LANES)
-            for (int l = 0; l < LANES; l++) lanes[l] += dy[c + l] * weight[c + l] * xn[c + l];
-        for (; c < d; c++) tail += dy[c] * weight[c] * xn[c];
-        float along = (sum_lanes(lanes) + tail) * r * r / (float)d;
-        for (c = 0; c < d; c++) dx[n * d + c] += r * (dy[c] * weight[c] - xn[c] * along);
+        float rho = 1.0f / sqrtf(dot(x + n * d, x + n * d, d) / (float)d + eps);
+        for (size_t c = 0; c < d; c++) y[n * d + c] = x[n * d + c] * rho * weight[c];
+        rstd[n] = rho;
+    }
+}
+
+static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const float *x,
+                             const float *rstd, const float *weight, size_t N, size_t d) {
+    const float *dy = dout;
+    PARALLEL_FOR(N * d)
+    for (size_t n = 0; n < N; n++) {
+        const float *dyn = dy + n * d, *xn = x + n * d;
+        float rho = rstd[n];
+        float along = weighted_dot(dyn, weight, xn, d) * rho * rho / (float)d;
+        for (size_t c = 0; c < d; c++)
+            dx[n * d + c] += rho * (dyn[c] * weight[c] - xn[c] * along);
     }
     if (!dweight) return;
     PARALLEL_FOR(N * d)
-    for (size_t c0 = 0; c0 < d; c0 += 64)
+    for (size_t first = 0; first < d; first += COLUMNS) {
+        size_t end = retrofit_min(first + COLUMNS, d);
         for (size_t n = 0; n < N; n++)
-            for (size_t c = c0; c < d && c < c0 + 64; c++) dweight[c] += dout[n * d + c] * x[n * d + c] * rstd[n];
+            for (size_t c = first; c < end; c++)
+                dweight[c] += dy[n * d + c] * x[n * d + c] * rstd[n];
+    }
 }
 
-// ---- Matrix products: out = inp·wᵀ, dinp = dout·w, dw += doutᵀ·inp ------------------------------------------------------
-static void matmul_residual_forward(float *out, const float *residual, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O) {
-    matrix_view wt = {w.data, w.type, 1, w.stride};
-    gemm(N, O, I, view(inp, I), wt, out, O, residual, O);
+// ---- Matrix products ----------------------------------------------------------------------------
+//     y = x·wᵀ + residual           dx = dy·w            dw += dyᵀ·x
+// for x (N,I), w (O,I), y (N,O).
+
+static void matmul_residual_forward(float *out, const float *residual, const act *inp,
+                                    retrofit_weight w, size_t N, size_t I, size_t O) {
+    matrix_view w_transposed = {w.data, w.type, 1, w.stride};
+    gemm(N, O, I, view(inp, I), w_transposed, out, O, residual, O);
 }
 
-static void matmul_forward(act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O) {
-    matmul_residual_forward((float *)out, NULL, inp, w, N, I, O);
+static void matmul_forward(act *out, const act *inp, retrofit_weight w, size_t N, size_t I,
+                           size_t O) {
+    matmul_residual_forward(out, NULL, inp, w, N, I, O);
 }
 
-static void matmul_residual_backward_input(float *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O) {
-    matrix_view wv = {w.data, w.type, w.stride, 1};
-    gemm(N, I, O, view(dout, O), wv, dinp, I, NULL, 0);
+static void matmul_residual_backward_input(float *dinp, const act *dout, retrofit_weight w,
+                                           size_t N, size_t I, size_t O) {
+    matrix_view w_as_stored = {w.data, w.type, w.stride, 1};
+    gemm(N, I, O, view(dout, O), w_as_stored, dinp, I, NULL, 0);
 }
 
-static void matmul_backward_input(act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O) {
-    matmul_residual_backward_input((float *)dinp, dout, w, N, I, O);
+static void matmul_backward_input(act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I,
+                                  size_t O) {
+    matmul_residual_backward_input(dinp, dout, w, N, I, O);
 }
 
-static void matmul_backward_weight(float *dw, size_t stride, const act *dout, const act *inp, size_t N, size_t I, size_t O) {
+static void matmul_backward_weight(float *dw, size_t stride, const act *dout, const act *inp,
+                                   size_t N, size_t I, size_t O) {
     gemm(O, I, N, view_transposed(dout, O), view(inp, I), dw, stride, dw, stride);
 }
 
-// ---- RoPE: dims i and i + h/2 of q and k turn by the angle position·θ_i. Backward turns by the opposite angle. ------------
-static void rotate(float *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h, float sign) {
-    size_t Q = (H + 2 * G) * h, half = h / 2;
+// ---- RoPE ---------------------------------------------------------------------------------------
+// Elements i and i + h/2 of a head of q or k are a point (a, b) of the plane. At position t it turns
+// by the angle φ = t·θ_i:
+//     a' = a·cos φ - b·sin φ        b' = b·cos φ + a·sin φ
+// so that q·k depends on the distance of their positions alone. The gradient turns back, by -φ.
+
+static void rotate(float *qkv, const float *table, const int32_t *past, size_t B, size_t T,
+                   size_t H, size_t G, size_t h, float sign) {
+    size_t Q = (H + 2 * G) * h;
     PARALLEL_FOR(B * T * Q)
     for (size_t n = 0; n < B * T; n++) {
-        const float *angles = table + ((past ? (size_t)past[n / T] : 0) + n % T) * h;
+        size_t position = (past ? (size_t)past[n / T] : 0) + n % T;
+        const float *angles = table + position * h;
         for (size_t head = 0; head < H + G; head++) {
-            float *lo = qkv + n * Q + head * h, *hi = lo + half;
-            for (size_t i = 0; i < half; i++) {
-                float c = angles[2 * i], s = sign * angles[2 * i + 1], a = lo[i], b = hi[i];
-                lo[i] = a * c - b * s, hi[i] = b * c + a * s;
+            float *low = qkv + n * Q + head * h, *high = low + h / 2;
+            for (size_t i = 0; i < h / 2; i++) {
+                float a = low[i], b = high[i];
+                float cosine = angles[2 * i], sine = sign * angles[2 * i + 1];
+                low[i] = a * cosine - b * sine;
+                high[i] = b * cosine + a * sine;
             }
         }
     }
 }
 
-static void rope_forward(act *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    rotate((float *)qkv, table, past, B, T, H, G, h, 1);
+static void rope_forward(act *qkv, const float *table, const int32_t *past, size_t B, size_t T,
+                         size_t H, size_t G, size_t h) {
+    rotate(qkv, table, past, B, T, H, G, h, 1);
 }
 
-static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    rotate((float *)dqkv, table, NULL, B, T, H, G, h, -1);
+static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G,
+                          size_t h) {
+    rotate(dqkv, table, NULL, B, T, H, G, h, -1);
 }
 
-// ---- Attention: o_t = Σ_u p_tu·v_u, p_tu = softmax_u≤t(q_t·k_u/√h); query head j reads key/value head j/(H/G) -------------
-// In tiles (FlashAttention-2): of P only one tile exists at a time; a running maximum and sum make the softmax exact, and backward
-// finds P again from lse_t = log Σ_u e^{q_t·k_u/√h}.
+// ---- Attention ----------------------------------------------------------------------------------
+// For every query head, over the tokens u ≤ t:
+//     s_tu = q_t·k_u/√h             dv_u  = Σ_t p_tu·dy_t
+//     p_tu = e^{s_tu - lse_t}       dp_tu = dy_t·v_u
+//     lse_t = log Σ_u e^{s_tu}      ds_tu = p_tu·(dp_tu - δ_t)       δ_t = Σ_u p_tu·dp_tu = dy_t·y_t
+//     y_t = Σ_u p_tu·v_u            dq_t  = Σ_u ds_tu·k_u/√h         dk_u = Σ_t ds_tu·q_t/√h
+//
+// p is the softmax of s; lse (log-sum-exp) is the one number per query and head that forward keeps, and
+// from which backward finds p again. δ comes from the softmax's denominator; it needs no p, since
+// Σ_u p_tu·(dy_t·v_u) = dy_t·Σ_u p_tu·v_u. p (T,T) is never whole in memory: section 10 works on tiles
+// of TILE queries by TILE keys.
+//
+// Grouped queries: head j of the H query heads reads key/value head j/(H/G), whose dk and dv
+// therefore are sums over H/G query heads.
 
-static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    const float *q = (const float *)qkv, *k = q + H * h;
-    attend_tiles((float *)out, lse, q, k, k + G * h, RETROFIT_F32, (H + 2 * G) * h, T * (H + 2 * G) * h, NULL, B, T, H, G, h);
+static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H,
+                              size_t G, size_t h) {
+    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
+    float *y = out;
+    PARALLEL_TASKS
+    for (size_t task = 0; task < B * H * tiles; task++) {
+        size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
+        size_t n = b * T + t, group = head / (H / G);
+        const float *row = (const float *)qkv + b * T * Q;
+        matrix_view q = view(row + t * Q + head * h, Q);
+        matrix_view k = view(row + (H + group) * h, Q);
+        matrix_view v = view(row + (H + G + group) * h, Q);
+        attend(y + (n * H + head) * h, H * h, lse + n * H + head, H, q, k, v,
+               retrofit_min(T - t, TILE), t, h);
+    }
 }
 
-// dV = Pᵀ·dO;  dS = P∘(dO·Vᵀ - δ)/√h with δ_t = dO_t·O_t;  dQ = dS·K;  dK = dSᵀ·Q. The heads of one key/value head in turn.
-static void attention_backward(act *dqkv_, float *delta, const act *dout_, const act *qkv_, const act *out_, const float *lse, size_t B, size_t T,
-                               size_t H, size_t G, size_t h) {
-    float *dqkv = (float *)dqkv_, scale = 1.0f / sqrtf((float)h);
-    size_t Q = (H + 2 * G) * h, O = H * h;
+static void attention_backward(act *dqkv, float *delta, const act *dout, const act *qkv,
+                               const act *out, const float *lse, size_t B, size_t T, size_t H,
+                               size_t G, size_t h) {
+    size_t Q = (H + 2 * G) * h;
+    const float *y = out, *dy = dout;
+    PARALLEL_FOR(B * T * Q)
+    for (size_t n = 0; n < B * T; n++) {
+        memset((float *)dqkv + n * Q, 0, Q * sizeof(float)); // the tiles add to it
+        for (size_t i = n * H; i < (n + 1) * H; i++) delta[i] = dot(dy + i * h, y + i * h, h);
+    }
     PARALLEL_TASKS
     for (size_t task = 0; task < B * G; task++) {
-        size_t b = task / G, g = task % G;
-        float p[TILE * TILE], ds[TILE * TILE];
-        for (size_t head = g * (H / G); head < (g + 1) * (H / G); head++)
-            for (size_t t0 = 0; t0 < T; t0 += TILE) {
-                size_t rows = retrofit_min(T - t0, TILE), n = b * T + t0;
-                const float *q = (const float *)qkv_ + n * Q + head * h, *o = (const float *)out_ + n * O + head * h;
-                const float *dout = (const float *)dout_ + n * O + head * h;
-                float *dq = dqkv + n * Q + head * h;
-                for (size_t i = 0; i < rows; i++) delta[(n + i) * H + head] = dot(dout + i * O, o + i * O, h);
-                for (size_t u0 = 0; u0 < t0 + rows; u0 += TILE) {
-                    size_t width = retrofit_min(t0 + rows - u0, TILE);
-                    const float *k = (const float *)qkv_ + (b * T + u0) * Q + (H + g) * h, *v = k + G * h;
-                    float *dk = dqkv + (b * T + u0) * Q + (H + g) * h, *dv = dk + G * h;
-                    bool fresh = head == g * (H / G) && t0 == u0; // the first tile of queries that sees these keys
-                    // (1) P again, (2) dO·Vᵀ, (3) dS
-                    gemm_serial(rows, width, h, view(q, Q), view_transposed(k, Q), p, TILE, NULL, 0);
-                    gemm_serial(rows, width, h, view(dout, O), view_transposed(v, Q), ds, TILE, NULL, 0);
-                    for (size_t i = 0; i < rows; i++) {
-                        size_t seen = retrofit_min(t0 + i + 1 - u0, width);
-                        float *pi = p + i * TILE, *di = ds + i * TILE, l = lse[(n + i) * H + head], mean = delta[(n + i) * H + head];
-                        for (size_t u = 0; u < seen; u++) pi[u] = fast_exp(pi[u] * scale - l);
-                        for (size_t u = 0; u < seen; u++) di[u] = pi[u] * (di[u] - mean) * scale;
-                        for (size_t u = seen; u < width; u++) pi[u] = di[u] = 0;
-                    }
-                    // (4) dV, dK, dQ
-                    gemm_serial(width, h, rows, view_transposed(p, TILE), view(dout, O), dv, Q, fresh ? NULL : dv, Q);
-                    gemm_serial(width, h, rows, view_transposed(ds, TILE), view(q, Q), dk, Q, fresh ? NULL : dk, Q);
-                    gemm_serial(rows, h, width, view(ds, TILE), view(k, Q), dq, Q, u0 ? dq : NULL, Q);
-                }
-            }
+        size_t b = task / G, group = task % G;
+        const float *row = (const float *)qkv + b * T * Q;
+        float *drow = (float *)dqkv + b * T * Q;
+        for (size_t head = group * (H / G); head < (group + 1) * (H / G); head++) {
+            size_t first = b * T * H + head;
+            attend_backward(&(attention_head){
+                .T = T, .h = h, .Q = Q, .H = H,
+                .q = view(row + head * h, Q), .dq = drow + head * h,
+                .k = view(row + (H + group) * h, Q), .dk = drow + (H + group) * h,
+                .v = view(row + (H + G + group) * h, Q), .dv = drow + (H + G + group) * h,
+                .dy = view(dy + first * h, H * h), .lse = lse + first, .delta = delta + first});
+        }
     }
 }
 
-// ---- SwiGLU: y = silu(g)·u, silu(g) = g·σ(g); dg = dy·u·σ(g)·(1 + g·(1 - σ(g))), du = dy·silu(g) ----------------------------
-static void swiglu_forward(act *out_, const act *fc_, size_t N, size_t F) {
-    float *out = (float *)out_;
+// ---- SwiGLU -------------------------------------------------------------------------------------
+//     y = silu(g)∘u                 dg = dy∘u∘σ(g)∘(1 + g∘(1 - σ(g)))
+//     silu(g) = g·σ(g)              du = dy∘silu(g)
+//     σ(g) = 1/(1 + e^-g)
+// Backward also gives y again, which w_down's gradient needs and forward did not keep.
+
+static void swiglu_forward(act *out, const act *gate_up, size_t N, size_t F) {
     PARALLEL_FOR(N * F)
     for (size_t n = 0; n < N; n++) {
-        const float *gate = (const float *)fc_ + n * 2 * F, *up = gate + F;
-        for (size_t i = 0; i < F; i++) out[n * F + i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+        const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F;
+        float *y = (float *)out + n * F;
+        for (size_t i = 0; i < F; i++) y[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
     }
 }
 
-static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F) {
+static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N,
+                            size_t F) {
     PARALLEL_FOR(N * F)
     for (size_t n = 0; n < N; n++) {
-        const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F, *dy = (const float *)dout + n * F;
-        float *dgate = (float *)dgate_up + n * 2 * F, *dup = dgate + F, *y = (float *)out + n * F;
+        const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F;
+        const float *dy = (const float *)dout + n * F;
+        float *dgate = (float *)dgate_up + n * 2 * F, *dup = dgate + F;
+        float *y = (float *)out + n * F;
         for (size_t i = 0; i < F; i++) {
             float sigma = 1.0f / (1.0f + fast_exp(-gate[i]));
             dgate[i] = dy[i] * up[i] * sigma * (1.0f + gate[i] * (1.0f - sigma));
@@ -1576,44 +1666,34 @@ static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act 
     }
 }
 
-// ---- Cross-entropy: loss = log Σ_v e^{z_v} - z_label; dz = scale·(softmax(z) - onehot) ---------------------------------------
-static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale) {
+// ---- Cross-entropy ------------------------------------------------------------------------------
+//     loss = log Σ_v e^{z_v} - z_label               dz = scale·(softmax(z) - onehot(label))
+//          = log Σ_v e^{z_v - max} + max - z_label
+// The second form, because e^{z_v} itself may overflow. A negative label counts for nothing.
+
+static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V,
+                          float scale) {
     PARALLEL_FOR(N * V)
     for (size_t n = 0; n < N; n++) {
         float *z = (float *)logits + n * V;
-        int32_t label = labels[n];
-        if (label < 0) {
+        if (labels[n] < 0) {
             losses[n] = 0;
             if (scale != 0) memset(z, 0, V * sizeof *z);
             continue;
         }
-        float target = z[label], top = max_element(z, V);
-        double sum = 0; // vocabularies are large: lanes in fp32, their blocks in fp64
-        for (size_t v0 = 0; v0 < V; v0 += 4096) {
-            size_t end = retrofit_min(V, v0 + 4096), v = v0;
-            float lanes[LANES] = {0}, tail = 0;
-            for (; v + LANES <= end; v += LANES)
-                for (int l = 0; l < LANES; l++) {
-                    float e = fast_exp(z[v + l] - top);
-                    lanes[l] += e;
-                    if (scale != 0) z[v + l] = e;
-                }
-            for (; v < end; v++) {
-                float e = fast_exp(z[v] - top);
-                tail += e;
-                if (scale != 0) z[v] = e;
-            }
-            sum += (double)sum_lanes(lanes) + tail;
-        }
-        losses[n] = (float)(log(sum) + (double)top - target);
+        float target = z[labels[n]], max = max_element(z, V);
+        double sum = sum_exp(scale != 0 ? z : NULL, z, V, max); // z becomes e^{z - max}
+        losses[n] = (float)(log(sum) + (double)max - target);
         if (scale == 0) continue;
+
         float factor = (float)(scale / sum);
         for (size_t v = 0; v < V; v++) z[v] *= factor;
-        z[label] -= scale;
+        z[labels[n]] -= scale;
     }
 }
 
-// ---- Elementwise ------------------------------------------------------------------------------------------------------------
+// ---- Elementwise --------------------------------------------------------------------------------
+
 static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
 
 static void add(float *x, const float *y, size_t n, float keep) {
@@ -1621,88 +1701,89 @@ static void add(float *x, const float *y, size_t n, float keep) {
     for (size_t i = 0; i < n; i++) x[i] = keep * x[i] + y[i];
 }
 
-static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
+static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma,
+                       uint64_t seed) {
     PARALLEL_FOR(B * T * d)
     for (size_t n = 0; n < B * T; n++) {
-        uint64_t key = retrofit_hash(retrofit_hash(seed, n / T), (past ? (uint64_t)past[n / T] : 0) + n % T);
-        for (size_t c = 0; c < d; c++) s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
+        uint64_t position = (past ? (uint64_t)past[n / T] : 0) + n % T;
+        uint64_t key = retrofit_hash(retrofit_hash(seed, n / T), position);
+        for (size_t c = 0; c < d; c++)
+            s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
     }
 }
 
-// ---- KV cache: what a new token needs of the old ones --------------------------------------------------------------------
-static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G,
-                     size_t h, retrofit_type type) {
-    size_t width = G * h;
-    for (size_t n = 0; n < B * T; n++) {
-        const float *k = (const float *)qkv + n * (H + 2 * G) * h + H * h, *v = k + width;
-        size_t at = (n / T * capacity + (size_t)past[n / T] + n % T) * width;
-        if (type == RETROFIT_F32) memcpy((float *)keys + at, k, width * sizeof *k), memcpy((float *)values + at, v, width * sizeof *v);
-        else
-            for (size_t c = 0; c < width; c++)
-                ((uint16_t *)keys)[at + c] = retrofit_float_to_bf16(k[c]), ((uint16_t *)values)[at + c] = retrofit_float_to_bf16(v[c]);
-    }
+// ---- The table ----------------------------------------------------------------------------------
+
+static bool cpu_start(char text[256]) {
+    snprintf(text, 256, "the CPU");
+    return true;
 }
 
-static void attention_cached(act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T,
-                             size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
-    attend_tiles((float *)out, NULL, (const float *)qkv, keys, values, type, G * h, capacity * G * h, past, B, T, H, G, h);
+static double cpu_peak_flops(void) { return 0; }
+
+// What the system would still give without swapping.
+static size_t cpu_free_memory(void) {
+    char line[256];
+    size_t kilobytes = 0;
+    FILE *f = fopen("/proc/meminfo", "re");
+    if (!f) return SIZE_MAX;
+    while (kilobytes == 0 && fgets(line, sizeof line, f))
+        sscanf(line, "MemAvailable: %zu", &kilobytes);
+    fclose(f);
+    return kilobytes ? kilobytes << 10 : SIZE_MAX;
 }
 
-static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
-                    size_t capacity, size_t G, size_t h, retrofit_type type) {
-    size_t bytes = G * h * retrofit_type_size(type);
-    for (size_t b = 0; b < B; b++)
-        for (size_t i = (size_t)used[b]; i < S; i++)
-            for (size_t j = 0; j < C; j++) {
-                size_t in_layer = (b * capacity + (size_t)past[b]) * bytes, layer = stride * retrofit_type_size(type);
-                size_t from = ((size_t)(used[b] - 1) * C + j) * layer + in_layer, to = (i * C + j) * layer + in_layer;
-                memcpy((char *)keys + to, (char *)keys + from, bytes), memcpy((char *)values + to, (char *)values + from, bytes);
-            }
-}
-
-static void *cpu_alloc(size_t bytes) { // calloc's fresh pages are zero without being touched; the pointer to free lies before the block
-    char *p = bytes < SIZE_MAX / 2 ? (char *)calloc(bytes + 128, 1) : NULL;
-    if (!p) return retrofit_fail("out of memory: %.2f GB could not be had", (double)bytes / 1e9), (void *)NULL;
+// By calloc, whose fresh pages are zero without being touched. The pointer that it gave is kept just
+// below the aligned one, for cpu_free.
+static void *cpu_alloc(size_t bytes) {
+    char *p = bytes < SIZE_MAX / 2 ? calloc(bytes + 128, 1) : NULL;
+    if (!p) return fail_null("out of memory: %.2f GB could not be had", (double)bytes / 1e9);
     void **aligned = (void **)(void *)(p + 128 - (uintptr_t)p % 64);
     aligned[-1] = p;
     return aligned;
 }
+
 static void cpu_free(void *p) {
     if (p) free(((void **)p)[-1]);
 }
-static bool cpu_start(char text[256]) { return snprintf(text, 256, "the CPU"), true; }
-static double cpu_peak(void) { return 0; }
-static size_t cpu_room(void) { // what the system would still give without swapping
-    size_t size = 0, kilobytes;
-    FILE *f = fopen("/proc/meminfo", "re");
-    for (char line[256]; f && fgets(line, sizeof line, f);)
-        if (sscanf(line, "MemAvailable: %zu", &kilobytes) == 1) size = kilobytes << 10;
-    if (f) fclose(f);
-    return size ? size : SIZE_MAX;
-}
+
 static void cpu_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
 static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 
-const retrofit_ops retrofit_cpu = {"cpu",    RETROFIT_F32, SIZE_MAX, cpu_start, cpu_peak, cpu_room, cpu_alloc, cpu_free,
-                                   cpu_copy, cpu_copy,     cpu_copy, cpu_zero,  NULL,     NULL,     NULL,      NULL,
-#define X(name, parameters) name,
-                                   RETROFIT_OPS(X)
+const retrofit_ops retrofit_cpu = {
+    .name = "cpu",
+    .act_type = RETROFIT_F32,
+    .max_head_dim = SIZE_MAX,
+    .start = cpu_start,
+    .peak_flops = cpu_peak_flops,
+    .free_memory = cpu_free_memory,
+    .alloc = cpu_alloc,
+    .free = cpu_free,
+    .upload = cpu_copy,
+    .download = cpu_copy,
+    .copy = cpu_copy,
+    .zero = cpu_zero,
+#define X(operation, parameters) .operation = operation,
+    RETROFIT_OPS(X)
 #undef X
 };
 
 const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]) {
-    char why[256] = "";
+    retrofit_cpu.start(text);
+    if (place == RETROFIT_ON_CPU) return &retrofit_cpu;
 #ifdef RETROFIT_CUDA
+    char why[256];
     const retrofit_ops *cuda = fp32 ? &retrofit_cuda_fp32 : &retrofit_cuda;
-    if (place != RETROFIT_ON_CPU && cuda->start(text)) return cuda;
+    if (cuda->start(text)) return cuda;
+    if (place == RETROFIT_ON_CUDA) return fail_null("no GPU: %s", text);
     snprintf(why, sizeof why, "%s", text);
+    snprintf(text, 256, "the CPU (no GPU: %.200s)", why);
 #else
     (void)fp32;
-    if (place == RETROFIT_ON_CUDA) snprintf(why, sizeof why, "this program was built without it: make, with the CUDA toolkit's nvcc on PATH");
+    if (place == RETROFIT_ON_CUDA)
+        return fail_null("no GPU: this program was built without it: make, with the CUDA toolkit's "
+                         "nvcc on PATH");
 #endif
-    if (place == RETROFIT_ON_CUDA) return retrofit_fail("no GPU: %s", why), (const retrofit_ops *)NULL;
-    retrofit_cpu.start(text);
-    if (place == RETROFIT_AUTO && *why) snprintf(text, 256, "the CPU (no GPU: %.200s)", why);
     return &retrofit_cpu;
 }
 
@@ -1899,9 +1980,68 @@ static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, si
 static void draw_states(retrofit_buffers *a, float *states, float sigma, uint64_t seed) {
     const retrofit_ops *ops = a->model->ops;
     size_t d = a->model->config.n_embd;
-    if (!a->decoder->cache.capacity) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
+    if (!a->decoder) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
     else
         for (size_t i = 0; i < a->b; i++) ops->state_init(states + i * a->t * d, a->past + i, 1, a->t, d, sigma, seed);
+}
+
+// ---- KV cache: what a new token needs of the old ones
+
+// Keys and values of T new tokens a row, to positions past[b] … past[b] + T - 1.
+static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T,
+                     size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
+    size_t width = G * h, Q = (H + 2 * G) * h;
+    for (size_t n = 0; n < B * T; n++) {
+        const float *k = (const float *)qkv + n * Q + H * h, *v = k + width;
+        size_t b = n / T, position = (size_t)past[b] + n % T;
+        size_t first = (b * capacity + position) * width;
+        if (type == RETROFIT_F32) {
+            memcpy((float *)keys + first, k, width * sizeof *k);
+            memcpy((float *)values + first, v, width * sizeof *v);
+            continue;
+        }
+        uint16_t *keys_bf16 = (uint16_t *)keys + first, *values_bf16 = (uint16_t *)values + first;
+        for (size_t c = 0; c < width; c++) {
+            keys_bf16[c] = retrofit_float_to_bf16(k[c]);
+            values_bf16[c] = retrofit_float_to_bf16(v[c]);
+        }
+    }
+}
+
+// attention_forward for T new queries a row, over the past[b] positions before them and their own.
+static void attention_cached(act *out, const act *qkv, const act *keys, const act *values,
+                             const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,
+                             size_t G, size_t h, retrofit_type type) {
+    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE, size = retrofit_type_size(type);
+    PARALLEL_TASKS
+    for (size_t task = 0; task < B * H * tiles; task++) {
+        size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
+        size_t n = b * T + t, group = head / (H / G);
+        size_t first = (b * capacity * G + group) * h * size;
+        matrix_view q = view((const float *)qkv + n * Q + head * h, Q);
+        matrix_view k = {(const char *)keys + first, type, G * h, 1};
+        matrix_view v = {(const char *)values + first, type, G * h, 1};
+        attend((float *)out + (n * H + head) * h, H * h, NULL, 0, q, k, v,
+               retrofit_min(T - t, TILE), (size_t)past[b] + t, h);
+    }
+}
+
+// Row b's newest token, at position past[b], has entries in the core's first used[b] slots. The others
+// of the S slots get what the last of those has, for each of the C layers. Layers lie `stride` elements
+// apart, and slot i's layer j is layer i·C + j.
+static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S,
+                        size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h,
+                        retrofit_type type) {
+    size_t bytes = G * h * retrofit_type_size(type), layer = stride * retrofit_type_size(type);
+    for (size_t b = 0; b < B; b++) {
+        size_t in_layer = (b * capacity + (size_t)past[b]) * bytes;
+        size_t first = (size_t)used[b] * C; // the first layer without an entry
+        for (size_t i = first; i < S * C; i++) {
+            size_t from = (first - C + i % C) * layer + in_layer, to = i * layer + in_layer;
+            memcpy((char *)keys + to, (char *)keys + from, bytes);
+            memcpy((char *)values + to, (char *)values + from, bytes);
+        }
+    }
 }
 
 // z goes where the coda's stream will be: it is not there yet.
@@ -2040,7 +2180,7 @@ const float *retrofit_next_logits(retrofit_buffers *a, const int32_t *tokens, si
     const retrofit_model *m = a->model;
     const retrofit_config *c = &m->config;
     size_t d = c->n_embd, V = c->vocab, r = how->recurrences;
-    if (!a->decoder->cache.capacity || a->keep) return retrofit_fail("these activations have no KV cache"), (const float *)NULL;
+    if (!a->decoder || a->keep) return retrofit_fail("these activations have no KV cache"), (const float *)NULL;
     if (c->core && (r == 0 || r > a->decoder->cache.recurrences))
         return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r, a->decoder->cache.recurrences), (const float *)NULL;
     if (how->exit && b > 1 && a->decoder->cache.kind != RETROFIT_CACHE_FULL) // of these slots a row that has stopped would lose what it wrote
@@ -3513,6 +3653,12 @@ bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_
 // 10  Matrix products at the machine's speed
 // =================================================================================================
 
+// ---- Sums, maxima, exponentials -----------------------------------------------------------------
+// A compiler must not reorder a floating-point sum, and in a single running sum each addition waits
+// for the one before. So element i is added to lane i mod LANES, which vectorises; the lanes are then
+// added in pairs. The n mod LANES last elements, the tail, make a sum of their own.
+enum { LANES = 16 };
+
 static float sum_lanes(const float *lanes) {
     float s[8];
     for (int i = 0; i < 8; i++) s[i] = lanes[i] + lanes[i + 8];
@@ -3528,329 +3674,552 @@ static float dot(const float *a, const float *b, size_t n) {
     return sum_lanes(lanes) + tail;
 }
 
-static float max_element(const float *x, size_t n) { // of the numbers: a NaN is passed over, and shows in the sum that follows
-    float lanes[LANES], top = -INFINITY;
+static float weighted_dot(const float *a, const float *weight, const float *b, size_t n) {
+    float lanes[LANES] = {0}, tail = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += a[i + l] * weight[i + l] * b[i + l];
+    for (; i < n; i++) tail += a[i] * weight[i] * b[i];
+    return sum_lanes(lanes) + tail;
+}
+
+// start + Σ x_i.
+static float add_up(float start, const float *x, size_t n) {
+    float lanes[LANES] = {0}, tail = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += x[i + l];
+    for (; i < n; i++) tail += x[i];
+    return start + sum_lanes(lanes) + tail;
+}
+
+// NaN is passed over: it shows in the sum of exponentials that follows.
+static float max_element(const float *x, size_t n) {
+    float lanes[LANES], max = -INFINITY;
     for (int l = 0; l < LANES; l++) lanes[l] = -INFINITY;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int l = 0; l < LANES; l++) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-    for (; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (int l = 0; l < LANES; l++) top = lanes[l] > top ? lanes[l] : top;
-    return top;
+    for (; i < n; i++) max = x[i] > max ? x[i] : max;
+    for (int l = 0; l < LANES; l++) max = lanes[l] > max ? lanes[l] : max;
+    return max;
 }
 
-// e^x to 1 part in 10^7 in arithmetic that vectorises: 2^n by adding n to the exponent's bits, the rest by a polynomial. NaN stays NaN.
+// e^x to 1 part in 10^7, in arithmetic that vectorises: e^x = 2^n·e^r with n = round(x/log 2), where
+// e^r is a polynomial in r, |r| ≤ log(2)/2, and 2^n is n added to the exponent's bits.
 static inline float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; // 1.5·2^23: rounds to the nearest integer
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.3888889e-3f;
-    p = p * r + 8.3333333e-3f, p = p * r + 4.1666667e-2f, p = p * r + 1.6666667e-1f, p = p * r + 0.5f;
+    float shifted = x * 1.44269504f + 12582912.0f; // adding 1.5·2^23 rounds to an integer
+    float n = shifted - 12582912.0f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // log 2 in two parts, to keep its digits
+    float p = 1.3888889e-3f;
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    uint32_t bits, power;
-    memcpy(&bits, &shifted, 4), memcpy(&power, &p, 4);
-    power += bits << 23;
-    memcpy(&p, &power, 4);
+
+    uint32_t n_bits, power;
+    memcpy(&n_bits, &shifted, sizeof n_bits); // n is in the lowest bits of the mantissa
+    memcpy(&power, &p, sizeof power);
+    power += n_bits << 23;
+    memcpy(&p, &power, sizeof p);
     return p + (x - x); // NaN stays NaN, whatever its bits
 }
 
-// Matrix multiplication, C = D + A·B.
+// Σ e^{x_i - max}. The terms are stored too unless `terms` is NULL; it may be x. Vocabularies are
+// large: blocks are summed in fp32, and the blocks' sums in double.
+static double sum_exp(float *terms, const float *x, size_t n, float max) {
+    enum { BLOCK = 4096 };
+    float e[BLOCK];
+    double sum = 0;
+    for (size_t first = 0; first < n; first += BLOCK) {
+        size_t count = retrofit_min(n - first, BLOCK), whole = count / LANES * LANES;
+        for (size_t i = 0; i < count; i++) e[i] = fast_exp(x[first + i] - max);
+        sum += (double)add_up(0, e, whole) + add_up(0, e + whole, count - whole);
+        if (terms) memcpy(terms + first, e, count * sizeof *e);
+    }
+    return sum;
+}
+
+// ---- Matrix products: C = D + A·B ---------------------------------------------------------------
+// The loops are those of BLIS (Van Zee, van de Geijn: BLIS, a framework for rapidly instantiating BLAS
+// functionality, 2015), outermost first:
 //
-// The arithmetic is done by a small kernel that keeps a block of C, GEMM_ROWS x 3 vectors, in registers, and for every k adds the outer
-// product of a column of A and a row of B: GEMM_ROWS numbers and 3 vectors are loaded for 3 * GEMM_ROWS multiply-adds, so that
-// arithmetic is the bottleneck and not loading. All else serves to keep that kernel fed from the caches:
-//   - K is cut into pieces of at most GEMM_DEPTH, and N into strips, such that a piece of a strip of B fits the second-level cache. It is
-//     copied ("packed") into a thread's own buffer, as panels of 3 vectors in the very order in which the kernel reads them.
-//   - Then GEMM_ROWS rows of A at a time, small enough for the first-level cache, are packed and meet every panel in turn.
-//   - The threads divide C into tiles. Every element of C belongs to one tile and sums over k in an order that neither the tiles nor the
-//     number of threads have a say in, and so its bits don't depend on them.
-// A product with few rows (decoding some tokens) is another matter: every weight is needed only a few times, so reading B is all the
-// cost, and packing would double it. If B is stored with k contiguous (a weight matrix in X·Wᵀ), see gemm_dots.
+//     jc        strips of NC columns of B and C
+//     pc          blocks of KC terms of each sum. B's part (KC,NC) is packed and stays in the L2 cache
+//     ir            MR rows of A and C. A's part (MR,KC) is packed and stays in the L1 cache
+//     jr              panels of NR columns
+//                       micro-kernel: C's part (MR,NR) stays in registers
+//
+//                 K                          N                            N
+//          ┌────┬────┬────┐       ┌────┬────┬────┬────┐        ┌────┬────┬────┬────┐
+//       MR │▒▒▒▒│    │    │    KC │▒▒▒▒│▒▒▒▒│    │    │     MR │████│    │    │    │
+//          ├────┴────┴────┤       ├────┴────┼────┴────┤        ├────┘    │         │
+//        M │              │   ·   │         │         │ K  =   │         │         │ M
+//          │              │       │         │         │        │         │         │
+//          └──────────────┘       └─────────┴─────────┘        └─────────┴─────────┘
+//            KC                     NR   NR                      NR
+//                                  └── NC ───┘                  └── NC ───┘
+//
+// For every k of its block the micro-kernel adds the outer product of a column of A (MR) and a row of
+// B (NR): MR + NR numbers are loaded for MR·NR multiply-adds, so that arithmetic is the bottleneck and
+// not loading. All else serves to keep it fed from the caches. "Packed" means copied into a thread's
+// own buffer in the very order in which the micro-kernel reads. (BLIS has one loop more, over MC rows
+// of A: with B's part in L2 instead of L3, MC = MR is enough.)
+//
+// A product with few rows (decoding a few tokens) needs every weight only a few times: reading B is all
+// the cost, and packing would double it. If B has k contiguous, as a weight matrix in x·wᵀ has, it is
+// read in place: see few_rows.
+//
+// The threads divide C among them. Every element of C is summed over k by one thread, in an order that
+// depends on K alone, so that its bits depend neither on the number of threads nor on the strips.
 
 #if defined __AVX512F__
-#define GEMM_LANES  16 // floats in a vector
-#define GEMM_ALL(p) GEMM_8(p), GEMM_8((p) + 8)
-#define GEMM_ROWS   8 // of the kernel's block: 24 of the 32 registers hold it
+enum { VECTOR = 16, MR = 8 }; // VECTOR: floats in a register. C takes 24 of the 32 registers,
 #elif defined __AVX2__ && defined __FMA__
-#define GEMM_LANES  8
-#define GEMM_ALL(p) GEMM_8(p)
-#define GEMM_ROWS   4 // 12 of 16 registers
+enum { VECTOR = 8, MR = 4 }; // 12 of 16,
 #else
-#define GEMM_LANES  4
-#define GEMM_ALL(p) GEMM_4(p)
-#define GEMM_ROWS   4
+enum { VECTOR = 4, MR = 4 }; // 12 of 16.
 #endif
-#define GEMM_4(p)   (p)[0], (p)[1], (p)[2], (p)[3]
-#define GEMM_8(p)   GEMM_4(p), GEMM_4((p) + 4)
-#define GEMM_PANEL  (3 * GEMM_LANES)
-#define GEMM_DEPTH  512
-#define GEMM_BUFFER ((GEMM_DEPTH + 1) * 288) // floats: 577 KiB
-#define GEMM_FEW    8                        // rows of A up to which gemm_dots is the faster way
-#define GEMM_INLINE static inline __attribute__((always_inline))
+enum {
+    NR = 3 * VECTOR,
+    KC = 512,                   // at most; NC is as much as the buffer then holds
+    B_BUFFER = (KC + 1) * 288,  // floats: 577 KiB
+    FEW = 8,                    // rows up to which few_rows is the faster way
+};
+static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MR * KC], packed_b[B_BUFFER];
+
+// Without this the micro-kernel would be a call for each of its constant arguments' values.
+#define INLINE static inline __attribute__((always_inline))
+// A loop of constant length over registers, which have no index: only unrolled can they be the
+// elements of an array.
 #ifdef __clang__
-#define GEMM_EACH(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
+#define UNROLL(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
 #else
-#define GEMM_EACH(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
+#define UNROLL(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
 #endif
 
-// A vector, and the same in memory: aligned like its elements only, and free to alias them. A quad is what can be transposed everywhere.
-typedef float gemm_vector __attribute__((vector_size(4 * GEMM_LANES)));
-typedef float gemm_vector_at __attribute__((vector_size(4 * GEMM_LANES), aligned(4), may_alias));
-typedef uint32_t gemm_word __attribute__((vector_size(4 * GEMM_LANES)));
-typedef float gemm_quad __attribute__((vector_size(16)));
-typedef float gemm_quad_at __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint32_t gemm_quad_word __attribute__((vector_size(16)));
+// What a register holds, and the same in memory (_at): aligned like its elements only, and free to
+// alias them. A quad is what can be transposed on every machine.
+typedef float vector __attribute__((vector_size(4 * VECTOR)));
+typedef float vector_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
+typedef uint32_t vector_bits __attribute__((vector_size(4 * VECTOR)));
+typedef float quad __attribute__((vector_size(16)));
+typedef float quad_at __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t quad_bits __attribute__((vector_size(16)));
 
-static RETROFIT_THREAD_LOCAL __attribute__((aligned(64))) float gemm_b[GEMM_BUFFER], gemm_a[GEMM_ROWS * GEMM_DEPTH];
+static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; }
 
-static size_t gemm_ceil(size_t a, size_t b) { return (a + b - 1) / b; }
+// ---- Views and parts of a product ---------------------------------------------------------------
+
+static matrix_view view(const void *data, size_t row) {
+    return (matrix_view){data, RETROFIT_F32, row, 1};
+}
+
+static matrix_view transposed(matrix_view V) {
+    return (matrix_view){V.data, V.type, V.col, V.row};
+}
+
+static matrix_view view_transposed(const void *data, size_t row) {
+    return transposed(view(data, row));
+}
 
 // The part of a matrix that begins at (i, j).
-static matrix_view gemm_part(matrix_view V, size_t i, size_t j) {
+static matrix_view view_part(matrix_view V, size_t i, size_t j) {
     V.data = (const char *)V.data + (i * V.row + j * V.col) * retrofit_type_size(V.type);
     return V;
 }
 
-// An element, 4, or a vector of them, as fp32. bf16 is the upper half of an fp32.
-GEMM_INLINE float gemm_load1(const void *data, retrofit_type type, size_t at) {
-    return type == RETROFIT_F32 ? ((const float *)data)[at] : retrofit_bf16_to_float(((const uint16_t *)data)[at]);
-}
-GEMM_INLINE gemm_quad gemm_load4(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return *(const gemm_quad_at *)((const float *)data + at);
-    const uint16_t *half = (const uint16_t *)data + at;
-    return (gemm_quad)((gemm_quad_word){GEMM_4(half)} << 16);
-}
-GEMM_INLINE gemm_vector gemm_load(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return *(const gemm_vector_at *)((const float *)data + at);
-    const uint16_t *half = (const uint16_t *)data + at;
-    return (gemm_vector)((gemm_word){GEMM_ALL(half)} << 16);
+typedef struct {
+    size_t M, N, K;
+    matrix_view A, B; // (M,K), (K,N)
+    float *c;         // (M,N), rows c_row apart
+    const float *d;   // (M,N), rows d_row apart; NULL: zero
+    size_t c_row, d_row;
+} matrix_product;
+
+// M rows from row i, and N columns from column j.
+INLINE matrix_product product_part(matrix_product p, size_t i, size_t M, size_t j, size_t N) {
+    p.M = M;
+    p.N = N;
+    p.A = view_part(p.A, i, 0);
+    p.B = view_part(p.B, 0, j);
+    p.c += i * p.c_row + j;
+    if (p.d) p.d += i * p.d_row + j;
+    return p;
 }
 
-GEMM_INLINE void gemm_transpose4(gemm_quad q[4]) {
-    gemm_quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
-    gemm_quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5), q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-    q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5), q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+// Terms k … end - 1 of the sums; those before are in C already.
+static matrix_product product_terms(matrix_product p, size_t k, size_t end) {
+    p.K = end - k;
+    p.A = view_part(p.A, 0, k);
+    p.B = view_part(p.B, k, 0);
+    if (k == 0) return p;
+    p.d = p.c;
+    p.d_row = p.c_row;
+    return p;
 }
 
-// out[k * width + i] = V(i, k) for k < depth and i < count, and 0 for count <= i < width. What V has contiguous in k is transposed in
-// blocks of 4x4, going along k by whole cache lines: rows a power of two apart compete for the same few places in the cache, and would
-// not be there when we came back. What is contiguous in i is copied by vectors, the rest one by one.
-GEMM_INLINE void gemm_pack_as(float *out, size_t width, matrix_view V, retrofit_type type, size_t count, size_t depth) {
-    size_t i4 = V.col == 1 ? count / 4 * 4 : 0, k4 = depth / 4 * 4;
-    for (size_t start = 0; start < k4; start += 16)
+// ---- Packing ------------------------------------------------------------------------------------
+
+// One element, four, or a vector of them, as fp32. bf16 is the upper half of an fp32.
+INLINE float load_one(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return ((const float *)data)[at];
+    return retrofit_bf16_to_float(((const uint16_t *)data)[at]);
+}
+
+INLINE quad load_quad(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return *(const quad_at *)((const float *)data + at);
+    quad_bits bits;
+    UNROLL(l, 4) bits[l] = ((const uint16_t *)data)[at + l];
+    return (quad)(bits << 16);
+}
+
+INLINE vector load_vector(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return *(const vector_at *)((const float *)data + at);
+    vector_bits bits;
+    UNROLL(l, VECTOR) bits[l] = ((const uint16_t *)data)[at + l];
+    return (vector)(bits << 16);
+}
+
+INLINE void transpose_quads(quad q[4]) {
+    quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5);
+    quad b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
+    quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+    quad d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+    q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+    q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+    q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// Elements (i … i + 3, k … k + 3) of V, which has k contiguous, into a panel as described at pack.
+INLINE void pack_4x4(float *panel, size_t width, matrix_view V, retrofit_type type, size_t i,
+                     size_t k) {
+    quad q[4];
+    UNROLL(r, 4) q[r] = load_quad(V.data, type, (i + r) * V.row + k);
+    transpose_quads(q);
+    UNROLL(r, 4) *(quad_at *)(panel + (k + r) * width + i) = q[r];
+}
+
+// Elements (i … count - 1, k) of V, and zeros up to the panel's width.
+INLINE void pack_row(float *row, size_t width, matrix_view V, retrofit_type type, size_t i,
+                     size_t count, size_t k) {
+    if (V.row == 1) {
+        const size_t at = k * V.col;
+        for (; i + VECTOR <= count; i += VECTOR)
+            *(vector_at *)(row + i) = load_vector(V.data, type, at + i);
+        for (; i + 4 <= count; i += 4) *(quad_at *)(row + i) = load_quad(V.data, type, at + i);
+    }
+    for (; i < count; i++) row[i] = load_one(V.data, type, i * V.row + k * V.col);
+    for (; i < width; i++) row[i] = 0;
+}
+
+// panel[k·width + i] = V(i, k) for k < depth and i < count, and 0 for count ≤ i < width. V is A, or B
+// transposed. What has k contiguous goes in blocks of 4x4, along k by whole cache lines: rows a power
+// of two apart compete for the same few places in the cache, and would be gone when we came back.
+INLINE void pack_as(retrofit_type type, float *panel, size_t width, matrix_view V, size_t count,
+                    size_t depth) {
+    enum { LINE = 16 };
+    size_t i4 = V.col == 1 ? count / 4 * 4 : 0, k4 = depth / 4 * 4; // where such blocks end
+    for (size_t line = 0; line < k4; line += LINE)
         for (size_t i = 0; i < i4; i += 4)
-            for (size_t k = start; k < retrofit_min(start + 16, k4); k += 4) {
-                gemm_quad q[4];
-                GEMM_EACH(r, 4) q[r] = gemm_load4(V.data, type, (i + r) * V.row + k);
-                gemm_transpose4(q);
-                GEMM_EACH(r, 4) * (gemm_quad_at *)(out + (k + r) * width + i) = q[r];
-            }
-    for (size_t k = i4 == width ? k4 : 0; k < depth; k++) {
-        size_t i = k < k4 ? i4 : 0;
-        for (; V.row == 1 && i + GEMM_LANES <= count; i += GEMM_LANES)
-            *(gemm_vector_at *)(out + k * width + i) = gemm_load(V.data, type, k * V.col + i);
-        for (; V.row == 1 && i + 4 <= count; i += 4) *(gemm_quad_at *)(out + k * width + i) = gemm_load4(V.data, type, k * V.col + i);
-        for (; i < width; i++) out[k * width + i] = i < count ? gemm_load1(V.data, type, i * V.row + k * V.col) : 0;
-    }
-}
-static void gemm_pack(float *out, size_t width, matrix_view V, size_t count, size_t depth) {
-    if (V.type == RETROFIT_F32) gemm_pack_as(out, width, V, RETROFIT_F32, count, depth);
-    else gemm_pack_as(out, width, V, RETROFIT_BF16, count, depth);
+            for (size_t k = line; k < retrofit_min(line + LINE, k4); k += 4)
+                pack_4x4(panel, width, V, type, i, k);
+    for (size_t k = i4 == width ? k4 : 0; k < depth; k++)
+        pack_row(panel + k * width, width, V, type, k < k4 ? i4 : 0, count, k);
 }
 
-// The first n of a vector's elements.
-GEMM_INLINE void gemm_copy(void *to, const void *from, size_t n) {
-    if (n >= GEMM_LANES) *(gemm_vector_at *)to = *(const gemm_vector_at *)from;
-    else memcpy(to, from, n * 4);
+static void pack(float *panel, size_t width, matrix_view V, size_t count, size_t depth) {
+    if (V.type == RETROFIT_F32) pack_as(RETROFIT_F32, panel, width, V, count, depth);
+    else pack_as(RETROFIT_BF16, panel, width, V, count, depth);
 }
 
-// The kernel: c = d + a·b for a block of GEMM_ROWS x (vectors * GEMM_LANES), of which the first m rows and n columns are stored.
-GEMM_INLINE void gemm_kernel(size_t vectors, size_t depth, matrix_view A, const float *b, size_t m, size_t n, float *c, size_t c_row,
-                             const float *d, size_t d_row) {
-    const float *a = (const float *)A.data;
-    gemm_vector sum[GEMM_ROWS][3], zero = {0};
-    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] = zero;
-    for (size_t k = 0; k < depth; k++, a += A.col, b += vectors * GEMM_LANES)
-        GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] += a[i * A.row] * *(const gemm_vector_at *)(b + v * GEMM_LANES);
-    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) {
-        size_t j = v * GEMM_LANES;
-        gemm_vector t = zero;
-        if (i >= m || j >= n) continue;
-        if (d) gemm_copy(&t, d + i * d_row + j, n - j);
-        t += sum[i][v];
-        gemm_copy(c + i * c_row + j, &t, n - j);
+// ---- Many rows ----------------------------------------------------------------------------------
+
+// The first n of a vector's elements, if it has more.
+INLINE void copy_floats(void *to, const void *from, size_t n) {
+    if (n >= VECTOR) *(vector_at *)to = *(const vector_at *)from;
+    else memcpy(to, from, n * sizeof(float));
+}
+
+// C(i, j …) = D(i, j …) + sum.
+INLINE void store_vector(matrix_product p, size_t i, size_t j, vector sum) {
+    vector start = {0};
+    if (p.d) copy_floats(&start, p.d + i * p.d_row + j, p.N - j);
+    start += sum;
+    copy_floats(p.c + i * p.c_row + j, &start, p.N - j);
+}
+
+// C = D + A·B for a tile of MR rows and `vectors` registers of columns, from column j on. All MR rows
+// of A can be read; of C those rows and columns are stored that exist.
+INLINE void micro_kernel(size_t vectors, matrix_product p, size_t j) {
+    const float *a = p.A.data, *b = packed_b + j * p.K;
+    vector sum[MR][3] = {{{0}}};
+    for (size_t k = 0; k < p.K; k++) {
+        UNROLL(i, MR) UNROLL(v, vectors)
+            sum[i][v] += a[i * p.A.row] * *(const vector_at *)(b + v * VECTOR);
+        a += p.A.col;
+        b += vectors * VECTOR;
+    }
+    UNROLL(v, vectors) {
+        UNROLL(i, MR) if (i < p.M && j < p.N) store_vector(p, i, j, sum[i][v]);
+        j += VECTOR;
     }
 }
 
-// A product small enough for the buffers. What the kernel reads only once or twice of A it may as well read in place.
-static void gemm_tile(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    matrix_view columns = {B.data, B.type, B.col, B.row}, packed = {gemm_a, RETROFIT_F32, 1, GEMM_ROWS};
-    for (size_t j = 0; j < N; j += GEMM_PANEL) {
-        size_t n = retrofit_min(GEMM_PANEL, N - j);
-        gemm_pack(gemm_b + j * K, gemm_ceil(n, GEMM_LANES) * GEMM_LANES, gemm_part(columns, j, 0), n, K);
+// Loop jr: MR rows meet the panels of a packed strip of B. Not inlined: in a larger function gcc runs
+// out of registers for the micro-kernel's addresses.
+static void multiply_panels(matrix_product p) {
+    for (size_t j = 0; j < p.N; j += NR) {
+        if (p.N - j > 2 * VECTOR) micro_kernel(3, p, j);
+        else if (p.N - j > VECTOR) micro_kernel(2, p, j);
+        else micro_kernel(1, p, j);
     }
-    for (size_t i = 0; i < M; i += GEMM_ROWS) {
-        size_t m = retrofit_min(GEMM_ROWS, M - i);
-        matrix_view rows = gemm_part(A, i, 0);
-        if (m < GEMM_ROWS || N > 2 * GEMM_PANEL || A.type != RETROFIT_F32) gemm_pack(gemm_a, GEMM_ROWS, rows, m, K), rows = packed;
-        for (size_t j = 0; j < N; j += GEMM_PANEL) {
-            const float *b = gemm_b + j * K, *from = d ? d + i * d_row + j : NULL;
-            float *to = c + i * c_row + j;
-            size_t n = retrofit_min(GEMM_PANEL, N - j);
-            if (n > 2 * GEMM_LANES) gemm_kernel(3, K, rows, b, m, n, to, c_row, from, d_row);
-            else if (n > GEMM_LANES) gemm_kernel(2, K, rows, b, m, n, to, c_row, from, d_row);
-            else gemm_kernel(1, K, rows, b, m, n, to, c_row, from, d_row);
+}
+
+// Loop ir: one block of terms of one strip. A is packed unless all MR rows are there and so few panels
+// that reading them in place costs no more.
+static __attribute__((noinline)) void multiply_strip(matrix_product p) {
+    for (size_t j = 0; j < p.N; j += NR) {
+        size_t n = retrofit_min(NR, p.N - j), width = ceil_of(n, VECTOR) * VECTOR;
+        pack(packed_b + j * p.K, width, transposed(view_part(p.B, 0, j)), n, p.K);
+    }
+    for (size_t i = 0; i < p.M; i += MR) {
+        matrix_product rows = product_part(p, i, retrofit_min(MR, p.M - i), 0, p.N);
+        if (rows.M < MR || p.N > 2 * NR || p.A.type != RETROFIT_F32) {
+            pack(packed_a, MR, rows.A, rows.M, p.K);
+            rows.A = view_transposed(packed_a, MR);
         }
+        multiply_panels(rows);
     }
 }
 
-// A product with few rows, at the speed at which B can be read, in place: 4 of its columns, which are contiguous in k, meet `rows` rows of
-// A; every lane has its own sum. A column is too short for the processor to find out by itself what to fetch ahead, so we ask for what is
-// 8 columns on (asking for what does not exist does no harm).
-GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t M, size_t N, size_t K, matrix_view B, float *c, size_t c_row,
-                              const float *d, size_t d_row) {
-    for (size_t j = 0; j < N; j += 4)
-        for (size_t i = 0; i < M; i += rows) {
-            const float *a = gemm_b + i * K;
-            gemm_vector sum[4][4], zero = {0};
-            size_t at[4], k = 0;
-            GEMM_EACH(s, 4) at[s] = retrofit_min(j + s, N - 1) * B.col; // past the end: the last column again
-            GEMM_EACH(r, rows) GEMM_EACH(s, 4) sum[r][s] = zero;
-            for (; k + GEMM_LANES <= K; k += GEMM_LANES) {
-                gemm_vector w[4];
-                GEMM_EACH(s, 4) {
-                    __builtin_prefetch((const char *)B.data + (at[s] + 8 * B.col + k) * (type == RETROFIT_F32 ? 4 : 2), 0, 2);
-                    w[s] = gemm_load(B.data, type, at[s] + k);
-                }
-                GEMM_EACH(r, rows) {
-                    gemm_vector x = *(const gemm_vector_at *)(a + r * K + k);
+// Loops jc and pc.
+static void many_rows(matrix_product p) {
+    size_t blocks = p.K ? ceil_of(p.K, KC) : 1;
+    size_t NC = B_BUFFER / (p.K / blocks + 1) / VECTOR * VECTOR;
+    for (size_t j = 0; j < p.N; j += NC) {
+        matrix_product strip = product_part(p, 0, p.M, j, retrofit_min(NC, p.N - j));
+        for (size_t block = 0; block < blocks; block++)
+            multiply_strip(product_terms(strip, block * p.K / blocks, (block + 1) * p.K / blocks));
+    }
+}
+
+// ---- Few rows -----------------------------------------------------------------------------------
+
+// The lanes of four vectors added up, the total of sum[s] in element s.
+INLINE quad add_lanes(const vector sum[4]) {
+    quad q[4], part[VECTOR / 4];
+    UNROLL(s, 4) {
+        memcpy(part, &sum[s], sizeof part);
+        q[s] = part[0];
+        for (size_t l = 1; l < VECTOR / 4; l++) q[s] += part[l];
+    }
+    transpose_quads(q);
+    return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+// Up to `rows` rows of C, from row i on, and up to 4 columns from j on. A is packed row by row, and B is
+// read in place.
+INLINE void dots(size_t rows, retrofit_type type, matrix_product p, size_t i, size_t j) {
+    const float *a = packed_b + i * p.K;
+    vector sum[4][4] = {{{0}}}; // of each row and column, a partial sum in every lane
+    size_t column[4], k = 0;
+    UNROLL(s, 4) column[s] = retrofit_min(j + s, p.N - 1) * p.B.col; // past the end: the last again
+    for (; k + VECTOR <= p.K; k += VECTOR) {
+        vector w[4];
+        UNROLL(s, 4) {
+            // A column is too short for the processor to find out by itself what to fetch ahead. We
+            // ask for the one 8 columns on; asking for what does not exist does no harm.
+            size_t ahead = (column[s] + 8 * p.B.col + k) * (type == RETROFIT_F32 ? 4 : 2);
+            __builtin_prefetch((const char *)p.B.data + ahead, 0, 2);
+            w[s] = load_vector(p.B.data, type, column[s] + k);
+        }
+        UNROLL(r, rows) {
+            vector x = *(const vector_at *)(a + r * p.K + k);
 #ifdef __x86_64__
-                    __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
+            __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
 #endif
-                    GEMM_EACH(s, 4) sum[r][s] += w[s] * x;
-                }
-            }
-            GEMM_EACH(r, rows) {
-                gemm_quad q[4], part[GEMM_LANES / 4];
-                GEMM_EACH(s, 4) {
-                    memcpy(part, &sum[r][s], sizeof part);
-                    GEMM_EACH(l, GEMM_LANES / 4) q[s] = l ? q[s] + part[l] : part[l];
-                }
-                gemm_transpose4(q);
-                q[0] = (q[0] + q[1]) + (q[2] + q[3]);
-                for (size_t s = 0; s < retrofit_min(4, N - j) && r < M - i; s++) {
-                    float total = q[0][s];
-                    for (size_t l = k; l < K; l++) total += a[r * K + l] * gemm_load1(B.data, type, at[s] + l);
-                    c[(i + r) * c_row + j + s] = (d ? d[(i + r) * d_row + j + s] : 0) + total;
-                }
-            }
+            UNROLL(s, 4) sum[r][s] += w[s] * x;
         }
-}
-static void gemm_dots(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    matrix_view columns = {A.data, A.type, A.col, A.row};
-    gemm_pack(gemm_b, K, columns, K, M); // A, row by row
-    if (M == 1 && B.type == RETROFIT_F32) gemm_dots_as(1, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
-    else if (M == 1) gemm_dots_as(1, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
-    else if (B.type == RETROFIT_F32) gemm_dots_as(GEMM_ROWS / 2, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
-    else gemm_dots_as(GEMM_ROWS / 2, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
-}
-
-static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    if (M <= GEMM_FEW && B.row == 1 && K <= GEMM_BUFFER / GEMM_FEW) gemm_dots(M, N, K, A, B, c, c_row, d, d_row);
-    else {
-        size_t pieces = K ? gemm_ceil(K, GEMM_DEPTH) : 1, strip = GEMM_BUFFER / (K / pieces + 1) / GEMM_LANES * GEMM_LANES;
-        for (size_t j = 0; j < N; j += strip)
-            for (size_t piece = 0; piece < pieces; piece++) { // the later ones add to what the earlier ones left
-                const float *from = piece ? c : d;
-                size_t k = piece * K / pieces, depth = (piece + 1) * K / pieces - k, from_row = piece ? c_row : d_row;
-                gemm_tile(M, retrofit_min(strip, N - j), depth, gemm_part(A, 0, k), gemm_part(B, k, j), c + j, c_row, from ? from + j : NULL,
-                          from_row);
-            }
+    }
+    UNROLL(r, rows) {
+        quad lanes = add_lanes(sum[r]);
+        for (size_t s = 0; s < retrofit_min(4, p.N - j) && r < p.M - i; s++) {
+            float total = lanes[s];
+            for (size_t l = k; l < p.K; l++)
+                total += a[r * p.K + l] * load_one(p.B.data, type, column[s] + l);
+            float start = p.d ? p.d[(i + r) * p.d_row + j + s] : 0;
+            p.c[(i + r) * p.c_row + j + s] = start + total;
+        }
     }
 }
 
-// The same with all threads, unless the product is so small that waking them would take longer.
-static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
+// The dot products of all rows of A with all columns of B, whose elements are contiguous.
+INLINE void few_rows_as(size_t rows, retrofit_type type, matrix_product p) {
+    for (size_t j = 0; j < p.N; j += 4)
+        for (size_t i = 0; i < p.M; i += rows) dots(rows, type, p, i, j);
+}
+
+static void few_rows(matrix_product p) {
+    pack(packed_b, p.K, transposed(p.A), p.K, p.M); // A, row by row
+    if (p.M == 1 && p.B.type == RETROFIT_F32) few_rows_as(1, RETROFIT_F32, p);
+    else if (p.M == 1) few_rows_as(1, RETROFIT_BF16, p);
+    else if (p.B.type == RETROFIT_F32) few_rows_as(MR / 2, RETROFIT_F32, p);
+    else few_rows_as(MR / 2, RETROFIT_BF16, p);
+}
+
+// ---- The whole product --------------------------------------------------------------------------
+
+static void multiply(matrix_product p) {
+    if (p.M <= FEW && p.B.row == 1 && p.K <= B_BUFFER / FEW) few_rows(p);
+    else many_rows(p);
+}
+
+static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c,
+                        size_t c_row, const float *d, size_t d_row) {
+    multiply((matrix_product){M, N, K, A, B, c, d, c_row, d_row});
+}
+
+// How many threads are worth waking for so many multiply-adds.
+static size_t gemm_threads(size_t work) {
 #ifdef _OPENMP
-    size_t threads = omp_in_parallel() || M * N * K < 65536 ? 1 : (size_t)omp_get_max_threads(), p = 1;
-    size_t rows = gemm_ceil(M, GEMM_ROWS), columns = gemm_ceil(N, GEMM_LANES);
-    if (threads > 1) {
-        // A grid of p x q tiles that are about square, not wide, and none so low that it would go gemm_dots's way if C as a whole does not.
-        for (size_t x = 2; x <= retrofit_min(threads, rows / 3); x++)
-            if (threads % x == 0 && x * x * N <= threads * M) p = x;
-        size_t q = retrofit_min(columns, threads / p * gemm_ceil(N, threads / p * 512));
-        PARALLEL_TASKS
-        for (size_t t = 0; t < p * q; t++) {
-            size_t i = t / q * rows / p * GEMM_ROWS, m = retrofit_min(M, (t / q + 1) * rows / p * GEMM_ROWS) - i;
-            size_t j = t % q * columns / q * GEMM_LANES, n = retrofit_min(N, (t % q + 1) * columns / q * GEMM_LANES) - j;
-            gemm_serial(m, n, K, gemm_part(A, i, 0), gemm_part(B, 0, j), c + i * c_row + j, c_row, d ? d + i * d_row + j : NULL, d_row);
-        }
+    if (work >= 65536 && !omp_in_parallel()) return (size_t)omp_get_max_threads();
+#endif
+    (void)work;
+    return 1;
+}
+
+// Where part number `index` begins if units of `size` elements are divided into `parts`.
+static size_t part_begin(size_t index, size_t units, size_t parts, size_t size) {
+    return index * units / parts * size;
+}
+
+// C is cut into a grid, `down` x `across` parts that are about square rather than wide. None is so low
+// that it would go the way of few rows if C as a whole does not: at least 3·MR rows.
+static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
+                 const float *d, size_t d_row) {
+    matrix_product p = {M, N, K, A, B, c, d, c_row, d_row};
+    size_t threads = gemm_threads(M * N * K);
+    if (threads == 1) {
+        multiply(p);
         return;
     }
-#endif
-    gemm_serial(M, N, K, A, B, c, c_row, d, d_row);
+    size_t rows = ceil_of(M, MR), columns = ceil_of(N, VECTOR), down = 1;
+    for (size_t x = 2; x <= retrofit_min(threads, rows / 3); x++)
+        if (threads % x == 0 && x * x * N <= threads * M) down = x;
+    size_t across = threads / down; // times a whole number, so that none is wider than 512
+    across = retrofit_min(columns, across * ceil_of(N, across * 512));
+    PARALLEL_TASKS
+    for (size_t t = 0; t < down * across; t++) {
+        size_t i = part_begin(t / across, rows, down, MR);
+        size_t i_end = retrofit_min(M, part_begin(t / across + 1, rows, down, MR));
+        size_t j = part_begin(t % across, columns, across, VECTOR);
+        size_t j_end = retrofit_min(N, part_begin(t % across + 1, columns, across, VECTOR));
+        multiply(product_part(p, i, i_end - i, j, j_end - j));
+    }
 }
 
-static matrix_view view(const void *data, size_t row) {
-    matrix_view v = {data, RETROFIT_F32, row, 1};
-    return v;
+// ---- Attention in tiles -------------------------------------------------------------------------
+// FlashAttention-2 (Dao, arXiv 2307.08691). Of the scores of T queries and T keys one tile exists at a
+// time, and those above the diagonal never do:
+//
+//                     keys u
+//                 ┌────┬────┬────┐
+//                 │ ◣  │    │    │      forward: a task is a row of tiles, from left to right
+//       queries t ├────┼────┼────┤
+//                 │ ██ │ ◣  │    │      backward: a task is all tiles of the query heads that share a
+//                 ├────┼────┼────┤      key/value head, whose dk and dv it adds up in a fixed order
+//                 │ ██ │ ██ │ ◣  │
+//                 └────┴────┴────┘
+//
+// Forward keeps for each query the maximum m of the scores so far, l = Σ e^{s - m} and o = Σ e^{s - m}·v.
+// A tile that raises the maximum to m' first scales l and o by e^{m - m'}. At the end y = o/l, and
+// lse = m + log l. The products are gemm_serial's: the threads have a task each.
+
+// A tile's row of scores becomes e^{(score - max)·scale} for the first `seen` keys, which the query may
+// see, and 0 for the rest. Updates its maximum and sum; returns the factor by which to scale what was
+// summed up under the old maximum. The sum ends at `seen`, not at the tile's width: a query's bits do
+// not depend on how many others come with it.
+static float softmax_row(float *p, size_t seen, size_t width, float scale, float *max, float *sum) {
+    float tile_max = max_element(p, seen), new_max = tile_max > *max ? tile_max : *max;
+    float shrink = fast_exp((*max - new_max) * scale);
+    for (size_t u = 0; u < seen; u++) p[u] = fast_exp((p[u] - new_max) * scale);
+    memset(p + seen, 0, (width - seen) * sizeof *p);
+    *sum = add_up(*sum * shrink, p, seen);
+    *max = new_max;
+    return shrink;
 }
 
-static matrix_view view_transposed(const void *data, size_t row) {
-    matrix_view v = {data, RETROFIT_F32, 1, row};
-    return v;
-}
-
-// ---- Attention in tiles
-
-// One tile of queries against keys [0, keys): o (rows, h; o_row apart) and lse (lse_row apart). Query i may see keys up to first + i.
-static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const float *q, size_t q_row, const void *k, const void *v,
-                   retrofit_type type, size_t kv_row, size_t rows, size_t first, size_t h) {
-    float s[TILE * TILE], maximum[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
-    size_t keys = first + rows;
-    matrix_view key = {k, type, 1, kv_row}, value = {v, type, kv_row, 1};
-    for (size_t u0 = 0; u0 < keys; u0 += TILE) {
-        size_t width = retrofit_min(keys - u0, TILE);
-        // (1) scores of the tile
-        gemm_serial(rows, width, h, view(q, q_row), gemm_part(key, 0, u0), s, TILE, NULL, 0);
+// One row of tiles: y (rows,h) and, unless NULL, lse, each with rows y_row and lse_row apart. q (rows,h)
+// begins at its first query, which sees `before` keys besides its own; k and v begin at key 0.
+static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
+                   matrix_view v, size_t rows, size_t before, size_t h) {
+    float s[TILE * TILE], max[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
+    size_t keys = before + rows;
+    for (size_t i = 0; i < rows; i++) {
+        max[i] = -INFINITY;
+        sum[i] = 0;
+        memset(y + i * y_row, 0, h * sizeof *y);
+    }
+    for (size_t u = 0; u < keys; u += TILE) {
+        size_t width = retrofit_min(keys - u, TILE);
+        // (1) the tile's scores, q·kᵀ
+        gemm_serial(rows, width, h, q, transposed(view_part(k, u, 0)), s, TILE, NULL, 0);
+        // (2) e^{s - m}, and what was summed up so far under the new maximum
         for (size_t i = 0; i < rows; i++) {
-            float *p = s + i * TILE, top = u0 ? maximum[i] : -INFINITY, lanes[LANES] = {0}, tail = 0;
-            size_t seen = first + i + 1 <= u0 ? 0 : retrofit_min(first + i + 1 - u0, width), u = 0;
-            // (2) the maximum so far; what was summed up under the old one is scaled down
-            float tile_top = max_element(p, seen);
-            top = tile_top > top ? tile_top : top;
-            float shrink = u0 ? fast_exp((maximum[i] - top) * scale) : 0;
-            // (3) e^{score - maximum}, and their sum
-            for (u = 0; u < seen; u++) p[u] = fast_exp((p[u] - top) * scale);
-            for (; u < width; u++) p[u] = 0;
-            for (u = 0; u + LANES <= seen; u += LANES) // not to width: a query's bits shall not depend on how many come with it
-                for (int l = 0; l < LANES; l++) lanes[l] += p[u + l];
-            for (; u < seen; u++) tail += p[u];
-            sum[i] = (u0 ? sum[i] * shrink : 0) + sum_lanes(lanes) + tail;
-            maximum[i] = top;
-            for (size_t c = 0; u0 && c < h; c++) o[i * o_row + c] *= shrink;
+            size_t end = before + i + 1; // of the keys that query i sees
+            size_t seen = end > u ? retrofit_min(end - u, width) : 0;
+            float shrink = softmax_row(s + i * TILE, seen, width, scale, &max[i], &sum[i]);
+            for (size_t c = 0; c < h; c++) y[i * y_row + c] *= shrink;
         }
-        // (4) the tile's share of the output
-        gemm_serial(rows, h, width, view(s, TILE), gemm_part(value, u0, 0), o, o_row, u0 ? o : NULL, o_row);
+        // (3) the tile's share of the output
+        gemm_serial(rows, h, width, view(s, TILE), view_part(v, u, 0), y, y_row, y, y_row);
     }
     for (size_t i = 0; i < rows; i++) {
-        for (size_t c = 0; c < h; c++) o[i * o_row + c] /= sum[i];
-        if (lse) lse[i * lse_row] = maximum[i] * scale + logf(sum[i]);
+        for (size_t c = 0; c < h; c++) y[i * y_row + c] /= sum[i];
+        if (lse) lse[i * lse_row] = max[i] * scale + logf(sum[i]);
     }
 }
 
-// Every tile of queries of every head, against keys and values kv_row apart, kv_batch from one sequence to the next.
-static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v, retrofit_type type, size_t kv_row,
-                         size_t kv_batch, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
-    PARALLEL_TASKS
-    for (size_t task = 0; task < B * H * tiles; task++) {
-        size_t b = task / tiles / H, head = task / tiles % H, t0 = task % tiles * TILE, n = b * T + t0;
-        size_t kv = (b * kv_batch + head / (H / G) * h) * retrofit_type_size(type);
-        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, (const char *)k + kv,
-               (const char *)v + kv, type, kv_row, retrofit_min(T - t0, TILE), (past ? (size_t)past[b] : 0) + t0, h);
+// p = e^{s·scale - lse} and ds = p·(dp - delta)·scale in place of s and dp, for the keys that the query
+// sees; 0 for the rest.
+static void softmax_backward_row(float *p, float *ds, size_t seen, size_t width, float scale,
+                                 float lse, float delta) {
+    for (size_t u = 0; u < seen; u++) p[u] = fast_exp(p[u] * scale - lse);
+    for (size_t u = 0; u < seen; u++) ds[u] = p[u] * (ds[u] - delta) * scale;
+    memset(p + seen, 0, (width - seen) * sizeof *p);
+    memset(ds + seen, 0, (width - seen) * sizeof *ds);
+}
+
+// What queries t … and keys u … of a tile add to dq, dk and dv.
+static void attend_backward_tile(const attention_head *a, size_t t, size_t u) {
+    float p[TILE * TILE], ds[TILE * TILE], scale = 1.0f / sqrtf((float)a->h);
+    size_t rows = retrofit_min(a->T - t, TILE), width = retrofit_min(t + rows - u, TILE);
+    size_t h = a->h, Q = a->Q;
+    matrix_view q = view_part(a->q, t, 0), dy = view_part(a->dy, t, 0);
+    matrix_view k = view_part(a->k, u, 0), v = view_part(a->v, u, 0);
+    float *dq = a->dq + t * Q, *dk = a->dk + u * Q, *dv = a->dv + u * Q;
+    // (1) s = q·kᵀ, (2) dp = dy·vᵀ, (3) p and ds
+    gemm_serial(rows, width, h, q, transposed(k), p, TILE, NULL, 0);
+    gemm_serial(rows, width, h, dy, transposed(v), ds, TILE, NULL, 0);
+    for (size_t i = 0; i < rows; i++) {
+        size_t seen = retrofit_min(t + i + 1 - u, width), at = (t + i) * a->H;
+        softmax_backward_row(p + i * TILE, ds + i * TILE, seen, width, scale, a->lse[at],
+                             a->delta[at]);
     }
+    // (4) dv += pᵀ·dy, dk += dsᵀ·q, dq += ds·k
+    gemm_serial(width, h, rows, view_transposed(p, TILE), dy, dv, Q, dv, Q);
+    gemm_serial(width, h, rows, view_transposed(ds, TILE), q, dk, Q, dk, Q);
+    gemm_serial(rows, h, width, view(ds, TILE), k, dq, Q, dq, Q);
+}
+
+static void attend_backward(const attention_head *head) {
+    for (size_t t = 0; t < head->T; t += TILE)
+        for (size_t u = 0; u <= t; u += TILE) attend_backward_tile(head, t, u);
 }
 
 // =================================================================================================
