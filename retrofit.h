@@ -67,24 +67,24 @@
    ignored until A_s has grown: in a short training that decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   749
-       s_0                                             retrofit_init_state               775
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            780
-       s_i, without and with gradient                  retrofit_recur                    816
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               638
-       its gradient                                    block_backward                    670
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     829
-       L                                               retrofit_loss                     887
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               915
-       dA_e, de                                        injection_backward                933
-       floating-point operations                       retrofit_flops_per_token          966
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1029
-       the curriculum r̄(t)                             retrofit_curriculum               1061
-       a training step                                 retrofit_training_step            1138
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1382
-       Newton-Schulz                                   newton_schulz                     1268
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1421
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2395
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   719
+       s_0                                             retrofit_init_state               745
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            750
+       s_i, without and with gradient                  retrofit_recur                    786
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               608
+       its gradient                                    block_backward                    640
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     799
+       L                                               retrofit_loss                     857
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               885
+       dA_e, de                                        injection_backward                903
+       floating-point operations                       retrofit_flops_per_token          936
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         999
+       the curriculum r̄(t)                             retrofit_curriculum               1031
+       a training step                                 retrofit_training_step            1108
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1318
+       Newton-Schulz                                   newton_schulz                     1221
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1356
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2204
 
    Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
@@ -313,11 +313,6 @@ struct retrofit_ops {
 extern const retrofit_ops retrofit_cpu;
 extern const retrofit_ops retrofit_cuda, retrofit_cuda_fp32; // in retrofit_cuda.cu: bf16, and fp32
 
-typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place;
-// The table for a place, made ready; text: what it is and, if AUTO took the CPU in a program built
-// with RETROFIT_CUDA, why. NULL or error.
-const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
-
 // ---- Models and buffers ------------------------------------------------------------------------
 
 // What is trained: all of it, the adapter and the core, or the adapter alone. The rest is frozen.
@@ -511,22 +506,9 @@ static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
 #endif // RETROFIT_H
 
 #ifdef RETROFIT_IMPLEMENTATION
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <glob.h>
-#include <math.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#define RETROFIT_THREAD_LOCAL _Thread_local
+
 
 static void *fail_null(const char *format, ...); // the same, for functions that return pointers
 
@@ -598,18 +580,6 @@ static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uin
 uint16_t retrofit_float_to_bf16(float f);
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 bool retrofit_config_check(const retrofit_config *config, const char *where);
-// Attention of one head of one sequence, tile by tile: section 10.
-enum { TILE = 96 };
-static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
-                   matrix_view v, size_t rows, size_t before, size_t h);
-typedef struct {
-    size_t T, h, Q, H;
-    matrix_view q, k, v, dy;  // (T,h)
-    const float *lse, *delta; // (T), elements H apart
-    float *dq, *dk, *dv;      // (T,h), rows Q apart; added to
-} attention_head;
-static void attend_backward(const attention_head *head);
-
 // =================================================================================================
 // 2  A block, forward and backward
 // =================================================================================================
@@ -1236,23 +1206,6 @@ static void muon_momentum(float *u, float *m, const float *g, size_t n, float sc
     }
 }
 
-static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
-    float *x = x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
-    PARALLEL_FOR(rows * cols)
-    for (size_t r = 0; r < rows; r++) {
-        for (size_t c = 0; c < cols; c++)
-            x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
-    }
-}
-
-// y = a·x + b·y
-static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
-    float *y = y_;
-    const float *x = x_;
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
-}
-
 static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale,
                         float decay) {
     const float *x = x_;
@@ -1353,23 +1306,6 @@ static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) {
     return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX;
 }
 
-// Blocks are summed side by side and added in order, whatever the number of threads.
-static void sum_squares(double *sum, const float *x, size_t n) {
-    enum { BLOCK = 1 << 14, BLOCKS = 256 };
-    double total = 0;
-    for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
-        double sums[BLOCKS] = {0};
-        PARALLEL_FOR(n - at)
-        for (size_t i = 0; i < BLOCKS; i++) {
-            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
-            for (size_t j = begin; j < end; j += 256)
-                sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
-        }
-        for (size_t i = 0; i < BLOCKS; i++) total += sums[i];
-    }
-    *sum += total;
-}
-
 static double gradient_norm(retrofit_model *model) {
     const retrofit_ops *ops = model->ops;
     double squares;
@@ -1417,7 +1353,6 @@ enum { COLUMNS = 64 };
 
 // ---- Embedding ----------------------------------------------------------------------------------
 //     x_n = wte[token_n]            dwte[token_n] += dx_n
-
 static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N,
                               size_t d) {
     const char *rows = wte.data;
@@ -1443,7 +1378,6 @@ static void embedding_backward(float *dwte, const int32_t *tokens, const float *
 //     y = ρ·x∘w                     dx += ρ·(g - ρ²·mean(g∘x)·x)     with g = dy∘w
 //     ρ = 1/√(mean(x²) + ε)         dw += Σ_n ρ_n·dy_n∘x_n
 // The second term of dx is ρ's own derivative, ∂ρ/∂x = -ρ³·x/d.
-
 static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
                             size_t d, float eps) {
     float *y = out;
@@ -1479,7 +1413,6 @@ static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const f
 // ---- Matrix products ----------------------------------------------------------------------------
 //     y = x·wᵀ + residual           dx = dy·w            dw += dyᵀ·x
 // for x (N,I), w (O,I), y (N,O).
-
 static void matmul_residual_forward(float *out, const float *residual, const act *inp,
                                     retrofit_weight w, size_t N, size_t I, size_t O) {
     matrix_view w_transposed = {w.data, w.type, 1, w.stride};
@@ -1512,7 +1445,6 @@ static void matmul_backward_weight(float *dw, size_t stride, const act *dout, co
 // by the angle φ = t·θ_i:
 //     a' = a·cos φ - b·sin φ        b' = b·cos φ + a·sin φ
 // so that q·k depends on the distance of their positions alone. The gradient turns back, by -φ.
-
 static void rotate(float *qkv, const float *table, const int32_t *past, size_t B, size_t T,
                    size_t H, size_t G, size_t h, float sign) {
     size_t Q = (H + 2 * G) * h;
@@ -1555,58 +1487,14 @@ static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, siz
 // of TILE queries by TILE keys.
 //
 // Grouped queries: head j of the H query heads reads key/value head j/(H/G), whose dk and dv
-// therefore are sums over H/G query heads.
-
-static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H,
-                              size_t G, size_t h) {
-    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
-    float *y = out;
-    PARALLEL_TASKS
-    for (size_t task = 0; task < B * H * tiles; task++) {
-        size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
-        size_t n = b * T + t, group = head / (H / G);
-        const float *row = (const float *)qkv + b * T * Q;
-        matrix_view q = view(row + t * Q + head * h, Q);
-        matrix_view k = view(row + (H + group) * h, Q);
-        matrix_view v = view(row + (H + G + group) * h, Q);
-        attend(y + (n * H + head) * h, H * h, lse + n * H + head, H, q, k, v,
-               retrofit_min(T - t, TILE), t, h);
-    }
-}
-
-static void attention_backward(act *dqkv, float *delta, const act *dout, const act *qkv,
-                               const act *out, const float *lse, size_t B, size_t T, size_t H,
-                               size_t G, size_t h) {
-    size_t Q = (H + 2 * G) * h;
-    const float *y = out, *dy = dout;
-    PARALLEL_FOR(B * T * Q)
-    for (size_t n = 0; n < B * T; n++) {
-        memset((float *)dqkv + n * Q, 0, Q * sizeof(float)); // the tiles add to it
-        for (size_t i = n * H; i < (n + 1) * H; i++) delta[i] = dot(dy + i * h, y + i * h, h);
-    }
-    PARALLEL_TASKS
-    for (size_t task = 0; task < B * G; task++) {
-        size_t b = task / G, group = task % G;
-        const float *row = (const float *)qkv + b * T * Q;
-        float *drow = (float *)dqkv + b * T * Q;
-        for (size_t head = group * (H / G); head < (group + 1) * (H / G); head++) {
-            size_t first = b * T * H + head;
-            attend_backward(&(attention_head){
-                .T = T, .h = h, .Q = Q, .H = H,
-                .q = view(row + head * h, Q), .dq = drow + head * h,
-                .k = view(row + (H + group) * h, Q), .dk = drow + (H + group) * h,
-                .v = view(row + (H + G + group) * h, Q), .dv = drow + (H + G + group) * h,
-                .dy = view(dy + first * h, H * h), .lse = lse + first, .delta = delta + first});
-        }
-    }
-}
+// therefore are sums over H/G query heads. Attention crosses the borders of documents inside a row.
+// attention_forward and attention_backward stand with their tiles in section 10.
 
 // ---- SwiGLU -------------------------------------------------------------------------------------
 //     y = silu(g)∘u                 dg = dy∘u∘σ(g)∘(1 + g∘(1 - σ(g)))
 //     silu(g) = g·σ(g)              du = dy∘silu(g)
 //     σ(g) = 1/(1 + e^-g)
 // Backward also gives y again, which w_down's gradient needs and forward did not keep.
-
 static void swiglu_forward(act *out, const act *gate_up, size_t N, size_t F) {
     PARALLEL_FOR(N * F)
     for (size_t n = 0; n < N; n++) {
@@ -1637,7 +1525,6 @@ static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act 
 //     loss = log Σ_v e^{z_v} - z_label               dz = scale·(softmax(z) - onehot(label))
 //          = log Σ_v e^{z_v - max} + max - z_label
 // The second form, because e^{z_v} itself may overflow. A negative label counts for nothing.
-
 static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V,
                           float scale) {
     PARALLEL_FOR(N * V)
@@ -1659,15 +1546,7 @@ static void cross_entropy(float *losses, act *logits, const int32_t *labels, siz
     }
 }
 
-// ---- Elementwise --------------------------------------------------------------------------------
-
-static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
-
-static void add(float *x, const float *y, size_t n, float keep) {
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) x[i] = keep * x[i] + y[i];
-}
-
+// ---- Start states ------------------------------------------------------------------------------
 static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma,
                        uint64_t seed) {
     PARALLEL_FOR(B * T * d)
@@ -1677,81 +1556,6 @@ static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t
         for (size_t c = 0; c < d; c++)
             s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
     }
-}
-
-// ---- The table ----------------------------------------------------------------------------------
-
-static bool cpu_start(char text[256]) {
-    snprintf(text, 256, "the CPU");
-    return true;
-}
-
-static double cpu_peak_flops(void) { return 0; }
-
-// What the system would still give without swapping.
-static size_t cpu_free_memory(void) {
-    char line[256];
-    size_t kilobytes = 0;
-    FILE *f = fopen("/proc/meminfo", "re");
-    if (!f) return SIZE_MAX;
-    while (kilobytes == 0 && fgets(line, sizeof line, f))
-        sscanf(line, "MemAvailable: %zu", &kilobytes);
-    fclose(f);
-    return kilobytes ? kilobytes << 10 : SIZE_MAX;
-}
-
-// By calloc, whose fresh pages are zero without being touched. The pointer that it gave is kept just
-// below the aligned one, for cpu_free.
-static void *cpu_alloc(size_t bytes) {
-    char *p = bytes < SIZE_MAX / 2 ? calloc(bytes + 128, 1) : NULL;
-    if (!p) return fail_null("out of memory: %.2f GB could not be had", (double)bytes / 1e9);
-    void **aligned = (void **)(void *)(p + 128 - (uintptr_t)p % 64);
-    aligned[-1] = p;
-    return aligned;
-}
-
-static void cpu_free(void *p) {
-    if (p) free(((void **)p)[-1]);
-}
-
-static void cpu_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
-static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
-
-const retrofit_ops retrofit_cpu = {
-    .name = "cpu",
-    .act_type = RETROFIT_F32,
-    .max_head_dim = SIZE_MAX,
-    .start = cpu_start,
-    .peak_flops = cpu_peak_flops,
-    .free_memory = cpu_free_memory,
-    .alloc = cpu_alloc,
-    .free = cpu_free,
-    .upload = cpu_copy,
-    .download = cpu_copy,
-    .copy = cpu_copy,
-    .zero = cpu_zero,
-#define X(operation, parameters) .operation = operation,
-    RETROFIT_OPS(X)
-#undef X
-};
-
-const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]) {
-    retrofit_cpu.start(text);
-    if (place == RETROFIT_ON_CPU) return &retrofit_cpu;
-#ifdef RETROFIT_CUDA
-    char why[256];
-    const retrofit_ops *cuda = fp32 ? &retrofit_cuda_fp32 : &retrofit_cuda;
-    if (cuda->start(text)) return cuda;
-    if (place == RETROFIT_ON_CUDA) return fail_null("no GPU: %s", text);
-    snprintf(why, sizeof why, "%s", text);
-    snprintf(text, 256, "the CPU (no GPU: %.200s)", why);
-#else
-    (void)fp32;
-    if (place == RETROFIT_ON_CUDA)
-        return fail_null("no GPU: this program was built without it: make, with the CUDA toolkit's "
-                         "nvcc on PATH");
-#endif
-    return &retrofit_cpu;
 }
 
 #endif // RETROFIT_IMPLEMENTATION
@@ -1874,6 +1678,11 @@ size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth
 #endif // RETROFIT_DECODING_H
 
 #ifdef RETROFIT_IMPLEMENTATION
+
+// Attention of one head of one sequence, tile by tile: section 10.
+enum { TILE = 96 };
+static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
+                   matrix_view v, size_t rows, size_t before, size_t h);
 
 // ---- KV cache -----------------------------------------------------------------------------------
 // A core layer's input differs from recurrence to recurrence, and so do its keys and values. A slot
@@ -2651,6 +2460,10 @@ extern "C" {
 
 // ---- Devices, models and buffers in memory: section 8 ----------------------------------------------
 
+typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place;
+// The table for a place, made ready; text: what it is and, if AUTO took the CPU in a program built
+// with RETROFIT_CUDA, why. NULL or error.
+const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
 // A model of this shape without memory for its weights: the list of parameters alone. NULL or error.
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
 // Memory for its parameters, in fp32, zeroed; for training also for gradients. false or error.
@@ -2981,6 +2794,19 @@ bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 #endif // RETROFIT_MACHINERY_H
 
 #ifdef RETROFIT_IMPLEMENTATION
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <stdarg.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#define RETROFIT_THREAD_LOCAL _Thread_local
 
 // =================================================================================================
 // 8  Memory: the one list of parameters, arenas, who shares what
@@ -2990,6 +2816,80 @@ bool retrofit_is_plain(const retrofit_config *config) { return config->core == 0
 
 size_t retrofit_qkv_width(const retrofit_config *config) {
     return (config->n_heads + 2 * config->n_kv_heads) * config->head_dim;
+}
+
+// ---- The CPU as a device -----------------------------------------------------------------------
+static bool cpu_start(char text[256]) {
+    snprintf(text, 256, "the CPU");
+    return true;
+}
+
+static double cpu_peak_flops(void) { return 0; }
+
+// What the system would still give without swapping.
+static size_t cpu_free_memory(void) {
+    char line[256];
+    size_t kilobytes = 0;
+    FILE *f = fopen("/proc/meminfo", "re");
+    if (!f) return SIZE_MAX;
+    while (kilobytes == 0 && fgets(line, sizeof line, f))
+        sscanf(line, "MemAvailable: %zu", &kilobytes);
+    fclose(f);
+    return kilobytes ? kilobytes << 10 : SIZE_MAX;
+}
+
+// By calloc, whose fresh pages are zero without being touched. The pointer that it gave is kept just
+// below the aligned one, for cpu_free.
+static void *cpu_alloc(size_t bytes) {
+    char *p = bytes < SIZE_MAX / 2 ? calloc(bytes + 128, 1) : NULL;
+    if (!p) return fail_null("out of memory: %.2f GB could not be had", (double)bytes / 1e9);
+    void **aligned = (void **)(void *)(p + 128 - (uintptr_t)p % 64);
+    aligned[-1] = p;
+    return aligned;
+}
+
+static void cpu_free(void *p) {
+    if (p) free(((void **)p)[-1]);
+}
+
+static void cpu_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
+static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+
+const retrofit_ops retrofit_cpu = {
+    .name = "cpu",
+    .act_type = RETROFIT_F32,
+    .max_head_dim = SIZE_MAX,
+    .start = cpu_start,
+    .peak_flops = cpu_peak_flops,
+    .free_memory = cpu_free_memory,
+    .alloc = cpu_alloc,
+    .free = cpu_free,
+    .upload = cpu_copy,
+    .download = cpu_copy,
+    .copy = cpu_copy,
+    .zero = cpu_zero,
+#define X(operation, parameters) .operation = operation,
+    RETROFIT_OPS(X)
+#undef X
+};
+
+const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]) {
+    retrofit_cpu.start(text);
+    if (place == RETROFIT_ON_CPU) return &retrofit_cpu;
+#ifdef RETROFIT_CUDA
+    char why[256];
+    const retrofit_ops *cuda = fp32 ? &retrofit_cuda_fp32 : &retrofit_cuda;
+    if (cuda->start(text)) return cuda;
+    if (place == RETROFIT_ON_CUDA) return fail_null("no GPU: %s", text);
+    snprintf(why, sizeof why, "%s", text);
+    snprintf(text, 256, "the CPU (no GPU: %.200s)", why);
+#else
+    (void)fp32;
+    if (place == RETROFIT_ON_CUDA)
+        return fail_null("no GPU: this program was built without it: make, with the CUDA toolkit's "
+                         "nvcc on PATH");
+#endif
+    return &retrofit_cpu;
 }
 
 // ---- Arenas -------------------------------------------------------------------------------------
@@ -5317,6 +5217,14 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
 // A tile that raises the maximum to m' first scales l and o by e^{m - m'}. At the end y = o/l, and
 // lse = m + log l. The products are gemm_serial's: the threads have a task each.
 
+// One head of one sequence.
+typedef struct {
+    size_t T, h, Q, H;
+    matrix_view q, k, v, dy;  // (T,h)
+    const float *lse, *delta; // (T), elements H apart
+    float *dq, *dk, *dv;      // (T,h), rows Q apart; added to
+} attention_head;
+
 // A tile's row of scores becomes e^{(score - max)·scale} for the first `seen` keys, which the query may
 // see, and 0 for the rest. Updates its maximum and sum; returns the factor by which to scale what was
 // summed up under the old maximum. The sum ends at `seen`, not at the tile's width: a query's bits do
@@ -5397,6 +5305,92 @@ static void attend_backward_tile(const attention_head *a, size_t t, size_t u) {
 static void attend_backward(const attention_head *head) {
     for (size_t t = 0; t < head->T; t += TILE)
         for (size_t u = 0; u <= t; u += TILE) attend_backward_tile(head, t, u);
+}
+
+static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H,
+                              size_t G, size_t h) {
+    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
+    float *y = out;
+    PARALLEL_TASKS
+    for (size_t task = 0; task < B * H * tiles; task++) {
+        size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
+        size_t n = b * T + t, group = head / (H / G);
+        const float *row = (const float *)qkv + b * T * Q;
+        matrix_view q = view(row + t * Q + head * h, Q);
+        matrix_view k = view(row + (H + group) * h, Q);
+        matrix_view v = view(row + (H + G + group) * h, Q);
+        attend(y + (n * H + head) * h, H * h, lse + n * H + head, H, q, k, v,
+               retrofit_min(T - t, TILE), t, h);
+    }
+}
+
+static void attention_backward(act *dqkv, float *delta, const act *dout, const act *qkv,
+                               const act *out, const float *lse, size_t B, size_t T, size_t H,
+                               size_t G, size_t h) {
+    size_t Q = (H + 2 * G) * h;
+    const float *y = out, *dy = dout;
+    PARALLEL_FOR(B * T * Q)
+    for (size_t n = 0; n < B * T; n++) {
+        memset((float *)dqkv + n * Q, 0, Q * sizeof(float)); // the tiles add to it
+        for (size_t i = n * H; i < (n + 1) * H; i++) delta[i] = dot(dy + i * h, y + i * h, h);
+    }
+    PARALLEL_TASKS
+    for (size_t task = 0; task < B * G; task++) {
+        size_t b = task / G, group = task % G;
+        const float *row = (const float *)qkv + b * T * Q;
+        float *drow = (float *)dqkv + b * T * Q;
+        for (size_t head = group * (H / G); head < (group + 1) * (H / G); head++) {
+            size_t first = b * T * H + head;
+            attend_backward(&(attention_head){
+                .T = T, .h = h, .Q = Q, .H = H,
+                .q = view(row + head * h, Q), .dq = drow + head * h,
+                .k = view(row + (H + group) * h, Q), .dk = drow + (H + group) * h,
+                .v = view(row + (H + G + group) * h, Q), .dv = drow + (H + G + group) * h,
+                .dy = view(dy + first * h, H * h), .lse = lse + first, .delta = delta + first});
+        }
+    }
+}
+
+// ---- Operations without a formula worth a place in Part I --------------------------------------
+static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
+
+static void add(float *x, const float *y, size_t n, float keep) {
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) x[i] = keep * x[i] + y[i];
+}
+
+// y = a·x + b·y
+static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
+    float *y = y_;
+    const float *x = x_;
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
+}
+
+static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
+    float *x = x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
+    PARALLEL_FOR(rows * cols)
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < cols; c++)
+            x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
+    }
+}
+
+// Blocks are summed side by side and added in order, whatever the number of threads.
+static void sum_squares(double *sum, const float *x, size_t n) {
+    enum { BLOCK = 1 << 14, BLOCKS = 256 };
+    double total = 0;
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
+        double sums[BLOCKS] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < BLOCKS; i++) {
+            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
+            for (size_t j = begin; j < end; j += 256)
+                sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
+        }
+        for (size_t i = 0; i < BLOCKS; i++) total += sums[i];
+    }
+    *sum += total;
 }
 
 // =================================================================================================
