@@ -67,24 +67,24 @@
    ignored until A_s has grown: in a short training that decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   719
-       s_0                                             retrofit_init_state               745
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            750
-       s_i, without and with gradient                  retrofit_recur                    786
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               608
-       its gradient                                    block_backward                    640
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     799
-       L                                               retrofit_loss                     857
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               885
-       dA_e, de                                        injection_backward                903
-       floating-point operations                       retrofit_flops_per_token          936
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         999
-       the curriculum r̄(t)                             retrofit_curriculum               1031
-       a training step                                 retrofit_training_step            1108
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1318
-       Newton-Schulz                                   newton_schulz                     1221
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1356
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2204
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   692
+       s_0                                             retrofit_init_state               715
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            720
+       s_i, without and with gradient                  retrofit_recur                    756
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               585
+       its gradient                                    block_backward                    617
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     768
+       L                                               retrofit_loss                     821
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               844
+       dA_e, de                                        injection_backward                862
+       floating-point operations                       retrofit_flops_per_token          894
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         955
+       the curriculum r̄(t)                             retrofit_curriculum               987
+       a training step                                 retrofit_training_step            1055
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1265
+       Newton-Schulz                                   newton_schulz                     1169
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1303
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2144
 
    Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
@@ -115,7 +115,6 @@ extern "C" {
 const char *retrofit_error(void);
 
 // ---- Configuration: the numbers of config.json -------------------------------------------------
-
 // Element types of tensors. Files may hold any of them; operations read weights in F32 or BF16.
 typedef enum { RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32 } retrofit_type;
 
@@ -142,9 +141,7 @@ bool retrofit_is_plain(const retrofit_config *config);         // a Llama withou
 size_t retrofit_qkv_width(const retrofit_config *config);      // Q = (H + 2G)·h
 
 // ---- Parameters --------------------------------------------------------------------------------
-
-// An element of a branch activation: fp32 or bf16, as the operations' table says (act_type).
-typedef void act;
+typedef void act; // an element of a branch activation: fp32 or bf16, as the operations' table says
 
 // A matrix as the operations read it: element (i, j) is data[i·stride + j].
 typedef struct {
@@ -187,7 +184,6 @@ typedef struct {
 } retrofit_layer;
 
 typedef struct retrofit_ops retrofit_ops;
-
 typedef struct {
     retrofit_config config;
     const retrofit_ops *ops;                // of the device that it lives on
@@ -230,32 +226,32 @@ typedef struct {
 //   kv_store …        keys, values (B,capacity,G·h) of `type`: section 7
 //   sum_squares …     *sum += Σ x², in double, on the device; and the optimizers': section 5
 #define RETROFIT_OPS(X) \
-    X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t \
-      d)) \
-    X(embedding_backward, (float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t \
-      d)) \
+    X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, \
+      size_t d)) \
+    X(embedding_backward, (float *dwte, const int32_t *tokens, const float *dx, size_t N, \
+      size_t d)) \
     X(rmsnorm_forward, (act *out, float *rstd, const float *x, const float *weight, size_t N, \
       size_t d, float eps)) \
-    X(rmsnorm_backward, (float *dx, float *dweight, const act *dout, const float *x, const float \
-      *rstd, const float *weight, size_t N, size_t d)) \
-    X(matmul_forward, (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t \
-      O)) \
+    X(rmsnorm_backward, (float *dx, float *dweight, const act *dout, const float *x, \
+      const float *rstd, const float *weight, size_t N, size_t d)) \
+    X(matmul_forward, (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, \
+      size_t O)) \
     X(matmul_residual_forward, (float *out, const float *residual, const act *inp, \
       retrofit_weight w, size_t N, size_t I, size_t O)) \
     X(matmul_backward_input, (act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, \
       size_t O)) \
-    X(matmul_residual_backward_input, (float *dinp, const act *dout, retrofit_weight w, size_t \
-      N, size_t I, size_t O)) \
-    X(matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, size_t \
-      N, size_t I, size_t O)) \
+    X(matmul_residual_backward_input, (float *dinp, const act *dout, retrofit_weight w, size_t N, \
+      size_t I, size_t O)) \
+    X(matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, \
+      size_t N, size_t I, size_t O)) \
     X(rope_forward, (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, \
       size_t H, size_t G, size_t h)) \
     X(rope_backward, (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, \
       size_t h)) \
     X(attention_forward, (act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, \
       size_t G, size_t h)) \
-    X(attention_backward, (act *dqkv, float *delta, const act *dout, const act *qkv, const act \
-      *out, const float *lse, size_t B, size_t T, size_t H, size_t G, size_t h)) \
+    X(attention_backward, (act *dqkv, float *delta, const act *dout, const act *qkv, \
+      const act *out, const float *lse, size_t B, size_t T, size_t H, size_t G, size_t h)) \
     X(swiglu_forward, (act *out, const act *gate_up, size_t N, size_t F)) \
     X(swiglu_backward, (act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, \
       size_t F)) \
@@ -265,23 +261,22 @@ typedef struct {
     X(add, (float *x, const float *y, size_t n, float keep)) \
     X(state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, \
       uint64_t seed)) \
-    X(kv_store, (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t \
-      T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
-    X(attention_cached, (act *out, const act *qkv, const act *keys, const act *values, const \
-      int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h, \
+    X(kv_store, (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, \
+      size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
+    X(attention_cached, (act *out, const act *qkv, const act *keys, const act *values, \
+      const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h, \
       retrofit_type type)) \
     X(kv_backfill, (act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, \
-      size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h, retrofit_type \
-      type)) \
+      size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h, \
+      retrofit_type type)) \
     X(sum_squares, (double *sum, const float *x, size_t n)) \
-    X(adamw_update, (float *w, float *m, float *v, const float *g, size_t n, float scale, float \
-      lr, float beta1, float beta2, double bias1, double bias2, float eps, float decay)) \
-    X(ellisadam_moments, (float *m, float *v, double *sum, const float *g, size_t n, float \
-      scale, float beta1, float beta2, float eps)) \
+    X(adamw_update, (float *w, float *m, float *v, const float *g, size_t n, float scale, \
+      float lr, float beta1, float beta2, double bias1, double bias2, float eps, float decay)) \
+    X(ellisadam_moments, (float *m, float *v, double *sum, const float *g, size_t n, float scale, \
+      float beta1, float beta2, float eps)) \
     X(ellisadam_update, (float *w, const float *m, const float *v, const double *sum, size_t n, \
       float lr, double bias1, double bias2, float decay)) \
-    X(muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float \
-      momentum)) \
+    X(muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float momentum)) \
     X(muon_load, (act *x, const float *u, const double *squares, size_t rows, size_t cols)) \
     X(axpby, (act *y, const act *x, size_t n, float a, float b)) \
     X(muon_update, (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, \
@@ -314,7 +309,6 @@ extern const retrofit_ops retrofit_cpu;
 extern const retrofit_ops retrofit_cuda, retrofit_cuda_fp32; // in retrofit_cuda.cu: bf16, and fp32
 
 // ---- Models and buffers ------------------------------------------------------------------------
-
 // What is trained: all of it, the adapter and the core, or the adapter alone. The rest is frozen.
 typedef enum {
     RETROFIT_INFERENCE, RETROFIT_TRAINING, RETROFIT_TRAINING_CORE, RETROFIT_TRAINING_ADAPTER
@@ -392,7 +386,6 @@ typedef struct {
 } retrofit_buffers;
 
 // ---- Forward and backward ----------------------------------------------------------------------
-
 // One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or
 // error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
@@ -403,8 +396,6 @@ void retrofit_coda(retrofit_buffers *buffers); // and the final norm
 // All four. false or error.
 bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
                       float sigma, uint64_t seed, size_t n, size_t k);
-// Rows first … first + count - 1 of the logits (N,V), to the host.
-void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
 // The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V.
 // Unless scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
@@ -416,7 +407,6 @@ double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mod
 double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k);
 
 // ---- Training ----------------------------------------------------------------------------------
-
 typedef enum {
     RETROFIT_CURRICULUM_NONE, RETROFIT_CURRICULUM_LINEAR, RETROFIT_CURRICULUM_1_SQRT
 } retrofit_curriculum_kind;
@@ -488,14 +478,11 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             retrofit_step *result);
 
 // ---- What the method needs besides operations, from Part III -----------------------------------
-
 // Records an error, one line, and returns false, so that a caller can return it.
 #ifdef __GNUC__
 __attribute__((format(printf, 1, 2)))
 #endif
 bool retrofit_fail(const char *format, ...);
-// count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
-void *retrofit_allocate(size_t count, size_t size);
 size_t retrofit_type_size(retrofit_type type); // bytes of an element
 static inline size_t retrofit_min(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
@@ -508,9 +495,6 @@ static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
 #ifdef RETROFIT_IMPLEMENTATION
 #include <stdlib.h>
 #include <string.h>
-
-
-static void *fail_null(const char *format, ...); // the same, for functions that return pointers
 
 // PyTorch's CPU generator, because the authors' draws come from it: section 12.
 typedef struct {
@@ -534,8 +518,6 @@ typedef struct {
 } matrix_view;
 static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
                  const float *d, size_t d_row);
-static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c,
-                        size_t c_row, const float *d, size_t d_row); // by the thread that calls
 static matrix_view view(const void *data, size_t row);            // fp32, rows `row` apart
 static matrix_view view_transposed(const void *data, size_t row); // of it
 
@@ -556,8 +538,6 @@ static inline float fast_exp(float x);
 #define PARALLEL_TASKS
 #endif
 
-enum { WIDE_ROWS = 256 }; // rows of fp32 logits that exist at a time
-
 // Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot
 // of the core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
 static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot);
@@ -569,21 +549,19 @@ static void draw_states(retrofit_buffers *buffers, float *states, float sigma, u
 // and an error if one is not below V or none counts.
 static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels);
+static act *act_at(const retrofit_ops *ops, act *p, size_t i); // element i
 // Section 8: masters to where operations read them. Counter-based random bits.
 void retrofit_refresh_weights(retrofit_model *model);
 static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
-static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
 static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
 // Section 8: the rows of a micro-batch, counted from 0 over the whole training.
 static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index);
-
-uint16_t retrofit_float_to_bf16(float f);
+// Section 12: n elements of a tensor in a file's type as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
-bool retrofit_config_check(const retrofit_config *config, const char *where);
+
 // =================================================================================================
 // 2  A block, forward and backward
 // =================================================================================================
-
 // Llama's block, on the residual stream x (N,d):
 //
 //     a   = attention(rope(W_qkv·RMSNorm_1(x)))          mid = x + W_out·a
@@ -603,8 +581,7 @@ bool retrofit_config_check(const retrofit_config *config, const char *where);
 // and layer. The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again.
 // With RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as
 // well: about a third more work.
-// A layer's own block of buffers and the shared scratch have the same type, so that one function
-// serves both. slot: where the layer's keys and values go in the KV cache, if there is one.
+// slot: where the layer's keys and values go in the KV cache, if there is one.
 static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
                                 retrofit_block *block, const float *x, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
@@ -704,12 +681,8 @@ static void blocks_backward(retrofit_buffers *buffers, retrofit_layer *layers, s
 // =================================================================================================
 // 3  Prelude, recurrence, coda, loss; backpropagation truncated to the last k
 // =================================================================================================
-
 // ---- Prelude: e = prelude(wte[tokens]), and A_e·e ----------------------------------------------
-
-// The two halves of the adapter A = [A_s | A_e]: columns that read the state, columns that read e.
-static retrofit_weight adapter_s(const retrofit_model *model) { return model->adapter.weight; }
-
+// The second half of the adapter's columns; A_s begins where A does. Rows are 2d numbers apart.
 static retrofit_weight adapter_e(const retrofit_model *model) {
     retrofit_weight w = model->adapter.weight;
     w.data = (const char *)w.data + model->config.n_embd * retrofit_type_size(w.type);
@@ -735,13 +708,10 @@ bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b
 }
 
 // ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) -----------------------------------------------
-
-// s_0 ~ N(0, σ²), cut at ±3σ, in training and at test time; a training draws it anew for every
-// micro-batch, so that the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for
-// tests that must not depend on a draw. Each number is a function of (seed, row, position, column).
-// The authors' is drawn by torch over the whole batch at once, so that in their module a row's
-// logits depend on what comes with it; ours do not, and a cached decode equals the full forward
-// pass.
+// s_0 ~ N(0, σ²), cut at ±3σ, in training and at test time, drawn anew for every micro-batch: the
+// model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests. Each number is a
+// function of (seed, row, position, column); the authors' are drawn by torch for the whole batch at
+// once, so that in their module a row's logits depend on what comes with it. Ours do not.
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed) {
     draw_states(buffers, buffers->state, sigma, seed);
 }
@@ -752,7 +722,7 @@ static void inject(retrofit_buffers *buffers, const float *state, float *x) {
     size_t N = buffers->N, d = model->config.n_embd;
     act *norm = buffers->norm;
     model->ops->cast(norm, state, N * d);
-    model->ops->matmul_residual_forward(x, buffers->injected, norm, adapter_s(model), N, d, d);
+    model->ops->matmul_residual_forward(x, buffers->injected, norm, model->adapter.weight, N, d, d);
 }
 
 // Where recurrence j = 1 … k with gradient left its state; s_n for j = 0.
@@ -790,7 +760,6 @@ void retrofit_recur(retrofit_buffers *buffers, size_t n, size_t k) {
 }
 
 // ---- Coda: logits = lm_head·RMSNorm_f(coda(s_r)) -----------------------------------------------
-
 static const float *latest_state(const retrofit_buffers *buffers) {
     if (retrofit_is_plain(&buffers->model->config)) return buffers->embedded;
     return saved_state(buffers, buffers->k);
@@ -822,11 +791,6 @@ bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b
     retrofit_recur(buffers, n, k);
     retrofit_coda(buffers);
     return true;
-}
-
-// Element i of an array of `act`.
-static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
-    return (char *)p + i * retrofit_type_size(ops->act_type);
 }
 
 // ---- Loss --------------------------------------------------------------------------------------
@@ -875,11 +839,6 @@ double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float sca
 }
 
 // ---- Backward: through the coda, the last k recurrences, the prelude ---------------------------
-
-void retrofit_zero_grad(retrofit_model *model) {
-    model->ops->zero(model->grads, model->grad_bytes);
-}
-
 // From i = n + k down to n + 1. dx comes in as ds_i and leaves as ds_{i-1}; in between it is dY_i,
 // the gradient of A·concat(s_{i-1}, e). At i = n + 1 it stops: s_n counts as a constant.
 static void recurrence_backward(retrofit_buffers *buffers) {
@@ -895,7 +854,7 @@ static void recurrence_backward(retrofit_buffers *buffers) {
         ops->cast(buffers->norm, saved_state(buffers, j), N * d);
         ops->matmul_backward_weight(model->adapter.grad, 2 * d, g->dbranch, buffers->norm, N, d, d);
         if (j == 0) break;
-        ops->matmul_residual_backward_input(g->dx, g->dbranch, adapter_s(model), N, d, d);
+        ops->matmul_residual_backward_input(g->dx, g->dbranch, model->adapter.weight, N, d, d);
     }
 }
 
@@ -930,9 +889,8 @@ void retrofit_backward(retrofit_buffers *buffers) {
 // ---- What it costs -----------------------------------------------------------------------------
 // A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
 // costs 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless
-// they are frozen. Recurrences without gradient cost 1. A_e·e is computed once, whatever r is, and
-// so are its gradients. (The ds of the first recurrence with gradient, which truncation saves, is
-// counted.)
+// they are frozen. Recurrences without gradient cost 1. A_e·e and its gradients are computed once,
+// whatever r is. (The ds of the first recurrence with gradient, which truncation saves, counts.)
 double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
                                 size_t n, size_t k) {
     static const int passes[4][5] = { // over prelude, A_e, core, A_s, coda with head
@@ -965,7 +923,6 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 // =================================================================================================
 // 4  How many recurrences, and the step: sampler, schedules, plan, training
 // =================================================================================================
-
 // ---- The sampler -------------------------------------------------------------------------------
 // How often the core runs is drawn anew for every micro-batch m = 1, 2, 3, …:
 //
@@ -986,10 +943,9 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 //                   9 – 16   ███████████████████      37.5 %
 //                  17 – 77   ████                      8.1 %
 //
-// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), the mean number of
-// recurrences without gradient and K with, so that a mean below K draws like K. Without the max
-// such draws would differ from theirs. A training never sees it, because its plan lowers K to r
-// first.
+// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), so that a mean below
+// K draws like K. Without the max such draws would differ from theirs. A training never sees it,
+// because its plan lowers K to r first.
 //
 // The draw depends on m alone, which counts on over steps and epochs. Every device of a run, and a
 // run that was resumed, makes the same one, so no device waits for another that thinks longer. The
@@ -1096,35 +1052,28 @@ void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *
     retrofit_draw_recurrences(m, plan->mean, plan->depth, n, k, NULL);
 }
 
-static void count_micro_batch(retrofit_step *result, const retrofit_training *training,
-                              const retrofit_config *config, size_t B, size_t T) {
-    size_t n = result->n, k = result->k;
-    double tokens = (double)(B * T);
-    result->mean_k += (double)k / (double)training->accumulate;
-    result->flops += retrofit_flops_per_token(config, training->mode, T, n, k) * tokens;
-    result->paper_flops += retrofit_paper_flops_per_token(config, n, k) * tokens;
-}
-
 bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
                             retrofit_step *result) {
     retrofit_model *model = (retrofit_model *)buffers->model;
-    size_t B = buffers->B, T = buffers->T, accumulate = training->accumulate;
+    const retrofit_config *c = &model->config;
     const int32_t *tokens = buffers->host_tokens, *labels = buffers->host_labels;
-    retrofit_plan plan = retrofit_plan_step(training, &model->config, step);
+    size_t B = buffers->B, T = buffers->T, count = training->accumulate;
+    retrofit_plan plan = retrofit_plan_step(training, c, step);
     retrofit_step r = {.plan = plan, .norm = NAN};
 
     retrofit_zero_grad(model);
-    for (size_t j = 0; j < accumulate; j++) {
-        uint64_t index = (uint64_t)step * accumulate + j;
-        uint64_t seed = retrofit_hash(training->seed, index);
+    for (size_t j = 0; j < count; j++) {
+        uint64_t index = (uint64_t)step * count + j, seed = retrofit_hash(training->seed, index);
         if (!read_micro_batch(buffers, data, index)) return false;
         retrofit_plan_draw(training, &plan, step, j, &r.n, &r.k);
         if (!retrofit_forward(buffers, tokens, B, T, training->sigma, seed, r.n, r.k)) return false;
-        double loss = retrofit_loss(buffers, labels, 1.0f / (float)accumulate);
-        r.loss += loss / (double)accumulate;
+        r.loss += retrofit_loss(buffers, labels, 1.0f / (float)count) / (double)count;
         retrofit_backward(buffers);
-        count_micro_batch(&r, training, &model->config, B, T);
+        double flops = retrofit_flops_per_token(c, training->mode, T, r.n, r.k);
+        r.flops += flops * (double)(B * T);
+        r.paper_flops += retrofit_paper_flops_per_token(c, r.n, r.k) * (double)(B * T);
+        r.mean_k += (double)r.k / (double)count;
     }
 
     retrofit_optimizer optimizer = training->optimizer;
@@ -1139,7 +1088,6 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 // =================================================================================================
 // 5  Optimizers: AdamW, Muon, AdamW*
 // =================================================================================================
-
 // g below is the accumulated gradient times min(1, clip / (‖g‖ + 1e-6)), ‖g‖ the 2-norm over all
 // parameters that are trained, summed in double. The updates hardly depend on the gradient's scale;
 // clipping keeps one large gradient from ruling the moments for many steps. t counts updates from
@@ -1301,7 +1249,6 @@ static void ellisadam_step(retrofit_model *model, const retrofit_parameter *p,
 }
 
 // ---- One update of all parameters --------------------------------------------------------------
-
 static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) {
     return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX;
 }
@@ -1546,18 +1493,6 @@ static void cross_entropy(float *losses, act *logits, const int32_t *labels, siz
     }
 }
 
-// ---- Start states ------------------------------------------------------------------------------
-static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma,
-                       uint64_t seed) {
-    PARALLEL_FOR(B * T * d)
-    for (size_t n = 0; n < B * T; n++) {
-        uint64_t position = (past ? (uint64_t)past[n / T] : 0) + n % T;
-        uint64_t key = retrofit_hash(retrofit_hash(seed, n / T), position);
-        for (size_t c = 0; c < d; c++)
-            s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
-    }
-}
-
 #endif // RETROFIT_IMPLEMENTATION
 
 // =================================================================================================
@@ -1679,6 +1614,11 @@ size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth
 
 #ifdef RETROFIT_IMPLEMENTATION
 
+void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
+static void *fail_null(const char *format, ...); // retrofit_fail for functions that return pointers
+void *retrofit_allocate(size_t count, size_t size);
+uint16_t retrofit_float_to_bf16(float f);
+static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
 // Attention of one head of one sequence, tile by tile: section 10.
 enum { TILE = 96 };
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
@@ -2490,6 +2430,8 @@ bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind
 // gradients, moments.
 void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
                              size_t *weights, size_t *gradients, size_t *moments);
+// Rows first … first + count - 1 of the logits (N,V), to the host.
+void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
 // Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
 // they grow from one recurrence to the next, training is about to fail. Needs the optimizer's memory.
 size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms);
@@ -2531,6 +2473,8 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 
 // ---- Small things that programs need too --------------------------------------------------------
 
+// count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
+void *retrofit_allocate(size_t count, size_t size);
 #define RETROFIT_PATH 4096 // bytes of a path, its NUL included
 // Writes directory/name to path. false or error if it is too long.
 bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name);
@@ -3246,6 +3190,19 @@ static void rope_table(float *table, const retrofit_config *c, size_t positions)
     }
 }
 
+// Rows of logits exist in chunks of about this many bytes, in whole tiles of a matrix product; those
+// in fp32, for the host, WIDE_ROWS at a time.
+enum { LOGITS_BYTES = 1 << 26, LOGITS_TILE = 128, WIDE_ROWS = 256 };
+
+void retrofit_zero_grad(retrofit_model *model) {
+    model->ops->zero(model->grads, model->grad_bytes);
+}
+
+// Element i of an array of `act`.
+static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
+    return (char *)p + i * retrofit_type_size(ops->act_type);
+}
+
 // ---- What a caller gives and gets --------------------------------------------------------------
 
 // Checks the next batch's token ids and uploads them.
@@ -3336,9 +3293,6 @@ size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
 //     dgate_up           scratch.gate_up     three have memory of their own
 //     block.mid, .out    x, or state         with KEEP_NOTHING: blocks run in place on their input
 //     all of a block     scratch             with KEEP_INPUTS, but for its out
-
-// Rows of logits exist in chunks of about this many bytes, in whole tiles of a matrix product.
-enum { LOGITS_BYTES = 1 << 26, LOGITS_TILE = 128 };
 
 static void lay_out_block(retrofit_block *block, arena *a, const retrofit_config *c, size_t N,
                           size_t size) {
@@ -5352,6 +5306,18 @@ static void attention_backward(act *dqkv, float *delta, const act *dout, const a
 }
 
 // ---- Operations without a formula worth a place in Part I --------------------------------------
+// Start states, by a function of (seed, row, position, column).
+static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma,
+                       uint64_t seed) {
+    PARALLEL_FOR(B * T * d)
+    for (size_t n = 0; n < B * T; n++) {
+        uint64_t position = (past ? (uint64_t)past[n / T] : 0) + n % T;
+        uint64_t key = retrofit_hash(retrofit_hash(seed, n / T), position);
+        for (size_t c = 0; c < d; c++)
+            s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
+    }
+}
+
 static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
 
 static void add(float *x, const float *y, size_t n, float keep) {
