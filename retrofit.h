@@ -943,9 +943,9 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 //                   9 – 16   ███████████████████      37.5 %
 //                  17 – 77   ████                      8.1 %
 //
-// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), so that a mean below
-// K draws like K. Without the max such draws would differ from theirs. A training never sees it,
-// because its plan lowers K to r first.
+// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), so that a mean
+// below K draws like K. Without the max such draws would differ from theirs. A training never sees
+// it, because its plan lowers K to r first.
 //
 // The draw depends on m alone, which counts on over steps and epochs. Every device of a run, and a
 // run that was resumed, makes the same one, so no device waits for another that thinks longer. The
@@ -1294,11 +1294,11 @@ double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *
 // ∂loss/∂y and ∘ multiplies element by element. Section 10 has the matrix products, the tiles of
 // attention, and sums over a row in an order that is fast.
 
-// Gradients that are sums over rows are divided among the threads by columns, so many at a time: then
-// each element's rows add up in their order, however many threads there are.
+// Gradients that are sums over rows are divided among the threads by columns, so many at a time:
+// then each element's rows add up in their order, however many threads there are.
 enum { COLUMNS = 64 };
 
-// ---- Embedding ----------------------------------------------------------------------------------
+// ---- Embedding ---------------------------------------------------------------------------------
 //     x_n = wte[token_n]            dwte[token_n] += dx_n
 static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N,
                               size_t d) {
@@ -1321,7 +1321,7 @@ static void embedding_backward(float *dwte, const int32_t *tokens, const float *
     }
 }
 
-// ---- RMSNorm ------------------------------------------------------------------------------------
+// ---- RMSNorm -----------------------------------------------------------------------------------
 //     y = ρ·x∘w                     dx += ρ·(g - ρ²·mean(g∘x)·x)     with g = dy∘w
 //     ρ = 1/√(mean(x²) + ε)         dw += Σ_n ρ_n·dy_n∘x_n
 // The second term of dx is ρ's own derivative, ∂ρ/∂x = -ρ³·x/d.
@@ -1357,7 +1357,7 @@ static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const f
     }
 }
 
-// ---- Matrix products ----------------------------------------------------------------------------
+// ---- Matrix products ---------------------------------------------------------------------------
 //     y = x·wᵀ + residual           dx = dy·w            dw += dyᵀ·x
 // for x (N,I), w (O,I), y (N,O).
 static void matmul_residual_forward(float *out, const float *residual, const act *inp,
@@ -1387,9 +1387,9 @@ static void matmul_backward_weight(float *dw, size_t stride, const act *dout, co
     gemm(O, I, N, view_transposed(dout, O), view(inp, I), dw, stride, dw, stride);
 }
 
-// ---- RoPE ---------------------------------------------------------------------------------------
-// Elements i and i + h/2 of a head of q or k are a point (a, b) of the plane. At position t it turns
-// by the angle φ = t·θ_i:
+// ---- RoPE --------------------------------------------------------------------------------------
+// Elements i and i + h/2 of a head of q or k are a point (a, b) of the plane. At position t it
+// turns by the angle φ = t·θ_i:
 //     a' = a·cos φ - b·sin φ        b' = b·cos φ + a·sin φ
 // so that q·k depends on the distance of their positions alone. The gradient turns back, by -φ.
 static void rotate(float *qkv, const float *table, const int32_t *past, size_t B, size_t T,
@@ -1421,23 +1421,23 @@ static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, siz
     rotate(dqkv, table, NULL, B, T, H, G, h, -1);
 }
 
-// ---- Attention ----------------------------------------------------------------------------------
+// ---- Attention ---------------------------------------------------------------------------------
 // For every query head, over the tokens u ≤ t:
 //     s_tu = q_t·k_u/√h             dv_u  = Σ_t p_tu·dy_t
 //     p_tu = e^{s_tu - lse_t}       dp_tu = dy_t·v_u
 //     lse_t = log Σ_u e^{s_tu}      ds_tu = p_tu·(dp_tu - δ_t)       δ_t = Σ_u p_tu·dp_tu = dy_t·y_t
 //     y_t = Σ_u p_tu·v_u            dq_t  = Σ_u ds_tu·k_u/√h         dk_u = Σ_t ds_tu·q_t/√h
 //
-// p is the softmax of s; lse (log-sum-exp) is the one number per query and head that forward keeps, and
-// from which backward finds p again. δ comes from the softmax's denominator; it needs no p, since
-// Σ_u p_tu·(dy_t·v_u) = dy_t·Σ_u p_tu·v_u. p (T,T) is never whole in memory: section 10 works on tiles
-// of TILE queries by TILE keys.
+// p is the softmax of s; lse (log-sum-exp) is the one number per query and head that forward keeps,
+// and from which backward finds p again. δ comes from the softmax's denominator; it needs no p,
+// since Σ_u p_tu·(dy_t·v_u) = dy_t·Σ_u p_tu·v_u. p (T,T) is never whole in memory: section 10 works
+// on tiles of TILE queries by TILE keys.
 //
 // Grouped queries: head j of the H query heads reads key/value head j/(H/G), whose dk and dv
 // therefore are sums over H/G query heads. Attention crosses the borders of documents inside a row.
 // attention_forward and attention_backward stand with their tiles in section 10.
 
-// ---- SwiGLU -------------------------------------------------------------------------------------
+// ---- SwiGLU ------------------------------------------------------------------------------------
 //     y = silu(g)∘u                 dg = dy∘u∘σ(g)∘(1 + g∘(1 - σ(g)))
 //     silu(g) = g·σ(g)              du = dy∘silu(g)
 //     σ(g) = 1/(1 + e^-g)
@@ -1468,7 +1468,7 @@ static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act 
     }
 }
 
-// ---- Cross-entropy ------------------------------------------------------------------------------
+// ---- Cross-entropy -----------------------------------------------------------------------------
 //     loss = log Σ_v e^{z_v} - z_label               dz = scale·(softmax(z) - onehot(label))
 //          = log Σ_v e^{z_v - max} + max - z_label
 // The second form, because e^{z_v} itself may overflow. A negative label counts for nothing.
@@ -1602,8 +1602,8 @@ int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 // them in one pass of r. Returns how many tokens follow `token`: 1 … lookahead, in `out`; they are
 // distributed as in plain decoding, and greedy ones are the same. The last is not in the cache yet.
 // One row; no exit, noise or `continuous`. Only ids below `vocab` are drawn: V, or fewer if the
-// others are padding. scratch: (2·lookahead + 2)·V floats; the first lookahead·V are then the logits that
-// `token` and the drafts led to. 0 or error.
+// others are padding. scratch: (2·lookahead + 2)·V floats; the first lookahead·V are then the
+// logits that `token` and the drafts led to. 0 or error.
 size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
                           const retrofit_recurrence_options *options, retrofit_sampling *sampling,
                           size_t vocab, int32_t *out, float *scratch);
@@ -1624,7 +1624,7 @@ enum { TILE = 96 };
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
                    matrix_view v, size_t rows, size_t before, size_t h);
 
-// ---- KV cache -----------------------------------------------------------------------------------
+// ---- KV cache ----------------------------------------------------------------------------------
 // A core layer's input differs from recurrence to recurrence, and so do its keys and values. A slot
 // (B,capacity,G·h) holds those of one layer in one recurrence, for every position:
 //
@@ -1761,9 +1761,9 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
     }
 }
 
-// Row b's newest token, at position past[b], has entries in the core's first used[b] slots. The others
-// of the S slots get what the last of those has, for each of the C layers. Layers lie `stride` elements
-// apart, and slot i's layer j is layer i·C + j.
+// Row b's newest token, at position past[b], has entries in the core's first used[b] slots. The
+// others of the S slots get what the last of those has, for each of the C layers. Layers lie
+// `stride` elements apart, and slot i's layer j is layer i·C + j.
 static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S,
                         size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h,
                         retrofit_type type) {
@@ -1779,7 +1779,7 @@ static void kv_backfill(act *keys, act *values, const int32_t *past, const int32
     }
 }
 
-// ---- Noise: s ← (1 - x)·s + x·z before recurrence i = 1, 2, … -----------------------------------
+// ---- Noise: s ← (1 - x)·s + x·z before recurrence i = 1, 2, … ----------------------------------
 
 // x, from y = noise·σ; u is uniform in (0, 1).
 static float noise_strength(const retrofit_buffers *buffers,
@@ -1819,7 +1819,7 @@ void retrofit_recur_noisy(retrofit_buffers *buffers, const retrofit_recurrence_o
     }
 }
 
-// ---- One decoding step --------------------------------------------------------------------------
+// ---- One decoding step -------------------------------------------------------------------------
 
 // Whether the batch goes on from the states in `carried`.
 static bool carries_on(const retrofit_buffers *buffers,
@@ -1905,7 +1905,7 @@ static void decode_step(retrofit_buffers *buffers, const retrofit_recurrence_opt
     buffers->n = retrofit_is_plain(&buffers->model->config) ? 0 : options->recurrences;
 }
 
-// ---- Exits --------------------------------------------------------------------------------------
+// ---- Exits -------------------------------------------------------------------------------------
 // A criterion compares a token's distribution p_i = softmax(logits_i), or its state s_i, with that
 // of the recurrence before, and says whether the token may stop after recurrence i = 1, 2, ….
 
@@ -2099,7 +2099,7 @@ static void recur_until_exit(retrofit_buffers *buffers,
     backfill_cache(buffers);
 }
 
-// ---- The next token's logits --------------------------------------------------------------------
+// ---- The next token's logits -------------------------------------------------------------------
 
 static bool check_next_logits(const retrofit_buffers *buffers, size_t b, size_t t,
                               const int32_t *lengths, const retrofit_recurrence_options *options) {
@@ -2175,7 +2175,7 @@ void retrofit_clear_cache(retrofit_buffers *buffers) {
     buffers->decoder->carries = 0;
 }
 
-// ---- Sampling: softmax(logits/temperature), then top-k, top-p, min-p, in this order -------------
+// ---- Sampling: softmax(logits/temperature), then top-k, top-p, min-p, in this order ------------
 
 int32_t retrofit_argmax(const float *logits, size_t V) {
     size_t best = 0;
@@ -2277,7 +2277,7 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampli
     return draw_filtered(&left, sampling);
 }
 
-// ---- Self-speculative decoding ------------------------------------------------------------------
+// ---- Self-speculative decoding -----------------------------------------------------------------
 // Drafts of few recurrences are cheap, and the recurrences that they lack are done for all of them
 // in one pass, which reads the core's weights once for many tokens. With q the distribution that a
 // draft y was drawn from and p the one at full depth, y stays with probability min(1, p(y)/q(y));
@@ -2398,19 +2398,20 @@ extern "C" {
 // PART III  MACHINERY
 // =================================================================================================
 
-// ---- Devices, models and buffers in memory: section 8 ----------------------------------------------
+// ---- Devices, models and buffers in memory: section 8 ------------------------------------------
 
 typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place;
 // The table for a place, made ready; text: what it is and, if AUTO took the CPU in a program built
 // with RETROFIT_CUDA, why. NULL or error.
 const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
-// A model of this shape without memory for its weights: the list of parameters alone. NULL or error.
+// A model of this shape without memory for its weights: the list of parameters alone. NULL or
+// error.
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
 // Memory for its parameters, in fp32, zeroed; for training also for gradients. false or error.
 bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
 // Reads a Hugging Face directory: config.json, model.safetensors or its shards; or directory/latest
-// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their type;
-// everything else copies them, to fp32 masters for training. NULL or error.
+// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their
+// type; everything else copies them, to fp32 masters for training. NULL or error.
 retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
 void retrofit_free(retrofit_model *model);
 // Copies masters to where operations read them; needed after masters were changed by hand.
@@ -2426,17 +2427,18 @@ size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops 
 
 // Memory for the moments and Muon's scratch. false or error.
 bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
-// What training a model without memory would take: bytes of weights (with their copies in act_type),
-// gradients, moments.
+// What training a model without memory would take: bytes of weights (with their copies in
+// act_type), gradients, moments.
 void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
                              size_t *weights, size_t *gradients, size_t *moments);
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
 // Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
-// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's memory.
+// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's
+// memory.
 size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms);
 
-// ---- Random numbers -------------------------------------------------------------------------------
+// ---- Random numbers ----------------------------------------------------------------------------
 
 // Random numbers that are a function of (seed, counter), so that they are the same from any thread
 // and on any device: 64 bits, a number in (0, 1), a normal number cut at ±3.
@@ -2471,7 +2473,7 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
     }
 }
 
-// ---- Small things that programs need too --------------------------------------------------------
+// ---- Small things that programs need too -------------------------------------------------------
 
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
@@ -2504,7 +2506,7 @@ float retrofit_f16_to_float(uint16_t x);
 // n elements of type F32, BF16 or F16, at any address, as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
-// ---- Text, JSON, tokenizer ----------------------------------------------------------------------
+// ---- Text, JSON, tokenizer ---------------------------------------------------------------------
 
 // Bytes that grow, from a zeroed struct; freed with free(text.bytes). Running out of memory records
 // an error and sets `failed`, after which nothing is appended: callers look at it once, at the end.
@@ -2615,7 +2617,7 @@ size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer);
 // A hash, never 0, of all that decides ids, however the file is laid out.
 uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer);
 
-// ---- Files --------------------------------------------------------------------------------------
+// ---- Files -------------------------------------------------------------------------------------
 
 // A tensor in a file or in memory. Dimensions beyond `dims` are unused.
 typedef struct {
@@ -2703,7 +2705,7 @@ bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer);
 // or error if an id is not below vocab.
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
 
-// ---- Command lines ------------------------------------------------------------------------------
+// ---- Command lines -----------------------------------------------------------------------------
 
 // What an option's value points to, and what sets it:
 enum {
@@ -2782,8 +2784,8 @@ static size_t cpu_free_memory(void) {
     return kilobytes ? kilobytes << 10 : SIZE_MAX;
 }
 
-// By calloc, whose fresh pages are zero without being touched. The pointer that it gave is kept just
-// below the aligned one, for cpu_free.
+// By calloc, whose fresh pages are zero without being touched. The pointer that it gave is kept
+// just below the aligned one, for cpu_free.
 static void *cpu_alloc(size_t bytes) {
     char *p = bytes < SIZE_MAX / 2 ? calloc(bytes + 128, 1) : NULL;
     if (!p) return fail_null("out of memory: %.2f GB could not be had", (double)bytes / 1e9);
@@ -2836,7 +2838,7 @@ const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[2
     return &retrofit_cpu;
 }
 
-// ---- Arenas -------------------------------------------------------------------------------------
+// ---- Arenas ------------------------------------------------------------------------------------
 // An arena is one block of memory that is handed out in parts. Everything here is laid out twice by
 // the same function: the first time `base` is NULL and sizes only add up; then the block is
 // allocated, and the second time hands out addresses in it. So the total and the addresses come
@@ -2866,7 +2868,7 @@ static void *arena_reserve(arena *a, const retrofit_ops *ops) {
     return a->base;
 }
 
-// ---- The one list of parameters -----------------------------------------------------------------
+// ---- The one list of parameters ----------------------------------------------------------------
 // Loading, saving, the optimizers and the tests go through model->parameters; names and shapes are
 // written down here alone. Surgery (convert.c) copies the layers that were chosen, whole, from a
 // list with the names on the right to one with those on the left; the other layers have no place
@@ -3013,7 +3015,7 @@ void retrofit_free(retrofit_model *model) {
     free(model);
 }
 
-// ---- Where parameters lie -----------------------------------------------------------------------
+// ---- Where parameters lie ----------------------------------------------------------------------
 //
 //     arena     what it holds                    in training             in inference
 //     masters   fp32 weights: the optimizer      all parameters          if the model was loaded,
@@ -3155,7 +3157,7 @@ void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
     *moments = for_moments.used;
 }
 
-// ---- RoPE's table -------------------------------------------------------------------------------
+// ---- RoPE's table ------------------------------------------------------------------------------
 // As in HF: pair i = 0 … h/2 - 1 of a head at position p turns by the angle p·ω_i, with
 //
 //     ω_i = θ^(-2i/h)
@@ -3190,8 +3192,8 @@ static void rope_table(float *table, const retrofit_config *c, size_t positions)
     }
 }
 
-// Rows of logits exist in chunks of about this many bytes, in whole tiles of a matrix product; those
-// in fp32, for the host, WIDE_ROWS at a time.
+// Rows of logits exist in chunks of about this many bytes, in whole tiles of a matrix product;
+// those in fp32, for the host, WIDE_ROWS at a time.
 enum { LOGITS_BYTES = 1 << 26, LOGITS_TILE = 128, WIDE_ROWS = 256 };
 
 void retrofit_zero_grad(retrofit_model *model) {
@@ -3281,7 +3283,7 @@ size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
     return buffers->k + 1;
 }
 
-// ---- Buffers: one arena for each retrofit_buffers --------------------------------------------------
+// ---- Buffers: one arena for each retrofit_buffers ----------------------------------------------
 // What is never needed at the same time shares memory:
 //
 //     buffers            shares with         because
@@ -3550,7 +3552,7 @@ void retrofit_buffers_free(retrofit_buffers *buffers) {
 // 9  Files: safetensors, checkpoints, token shards
 // =================================================================================================
 
-// ---- safetensors: reading -----------------------------------------------------------------------
+// ---- safetensors: reading ----------------------------------------------------------------------
 // A file of tensors, little endian:
 //
 //     8 bytes    the length of the header
@@ -3709,7 +3711,7 @@ const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *k
     return value && value->type == RETROFIT_JSON_STRING ? value->string : NULL;
 }
 
-// ---- safetensors: writing -----------------------------------------------------------------------
+// ---- safetensors: writing ----------------------------------------------------------------------
 
 // Elements on their way between a file and a device.
 enum { CONVERSION_CHUNK = 1 << 18 };
@@ -3811,7 +3813,7 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
     return retrofit_finish_file(file, path, ok);
 }
 
-// ---- config.json: checking and reading ----------------------------------------------------------
+// ---- config.json: checking and reading ---------------------------------------------------------
 
 // The limits are so small that no product of sizes overflows.
 static bool check_config_sizes(const retrofit_config *c, const char *where) {
@@ -4028,7 +4030,7 @@ bool retrofit_config_read(retrofit_config *config, const char *directory) {
     return retrofit_path(path, directory, "config.json") && retrofit_config_read_file(config, path);
 }
 
-// ---- config.json: writing -----------------------------------------------------------------------
+// ---- config.json: writing ----------------------------------------------------------------------
 
 // The shortest decimal that reads back as the same float if x is one, else as the same double.
 static const char *number_text(double x, char buffer[32]) {
@@ -4128,7 +4130,7 @@ bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
     return retrofit_finish_file(file, path, true);
 }
 
-// ---- Loading ------------------------------------------------------------------------------------
+// ---- Loading -----------------------------------------------------------------------------------
 // Where the tensors of a checkpoint go:
 //
 //     training              all of them are copied to the masters, as fp32
@@ -4361,7 +4363,7 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
     return NULL;
 }
 
-// ---- Checkpoints --------------------------------------------------------------------------------
+// ---- Checkpoints -------------------------------------------------------------------------------
 
 char *retrofit_directory_begin(const char *final) {
     size_t length = strlen(final);
@@ -4551,7 +4553,7 @@ bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const cha
     return ok;
 }
 
-// ---- Token shards -------------------------------------------------------------------------------
+// ---- Token shards ------------------------------------------------------------------------------
 
 enum { SHARD_HEADER = 1024 }; // bytes
 
@@ -4684,10 +4686,10 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
 // 10  Matrix products at the machine's speed
 // =================================================================================================
 
-// ---- Sums, maxima, exponentials -----------------------------------------------------------------
+// ---- Sums, maxima, exponentials ----------------------------------------------------------------
 // A compiler must not reorder a floating-point sum, and in a single running sum each addition waits
-// for the one before. So element i is added to lane i mod LANES, which vectorises; the lanes are then
-// added in pairs. The n mod LANES last elements, the tail, make a sum of their own.
+// for the one before. So element i is added to lane i mod LANES, which vectorises; the lanes are
+// then added in pairs. The n mod LANES last elements, the tail, make a sum of their own.
 enum { LANES = 16 };
 
 static float sum_lanes(const float *lanes) {
@@ -4736,8 +4738,8 @@ static float max_element(const float *x, size_t n) {
     return max;
 }
 
-// e^x to 1 part in 10^7, in arithmetic that vectorises: e^x = 2^n·e^r with n = round(x/log 2), where
-// e^r is a polynomial in r, |r| ≤ log(2)/2, and 2^n is n added to the exponent's bits.
+// e^x to 1 part in 10^7, in arithmetic that vectorises: e^x = 2^n·e^r with n = round(x/log 2),
+// where e^r is a polynomial in r, |r| ≤ log(2)/2, and 2^n is n added to the exponent's bits.
 static inline float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
@@ -4774,9 +4776,9 @@ static double sum_exp(float *terms, const float *x, size_t n, float max) {
     return sum;
 }
 
-// ---- Matrix products: C = D + A·B ---------------------------------------------------------------
-// The loops are those of BLIS (Van Zee, van de Geijn: BLIS, a framework for rapidly instantiating BLAS
-// functionality, 2015), outermost first:
+// ---- Matrix products: C = D + A·B --------------------------------------------------------------
+// The loops are those of BLIS (Van Zee, van de Geijn: BLIS, a framework for rapidly instantiating
+// BLAS functionality, 2015), outermost first:
 //
 //     jc        strips of NC columns of B and C
 //     pc          blocks of KC terms of each sum. B's part (KC,NC) is packed and stays in the L2 cache
@@ -4794,18 +4796,19 @@ static double sum_exp(float *terms, const float *x, size_t n, float max) {
 //            KC                     NR   NR                      NR
 //                                  └── NC ───┘                  └── NC ───┘
 //
-// For every k of its block the micro-kernel adds the outer product of a column of A (MR) and a row of
-// B (NR): MR + NR numbers are loaded for MR·NR multiply-adds, so that arithmetic is the bottleneck and
-// not loading. All else serves to keep it fed from the caches. "Packed" means copied into a thread's
-// own buffer in the very order in which the micro-kernel reads. (BLIS has one loop more, over MC rows
-// of A: with B's part in L2 instead of L3, MC = MR is enough.)
+// For every k of its block the micro-kernel adds the outer product of a column of A (MR) and a row
+// of B (NR): MR + NR numbers are loaded for MR·NR multiply-adds, so that arithmetic is the
+// bottleneck and not loading. All else serves to keep it fed from the caches. "Packed" means copied
+// into a thread's own buffer in the very order in which the micro-kernel reads. (BLIS has one loop
+// more, over MC rows of A: with B's part in L2 instead of L3, MC = MR is enough.)
 //
-// A product with few rows (decoding a few tokens) needs every weight only a few times: reading B is all
-// the cost, and packing would double it. If B has k contiguous, as a weight matrix in x·wᵀ has, it is
-// read in place: see few_rows.
+// A product with few rows (decoding a few tokens) needs every weight only a few times: reading B is
+// all the cost, and packing would double it. If B has k contiguous, as a weight matrix in x·wᵀ has,
+// it is read in place: see few_rows.
 //
-// The threads divide C among them. Every element of C is summed over k by one thread, in an order that
-// depends on K alone, so that its bits depend neither on the number of threads nor on the strips.
+// The threads divide C among them. Every element of C is summed over k by one thread, in an order
+// that depends on K alone, so that its bits depend neither on the number of threads nor on the
+// strips.
 
 #if defined __AVX512F__
 enum { VECTOR = 16, MR = 8 }; // VECTOR: floats in a register. C takes 24 of the 32 registers,
@@ -4843,7 +4846,7 @@ typedef uint32_t quad_bits __attribute__((vector_size(16)));
 
 static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// ---- Views and parts of a product ---------------------------------------------------------------
+// ---- Views and parts of a product --------------------------------------------------------------
 
 static matrix_view view(const void *data, size_t row) {
     return (matrix_view){data, RETROFIT_F32, row, 1};
@@ -4893,7 +4896,7 @@ static matrix_product product_terms(matrix_product p, size_t k, size_t end) {
     return p;
 }
 
-// ---- Packing ------------------------------------------------------------------------------------
+// ---- Packing -----------------------------------------------------------------------------------
 
 // One element, four, or a vector of them, as fp32. bf16 is the upper half of an fp32.
 INLINE float load_one(const void *data, retrofit_type type, size_t at) {
@@ -4948,9 +4951,10 @@ INLINE void pack_row(float *row, size_t width, matrix_view V, retrofit_type type
     for (; i < width; i++) row[i] = 0;
 }
 
-// panel[k·width + i] = V(i, k) for k < depth and i < count, and 0 for count ≤ i < width. V is A, or B
-// transposed. What has k contiguous goes in blocks of 4x4, along k by whole cache lines: rows a power
-// of two apart compete for the same few places in the cache, and would be gone when we came back.
+// panel[k·width + i] = V(i, k) for k < depth and i < count, and 0 for count ≤ i < width. V is A, or
+// B transposed. What has k contiguous goes in blocks of 4x4, along k by whole cache lines: rows a
+// power of two apart compete for the same few places in the cache, and would be gone when we came
+// back.
 INLINE void pack_as(retrofit_type type, float *panel, size_t width, matrix_view V, size_t count,
                     size_t depth) {
     enum { LINE = 16 };
@@ -4968,7 +4972,7 @@ static void pack(float *panel, size_t width, matrix_view V, size_t count, size_t
     else pack_as(RETROFIT_BF16, panel, width, V, count, depth);
 }
 
-// ---- Many rows ----------------------------------------------------------------------------------
+// ---- Many rows ---------------------------------------------------------------------------------
 
 // The first n of a vector's elements, if it has more.
 INLINE void copy_floats(void *to, const void *from, size_t n) {
@@ -4984,8 +4988,8 @@ INLINE void store_vector(matrix_product p, size_t i, size_t j, vector sum) {
     copy_floats(p.c + i * p.c_row + j, &start, p.N - j);
 }
 
-// C = D + A·B for a tile of MR rows and `vectors` registers of columns, from column j on. All MR rows
-// of A can be read; of C those rows and columns are stored that exist.
+// C = D + A·B for a tile of MR rows and `vectors` registers of columns, from column j on. All MR
+// rows of A can be read; of C those rows and columns are stored that exist.
 INLINE void micro_kernel(size_t vectors, matrix_product p, size_t j) {
     const float *a = p.A.data, *b = packed_b + j * p.K;
     vector sum[MR][3] = {{{0}}};
@@ -5001,8 +5005,8 @@ INLINE void micro_kernel(size_t vectors, matrix_product p, size_t j) {
     }
 }
 
-// Loop jr: MR rows meet the panels of a packed strip of B. Not inlined: in a larger function gcc runs
-// out of registers for the micro-kernel's addresses.
+// Loop jr: MR rows meet the panels of a packed strip of B. Not inlined: in a larger function gcc
+// runs out of registers for the micro-kernel's addresses.
 static void multiply_panels(matrix_product p) {
     for (size_t j = 0; j < p.N; j += NR) {
         if (p.N - j > 2 * VECTOR) micro_kernel(3, p, j);
@@ -5011,8 +5015,8 @@ static void multiply_panels(matrix_product p) {
     }
 }
 
-// Loop ir: one block of terms of one strip. A is packed unless all MR rows are there and so few panels
-// that reading them in place costs no more.
+// Loop ir: one block of terms of one strip. A is packed unless all MR rows are there and so few
+// panels that reading them in place costs no more.
 static __attribute__((noinline)) void multiply_strip(matrix_product p) {
     for (size_t j = 0; j < p.N; j += NR) {
         size_t n = retrofit_min(NR, p.N - j), width = ceil_of(n, VECTOR) * VECTOR;
@@ -5039,7 +5043,7 @@ static void many_rows(matrix_product p) {
     }
 }
 
-// ---- Few rows -----------------------------------------------------------------------------------
+// ---- Few rows ----------------------------------------------------------------------------------
 
 // The lanes of four vectors added up, the total of sum[s] in element s.
 INLINE quad add_lanes(const vector sum[4]) {
@@ -5053,8 +5057,8 @@ INLINE quad add_lanes(const vector sum[4]) {
     return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// Up to `rows` rows of C, from row i on, and up to 4 columns from j on. A is packed row by row, and B is
-// read in place.
+// Up to `rows` rows of C, from row i on, and up to 4 columns from j on. A is packed row by row, and
+// B is read in place.
 INLINE void dots(size_t rows, retrofit_type type, matrix_product p, size_t i, size_t j) {
     const float *a = packed_b + i * p.K;
     vector sum[4][4] = {{{0}}}; // of each row and column, a partial sum in every lane
@@ -5103,7 +5107,7 @@ static void few_rows(matrix_product p) {
     else few_rows_as(MR / 2, RETROFIT_BF16, p);
 }
 
-// ---- The whole product --------------------------------------------------------------------------
+// ---- The whole product -------------------------------------------------------------------------
 
 static void multiply(matrix_product p) {
     if (p.M <= FEW && p.B.row == 1 && p.K <= B_BUFFER / FEW) few_rows(p);
@@ -5129,8 +5133,8 @@ static size_t part_begin(size_t index, size_t units, size_t parts, size_t size) 
     return index * units / parts * size;
 }
 
-// C is cut into a grid, `down` x `across` parts that are about square rather than wide. None is so low
-// that it would go the way of few rows if C as a whole does not: at least 3·MR rows.
+// C is cut into a grid, `down` x `across` parts that are about square rather than wide. None is so
+// low that it would go the way of few rows if C as a whole does not: at least 3·MR rows.
 static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
                  const float *d, size_t d_row) {
     matrix_product p = {M, N, K, A, B, c, d, c_row, d_row};
@@ -5154,9 +5158,9 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
     }
 }
 
-// ---- Attention in tiles -------------------------------------------------------------------------
-// FlashAttention-2 (Dao, arXiv 2307.08691). Of the scores of T queries and T keys one tile exists at a
-// time, and those above the diagonal never do:
+// ---- Attention in tiles ------------------------------------------------------------------------
+// FlashAttention-2 (Dao, arXiv 2307.08691). Of the scores of T queries and T keys one tile exists
+// at a time, and those above the diagonal never do:
 //
 //                     keys u
 //                 ┌────┬────┬────┐
@@ -5167,9 +5171,9 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
 //                 │ ██ │ ██ │ ◣  │
 //                 └────┴────┴────┘
 //
-// Forward keeps for each query the maximum m of the scores so far, l = Σ e^{s - m} and o = Σ e^{s - m}·v.
-// A tile that raises the maximum to m' first scales l and o by e^{m - m'}. At the end y = o/l, and
-// lse = m + log l. The products are gemm_serial's: the threads have a task each.
+// Forward keeps for each query the maximum m of the scores so far, l = Σ e^{s - m} and o = Σ e^{s -
+// m}·v. A tile that raises the maximum to m' first scales l and o by e^{m - m'}. At the end y =
+// o/l, and lse = m + log l. The products are gemm_serial's: the threads have a task each.
 
 // One head of one sequence.
 typedef struct {
@@ -5179,10 +5183,10 @@ typedef struct {
     float *dq, *dk, *dv;      // (T,h), rows Q apart; added to
 } attention_head;
 
-// A tile's row of scores becomes e^{(score - max)·scale} for the first `seen` keys, which the query may
-// see, and 0 for the rest. Updates its maximum and sum; returns the factor by which to scale what was
-// summed up under the old maximum. The sum ends at `seen`, not at the tile's width: a query's bits do
-// not depend on how many others come with it.
+// A tile's row of scores becomes e^{(score - max)·scale} for the first `seen` keys, which the query
+// may see, and 0 for the rest. Updates its maximum and sum; returns the factor by which to scale
+// what was summed up under the old maximum. The sum ends at `seen`, not at the tile's width: a
+// query's bits do not depend on how many others come with it.
 static float softmax_row(float *p, size_t seen, size_t width, float scale, float *max, float *sum) {
     float tile_max = max_element(p, seen), new_max = tile_max > *max ? tile_max : *max;
     float shrink = fast_exp((*max - new_max) * scale);
@@ -5193,8 +5197,9 @@ static float softmax_row(float *p, size_t seen, size_t width, float scale, float
     return shrink;
 }
 
-// One row of tiles: y (rows,h) and, unless NULL, lse, each with rows y_row and lse_row apart. q (rows,h)
-// begins at its first query, which sees `before` keys besides its own; k and v begin at key 0.
+// One row of tiles: y (rows,h) and, unless NULL, lse, each with rows y_row and lse_row apart. q
+// (rows,h) begins at its first query, which sees `before` keys besides its own; k and v begin at
+// key 0.
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
                    matrix_view v, size_t rows, size_t before, size_t h) {
     float s[TILE * TILE], max[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
@@ -5224,8 +5229,8 @@ static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_vi
     }
 }
 
-// p = e^{s·scale - lse} and ds = p·(dp - delta)·scale in place of s and dp, for the keys that the query
-// sees; 0 for the rest.
+// p = e^{s·scale - lse} and ds = p·(dp - delta)·scale in place of s and dp, for the keys that the
+// query sees; 0 for the rest.
 static void softmax_backward_row(float *p, float *ds, size_t seen, size_t width, float scale,
                                  float lse, float delta) {
     for (size_t u = 0; u < seen; u++) p[u] = fast_exp(p[u] * scale - lse);
@@ -5363,7 +5368,7 @@ static void sum_squares(double *sum, const float *x, size_t n) {
 // 11  JSON, tokenizer
 // =================================================================================================
 
-// ---- UTF-8 --------------------------------------------------------------------------------------
+// ---- UTF-8 -------------------------------------------------------------------------------------
 
 // The lead byte tells how many continuation bytes (80 to BF) follow it. After E0, ED, F0 and F4 the
 // first of them has a narrower range: the full one would allow overlong forms, surrogates and
@@ -5447,7 +5452,7 @@ void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
     text->size += size;
 }
 
-// ---- JSON ---------------------------------------------------------------------------------------
+// ---- JSON --------------------------------------------------------------------------------------
 
 // The parser works on its own copy of the text, which ends in a NUL. It decodes strings inside this
 // copy: `out` never overtakes `at`, since no escape is shorter than the character it stands for.
@@ -5680,7 +5685,7 @@ void retrofit_json_write_string(FILE *file, const char *text, size_t size) {
     fputc('"', file);
 }
 
-// ---- Tokenizer: its parts -----------------------------------------------------------------------
+// ---- Tokenizer: its parts ----------------------------------------------------------------------
 // From text to ids:
 //     1  what is not UTF-8 becomes U+FFFD;
 //     2  added tokens that are spelt out in the text are taken out of it, the longest first;
@@ -5872,7 +5877,7 @@ struct retrofit_tokenizer {
     uint16_t char_to_byte[324]; // and back: byte + 1; 0: not in the alphabet
 };
 
-// ---- Tokenizer: what all its parts use ----------------------------------------------------------
+// ---- Tokenizer: what all its parts use ---------------------------------------------------------
 
 // The byte that a token like <0x0A> stands for, or -1.
 static int tok_fallback_byte(const tok_token *token) {
@@ -5964,7 +5969,7 @@ static void tok_normalize(const retrofit_tokenizer *tokenizer, retrofit_text *ou
     else retrofit_text_append(out, text, size);
 }
 
-// ---- Tokenizer: the patterns that cut text into pieces ------------------------------------------
+// ---- Tokenizer: the patterns that cut text into pieces -----------------------------------------
 
 // The size of the characters at the beginning of text, of at most `most`, that are in the classes.
 static size_t tok_run(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
@@ -6061,7 +6066,7 @@ static size_t tok_match(const retrofit_tokenizer *tokenizer, const char *text, s
     }
 }
 
-// ---- Tokenizer: byte-pair encoding --------------------------------------------------------------
+// ---- Tokenizer: byte-pair encoding -------------------------------------------------------------
 // A piece begins as a row of symbols, one for each character. As long as any two neighbours have a
 // merge, the pair whose merge has the lowest rank is merged, of equal ones the leftmost. A queue, a
 // binary heap in this order, holds the pairs that may be merged: n symbols take O(n·log n) steps.
@@ -6234,7 +6239,7 @@ static void tok_encode_piece(tok_encoder *encoder, const char *text, size_t size
     tok_merge_symbols(encoder);
 }
 
-// ---- Tokenizer: from text to ids ----------------------------------------------------------------
+// ---- Tokenizer: from text to ids ---------------------------------------------------------------
 
 // Encodes a piece spelt in the byte-level alphabet.
 static void tok_encode_bytes(tok_encoder *encoder, const char *text, size_t size) {
@@ -6324,7 +6329,7 @@ int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, 
     return (int32_t *)(void *)encoder.ids.bytes;
 }
 
-// ---- Tokenizer: from ids to text ----------------------------------------------------------------
+// ---- Tokenizer: from ids to text ---------------------------------------------------------------
 
 // Appends the bytes that byte tokens stand for, a run of them, and empties the run. If they are not
 // UTF-8, each byte becomes U+FFFD.
@@ -6469,7 +6474,7 @@ bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t 
     return false;
 }
 
-// ---- Tokenizer: what a caller may ask -----------------------------------------------------------
+// ---- Tokenizer: what a caller may ask ----------------------------------------------------------
 
 int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer) { return tokenizer->bos; }
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer) { return tokenizer->eos; }
@@ -6509,7 +6514,7 @@ uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
     return hash ? hash : 1;
 }
 
-// ---- Tokenizer: loading -------------------------------------------------------------------------
+// ---- Tokenizer: loading ------------------------------------------------------------------------
 
 // The functions below report an error by `failed` and go on with harmless values; only the first
 // error counts. Callers stop where it suits them.
@@ -7019,7 +7024,7 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer) {
 // 12  Errors, files, random numbers, command lines
 // =================================================================================================
 
-// ---- Errors -------------------------------------------------------------------------------------
+// ---- Errors ------------------------------------------------------------------------------------
 
 static RETROFIT_THREAD_LOCAL char error_text[1024];
 
@@ -7058,7 +7063,7 @@ void *retrofit_allocate(size_t count, size_t size) {
     return memory;
 }
 
-// ---- Files and directories ----------------------------------------------------------------------
+// ---- Files and directories ---------------------------------------------------------------------
 
 bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
     int length = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
@@ -7151,7 +7156,7 @@ double retrofit_seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-// ---- Types of elements --------------------------------------------------------------------------
+// ---- Types of elements -------------------------------------------------------------------------
 //                  sign   exponent   mantissa
 //     F32          1      8          23
 //     BF16         1      8           7           the upper half of an F32
@@ -7199,7 +7204,7 @@ void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t 
     }
 }
 
-// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -----------
+// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it ----------
 
 static void mt19937_seed(mt19937 *generator, uint32_t seed) {
     uint32_t *state = generator->state;
@@ -7272,7 +7277,7 @@ static size_t mt19937_poisson(mt19937 *generator, double rate) {
     return poisson_by_rejection(generator, rate);
 }
 
-// ---- Command lines ------------------------------------------------------------------------------
+// ---- Command lines -----------------------------------------------------------------------------
 
 bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count) {
     *count = 0;
