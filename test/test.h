@@ -1,4 +1,5 @@
-// What every test program shares: checks that count, and readers for the authors' numbers in fixtures/.
+// What every test program shares: checks that count, and readers for the authors' numbers in
+// fixtures/.
 #ifndef TEST_H
 #define TEST_H
 #define RETROFIT_IMPLEMENTATION
@@ -17,7 +18,10 @@ static void need(bool ok, const char *what) {
 // ‖a - b‖ / ‖b‖, in double.
 static inline double relative_error(const float *a, const float *b, size_t n) {
     double difference = 0, size = 0;
-    for (size_t i = 0; i < n; i++) difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]), size += (double)b[i] * b[i];
+    for (size_t i = 0; i < n; i++) {
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]);
+        size += (double)b[i] * b[i];
+    }
     return size > 0 ? sqrt(difference / size) : sqrt(difference);
 }
 

@@ -460,13 +460,17 @@ static void freezing(void) {
 static void flops(void) {
     retrofit_config c = {
         .n_embd = 4, .n_heads = 2, .n_kv_heads = 1, .head_dim = 2, .intermediate = 8, .vocab = 10, .prelude = 1, .core = 1, .coda = 1};
-    // T = 3: qkv 4x8, proj 4x4, gate and up 4x16, down 8x4: 144 weights; attention 2·3·4; adapter 4x8; head 4x10
-    double layer = 2 * 144 + 24, loop = layer + 64, head = 80;
-    static const int times[4][4] = {{1, 1, 1, 1}, {3, 1, 3, 3}, {1, 1, 3, 2}, {1, 1, 2, 2}}; // prelude, n, k, coda and head
+    // T = 3: qkv 4x8, out 4x4, gate and up 4x16, down 8x4: 144 weights; attention 2·3·4; each half of
+    // the adapter 4x4; head 4x10.
+    double layer = 2 * 144 + 24, half = 2 * 16, head = 80;
+    // Passes over the prelude, A_e, the core and A_s without gradient, with gradient, coda and head.
+    static const int passes[4][6] = {
+        {1, 1, 1, 1, 1, 1}, {3, 3, 1, 3, 3, 3}, {1, 2, 1, 3, 3, 2}, {1, 2, 1, 2, 3, 2}};
     for (int mode = 0; mode < 4; mode++) {
-        const int *t = times[mode];
-        double due = t[0] * layer + loop * (5 * t[1] + 2 * t[2]) + t[3] * (layer + head),
-               got = retrofit_flops_per_token(&c, (retrofit_mode)mode, 3, 5, 2);
+        const int *times = passes[mode];
+        double due = times[0] * layer + times[1] * half + 5 * times[2] * (layer + half);
+        due += 2 * (times[3] * layer + times[4] * half) + times[5] * (layer + head);
+        double got = retrofit_flops_per_token(&c, (retrofit_mode)mode, 3, 5, 2);
         check(got == due, "mode %d: %g FLOPs per token, should be %g", mode, got, due);
     }
     retrofit_config llama = {.n_embd = 2048,

@@ -1,0 +1,94 @@
+#!/bin/sh
+# The README and doc/ are true: every option that they name exists, the program of one's own is
+# test/example.c word for word and does what the README says, file sizes are as the README says.
+# With RUN=1 (make readme) every command of the README that needs neither network nor GPU is run.
+passed=0 failed=0
+check() { # what, got, should be
+    if [ "$2" = "$3" ]; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        printf 'FAILED %s: got %s, should be %s\n' "$1" "$2" "$3"
+    fi
+}
+BIN=${BIN:-.} OUT=${OUT:-build}
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+
+# ---- Options --------------------------------------------------------------------------------------
+for program in convert train infer; do
+    "$BIN/$program" --help | sed -n 's/^  --\([a-z0-9-]*\).*/\1/p' >"$work/$program"
+done
+cat "$work/convert" "$work/train" "$work/infer" | sort -u >"$work/all"
+echo help >>"$work/all"
+
+# Commands of one of our programs, continued lines joined: their options must be that program's.
+cat README.md doc/*.md | sed -e ':join' -e '/\\$/ { N; s/\\\n//; b join' -e '}' >"$work/text"
+for program in convert train infer; do
+    grep -E "^ {4}(\\$ )?\./$program " "$work/text" | grep -oE -- '--[a-z][a-z0-9-]+' | sort -u |
+        sed 's/^--//' >"$work/used"
+    check "options of $program in the README and doc/" "$([ -s "$work/used" ] && echo some)" some
+    while read -r option; do
+        check "$program --$option" "$(grep -cx -- "$option" "$work/$program" | sed 's/^[1-9].*/there/')" there
+    done <"$work/used"
+done
+
+# What stands in `code` elsewhere: an option of one of the three. Those with _ or . are the authors'.
+grep -vE '^ {4}|huggingface-cli' "$work/text" | grep -oE '`[^`]*`' | grep -oE -- '--[a-z][A-Za-z0-9_.-]*' |
+    grep -v '[_.]' | sed 's/^--//; s/-$//' | sort -u >"$work/used"
+while read -r option; do
+    check "option --$option" "$(grep -cx -- "$option" "$work/all" | sed 's/^[1-9].*/there/')" there
+done <"$work/used"
+
+# Targets of make.
+grep -oE 'make [a-z][a-z0-9-]*( [a-z][a-z0-9]*-cuda)*' README.md doc/*.md | sed 's/^[^:]*:make //' |
+    tr ' ' '\n' | sort -u | grep -vxE 'it|finds' >"$work/used"
+while read -r target; do
+    check "make $target" "$(grep -cE "^([a-z-]+ )*$target( [a-z-]+)*:" Makefile | sed 's/^[1-9].*/there/')" there
+done <"$work/used"
+
+# ---- The program of one's own ---------------------------------------------------------------------
+ours=$(sed -n '/^#include/,$p' test/example.c | sed 's|\.\./retrofit\.h|retrofit.h|')
+theirs=$(sed -n '/^```c/,/^```/p' README.md | sed '1d;$d')
+check "README.md shows test/example.c" "$theirs" "$ours"
+prompt="i=1 j=8 d=9 k=d e=k m=e a=i s=j b=s l=a t=l h=t u=b g=m w=h q=g f=q x=w r=u v=r p=f o=v n=x c=o | s"
+check "the example's token" "$("$OUT/example" test/fixtures/lookup/base "$prompt" 1)" "60 '=8'"
+"$OUT/example" nowhere "$prompt" 1 >/dev/null
+check "the example's exit code without a model" $? 1
+
+# ---- Sizes, in lines ------------------------------------------------------------------------------
+number() { printf '%s' "$1" | tr -d ,; }
+for file in retrofit.h train.c infer.c convert.c retrofit_cuda.cu; do
+    said=$(grep -F "\`$file\`" README.md | grep '^|' | head -n 1 | awk -F '|' '{ print $3 }' | tr -d ' ')
+    is=$(wc -l <$file | tr -d ' ')
+    if [ $file = retrofit.h ]; then
+        all=$(grep -F '`retrofit.h`, Part I' README.md | sed 's/.*the rest of the file, \([0-9,]*\) in all.*/\1/')
+        check "lines of retrofit.h in the README" "$(number "$all")" "$is"
+        is=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
+    fi
+    check "lines of $file in the README" "$(number "$said")" "$is"
+done
+check "README.md of $(wc -l <README.md) lines" "$([ "$(wc -l <README.md)" -le 130 ] && echo short)" short
+
+# ---- Commands -------------------------------------------------------------------------------------
+# A stand-in for the downloaded model: a Llama of 30 layers, made of the shipped one's.
+run_commands() {
+    "$OUT/stand_in" test/fixtures/lookup/base "$work/smollm2"
+    mkdir "$work/text"
+    for i in 1 2 3 4 5 6 7 8; do cat test/fixtures/lookup/README.md >"$work/text/$i.txt"; done
+    "$OUT/lookup" 2000 1 8x3,6x4 | sed 's/^{"text": "\(.*\)"}$/\1/' >"$work/text/programs.txt"
+    for program in convert train infer; do ln -s "$(realpath "$BIN/$program")" "$work/$program"; done
+    ln -s "$(pwd)/test" "$(pwd)/retrofit.h" "$work"
+    sed -n 's/^ \{4\}\(make demo\|\.\/.*\|cc .*\)/\1/p' "$work/text.readme" | sed 's/ *#.*//' >"$work/commands"
+    while read -r command <&3; do
+        case $command in
+        "make demo") (eval "$command") >"$work/log" 2>&1 ;;
+        *) (cd "$work" && eval "$command") >"$work/log" 2>&1 ;;
+        esac
+        code=$?
+        check "$command" "exit code $code" "exit code 0"
+        [ $code -eq 0 ] || tail -n 5 "$work/log"
+    done 3<"$work/commands"
+}
+sed -e ':join' -e '/\\$/ { N; s/\\\n//; b join' -e '}' README.md >"$work/text.readme"
+if [ -n "$RUN" ]; then run_commands; fi
+printf '%-24s %d passed, %d failed\n' readme $passed $failed
+[ $failed -eq 0 ]
