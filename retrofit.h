@@ -1807,8 +1807,8 @@ int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 // them in one pass of r. Returns how many tokens follow `token`: 1 … lookahead, in `out`; they are
 // distributed as in plain decoding, and greedy ones are the same. The last is not in the cache yet.
 // One row; no exit, noise or `continuous`. Only ids below `vocab` are drawn: V, or fewer if the
-// others are padding. scratch: (2·lookahead + 2)·V floats; the first lookahead·V are then the logits that
-// `token` and the drafts led to. 0 or error.
+// others are padding. scratch: (2·lookahead + 2)·V floats; the first lookahead·V are then the
+// logits that `token` and the drafts led to. 0 or error.
 size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
                           const retrofit_recurrence_options *options, retrofit_sampling *sampling,
                           size_t vocab, int32_t *out, float *scratch);
