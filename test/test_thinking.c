@@ -1011,8 +1011,8 @@ static void noise_draws(void) {
     }
     for (size_t i = 0; i < 4; i++) {
         for (size_t j = 0; j < i; j++) {
-            double along = product(z + i * d, z + j * d, d),
-                   size = product(z + j * d, z + j * d, d);
+            double along = product(z + i * d, z + j * d, d);
+            double size = product(z + j * d, z + j * d, d);
             check(fabs(along) < 0.8 * size, "noise %zu is noise %zu: %g of it", i, j, along / size);
         }
     }
@@ -1054,11 +1054,10 @@ static void plain_model(void) {
     retrofit_model *model = retrofit_load(FIXTURES "tiny/base", &retrofit_cpu, RETROFIT_INFERENCE);
     need(model != NULL, "a plain model");
     retrofit_buffers *a = with_full_cache(model, 1), *b = with_full_cache(model, 1);
-    retrofit_recurrence_options none = {0}, options = {.recurrences = 3,
-                                                       .exit = RETROFIT_EXIT_KL,
-                                                       .threshold = -1,
-                                                       .continuous = true,
-                                                       .noise = 1};
+    retrofit_recurrence_options none = {0}, options = {.recurrences = 3, .noise = 1};
+    options.exit = RETROFIT_EXIT_KL;
+    options.threshold = -1;
+    options.continuous = true;
     for (int32_t token = 1; token < 9; token++) {
         const float *logits = feed(a, &token, 1, 1, &options);
         check(same(logits, feed(b, &token, 1, 1, &none), model->config.vocab) &&
