@@ -2195,7 +2195,7 @@ typedef struct {
     candidate *candidates;
     size_t n;
     double total;
-} distribution;
+} token_distribution;
 
 // Likeliest first; equals by id, so that a seed alone decides what is drawn.
 static int by_probability(const void *x, const void *y) {
@@ -2204,7 +2204,7 @@ static int by_probability(const void *x, const void *y) {
     return a->id < b->id ? -1 : 1;
 }
 
-static double sum_of(const candidate *candidates, size_t n) {
+static double total_weight(const candidate *candidates, size_t n) {
     double total = 0;
     for (size_t i = 0; i < n; i++) total += candidates[i].p;
     return total;
@@ -2212,7 +2212,7 @@ static double sum_of(const candidate *candidates, size_t n) {
 
 // top-p: the fewest of n sorted candidates whose share of all reaches top_p, and at least one.
 static size_t keep_top_p(const candidate *candidates, size_t n, float top_p) {
-    double enough = top_p * sum_of(candidates, n), kept = 0;
+    double enough = top_p * total_weight(candidates, n), kept = 0;
     size_t i = 0;
     while (i < n && kept < enough) {
         kept += candidates[i].p;
@@ -2229,14 +2229,14 @@ static size_t keep_min_p(candidate *candidates, size_t n, float min_p) {
     return kept;
 }
 
-static distribution apply_filters(const float *logits, size_t V, const retrofit_sampling *sampling,
+static token_distribution apply_filters(const float *logits, size_t V, const retrofit_sampling *sampling,
                                   candidate *candidates) {
     float max = max_element(logits, V), temperature = sampling->temperature;
     size_t n = V, top_k = sampling->top_k;
     bool by_share = sampling->top_p < 1;
     if (!(temperature > 0) || !isfinite(max)) {
         candidates[0] = (candidate){1, retrofit_argmax(logits, V)};
-        return (distribution){candidates, 1, 1};
+        return (token_distribution){candidates, 1, 1};
     }
     for (size_t v = 0; v < V; v++) { // fmaxf makes NaN 0
         candidates[v].p = fmaxf(0, expf((logits[v] - max) / temperature));
@@ -2250,7 +2250,7 @@ static distribution apply_filters(const float *logits, size_t V, const retrofit_
         n = keep_top_p(candidates, n, sampling->top_p);
         n = keep_min_p(candidates, n, sampling->min_p);
     }
-    return (distribution){candidates, n, sum_of(candidates, n)};
+    return (token_distribution){candidates, n, total_weight(candidates, n)};
 }
 
 static double draw_uniform(retrofit_sampling *sampling) {
@@ -2258,7 +2258,7 @@ static double draw_uniform(retrofit_sampling *sampling) {
     return retrofit_hash_uniform(sampling->seed, 1);
 }
 
-static int32_t draw_from(const distribution *from, retrofit_sampling *sampling) {
+static int32_t draw_from(const token_distribution *from, retrofit_sampling *sampling) {
     double u = draw_uniform(sampling) * from->total;
     for (size_t i = 0; i < from->n; i++) {
         u -= from->candidates[i].p;
@@ -2268,12 +2268,12 @@ static int32_t draw_from(const distribution *from, retrofit_sampling *sampling) 
 }
 
 // Where the filters leave one token, no random number is taken.
-static int32_t draw_filtered(const distribution *left, retrofit_sampling *sampling) {
+static int32_t draw_filtered(const token_distribution *left, retrofit_sampling *sampling) {
     return left->n == 1 ? left->candidates[0].id : draw_from(left, sampling);
 }
 
 int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch) {
-    distribution left = apply_filters(logits, V, sampling, scratch);
+    token_distribution left = apply_filters(logits, V, sampling, scratch);
     return draw_filtered(&left, sampling);
 }
 
@@ -2290,8 +2290,8 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampli
 // q (V): probabilities; logits (V): those at full depth. Returns y or its replacement.
 static int32_t accept_or_resample(int32_t y, const float *q, const float *logits, size_t V,
                                   retrofit_sampling *sampling, candidate *scratch) {
-    distribution p = apply_filters(logits, V, sampling, scratch);
-    distribution rest = {scratch, 0, 0};
+    token_distribution p = apply_filters(logits, V, sampling, scratch);
+    token_distribution rest = {scratch, 0, 0};
     double p_y = 0;
     if (p.n == 1) return scratch[0].id; // greedy, or all else is filtered out
     for (size_t i = 0; i < p.n; i++)
@@ -2334,7 +2334,7 @@ static bool draft_tokens(retrofit_buffers *buffers, const retrofit_recurrence_op
         if (!logits) return false;
         ops->copy(states + j * d, buffers->state, d * sizeof *states);
         ops->copy(injected + j * d, buffers->injected, d * sizeof *injected);
-        distribution left = apply_filters(logits, vocab, sampling, scratch);
+        token_distribution left = apply_filters(logits, vocab, sampling, scratch);
         fed[j + 1] = draw_filtered(&left, sampling);
         memset(q + j * V, 0, vocab * sizeof *q);
         for (size_t i = 0; i < left.n; i++)

@@ -704,7 +704,7 @@ static goodness compare_counts(const size_t *count, const double *p, size_t n, s
 // p (V): what the filters leave, as probabilities.
 static void filtered(double *p, const float *logits, size_t V, const retrofit_sampling *sampling,
                      candidate *scratch) {
-    distribution left = apply_filters(logits, V, sampling, scratch);
+    token_distribution left = apply_filters(logits, V, sampling, scratch);
     memset(p, 0, V * sizeof *p);
     for (size_t i = 0; i < left.n; i++) p[scratch[i].id] = (double)scratch[i].p / left.total;
 }
