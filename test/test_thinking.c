@@ -377,36 +377,36 @@ static void default_thresholds(size_t which) {
     retrofit_free(model);
 }
 
-enum { FEW = 8 }; // tokens
+enum { SMALL_V = 8 }; // tokens of a vocabulary
 
 // Logits a step away from z.
 static void step_away(float *next, const float *z, double step) {
-    for (int v = 0; v < FEW; v++) next[v] = z[v] + (float)((v % 3 - 1) * step);
+    for (int v = 0; v < SMALL_V; v++) next[v] = z[v] + (float)((v % 3 - 1) * step);
 }
 
 // What a criterion compares between logits z and next.
 static double compared(int exit, const float *z, const float *next) {
-    double p[FEW], q[FEW];
-    softmax(q, z, FEW);
-    softmax(p, next, FEW);
-    if (exit == RETROFIT_EXIT_ENTROPY_DIFF) return fabs(entropy_of(p, FEW) - entropy_of(q, FEW));
+    double p[SMALL_V], q[SMALL_V];
+    softmax(q, z, SMALL_V);
+    softmax(p, next, SMALL_V);
+    if (exit == RETROFIT_EXIT_ENTROPY_DIFF) return fabs(entropy_of(p, SMALL_V) - entropy_of(q, SMALL_V));
     if (exit == RETROFIT_EXIT_MINP_KL) {
-        cut_below(q, FEW);
-        cut_below(p, FEW);
+        cut_below(q, SMALL_V);
+        cut_below(p, SMALL_V);
     }
-    return kl_of(q, p, FEW);
+    return kl_of(q, p, SMALL_V);
 }
 
 // The thresholds of the criteria that compare distributions: a tenth below stops, a tenth above
 // does not.
 static void thresholds(void) {
-    static const float z[FEW] = {1.2f, 0.4f, -0.7f, 0.9f, 0.1f, -3, -4, 1.6f};
+    static const float z[SMALL_V] = {1.2f, 0.4f, -0.7f, 0.9f, 0.1f, -3, -4, 1.6f};
     static const double authors[] = {0, 1e-3, 0, 5e-4, 1e-6};
     for (int i = 0; i < 8; i++) {
         int exit = 1 + i / 2;
         bool above = i % 2;
-        float next[FEW];
-        double noted[FEW] = {0}, low = 0, high = 1, target = authors[exit] * (above ? 1.1 : 0.9);
+        float next[SMALL_V];
+        double noted[SMALL_V] = {0}, low = 0, high = 1, target = authors[exit] * (above ? 1.1 : 0.9);
         if (exit == RETROFIT_EXIT_LATENT_DIFF) continue;
         for (int halving = 0; halving < 60; halving++) { // the step that changes so much
             double step = (low + high) / 2;
@@ -415,8 +415,8 @@ static void thresholds(void) {
             else high = step;
         }
         retrofit_recurrence_options options = {.exit = (retrofit_exit)exit, .threshold = -1};
-        recurrence_result first = {.i = 1, .V = FEW, .logits = z, .noted = noted};
-        recurrence_result second = {.i = 2, .V = FEW, .logits = next, .noted = noted};
+        recurrence_result first = {.i = 1, .V = SMALL_V, .logits = z, .noted = noted};
+        recurrence_result second = {.i = 2, .V = SMALL_V, .logits = next, .noted = noted};
         check(!should_exit(&options, &first), "exit %d stops after the first recurrence", exit);
         check(should_exit(&options, &second) == !above, "exit %d: %g %s", exit, target,
               above ? "stops" : "does not stop");
