@@ -1425,7 +1425,7 @@ static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, siz
 // For every query head, over the tokens u ≤ t:
 //     s_tu = q_t·k_u/√h             dv_u  = Σ_t p_tu·dy_t
 //     p_tu = e^{s_tu - lse_t}       dp_tu = dy_t·v_u
-//     lse_t = log Σ_u e^{s_tu}      ds_tu = p_tu·(dp_tu - δ_t)       δ_t = Σ_u p_tu·dp_tu = dy_t·y_t
+//     lse_t = log Σ_u e^{s_tu}      ds_tu = p_tu·(dp_tu - δ_t)      δ_t = Σ_u p_tu·dp_tu = dy_t·y_t
 //     y_t = Σ_u p_tu·v_u            dq_t  = Σ_u ds_tu·k_u/√h         dk_u = Σ_t ds_tu·q_t/√h
 //
 // p is the softmax of s; lse (log-sum-exp) is the one number per query and head that forward keeps,
@@ -1723,8 +1723,8 @@ static void draw_states(retrofit_buffers *buffers, float *states, float sigma, u
 // ---- What a new token needs of the old ones ----------------------------------------------------
 
 // Keys and values of T new tokens a row, to positions past[b] … past[b] + T - 1.
-static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T,
-                     size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
+static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B,
+                     size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
     size_t width = G * h, Q = (H + 2 * G) * h;
     for (size_t n = 0; n < B * T; n++) {
         const float *k = (const float *)qkv + n * Q + H * h, *v = k + width;
@@ -2229,8 +2229,8 @@ static size_t keep_min_p(candidate *candidates, size_t n, float min_p) {
     return kept;
 }
 
-static token_distribution apply_filters(const float *logits, size_t V, const retrofit_sampling *sampling,
-                                  candidate *candidates) {
+static token_distribution apply_filters(const float *logits, size_t V,
+                                        const retrofit_sampling *sampling, candidate *candidates) {
     float max = max_element(logits, V), temperature = sampling->temperature;
     size_t n = V, top_k = sampling->top_k;
     bool by_share = sampling->top_p < 1;
@@ -2429,8 +2429,9 @@ size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops 
 bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
 // What training a model without memory would take: bytes of weights (with their copies in
 // act_type), gradients, moments.
-void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
-                             size_t *weights, size_t *gradients, size_t *moments);
+void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
+                             retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
+                             size_t *moments);
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
 // Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
@@ -3287,9 +3288,9 @@ size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
 // What is never needed at the same time shares memory:
 //
 //     buffers            shares with         because
-//     final              norm                the head reads it before the next block computes a norm
+//     final              norm                the head reads it before a block computes a norm again
 //     dinjected          injected            the forward pass is over when its gradient begins
-//     dfinal             dinner              the head's gradient is used up before the coda's blocks
+//     dfinal             dinner              the head's gradient is used up before any block's
 //     dattention         scratch.attention   with RETROFIT_KEEP_ALL no block uses the scratch; with
 //     dqkv               scratch.qkv         KEEP_INPUTS blocks are computed again in it, so these
 //     dgate_up           scratch.gate_up     three have memory of their own
@@ -3298,11 +3299,11 @@ size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
 
 static void lay_out_block(retrofit_block *block, arena *a, const retrofit_config *c, size_t N,
                           size_t size) {
-    block->rstd_1 = (float *)arena_alloc(a, N, sizeof(float));
-    block->rstd_2 = (float *)arena_alloc(a, N, sizeof(float));
+    block->rstd_1 = arena_alloc(a, N, sizeof(float));
+    block->rstd_2 = arena_alloc(a, N, sizeof(float));
     block->qkv = arena_alloc(a, N * retrofit_qkv_width(c), size);
     block->attention = arena_alloc(a, N * c->n_embd, size);
-    block->lse = (float *)arena_alloc(a, N * c->n_heads, sizeof(float));
+    block->lse = arena_alloc(a, N * c->n_heads, sizeof(float));
     block->gate_up = arena_alloc(a, N * 2 * c->intermediate, size);
 }
 
@@ -3313,9 +3314,9 @@ static void lay_out_saved_blocks(retrofit_buffers *buffers, retrofit_block *bloc
         if (buffers->keep == RETROFIT_KEEP_INPUTS) blocks[i] = buffers->scratch;
         else {
             lay_out_block(&blocks[i], a, c, N, size);
-            blocks[i].mid = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
+            blocks[i].mid = arena_alloc(a, N * c->n_embd, sizeof(float));
         }
-        blocks[i].out = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
+        blocks[i].out = arena_alloc(a, N * c->n_embd, sizeof(float));
     }
 }
 
@@ -3327,15 +3328,15 @@ static void lay_out_saved(retrofit_buffers *buffers, arena *a, const retrofit_co
     lay_out_saved_blocks(buffers, saved->core, K * c->core, a, c, size);
     lay_out_saved_blocks(buffers, saved->coda, c->coda, a, c, size);
     for (size_t i = 0; i < K; i++)
-        saved->adapted[i] = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
+        saved->adapted[i] = arena_alloc(a, N * c->n_embd, sizeof(float));
 }
 
 static void lay_out_gradients(retrofit_buffers *buffers, arena *a, const retrofit_config *c,
                               size_t size) {
     size_t N = buffers->B * buffers->T, d = c->n_embd;
     retrofit_gradients *g = &buffers->gradients;
-    g->dx = (float *)arena_alloc(a, N * d, sizeof(float));
-    g->delta = (float *)arena_alloc(a, N * c->n_heads, sizeof(float));
+    g->dx = arena_alloc(a, N * d, sizeof(float));
+    g->delta = arena_alloc(a, N * c->n_heads, sizeof(float));
     g->dbranch = arena_alloc(a, N * d, size);
     g->dinner = arena_alloc(a, N * d, size);
     g->dswiglu = arena_alloc(a, N * c->intermediate, size);
@@ -3357,9 +3358,9 @@ static void lay_out_decoder(retrofit_buffers *buffers, arena *a, const retrofit_
     size_t B = buffers->B, d = c->n_embd;
     size_t positions = decoder->slots * B * decoder->cache.capacity;
     size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(decoder->kv_type);
-    decoder->reached = (int32_t *)arena_alloc(a, B, sizeof(int32_t));
-    decoder->carried = (float *)arena_alloc(a, B * d, sizeof(float));
-    decoder->drafted = (float *)arena_alloc(a, 2 * RETROFIT_LOOKAHEAD * d, sizeof(float));
+    decoder->reached = arena_alloc(a, B, sizeof(int32_t));
+    decoder->carried = arena_alloc(a, B * d, sizeof(float));
+    decoder->drafted = arena_alloc(a, 2 * RETROFIT_LOOKAHEAD * d, sizeof(float));
     decoder->keys = arena_alloc(a, positions, entry);
     decoder->values = arena_alloc(a, positions, entry);
 }
@@ -3376,27 +3377,27 @@ static void lay_out_logits(retrofit_buffers *buffers, arena *a, const retrofit_c
     buffers->chunk = retrofit_min(N, tiles * LOGITS_TILE);
     buffers->logits = arena_alloc(a, buffers->chunk * V, size);
     size_t wide_rows = retrofit_max(retrofit_min(buffers->chunk, WIDE_ROWS), buffers->B);
-    buffers->wide_logits = (float *)arena_alloc(a, wide_rows * V, sizeof(float));
+    buffers->wide_logits = arena_alloc(a, wide_rows * V, sizeof(float));
 }
 
 // Twice: with a.base NULL to measure, then to hand out the memory.
 static void lay_out_buffers(retrofit_buffers *buffers, arena *a, const retrofit_config *c,
                             retrofit_type type) {
     size_t N = buffers->B * buffers->T, d = c->n_embd, size = retrofit_type_size(type);
-    buffers->tokens = (int32_t *)arena_alloc(a, N, sizeof(int32_t));
-    buffers->labels = (int32_t *)arena_alloc(a, N, sizeof(int32_t));
-    buffers->past = (int32_t *)arena_alloc(a, buffers->B, sizeof(int32_t));
-    buffers->rope = (float *)arena_alloc(a, rope_positions(buffers) * c->head_dim, sizeof(float));
-    buffers->embedded = (float *)arena_alloc(a, N * d, sizeof(float));
-    buffers->state = (float *)arena_alloc(a, N * d, sizeof(float));
-    buffers->injected = (float *)arena_alloc(a, N * d, sizeof(float));
-    if (!buffers->keep) buffers->x = (float *)arena_alloc(a, N * d, sizeof(float));
+    buffers->tokens = arena_alloc(a, N, sizeof(int32_t));
+    buffers->labels = arena_alloc(a, N, sizeof(int32_t));
+    buffers->past = arena_alloc(a, buffers->B, sizeof(int32_t));
+    buffers->rope = arena_alloc(a, rope_positions(buffers) * c->head_dim, sizeof(float));
+    buffers->embedded = arena_alloc(a, N * d, sizeof(float));
+    buffers->state = arena_alloc(a, N * d, sizeof(float));
+    buffers->injected = arena_alloc(a, N * d, sizeof(float));
+    if (!buffers->keep) buffers->x = arena_alloc(a, N * d, sizeof(float));
     lay_out_block(&buffers->scratch, a, c, N, size);
     if (buffers->keep == RETROFIT_KEEP_INPUTS)
-        buffers->scratch.mid = (float *)arena_alloc(a, N * d, sizeof(float));
+        buffers->scratch.mid = arena_alloc(a, N * d, sizeof(float));
     if (buffers->keep) lay_out_saved(buffers, a, c, size);
-    buffers->rstd_f = (float *)arena_alloc(a, N, sizeof(float));
-    buffers->losses = (float *)arena_alloc(a, N, sizeof(float));
+    buffers->rstd_f = arena_alloc(a, N, sizeof(float));
+    buffers->losses = arena_alloc(a, N, sizeof(float));
     buffers->norm = arena_alloc(a, N * d, size);
     buffers->swiglu = arena_alloc(a, N * c->intermediate, size);
     buffers->final = buffers->norm;
@@ -3409,24 +3410,24 @@ static void lay_out_buffers(retrofit_buffers *buffers, arena *a, const retrofit_
 static bool allocate_decoder(retrofit_buffers *buffers, const retrofit_config *c) {
     size_t B = buffers->B, V = c->vocab, d = c->n_embd;
     retrofit_decoder *decoder = buffers->decoder;
-    decoder->seen = (int32_t *)retrofit_allocate(B, sizeof(int32_t));
-    decoder->used = (int32_t *)retrofit_allocate(B, sizeof(int32_t));
-    decoder->next = (float *)retrofit_allocate(B * V, sizeof(float));
-    decoder->measure = (double *)retrofit_allocate(B * V, sizeof(double));
-    decoder->latent = (float *)retrofit_allocate(2 * B * d, sizeof(float));
+    decoder->seen = retrofit_allocate(B, sizeof(int32_t));
+    decoder->used = retrofit_allocate(B, sizeof(int32_t));
+    decoder->next = retrofit_allocate(B * V, sizeof(float));
+    decoder->measure = retrofit_allocate(B * V, sizeof(double));
+    decoder->latent = retrofit_allocate(2 * B * d, sizeof(float));
     return decoder->seen && decoder->used && decoder->next && decoder->measure && decoder->latent;
 }
 
 static bool allocate_on_host(retrofit_buffers *buffers, const retrofit_config *c) {
     size_t N = buffers->B * buffers->T, K = buffers->K;
     retrofit_saved *saved = &buffers->saved;
-    saved->prelude = (retrofit_block *)retrofit_allocate(c->prelude, sizeof(retrofit_block));
-    saved->core = (retrofit_block *)retrofit_allocate(K * c->core, sizeof(retrofit_block));
-    saved->coda = (retrofit_block *)retrofit_allocate(c->coda, sizeof(retrofit_block));
-    saved->adapted = (float **)retrofit_allocate(K, sizeof(float *));
-    buffers->host_tokens = (int32_t *)retrofit_allocate(N, sizeof(int32_t));
-    buffers->host_labels = (int32_t *)retrofit_allocate(N, sizeof(int32_t));
-    buffers->host_losses = (float *)retrofit_allocate(N, sizeof(float));
+    saved->prelude = retrofit_allocate(c->prelude, sizeof(retrofit_block));
+    saved->core = retrofit_allocate(K * c->core, sizeof(retrofit_block));
+    saved->coda = retrofit_allocate(c->coda, sizeof(retrofit_block));
+    saved->adapted = retrofit_allocate(K, sizeof(float *));
+    buffers->host_tokens = retrofit_allocate(N, sizeof(int32_t));
+    buffers->host_labels = retrofit_allocate(N, sizeof(int32_t));
+    buffers->host_losses = retrofit_allocate(N, sizeof(float));
     if (!saved->prelude || !saved->core || !saved->coda || !saved->adapted) return false;
     if (!buffers->host_tokens || !buffers->host_labels || !buffers->host_losses) return false;
     return !buffers->decoder || allocate_decoder(buffers, c);
@@ -3463,10 +3464,10 @@ size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops 
     retrofit_buffers buffers = {.B = B, .T = T, .K = keep && config->core ? K : 0, .keep = keep};
     retrofit_saved *saved = &buffers.saved;
     arena a = {NULL, 0};
-    saved->prelude = (retrofit_block *)retrofit_allocate(config->prelude, sizeof(retrofit_block));
-    saved->core = (retrofit_block *)retrofit_allocate(buffers.K * config->core, sizeof(retrofit_block));
-    saved->coda = (retrofit_block *)retrofit_allocate(config->coda, sizeof(retrofit_block));
-    saved->adapted = (float **)retrofit_allocate(buffers.K, sizeof(float *));
+    saved->prelude = retrofit_allocate(config->prelude, sizeof(retrofit_block));
+    saved->core = retrofit_allocate(buffers.K * config->core, sizeof(retrofit_block));
+    saved->coda = retrofit_allocate(config->coda, sizeof(retrofit_block));
+    saved->adapted = retrofit_allocate(buffers.K, sizeof(float *));
     if (saved->prelude && saved->core && saved->coda && saved->adapted)
         lay_out_buffers(&buffers, &a, config, ops->act_type);
     free_on_host(&buffers);
@@ -3478,7 +3479,8 @@ static bool check_buffers(const retrofit_model *model, size_t B, size_t T, size_
     size_t capacity = cache ? cache->capacity : 0, recurrences = cache ? cache->recurrences : 0;
     size_t positions = retrofit_max(T, capacity);
     if (T == 0 || !batch_possible(B, positions, K, recurrences))
-        return retrofit_fail("a batch of %zu x %zu tokens (depth %zu, %zu recurrences) is impossible",
+        return retrofit_fail("a batch of %zu x %zu tokens (depth %zu, %zu recurrences) "
+                             "is impossible",
                              B, T, K, recurrences);
     if (positions > model->config.context)
         return retrofit_fail("%zu positions are more than the model's context of %zu", positions,
@@ -3495,7 +3497,7 @@ static bool check_buffers(const retrofit_model *model, size_t B, size_t T, size_
 static bool upload_rope(retrofit_buffers *buffers) {
     const retrofit_config *c = &buffers->model->config;
     size_t positions = rope_positions(buffers), count = positions * c->head_dim;
-    float *table = (float *)retrofit_allocate(count, sizeof *table);
+    float *table = retrofit_allocate(count, sizeof *table);
     if (!table) return false;
     rope_table(table, c, positions);
     buffers->model->ops->upload(buffers->rope, table, count * sizeof *table);
@@ -3526,7 +3528,7 @@ retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, si
     const retrofit_config *c = &model->config;
     if (cache && cache->capacity == 0) cache = NULL;
     if (!check_buffers(model, B, T, K, cache)) return NULL;
-    retrofit_buffers *buffers = (retrofit_buffers *)retrofit_allocate(1, sizeof *buffers);
+    retrofit_buffers *buffers = retrofit_allocate(1, sizeof *buffers);
     if (!buffers) return NULL;
     buffers->model = model;
     buffers->B = B;
@@ -4781,7 +4783,7 @@ static double sum_exp(float *terms, const float *x, size_t n, float max) {
 // BLAS functionality, 2015), outermost first:
 //
 //     jc        strips of NC columns of B and C
-//     pc          blocks of KC terms of each sum. B's part (KC,NC) is packed and stays in the L2 cache
+//     pc          blocks of KC terms of each sum. B's part (KC,NC), packed, stays in the L2 cache
 //     ir            MR rows of A and C. A's part (MR,KC) is packed and stays in the L1 cache
 //     jr              panels of NR columns
 //                       micro-kernel: C's part (MR,NR) stays in registers
@@ -5166,7 +5168,7 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
 //                 ┌────┬────┬────┐
 //                 │ ◣  │    │    │      forward: a task is a row of tiles, from left to right
 //       queries t ├────┼────┼────┤
-//                 │ ██ │ ◣  │    │      backward: a task is all tiles of the query heads that share a
+//                 │ ██ │ ◣  │    │      backward: a task is all tiles of the query heads sharing a
 //                 ├────┼────┼────┤      key/value head, whose dk and dv it adds up in a fixed order
 //                 │ ██ │ ██ │ ◣  │
 //                 └────┴────┴────┘
