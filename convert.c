@@ -1,43 +1,118 @@
-// convert: cuts a pretrained Llama into a recurrent model (method: paper section 3), makes one from nothing, and turns text into token shards.
+// convert: makes what train and infer work on.
+//
+//     surgery        cuts a pretrained Llama into a recurrent model (section 3 of the paper)
+//     from scratch   makes a random model of a given shape
+//     token shards   turns text into the token ids that train reads
+//
+// The source of a surgery is a Hugging Face directory or a GGUF file, llama.cpp's format.
+//
+//     1  The command line      3  Writing a model      5  Token shards      7  GGUF's tokenizer
+//     2  Surgery               4  From scratch         6  GGUF              8  main
+//
+// Surgery
+//
+// A Llama is an embedding, a stack of layers, a final norm and a head. Three lists say which of its
+// layers become the prelude, which the core and which the coda. With --preset llama3.2 that is
+//
+//     source     0  1  2  3  4  5  6  7  8  9 10 11 12 13 14 15
+//     prelude    0  1  2  3
+//     core                         6  7  8  9 10 11
+//     coda                                           12 13 14 15
+//
+// Layers in no list (here 4 and 5) are gone. The paper takes the last layers before the coda for
+// the core, and --preset names its choices; its ablations take evenly spaced layers or those that a
+// pruning score keeps, so --prelude, --core and --coda accept any lists, in any order. A layer may
+// stand in two of the lists; it is then copied to both places.
+//
+// The chosen layers are copied whole, and so are the embedding, the final norm and the head. Where
+// the source ties its head to the embedding, the new model gets a head of its own with the same
+// numbers. Only the adapter is new:
+//
+//     new model          source
+//     wte                wte
+//     prelude[i]         layer number i of the list --prelude
+//     adapter (d,2d)     none: PyTorch's default, or [0 | I]; see new_adapter
+//     core[i]            layer number i of the list --core
+//     coda[i]            layer number i of the list --coda
+//     ln_f               ln_f
+//     lm_head            lm_head, or wte if they are tied
+//
+// config.json records the lengths of the three lists, the mean recurrence and the backpropagation
+// depth to train with, and the σ of s_0; everything else in it is the source's. At the end the
+// files are read back and compared with the source, bit for bit.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
+#include <ctype.h>
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// =================================================================================================
+// 1  The command line
+// =================================================================================================
 
 static struct {
-    const char *from, *to, *random, *prelude, *core, *coda, *tokenizer, *field;
-    int preset, adapter, dtype; // -1: not given
+    const char *from, *to, *prelude, *core, *coda, *random, *tokenizer, *field;
+    int preset, adapter_init, dtype;              // which of the alternatives; -1: not given
     size_t mean_recurrence, backprop_depth, seed; // SIZE_MAX: not given
     bool tokenize;
-} o = {.preset = -1, .adapter = -1, .dtype = -1, .mean_recurrence = SIZE_MAX, .backprop_depth = SIZE_MAX, .seed = SIZE_MAX};
+} options = {.preset = -1, .adapter_init = -1, .dtype = -1,
+             .mean_recurrence = SIZE_MAX, .backprop_depth = SIZE_MAX, .seed = SIZE_MAX};
 
-static const retrofit_option options[] = {
+enum { ADAPTER_DEFAULT, ADAPTER_IDENTITY }; // --adapter-init
+enum { DTYPE_F32, DTYPE_BF16 };             // --dtype
+
+static const retrofit_option option_table[] = {
     {"Surgery", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"from", RETROFIT_STRING, &o.from, "DIR|FILE.gguf", "a plain Llama; without layers to choose it is only rewritten"},
-    {"to", RETROFIT_STRING, &o.to, "DIR|OUT.bin", "what to make; a directory must not exist yet"},
-    {"prelude", RETROFIT_STRING, &o.prelude, "LAYERS", "layers of the source, like 0-3 or 2,5,8-9, or none"},
-    {"core", RETROFIT_STRING, &o.core, "LAYERS", "the layers to repeat"},
-    {"coda", RETROFIT_STRING, &o.coda, "LAYERS", "layers of the source, or none"},
-    {"preset", RETROFIT_CHOICE, &o.preset, "tinyllama|llama3.2|llama3.2-2-4-2|smollm2", "the paper's layers (smollm2: 0-3, 20-25, 26-29 of 30, by its rule): the core is the last before the coda"},
-    {"adapter-init", RETROFIT_CHOICE, &o.adapter, "default|identity", "random as in the paper, or [0 | I]: starts as the source without the dropped layers (default)"},
-    {"mean-recurrence", RETROFIT_SIZE, &o.mean_recurrence, "R", "recorded for train and infer (8)"},
-    {"backprop-depth", RETROFIT_SIZE, &o.backprop_depth, "K", "recorded for train (8)"},
-    {"dtype", RETROFIT_CHOICE, &o.dtype, "f32|bf16", "of the numbers written (f32)"},
-    {"seed", RETROFIT_SIZE, &o.seed, "N", "of what is random (1)"},
+    {"from", RETROFIT_STRING, &options.from, "DIR|FILE.gguf",
+     "a plain Llama; without layers to choose it is only rewritten"},
+    {"to", RETROFIT_STRING, &options.to, "DIR|OUT.bin",
+     "what to make; a directory must not exist yet"},
+    {"prelude", RETROFIT_STRING, &options.prelude, "LAYERS",
+     "layers of the source, like 0-3 or 2,5,8-9, or none"},
+    {"core", RETROFIT_STRING, &options.core, "LAYERS", "the layers to repeat"},
+    {"coda", RETROFIT_STRING, &options.coda, "LAYERS", "layers of the source, or none"},
+    {"preset", RETROFIT_CHOICE, &options.preset, "tinyllama|llama3.2|llama3.2-2-4-2|smollm2",
+     "the paper's layers (smollm2: 0-3, 20-25, 26-29 of 30, by its rule): "
+     "the core is the last before the coda"},
+    {"adapter-init", RETROFIT_CHOICE, &options.adapter_init, "default|identity",
+     "random as in the paper, or [0 | I]: starts as the source without the dropped layers "
+     "(default)"},
+    {"mean-recurrence", RETROFIT_SIZE, &options.mean_recurrence, "R",
+     "recorded for train and infer (8)"},
+    {"backprop-depth", RETROFIT_SIZE, &options.backprop_depth, "K", "recorded for train (8)"},
+    {"dtype", RETROFIT_CHOICE, &options.dtype, "f32|bf16", "of the numbers written (f32)"},
+    {"seed", RETROFIT_SIZE, &options.seed, "N", "of what is random (1)"},
     {"From scratch", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"random", RETROFIT_STRING, &o.random, "CONFIG.json", "a random model of this shape, plain or recurrent; or a directory with a config.json"},
+    {"random", RETROFIT_STRING, &options.random, "CONFIG.json",
+     "a random model of this shape, plain or recurrent; or a directory with a config.json"},
     {"Token shards", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"tokenize", RETROFIT_FLAG, &o.tokenize, "FILE...", ".txt: the file is a document; .jsonl: each line has one"},
-    {"tokenizer", RETROFIT_STRING, &o.tokenizer, "DIR", "where tokenizer.json is; with --random: to be carried along"},
-    {"field", RETROFIT_STRING, &o.field, "NAME", "the member of a line that is the text (text)"},
+    {"tokenize", RETROFIT_FLAG, &options.tokenize, "FILE...",
+     ".txt: the file is a document; .jsonl: each line has one"},
+    {"tokenizer", RETROFIT_STRING, &options.tokenizer, "DIR",
+     "where tokenizer.json is; with --random: to be carried along"},
+    {"field", RETROFIT_STRING, &options.field, "NAME",
+     "the member of a line that is the text (text)"},
 };
 
-static const char usage[] = "convert --from DIR|FILE.gguf --to DIR --preset NAME | --prelude LAYERS --core LAYERS --coda LAYERS [options]\n"
-                            "convert --random CONFIG.json --to DIR [options]\n"
-                            "convert --tokenize FILE... --tokenizer DIR --to OUT.bin [--field NAME]\n"
-                            "Cuts a plain Llama into a recurrent model, makes a random one, or turns text into token shards.\n";
+static const char usage[] =
+    "convert --from DIR|FILE.gguf --to DIR --preset NAME | --prelude LAYERS --core LAYERS "
+    "--coda LAYERS [options]\n"
+    "convert --random CONFIG.json --to DIR [options]\n"
+    "convert --tokenize FILE... --tokenizer DIR --to OUT.bin [--field NAME]\n"
+    "Cuts a plain Llama into a recurrent model, makes a random one, or turns text into token "
+    "shards.\n";
 
-static char unfinished[RETROFIT_PATH]; // a file or directory under its temporary name, to be removed when something fails
+// The file or directory that is being written, under its temporary name; empty if there is none.
+static char unfinished[RETROFIT_PATH];
 
-// One line on stderr, whatever a file's names have in them; nothing half-written stays.
+// Ends the program with one line on stderr. Control characters, which file names may contain,
+// become question marks. What is unfinished is removed.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
     char text[2048];
     va_list args;
@@ -47,865 +122,1758 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     for (char *c = text; *c; c++)
         if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
     fprintf(stderr, "convert: %s\n", text);
-    if (*unfinished) retrofit_directory_abandon(unfinished), unlink(unfinished);
+    if (unfinished[0]) {
+        retrofit_directory_abandon(unfinished);
+        unlink(unfinished);
+    }
     exit(code);
 }
 
-// ---- Choosing layers ----------------------------------------------------------------------------------------------------
-enum { MOST_LAYERS = 4096 };
-typedef struct {
-    size_t at[MOST_LAYERS], count;
-} layers;
+// Ends the program where a function of the library failed.
+static void must(bool ok) {
+    if (!ok) die(1, "%s", retrofit_error());
+}
 
-static layers prelude, core, coda;
+static void *allocate_or_die(size_t count, size_t size) {
+    void *memory = retrofit_allocate(count, size);
+    must(memory != NULL);
+    return memory;
+}
 
-static const struct { const char *name; size_t layers; const char *prelude, *core, *coda; } presets[] = {
-    {"tinyllama", 22, "0-3", "10-17", "18-21"}, {"llama3.2", 16, "0-3", "6-11", "12-15"},
-    {"llama3.2-2-4-2", 16, "0-1", "10-13", "14-15"}, {"smollm2", 30, "0-3", "20-25", "26-29"}};
+static bool ends_with(const char *text, const char *end) {
+    size_t length = strlen(text), end_length = strlen(end);
+    return length > end_length && !strcmp(text + length - end_length, end);
+}
 
-// "0-3", "2,5,8-9" in any order, or "none". No layer twice, none that the source lacks.
-static void read_layers(const char *option, const char *text, layers *l, size_t available) {
-    if (!strcmp(text, "none")) return;
-    for (const char *p = text;; p++) {
-        char *end = NULL;
-        bool digit = *p >= '0' && *p <= '9';
-        unsigned long long first = digit ? strtoull(p, &end, 10) : 0, last = first;
-        if (digit && *end == '-' && end[1] >= '0' && end[1] <= '9') last = strtoull(end + 1, &end, 10);
-        if (!digit || last < first || (*end && *end != ',')) die(2, "--%s '%s' is not a list of layers like 0-3, 2,5,8-9 or none", option, text);
-        if (last >= available) die(2, "--%s %s: there is no layer %llu: the source has %zu, from 0", option, text, last, available);
-        for (size_t i = (size_t)first; i <= last; i++) {
-            for (size_t k = 0; k < l->count; k++)
-                if (l->at[k] == i) die(2, "--%s %s: layer %zu is there twice", option, text, i);
-            l->at[l->count++] = i;
-        }
-        if (!*(p = end)) return;
+// What the program is asked to do. The values are bits, so that an option can name several.
+enum { SURGERY = 1, REWRITE = 2, RANDOM = 4, TOKENIZE = 8 };
+
+static bool lists_given(void) { return options.prelude || options.core || options.coda; }
+
+static int find_task(void) {
+    if ((options.from != NULL) + (options.random != NULL) + options.tokenize != 1)
+        die(2, "give one of --from, --random and --tokenize (see --help)");
+    if (options.tokenize) return TOKENIZE;
+    if (options.random) return RANDOM;
+    return lists_given() || options.preset >= 0 ? SURGERY : REWRITE;
+}
+
+// Every option that was given must mean something for this task.
+static void check_options_fit(int task) {
+    const struct {
+        const char *name;
+        bool given;
+        int tasks;
+    } table[] = {
+        {"prelude", options.prelude, SURGERY},
+        {"core", options.core, SURGERY},
+        {"coda", options.coda, SURGERY},
+        {"preset", options.preset >= 0, SURGERY},
+        {"adapter-init", options.adapter_init >= 0, SURGERY},
+        {"mean-recurrence", options.mean_recurrence != SIZE_MAX, SURGERY | RANDOM},
+        {"backprop-depth", options.backprop_depth != SIZE_MAX, SURGERY | RANDOM},
+        {"dtype", options.dtype >= 0, SURGERY | REWRITE | RANDOM},
+        {"seed", options.seed != SIZE_MAX, SURGERY | RANDOM},
+        {"tokenizer", options.tokenizer, RANDOM | TOKENIZE},
+        {"field", options.field, TOKENIZE},
+    };
+    const char *task_name = task == TOKENIZE ? "tokenize" : task == RANDOM ? "random" : "from";
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        if (!table[i].given || table[i].tasks & task) continue;
+        if (task == REWRITE)
+            die(2, "--%s goes with a choice of layers (see --help)", table[i].name);
+        die(2, "--%s does not go with --%s", table[i].name, task_name);
     }
 }
 
-static void print_layers(const layers *l) { // 0-3,5
-    int width = l->count ? 0 : printf("none");
-    for (size_t i = 0, to; i < l->count; i = to + 1) {
-        for (to = i; to + 1 < l->count && l->at[to + 1] == l->at[to] + 1;) to++;
-        width += printf(to > i ? "%s%zu-%zu" : "%s%zu", i ? "," : "", l->at[i], l->at[to]);
+// The place to write to, and the arguments that are no options.
+static void check_files(int task, const char *const *files, size_t count) {
+    if (!options.to) die(2, "--to is needed: what shall be made?");
+    if (task == TOKENIZE) {
+        if (!count) die(2, "--tokenize needs files");
+        if (!options.tokenizer) die(2, "--tokenizer is needed: a directory with tokenizer.json");
+        if (!ends_with(options.to, ".bin"))
+            die(2, "--to %s: the name of a token shard ends in .bin", options.to);
+        return;
+    }
+    // Not even an old model is replaced: a slip of the keyboard must not cost the source, or a
+    // training.
+    if (!access(options.to, F_OK))
+        die(1, "%s exists already: remove it or choose another --to", options.to);
+    if (count) die(2, "'%s' is not an option: options begin with -- (see --help)", files[0]);
+}
+
+static void check_recurrence(const char *option, size_t n) {
+    if (n == SIZE_MAX || (n >= 1 && n <= 65536)) return;
+    die(2, "--%s %zu is not between 1 and 65536", option, n);
+}
+
+static void check_options(int task, const char *const *files, size_t count) {
+    check_options_fit(task);
+    check_files(task, files, count);
+    if (lists_given() && options.preset >= 0)
+        die(2, "--preset and lists of layers exclude each other");
+    if (lists_given() && !(options.prelude && options.core && options.coda))
+        die(2, "--prelude, --core and --coda go together; an empty one is none");
+    check_recurrence("mean-recurrence", options.mean_recurrence);
+    check_recurrence("backprop-depth", options.backprop_depth);
+}
+
+static void set_defaults(int task) {
+    if (options.seed == SIZE_MAX) options.seed = 1;
+    if (!options.field) options.field = "text";
+    if (task != SURGERY) return; // a random model takes its recurrence from config.json
+    if (options.mean_recurrence == SIZE_MAX) options.mean_recurrence = 8;
+    if (options.backprop_depth == SIZE_MAX) options.backprop_depth = 8;
+}
+
+// =================================================================================================
+// 2  Surgery
+// =================================================================================================
+
+// Where a model's tokenizer comes from: from files of a directory, which are copied, or from the
+// metadata of a GGUF file, which become files. Both are NULL if there is none.
+typedef struct gguf_file gguf_file;
+typedef struct {
+    const char *directory;
+    const gguf_file *gguf;
+} tokenizer_source;
+
+enum { MAX_LAYERS = 4096 };
+typedef struct {
+    size_t layers[MAX_LAYERS], count; // numbers of the source's layers, in the order they will have
+} layer_numbers;
+
+typedef struct {
+    layer_numbers prelude, core, coda;
+} layer_choice;
+
+// Section 3. origin[i] is where the numbers of the model's i-th parameter come from; choice is NULL
+// where no layers were chosen.
+static void write_model(const retrofit_model *model, const retrofit_parameter *const *origin,
+                        const layer_choice *choice, tokenizer_source tokenizer);
+
+// ---- Choosing layers ----------------------------------------------------------------------------
+
+typedef struct {
+    const char *name;
+    size_t source_layers;
+    const char *prelude, *core, *coda;
+} layer_preset;
+
+// In the order of --preset's alternatives.
+static const layer_preset presets[] = {
+    {"tinyllama", 22, "0-3", "10-17", "18-21"},
+    {"llama3.2", 16, "0-3", "6-11", "12-15"},
+    {"llama3.2-2-4-2", 16, "0-1", "10-13", "14-15"},
+    {"smollm2", 30, "0-3", "20-25", "26-29"},
+};
+
+// Reads "4" or "4-7" and returns where it ends, at a comma or the text's end. NULL if it is
+// neither.
+static const char *read_range(const char *text, size_t *first, size_t *last) {
+    if (!isdigit((unsigned char)*text)) return NULL;
+    char *end;
+    *first = (size_t)strtoull(text, &end, 10);
+    *last = *first;
+    if (*end == '-' && isdigit((unsigned char)end[1]))
+        *last = (size_t)strtoull(end + 1, &end, 10);
+    if (*last < *first || (*end && *end != ',')) return NULL;
+    return end;
+}
+
+static size_t count_layer(const layer_numbers *list, size_t layer) {
+    size_t count = 0;
+    for (size_t i = 0; i < list->count; i++) count += list->layers[i] == layer;
+    return count;
+}
+
+// Reads a list like "0-3", "2,5,8-9" (in any order) or "none". No layer may stand in it twice.
+static void read_layers(layer_numbers *list, const char *option, const char *text,
+                        size_t available) {
+    list->count = 0;
+    if (!strcmp(text, "none")) return;
+    const char *position = text;
+    for (;;) {
+        size_t first, last;
+        position = read_range(position, &first, &last);
+        if (!position)
+            die(2, "--%s '%s' is not a list of layers like 0-3, 2,5,8-9 or none", option, text);
+        if (last >= available)
+            die(2, "--%s %s: there is no layer %zu: the source has %zu, from 0", option, text, last,
+                available);
+        for (size_t layer = first; layer <= last; layer++) {
+            if (count_layer(list, layer))
+                die(2, "--%s %s: layer %zu is there twice", option, text, layer);
+            list->layers[list->count++] = layer;
+        }
+        if (*position == 0) return;
+        position++; // behind the comma
+    }
+}
+
+// The inverse, in a column of 12 characters.
+static void print_layers(const layer_numbers *list) {
+    int width = list->count ? 0 : printf("none");
+    size_t end;
+    for (size_t i = 0; i < list->count; i = end) {
+        end = i + 1; // of the run of consecutive layers that begins at i
+        while (end < list->count && list->layers[end] == list->layers[end - 1] + 1) end++;
+        if (i > 0) width += printf(",");
+        width += printf("%zu", list->layers[i]);
+        if (end > i + 1) width += printf("-%zu", list->layers[end - 1]);
     }
     printf("%*s", width < 12 ? 12 - width : 1, "");
 }
 
-// ---- GGUF: llama.cpp's file format, versions 2 and 3, little endian ---------------------------------------------------------
-//   header    "GGUF", u32 version, u64 number of tensors, u64 number of metadata entries
-//   metadata  string key, u32 type, value; a string is u64 length and bytes, an array is u32 element type, u64 count and elements
-//   tensors   string name, u32 number of dimensions, u64 each (the fastest first), u32 type, u64 offset
-//   data      from the next multiple of general.alignment on; each tensor at its offset from there
+static void choose_layers(layer_choice *choice, size_t available) {
+    const char *prelude = options.prelude, *core = options.core, *coda = options.coda;
+    if (options.preset >= 0) {
+        const layer_preset *preset = &presets[options.preset];
+        if (preset->source_layers != available)
+            die(2, "--preset %s is for a model of %zu layers, this one has %zu", preset->name,
+                preset->source_layers, available);
+        prelude = preset->prelude;
+        core = preset->core;
+        coda = preset->coda;
+    }
+    read_layers(&choice->prelude, "prelude", prelude, available);
+    read_layers(&choice->core, "core", core, available);
+    read_layers(&choice->coda, "coda", coda, available);
+    if (!choice->core.count) die(2, "--core none: there must be a layer to repeat");
+}
+
+// Says which layers are gone and how many parameters went with them. A plain Llama's layers, all of
+// the same size, are its coda.
+static void print_dropped(const retrofit_model *source, const layer_choice *choice) {
+    const retrofit_config *c = &source->config;
+    layer_numbers dropped = {.count = 0};
+    for (size_t layer = 0; layer < c->coda; layer++) {
+        size_t places = count_layer(&choice->prelude, layer) + count_layer(&choice->core, layer) +
+                        count_layer(&choice->coda, layer);
+        if (places == 0) dropped.layers[dropped.count++] = layer;
+        if (places > 1)
+            fprintf(stderr, "convert: note: layer %zu is copied to %zu places\n", layer, places);
+    }
+    size_t outside = 2 * c->vocab * c->n_embd + c->n_embd; // embedding, head, final norm
+    size_t per_layer = (source->weight_count - outside) / c->coda;
+    printf("%-12s", "dropped");
+    print_layers(&dropped);
+    printf("%16zu\n\n", dropped.count * per_layer);
+}
+
+// ---- The new model ------------------------------------------------------------------------------
+
+static retrofit_config recurrent_config(const retrofit_config *source, const layer_choice *choice) {
+    retrofit_config config = *source;
+    config.prelude = choice->prelude.count;
+    config.core = choice->core.count;
+    config.coda = choice->coda.count;
+    config.mean_recurrence = options.mean_recurrence;
+    config.backprop_depth = options.backprop_depth;
+    config.state_std = (float)RETROFIT_STATE_STD;
+    config.tied = false;
+    return config;
+}
+
+// The adapter A (d,2d) = [A_s | A_e] makes the core's input A·concat(s, e) = A_s·s + A_e·e.
+//     default     uniform in ±1/√(2d), as PyTorch initialises a Linear and the authors start
+//     identity    [0 | I]: the core's input is e, whatever the state is, so the model starts as the
+//                 source without the dropped layers
+static float *new_adapter(size_t d) {
+    float *A = allocate_or_die(2 * d * d, sizeof *A);
+    if (options.adapter_init == ADAPTER_IDENTITY) {
+        for (size_t i = 0; i < d; i++) A[i * 2 * d + d + i] = 1;
+        return A;
+    }
+    float bound = (float)(1 / sqrt(2 * (double)d));
+    for (size_t i = 0; i < 2 * d * d; i++)
+        A[i] = bound * (float)(2 * retrofit_hash_uniform(options.seed, i) - 1);
+    return A;
+}
+
+static const retrofit_parameter **add_layers(const retrofit_parameter **next,
+                                             const retrofit_model *source,
+                                             const layer_numbers *list) {
+    for (size_t i = 0; i < list->count; i++) {
+        const retrofit_layer *layer = &source->coda[list->layers[i]];
+        *next++ = &layer->norm_1;
+        *next++ = &layer->w_qkv;
+        *next++ = &layer->w_out;
+        *next++ = &layer->norm_2;
+        *next++ = &layer->w_gate_up;
+        *next++ = &layer->w_down;
+    }
+    return next;
+}
+
+// Where each parameter of the new model comes from, in the order of model->parameters. To be freed.
+static const retrofit_parameter **list_origins(const retrofit_model *model,
+                                               const retrofit_model *source,
+                                               const layer_choice *choice) {
+    const retrofit_parameter **origin = allocate_or_die(model->parameter_count, sizeof *origin);
+    const retrofit_parameter **next = origin;
+    *next++ = &source->wte;
+    next = add_layers(next, source, &choice->prelude);
+    *next++ = &model->adapter;
+    next = add_layers(next, source, &choice->core);
+    next = add_layers(next, source, &choice->coda);
+    *next++ = &source->ln_f;
+    *next++ = &source->lm_head;
+    return origin;
+}
+
+static void surgery(const retrofit_model *source, tokenizer_source tokenizer) {
+    if (!retrofit_is_plain(&source->config))
+        die(1, "%s is recurrent already: surgery starts from a plain Llama", options.from);
+    layer_choice choice;
+    choose_layers(&choice, source->config.coda);
+
+    retrofit_config config = recurrent_config(&source->config, &choice);
+    retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
+    must(model != NULL);
+    float *adapter = new_adapter(config.n_embd);
+    model->adapter.weight.data = adapter;
+
+    // The surgery itself: the new model's parameters are the source's, under other names.
+    const retrofit_parameter **origin = list_origins(model, source, &choice);
+    for (size_t i = 0; i < model->parameter_count; i++)
+        model->parameters[i]->weight = origin[i]->weight;
+
+    print_dropped(source, &choice);
+    write_model(model, origin, &choice, tokenizer);
+    free(adapter);
+    free(origin);
+    retrofit_free(model);
+}
+
+static void rewrite(retrofit_model *source, tokenizer_source tokenizer) {
+    source->config.tied = false;
+    printf("no layers chosen: the model is only rewritten\n\n");
+    write_model(source, (const retrofit_parameter *const *)source->parameters, NULL, tokenizer);
+}
+
+// =================================================================================================
+// 3  Writing a model
+// =================================================================================================
+
+// Section 7. Writes tokenizer.json and tokenizer_config.json.
+static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory);
+
+// Numbers first … first + n - 1 of a parameter as fp32, on the way rounded to bf16 if asked for.
+static void read_numbers(float *out, const retrofit_parameter *p, size_t first, size_t n,
+                         bool rounded) {
+    const char *data = p->weight.data;
+    retrofit_type type = p->weight.type;
+    retrofit_to_float(out, data + first * retrofit_type_size(type), type, n);
+    if (!rounded) return;
+    for (size_t i = 0; i < n; i++) out[i] = retrofit_bf16_to_float(retrofit_float_to_bf16(out[i]));
+}
+
+static void verify_parameter(const retrofit_parameter *written, const retrofit_parameter *origin) {
+    enum { CHUNK = 1 << 16 };
+    static float now[CHUNK], before[CHUNK];
+    const char *name = written->source[0].name;
+    if (written->rows != origin->rows || written->cols != origin->cols)
+        die(1, "%s: written in another shape than its source's", name);
+    size_t count = written->rows * written->cols;
+    for (size_t i = 0; i < count; i += CHUNK) {
+        size_t n = retrofit_min(count - i, CHUNK);
+        read_numbers(now, written, i, n, false);
+        read_numbers(before, origin, i, n, options.dtype == DTYPE_BF16);
+        if (memcmp(now, before, n * sizeof *now))
+            die(1, "%s: what was written reads back as something else: is the disk sound?", name);
+    }
+}
+
+// Reads back what was written and compares it with where it came from, bit for bit. Returns the
+// size of the file of weights.
+static size_t verify(const retrofit_parameter *const *origin, size_t count) {
+    retrofit_model *written = retrofit_load(unfinished, &retrofit_cpu, RETROFIT_INFERENCE);
+    if (!written) die(1, "reading back what was written: %s", retrofit_error());
+    if (written->parameter_count != count)
+        die(1, "reading back what was written: not all of it is there");
+    for (size_t i = 0; i < count; i++) verify_parameter(written->parameters[i], origin[i]);
+    size_t bytes = written->maps[0].bytes;
+    retrofit_free(written);
+    return bytes;
+}
+
+// One line of print_summary: the part's name, its layers or how the adapter starts, its size.
+static void print_part(retrofit_part part, const layer_choice *choice, bool plain, size_t count) {
+    static const char *const names[] = {"embedding", "prelude",    "adapter", "core",
+                                        "coda",      "final norm", "head"};
+    const char *adapter = options.adapter_init == ADAPTER_IDENTITY ? "[0 | I]" : "random";
+    printf("%-12s", part == RETROFIT_PART_CODA && plain ? "layers" : names[part]);
+    if (choice && part == RETROFIT_PART_PRELUDE) print_layers(&choice->prelude);
+    else if (choice && part == RETROFIT_PART_CORE) print_layers(&choice->core);
+    else if (choice && part == RETROFIT_PART_CODA) print_layers(&choice->coda);
+    else printf("%-12s", choice && part == RETROFIT_PART_ADAPTER ? adapter : "");
+    printf("%16zu\n", count);
+}
+
+static void print_summary(const retrofit_model *model, const layer_choice *choice, size_t bytes) {
+    size_t counts[RETROFIT_PARTS] = {0};
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        counts[p->part] += p->rows * p->cols;
+    }
+    bool plain = retrofit_is_plain(&model->config);
+    printf("%-12s%-12s%16s\n", "part", choice ? "layers" : "", "parameters");
+    for (int part = 0; part < RETROFIT_PARTS; part++)
+        if (counts[part]) print_part((retrofit_part)part, choice, plain, counts[part]);
+    printf("%-24s%16zu\n\n", "all", model->weight_count);
+    printf("%s: %zu bytes of %s, read back and compared\n", options.to, bytes,
+           options.dtype == DTYPE_BF16 ? "bf16" : "f32");
+    printf("next: train --model %s --data 'SHARDS*.bin' --out RUN --steps N\n", options.to);
+}
+
+static void write_model(const retrofit_model *model, const retrofit_parameter *const *origin,
+                        const layer_choice *choice, tokenizer_source tokenizer) {
+    char *directory = retrofit_directory_begin(options.to);
+    must(directory != NULL);
+    snprintf(unfinished, sizeof unfinished, "%s", directory);
+    free(directory);
+
+    retrofit_type type = options.dtype == DTYPE_BF16 ? RETROFIT_BF16 : RETROFIT_F32;
+    must(retrofit_save(model, unfinished, type, tokenizer.directory));
+    if (tokenizer.gguf) gguf_write_tokenizer(tokenizer.gguf, unfinished);
+    size_t bytes = verify(origin, model->parameter_count);
+    must(retrofit_directory_commit(unfinished, options.to));
+    unfinished[0] = 0;
+    print_summary(model, choice, bytes);
+}
+
+// =================================================================================================
+// 4  From scratch
+// =================================================================================================
+
+// --random names a config.json, under any name, or a directory that has one.
+static void read_shape(retrofit_config *config) {
+    struct stat status;
+    char path[RETROFIT_PATH];
+    const char *file = options.random;
+    if (!stat(options.random, &status) && S_ISDIR(status.st_mode)) {
+        must(retrofit_path(path, options.random, "config.json"));
+        file = path;
+    }
+    must(retrofit_config_read_file(config, file));
+}
+
+// W_out and W_down by their names in a recurrent model's file, then in a plain Llama's.
+static bool writes_to_residual_stream(const retrofit_parameter *p) {
+    static const char *const names[] = {"attn.proj.", "mlp.proj.", "o_proj.", "down_proj."};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strstr(p->source[0].name, names[i])) return true;
+    return false;
+}
+
+// Huginn's rule, after Takase. With d the width and L = P + C·R + D the unrolled model's depth:
+//
+//     norms                   1
+//     W_out, W_down           N(0, σ²/(2L)), since 2L of them add to the residual stream
+//     every other matrix      N(0, σ²),      σ² = 2/(5d)
+//
+// each normal number cut at three standard deviations.
+static void initialise(retrofit_model *model) {
+    const retrofit_config *c = &model->config;
+    double sigma = sqrt(2 / (5 * (double)c->n_embd));
+    double depth = (double)(c->prelude + c->core * c->mean_recurrence + c->coda);
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        size_t count = p->rows * p->cols;
+        bool is_norm = p->kind == RETROFIT_NORM;
+        float std = (float)(writes_to_residual_stream(p) ? sigma / sqrt(2 * depth) : sigma);
+        uint64_t key = retrofit_hash(options.seed, i);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static)
+#endif
+        for (size_t j = 0; j < count; j++)
+            p->master[j] = is_norm ? 1 : std * retrofit_hash_normal(key, j);
+    }
+}
+
+static void make_random(void) {
+    retrofit_config config;
+    read_shape(&config);
+    config.tied = false;
+    bool recurrence_given =
+        options.mean_recurrence != SIZE_MAX || options.backprop_depth != SIZE_MAX;
+    if (retrofit_is_plain(&config) && recurrence_given)
+        die(2, "%s is a plain model: it takes no --mean-recurrence and --backprop-depth",
+            options.random);
+    if (options.mean_recurrence != SIZE_MAX) config.mean_recurrence = options.mean_recurrence;
+    if (options.backprop_depth != SIZE_MAX) config.backprop_depth = options.backprop_depth;
+
+    retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
+    must(model != NULL);
+    must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
+    initialise(model);
+    tokenizer_source tokenizer = {.directory = options.tokenizer};
+    write_model(model, (const retrofit_parameter *const *)model->parameters, NULL, tokenizer);
+    retrofit_free(model);
+}
+
+// =================================================================================================
+// 5  Token shards
+// =================================================================================================
+
+// A document is stripped of white space at both ends and becomes: what the tokenizer adds before a
+// text (BOS, where it has one), the text's ids, EOS. Documents follow each other in the order of
+// files and lines. A shard is llm.c's .bin: 256 int32 of header, then the ids, as uint16 if the
+// tokenizer has at most 65,536 of them, else as uint32.
+
+typedef struct {
+    FILE *file;
+    retrofit_tokenizer *tokenizer;
+    int32_t eos;                              // to add to each document; -1: the tokenizer adds it
+    bool narrow;                              // ids are written as uint16
+    size_t documents, empty, tokens;          // so far; empty documents are skipped
+    size_t text_bytes, read_bytes, all_bytes; // of stripped text; of the files, so far and in all
+    double start, shown;                      // seconds: when this began, and showed progress last
+} shard_writer;
+
+typedef struct {
+    char *raw;         // the file, or a line of it
+    size_t size, line; // of raw in bytes; from 1, or 0 for a whole file
+    size_t text_bytes; // of the stripped text
+    int32_t *ids;      // [count] of it, NULL if it is empty
+    size_t count;
+    char *error; // what was wrong with it, or NULL
+} document;
+
+// ---- One document -------------------------------------------------------------------------------
+
+// Parses a line of a .jsonl file and finds its text, which lies within the tree that is returned.
+// NULL or error.
+static retrofit_json *parse_line(const char *where, const char **text, size_t *size) {
+    retrofit_json *line = retrofit_json_parse(*text, *size, where);
+    if (!line) return NULL;
+    const retrofit_json *member = retrofit_json_get(line, options.field);
+    if (!member || member->type != RETROFIT_JSON_STRING) {
+        retrofit_json_free(line);
+        retrofit_fail("%s: no string \"%s\" in it: name another with --field", where,
+                      options.field);
+        return NULL;
+    }
+    *text = member->string;
+    *size = member->length;
+    return line;
+}
+
+// Several threads do this at a time. false or error.
+static bool encode_document(const retrofit_tokenizer *tokenizer, document *document,
+                            const char *path) {
+    const char *text = document->raw;
+    size_t size = document->size;
+    retrofit_json *line = NULL;
+    retrofit_strip(&text, &size);
+    if (document->line > 0 && size > 0) {
+        char where[RETROFIT_PATH + 32];
+        snprintf(where, sizeof where, "%s: line %zu", path, document->line);
+        line = parse_line(where, &text, &size);
+        if (!line) return false;
+        retrofit_strip(&text, &size);
+    }
+    document->text_bytes = size;
+    if (size > 0) document->ids = retrofit_encode(tokenizer, text, size, true, &document->count);
+    retrofit_json_free(line);
+    return size == 0 || document->ids;
+}
+
+static void write_id(shard_writer *writer, int32_t id) {
+    uint16_t narrow = (uint16_t)id;
+    size_t written = writer->narrow ? fwrite(&narrow, sizeof narrow, 1, writer->file)
+                                    : fwrite(&id, sizeof id, 1, writer->file);
+    if (written != 1) die(1, "%s: writing failed: %s", unfinished, strerror(errno));
+    writer->tokens++;
+    if (writer->tokens > INT32_MAX)
+        die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
+}
+
+static void write_document(shard_writer *writer, const document *document) {
+    if (document->error) die(1, "%s", document->error);
+    writer->read_bytes += document->size;
+    writer->text_bytes += document->text_bytes;
+    if (document->text_bytes == 0) {
+        writer->empty++;
+        return;
+    }
+    for (size_t i = 0; i < document->count; i++) write_id(writer, document->ids[i]);
+    if (writer->eos >= 0) write_id(writer, writer->eos);
+    writer->documents++;
+}
+
+// ---- Files of documents -------------------------------------------------------------------------
+
+// A line on stderr, at most every second; on a terminal it replaces the one before.
+static void show_progress(shard_writer *writer) {
+    double now = retrofit_seconds(), elapsed = now - writer->start;
+    if (now - writer->shown < 1) return;
+    writer->shown = now;
+    double read = (double)writer->read_bytes, all = (double)writer->all_bytes;
+    bool terminal = isatty(STDERR_FILENO);
+    fprintf(stderr, "%s%.1f of %.1f MB, %zu documents, %zu tokens, %.1f MB/s, ETA %.0f s%s",
+            terminal ? "\r" : "", read / 1e6, all / 1e6, writer->documents, writer->tokens,
+            read / 1e6 / elapsed, (all - read) * elapsed / read, terminal ? "\033[K" : "\n");
+}
+
+// Encodes documents in parallel and writes them in their order.
+static void write_batch(shard_writer *writer, document *batch, size_t count, const char *path) {
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic)
+#endif
+    for (size_t i = 0; i < count; i++)
+        if (!encode_document(writer->tokenizer, &batch[i], path))
+            batch[i].error = strdup(retrofit_error()); // each thread has an error of its own
+    for (size_t i = 0; i < count; i++) {
+        write_document(writer, &batch[i]);
+        free(batch[i].raw);
+        free(batch[i].ids);
+    }
+    show_progress(writer);
+}
+
+// false at the end of the file.
+static bool read_line(FILE *file, const char *path, document *document) {
+    size_t capacity = 0;
+    errno = 0;
+    ssize_t length = getline(&document->raw, &capacity, file);
+    if (length < 0 && errno) die(1, "%s: line %zu: %s", path, document->line, strerror(errno));
+    if (length < 0) {
+        free(document->raw);
+        return false;
+    }
+    document->size = (size_t)length;
+    return true;
+}
+
+// .jsonl: a document in each line.
+static void tokenize_lines(shard_writer *writer, const char *path) {
+    enum { BATCH_DOCUMENTS = 1024, BATCH_BYTES = 1 << 24 };
+    static document batch[BATCH_DOCUMENTS];
+    FILE *file = fopen(path, "rb");
+    if (!file) die(1, "%s: %s", path, strerror(errno));
+    size_t count = 0, bytes = 0;
+    bool more = true;
+    for (size_t line = 1; more; line++) {
+        document next = {.line = line};
+        more = read_line(file, path, &next);
+        if (more) {
+            batch[count++] = next;
+            bytes += next.size;
+        }
+        if (count == BATCH_DOCUMENTS || bytes > BATCH_BYTES || !more) {
+            write_batch(writer, batch, count, path);
+            count = 0;
+            bytes = 0;
+        }
+    }
+    fclose(file);
+}
+
+// .txt: the file is a document.
+static void tokenize_whole(shard_writer *writer, const char *path) {
+    document document = {.line = 0};
+    document.raw = retrofit_read_file(path, &document.size);
+    must(document.raw != NULL);
+    write_batch(writer, &document, 1, path);
+}
+
+// ---- One shard ----------------------------------------------------------------------------------
+
+// The names and sizes of all files are checked before hours are spent on the first.
+static size_t check_text_files(const char *const *files, size_t count) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < count; i++) {
+        struct stat status;
+        if (!ends_with(files[i], ".txt") && !ends_with(files[i], ".jsonl"))
+            die(2, "%s: the name ends neither in .txt nor in .jsonl, the kinds that are known",
+                files[i]);
+        if (stat(files[i], &status)) die(1, "%s: %s", files[i], strerror(errno));
+        if (!S_ISREG(status.st_mode)) die(1, "%s: not a regular file", files[i]);
+        bytes += (size_t)status.st_size;
+    }
+    return bytes;
+}
+
+// Whether the tokenizer itself puts this id behind every text. We try one letter; another where the
+// first letter's own ids end in this one.
+static bool adds_at_end(const retrofit_tokenizer *tokenizer, int32_t id) {
+    for (const char *letter = "ab"; *letter; letter++) {
+        size_t own_count, count;
+        int32_t *own = retrofit_encode(tokenizer, letter, 1, false, &own_count);
+        int32_t *ids = retrofit_encode(tokenizer, letter, 1, true, &count);
+        must(own != NULL);
+        must(ids != NULL);
+        bool conclusive = own_count > 0 && own[own_count - 1] != id;
+        bool added = conclusive && ids[count - 1] == id;
+        free(own);
+        free(ids);
+        if (conclusive) return added;
+    }
+    return false;
+}
+
+static void open_tokenizer(shard_writer *writer) {
+    char path[RETROFIT_PATH];
+    const char *directory = retrofit_model_directory(options.tokenizer, path);
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    must(tokenizer != NULL);
+
+    retrofit_config config;
+    size_t size = retrofit_tokenizer_size(tokenizer);
+    int32_t eos = retrofit_tokenizer_eos(tokenizer);
+    if (eos < 0 && retrofit_config_read(&config, directory)) eos = config.eos;
+    if (eos < 0 || (size_t)eos >= size)
+        die(1,
+            "%s: neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) names a "
+            "token for the end of a document: add one",
+            directory);
+    writer->tokenizer = tokenizer;
+    writer->eos = adds_at_end(tokenizer, eos) ? -1 : eos;
+    writer->narrow = size <= 65536;
+}
+
+static void create_shard(shard_writer *writer) {
+    static const int32_t header[256]; // its numbers are known at the end
+    int length = snprintf(unfinished, sizeof unfinished, "%s.tmp-%ld", options.to, (long)getpid());
+    if (length >= RETROFIT_PATH) {
+        unfinished[0] = 0;
+        die(1, "--to: the path is too long");
+    }
+    writer->file = fopen(unfinished, "wb");
+    if (!writer->file) die(1, "%s: %s", unfinished, strerror(errno));
+    if (fwrite(header, sizeof header, 1, writer->file) != 1)
+        die(1, "%s: %s", unfinished, strerror(errno));
+}
+
+// Writes the header, and gives the file its name once it is on the disk.
+static void finish_shard(shard_writer *writer) {
+    uint64_t hash = retrofit_tokenizer_hash(writer->tokenizer);
+    int32_t header[256] = {0};
+    header[0] = writer->narrow ? RETROFIT_SHARD_MAGIC_16 : RETROFIT_SHARD_MAGIC_32;
+    header[1] = writer->narrow ? 1 : 7; // version
+    header[2] = (int32_t)writer->tokens;
+    header[3] = (int32_t)(uint32_t)hash;
+    header[4] = (int32_t)(uint32_t)(hash >> 32);
+    errno = 0;
+    bool ok = !fseek(writer->file, 0, SEEK_SET);
+    ok = ok && fwrite(header, sizeof header, 1, writer->file) == 1;
+    must(retrofit_finish_file(writer->file, unfinished, ok));
+    if (rename(unfinished, options.to)) die(1, "%s: %s", options.to, strerror(errno));
+
+    char parent[RETROFIT_PATH];
+    strcpy(parent, unfinished);
+    retrofit_parent_directory(parent);
+    unfinished[0] = 0;
+    must(retrofit_sync_directory(parent));
+}
+
+static void tokenize(const char *const *files, size_t count) {
+    shard_writer writer = {.all_bytes = check_text_files(files, count)};
+    open_tokenizer(&writer);
+    create_shard(&writer);
+    writer.start = retrofit_seconds();
+    writer.shown = writer.start;
+    for (size_t i = 0; i < count; i++) {
+        if (ends_with(files[i], ".txt")) tokenize_whole(&writer, files[i]);
+        else tokenize_lines(&writer, files[i]);
+    }
+    if (isatty(STDERR_FILENO) && writer.shown > writer.start) fputs("\r\033[K", stderr);
+    if (!writer.documents)
+        die(1, "there is no text in %s%s", files[0], count > 1 ? " and the others" : "");
+    finish_shard(&writer);
+
+    printf("%s: %zu documents, %zu tokens of %d bits, %.2f bytes of text per token, %.1f s\n",
+           options.to, writer.documents, writer.tokens, writer.narrow ? 16 : 32,
+           (double)writer.text_bytes / (double)writer.tokens, retrofit_seconds() - writer.start);
+    if (writer.empty) printf("%zu empty documents were skipped\n", writer.empty);
+    retrofit_tokenizer_free(writer.tokenizer);
+}
+
+// =================================================================================================
+// 6  GGUF
+// =================================================================================================
+
+// llama.cpp's file format, versions 2 and 3, little endian. Numbers stand at any address.
+//
+//     header       "GGUF", u32 version, u64 number of tensors, u64 number of metadata entries
+//     metadata     for each: string key, u32 type, value
+//     tensors      for each: string name, u32 number of dimensions, u64 each of them, the fastest
+//                  first, u32 type, u64 offset
+//     data         from the next multiple of general.alignment on, each tensor at its offset
+//
+// A string is a u64 length and so many bytes. A value that is an array is the u32 type of its
+// elements, their u64 number, and the elements.
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "numbers are taken from the file as they are: this needs a little-endian machine"
 #endif
 
 typedef struct {
-    const char *text; // within the file, no NUL behind it
+    const char *text; // in the mapped file, without a NUL behind it
     size_t length;
 } gguf_string;
-#define SHOW(s) (int)retrofit_min((s).length, 80), (s).text // for %.*s
+#define GGUF_SHOW(string) (int)retrofit_min((string).length, 80), (string).text // for printf's %.*s
 
+// Types of metadata.
+enum { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY };
 typedef struct {
     gguf_string key;
-    uint32_t type, element; // of an array's elements; otherwise the same
-    size_t count;
+    uint32_t type, element_type; // the same unless type is GGUF_ARRAY
+    size_t count;                // of elements; 1 unless type is GGUF_ARRAY
     const char *data;
 } gguf_value;
 
 typedef struct {
     char name[65];
     uint32_t type;
-    size_t rows, cols, offset, bytes; // cols: the fastest dimension; rows: the product of the others
+    size_t rows, cols; // cols is the fastest dimension, rows the product of the others
+    size_t offset, bytes;
     const uint8_t *data;
     bool used;
 } gguf_tensor;
 
-enum { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY };
-enum { GGML_F32 = 0, GGML_F16 = 1, GGML_Q4_0 = 2, GGML_Q4_1 = 3, GGML_Q8_0 = 8, GGML_BF16 = 30, GGML_TYPES };
-static const uint8_t ggml_blocks[GGML_TYPES][2] = { // values and bytes of a block, of the types that are read
-    [GGML_F32] = {1, 4}, [GGML_F16] = {1, 2}, [GGML_BF16] = {1, 2}, [GGML_Q8_0] = {32, 34}, [GGML_Q4_0] = {32, 18}, [GGML_Q4_1] = {32, 20}};
-
-static struct { // the one file that is read
-    const char *path, *map;
-    size_t size, at; // at: how far the header is read
+struct gguf_file {
+    const char *path;
+    char *bytes; // the whole file, mapped
+    size_t size;
+    size_t position; // of what is read next, up to the data
     gguf_value *values;
+    size_t value_count;
     gguf_tensor *tensors;
-    size_t value_count, tensor_count;
-} g;
+    size_t tensor_count;
+};
 
-static bool gguf_is(gguf_string s, const char *text) { return s.length == strlen(text) && !memcmp(s.text, text, s.length); }
+#define DAMAGED "damaged, fetch it again"
+#define CUT_OFF "cut off or damaged, fetch it again"
 
-static const char *gguf_take(uint64_t n) {
-    if (n > g.size - g.at) die(1, "%s: the header goes on past the file's end at byte %zu: cut off or damaged, fetch it again", g.path, g.at);
-    g.at += (size_t)n;
-    return g.map + g.at - n;
+// Ends the program with one line on stderr about the file.
+__attribute__((format(printf, 2, 3), noreturn)) static void gguf_die(const gguf_file *gguf,
+                                                                     const char *format, ...) {
+    char text[2048];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    die(1, "%s: %s", gguf->path, text);
 }
 
-static uint64_t gguf_number(size_t size) {
-    uint64_t n = 0;
-    return memcpy(&n, gguf_take(size), size), n;
+static bool gguf_string_is(gguf_string string, const char *text) {
+    return string.length == strlen(text) && !memcmp(string.text, text, string.length);
 }
 
-static gguf_string gguf_take_string(void) {
-    uint64_t n = gguf_number(8);
-    return (gguf_string){gguf_take(n), (size_t)n};
+// ---- Types of tensors ---------------------------------------------------------------------------
+
+// Tensors are stored in blocks of 1 or 32 values. Below, d is a block's scale and m its minimum,
+// both fp16. Two values of four bits share a byte: byte i has value i in its low half, i + 16 in
+// its high half.
+
+static float f16_at(const uint8_t *bytes) {
+    return retrofit_f16_to_float((uint16_t)(bytes[0] | bytes[1] << 8));
 }
 
-static void gguf_take_value(gguf_value *value) {
-    static const uint8_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
-    uint64_t count = 1;
-    value->key = gguf_take_string(), value->type = value->element = (uint32_t)gguf_number(4);
-    if (value->type == GGUF_ARRAY) value->element = (uint32_t)gguf_number(4), count = gguf_number(8);
-    if (value->element >= sizeof sizes || value->element == GGUF_ARRAY || count > g.size)
-        die(1, "%s: metadata %.*s: %llu values of type %u: unknown, an array of arrays, or damaged", g.path, SHOW(value->key),
-            (unsigned long long)count, value->element);
-    value->data = g.map + g.at, value->count = (size_t)count;
-    for (uint64_t i = 0; value->element == GGUF_STRING && i < count; i++) gguf_take_string();
-    gguf_take(count * sizes[value->element]);
+static void read_f32(float *out, const uint8_t *data, size_t count) {
+    memcpy(out, data, count * sizeof *out);
 }
 
-static void gguf_take_tensor(gguf_tensor *x) {
-    gguf_string name = gguf_take_string();
-    snprintf(x->name, sizeof x->name, "%.*s", SHOW(name)); // one that does not fit is none of a Llama's
-    uint64_t dims = gguf_number(4), n = dims ? gguf_number(8) : 0;
-    bool sound = dims <= 4 && n && n <= SIZE_MAX / 64;
-    x->cols = (size_t)n, x->rows = 1;
-    for (uint64_t i = 1; sound && i < dims; i++, x->rows *= (size_t)n) n = gguf_number(8), sound = n && n <= SIZE_MAX / 64 / x->cols / x->rows;
-    if (!sound) die(1, "%s: tensor %s: its sizes make none or too many numbers: damaged, fetch it again", g.path, x->name);
-    x->type = (uint32_t)gguf_number(4), x->offset = (size_t)gguf_number(8);
-    const uint8_t *block = ggml_blocks[x->type < GGML_TYPES ? x->type : 4]; // 4 is none that is read
-    if (!block[0]) die(1, "%s: tensor %s is of type %u; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are read: get such a file of this model", g.path, x->name, x->type);
-    if (x->cols % block[0]) die(1, "%s: tensor %s: rows of %zu are no blocks of %u: damaged, fetch it again", g.path, x->name, x->cols, block[0]);
-    x->bytes = x->rows * (x->cols / block[0]) * block[1];
+static void read_f16(float *out, const uint8_t *data, size_t count) {
+    retrofit_to_float(out, data, RETROFIT_F16, count);
 }
 
-static gguf_tensor *gguf_find(const char *name) {
-    for (gguf_tensor *x = g.tensors; x < g.tensors + g.tensor_count; x++)
-        if (!strcmp(x->name, name)) return x;
+static void read_bf16(float *out, const uint8_t *data, size_t count) {
+    retrofit_to_float(out, data, RETROFIT_BF16, count);
+}
+
+// d (2 bytes), q (32 signed bytes): x = d·q
+static void read_q8_0(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 34, out += 32) {
+        float d = f16_at(block);
+        for (size_t i = 0; i < 32; i++) out[i] = d * (float)(int8_t)block[2 + i];
+    }
+}
+
+// The 32 values d·q + m whose q lie in 16 bytes.
+static void read_4_bits(float *out, const uint8_t *q, float d, float m) {
+    for (size_t i = 0; i < 16; i++) {
+        out[i] = d * (float)(q[i] & 15) + m;
+        out[i + 16] = d * (float)(q[i] >> 4) + m;
+    }
+}
+
+// d (2 bytes), q (32 of 4 bits in 16 bytes): x = d·(q - 8)
+static void read_q4_0(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 18, out += 32) {
+        float d = f16_at(block);
+        read_4_bits(out, block + 2, d, -8 * d);
+    }
+}
+
+// d (2 bytes), m (2 bytes), q (32 of 4 bits in 16 bytes): x = d·q + m
+static void read_q4_1(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 20, out += 32)
+        read_4_bits(out, block + 4, f16_at(block), f16_at(block + 2));
+}
+
+typedef struct {
+    const char *name;
+    uint32_t number;      // in files
+    size_t values, bytes; // of a block
+    void (*read)(float *out, const uint8_t *data, size_t blocks);
+} gguf_type;
+
+static const gguf_type gguf_types[] = {
+    {"F32", 0, 1, 4, read_f32},     {"F16", 1, 1, 2, read_f16},     {"Q4_0", 2, 32, 18, read_q4_0},
+    {"Q4_1", 3, 32, 20, read_q4_1}, {"Q8_0", 8, 32, 34, read_q8_0}, {"BF16", 30, 1, 2, read_bf16},
+};
+
+static const gguf_type *gguf_find_type(uint32_t number) {
+    for (size_t i = 0; i < sizeof gguf_types / sizeof *gguf_types; i++)
+        if (gguf_types[i].number == number) return &gguf_types[i];
     return NULL;
 }
 
-// The metadata entry of this type (an array: of its elements). NULL if there is none and it is optional.
-static const gguf_value *gguf_get(const char *key, uint32_t type, bool array, bool optional) {
-    const gguf_value *value = g.values, *end = g.values + g.value_count;
-    while (value < end && !gguf_is(value->key, key)) value++;
-    if (value == end && !optional) die(1, "%s: metadata %s is missing: convert the model again with a newer llama.cpp", g.path, key);
-    if (value == end) return NULL;
-    if (value->element != type || (value->type == GGUF_ARRAY) != array) die(1, "%s: metadata %s has another type than %u", g.path, key, type);
+// All numbers of a tensor, rows · cols of them.
+static void gguf_read_numbers(const gguf_file *gguf, const gguf_tensor *tensor, float *out) {
+    const gguf_type *type = gguf_find_type(tensor->type);
+    size_t count = tensor->rows * tensor->cols;
+    type->read(out, tensor->data, count / type->values);
+    for (size_t i = 0; i < count; i++)
+        if (!isfinite(out[i]))
+            gguf_die(gguf, "tensor %s: number %zu is not finite: " DAMAGED, tensor->name, i);
+}
+
+// ---- Opening a file: every length is checked before it is used ----------------------------------
+
+static const char *gguf_read_bytes(gguf_file *gguf, uint64_t count) {
+    if (count > gguf->size - gguf->position)
+        gguf_die(gguf, "the header goes on past the file's end at byte %zu: " CUT_OFF,
+                 gguf->position);
+    const char *bytes = gguf->bytes + gguf->position;
+    gguf->position += (size_t)count;
+    return bytes;
+}
+
+static uint64_t gguf_read_number(gguf_file *gguf, size_t size) {
+    uint64_t number = 0;
+    memcpy(&number, gguf_read_bytes(gguf, size), size);
+    return number;
+}
+
+static gguf_string gguf_read_string(gguf_file *gguf) {
+    uint64_t length = gguf_read_number(gguf, 8);
+    return (gguf_string){gguf_read_bytes(gguf, length), (size_t)length};
+}
+
+static void gguf_read_value(gguf_file *gguf, gguf_value *value) {
+    // Of an element of types 0, 1, …: u8 i8 u16 i16 u32 i32 f32 bool string array u64 i64 f64.
+    static const uint8_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+    uint64_t count = 1;
+    value->key = gguf_read_string(gguf);
+    value->type = (uint32_t)gguf_read_number(gguf, 4);
+    value->element_type = value->type;
+    if (value->type == GGUF_ARRAY) {
+        value->element_type = (uint32_t)gguf_read_number(gguf, 4);
+        count = gguf_read_number(gguf, 8);
+    }
+    if (value->element_type >= sizeof sizes || value->element_type == GGUF_ARRAY ||
+        count > gguf->size)
+        gguf_die(gguf,
+                 "metadata %.*s: %llu values of type %u: unknown, an array of arrays, or damaged",
+                 GGUF_SHOW(value->key), (unsigned long long)count, value->element_type);
+    value->count = (size_t)count;
+    value->data = gguf->bytes + gguf->position;
+    if (value->element_type == GGUF_STRING)
+        for (uint64_t i = 0; i < count; i++) gguf_read_string(gguf);
+    gguf_read_bytes(gguf, count * sizes[value->element_type]);
+}
+
+// rows and cols. No product of a tensor's sizes overflows, not even times the 4 bytes of a float.
+static void gguf_read_shape(gguf_file *gguf, gguf_tensor *tensor) {
+    uint64_t dimensions = gguf_read_number(gguf, 4);
+    bool valid = dimensions > 0;
+    tensor->rows = 1;
+    tensor->cols = 1;
+    for (uint64_t i = 0; valid && i < dimensions; i++) {
+        uint64_t n = gguf_read_number(gguf, 8);
+        valid = dimensions <= 4 && n > 0 && n <= SIZE_MAX / 64 / tensor->cols / tensor->rows;
+        if (i == 0) tensor->cols = (size_t)n;
+        else tensor->rows *= (size_t)n;
+    }
+    if (!valid)
+        gguf_die(gguf, "tensor %s: its sizes make none or too many numbers: " DAMAGED,
+                 tensor->name);
+}
+
+static void gguf_read_tensor(gguf_file *gguf, gguf_tensor *tensor) {
+    gguf_string name = gguf_read_string(gguf);
+    snprintf(tensor->name, sizeof tensor->name, "%.*s", GGUF_SHOW(name)); // a Llama's all fit
+    gguf_read_shape(gguf, tensor);
+    tensor->type = (uint32_t)gguf_read_number(gguf, 4);
+    tensor->offset = (size_t)gguf_read_number(gguf, 8);
+    const gguf_type *type = gguf_find_type(tensor->type);
+    if (!type)
+        gguf_die(gguf, "tensor %s is of type %u; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are read: "
+                       "get such a file of this model", tensor->name, tensor->type);
+    if (tensor->cols % type->values)
+        gguf_die(gguf, "tensor %s: rows of %zu are no blocks of %zu: " DAMAGED, tensor->name,
+                 tensor->cols, type->values);
+    tensor->bytes = tensor->rows * (tensor->cols / type->values) * type->bytes;
+}
+
+static void gguf_read_header(gguf_file *gguf) {
+    if (memcmp(gguf_read_bytes(gguf, 4), "GGUF", 4))
+        gguf_die(gguf, "does not start with GGUF, so it is no GGUF file");
+    uint32_t version = (uint32_t)gguf_read_number(gguf, 4);
+    uint64_t tensors = gguf_read_number(gguf, 8), values = gguf_read_number(gguf, 8);
+    if (version != 2 && version != 3)
+        gguf_die(gguf, "GGUF version %u%s, not 2 or 3", version,
+                 version & 0xffff ? "" : " (big endian)");
+    // An entry has at least 12 bytes, a tensor more than 16.
+    if (tensors > gguf->size / 16 || values > gguf->size / 12)
+        gguf_die(gguf, "it promises more than it has room for: " CUT_OFF);
+    gguf->value_count = (size_t)values;
+    gguf->tensor_count = (size_t)tensors;
+    gguf->values = allocate_or_die(gguf->value_count, sizeof *gguf->values);
+    gguf->tensors = allocate_or_die(gguf->tensor_count, sizeof *gguf->tensors);
+    for (size_t i = 0; i < gguf->value_count; i++) gguf_read_value(gguf, &gguf->values[i]);
+    for (size_t i = 0; i < gguf->tensor_count; i++) gguf_read_tensor(gguf, &gguf->tensors[i]);
+}
+
+static uint32_t gguf_u32(const gguf_file *gguf, const char *key, uint32_t otherwise);
+
+static void gguf_open(gguf_file *gguf, const char *path) {
+    memset(gguf, 0, sizeof *gguf);
+    gguf->path = path;
+    gguf->bytes = retrofit_map_file(path, &gguf->size);
+    must(gguf->bytes != NULL);
+    gguf_read_header(gguf);
+
+    uint32_t alignment = gguf_u32(gguf, "general.alignment", 32);
+    if (!alignment || alignment & (alignment - 1))
+        gguf_die(gguf, "general.alignment %u is no power of two", alignment);
+    size_t start = gguf->position + (alignment - gguf->position % alignment) % alignment;
+    size_t available = start < gguf->size ? gguf->size - start : 0;
+    for (size_t i = 0; i < gguf->tensor_count; i++) {
+        gguf_tensor *tensor = &gguf->tensors[i];
+        if (tensor->offset % alignment || tensor->offset > available ||
+            tensor->bytes > available - tensor->offset)
+            gguf_die(gguf,
+                     "tensor %s: %zu bytes at offset %zu are unaligned or past the file's end: "
+                     CUT_OFF, tensor->name, tensor->bytes, tensor->offset);
+        tensor->data = (const uint8_t *)gguf->bytes + start + tensor->offset;
+    }
+}
+
+static void gguf_close(gguf_file *gguf) {
+    munmap(gguf->bytes, gguf->size);
+    free(gguf->values);
+    free(gguf->tensors);
+}
+
+// ---- Metadata -----------------------------------------------------------------------------------
+
+// The entry of this key, which must be of this type, or an array of such elements. NULL if there is
+// none.
+static const gguf_value *gguf_find(const gguf_file *gguf, const char *key, uint32_t type,
+                                   bool is_array) {
+    for (size_t i = 0; i < gguf->value_count; i++) {
+        const gguf_value *value = &gguf->values[i];
+        if (!gguf_string_is(value->key, key)) continue;
+        if (value->element_type != type || (value->type == GGUF_ARRAY) != is_array)
+            gguf_die(gguf, "metadata %s has another type than %u", key, type);
+        return value;
+    }
+    return NULL;
+}
+
+static const gguf_value *gguf_need(const gguf_file *gguf, const char *key, uint32_t type,
+                                   bool is_array) {
+    const gguf_value *value = gguf_find(gguf, key, type, is_array);
+    if (!value)
+        gguf_die(gguf, "metadata %s is missing: convert the model again with a newer llama.cpp",
+                 key);
     return value;
 }
 
-#define NEEDED UINT32_C(0xfffffffe) // instead of a value for entries that are not there
-static uint32_t gguf_u32(const char *key, uint32_t otherwise) {
-    const gguf_value *value = gguf_get(key, GGUF_U32, false, otherwise != NEEDED);
-    return value ? memcpy(&otherwise, value->data, 4), otherwise : otherwise;
+static uint32_t gguf_u32(const gguf_file *gguf, const char *key, uint32_t otherwise) {
+    const gguf_value *value = gguf_find(gguf, key, GGUF_U32, false);
+    if (value) memcpy(&otherwise, value->data, sizeof otherwise);
+    return otherwise;
 }
 
-static float gguf_f32(const char *key, float otherwise) { // 0: needed
-    const gguf_value *value = gguf_get(key, GGUF_F32, false, otherwise > 0);
-    return value ? memcpy(&otherwise, value->data, 4), otherwise : otherwise;
+static uint32_t gguf_need_u32(const gguf_file *gguf, const char *key) {
+    gguf_need(gguf, key, GGUF_U32, false);
+    return gguf_u32(gguf, key, 0);
 }
 
-static bool gguf_bool(const char *key, bool otherwise) {
-    const gguf_value *value = gguf_get(key, GGUF_BOOL, false, true);
+static float gguf_f32(const gguf_file *gguf, const char *key, float otherwise) {
+    const gguf_value *value = gguf_find(gguf, key, GGUF_F32, false);
+    if (value) memcpy(&otherwise, value->data, sizeof otherwise);
+    return otherwise;
+}
+
+static bool gguf_bool(const gguf_file *gguf, const char *key, bool otherwise) {
+    const gguf_value *value = gguf_find(gguf, key, GGUF_BOOL, false);
     return value ? *value->data != 0 : otherwise;
 }
 
-static gguf_string gguf_text(const char **data) { // the string there, whose length was checked at the opening; then *data is behind it
-    uint64_t n;
-    memcpy(&n, *data, 8);
-    gguf_string s = {*data + 8, (size_t)n};
-    return *data += 8 + n, s;
+// The string at data, whose length was checked when the file was opened.
+static gguf_string gguf_string_at(const char *data) {
+    uint64_t length;
+    memcpy(&length, data, sizeof length);
+    return (gguf_string){data + sizeof length, (size_t)length};
 }
 
-static gguf_string gguf_string_of(const char *key, bool optional) {
-    const gguf_value *value = gguf_get(key, GGUF_STRING, false, optional);
-    return value ? gguf_text(&(const char *){value->data}) : (gguf_string){"", 0};
+static gguf_string gguf_need_string(const gguf_file *gguf, const char *key) {
+    return gguf_string_at(gguf_need(gguf, key, GGUF_STRING, false)->data);
 }
 
-static gguf_string *gguf_strings(const char *key, size_t *count) { // to be freed
-    const gguf_value *value = gguf_get(key, GGUF_STRING, true, false);
-    gguf_string *s = (gguf_string *)retrofit_allocate(*count = value->count, sizeof *s);
-    if (!s) die(1, "%s", retrofit_error());
+// An empty string if there is none.
+static gguf_string gguf_optional_string(const gguf_file *gguf, const char *key) {
+    const gguf_value *value = gguf_find(gguf, key, GGUF_STRING, false);
+    return value ? gguf_string_at(value->data) : (gguf_string){"", 0};
+}
+
+static gguf_string *gguf_need_strings(const gguf_file *gguf, const char *key, size_t *count) {
+    const gguf_value *value = gguf_need(gguf, key, GGUF_STRING, true);
+    gguf_string *strings = allocate_or_die(value->count, sizeof *strings);
     const char *data = value->data;
-    for (size_t i = 0; i < *count; i++) s[i] = gguf_text(&data);
-    return s;
-}
-
-static void gguf_open(const char *path) {
-    g.path = path;
-    if (!(g.map = (const char *)retrofit_map_file(path, &g.size))) die(1, "%s", retrofit_error());
-    if (memcmp(gguf_take(4), "GGUF", 4)) die(1, "%s: does not start with GGUF, so it is no GGUF file", path);
-    uint64_t version = gguf_number(4), tensors = gguf_number(8), values = gguf_number(8);
-    if (version != 2 && version != 3) die(1, "%s: GGUF version %u%s, not 2 or 3", path, (unsigned)version, version & 0xffff ? "" : " (big endian)");
-    if (tensors > g.size / 16 || values > g.size / 12) die(1, "%s: it promises more than it has room for: cut off or damaged, fetch it again", path);
-    g.values = (gguf_value *)retrofit_allocate((size_t)values, sizeof *g.values), g.tensors = (gguf_tensor *)retrofit_allocate((size_t)tensors, sizeof *g.tensors);
-    if (!g.values || !g.tensors) die(1, "%s", retrofit_error());
-    while (g.value_count < values) gguf_take_value(&g.values[g.value_count++]);
-    while (g.tensor_count < tensors) gguf_take_tensor(&g.tensors[g.tensor_count++]);
-    uint32_t alignment = gguf_u32("general.alignment", 32);
-    if (!alignment || alignment & (alignment - 1)) die(1, "%s: general.alignment %u is no power of two", path, alignment);
-    size_t start = g.at + (alignment - g.at % alignment) % alignment, room = start < g.size ? g.size - start : 0;
-    for (gguf_tensor *x = g.tensors; x < g.tensors + tensors; x++) {
-        if (x->offset % alignment || x->offset > room || x->bytes > room - x->offset)
-            die(1, "%s: tensor %s: %zu bytes at offset %zu are unaligned or past the file's end: cut off or damaged, fetch it again", path, x->name,
-                x->bytes, x->offset);
-        x->data = (const uint8_t *)g.map + start + x->offset;
+    for (size_t i = 0; i < value->count; i++) {
+        strings[i] = gguf_string_at(data);
+        data = strings[i].text + strings[i].length;
     }
+    *count = value->count;
+    return strings;
 }
 
-static float gguf_half(const uint8_t *p) { return retrofit_f16_to_float((uint16_t)(p[0] | p[1] << 8)); }
+// ---- The model ----------------------------------------------------------------------------------
 
-// All numbers into out. Block types: a scale (and for Q4_1 a minimum) per 32 values; a byte of 4-bit ones holds values i and i + 16.
-static void gguf_dequantize(const gguf_tensor *x, float *out) {
-    size_t block = ggml_blocks[x->type][0], bytes = ggml_blocks[x->type][1], n = x->rows * x->cols;
-    const uint8_t *p = x->data;
-    for (size_t i = 0; i < n; i += block, p += bytes) {
-        float *to = out + i, scale = block > 1 ? gguf_half(p) : 0, low = x->type == GGML_Q4_1 ? gguf_half(p + 2) : -8 * scale;
-        const uint8_t *q = p + bytes - 16; // of the 4-bit types
-        if (x->type == GGML_F32) memcpy(to, p, 4);
-        else if (x->type == GGML_BF16) *to = retrofit_bf16_to_float((uint16_t)(p[0] | p[1] << 8));
-        else if (x->type == GGML_F16) *to = gguf_half(p);
-        else if (x->type == GGML_Q8_0)
-            for (int j = 0; j < 32; j++) to[j] = scale * (float)(int8_t)p[2 + j];
-        else
-            for (int j = 0; j < 16; j++) to[j] = scale * (float)(q[j] & 15) + low, to[j + 16] = scale * (float)(q[j] >> 4) + low;
+static gguf_tensor *gguf_find_tensor(const gguf_file *gguf, const char *name) {
+    for (size_t i = 0; i < gguf->tensor_count; i++)
+        if (!strcmp(gguf->tensors[i].name, name)) return &gguf->tensors[i];
+    return NULL;
+}
+
+// Llama 3.x divides its rotary frequencies θ^(-2i/h) by numbers f_i, which a GGUF has as tensor
+// rope_freqs.weight. If frequency i makes t_i turns in the original context of 8192 tokens, then
+//
+//     t_i = 8192·θ^(-2i/h)/2π      s_i = min(max((t_i - 1)/(4 - 1), 0), 1)
+//     1/f_i = (1 - s_i)/factor + s_i
+//
+// so the last one, of the slowest frequency, is the factor itself. All of them are checked.
+static bool is_llama3_scaling(const retrofit_config *c, const float *divisors) {
+    for (size_t i = 0; i < c->head_dim / 2; i++) {
+        double frequency = pow(c->rope_theta, -2.0 * (double)i / (double)c->head_dim);
+        double turns = c->rope_original_context * frequency / (2 * 3.14159265358979323846);
+        double smooth = (turns - c->rope_low) / (c->rope_high - c->rope_low);
+        smooth = fmin(fmax(smooth, 0), 1);
+        double expected = (1 - smooth) / c->rope_factor + smooth;
+        if (!(fabs((double)divisors[i] * expected - 1) < 1e-4)) return false;
     }
-    for (size_t i = 0; i < n; i++)
-        if (!isfinite(out[i])) die(1, "%s: tensor %s: number %zu is not finite: damaged, fetch it again", g.path, x->name, i);
+    return true;
 }
 
-// llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: its converter interleaves the rows. Back, in place.
-static void gguf_unpermute(float *w, size_t head, size_t heads, size_t cols) {
-    float *old = (float *)retrofit_allocate(head * cols, sizeof *old);
-    if (!old) die(1, "%s", retrofit_error());
-    for (float *h = w; h < w + heads * head * cols; h += head * cols) {
-        memcpy(old, h, head * cols * sizeof *old);
-        for (size_t i = 0; i < head; i++) memcpy(h + (i % 2 * (head / 2) + i / 2) * cols, old + i * cols, cols * sizeof *old);
-    }
-    free(old);
+static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
+    gguf_tensor *tensor = gguf_find_tensor(gguf, "rope_freqs.weight");
+    if (!tensor) return;
+    tensor->used = true;
+    float *divisors = allocate_or_die(tensor->rows * tensor->cols, sizeof *divisors);
+    gguf_read_numbers(gguf, tensor, divisors);
+    c->rope_llama3 = true;
+    c->rope_factor = (double)divisors[tensor->cols - 1];
+    c->rope_low = 1;
+    c->rope_high = 4;
+    c->rope_original_context = 8192;
+    if (tensor->rows != 1 || tensor->cols != c->head_dim / 2 || c->rope_factor < 1 ||
+        !is_llama3_scaling(c, divisors))
+        gguf_die(gguf, "rope_freqs.weight is not Llama 3's scaling (low 1, high 4, original "
+                       "context 8192): not supported");
+    free(divisors);
 }
 
-// Llama 3.x: rope_freqs.weight divides each frequency: by 1 for short wavelengths, by a factor for long ones (the last is the longest),
-// smoothly in between.
-static void gguf_read_rope(retrofit_config *c) {
-    gguf_tensor *x = gguf_find("rope_freqs.weight");
-    if (!x) return;
-    float *values = (float *)retrofit_allocate(x->rows * x->cols, sizeof *values);
-    if (!values) die(1, "%s", retrofit_error());
-    gguf_dequantize(x, values);
-    c->rope_llama3 = x->used = true, c->rope_factor = (double)values[x->cols - 1], c->rope_low = 1, c->rope_high = 4, c->rope_original_context = 8192;
-    bool match = x->rows == 1 && x->cols == c->head_dim / 2 && c->rope_factor >= 1;
-    for (size_t i = 0; match && i < x->cols; i++) {
-        double turns = c->rope_original_context * pow(c->rope_theta, -2.0 * (double)i / (double)c->head_dim) / (2 * 3.14159265358979323846);
-        double keep = fmin(fmax((turns - c->rope_low) / (c->rope_high - c->rope_low), 0), 1);
-        match = fabs((double)values[i] * ((1 - keep) / c->rope_factor + keep) - 1) < 1e-4;
-    }
-    free(values);
-    if (!match) die(1, "%s: rope_freqs.weight is not Llama 3's scaling (low 1, high 4, original context 8192): not supported", g.path);
+static void gguf_check_architecture(const gguf_file *gguf) {
+    gguf_string architecture = gguf_need_string(gguf, "general.architecture");
+    gguf_string scaling = gguf_optional_string(gguf, "llama.rope.scaling.type");
+    if (!gguf_string_is(architecture, "llama"))
+        gguf_die(gguf, "the architecture is %.*s; only llama is read", GGUF_SHOW(architecture));
+    if (scaling.length && !gguf_string_is(scaling, "none"))
+        gguf_die(gguf,
+                 "llama.rope.scaling.type is set: only Llama 3's rope_freqs.weight is supported");
+    if (gguf_u32(gguf, "llama.expert_count", 0))
+        gguf_die(gguf, "a mixture of experts: only dense Llamas are supported");
 }
 
-static void gguf_read_config(retrofit_config *c) {
-    gguf_string architecture = gguf_string_of("general.architecture", false), scaling = gguf_string_of("llama.rope.scaling.type", true);
-    if (!gguf_is(architecture, "llama")) die(1, "%s: the architecture is %.*s; only llama is read", g.path, SHOW(architecture));
-    if (scaling.length && !gguf_is(scaling, "none")) die(1, "%s: llama.rope.scaling.type is set: only Llama 3's rope_freqs.weight is supported", g.path);
-    if (gguf_u32("llama.expert_count", 0)) die(1, "%s: a mixture of experts: only dense Llamas are supported", g.path);
+#define NO_TOKEN UINT32_MAX // -1 in a retrofit_config
+
+static void gguf_read_config(const gguf_file *gguf, retrofit_config *c) {
+    gguf_check_architecture(gguf);
     memset(c, 0, sizeof *c);
-    c->n_embd = gguf_u32("llama.embedding_length", NEEDED), c->n_heads = gguf_u32("llama.attention.head_count", NEEDED);
-    c->n_kv_heads = gguf_u32("llama.attention.head_count_kv", (uint32_t)c->n_heads), c->coda = gguf_u32("llama.block_count", NEEDED);
-    c->intermediate = gguf_u32("llama.feed_forward_length", NEEDED), c->context = gguf_u32("llama.context_length", NEEDED);
-    uint32_t head = c->n_heads ? (uint32_t)(c->n_embd / c->n_heads) : 0;
-    c->head_dim = gguf_u32("llama.attention.key_length", head);
-    if (gguf_u32("llama.attention.value_length", head) != c->head_dim || gguf_u32("llama.rope.dimension_count", head) != c->head_dim)
-        die(1, "%s: heads whose keys, values and rotated parts differ in size are not supported", g.path);
-    c->norm_eps = gguf_f32("llama.attention.layer_norm_rms_epsilon", 0), c->rope_theta = (double)gguf_f32("llama.rope.freq_base", 10000);
-    c->bos = (int32_t)gguf_u32("tokenizer.ggml.bos_token_id", UINT32_MAX), c->eos = (int32_t)gguf_u32("tokenizer.ggml.eos_token_id", UINT32_MAX);
-    c->state_std = (float)RETROFIT_STATE_STD, c->mean_recurrence = c->backprop_depth = 1;
-    const gguf_tensor *embedding = gguf_find("token_embd.weight");
+    c->n_embd = gguf_need_u32(gguf, "llama.embedding_length");
+    c->n_heads = gguf_need_u32(gguf, "llama.attention.head_count");
+    c->n_kv_heads = gguf_u32(gguf, "llama.attention.head_count_kv", (uint32_t)c->n_heads);
+    c->coda = gguf_need_u32(gguf, "llama.block_count");
+    c->intermediate = gguf_need_u32(gguf, "llama.feed_forward_length");
+    c->context = gguf_need_u32(gguf, "llama.context_length");
+
+    uint32_t head_dim = c->n_heads ? (uint32_t)(c->n_embd / c->n_heads) : 0;
+    c->head_dim = gguf_u32(gguf, "llama.attention.key_length", head_dim);
+    if (gguf_u32(gguf, "llama.attention.value_length", head_dim) != c->head_dim ||
+        gguf_u32(gguf, "llama.rope.dimension_count", head_dim) != c->head_dim)
+        gguf_die(gguf,
+                 "heads whose keys, values and rotated parts differ in size are not supported");
+
+    gguf_need(gguf, "llama.attention.layer_norm_rms_epsilon", GGUF_F32, false);
+    c->norm_eps = gguf_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 0);
+    c->rope_theta = (double)gguf_f32(gguf, "llama.rope.freq_base", 10000);
+    c->bos = (int32_t)gguf_u32(gguf, "tokenizer.ggml.bos_token_id", NO_TOKEN);
+    c->eos = (int32_t)gguf_u32(gguf, "tokenizer.ggml.eos_token_id", NO_TOKEN);
+    c->state_std = (float)RETROFIT_STATE_STD;
+    c->mean_recurrence = 1;
+    c->backprop_depth = 1;
+    const gguf_tensor *embedding = gguf_find_tensor(gguf, "token_embd.weight");
     c->vocab = embedding ? embedding->rows : 0;
-    if (!retrofit_config_check(c, g.path)) die(1, "%s", retrofit_error());
-    gguf_read_rope(c);
+    must(retrofit_config_check(c, gguf->path));
+    gguf_read_rope(gguf, c);
 }
 
-// The tensor for piece j of the parameter i of the list: embedding, six for each layer, final norm, head.
-static gguf_tensor *gguf_piece(const retrofit_config *c, size_t i, size_t j) {
-    static const char *const names[6][3] = {{"attn_norm"}, {"attn_q", "attn_k", "attn_v"}, {"attn_output"}, {"ffn_norm"}, {"ffn_gate", "ffn_up"}, {"ffn_down"}};
-    char name[65] = "token_embd.weight"; // a tied model's head, too
-    if (i == 6 * c->coda + 1) strcpy(name, "output_norm.weight");
-    else if (i > 6 * c->coda && gguf_find("output.weight")) strcpy(name, "output.weight");
-    else if (i > 0 && i <= 6 * c->coda) snprintf(name, sizeof name, "blk.%zu.%s.weight", (i - 1) / 6, names[(i - 1) % 6][j]);
-    gguf_tensor *x = gguf_find(name);
-    if (!x) die(1, "%s: tensor %s is missing: damaged, or one part of a split model", g.path, name);
-    return x->used = true, x;
-}
-
-static retrofit_model *gguf_load(const char *path) {
-    retrofit_config c;
-    gguf_open(path), gguf_read_config(&c);
-    retrofit_model *m = retrofit_model_new(&c, &retrofit_cpu);
-    if (!m || !retrofit_model_allocate(m, RETROFIT_INFERENCE)) die(1, "%s", retrofit_error());
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        float *to = p->master;
-        for (size_t j = 0; j < p->sources; to += p->source[j++].rows * p->cols) {
-            const gguf_tensor *x = gguf_piece(&c, i, j);
-            if (x->rows != p->source[j].rows || x->cols != p->cols)
-                die(1, "%s: tensor %s is %zu x %zu, the metadata ask for %zu x %zu", path, x->name, x->rows, x->cols, p->source[j].rows, p->cols);
-            gguf_dequantize(x, to);
-            if (p->sources == 3 && j < 2) gguf_unpermute(to, c.head_dim, j ? c.n_kv_heads : c.n_heads, p->cols); // q and k
+// RoPE rotates pairs of a head's h components. llama.cpp's converter moves the rows of q and k so
+// that the two of a pair become neighbours. This moves them back, in place:
+//
+//     row in Hugging Face's order   0  1  …  h/2-1  h/2  h/2+1  …  h-1     pairs (i, i + h/2)
+//     row in llama.cpp's order      0  2  …   h-2    1     3    …  h-1     pairs (2i, 2i + 1)
+static void gguf_unpermute(float *weight, size_t head_dim, size_t heads, size_t cols) {
+    size_t size = head_dim * cols;
+    float *permuted = allocate_or_die(size, sizeof *permuted);
+    for (float *head = weight; head < weight + heads * size; head += size) {
+        memcpy(permuted, head, size * sizeof *head);
+        for (size_t i = 0; i < head_dim; i++) {
+            size_t row = i % 2 * (head_dim / 2) + i / 2;
+            memcpy(head + row * cols, permuted + i * cols, cols * sizeof *head);
         }
     }
-    for (const gguf_tensor *x = g.tensors; x < g.tensors + g.tensor_count; x++)
-        if (!x->used) die(1, "%s: tensor %s has no place in a Llama of these metadata (biases, say, are not supported)", path, x->name);
-    return m;
+    free(permuted);
 }
 
-// ---- The GGUF's tokenizer, as the files Hugging Face has beside the weights --------------------------------------------------
-enum { TOKEN_UNKNOWN = 2, TOKEN_CONTROL = 3, TOKEN_USER = 4, TOKEN_BYTE = 6, LONGEST_TOKEN = 1024 };
-static const char *const roles[4][2] = { // in the metadata, in tokenizer_config.json
-    {"tokenizer.ggml.bos_token_id", "bos_token"}, {"tokenizer.ggml.eos_token_id", "eos_token"},
-    {"tokenizer.ggml.unknown_token_id", "unk_token"}, {"tokenizer.ggml.padding_token_id", "pad_token"}};
+// The numbers of the tensor `name`, which must be of this shape.
+static void gguf_load_tensor(const gguf_file *gguf, const char *name, float *out, size_t rows,
+                             size_t cols) {
+    gguf_tensor *tensor = gguf_find_tensor(gguf, name);
+    if (!tensor)
+        gguf_die(gguf, "tensor %s is missing: damaged, or one part of a split model", name);
+    tensor->used = true;
+    if (tensor->rows != rows || tensor->cols != cols)
+        gguf_die(gguf, "tensor %s is %zu x %zu, the metadata ask for %zu x %zu", tensor->name,
+                 tensor->rows, tensor->cols, rows, cols);
+    gguf_read_numbers(gguf, tensor, out);
+}
 
-static struct {
-    gguf_string *tokens, *merges;                          // merges: "left right"; SentencePiece has none
-    const char *types, *scores;                            // int32, float; unaligned
-    size_t count, merge_count;
-    uint32_t ids[4];                                       // as roles; UINT32_MAX: none
-    bool sentencepiece, smollm, llama3, add[2], add_space; // add: the first two of ids, before and behind each text
-} v;
+static void gguf_load_parameter(const gguf_file *gguf, const char *name,
+                                const retrofit_parameter *p) {
+    gguf_load_tensor(gguf, name, p->master, p->rows, p->cols);
+}
 
-static void read_vocabulary(void) {
-    gguf_string model = gguf_string_of("tokenizer.ggml.model", false);
-    v.sentencepiece = gguf_is(model, "llama");
-    if (!v.sentencepiece && !gguf_is(model, "gpt2")) die(1, "%s: tokenizer.ggml.model is %.*s; only gpt2 and llama are read", g.path, SHOW(model));
-    v.tokens = gguf_strings("tokenizer.ggml.tokens", &v.count);
-    const gguf_value *types = gguf_get("tokenizer.ggml.token_type", GGUF_I32, true, false);
-    const gguf_value *scores = v.sentencepiece ? gguf_get("tokenizer.ggml.scores", GGUF_F32, true, false) : types;
-    if (types->count != v.count || scores->count != v.count || v.count > gguf_find("token_embd.weight")->rows)
-        die(1, "%s: %zu tokens, but another number of token types or scores, or fewer embeddings: damaged, fetch it again", g.path, v.count);
-    v.types = types->data, v.scores = scores->data;
-    if (!v.sentencepiece) {
-        gguf_string pre = gguf_string_of("tokenizer.ggml.pre", false);
-        v.merges = gguf_strings("tokenizer.ggml.merges", &v.merge_count);
-        v.smollm = gguf_is(pre, "smollm"), v.llama3 = gguf_is(pre, "llama-bpe") || gguf_is(pre, "llama3");
-        if (!v.smollm && !v.llama3 && !gguf_is(pre, "default") && !gguf_is(pre, "gpt-2"))
-            die(1, "%s: tokenizer.ggml.pre is %.*s; known: smollm, llama-bpe, gpt-2, default", g.path, SHOW(pre));
+static void gguf_load_layer(const gguf_file *gguf, const retrofit_config *c, size_t number,
+                            const retrofit_layer *layer) {
+    const struct {
+        const retrofit_parameter *parameter;
+        const char *tensors[3]; // they stand in the parameter one below the other
+    } table[] = {
+        {&layer->norm_1, {"attn_norm"}},
+        {&layer->w_qkv, {"attn_q", "attn_k", "attn_v"}},
+        {&layer->w_out, {"attn_output"}},
+        {&layer->norm_2, {"ffn_norm"}},
+        {&layer->w_gate_up, {"ffn_gate", "ffn_up"}},
+        {&layer->w_down, {"ffn_down"}},
+    };
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+        const retrofit_parameter *p = table[i].parameter;
+        float *out = p->master;
+        for (size_t j = 0; j < p->sources; j++) {
+            char name[65];
+            size_t rows = p->source[j].rows;
+            snprintf(name, sizeof name, "blk.%zu.%s.weight", number, table[i].tensors[j]);
+            gguf_load_tensor(gguf, name, out, rows, p->cols);
+            if (p == &layer->w_qkv && j < 2)
+                gguf_unpermute(out, c->head_dim, rows / c->head_dim, p->cols);
+            out += rows * p->cols;
+        }
     }
-    // what llama.cpp takes where nothing is said
-    v.add[0] = gguf_bool("tokenizer.ggml.add_bos_token", v.sentencepiece || v.llama3), v.add[1] = gguf_bool("tokenizer.ggml.add_eos_token", false);
-    v.add_space = gguf_bool("tokenizer.ggml.add_space_prefix", v.sentencepiece);
-    for (int i = 0; i < 4; i++) {
-        v.ids[i] = gguf_u32(roles[i][0], i < 2 && v.add[i] ? NEEDED : UINT32_MAX);
-        if (v.ids[i] != UINT32_MAX && v.ids[i] >= v.count) die(1, "%s: %s is %u of %zu tokens", g.path, roles[i][0], v.ids[i], v.count);
-    }
 }
 
-// printf with " for each ' of the format, a literal shorter than 400, so that JSON can be read here.
-__attribute__((format(printf, 2, 3))) static void json(FILE *f, const char *format, ...) {
-    char text[400] = {0};
-    va_list args;
-    for (size_t i = 0; format[i] && i < sizeof text - 1; i++) text[i] = format[i] == '\'' ? '"' : format[i];
-    va_start(args, format), vfprintf(f, text, args), va_end(args);
+static retrofit_model *gguf_load(const gguf_file *gguf) {
+    retrofit_config config;
+    gguf_read_config(gguf, &config);
+    retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
+    must(model != NULL);
+    must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
+
+    gguf_load_parameter(gguf, "token_embd.weight", &model->wte);
+    for (size_t i = 0; i < config.coda; i++) gguf_load_layer(gguf, &config, i, &model->coda[i]);
+    gguf_load_parameter(gguf, "output_norm.weight", &model->ln_f);
+    bool tied = !gguf_find_tensor(gguf, "output.weight");
+    gguf_load_parameter(gguf, tied ? "token_embd.weight" : "output.weight", &model->lm_head);
+
+    for (size_t i = 0; i < gguf->tensor_count; i++)
+        if (!gguf->tensors[i].used)
+            gguf_die(gguf, "tensor %s has no place in a Llama of these metadata "
+                           "(biases, say, are not supported)", gguf->tensors[i].name);
+    return model;
 }
+
+// =================================================================================================
+// 7  GGUF's tokenizer
+// =================================================================================================
+
+// The metadata become tokenizer.json and tokenizer_config.json as Hugging Face has them. There are
+// two kinds, which tokenizer.ggml.model names:
+//     gpt2     byte-level BPE; tokenizer.ggml.pre names the pattern that cuts a text into words
+//     llama    SentencePiece's BPE, whose merges follow from the tokens' scores
+
+enum { TYPE_UNKNOWN = 2, TYPE_CONTROL = 3, TYPE_USER_DEFINED = 4, TYPE_BYTE = 6 };
+enum { MAX_TOKEN = 1024 }; // bytes of a SentencePiece token
+
+enum { BOS, EOS, UNKNOWN, PADDING, ROLES };
+static const struct {
+    const char *metadata, *config; // the name in the GGUF, and in tokenizer_config.json
+} roles[ROLES] = {
+    {"tokenizer.ggml.bos_token_id", "bos_token"},
+    {"tokenizer.ggml.eos_token_id", "eos_token"},
+    {"tokenizer.ggml.unknown_token_id", "unk_token"},
+    {"tokenizer.ggml.padding_token_id", "pad_token"},
+};
 
 typedef struct {
-    double order[4]; // the greater first
+    const gguf_file *gguf;
+    bool sentencepiece;
+    bool smollm, llama3; // which pattern byte-level BPE has; neither: GPT-2's
+    size_t count;        // of tokens
+    gguf_string *tokens; // [count]
+    int32_t *types;      // [count]
+    float *scores;       // [count] SentencePiece
+    gguf_string *merges; // [merge_count] byte-level BPE: "left right", the first to be made first
+    size_t merge_count;
+    uint32_t ids[ROLES]; // NO_TOKEN: none
+    bool added[2];       // whether BOS goes before, EOS behind every text
+    bool add_space;      // SentencePiece: before every text
+} gguf_vocabulary;
+
+// ---- Reading the metadata -----------------------------------------------------------------------
+
+// A copy of an array of numbers of four bytes, one for each token.
+static void *read_token_array(const gguf_vocabulary *vocabulary, const char *key, uint32_t type,
+                              size_t *count) {
+    const gguf_value *value = gguf_need(vocabulary->gguf, key, type, true);
+    void *numbers = allocate_or_die(value->count, 4);
+    memcpy(numbers, value->data, 4 * value->count);
+    *count = value->count;
+    return numbers;
+}
+
+static void read_tokens(gguf_vocabulary *v) {
+    v->tokens = gguf_need_strings(v->gguf, "tokenizer.ggml.tokens", &v->count);
+    size_t types, scores = v->count;
+    v->types = read_token_array(v, "tokenizer.ggml.token_type", GGUF_I32, &types);
+    if (v->sentencepiece)
+        v->scores = read_token_array(v, "tokenizer.ggml.scores", GGUF_F32, &scores);
+    size_t embeddings = gguf_find_tensor(v->gguf, "token_embd.weight")->rows;
+    if (types != v->count || scores != v->count || v->count > embeddings)
+        gguf_die(v->gguf,
+                 "%zu tokens, but another number of token types or scores, or fewer embeddings: "
+                 DAMAGED, v->count);
+}
+
+static void read_merges(gguf_vocabulary *v) {
+    gguf_string pattern = gguf_need_string(v->gguf, "tokenizer.ggml.pre");
+    v->merges = gguf_need_strings(v->gguf, "tokenizer.ggml.merges", &v->merge_count);
+    v->smollm = gguf_string_is(pattern, "smollm");
+    v->llama3 = gguf_string_is(pattern, "llama-bpe") || gguf_string_is(pattern, "llama3");
+    bool gpt2 = gguf_string_is(pattern, "default") || gguf_string_is(pattern, "gpt-2");
+    if (!v->smollm && !v->llama3 && !gpt2)
+        gguf_die(v->gguf, "tokenizer.ggml.pre is %.*s; known: smollm, llama-bpe, gpt-2, default",
+                 GGUF_SHOW(pattern));
+}
+
+// Where the metadata don't say what is added to a text, llama.cpp's defaults hold.
+static void read_roles(gguf_vocabulary *v) {
+    const gguf_file *gguf = v->gguf;
+    bool bos = v->sentencepiece || v->llama3;
+    v->added[BOS] = gguf_bool(gguf, "tokenizer.ggml.add_bos_token", bos);
+    v->added[EOS] = gguf_bool(gguf, "tokenizer.ggml.add_eos_token", false);
+    v->add_space = gguf_bool(gguf, "tokenizer.ggml.add_space_prefix", v->sentencepiece);
+    for (int i = 0; i < ROLES; i++) {
+        bool needed = i <= EOS && v->added[i];
+        v->ids[i] = needed ? gguf_need_u32(gguf, roles[i].metadata)
+                           : gguf_u32(gguf, roles[i].metadata, NO_TOKEN);
+        if (v->ids[i] != NO_TOKEN && v->ids[i] >= v->count)
+            gguf_die(gguf, "%s is %u of %zu tokens", roles[i].metadata, v->ids[i], v->count);
+    }
+}
+
+static void read_vocabulary(gguf_vocabulary *v, const gguf_file *gguf) {
+    memset(v, 0, sizeof *v);
+    v->gguf = gguf;
+    gguf_string model = gguf_need_string(gguf, "tokenizer.ggml.model");
+    v->sentencepiece = gguf_string_is(model, "llama");
+    if (!v->sentencepiece && !gguf_string_is(model, "gpt2"))
+        gguf_die(gguf, "tokenizer.ggml.model is %.*s; only gpt2 and llama are read",
+                 GGUF_SHOW(model));
+    read_tokens(v);
+    if (!v->sentencepiece) read_merges(v);
+    read_roles(v);
+}
+
+static void free_vocabulary(gguf_vocabulary *v) {
+    free(v->tokens);
+    free(v->types);
+    free(v->scores);
+    free(v->merges);
+}
+
+// ---- SentencePiece's merges ---------------------------------------------------------------------
+
+// Two tokens that make up a third. Hugging Face's converter takes every such pair for a merge: the
+// best score first, then the longer left part, then the longer right part, then the smaller id.
+typedef struct {
     gguf_string token;
     size_t left; // bytes of the left part
-} split;
+    float score; // of the token
+    size_t left_characters, right_characters, id;
+} token_merge;
 
-static int by_order(const void *a, const void *b) {
-    const double *x = ((const split *)a)->order, *y = ((const split *)b)->order;
-    int i = 0;
-    while (i < 3 && x[i] == y[i]) i++;
-    return (x[i] < y[i]) - (x[i] > y[i]);
+typedef struct {
+    token_merge *merges;
+    size_t count, capacity;
+} merge_list;
+
+static int compare_merges(const void *a, const void *b) {
+    const token_merge *x = a, *y = b;
+    if (x->score != y->score) return x->score > y->score ? -1 : 1;
+    if (x->left_characters != y->left_characters)
+        return x->left_characters > y->left_characters ? -1 : 1;
+    if (x->right_characters != y->right_characters)
+        return x->right_characters > y->right_characters ? -1 : 1;
+    return (x->id > y->id) - (x->id < y->id);
 }
 
-// SentencePiece's merges follow from the scores. As Hugging Face's converter has them: each split of a token into two tokens, the best
-// score first, then the longer left and right part in characters, then the smaller token. t knows the tokens.
-static void derive_merges(FILE *f, const retrofit_tokenizer *t) {
-    size_t count = 0, room = 0;
-    split *splits = NULL;
-    for (size_t i = 0; i < v.count; i++) {
-        gguf_string s = v.tokens[i];
-        float score;
-        int32_t type;
-        memcpy(&score, v.scores + 4 * i, 4), memcpy(&type, v.types + 4 * i, 4);
-        if (!isfinite(score) || s.length > LONGEST_TOKEN) die(1, "%s: token %zu is too long, or its score not finite: damaged, fetch it again", g.path, i);
-        if (type == TOKEN_UNKNOWN || type == TOKEN_CONTROL || type == TOKEN_BYTE) continue;
-        split m = {{(double)score, 0, 0, -(double)i}, s, 1};
-        for (size_t k = 0; k < s.length; k++) m.order[2] += (s.text[k] & 0xc0) != 0x80;
-        for (; m.left < s.length; m.left++) {
-            if ((s.text[m.left - 1] & 0xc0) != 0x80) m.order[1]++, m.order[2]--;
-            char left[LONGEST_TOKEN + 1] = "", right[LONGEST_TOKEN + 1] = "";
-            memcpy(left, s.text, m.left), memcpy(right, s.text + m.left, s.length - m.left);
-            if (retrofit_tokenizer_id(t, left) < 0 || retrofit_tokenizer_id(t, right) < 0) continue;
-            if (count == room && !(splits = realloc(splits, (room = 2 * room + 1024) * sizeof m))) die(1, "out of memory");
-            splits[count++] = m;
+static bool is_token(const retrofit_tokenizer *tokenizer, const char *text, size_t length) {
+    char token[MAX_TOKEN + 1] = "";
+    memcpy(token, text, length);
+    return retrofit_tokenizer_id(tokenizer, token) >= 0;
+}
+
+static size_t count_characters(const char *text, size_t length) { // of UTF-8
+    size_t count = 0;
+    for (size_t i = 0; i < length; i++) count += (text[i] & 0xc0) != 0x80;
+    return count;
+}
+
+// Adds every way to make up a token of two others.
+static void add_merges(merge_list *list, const gguf_vocabulary *v, size_t id,
+                       const retrofit_tokenizer *tokenizer) {
+    gguf_string token = v->tokens[id];
+    for (size_t left = 1; left < token.length; left++) {
+        const char *right = token.text + left;
+        size_t right_length = token.length - left;
+        if (!is_token(tokenizer, token.text, left) || !is_token(tokenizer, right, right_length))
+            continue;
+        if (list->count == list->capacity) {
+            list->capacity = 2 * list->capacity + 1024;
+            list->merges = realloc(list->merges, list->capacity * sizeof *list->merges);
+            if (!list->merges) die(1, "out of memory");
         }
+        list->merges[list->count++] = (token_merge){
+            .token = token,
+            .left = left,
+            .score = v->scores[id],
+            .left_characters = count_characters(token.text, left),
+            .right_characters = count_characters(right, right_length),
+            .id = id,
+        };
     }
-    if (count) qsort(splits, count, sizeof *splits, by_order);
-    for (size_t i = 0; i < count; i++) {
-        split m = splits[i];
-        json(f, i ? ",\n      [" : "\n      ["), retrofit_json_write_string(f, m.token.text, m.left);
-        json(f, ", "), retrofit_json_write_string(f, m.token.text + m.left, m.token.length - m.left), json(f, "]");
+}
+
+// tokenizer: one that knows the tokens, if not their merges. The list's merges are to be freed.
+static merge_list derive_merges(const gguf_vocabulary *v, const retrofit_tokenizer *tokenizer) {
+    merge_list list = {0};
+    for (size_t i = 0; i < v->count; i++) {
+        if (!isfinite(v->scores[i]) || v->tokens[i].length > MAX_TOKEN)
+            gguf_die(v->gguf, "token %zu is too long, or its score not finite: " DAMAGED, i);
+        int32_t type = v->types[i];
+        if (type == TYPE_UNKNOWN || type == TYPE_CONTROL || type == TYPE_BYTE) continue;
+        add_merges(&list, v, i, tokenizer);
     }
-    free(splits);
+    if (list.count) qsort(list.merges, list.count, sizeof *list.merges, compare_merges);
+    return list;
 }
 
-static void print_token(FILE *f, size_t id) { retrofit_json_write_string(f, v.tokens[id].text, v.tokens[id].length); }
+// ---- Writing tokenizer.json ---------------------------------------------------------------------
 
-static void print_template(FILE *f) { // BOS, the text, EOS: whichever are to be added
-    json(f, "{'type': 'TemplateProcessing', 'single': [");
-    if (v.add[0]) json(f, "{'SpecialToken': {'id': "), print_token(f, v.ids[0]), json(f, ", 'type_id': 0}}, ");
-    json(f, "{'Sequence': {'id': 'A', 'type_id': 0}}");
-    if (v.add[1]) json(f, ", {'SpecialToken': {'id': "), print_token(f, v.ids[1]), json(f, ", 'type_id': 0}}");
-    json(f, "], 'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 1}}], 'special_tokens': {");
-    for (int i = 0; i < 2; i++) {
-        if (!v.add[i] || (i && v.add[0] && v.ids[0] == v.ids[1])) continue;
-        json(f, i && v.add[0] ? ", " : ""), print_token(f, v.ids[i]), json(f, ": {'id': "), print_token(f, v.ids[i]);
-        json(f, ", 'ids': [%u], 'tokens': [", v.ids[i]), print_token(f, v.ids[i]), json(f, "]}");
+// printf, but each ' of the format, which has fewer than 400 bytes, is written as ": so that JSON
+// can be read here.
+__attribute__((format(printf, 2, 3))) static void print_json(FILE *f, const char *format, ...) {
+    char text[400] = {0};
+    for (size_t i = 0; format[i] && i < sizeof text - 1; i++)
+        text[i] = format[i] == '\'' ? '"' : format[i];
+    va_list args;
+    va_start(args, format);
+    vfprintf(f, text, args);
+    va_end(args);
+}
+
+static const char *true_or_false(bool value) { return value ? "true" : "false"; }
+
+static void print_token(FILE *f, const gguf_vocabulary *v, size_t id) {
+    retrofit_json_write_string(f, v->tokens[id].text, v->tokens[id].length);
+}
+
+static void print_added_tokens(FILE *f, const gguf_vocabulary *v) {
+    const char *separator = "\n";
+    print_json(f, "  'added_tokens': [");
+    for (size_t i = 0; i < v->count; i++) {
+        int32_t type = v->types[i];
+        bool special = type == TYPE_UNKNOWN || type == TYPE_CONTROL;
+        if (!special && type != TYPE_USER_DEFINED) continue;
+        print_json(f, "%s    {'id': %zu, 'content': ", separator, i);
+        print_token(f, v, i);
+        print_json(f, ", 'single_word': false, 'lstrip': false, 'rstrip': false, ");
+        print_json(f, "'normalized': false, 'special': %s}", true_or_false(special));
+        separator = ",\n";
     }
-    json(f, "}}");
+    print_json(f, "\n  ],\n");
 }
 
-static void print_tokenizer(FILE *f, const retrofit_tokenizer *known) {
-    bool spm = v.sentencepiece, bytes = false;
-    const char *comma = "\n";
-    json(f, "{\n  'version': '1.0',\n  'truncation': null,\n  'padding': null,\n  'added_tokens': [");
-    for (size_t i = 0; i < v.count; i++) {
-        int32_t type;
-        memcpy(&type, v.types + 4 * i, 4), bytes |= type == TOKEN_BYTE;
-        if (type != TOKEN_UNKNOWN && type != TOKEN_CONTROL && type != TOKEN_USER) continue;
-        json(f, "%s    {'id': %zu, 'content': ", comma, i), print_token(f, i), comma = ",\n";
-        json(f, ", 'single_word': false, 'lstrip': false, 'rstrip': false, 'normalized': false, 'special': %s}", type == TOKEN_USER ? "false" : "true");
+// SentencePiece writes a space as ▁, and has no words.
+static void print_sentencepiece_steps(FILE *f, bool add_space) {
+    print_json(f, "  'normalizer': {'type': 'Sequence', 'normalizers': [");
+    if (add_space) print_json(f, "{'type': 'Prepend', 'prepend': '▁'}, ");
+    print_json(f, "{'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}]},\n");
+    print_json(f, "  'pre_tokenizer': null,\n");
+}
+
+// How byte-level BPE cuts a text into words, within which it merges.
+static void print_byte_level_steps(FILE *f, bool smollm, bool llama3) {
+    static const char llama3_pattern[] =
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}|"
+        " ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+";
+    print_json(f, "  'normalizer': null,\n  'pre_tokenizer': ");
+    if (smollm || llama3) print_json(f, "{'type': 'Sequence', 'pretokenizers': [");
+    if (smollm) print_json(f, "{'type': 'Digits', 'individual_digits': true}, ");
+    if (llama3)
+        print_json(f, "{'type': 'Split', 'behavior': 'Isolated', 'invert': false, "
+                      "'pattern': {'Regex': '%s'}}, ", llama3_pattern);
+    print_json(f, "{'type': 'ByteLevel', 'add_prefix_space': false, 'trim_offsets': true, "
+                  "'use_regex': %s}", true_or_false(!llama3));
+    print_json(f, smollm || llama3 ? "]},\n" : ",\n");
+}
+
+static void print_special_token(FILE *f, const gguf_vocabulary *v, int role) {
+    print_json(f, "{'SpecialToken': {'id': ");
+    print_token(f, v, v->ids[role]);
+    print_json(f, ", 'type_id': 0}}");
+}
+
+static void print_special_token_ids(FILE *f, const gguf_vocabulary *v, int role) {
+    print_token(f, v, v->ids[role]);
+    print_json(f, ": {'id': ");
+    print_token(f, v, v->ids[role]);
+    print_json(f, ", 'ids': [%u], 'tokens': [", v->ids[role]);
+    print_token(f, v, v->ids[role]);
+    print_json(f, "]}");
+}
+
+// What is added to a text: BOS before it, EOS behind it.
+static void print_post_processor(FILE *f, const gguf_vocabulary *v) {
+    bool bos = v->added[BOS], eos = v->added[EOS];
+    if (!bos && !eos) {
+        print_json(f, "  'post_processor': null,\n");
+        return;
     }
-    json(f, "\n  ],\n  'normalizer': %s", spm ? "" : "null"); // ▁ is SentencePiece's space
-    if (spm) json(f, "{'type': 'Sequence', 'normalizers': [");
-    if (spm && v.add_space) json(f, "{'type': 'Prepend', 'prepend': '▁'}, ");
-    if (spm) json(f, "{'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}]}");
-    json(f, ",\n  'pre_tokenizer': %s", spm ? "null" : "");
-    if (v.smollm) json(f, "{'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': true}, ");
-    if (v.llama3)
-        json(f, "{'type': 'Sequence', 'pretokenizers': [{'type': 'Split', 'behavior': 'Isolated', 'invert': false, 'pattern': {'Regex': '%s'}}, ",
-             "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|"
-             "\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+");
-    if (!spm) json(f, "{'type': 'ByteLevel', 'add_prefix_space': false, 'trim_offsets': true, 'use_regex': %s}", v.llama3 ? "false" : "true");
-    json(f, "%s,\n  'post_processor': ", v.smollm || v.llama3 ? "]}" : "");
-    if (v.add[0] || v.add[1]) print_template(f);
-    else json(f, "null");
-    json(f, ",\n  'decoder': ");
-    json(f, spm ? "{'type': 'Sequence', 'decoders': [{'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, {'type': 'ByteFallback'}, {'type': 'Fuse'}"
-                : "{'type': 'ByteLevel', 'add_prefix_space': true, 'trim_offsets': true, 'use_regex': true}");
-    if (spm) json(f, v.add_space ? ", {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}]}" : "]}");
-    json(f, ",\n  'model': {\n    'type': 'BPE',\n    'dropout': null,\n    'unk_token': ");
-    if (spm && v.ids[2] != UINT32_MAX) print_token(f, v.ids[2]);
-    else json(f, "null");
-    json(f, ",\n    'continuing_subword_prefix': null,\n    'end_of_word_suffix': null,\n    'fuse_unk': %s,\n", spm ? "true" : "false");
-    json(f, "    'byte_fallback': %s,\n    'ignore_merges': %s,\n    'vocab': {", bytes ? "true" : "false", v.llama3 ? "true" : "false");
-    for (size_t i = 0; i < v.count; i++) json(f, i ? ",\n      " : "\n      "), print_token(f, i), json(f, ": %zu", i);
-    json(f, "\n    },\n    'merges': [");
-    for (size_t i = 0; i < v.merge_count; i++) json(f, i ? ",\n      " : "\n      "), retrofit_json_write_string(f, v.merges[i].text, v.merges[i].length);
-    if (known) derive_merges(f, known);
-    json(f, "\n    ]\n  }\n}\n");
-}
-
-static void print_tokenizer_config(FILE *f) {
-    gguf_string chat = gguf_string_of("tokenizer.chat_template", true);
-    json(f, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n  'clean_up_tokenization_spaces': false,\n");
-    for (int i = 0; i < 4; i++)
-        if (v.ids[i] != UINT32_MAX) json(f, "  '%s': ", roles[i][1]), print_token(f, v.ids[i]), json(f, ",\n");
-    if (chat.length) json(f, "  'chat_template': "), retrofit_json_write_string(f, chat.text, chat.length), json(f, ",\n");
-    json(f, "  'add_bos_token': %s,\n  'add_eos_token': %s\n}\n", v.add[0] ? "true" : "false", v.add[1] ? "true" : "false");
-}
-
-static void write_tokenizer(void) {
-    retrofit_tokenizer *made = NULL; // what the reader makes of it: it finds whatever else is wrong with the vocabulary
-    read_vocabulary();
-    for (int pass = 0; pass <= (v.sentencepiece ? 2 : 1); pass++) { // tokenizer_config.json, tokenizer.json, and again with merges
-        char path[RETROFIT_PATH];
-        FILE *f = retrofit_path(path, unfinished, pass ? "tokenizer.json" : "tokenizer_config.json") ? fopen(path, "wb") : NULL;
-        if (!f) die(1, "%s: %s", path, strerror(errno));
-        if (pass) print_tokenizer(f, made);
-        else print_tokenizer_config(f);
-        if (!retrofit_finish_file(f, path, true)) die(1, "%s", retrofit_error());
-        retrofit_tokenizer_free(made), made = NULL;
-        if (pass && !(made = retrofit_tokenizer_load(unfinished))) die(1, "%s: its tokenizer makes no sense: %s", g.path, retrofit_error());
+    print_json(f, "  'post_processor': {'type': 'TemplateProcessing', 'single': [");
+    if (bos) {
+        print_special_token(f, v, BOS);
+        print_json(f, ", ");
     }
-    retrofit_tokenizer_free(made), free(v.tokens), free(v.merges);
-}
-
-// ---- Models -------------------------------------------------------------------------------------------------------------
-// The numbers of a parameter from `at` on, n of them, as fp32; rounded to bf16 and back if asked for.
-static void numbers(float *out, const retrofit_parameter *p, size_t at, size_t n, bool rounded) {
-    retrofit_to_float(out, (const char *)p->weight.data + at * retrofit_type_size(p->weight.type), p->weight.type, n);
-    for (size_t i = 0; rounded && i < n; i++) out[i] = retrofit_bf16_to_float(retrofit_float_to_bf16(out[i]));
-}
-
-// Reads back what was written and compares it, bit for bit, with where it came from: origin[i] is the source of the i-th parameter.
-static void verify(const retrofit_parameter *const *origin, size_t count, size_t *bytes) {
-    enum { CHUNK = 1 << 16 };
-    static float a[CHUNK], b[CHUNK];
-    retrofit_model *written = retrofit_load(unfinished, &retrofit_cpu, RETROFIT_INFERENCE);
-    if (!written || written->parameter_count != count) die(1, "reading back what was written: %s", written ? "not all of it is there" : retrofit_error());
-    for (size_t i = 0; i < count; i++) {
-        const retrofit_parameter *p = written->parameters[i];
-        if (p->rows != origin[i]->rows || p->cols != origin[i]->cols) die(1, "%s: written in another shape than its source's", p->source[0].name);
-        for (size_t at = 0, n; at < p->rows * p->cols; at += n) {
-            n = retrofit_min(p->rows * p->cols - at, CHUNK);
-            numbers(a, p, at, n, false), numbers(b, origin[i], at, n, o.dtype == 1);
-            if (memcmp(a, b, n * sizeof *a)) die(1, "%s: what was written reads back as something else: is the disk sound?", p->source[0].name);
-        }
+    print_json(f, "{'Sequence': {'id': 'A', 'type_id': 0}}");
+    if (eos) {
+        print_json(f, ", ");
+        print_special_token(f, v, EOS);
     }
-    *bytes = written->maps[0].bytes;
-    retrofit_free(written);
+    print_json(f, "], 'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, ");
+    print_json(f, "{'Sequence': {'id': 'B', 'type_id': 1}}], 'special_tokens': {");
+    bool same = bos && eos && v->ids[BOS] == v->ids[EOS];
+    if (bos) print_special_token_ids(f, v, BOS);
+    if (bos && eos && !same) print_json(f, ", ");
+    if (eos && !same) print_special_token_ids(f, v, EOS);
+    print_json(f, "}},\n");
 }
 
-static void print_parts(const retrofit_model *m, size_t bytes) {
-    static const char *const names[] = {"embedding", "prelude", "adapter", "core", "coda", "final norm", "head"};
-    const layers *const lists[RETROFIT_PARTS] = {NULL, &prelude, NULL, &core, &coda, NULL, NULL};
-    size_t in[RETROFIT_PARTS] = {0};
-    for (size_t i = 0; i < m->parameter_count; i++) in[m->parameters[i]->part] += m->parameters[i]->rows * m->parameters[i]->cols;
-    printf("%-12s%-12s%16s\n", "part", core.count ? "layers" : "", "parameters");
-    for (int i = 0; i < RETROFIT_PARTS; i++) {
-        if (!in[i]) continue;
-        printf("%-12s", i == RETROFIT_PART_CODA && retrofit_is_plain(&m->config) ? "layers" : names[i]);
-        if (core.count && lists[i]) print_layers(lists[i]);
-        else printf("%-12s", core.count && i == RETROFIT_PART_ADAPTER ? (o.adapter == 1 ? "[0 | I]" : "random") : "");
-        printf("%16zu\n", in[i]);
+static void print_decoder(FILE *f, const gguf_vocabulary *v) {
+    if (!v->sentencepiece) {
+        print_json(f, "  'decoder': {'type': 'ByteLevel', 'add_prefix_space': true, "
+                      "'trim_offsets': true, 'use_regex': true},\n");
+        return;
     }
-    printf("%-24s%16zu\n\n%s: %zu bytes of %s, read back and compared\n", "all", m->weight_count, o.to, bytes, o.dtype == 1 ? "bf16" : "f32");
-    printf("next: train --model %s --data 'SHARDS*.bin' --out RUN --steps N\n", o.to);
+    print_json(f, "  'decoder': {'type': 'Sequence', 'decoders': ["
+                  "{'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '}, "
+                  "{'type': 'ByteFallback'}, {'type': 'Fuse'}");
+    if (v->add_space) print_json(f, ", {'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}");
+    print_json(f, "]},\n");
 }
 
-static void write_model(const retrofit_model *m, const retrofit_parameter *const *origin, const char *tokenizer) {
-    size_t bytes = 0;
-    char *directory = retrofit_directory_begin(o.to);
-    if (!directory) die(1, "%s", retrofit_error());
-    snprintf(unfinished, sizeof unfinished, "%s", directory), free(directory);
-    if (!retrofit_save(m, unfinished, o.dtype == 1 ? RETROFIT_BF16 : RETROFIT_F32, tokenizer)) die(1, "%s", retrofit_error());
-    if (g.map) write_tokenizer();
-    verify(origin, m->parameter_count, &bytes);
-    if (!retrofit_directory_commit(unfinished, o.to)) die(1, "%s", retrofit_error());
-    *unfinished = 0;
-    print_parts(m, bytes);
-}
-
-// The parameters of the chosen layers, in the order of the new model's list. In a plain model's list the embedding comes first, then
-// six for each layer, then final norm and head.
-static size_t choose(const retrofit_parameter **origin, size_t n, const retrofit_model *source, const layers *l) {
-    for (size_t i = 0; i < l->count; i++)
-        for (size_t j = 0; j < 6; j++) origin[n++] = source->parameters[1 + 6 * l->at[i] + j];
-    return n;
-}
-
-// A is (d, 2d) = [A_s | A_e], the left half for the state. As PyTorch makes a Linear, or so that core(e) is what comes out at first.
-static float *new_adapter(size_t d) {
-    float *a = (float *)retrofit_allocate(2 * d * d, sizeof *a), bound = (float)(1 / sqrt(2 * (double)d));
-    if (!a) die(1, "%s", retrofit_error());
-    for (size_t i = 0; i < d; i++)
-        for (size_t j = 0; j < 2 * d; j++)
-            a[i * 2 * d + j] = o.adapter == 1 ? (float)(j == d + i) : bound * (float)(2 * retrofit_hash_uniform(o.seed, i * 2 * d + j) - 1);
-    return a;
-}
-
-static void print_dropped(const retrofit_model *source) {
-    static layers dropped;
-    const layers *used[] = {&prelude, &core, &coda};
-    for (size_t i = 0; i < source->config.coda; i++) {
-        size_t uses = 0;
-        for (size_t j = 0; j < 3; j++)
-            for (size_t k = 0; k < used[j]->count; k++) uses += used[j]->at[k] == i;
-        if (uses > 1) fprintf(stderr, "convert: note: layer %zu is copied to %zu places\n", i, uses);
-        if (uses == 0) dropped.at[dropped.count++] = i;
+static void print_merges(FILE *f, const gguf_vocabulary *v, const merge_list *derived) {
+    print_json(f, "    'merges': [");
+    for (size_t i = 0; i < v->merge_count; i++) {
+        print_json(f, i ? ",\n      " : "\n      ");
+        retrofit_json_write_string(f, v->merges[i].text, v->merges[i].length);
     }
-    printf("%-12s", "dropped"), print_layers(&dropped);
-    size_t layer = (source->weight_count - 2 * source->config.vocab * source->config.n_embd - source->config.n_embd) / source->config.coda;
-    printf("%16zu\n\n", dropped.count * layer);
-}
-
-static void surgery(retrofit_model *source, const char *tokenizer) {
-    retrofit_config c = source->config;
-    size_t available = c.coda, n = 0;
-    if (!retrofit_is_plain(&c)) die(1, "%s is recurrent already: surgery starts from a plain Llama", o.from);
-    if (o.preset >= 0) {
-        if (presets[o.preset].layers != available)
-            die(2, "--preset %s is for a model of %zu layers, this one has %zu", presets[o.preset].name, presets[o.preset].layers, available);
-        o.prelude = presets[o.preset].prelude, o.core = presets[o.preset].core, o.coda = presets[o.preset].coda;
+    for (size_t i = 0; i < derived->count; i++) {
+        const token_merge *merge = &derived->merges[i];
+        print_json(f, i ? ",\n      [" : "\n      [");
+        retrofit_json_write_string(f, merge->token.text, merge->left);
+        print_json(f, ", ");
+        retrofit_json_write_string(f, merge->token.text + merge->left,
+                                   merge->token.length - merge->left);
+        print_json(f, "]");
     }
-    read_layers("prelude", o.prelude, &prelude, available);
-    read_layers("core", o.core, &core, available), read_layers("coda", o.coda, &coda, available);
-    if (!core.count) die(2, "--core none: there must be a layer to repeat");
-    c.prelude = prelude.count, c.core = core.count, c.coda = coda.count;
-    c.mean_recurrence = o.mean_recurrence, c.backprop_depth = o.backprop_depth;
-    c.state_std = (float)RETROFIT_STATE_STD, c.tied = false;
-    retrofit_model *m = retrofit_model_new(&c, &retrofit_cpu);
-    const retrofit_parameter **origin = m ? (const retrofit_parameter **)retrofit_allocate(m->parameter_count, sizeof *origin) : NULL;
-    if (!origin) die(1, "%s", retrofit_error());
-    float *adapter = new_adapter(c.n_embd);
-    m->adapter.weight.data = adapter;
-    origin[n++] = &source->wte, n = choose(origin, n, source, &prelude);
-    origin[n++] = &m->adapter, n = choose(origin, n, source, &core), n = choose(origin, n, source, &coda);
-    origin[n++] = &source->ln_f, origin[n++] = &source->lm_head;
-    for (size_t i = 0; i < n; i++) m->parameters[i]->weight = origin[i]->weight; // this is the surgery
-    print_dropped(source);
-    write_model(m, origin, tokenizer);
-    free(adapter), free(origin), retrofit_free(m);
+    print_json(f, "\n    ]\n");
 }
 
-static void rewrite(retrofit_model *m, const char *tokenizer) {
-    m->config.tied = false;
-    printf("no layers chosen: the model is only rewritten\n\n");
-    write_model(m, (const retrofit_parameter *const *)m->parameters, tokenizer);
+static void print_model(FILE *f, const gguf_vocabulary *v, const merge_list *derived) {
+    bool byte_fallback = false;
+    for (size_t i = 0; i < v->count; i++) byte_fallback |= v->types[i] == TYPE_BYTE;
+    print_json(f, "  'model': {\n    'type': 'BPE',\n    'dropout': null,\n    'unk_token': ");
+    if (v->sentencepiece && v->ids[UNKNOWN] != NO_TOKEN) print_token(f, v, v->ids[UNKNOWN]);
+    else print_json(f, "null");
+    print_json(f, ",\n    'continuing_subword_prefix': null,\n    'end_of_word_suffix': null,\n");
+    print_json(f, "    'fuse_unk': %s,\n", true_or_false(v->sentencepiece));
+    print_json(f, "    'byte_fallback': %s,\n", true_or_false(byte_fallback));
+    print_json(f, "    'ignore_merges': %s,\n    'vocab': {", true_or_false(v->llama3));
+    for (size_t i = 0; i < v->count; i++) {
+        print_json(f, i ? ",\n      " : "\n      ");
+        print_token(f, v, i);
+        print_json(f, ": %zu", i);
+    }
+    print_json(f, "\n    },\n");
+    print_merges(f, v, derived);
+    print_json(f, "  }\n");
 }
 
-static void convert(void) {
+static void print_tokenizer(FILE *f, const gguf_vocabulary *v, const merge_list *derived) {
+    print_json(f, "{\n  'version': '1.0',\n  'truncation': null,\n  'padding': null,\n");
+    print_added_tokens(f, v);
+    if (v->sentencepiece) print_sentencepiece_steps(f, v->add_space);
+    else print_byte_level_steps(f, v->smollm, v->llama3);
+    print_post_processor(f, v);
+    print_decoder(f, v);
+    print_model(f, v, derived);
+    print_json(f, "}\n");
+}
+
+static void print_tokenizer_config(FILE *f, const gguf_vocabulary *v) {
+    gguf_string chat = gguf_optional_string(v->gguf, "tokenizer.chat_template");
+    print_json(f, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n");
+    print_json(f, "  'clean_up_tokenization_spaces': false,\n");
+    for (int i = 0; i < ROLES; i++) {
+        if (v->ids[i] == NO_TOKEN) continue;
+        print_json(f, "  '%s': ", roles[i].config);
+        print_token(f, v, v->ids[i]);
+        print_json(f, ",\n");
+    }
+    if (chat.length) {
+        print_json(f, "  'chat_template': ");
+        retrofit_json_write_string(f, chat.text, chat.length);
+        print_json(f, ",\n");
+    }
+    print_json(f, "  'add_bos_token': %s,\n", true_or_false(v->added[BOS]));
+    print_json(f, "  'add_eos_token': %s\n}\n", true_or_false(v->added[EOS]));
+}
+
+// ---- The files ----------------------------------------------------------------------------------
+
+static FILE *create_file(char path[RETROFIT_PATH], const char *directory, const char *name) {
+    FILE *f = retrofit_path(path, directory, name) ? fopen(path, "wb") : NULL;
+    if (!f) die(1, "%s: %s", path, strerror(errno));
+    return f;
+}
+
+static void write_tokenizer_config(const gguf_vocabulary *v, const char *directory) {
     char path[RETROFIT_PATH];
-    struct stat st;
-    bool file = !stat(o.from, &st) && S_ISREG(st.st_mode);
-    retrofit_model *source = file ? gguf_load(o.from) : retrofit_load(o.from, &retrofit_cpu, RETROFIT_INFERENCE);
-    if (!source) die(1, "%s", retrofit_error());
-    const char *tokenizer = file ? NULL : retrofit_model_directory(o.from, path);
-    if (o.core || o.preset >= 0) surgery(source, tokenizer);
+    FILE *f = create_file(path, directory, "tokenizer_config.json");
+    print_tokenizer_config(f, v);
+    must(retrofit_finish_file(f, path, true));
+}
+
+// Returns what our reader makes of the file: it finds whatever else is wrong with the vocabulary.
+static retrofit_tokenizer *write_tokenizer(const gguf_vocabulary *v, const char *directory,
+                                           const merge_list *derived) {
+    char path[RETROFIT_PATH];
+    FILE *f = create_file(path, directory, "tokenizer.json");
+    print_tokenizer(f, v, derived);
+    must(retrofit_finish_file(f, path, true));
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    if (!tokenizer) gguf_die(v->gguf, "its tokenizer makes no sense: %s", retrofit_error());
+    return tokenizer;
+}
+
+// SentencePiece's merges are found with the tokenizer that knows no merges yet; then it is written
+// once more.
+static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory) {
+    gguf_vocabulary vocabulary;
+    merge_list derived = {0};
+    read_vocabulary(&vocabulary, gguf);
+    write_tokenizer_config(&vocabulary, directory);
+    retrofit_tokenizer *tokenizer = write_tokenizer(&vocabulary, directory, &derived);
+    if (vocabulary.sentencepiece) {
+        derived = derive_merges(&vocabulary, tokenizer);
+        retrofit_tokenizer_free(tokenizer);
+        tokenizer = write_tokenizer(&vocabulary, directory, &derived);
+    }
+    free(derived.merges);
+    retrofit_tokenizer_free(tokenizer);
+    free_vocabulary(&vocabulary);
+}
+
+// =================================================================================================
+// 8  main
+// =================================================================================================
+
+static void convert(int task) {
+    struct stat status;
+    bool is_file = !stat(options.from, &status) && S_ISREG(status.st_mode);
+    gguf_file gguf;
+    char path[RETROFIT_PATH];
+    tokenizer_source tokenizer = {NULL, NULL};
+    retrofit_model *source;
+    if (is_file) {
+        gguf_open(&gguf, options.from);
+        source = gguf_load(&gguf);
+        tokenizer.gguf = &gguf;
+    } else {
+        source = retrofit_load(options.from, &retrofit_cpu, RETROFIT_INFERENCE);
+        must(source != NULL);
+        tokenizer.directory = retrofit_model_directory(options.from, path);
+    }
+    if (task == SURGERY) surgery(source, tokenizer);
     else rewrite(source, tokenizer);
     retrofit_free(source);
-    if (file) munmap((void *)(uintptr_t)g.map, g.size), free(g.values), free(g.tensors);
-}
-
-// ---- From scratch: Takase's rule, as Huginn's -------------------------------------------------------------------------------
-static void read_config(retrofit_config *c) {
-    struct stat st;
-    size_t size;
-    char path[RETROFIT_PATH];
-    bool directory = !stat(o.random, &st) && S_ISDIR(st.st_mode);
-    if (directory && !retrofit_path(path, o.random, "config.json")) die(1, "%s", retrofit_error());
-    const char *file = directory ? path : o.random;
-    char *text = retrofit_read_file(file, &size);
-    retrofit_json *j = text ? retrofit_json_parse(text, size, file) : NULL;
-    if (!j || !config_parse(c, j, file)) die(1, "%s", retrofit_error());
-    retrofit_json_free(j), free(text);
-}
-
-static void make_random(void) {
-    retrofit_config c;
-    read_config(&c);
-    c.tied = false;
-    if (retrofit_is_plain(&c) && (o.mean_recurrence != SIZE_MAX || o.backprop_depth != SIZE_MAX))
-        die(2, "%s is a plain model: it takes no --mean-recurrence and --backprop-depth", o.random);
-    if (o.mean_recurrence != SIZE_MAX) c.mean_recurrence = o.mean_recurrence;
-    if (o.backprop_depth != SIZE_MAX) c.backprop_depth = o.backprop_depth;
-    retrofit_model *m = retrofit_model_new(&c, &retrofit_cpu);
-    if (!m || !retrofit_model_allocate(m, RETROFIT_INFERENCE)) die(1, "%s", retrofit_error());
-    double sigma = sqrt(2 / (5 * (double)c.n_embd)), depth = (double)(c.prelude + c.core * c.mean_recurrence + c.coda);
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        const char *name = p->source[0].name;
-        bool residual = strstr(name, "attn.proj.") || strstr(name, "mlp.proj.") || strstr(name, "o_proj.") || strstr(name, "down_proj.");
-        float std = (float)(residual ? sigma / sqrt(2 * depth) : sigma); // what writes to the residual stream starts smaller
-        uint64_t key = retrofit_hash(o.seed, i);
-        PARALLEL_FOR(p->rows * p->cols)
-        for (size_t j = 0; j < p->rows * p->cols; j++) p->master[j] = p->kind == RETROFIT_NORM ? 1 : std * retrofit_hash_normal(key, j);
-    }
-    write_model(m, (const retrofit_parameter *const *)m->parameters, o.tokenizer);
-    retrofit_free(m);
-}
-
-// ---- Token shards -----------------------------------------------------------------------------------------------------------
-typedef struct {
-    char *raw, *error;   // what was read; what was wrong with it, if anything
-    size_t size, line;   // of raw; line: 0 for a whole file
-    size_t bytes, count; // of the stripped text; ids
-    int32_t *ids;
-} document;
-
-static struct {
-    FILE *f;
-    retrofit_tokenizer *tokenizer;
-    int32_t eos; // to be put behind each document; -1 if the tokenizer does so itself
-    bool narrow; // uint16
-    size_t documents, empty, tokens, bytes; // so far
-    size_t read, total;                     // bytes of the files
-    double began, shown;
-} t;
-
-static bool ends_with(const char *s, const char *end) {
-    size_t n = strlen(s), m = strlen(end);
-    return n > m && !strcmp(s + n - m, end);
-}
-
-// The ids of a document, with what the tokenizer adds and EOS. Runs in several threads at a time.
-static bool encode_document(document *d, const char *path) {
-    const char *text = d->raw;
-    size_t size = d->size;
-    retrofit_json *j = NULL;
-    retrofit_strip(&text, &size);
-    if (d->line && size) {
-        char where[RETROFIT_PATH + 32];
-        snprintf(where, sizeof where, "%s: line %zu", path, d->line);
-        if (!(j = retrofit_json_parse(text, size, where))) return false;
-        const retrofit_json *member = retrofit_json_get(j, o.field);
-        bool ok = member && member->type == RETROFIT_JSON_STRING;
-        if (!ok) return retrofit_json_free(j), retrofit_fail("%s: no string \"%s\" in it: name another with --field", where, o.field);
-        text = member->string, size = member->length;
-        retrofit_strip(&text, &size);
-    }
-    d->bytes = size;
-    if (size) d->ids = retrofit_encode(t.tokenizer, text, size, true, &d->count);
-    retrofit_json_free(j);
-    return !size || d->ids;
-}
-
-static void write_ids(const int32_t *ids, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        uint16_t narrow = (uint16_t)ids[i];
-        if (t.narrow ? fwrite(&narrow, 2, 1, t.f) != 1 : fwrite(&ids[i], 4, 1, t.f) != 1) die(1, "%s: writing failed: %s", unfinished, strerror(errno));
-    }
-    if ((t.tokens += n) > INT32_MAX) die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
-}
-
-static void show(void) {
-    double now = retrofit_seconds(), elapsed = now - t.began;
-    bool live = isatty(2);
-    if (now - t.shown < 1) return;
-    t.shown = now;
-    fprintf(stderr, "%s%.1f of %.1f MB, %zu documents, %zu tokens, %.1f MB/s, ETA %.0f s%s", live ? "\r" : "", (double)t.read / 1e6, (double)t.total / 1e6,
-            t.documents, t.tokens, (double)t.read / 1e6 / elapsed, (double)(t.total - t.read) * elapsed / (double)t.read, live ? "\033[K" : "\n");
-}
-
-static void encode_batch(document *batch, size_t count, const char *path) {
-    PARALLEL_TASKS
-    for (size_t i = 0; i < count; i++)
-        if (!encode_document(&batch[i], path)) batch[i].error = strdup(retrofit_error()); // each thread has its own
-    for (size_t i = 0; i < count; i++) {
-        document *d = &batch[i];
-        if (d->error) die(1, "%s", d->error);
-        if (d->bytes) write_ids(d->ids, d->count), write_ids(&t.eos, t.eos >= 0), t.documents++;
-        else t.empty++;
-        t.bytes += d->bytes, t.read += d->size;
-        free(d->raw), free(d->ids);
-    }
-    show();
-}
-
-static void tokenize_lines(const char *path) {
-    enum { DOCUMENTS = 1024, BYTES = 1 << 24 };
-    static document batch[DOCUMENTS];
-    FILE *f = fopen(path, "rb");
-    if (!f) die(1, "%s: %s", path, strerror(errno));
-    size_t line = 0, count = 0, bytes = 0;
-    for (bool more = true; more;) {
-        size_t room = 0;
-        document d = {.line = ++line};
-        errno = 0;
-        ssize_t n = getline(&d.raw, &room, f);
-        if (n < 0 && errno) die(1, "%s: line %zu: %s", path, line, strerror(errno));
-        more = n >= 0;
-        if (more) d.size = (size_t)n, bytes += d.size, batch[count++] = d;
-        else free(d.raw);
-        if (count == DOCUMENTS || bytes > BYTES || !more) encode_batch(batch, count, path), count = bytes = 0;
-    }
-    fclose(f);
-}
-
-static void tokenize_whole(const char *path) {
-    document d = {.line = 0};
-    if (!(d.raw = retrofit_read_file(path, &d.size))) die(1, "%s", retrofit_error());
-    encode_batch(&d, 1, path);
-}
-
-static void open_tokenizer(void) {
-    retrofit_config c;
-    char path[RETROFIT_PATH];
-    const char *directory = retrofit_model_directory(o.tokenizer, path);
-    if (!(t.tokenizer = retrofit_tokenizer_load(directory))) die(1, "%s", retrofit_error());
-    t.eos = retrofit_tokenizer_eos(t.tokenizer);
-    if (t.eos < 0 && retrofit_config_read(&c, directory)) t.eos = c.eos;
-    size_t size = retrofit_tokenizer_size(t.tokenizer), after = t.tokenizer->after_count;
-    if (t.eos < 0 || (size_t)t.eos >= size)
-        die(1, "%s: neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) names a token for the end of a document: add one", directory);
-    if (after && t.tokenizer->after[after - 1] == t.eos) t.eos = -1;
-    t.narrow = size <= 65536;
-}
-
-static void tokenize(const char *const *files, size_t count) {
-    int32_t header[256] = {0};
-    for (size_t i = 0; i < count; i++) {
-        struct stat st;
-        if (!ends_with(files[i], ".txt") && !ends_with(files[i], ".jsonl")) die(2, "%s: the name ends neither in .txt nor in .jsonl, the kinds that are known", files[i]);
-        if (stat(files[i], &st)) die(1, "%s: %s", files[i], strerror(errno));
-        if (!S_ISREG(st.st_mode)) die(1, "%s: not a regular file", files[i]);
-        t.total += (size_t)st.st_size;
-    }
-    open_tokenizer();
-    if (snprintf(unfinished, sizeof unfinished, "%s.tmp-%ld", o.to, (long)getpid()) >= RETROFIT_PATH) *unfinished = 0, die(1, "--to: the path is too long");
-    if (!(t.f = fopen(unfinished, "wb"))) die(1, "%s: %s", unfinished, strerror(errno));
-    if (fwrite(header, sizeof header, 1, t.f) != 1) die(1, "%s: %s", unfinished, strerror(errno));
-    t.began = t.shown = retrofit_seconds();
-    for (size_t i = 0; i < count; i++) (ends_with(files[i], ".txt") ? tokenize_whole : tokenize_lines)(files[i]);
-    if (isatty(2) && t.shown > t.began) fputs("\r\033[K", stderr);
-    if (!t.documents) die(1, "there is no text in %s%s", files[0], count > 1 ? " and the others" : "");
-    header[0] = t.narrow ? RETROFIT_SHARD_MAGIC_16 : RETROFIT_SHARD_MAGIC_32, header[1] = t.narrow ? 1 : 7, header[2] = (int32_t)t.tokens;
-    uint64_t hash = retrofit_tokenizer_hash(t.tokenizer);
-    header[3] = (int32_t)(uint32_t)hash, header[4] = (int32_t)(uint32_t)(hash >> 32);
-    errno = 0;
-    bool ok = !fseek(t.f, 0, SEEK_SET) && fwrite(header, sizeof header, 1, t.f) == 1;
-    if (!retrofit_finish_file(t.f, unfinished, ok)) die(1, "%s", retrofit_error());
-    if (rename(unfinished, o.to)) die(1, "%s: %s", o.to, strerror(errno));
-    char parent[RETROFIT_PATH];
-    strcpy(parent, unfinished), retrofit_parent_directory(parent), *unfinished = 0;
-    if (!retrofit_sync_directory(parent)) die(1, "%s", retrofit_error());
-    printf("%s: %zu documents, %zu tokens of %d bits, %.2f bytes of text per token, %.1f s\n", o.to, t.documents, t.tokens, t.narrow ? 16 : 32,
-           (double)t.bytes / (double)t.tokens, retrofit_seconds() - t.began);
-    if (t.empty) printf("%zu empty documents were skipped\n", t.empty);
-    retrofit_tokenizer_free(t.tokenizer);
-}
-
-// ---- Which of the programs this is, and whether the options fit it ------------------------------------------------------------
-enum { SURGERY = 1, REWRITE = 2, RANDOM = 4, TOKENIZE = 8 };
-
-static int mode_of(const char *const *files, size_t count) {
-    bool lists = o.prelude || o.core || o.coda, any = lists || o.preset >= 0;
-    if ((o.from != NULL) + (o.random != NULL) + o.tokenize != 1) die(2, "give one of --from, --random and --tokenize (see --help)");
-    int mode = o.tokenize ? TOKENIZE : o.random ? RANDOM : any ? SURGERY : REWRITE;
-    struct { const char *name; bool given; int modes; } given[] = {
-        {"prelude", o.prelude, SURGERY}, {"core", o.core, SURGERY}, {"coda", o.coda, SURGERY}, {"preset", o.preset >= 0, SURGERY},
-        {"adapter-init", o.adapter >= 0, SURGERY}, {"mean-recurrence", o.mean_recurrence != SIZE_MAX, SURGERY | RANDOM},
-        {"backprop-depth", o.backprop_depth != SIZE_MAX, SURGERY | RANDOM}, {"dtype", o.dtype >= 0, SURGERY | REWRITE | RANDOM},
-        {"seed", o.seed != SIZE_MAX, SURGERY | RANDOM}, {"tokenizer", o.tokenizer, RANDOM | TOKENIZE}, {"field", o.field, TOKENIZE}};
-    for (size_t i = 0; i < sizeof given / sizeof *given; i++)
-        if (given[i].given && !(given[i].modes & mode))
-            die(2, mode == REWRITE ? "--%s goes with a choice of layers (see --help)" : "--%s does not go with --%s", given[i].name,
-                o.tokenize ? "tokenize" : o.random ? "random" : "from");
-    if (!o.to) die(2, "--to is needed: what shall be made?");
-    // Not even an old model is replaced: a slip of the keyboard must not cost the source, or a training.
-    if (mode != TOKENIZE && !access(o.to, F_OK)) die(1, "%s exists already: remove it or choose another --to", o.to);
-    if (count && mode != TOKENIZE) die(2, "'%s' is not an option: options begin with -- (see --help)", files[0]);
-    if (mode == TOKENIZE && !count) die(2, "--tokenize needs files");
-    if (mode == TOKENIZE && !o.tokenizer) die(2, "--tokenizer is needed: a directory with tokenizer.json");
-    if (mode == TOKENIZE && !ends_with(o.to, ".bin")) die(2, "--to %s: the name of a token shard ends in .bin", o.to);
-    if (lists && o.preset >= 0) die(2, "--preset and lists of layers exclude each other");
-    if (lists && !(o.prelude && o.core && o.coda)) die(2, "--prelude, --core and --coda go together; an empty one is none");
-    const size_t recurrence[] = {o.mean_recurrence, o.backprop_depth};
-    for (int i = 0; i < 2; i++)
-        if (recurrence[i] != SIZE_MAX && (!recurrence[i] || recurrence[i] > 1 << 16))
-            die(2, "--%s %zu is not between 1 and 65536", i ? "backprop-depth" : "mean-recurrence", recurrence[i]);
-    return mode;
+    if (is_file) gguf_close(&gguf);
 }
 
 int main(int argc, char **argv) {
+    const char **files = allocate_or_die((size_t)argc, sizeof *files);
     size_t count = 0;
-    const char **files = (const char **)retrofit_allocate((size_t)argc, sizeof *files);
-    if (!files) die(1, "%s", retrofit_error());
-    int code = retrofit_options(argc, argv, options, sizeof options / sizeof *options, usage, files, &count);
-    int mode = code < 0 ? mode_of(files, count) : 0;
-    if (o.seed == SIZE_MAX) o.seed = 1;
-    if (!o.field) o.field = "text";
-    if (mode == SURGERY && o.mean_recurrence == SIZE_MAX) o.mean_recurrence = 8;
-    if (mode == SURGERY && o.backprop_depth == SIZE_MAX) o.backprop_depth = 8;
-    if (mode == SURGERY || mode == REWRITE) convert();
-    if (mode == RANDOM) make_random();
-    if (mode == TOKENIZE) tokenize(files, count);
+    int code = retrofit_options(argc, argv, option_table,
+                                sizeof option_table / sizeof *option_table, usage, files, &count);
+    if (code < 0) {
+        int task = find_task();
+        check_options(task, files, count);
+        set_defaults(task);
+        if (task == SURGERY || task == REWRITE) convert(task);
+        if (task == RANDOM) make_random();
+        if (task == TOKENIZE) tokenize(files, count);
+        code = 0;
+    }
     free(files);
-    return code < 0 ? 0 : code;
+    return code;
 }

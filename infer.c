@@ -1,1130 +1,2150 @@
-// infer: text from a model at any number of recurrences, and what the number is worth: loss and accuracy by recurrences.
+// infer: text from a model at any number of recurrences, and what that number is worth: loss and
+// accuracy by recurrences.
+// In order: command line; recurrences and KV cache; chat templates; reading prompts; sequences and
+// stop strings; generation; --exit; --trace; then the modes: a prompt, many, a conversation, loss,
+// tasks, logits, token ids; and which options go together.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
 #include <regex.h>
 
+// ---- Command line ------------------------------------------------------------------------------
+
 static struct {
-    const char *model, *prompt, *batch, *system, *recurrences, *stop, *eval, *tasks, *answer_regex, *tokens, *logits, *tokenizer, *kv_cache,
-        *speculative, *trace;
+    const char *model, *prompt, *batch, *system, *recurrences, *stop, *eval, *tasks, *answer_regex;
+    const char *tokens, *logits, *tokenizer, *kv_cache, *speculative, *trace;
     size_t batch_size, max_tokens, top_k, seed, seq_len, rows;
     double temperature, top_p, min_p, exit_threshold, noise;
     int state_init, device, precision, exit, noise_kind;
     bool chat, interactive, json, print_tokens, kv_bf16, continuous;
-} o = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = -1};
+} options = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = -1};
 
-static const retrofit_option options[] = {
+static const retrofit_option option_table[] = {
     {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"model", RETROFIT_STRING, &o.model, "DIR", "recurrent or plain; a run's --out means its latest checkpoint"},
-    {"prompt", RETROFIT_STRING, &o.prompt, "TEXT|-", "what to continue; - reads it from stdin"},
-    {"batch", RETROFIT_STRING, &o.batch, "FILE.jsonl", "many: {prompt[, id]} a line, with --chat also {messages}; a line of JSON for each"},
-    {"batch-size", RETROFIT_SIZE, &o.batch_size, "N", "so many at a time (8)"},
-    {"chat", RETROFIT_FLAG, &o.chat, NULL, "the prompt is what a user says: in the template of Llama-3, ChatML or Zephyr"},
-    {"system", RETROFIT_STRING, &o.system, "TEXT", "what the model is told before it (what the template says by default)"},
-    {"interactive", RETROFIT_FLAG, &o.interactive, NULL, "a conversation: each line of stdin is a turn; with --chat"},
-    {"recurrences", RETROFIT_STRING, &o.recurrences, "R", "how deep to think (the model's mean); a list for --eval, --tasks"},
-    {"max-tokens", RETROFIT_SIZE, &o.max_tokens, "N", "stop after so many (128), or at the end of text"},
-    {"stop", RETROFIT_STRING, &o.stop, "TEXT|TEXT", "end before any of these texts; \\n \\t \\\\ \\| are newline, tab, \\ and |"},
-    {"json", RETROFIT_FLAG, &o.json, NULL, "a JSON object instead of text: tokens, log-probabilities, times"},
-    {"temperature", RETROFIT_REAL, &o.temperature, "F", "0: always the likeliest token (0)"},
-    {"top-k", RETROFIT_SIZE, &o.top_k, "N", "draw from the N likeliest; 0: from all (0)"},
-    {"top-p", RETROFIT_REAL, &o.top_p, "F", "draw from the likeliest that make up this share (1)"},
-    {"min-p", RETROFIT_REAL, &o.min_p, "F", "draw from those with at least this share of the likeliest's probability (0)"},
-    {"seed", RETROFIT_SIZE, &o.seed, "N", "of draws and start states (1)"},
-    {"state-init", RETROFIT_CHOICE, &o.state_init, "normal|zero", "the start state s_0 (normal)"},
+    {"model", RETROFIT_STRING, &options.model, "DIR",
+     "recurrent or plain; a run's --out means its latest checkpoint"},
+    {"prompt", RETROFIT_STRING, &options.prompt, "TEXT|-",
+     "what to continue; - reads it from stdin"},
+    {"batch", RETROFIT_STRING, &options.batch, "FILE.jsonl",
+     "many: {prompt[, id]} a line, with --chat also {messages}; a line of JSON for each"},
+    {"batch-size", RETROFIT_SIZE, &options.batch_size, "N", "so many at a time (8)"},
+    {"chat", RETROFIT_FLAG, &options.chat, NULL,
+     "the prompt is what a user says: in the template of Llama-3, ChatML or Zephyr"},
+    {"system", RETROFIT_STRING, &options.system, "TEXT",
+     "what the model is told before it (what the template says by default)"},
+    {"interactive", RETROFIT_FLAG, &options.interactive, NULL,
+     "a conversation: each line of stdin is a turn; with --chat"},
+    {"recurrences", RETROFIT_STRING, &options.recurrences, "R",
+     "how deep to think (the model's mean); a list for --eval, --tasks"},
+    {"max-tokens", RETROFIT_SIZE, &options.max_tokens, "N",
+     "stop after so many (128), or at the end of text"},
+    {"stop", RETROFIT_STRING, &options.stop, "TEXT|TEXT",
+     "end before any of these texts; \\n \\t \\\\ \\| are newline, tab, \\ and |"},
+    {"json", RETROFIT_FLAG, &options.json, NULL,
+     "a JSON object instead of text: tokens, log-probabilities, times"},
+    {"temperature", RETROFIT_REAL, &options.temperature, "F", "0: always the likeliest token (0)"},
+    {"top-k", RETROFIT_SIZE, &options.top_k, "N", "draw from the N likeliest; 0: from all (0)"},
+    {"top-p", RETROFIT_REAL, &options.top_p, "F",
+     "draw from the likeliest that make up this share (1)"},
+    {"min-p", RETROFIT_REAL, &options.min_p, "F",
+     "draw from those with at least this share of the likeliest's probability (0)"},
+    {"seed", RETROFIT_SIZE, &options.seed, "N", "of draws and start states (1)"},
+    {"state-init", RETROFIT_CHOICE, &options.state_init, "normal|zero",
+     "the start state s_0 (normal)"},
+
     {"Think as long as it takes", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"exit", RETROFIT_CHOICE, &o.exit, "none|entropy-diff|latent-diff|kl|minp-kl|argmax-stability", "stop a token's recurrences once this changes no more (none)"},
-    {"exit-threshold", RETROFIT_REAL, &o.exit_threshold, "F", "by less than F; or stays F recurrences (the authors': 1e-3, .03, 5e-4, 1e-6, 5)"},
-    {"kv-cache", RETROFIT_STRING, &o.kv_cache, "full|latest|shared:M|grouped:M", "a slot for each recurrence; the last for deeper ones; slot r mod M; r div M"},
-    {"kv-bf16", RETROFIT_FLAG, &o.kv_bf16, NULL, "keys and values in bf16: half the memory (a GPU keeps them in its --precision)"},
-    {"speculative", RETROFIT_STRING, &o.speculative, "R,N", "draft N tokens at R recurrences, verify them together in full: same text, faster"},
-    {"continuous", RETROFIT_FLAG, &o.continuous, NULL, "a token starts from the last state of the one before, not from s_0"},
-    {"noise", RETROFIT_REAL, &o.noise, "F", "test-time noise on the state, times its standard deviation (0)"},
-    {"noise-type", RETROFIT_CHOICE, &o.noise_kind, "fixed|geom|sqrt|line|chi", "in recurrence i: the same, over i, over its root, falling, random (fixed)"},
+    {"exit", RETROFIT_CHOICE, &options.exit,
+     "none|entropy-diff|latent-diff|kl|minp-kl|argmax-stability",
+     "stop a token's recurrences once this changes no more (none)"},
+    {"exit-threshold", RETROFIT_REAL, &options.exit_threshold, "F",
+     "by less than F; or stays F recurrences (the authors': 1e-3, .03, 5e-4, 1e-6, 5)"},
+    {"kv-cache", RETROFIT_STRING, &options.kv_cache, "full|latest|shared:M|grouped:M",
+     "a slot for each recurrence; the last for deeper ones; slot r mod M; r div M"},
+    {"kv-bf16", RETROFIT_FLAG, &options.kv_bf16, NULL,
+     "keys and values in bf16: half the memory (a GPU keeps them in its --precision)"},
+    {"speculative", RETROFIT_STRING, &options.speculative, "R,N",
+     "draft N tokens at R recurrences, verify them together in full: same text, faster"},
+    {"continuous", RETROFIT_FLAG, &options.continuous, NULL,
+     "a token starts from the last state of the one before, not from s_0"},
+    {"noise", RETROFIT_REAL, &options.noise, "F",
+     "test-time noise on the state, times its standard deviation (0)"},
+    {"noise-type", RETROFIT_CHOICE, &options.noise_kind, "fixed|geom|sqrt|line|chi",
+     "in recurrence i: the same, over i, over its root, falling, random (fixed)"},
+
     {"Evaluate", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"eval", RETROFIT_STRING, &o.eval, "FILE.bin", "loss and perplexity on token shards, at each of --recurrences"},
-    {"seq-len", RETROFIT_SIZE, &o.seq_len, "T", "tokens in a row (1024), in a conversation (4096), or the model's context"},
-    {"rows", RETROFIT_SIZE, &o.rows, "N", "at most so many rows or tasks; 0: all (0)"},
-    {"tasks", RETROFIT_STRING, &o.tasks, "FILE.jsonl", "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
-    {"answer-regex", RETROFIT_STRING, &o.answer_regex, "ERE", "generates; a target is compared with group 1 of the last match in the text"},
+    {"eval", RETROFIT_STRING, &options.eval, "FILE.bin",
+     "loss and perplexity on token shards, at each of --recurrences"},
+    {"seq-len", RETROFIT_SIZE, &options.seq_len, "T",
+     "tokens in a row (1024), in a conversation (4096), or the model's context"},
+    {"rows", RETROFIT_SIZE, &options.rows, "N", "at most so many rows or tasks; 0: all (0)"},
+    {"tasks", RETROFIT_STRING, &options.tasks, "FILE.jsonl",
+     "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
+    {"answer-regex", RETROFIT_STRING, &options.answer_regex, "ERE",
+     "generates; a target is compared with group 1 of the last match in the text"},
+
     {"Look inside", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"trace", RETROFIT_STRING, &o.trace, "OUT.jsonl", "what each recurrence makes of each token of prompt and text; a picture on stderr"},
-    {"tokens", RETROFIT_STRING, &o.tokens, "1,2,3", "token ids instead of a prompt, for --logits"},
-    {"logits", RETROFIT_STRING, &o.logits, "OUT.safetensors", "writes the tensor logits (T,V) for --tokens or --prompt"},
-    {"print-tokens", RETROFIT_FLAG, &o.print_tokens, NULL, "prints the prompt's ids, with the special tokens encoding adds"},
-    {"tokenizer", RETROFIT_STRING, &o.tokenizer, "DIR", "where tokenizer.json lies (the model's directory)"},
+    {"trace", RETROFIT_STRING, &options.trace, "OUT.jsonl",
+     "what each recurrence makes of each token of prompt and text; a picture on stderr"},
+    {"tokens", RETROFIT_STRING, &options.tokens, "1,2,3",
+     "token ids instead of a prompt, for --logits"},
+    {"logits", RETROFIT_STRING, &options.logits, "OUT.safetensors",
+     "writes the tensor logits (T,V) for --tokens or --prompt"},
+    {"print-tokens", RETROFIT_FLAG, &options.print_tokens, NULL,
+     "prints the prompt's ids, with the special tokens encoding adds"},
+    {"tokenizer", RETROFIT_STRING, &options.tokenizer, "DIR",
+     "where tokenizer.json lies (the model's directory)"},
+
     {"Machine", RETROFIT_HEADING, NULL, NULL, NULL},
-    {"device", RETROFIT_CHOICE, &o.device, "auto|cpu|cuda", "where to compute; auto: on a GPU if there is one (auto)"},
-    {"precision", RETROFIT_CHOICE, &o.precision, "bf16|fp32", "of weights and activations on a GPU; a CPU takes weights as the file has them (bf16)"},
+    {"device", RETROFIT_CHOICE, &options.device, "auto|cpu|cuda",
+     "where to compute; auto: on a GPU if there is one (auto)"},
+    {"precision", RETROFIT_CHOICE, &options.precision, "bf16|fp32",
+     "of weights and activations on a GPU; a CPU takes weights as the file has them (bf16)"},
 };
 
+static retrofit_model *model;         // NULL for --print-tokens
+static retrofit_tokenizer *tokenizer; // NULL for --eval and --tokens
+static char device_name[256];         // what computes
+
+// ---- Small helpers -----------------------------------------------------------------------------
+
+// Exit code 1: something failed; 2: the command line asks for what cannot be.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fputs("infer: ", stderr), vfprintf(stderr, format, args), fputc('\n', stderr);
+    fputs("infer: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
     va_end(args);
     exit(code);
 }
 
-static char device[256]; // what computes
-
-static void *need(void *p) { // what retrofit could not give
-    if (!p) die(1, "%s", retrofit_error());
-    return p;
+// The library's functions return false or NULL where they fail; these end the program then.
+static void require(bool ok) {
+    if (!ok) die(1, "%s", retrofit_error());
 }
 
-static float sigma(const retrofit_model *m) { return o.state_init ? 0 : m->config.state_std; }
+static void *require_pointer(void *pointer) {
+    require(pointer != NULL);
+    return pointer;
+}
 
-// --recurrences as a list; without it `otherwise`, or the model's mean. A plain Llama has one depth, shown as 0 recurrences.
-static size_t recurrences(const retrofit_model *m, size_t *r, size_t most, const char *otherwise) {
-    char mean[32];
-    size_t count;
-    snprintf(mean, sizeof mean, "%zu", m->config.mean_recurrence);
-    if (retrofit_is_plain(&m->config)) {
-        if (o.recurrences) die(2, "--recurrences: %s is a plain Llama, it has none: make it recurrent with convert", o.model);
-        return r[0] = 0, 1;
+static void *new_array(size_t count, size_t size) {
+    return require_pointer(retrofit_allocate(count, size));
+}
+
+// Memory for one more item behind `count` of them: it doubles when count is a power of two.
+static void *grow_array(void *items, size_t count, size_t size) {
+    if (count & (count - 1)) return items;
+    return require_pointer(realloc(items, (count ? 2 * count : 1) * size));
+}
+
+// Buffers for B rows of T tokens; cache: NULL unless they are for decoding.
+static retrofit_buffers *new_buffers(size_t B, size_t T, const retrofit_kv_cache *cache) {
+    return require_pointer(retrofit_buffers_new(model, B, T, 0, RETROFIT_KEEP_NOTHING, cache));
+}
+
+static void append_string(retrofit_text *text, const char *string) {
+    retrofit_text_append(text, string, strlen(string));
+}
+
+// A line on stderr every two seconds while many things are done one after another. Called with
+// done = 0 before the first.
+static double progress_began; // seconds
+
+static void show_progress(const char *what, size_t done, size_t total) {
+    static double shown;
+    double now = retrofit_seconds();
+    if (done == 0) {
+        progress_began = now;
+        shown = now;
     }
-    if (!retrofit_sizes(o.recurrences ? o.recurrences : otherwise ? otherwise : mean, r, most, &count)) die(2, "--recurrences: %s", retrofit_error());
-    for (size_t i = 1; i < count; i++)
-        if (r[i] <= r[i - 1]) die(2, "--recurrences: %s does not grow from one to the next", o.recurrences);
-    return count;
+    if (now - shown < 2 || done == total) return;
+    shown = now;
+    double eta = (now - progress_began) * (double)(total - done) / (double)done;
+    fprintf(stderr, "%zu of %zu %s, ETA %.0f s\n", done, total, what, eta);
 }
 
-// How to think, at most r recurrences, and the cache for it.
-static retrofit_recurrence_options thinking(const retrofit_model *m, size_t r) {
-    return (retrofit_recurrence_options){r, sigma(m), o.seed, (retrofit_exit)o.exit, (float)o.exit_threshold, o.continuous, (float)o.noise,
-                               (retrofit_noise)o.noise_kind};
+// JSON has no infinity and no NaN.
+static void print_json_number(double x) {
+    if (isfinite(x)) printf("%.7g", x);
+    else fputs("null", stdout);
 }
 
-static retrofit_kv_cache kv_cache(size_t capacity, size_t r) {
-    static const char *const kinds[] = {"full", "shared:", "grouped:"}; // in the order of retrofit_cache_kind
-    retrofit_kv_cache cache = {capacity, r, RETROFIT_CACHE_FULL, 0, o.kv_bf16};
-    const char *text = o.kv_cache ? o.kv_cache : o.exit ? "latest" : "full";
-    if (!strcmp(text, "full") && o.exit)
-        die(2, "--exit leaves nothing in a full KV cache that deeper recurrences could read: --kv-cache latest, shared:M or grouped:M");
-    if (!strcmp(text, "full") || !strcmp(text, "latest")) return cache;
-    for (int kind = 1; kind < 3; kind++)
-        if (!strncmp(text, kinds[kind], strlen(kinds[kind]))) {
-            size_t count;
-            if (!retrofit_sizes(text + strlen(kinds[kind]), &cache.M, 1, &count)) die(2, "--kv-cache %s: %s", text, retrofit_error());
-            return cache.kind = (retrofit_cache_kind)kind, cache;
-        }
-    die(2, "--kv-cache is full, latest, shared:M or grouped:M, not '%s'", text);
+// The cross-entropy of a token under logits (V), in nats: -log p(id).
+static float token_loss(const float *logits, int32_t id) {
+    float loss;
+    retrofit_cpu.cross_entropy(&loss, (act *)logits, &id, 1, model->config.vocab, 0);
+    return loss;
 }
 
+// ---- Recurrences and KV cache ------------------------------------------------------------------
+
+// The standard deviation of s_0; --state-init zero is choice 1.
+static float start_sigma(void) { return options.state_init == 1 ? 0 : model->config.state_std; }
+
+enum { MAX_DEPTHS = 64 };
+struct depth_list {
+    size_t count, r[MAX_DEPTHS]; // recurrences, growing
+};
+
+// The numbers of --recurrences, at most `max`; without the option those of `standard` or, if that
+// is NULL, the model's mean. A plain Llama has one depth, shown as 0 recurrences.
+static struct depth_list read_depths(size_t max, const char *standard) {
+    struct depth_list depths = {1, {0}};
+    const char *list = options.recurrences;
+    if (retrofit_is_plain(&model->config)) {
+        if (!list) return depths;
+        die(2, "--recurrences: %s is a plain Llama, it has none: make it recurrent with convert",
+            options.model);
+    }
+
+    char mean[32];
+    snprintf(mean, sizeof mean, "%zu", model->config.mean_recurrence);
+    if (!list) list = standard ? standard : mean;
+    bool ok = retrofit_sizes(list, depths.r, max, &depths.count);
+    if (!ok) die(2, "--recurrences: %s", retrofit_error());
+    for (size_t i = 1; i < depths.count; i++) {
+        if (depths.r[i] <= depths.r[i - 1])
+            die(2, "--recurrences: %s does not grow from one to the next", options.recurrences);
+    }
+    return depths;
+}
+
+// For modes that take one number.
+static size_t read_depth(const char *mode) {
+    struct depth_list depths = read_depths(2, NULL);
+    if (depths.count != 1) die(2, "--recurrences: one number for %s", mode);
+    return depths.r[0];
+}
+
+// Options for r recurrences or, with --exit, at most r.
+static retrofit_recurrence_options recurrence_options(size_t r) {
+    return (retrofit_recurrence_options){
+        .recurrences = r,
+        .sigma = start_sigma(),
+        .seed = options.seed,
+        .exit = (retrofit_exit)options.exit,
+        .threshold = (float)options.exit_threshold,
+        .continuous = options.continuous,
+        .noise = (float)options.noise,
+        .noise_kind = (retrofit_noise)options.noise_kind,
+    };
+}
+
+// The cache of --kv-cache. `full` and `latest` both have a slot for each recurrence. With --exit a
+// token that stops early leaves slots empty that deeper recurrences of later tokens read: `latest`
+// says that the keys and values of its last recurrence fill them, so `full` is refused there.
+static retrofit_kv_cache cache_options(size_t capacity, size_t r) {
+    retrofit_kv_cache cache = {.capacity = capacity, .recurrences = r, .bf16 = options.kv_bf16};
+    const char *text = options.kv_cache;
+    if (!text) text = options.exit ? "latest" : "full";
+    bool full = !strcmp(text, "full");
+    if (full && options.exit)
+        die(2, "--exit leaves nothing in a full KV cache that deeper recurrences could read: "
+               "--kv-cache latest, shared:M or grouped:M");
+    cache.kind = RETROFIT_CACHE_FULL;
+    if (full || !strcmp(text, "latest")) return cache;
+
+    if (!strncmp(text, "shared:", 7)) cache.kind = RETROFIT_CACHE_SHARED;
+    else if (!strncmp(text, "grouped:", 8)) cache.kind = RETROFIT_CACHE_GROUPED;
+    else die(2, "--kv-cache is full, latest, shared:M or grouped:M, not '%s'", text);
+    size_t count;
+    if (!retrofit_sizes(strchr(text, ':') + 1, &cache.M, 1, &count))
+        die(2, "--kv-cache %s: %s", text, retrofit_error());
+    return cache;
+}
+
+// --speculative R,N, and how well its drafts did.
 static struct {
-    size_t depth, ahead, drafted, kept, rounds;
-    double seconds, plain;
-} drafts; // of --speculative, and how it went; plain: s/token without
+    size_t recurrences, lookahead; // R of a draft; N tokens drafted at a time, 0: no drafts
+    size_t rounds, drafted, kept;  // in all rounds: tokens that were drafted, and that stayed
+    double seconds;                // of all rounds
+    double plain_seconds;          // of the fastest step that fed one token without a draft
+} drafts;
 
 static void read_drafts(void) {
-    size_t both[2], count;
-    if (!retrofit_sizes(o.speculative, both, 2, &count) || count != 2 || both[1] > RETROFIT_LOOKAHEAD)
-        die(2, "--speculative is R,N like 4,5: recurrences of a draft, and tokens, at most %d, not '%s'", RETROFIT_LOOKAHEAD,
-            o.speculative);
-    drafts.depth = both[0], drafts.ahead = both[1];
-    bool kept = !o.kv_cache || !strcmp(o.kv_cache, "full");
-    const char *with = o.exit ? "--exit" : o.continuous ? "--continuous" : o.noise > 0 ? "--noise" : !kept ? "--kv-cache" : NULL;
-    if (!with) with = o.batch ? "--batch" : o.tasks ? "--tasks" : o.eval ? "--eval" : o.logits ? "--logits" : NULL;
-    if (with) die(2, "--speculative does not go with %s", with);
+    size_t numbers[2], count;
+    bool ok = retrofit_sizes(options.speculative, numbers, 2, &count);
+    if (!ok || count != 2 || numbers[1] > RETROFIT_LOOKAHEAD)
+        die(2, "--speculative is R,N like 4,5: recurrences of a draft, and tokens, at most %d, "
+               "not '%s'", RETROFIT_LOOKAHEAD, options.speculative);
+    drafts.recurrences = numbers[0];
+    drafts.lookahead = numbers[1];
 }
 
-// --prompt, or stdin if it is "-".
-static char *prompt_text(size_t *size) {
-    if (strcmp(o.prompt, "-")) return *size = strlen(o.prompt), (char *)need(strdup(o.prompt));
-    size_t room = 1 << 16;
-    char *text = (char *)need(malloc(room));
-    for (size_t n; (n = fread(text + *size, 1, room - *size, stdin)) > 0;)
-        if ((*size += n) == room) text = (char *)need(realloc(text, room *= 2));
-    return text;
-}
+// ---- Chat templates ----------------------------------------------------------------------------
 
-// ---- Chat: a conversation as the model's family writes it, open role close text end after -----------------------------------
-static const struct { const char *open, *close, *end, *after; } families[] = {
-    {"<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""}, {"<|im_start|>", "\n", "<|im_end|>", "\n"}, {"<|", "|>\n", "</s>", "\n"}};
-enum { LLAMA3, CHATML, ZEPHYR };
-static int family;
-static char *chat_template;
-static int32_t ends[2] = {-1, -1}; // tokens that end a text
+// A family of chat models writes a message as  role_open role role_close content end after.
+static const struct {
+    const char *role_open, *role_close, *end, *after;
+} families[] = {
+    {"<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", ""},
+    {"<|im_start|>", "\n", "<|im_end|>", "\n"},
+    {"<|", "|>\n", "</s>", "\n"},
+};
+enum { LLAMA3, CHATML, ZEPHYR, FAMILIES };
 
-static char *read_template(const char *directory) { // "" if there is none
-    char path[RETROFIT_PATH];
-    size_t size;
-    if (retrofit_path(path, directory, "chat_template.jinja") && !access(path, F_OK)) return (char *)need(retrofit_read_file(path, &size));
-    if (!retrofit_path(path, directory, "tokenizer_config.json") || access(path, F_OK)) return (char *)need(strdup(""));
-    char *text = (char *)need(retrofit_read_file(path, &size));
-    retrofit_json *j = (retrofit_json *)need(retrofit_json_parse(text, size, path));
-    const retrofit_json *chat = retrofit_json_get(j, "chat_template"),
-                        *named = chat && chat->type == RETROFIT_JSON_ARRAY ? chat->child : NULL;
-    while (named && !retrofit_json_is(retrofit_json_get(named, "name"), "default")) named = named->next;
-    if (named) chat = retrofit_json_get(named, "template");
-    free(text), text = (char *)need(strdup(chat && chat->type == RETROFIT_JSON_STRING ? chat->string : ""));
-    return retrofit_json_free(j), text;
-}
+static int family;                       // the model's, with --chat
+static char *chat_template;              // the Jinja text that comes with it; "" if there is none
+static int32_t end_tokens[2] = {-1, -1}; // end a text: the tokenizer's; with --chat the family's
 
-// By the special tokens; Zephyr's markers, of TinyLlama's chat models too, are no tokens but stand in the template.
-static void find_family(const retrofit_tokenizer *t, const char *directory) {
-    chat_template = read_template(directory);
-    for (family = LLAMA3;
-         family < ZEPHYR && (retrofit_tokenizer_id(t, families[family].open) < 0 || retrofit_tokenizer_id(t, families[family].end) < 0);)
-        family++;
-    ends[1] = retrofit_tokenizer_id(t, families[family].end);
-    if (family == ZEPHYR && (ends[1] < 0 || retrofit_tokenizer_id(t, "<|user|>") >= 0 || !strstr(chat_template, "<|user|>")))
-        die(1, "%s: --chat: the tokenizer is of no family of chat models that is known here: Llama-3, ChatML, Zephyr", directory);
-}
-
-static void put(retrofit_text *x, const char *s) { retrofit_text_append(x, s, strlen(s)); }
-
-static void put_turn(retrofit_text *x, const char *role, const char *text, size_t size) { // no text: what it is to be said behind
-    put(x, families[family].open), put(x, role), put(x, families[family].close);
-    if (!text) return;
-    if (family == LLAMA3) retrofit_strip(&text, &size); // as its templates do, and the others do not
-    retrofit_text_append(x, text, size), put(x, families[family].end), put(x, families[family].after);
-}
-
-// How a conversation begins. Templates that name a system message of their own (SmolLM2's, Qwen's) mean it where none is given; those from
-// Llama-3.1 on put dates before it, and so write one always.
-static void put_system(retrofit_text *x, const char *text, size_t size) {
-    static const char dated[] = "Cutting Knowledge Date: December 2023", system[] = "<|im_start|>system";
-    if (family == LLAMA3 && strstr(chat_template, dated)) {
-        char date[32] = "26 Jul 2024"; // Llama-3.1's; Llama-3.2's is today's
-        time_t now = time(NULL);
-        if (strstr(chat_template, "strftime_now")) strftime(date, sizeof date, "%d %b %Y", localtime(&now));
-        put_turn(x, "system", NULL, 0), put(x, dated), put(x, "\nToday Date: "), put(x, date), put(x, "\n\n");
-        if (text) retrofit_strip(&text, &size), retrofit_text_append(x, text, size);
-        put(x, families[family].end);
-    } else if (text) put_turn(x, "system", text, size);
-    else if (family == CHATML)
-        for (const char *at = chat_template, *end; (at = strstr(at, system));) { // written out in full, from its newline to its end
-            at += sizeof system - 1;
-            size_t newline = *at == '\n' ? 1 : !strncmp(at, "\\n", 2) ? 2 : 0;
-            if (newline && (end = strstr(at, "<|im_end|>")) && at + strcspn(at, "'\"{}") > end)
-                return put_turn(x, "system", at + newline, (size_t)(end - at) - newline);
-        }
-}
-
-static const char *role_of(const retrofit_json *message) { // NULL if it is none
-    static const char *const roles[] = {"system", "user", "assistant"};
-    const retrofit_json *role = retrofit_json_get(message, "role"), *content = retrofit_json_get(message, "content");
-    for (int i = 0; i < 3 && content && content->type == RETROFIT_JSON_STRING; i++)
-        if (retrofit_json_is(role, roles[i])) return roles[i];
+// tokenizer_config.json has one template or a list of named ones, of which "default" counts.
+static const retrofit_json *find_template(const retrofit_json *config) {
+    const retrofit_json *entry = retrofit_json_get(config, "chat_template");
+    if (!entry || entry->type != RETROFIT_JSON_ARRAY) return entry;
+    for (entry = entry->child; entry; entry = entry->next) {
+        bool found = retrofit_json_is(retrofit_json_get(entry, "name"), "default");
+        if (found) return retrofit_json_get(entry, "template");
+    }
     return NULL;
 }
 
-// The ids of a prompt, or with --chat of the messages, or of the one message that the prompt is. Special tokens written out in a text become
-// ids, as they do when Hugging Face encodes what a template gave; BOS is what the tokenizer adds, once.
-static int32_t *encode(const retrofit_tokenizer *t, const char *where, const retrofit_json *messages, const char *text, size_t size,
-                       size_t *count) {
-    retrofit_text x = {NULL, 0, 0, false};
-    if (messages && (messages->type != RETROFIT_JSON_ARRAY || !messages->count)) die(1, "%s: \"messages\" is no list, or empty", where);
-    const retrofit_json *m = messages ? messages->child : NULL, *content;
-    for (; m; m = m->next) {
-        if (!role_of(m)) die(1, "%s: a message needs a \"role\", system, user or assistant, and a string \"content\"", where);
-        bool system = m == messages->child && !strcmp(role_of(m), "system");
-        content = retrofit_json_get(m, "content");
-        if (system) put_system(&x, content->string, content->length);
-        else if (m == messages->child) put_system(&x, o.system, o.system ? strlen(o.system) : 0);
-        if (!system) put_turn(&x, role_of(m), content->string, content->length);
+static char *read_template(const char *directory) {
+    char path[RETROFIT_PATH];
+    size_t size;
+    bool fits = retrofit_path(path, directory, "chat_template.jinja");
+    if (fits && !access(path, F_OK)) return require_pointer(retrofit_read_file(path, &size));
+    fits = retrofit_path(path, directory, "tokenizer_config.json");
+    if (!fits || access(path, F_OK)) return require_pointer(strdup(""));
+
+    char *text = require_pointer(retrofit_read_file(path, &size));
+    retrofit_json *config = require_pointer(retrofit_json_parse(text, size, path));
+    const retrofit_json *entry = find_template(config);
+    bool found = entry && entry->type == RETROFIT_JSON_STRING;
+    char *template = require_pointer(strdup(found ? entry->string : ""));
+    free(text);
+    retrofit_json_free(config);
+    return template;
+}
+
+static bool has_token(const char *token) { return retrofit_tokenizer_id(tokenizer, token) >= 0; }
+
+// Llama-3 and ChatML have special tokens of their own. Zephyr's markers (TinyLlama's chat models
+// use them too) are no tokens, but stand in the template.
+static bool fits_family(int candidate) {
+    if (!has_token(families[candidate].end)) return false;
+    if (candidate != ZEPHYR) return has_token(families[candidate].role_open);
+    return !has_token("<|user|>") && strstr(chat_template, "<|user|>");
+}
+
+static void find_family(const char *directory) {
+    chat_template = read_template(directory);
+    while (family < FAMILIES && !fits_family(family)) family++;
+    if (family == FAMILIES)
+        die(1, "%s: --chat: the tokenizer is of no family of chat models that is known here: "
+               "Llama-3, ChatML, Zephyr", directory);
+    end_tokens[1] = retrofit_tokenizer_id(tokenizer, families[family].end);
+}
+
+static void append_role(retrofit_text *text, const char *role) {
+    append_string(text, families[family].role_open);
+    append_string(text, role);
+    append_string(text, families[family].role_close);
+}
+
+static void append_end(retrofit_text *text) {
+    append_string(text, families[family].end);
+    append_string(text, families[family].after);
+}
+
+static void append_message(retrofit_text *text, const char *role, const char *content,
+                           size_t size) {
+    append_role(text, role);
+    if (family == LLAMA3) retrofit_strip(&content, &size); // as its templates do; others do not
+    retrofit_text_append(text, content, size);
+    append_end(text);
+}
+
+// Templates from Llama-3.1 on always write a system message. It begins with two dates, of which the
+// second is a constant in Llama-3.1's and the current day in Llama-3.2's.
+static const char dated[] = "Cutting Knowledge Date: December 2023";
+
+static void append_dated_system(retrofit_text *text, const char *content, size_t size) {
+    char date[32] = "26 Jul 2024";
+    time_t now = time(NULL);
+    bool today = strstr(chat_template, "strftime_now");
+    if (today) strftime(date, sizeof date, "%d %b %Y", localtime(&now));
+    append_role(text, "system");
+    append_string(text, dated);
+    append_string(text, "\nToday Date: ");
+    append_string(text, date);
+    append_string(text, "\n\n");
+    if (content) {
+        retrofit_strip(&content, &size);
+        retrofit_text_append(text, content, size);
     }
-    if (o.chat && !messages) put_system(&x, o.system, o.system ? strlen(o.system) : 0), put_turn(&x, "user", text, size);
-    if (o.chat) put_turn(&x, "assistant", NULL, 0);
-    if (x.failed) die(1, "%s", retrofit_error());
-    int32_t *ids = (int32_t *)need(retrofit_encode(t, o.chat ? x.bytes : text, o.chat ? x.size : size, true, count));
-    return free(x.bytes), ids;
+    append_end(text);
 }
 
-// A JSON Lines file, line by line. Whatever is wrong with a line, `where` says which it is.
-typedef struct {
-    FILE *f;
-    char *line, where[RETROFIT_PATH + 32];
-    const char *path;
-    size_t room, number;
-} lines;
-
-static lines open_lines(const char *path) {
-    lines l = {.f = fopen(path, "rb"), .path = path};
-    if (!l.f) die(1, "%s: %s", path, strerror(errno));
-    return l;
+// Some ChatML templates (SmolLM2's, Qwen's) hold a system message for conversations without one:
+// the first that is written out in full, with no quote or brace of Jinja before its end. The
+// newline before it may be spelt \n.
+static void append_template_system(retrofit_text *text) {
+    static const char begin[] = "<|im_start|>system";
+    const char *at = strstr(chat_template, begin);
+    for (; at; at = strstr(at, begin)) {
+        at += strlen(begin);
+        const char *end = strstr(at, families[family].end);
+        size_t newline = 0;
+        if (*at == '\n') newline = 1;
+        if (!strncmp(at, "\\n", 2)) newline = 2;
+        if (newline == 0 || !end || at + strcspn(at, "'\"{}") <= end) continue;
+        append_message(text, "system", at + newline, (size_t)(end - at) - newline);
+        return;
+    }
 }
 
-static void close_lines(lines *l) { free(l->line), fclose(l->f); }
-
-static retrofit_json *next_line(lines *l) { // the next that is not empty; NULL at the end
-    ssize_t n;
-    errno = 0;
-    while ((n = getline(&l->line, &l->room, l->f)) > 0 && ++l->number && n == 1) continue;
-    if (n < 0 && !feof(l->f)) die(1, "%s: behind line %zu: %s", l->path, l->number, strerror(errno));
-    if (n < 0) return NULL;
-    snprintf(l->where, sizeof l->where, "%s: line %zu", l->path, l->number);
-    return (retrofit_json *)need(retrofit_json_parse(l->line, (size_t)n, l->where));
+// How a conversation begins; content: the system message, or NULL.
+static void append_system(retrofit_text *text, const char *content, size_t size) {
+    if (family == LLAMA3 && strstr(chat_template, dated)) append_dated_system(text, content, size);
+    else if (content) append_message(text, "system", content, size);
+    else if (family == CHATML) append_template_system(text);
 }
 
-static void *more(void *items, size_t count, size_t size) { // room for one more: it doubles when the count is a power of two
-    return count & (count - 1) ? items : need(realloc(items, (count ? 2 * count : 1) * size));
+static void append_system_option(retrofit_text *text) {
+    append_system(text, options.system, options.system ? strlen(options.system) : 0);
 }
 
-// Shown every two seconds; returns when it began, with none done.
-static double progress(const char *what, size_t done, size_t of) {
-    static double began, shown;
-    double now = retrofit_seconds();
-    if (done == 0) began = shown = now;
-    if (now - shown < 2 || done == of) return began;
-    shown = now;
-    fprintf(stderr, "%zu of %zu %s, ETA %.0f s\n", done, of, what, (now - began) * (double)(of - done) / (double)done);
-    return began;
+// ---- Reading prompts ---------------------------------------------------------------------------
+
+// All that stdin has.
+static char *read_stdin(size_t *size) {
+    size_t capacity = 1 << 16;
+    char *text = require_pointer(malloc(capacity));
+    *size = 0;
+    for (;;) {
+        size_t n = fread(text + *size, 1, capacity - *size, stdin);
+        if (n == 0) return text;
+        *size += n;
+        if (*size < capacity) continue;
+        capacity *= 2;
+        text = require_pointer(realloc(text, capacity));
+    }
 }
 
-static int32_t *prompt_ids(const retrofit_tokenizer *t, size_t *count) {
-    size_t size = 0;
-    char *text = prompt_text(&size);
-    int32_t *ids = encode(t, "--prompt", NULL, text, size, count);
+// The ids of a conversation up to where the model answers; frees text. Special tokens that are
+// written out in a message become ids, as they do when Hugging Face encodes what a template gave.
+// with_special: with what the tokenizer adds, BOS mostly.
+static int32_t *encode_conversation(retrofit_text *text, bool with_special, size_t *count) {
+    append_role(text, "assistant");
+    require(!text->failed);
+    int32_t *ids = retrofit_encode(tokenizer, text->bytes, text->size, with_special, count);
+    free(text->bytes);
+    return require_pointer(ids);
+}
+
+// The ids of a prompt; with --chat it is what a user says.
+static int32_t *encode_prompt(const char *prompt, size_t size, size_t *count) {
+    if (!options.chat)
+        return require_pointer(retrofit_encode(tokenizer, prompt, size, true, count));
+    retrofit_text text = {0};
+    append_system_option(&text);
+    append_message(&text, "user", prompt, size);
+    return encode_conversation(&text, true, count);
+}
+
+// A message's role; NULL if it has none that is known, or no content.
+static const char *message_role(const retrofit_json *message) {
+    const retrofit_json *role = retrofit_json_get(message, "role");
+    const retrofit_json *content = retrofit_json_get(message, "content");
+    if (!content || content->type != RETROFIT_JSON_STRING) return NULL;
+    bool known = retrofit_json_is(role, "system") || retrofit_json_is(role, "user") ||
+                 retrofit_json_is(role, "assistant");
+    return known ? role->string : NULL;
+}
+
+// The ids of a list of messages. A system message that comes first replaces --system.
+static int32_t *encode_messages(const retrofit_json *messages, const char *where, size_t *count) {
+    retrofit_text text = {0};
+    if (messages->type != RETROFIT_JSON_ARRAY || messages->count == 0)
+        die(1, "%s: \"messages\" is no list, or empty", where);
+
+    for (const retrofit_json *message = messages->child; message; message = message->next) {
+        const char *role = message_role(message);
+        if (!role)
+            die(1, "%s: a message needs a \"role\", system, user or assistant, and a string "
+                   "\"content\"", where);
+        const retrofit_json *content = retrofit_json_get(message, "content");
+        bool first = message == messages->child, system = first && !strcmp(role, "system");
+        if (system) append_system(&text, content->string, content->length);
+        else if (first) append_system_option(&text);
+        if (!system) append_message(&text, role, content->string, content->length);
+    }
+    return encode_conversation(&text, true, count);
+}
+
+// The ids of --prompt, or of stdin if it is "-".
+static int32_t *read_prompt(size_t *count) {
+    bool from_stdin = !strcmp(options.prompt, "-");
+    size_t size = strlen(options.prompt);
+    char *text = from_stdin ? read_stdin(&size) : require_pointer(strdup(options.prompt));
+    int32_t *ids = encode_prompt(text, size, count);
     free(text);
     return ids;
 }
 
-// ---- Generation ---------------------------------------------------------------------------------------------------------------
-enum { CHUNK = 1024 }; // a long prompt that is alone is fed in pieces: activations need not be as long as it is
+// A JSON Lines file that is read line by line.
+struct json_lines {
+    FILE *file;
+    const char *path;
+    char *line;
+    size_t capacity, number;        // of line; of lines read
+    char where[RETROFIT_PATH + 32]; // "path: line 7", for errors about that line
+};
 
-// A prompt, and what the model says to it.
-typedef struct {
-    int32_t *ids, *said;         // what to feed; what is generated, from said[1] on
-    size_t count, limit, number; // of ids; tokens to generate at most; which of all prompts this is, from 0: its draws are its own
-    retrofit_json *line;         // of --batch, where it comes from one
-    // What follows is generate()'s, until forget().
-    size_t produced, shown;      // tokens; bytes of text that no stop string will take back
-    bool alone;                  // the text is that of said[1] and on; else said[0] is a token of the prompt to decode it behind
-    retrofit_stream stream;
+static struct json_lines open_lines(const char *path) {
+    struct json_lines lines = {.file = fopen(path, "rb"), .path = path};
+    if (!lines.file) die(1, "%s: %s", path, strerror(errno));
+    return lines;
+}
+
+static void close_lines(struct json_lines *lines) {
+    free(lines->line);
+    fclose(lines->file);
+}
+
+// The next line that is not empty; NULL at the end.
+static retrofit_json *next_line(struct json_lines *lines) {
+    ssize_t size;
+    do {
+        errno = 0;
+        size = getline(&lines->line, &lines->capacity, lines->file);
+        if (size < 0 && feof(lines->file)) return NULL;
+        if (size < 0)
+            die(1, "%s: behind line %zu: %s", lines->path, lines->number, strerror(errno));
+        lines->number++;
+    } while (size == 1);
+    snprintf(lines->where, sizeof lines->where, "%s: line %zu", lines->path, lines->number);
+    return require_pointer(retrofit_json_parse(lines->line, (size_t)size, lines->where));
+}
+
+// ---- Sequences: a prompt and its text ----------------------------------------------------------
+
+struct sequence {
+    int32_t *ids;        // [count] the prompt; in a conversation what is new in it
+    size_t count;
+    size_t limit;        // tokens to generate at most
+    size_t number;       // which of the run's prompts this is, from 0: it seeds the draws
+    retrofit_json *line; // of --batch or --tasks that the prompt comes from; else NULL
+
+    // What generate() adds:
+    int32_t *generated;  // [1 + limit] a token of the prompt, then those that follow
+    size_t produced;     // tokens so far: generated[1 … produced]
+    size_t decode_from;  // 0: they are decoded behind generated[0], which adds no text; 1: alone
+    float *logprobs;     // [produced] of each token at temperature 1
+    size_t *recurrences; // [produced] that each token took
     retrofit_text text;
-    float *logprobs;             // of each token said, by the model at temperature 1
-    size_t *recurrences;         // that it took
+    size_t shown;        // bytes of text that no stop string can take back
+    const char *finish;  // "stop": end of text or a stop string; "length"; NULL: it goes on
+    retrofit_stream stream;
     retrofit_sampling sampling;
-    const char *finish;          // "stop": end of text or a stop string; "length"; NULL while it goes on
-    double seconds[2];           // for the prompt, for all that followed
-} row;
+    double prompt_seconds, generation_seconds;
+};
 
-static char *stops[16];
+// Takes the ids. past: tokens that lie before them in the cache, which holds `capacity`. where: of
+// the prompt in a file, for errors; "" for --prompt.
+static struct sequence new_sequence(const char *where, int32_t *ids, size_t count, size_t past,
+                                    size_t capacity, size_t number) {
+    bool in_file = *where;
+    if (count == 0) die(in_file ? 1 : 2, "%s: the prompt is empty", in_file ? where : "--prompt");
+    if (past + count >= capacity)
+        die(1, "%s%sthe prompt has %zu tokens, the model's context %zu: shorten it", where,
+            in_file ? ": " : "", past + count, capacity);
+    size_t limit = retrofit_min(options.max_tokens, capacity - past - count);
+    return (struct sequence){.ids = ids, .count = count, .limit = limit, .number = number};
+}
+
+// A line {"prompt"[, "id"]} or, with --chat, {"messages"[, "id"]}; takes it.
+static struct sequence read_sequence(retrofit_json *line, const char *where, size_t number) {
+    const retrofit_json *prompt = retrofit_json_get(line, "prompt");
+    const retrofit_json *id = retrofit_json_get(line, "id");
+    const retrofit_json *messages = options.chat ? retrofit_json_get(line, "messages") : NULL;
+    if (!messages && (!prompt || prompt->type != RETROFIT_JSON_STRING))
+        die(1, "%s: needs a string \"prompt\"%s", where, options.chat ? " or \"messages\"" : "");
+    if (id && id->type != RETROFIT_JSON_STRING && id->type != RETROFIT_JSON_NUMBER)
+        die(1, "%s: \"id\" is neither a string nor a number", where);
+
+    size_t count;
+    int32_t *ids = messages ? encode_messages(messages, where, &count)
+                            : encode_prompt(prompt->string, prompt->length, &count);
+    struct sequence sequence = new_sequence(where, ids, count, 0, model->config.context, number);
+    sequence.line = line;
+    return sequence;
+}
+
+static void begin_text(struct sequence *sequence) {
+    size_t limit = sequence->limit;
+    sequence->generated = new_array(limit + 1, sizeof *sequence->generated);
+    sequence->logprobs = new_array(limit, sizeof *sequence->logprobs);
+    sequence->recurrences = new_array(limit, sizeof *sequence->recurrences);
+    sequence->finish = limit ? NULL : "length";
+    sequence->sampling = (retrofit_sampling){
+        .temperature = (float)options.temperature,
+        .top_k = options.top_k,
+        .top_p = (float)options.top_p,
+        .min_p = (float)options.min_p,
+        .seed = retrofit_hash(options.seed, 1 + sequence->number),
+    };
+
+    // Where a tokenizer decodes the first token of a text differently, ours is decoded behind a
+    // token of the prompt. That token's own text is asked for here, and dropped.
+    sequence->generated[0] = sequence->ids[sequence->count - 1];
+    bool behind = retrofit_decode_context(tokenizer, sequence->ids, sequence->count,
+                                          &sequence->generated[0]);
+    sequence->decode_from = behind ? 0 : 1;
+    if (!behind) return;
+    size_t size;
+    char *text = retrofit_decode_next(tokenizer, &sequence->stream, sequence->generated, 1, true,
+                                      true, &size);
+    free(require_pointer(text));
+}
+
+// Leaves the prompt, for which a text can be generated again.
+static void free_text(struct sequence *sequence) {
+    free(sequence->generated);
+    free(sequence->logprobs);
+    free(sequence->recurrences);
+    free(sequence->text.bytes);
+    *sequence = (struct sequence){.ids = sequence->ids,
+                                  .count = sequence->count,
+                                  .limit = sequence->limit,
+                                  .number = sequence->number,
+                                  .line = sequence->line};
+}
+
+static void free_sequence(struct sequence *sequence) {
+    free_text(sequence);
+    free(sequence->ids);
+    retrofit_json_free(sequence->line);
+}
+
+// The ids of the prompt and of its text.
+static int32_t *all_ids(const struct sequence *sequence) {
+    size_t count = sequence->count, produced = sequence->produced;
+    int32_t *ids = new_array(count + produced, sizeof *ids);
+    memcpy(ids, sequence->ids, count * sizeof *ids);
+    memcpy(ids + count, sequence->generated + 1, produced * sizeof *ids);
+    return ids;
+}
+
+// ---- Stop strings ------------------------------------------------------------------------------
+
+static char *stops[16]; // stops[0] is the memory of all of them
 static size_t stop_count;
 
+// Half a character in a stop string could cut a character of the text in two.
+static void check_stop_utf8(void) {
+    const char *at = options.stop;
+    while (*at) {
+        uint32_t character;
+        at += retrofit_utf8_next(at, strlen(at), &character);
+        if (character == RETROFIT_UTF8_INVALID) die(2, "--stop: not UTF-8");
+    }
+}
+
+// --stop's texts with a | between them; a backslash stands before n, t, itself and |.
 static void read_stops(void) {
     static const char names[] = "nt\\|", values[] = "\n\t\\|";
-    char *to = stops[0] = (char *)need(strdup(o.stop));
-    const char *name;
-    uint32_t c;
-    for (const char *p = o.stop; *p;) // else half a character of the text might be cut off
-        if (p += retrofit_utf8_next(p, strlen(p), &c), c == RETROFIT_UTF8_INVALID) die(2, "--stop: not UTF-8");
-    for (const char *p = o.stop;; p++) {
-        if (*p && *p != '|' && *p != '\\') *to++ = *p;
-        else if (*p == '\\' && p[1] && (name = strchr(names, p[1]))) *to++ = values[name - names], p++;
-        else if (*p == '\\') die(2, "--stop: behind a \\ comes n, t, \\ or |");
-        else {
+    check_stop_utf8();
+    char *to = require_pointer(strdup(options.stop));
+    stops[0] = to;
+    for (const char *from = options.stop;; from++) {
+        bool last = *from == 0;
+        if (*from == '\\') {
+            from++;
+            const char *name = *from ? strchr(names, *from) : NULL;
+            if (!name) die(2, "--stop: behind a \\ comes n, t, \\ or |");
+            *to++ = values[name - names];
+        } else if (*from == '|' || last) {
             *to++ = 0;
-            if (!*stops[stop_count++]) die(2, "--stop: an empty text would end everything");
-            if (!*p) return;
-            if (stop_count == sizeof stops / sizeof *stops) die(2, "--stop: more than %zu texts", stop_count);
+            if (!*stops[stop_count]) die(2, "--stop: an empty text would end everything");
+            stop_count++;
+            if (last) return;
+            if (stop_count == sizeof stops / sizeof *stops)
+                die(2, "--stop: more than %zu texts", stop_count);
             stops[stop_count] = to;
+        } else {
+            *to++ = *from;
         }
     }
 }
 
-// How far the text can be shown: up to the first stop string, or to an end of it that could become one.
-static size_t showable(const row *k, bool *stopped) {
-    size_t hold = k->text.size;
-    for (size_t at = k->shown; at < k->text.size; at++)
+// The bytes of text that are final: up to the first stop string, then *stopped is set, or up to an
+// end of the text that could still become one.
+static size_t final_size(const struct sequence *sequence, bool *stopped) {
+    const retrofit_text *text = &sequence->text;
+    size_t final = text->size;
+    for (size_t at = sequence->shown; at < text->size; at++) {
         for (size_t i = 0; i < stop_count; i++) {
-            size_t size = strlen(stops[i]), here = retrofit_min(size, k->text.size - at);
-            if (memcmp(k->text.bytes + at, stops[i], here)) continue;
-            if (here == size) return *stopped = true, at;
-            hold = retrofit_min(hold, at);
+            size_t size = strlen(stops[i]);
+            size_t there = retrofit_min(size, text->size - at);
+            if (memcmp(text->bytes + at, stops[i], there)) continue;
+            *stopped = there == size;
+            if (*stopped) return at;
+            final = retrofit_min(final, at);
         }
-    return hold;
-}
-
-// Takes the ids. past, capacity: tokens before them in the cache, and in it at most.
-static row new_row(const char *where, int32_t *ids, size_t count, size_t past, size_t capacity, size_t number) {
-    if (count == 0) die(*where ? 1 : 2, "%s: the prompt is empty", *where ? where : "--prompt");
-    if (past + count >= capacity)
-        die(1, "%s%sthe prompt has %zu tokens, the model's context %zu: shorten it", where, *where ? ": " : "", past + count, capacity);
-    return (row){.ids = ids, .count = count, .limit = retrofit_min(o.max_tokens, capacity - past - count), .number = number};
-}
-
-static void forget(row *k) { // what it said
-    free(k->said), free(k->logprobs), free(k->recurrences), free(k->text.bytes);
-    k->said = NULL, k->logprobs = NULL, k->recurrences = NULL, k->text = (retrofit_text){NULL, 0, 0, false};
-}
-
-static void free_row(row *k) { forget(k), free(k->ids), retrofit_json_free(k->line); }
-
-static void begin_row(row *k, const retrofit_tokenizer *t) {
-    k->produced = k->shown = 0, k->stream = (retrofit_stream){0, 0}, k->finish = k->limit ? NULL : "length";
-    k->sampling = (retrofit_sampling){(float)o.temperature, o.top_k, (float)o.top_p, (float)o.min_p, retrofit_hash(o.seed, 1 + k->number)};
-    k->said = (int32_t *)need(retrofit_allocate(k->limit + 1, sizeof *k->said));
-    k->logprobs = (float *)need(retrofit_allocate(k->limit, sizeof *k->logprobs));
-    k->recurrences = (size_t *)need(retrofit_allocate(k->limit, sizeof *k->recurrences));
-    k->said[0] = k->ids[k->count - 1], k->alone = true;
-    k->alone = !retrofit_decode_context(t, k->ids, k->count, &k->said[0]);
-    if (!k->alone) free(need(retrofit_decode_next(t, &k->stream, k->said, 1, true, true, &(size_t){0})));
-}
-
-// A token that was drawn by these logits, and its text, shown if it is to be.
-static void say(row *k, const retrofit_tokenizer *t, int32_t id, const float *logits, size_t V, size_t recurrences, bool show) {
-    size_t size;
-    bool stopped = false;
-    if (id == ends[0] || id == ends[1]) k->finish = "stop";
-    else {
-        retrofit_cpu.cross_entropy(&k->logprobs[k->produced], (act *)logits, &id, 1, V, 0);
-        k->logprobs[k->produced] *= -1, k->recurrences[k->produced] = recurrences;
-        k->said[++k->produced] = id;
-        if (k->produced == k->limit) k->finish = "length";
     }
-    char *text = (char *)need(retrofit_decode_next(t, &k->stream, k->said + k->alone, k->produced + !k->alone, true, k->finish, &size));
-    retrofit_text_append(&k->text, text, size), retrofit_text_append(&k->text, "", 1), free(text); // a NUL behind it
-    if (k->text.failed) die(1, "%s", retrofit_error());
-    size_t safe = (k->text.size--, showable(k, &stopped));
-    if (stopped) k->finish = "stop", k->text.size = safe, k->text.bytes[safe] = 0;
-    if (k->finish) safe = k->text.size;
-    if (show) fwrite(k->text.bytes + k->shown, 1, safe - k->shown, stdout), fflush(stdout);
-    k->shown = safe;
+    return final;
 }
 
-// The logits behind each row's last token, and the recurrences they took. A row alone may come in pieces of what the activations hold.
-static const float *feed(retrofit_buffers *a, const int32_t *ids, size_t b, size_t t, const int32_t *lengths,
-                         const retrofit_recurrence_options *how) {
+// ---- Generation --------------------------------------------------------------------------------
+
+// A prompt that is alone in its batch is fed in chunks of this many tokens: the buffers need not be
+// as long as the prompt.
+enum { PROMPT_CHUNK = 1024 };
+
+// Tokens of a text before drafts begin: they tell how long a token takes without.
+enum { PLAIN_TOKENS = 4 };
+
+// Sequences that are generated together, one in each row of the KV cache.
+struct batch {
+    retrofit_buffers *buffers;
+    retrofit_recurrence_options recurrence;
+    struct sequence **sequences; // [count] the shortest prompt first
+    size_t count;                // rows that are fed
+    int32_t *ids;                // [count] what a step feeds
+    float *scratch;              // of sampling, and of a round of drafts
+    double began, prompts_fed;   // seconds
+    bool show;                   // write text to stdout as it comes
+};
+
+static int compare_counts(const void *x, const void *y) {
+    size_t a = (*(struct sequence *const *)x)->count;
+    size_t b = (*(struct sequence *const *)y)->count;
+    return (a > b) - (a < b);
+}
+
+static struct batch begin_batch(retrofit_buffers *buffers, struct sequence *sequences, size_t count,
+                                size_t r, bool show) {
+    struct batch batch = {.buffers = buffers, .count = count, .show = show};
+    batch.recurrence = recurrence_options(r);
+    batch.sequences = new_array(count, sizeof *batch.sequences);
+    batch.ids = new_array(count, sizeof *batch.ids);
+    batch.scratch = new_array(2 * drafts.lookahead + 2, model->config.vocab * sizeof(float));
+    for (size_t i = 0; i < count; i++) {
+        begin_text(&sequences[i]);
+        batch.sequences[i] = &sequences[i];
+    }
+    qsort(batch.sequences, count, sizeof *batch.sequences, compare_counts);
+    batch.began = retrofit_seconds();
+    return batch;
+}
+
+// Drops the last rows as far as their sequences have ended; false if none is left. Ended sequences
+// in front of others are fed on, in vain. They have the shorter prompts, so their rows do not fill
+// the cache before a row that goes on does.
+static bool drop_ended_rows(struct batch *batch) {
+    while (batch->count > 0 && batch->sequences[batch->count - 1]->finish) batch->count--;
+    return batch->count > 0;
+}
+
+// Decodes the newest token.
+static void append_text(struct sequence *sequence) {
+    retrofit_text *text = &sequence->text;
+    size_t size, from = sequence->decode_from;
+    char *added = retrofit_decode_next(tokenizer, &sequence->stream, sequence->generated + from,
+                                       sequence->produced + 1 - from, true,
+                                       sequence->finish != NULL, &size);
+    require(added != NULL);
+    retrofit_text_append(text, added, size);
+    retrofit_text_append(text, "", 1); // a NUL that the text's size leaves out
+    require(!text->failed);
+    text->size--;
+    free(added);
+}
+
+// Adds a token that was drawn by these logits (V), or ends the sequence where it ends a text; shows
+// the text as far as it is final.
+static void append_token(struct batch *batch, struct sequence *sequence, int32_t id,
+                         const float *logits, size_t recurrences) {
+    if (id == end_tokens[0] || id == end_tokens[1]) {
+        sequence->finish = "stop";
+    } else {
+        size_t n = sequence->produced++;
+        sequence->generated[n + 1] = id;
+        sequence->logprobs[n] = -token_loss(logits, id);
+        sequence->recurrences[n] = recurrences;
+        if (sequence->produced == sequence->limit) sequence->finish = "length";
+    }
+
+    append_text(sequence);
+    retrofit_text *text = &sequence->text;
+    bool stopped = false;
+    size_t final = final_size(sequence, &stopped);
+    if (stopped) {
+        sequence->finish = "stop";
+        text->size = final;
+        text->bytes[final] = 0;
+    }
+    if (sequence->finish) final = text->size;
+    if (batch->show) {
+        fwrite(text->bytes + sequence->shown, 1, final - sequence->shown, stdout);
+        fflush(stdout);
+    }
+    sequence->shown = final;
+    sequence->prompt_seconds = batch->prompts_fed - batch->began;
+    sequence->generation_seconds = retrofit_seconds() - batch->prompts_fed;
+}
+
+// Draws a token for each sequence from its row of logits (count,V). Ids beyond the tokenizer's are
+// padding of the vocabulary.
+static void sample_tokens(struct batch *batch, const float *logits) {
+    size_t known = retrofit_tokenizer_size(tokenizer);
+    for (size_t i = 0; i < batch->count; i++) {
+        struct sequence *sequence = batch->sequences[i];
+        const float *row = logits + i * model->config.vocab;
+        if (sequence->finish) continue;
+        int32_t id = retrofit_sample(row, known, &sequence->sampling, batch->scratch);
+        append_token(batch, sequence, id, row, (size_t)batch->buffers->decoder->used[i]);
+    }
+}
+
+// Feeds n tokens to each of b rows; returns the logits (b,V) behind them.
+static const float *feed(struct batch *batch, const int32_t *ids, size_t b, size_t n,
+                         const int32_t *lengths) {
+    const float *logits =
+        retrofit_next_logits(batch->buffers, ids, b, n, lengths, &batch->recurrence);
+    require(logits != NULL);
+    return logits;
+}
+
+// The prompt of a sequence that is alone, chunk by chunk.
+static const float *feed_prompt(struct batch *batch) {
+    const struct sequence *sequence = batch->sequences[0];
     const float *logits = NULL;
-    for (size_t at = 0, n; at < t; at += n) {
-        n = b > 1 ? t : retrofit_min(t - at, a->T);
-        logits = (const float *)need((void *)retrofit_next_logits(a, ids + at, b, n, b > 1 ? lengths : NULL, how));
+    size_t n;
+    for (size_t at = 0; at < sequence->count; at += n) {
+        n = retrofit_min(sequence->count - at, batch->buffers->T);
+        logits = feed(batch, sequence->ids + at, 1, n, NULL);
     }
     return logits;
 }
 
-// Says what drafts and the whole depth behind them make of the row. The first few tokens come plainly, to tell what drafts save.
-static void say_drafted(retrofit_buffers *a, row *k, const retrofit_tokenizer *t, const retrofit_recurrence_options *how, float *scratch,
-                        bool show) {
-    int32_t out[RETROFIT_LOOKAHEAD];
-    size_t L = retrofit_min(drafts.ahead, a->decoder->cache.capacity - (size_t)a->decoder->seen[0]), V = a->model->config.vocab;
+// All prompts at once, padded on the right to the longest one's T tokens: what the padding leaves
+// in the cache lies behind the prompt's end, where no query looks before it is overwritten.
+static const float *feed_prompts(struct batch *batch) {
+    size_t B = batch->count, T = batch->sequences[B - 1]->count;
+    int32_t *ids = new_array(B * T, sizeof *ids), *lengths = new_array(B, sizeof *lengths);
+    for (size_t i = 0; i < B; i++) {
+        const struct sequence *sequence = batch->sequences[i];
+        lengths[i] = (int32_t)sequence->count;
+        memcpy(ids + i * T, sequence->ids, sequence->count * sizeof *ids);
+    }
+    const float *logits = feed(batch, ids, B, T, lengths);
+    free(ids);
+    free(lengths);
+    return logits;
+}
+
+// One token for each sequence, behind its last one.
+static void decode_token(struct batch *batch) {
+    for (size_t i = 0; i < batch->count; i++) {
+        const struct sequence *sequence = batch->sequences[i];
+        batch->ids[i] = sequence->generated[sequence->produced];
+    }
     double began = retrofit_seconds();
-    size_t count =
-        retrofit_speculate(a, k->said[k->produced], drafts.depth, L, how, &k->sampling, retrofit_tokenizer_size(t), out, scratch);
-    if (!count) die(1, "--speculative: %s", retrofit_error());
-    drafts.seconds += retrofit_seconds() - began, drafts.drafted += L, drafts.kept += count, drafts.rounds++;
-    int32_t past = a->decoder->seen[0] - (int32_t)count;
-    for (size_t i = 0; i < count && !k->finish; i++) // what lies behind the end of a text is not to stay in the cache
-        say(k, t, out[i], scratch + i * V, V, how->recurrences, show), a->decoder->seen[0] = past + (int32_t)i + 1;
+    const float *logits = feed(batch, batch->ids, batch->count, 1, NULL);
+    double seconds = retrofit_seconds() - began;
+    if (drafts.plain_seconds > 0) seconds = fmin(seconds, drafts.plain_seconds);
+    drafts.plain_seconds = seconds;
+    sample_tokens(batch, logits);
 }
 
-static int by_count(const void *x, const void *y) {
-    size_t a = (*(row *const *)x)->count, b = (*(row *const *)y)->count;
-    return (a > b) - (a < b);
-}
+// A round of drafts for a sequence that is alone: up to `lookahead` tokens, and the logits that
+// they were judged by. Tokens behind the end of a text are taken out of the cache again.
+static void decode_drafts(struct batch *batch) {
+    struct sequence *sequence = batch->sequences[0];
+    retrofit_decoder *decoder = batch->buffers->decoder;
+    size_t known = retrofit_tokenizer_size(tokenizer);
+    size_t L = retrofit_min(drafts.lookahead, decoder->cache.capacity - (size_t)decoder->seen[0]);
+    int32_t last = sequence->generated[sequence->produced], drafted[RETROFIT_LOOKAHEAD];
 
-// Generates for b rows at once, behind what the cache holds. Rows that have ended are fed on with the others, unless they are the last: these
-// are the longest, so that no row that goes on has less room in the cache than one that is fed in vain.
-static void generate(retrofit_buffers *a, const retrofit_tokenizer *t, row *all, size_t b, size_t r, bool show) {
-    row **rows = (row **)need(retrofit_allocate(b, sizeof *rows));
-    for (size_t i = 0; i < b; i++) begin_row(rows[i] = &all[i], t);
-    qsort(rows, b, sizeof *rows, by_count);
-    size_t V = a->model->config.vocab, T = rows[b - 1]->count;
-    int32_t *ids = (int32_t *)need(retrofit_allocate(b * T, sizeof *ids)), *lengths = (int32_t *)need(retrofit_allocate(b, sizeof *lengths));
-    retrofit_recurrence_options how = thinking(a->model, r);
-    float *scratch = (float *)need(retrofit_allocate(2 * drafts.ahead + 2, V * sizeof *scratch));
-    enum { PLAIN = 4 }; // tokens before drafts begin
-    double began = retrofit_seconds(), fed = began;
-    for (bool first = true;; first = false) {
-        while (b && rows[b - 1]->finish) b--;
-        if (!b) break;
-        for (size_t i = 0; i < b; i++) {
-            lengths[i] = first ? (int32_t)rows[i]->count : 1;
-            memcpy(ids + i * T, first ? rows[i]->ids : &rows[i]->said[rows[i]->produced], (size_t)lengths[i] * sizeof *ids);
-        }
-        bool drafting = drafts.ahead && rows[0]->produced >= PLAIN;
-        double before = retrofit_seconds();
-        const float *logits = drafting ? NULL : feed(a, ids, b, T, lengths, &how);
-        if (!drafting && !first)
-            drafts.plain = drafts.plain > 0 ? fmin(drafts.plain, retrofit_seconds() - before) : retrofit_seconds() - before;
-        if (first) fed = retrofit_seconds(), T = 1;
-        for (size_t i = 0; i < b; i++) {
-            row *k = rows[i];
-            if (k->finish) continue;
-            if (drafting) say_drafted(a, k, t, &how, scratch, show);
-            else {
-                int32_t id = retrofit_sample(logits + i * V, retrofit_tokenizer_size(t), &k->sampling,
-                                             scratch); // ids beyond the tokenizer's are padding
-                say(k, t, id, logits + i * V, V, (size_t)a->decoder->used[i], show);
-            }
-            k->seconds[0] = fed - began, k->seconds[1] = retrofit_seconds() - fed;
-        }
+    double began = retrofit_seconds();
+    size_t count = retrofit_speculate(batch->buffers, last, drafts.recurrences, L,
+                                      &batch->recurrence, &sequence->sampling, known, drafted,
+                                      batch->scratch);
+    if (count == 0) die(1, "--speculative: %s", retrofit_error());
+    drafts.seconds += retrofit_seconds() - began;
+    drafts.drafted += L;
+    drafts.kept += count;
+    drafts.rounds++;
+
+    int32_t past = decoder->seen[0] - (int32_t)count;
+    for (size_t i = 0; i < count && !sequence->finish; i++) {
+        const float *logits = batch->scratch + i * model->config.vocab;
+        append_token(batch, sequence, drafted[i], logits, batch->recurrence.recurrences);
+        decoder->seen[0] = past + (int32_t)i + 1;
     }
-    free(rows), free(ids), free(lengths), free(scratch);
 }
 
-static void print_number(double x) { isfinite(x) ? printf("%.7g", x) : fputs("null", stdout); } // JSON knows no infinity
-
-static void print_row(const row *k, size_t past) { // past: tokens before the prompt
-    const retrofit_json *id = retrofit_json_get(k->line, "id");
-    fputs(id ? "{\"id\":" : "{", stdout);
-    if (id && id->type == RETROFIT_JSON_STRING) retrofit_json_write_string(stdout, id->string, id->length);
-    else if (id) fputs(id->string, stdout);
-    if (id) putchar(',');
-    printf("\"prompt_tokens\":%zu,\"text\":", past + k->count);
-    retrofit_json_write_string(stdout, k->text.bytes, k->text.size);
-    for (int list = 0; list < 3; list++) {
-        printf(",\"%s\":[", list == 0 ? "tokens" : list == 1 ? "logprobs" : "recurrences");
-        for (size_t i = 0; i < k->produced; i++) {
-            if (i) putchar(',');
-            if (list == 0) printf("%d", (int)k->said[i + 1]);
-            else if (list == 1) print_number((double)k->logprobs[i]);
-            else printf("%zu", k->recurrences[i]);
-        }
-        putchar(']');
+// Generates the texts of `count` sequences together, behind what the cache holds.
+static void generate(retrofit_buffers *buffers, struct sequence *sequences, size_t count, size_t r,
+                     bool show) {
+    struct batch batch = begin_batch(buffers, sequences, count, r, show);
+    if (drop_ended_rows(&batch)) { // none is left if --max-tokens is 0
+        const float *logits = batch.count > 1 ? feed_prompts(&batch) : feed_prompt(&batch);
+        batch.prompts_fed = retrofit_seconds();
+        sample_tokens(&batch, logits);
     }
-    printf(",\"finish_reason\":\"%s\",\"prompt_seconds\":%.4f,\"generation_seconds\":%.4f}\n", k->finish, k->seconds[0], k->seconds[1]);
+    while (drop_ended_rows(&batch)) {
+        bool plain = !drafts.lookahead || batch.sequences[0]->produced < PLAIN_TOKENS;
+        if (plain) decode_token(&batch);
+        else decode_drafts(&batch);
+    }
+    free(batch.sequences);
+    free(batch.ids);
+    free(batch.scratch);
 }
 
-// The activations to generate with, B rows at a time, for the longest prompt and text.
-static retrofit_buffers *room_for(const retrofit_model *m, const row *rows, size_t count, size_t B, size_t r) {
+// Buffers to generate with, B sequences at a time, for the longest prompt and the longest text.
+static retrofit_buffers *buffers_for(const struct sequence *sequences, size_t count, size_t B,
+                                     size_t r) {
     size_t T = 1, capacity = 1;
-    for (const row *k = rows; k < rows + count; k++) {
-        if (k->count > T) T = k->count;
-        if (k->count + k->limit > capacity) capacity = k->count + k->limit;
+    for (size_t i = 0; i < count; i++) {
+        T = retrofit_max(T, sequences[i].count);
+        capacity = retrofit_max(capacity, sequences[i].count + sequences[i].limit);
     }
-    retrofit_kv_cache cache = kv_cache(capacity, r);
-    T = B > 1 ? T : retrofit_min(T, CHUNK);
-    return (retrofit_buffers *)need(
-        retrofit_buffers_new(m, B, T < drafts.ahead ? retrofit_min(drafts.ahead, capacity) : T, 0, RETROFIT_KEEP_NOTHING, &cache));
+    if (B == 1) T = retrofit_min(T, PROMPT_CHUNK);
+    if (T < drafts.lookahead) T = retrofit_min(drafts.lookahead, capacity);
+    retrofit_kv_cache cache = cache_options(capacity, r);
+    return new_buffers(B, T, &cache);
 }
 
-static row read_row(const retrofit_tokenizer *t, retrofit_json *line, const char *where, size_t context, size_t number) {
-    const retrofit_json *prompt = retrofit_json_get(line, "prompt"), *id = retrofit_json_get(line, "id");
-    const retrofit_json *messages = o.chat ? retrofit_json_get(line, "messages") : NULL;
-    if (!messages && (!prompt || prompt->type != RETROFIT_JSON_STRING))
-        die(1, "%s: needs a string \"prompt\"%s", where, o.chat ? " or \"messages\"" : "");
-    if (id && id->type != RETROFIT_JSON_STRING && id->type != RETROFIT_JSON_NUMBER)
-        die(1, "%s: \"id\" is neither a string nor a number", where);
-    size_t n;
-    int32_t *ids = encode(t, where, messages, messages ? NULL : prompt->string, messages ? 0 : prompt->length, &n);
-    row k = new_row(where, ids, n, 0, context, number);
-    return k.line = line, k;
+// A text as JSON; past: tokens before the prompt.
+static void print_json(const struct sequence *sequence, size_t past) {
+    const retrofit_json *id = retrofit_json_get(sequence->line, "id");
+    putchar('{');
+    if (id) {
+        fputs("\"id\":", stdout);
+        if (id->type == RETROFIT_JSON_NUMBER) fputs(id->string, stdout);
+        else retrofit_json_write_string(stdout, id->string, id->length);
+        putchar(',');
+    }
+    printf("\"prompt_tokens\":%zu,\"text\":", past + sequence->count);
+    retrofit_json_write_string(stdout, sequence->text.bytes, sequence->text.size);
+    printf(",\"tokens\":[");
+    for (size_t i = 0; i < sequence->produced; i++)
+        printf(i ? ",%d" : "%d", (int)sequence->generated[i + 1]);
+    printf("],\"logprobs\":[");
+    for (size_t i = 0; i < sequence->produced; i++) {
+        if (i) putchar(',');
+        print_json_number((double)sequence->logprobs[i]);
+    }
+    printf("],\"recurrences\":[");
+    for (size_t i = 0; i < sequence->produced; i++)
+        printf(i ? ",%zu" : "%zu", sequence->recurrences[i]);
+    printf("],\"finish_reason\":\"%s\",\"prompt_seconds\":%.4f,\"generation_seconds\":%.4f}\n",
+           sequence->finish, sequence->prompt_seconds, sequence->generation_seconds);
 }
 
-static int32_t *whole_text(const row *k) { // the ids of the prompt and of what is said
-    int32_t *ids = (int32_t *)need(retrofit_allocate(k->count + k->produced, sizeof *ids));
-    memcpy(ids, k->ids, k->count * sizeof *ids), memcpy(ids + k->count, k->said + 1, k->produced * sizeof *ids);
-    return ids;
+// ---- Where tokens stopped: --exit --------------------------------------------------------------
+
+// Of all tokens generated; r is the most recurrences that one may take.
+static struct {
+    size_t r;
+    size_t *histogram;             // [r + 1] tokens by recurrences
+    size_t tokens, sum;            // their number; all their recurrences
+    size_t compared, same_as_full; // greedy tokens compared with those of full depth; equal ones
+} exits;
+
+// Would plain decoding at r recurrences have chosen the same tokens, each behind the same text? One
+// pass over prompt and text tells.
+static void compare_with_full_depth(const struct sequence *sequence, size_t r) {
+    size_t T = sequence->count + sequence->produced - 1;
+    retrofit_buffers *buffers = new_buffers(1, T, NULL);
+    int32_t *ids = all_ids(sequence);
+    float *logits = new_array(model->config.vocab, sizeof *logits);
+    require(retrofit_forward(buffers, ids, 1, T, start_sigma(), options.seed, r, 0));
+    for (size_t i = 0; i < sequence->produced; i++) {
+        retrofit_logits(buffers, sequence->count - 1 + i, 1, logits);
+        int32_t full = retrofit_argmax(logits, retrofit_tokenizer_size(tokenizer));
+        exits.same_as_full += full == sequence->generated[i + 1];
+    }
+    exits.compared += sequence->produced;
+    free(ids);
+    free(logits);
+    retrofit_buffers_free(buffers);
 }
 
-// ---- What each recurrence makes of each token ---------------------------------------------------------------------------------
-typedef struct {
-    double entropy, change; // nats; ‖s_i - s_{i-1}‖ / ‖s_i‖
-    int32_t top[3];
-    float p[3];
-} glimpse;
+static void count_exits(const struct sequence *sequence, size_t r) {
+    if (!exits.histogram) exits.histogram = new_array(r + 1, sizeof *exits.histogram);
+    exits.r = r;
+    for (size_t i = 0; i < sequence->produced; i++) {
+        exits.histogram[sequence->recurrences[i]]++;
+        exits.sum += sequence->recurrences[i];
+    }
+    exits.tokens += sequence->produced;
+    bool drawn = options.temperature > 0;
+    if (!drawn && !options.continuous && sequence->produced > 0)
+        compare_with_full_depth(sequence, r);
+}
 
-static glimpse look(const float *logits, size_t V, double change) {
-    glimpse g = {0, change, {-1, -1, -1}, {0, 0, 0}};
-    double top = max_element(logits, V), sum = 0;
-    for (size_t v = 0; v < V; v++) sum += exp(logits[v] - top);
+static void print_exits(void) {
+    double mean = exits.tokens ? (double)exits.sum / (double)exits.tokens : 0;
+    fprintf(stderr, "recurrences per token: %.2f on average of at most %zu:", mean, exits.r);
+    for (size_t i = 1; i <= exits.r; i++) {
+        if (exits.histogram[i]) fprintf(stderr, "  %zu: %zu", i, exits.histogram[i]);
+    }
+    if (exits.compared)
+        fprintf(stderr, "; %zu of %zu tokens are those of full depth", exits.same_as_full,
+                exits.compared);
+    fputc('\n', stderr);
+    free(exits.histogram);
+}
+
+// ---- What each recurrence makes of each token: --trace -----------------------------------------
+
+enum { LIKELIEST = 3 };
+
+// One token after one recurrence.
+struct trace_entry {
+    double entropy;         // of the next token's distribution, in nats
+    double change;          // ‖s_i - s_{i-1}‖ / ‖s_i‖
+    int32_t ids[LIKELIEST]; // the likeliest next tokens, -1 where there are fewer
+    float p[LIKELIEST];     // their probabilities
+};
+
+// Keeps the likeliest tokens in order; of equals the first comes first.
+static void insert_token(struct trace_entry *entry, int32_t id, double p) {
+    size_t place = LIKELIEST;
+    while (place > 0 && (entry->ids[place - 1] < 0 || p > entry->p[place - 1])) place--;
+    if (place == LIKELIEST) return;
+    for (size_t i = LIKELIEST - 1; i > place; i--) {
+        entry->ids[i] = entry->ids[i - 1];
+        entry->p[i] = entry->p[i - 1];
+    }
+    entry->ids[place] = id;
+    entry->p[place] = (float)p;
+}
+
+// p = softmax(logits);  entropy = -Σ p·log p
+static struct trace_entry new_trace_entry(const float *logits, size_t V, double change) {
+    struct trace_entry entry = {0, change, {-1, -1, -1}, {0, 0, 0}};
+    double max = logits[retrofit_argmax(logits, V)], sum = 0;
+    for (size_t v = 0; v < V; v++) sum += exp(logits[v] - max);
     for (size_t v = 0; v < V; v++) {
-        double p = exp(logits[v] - top) / sum;
-        g.entropy -= p > 0 ? p * log(p) : 0;
-        size_t place = 3;
-        while (place && (g.top[place - 1] < 0 || p > g.p[place - 1])) place--;
-        for (size_t i = 2; place < 3 && i > place; i--) g.top[i] = g.top[i - 1], g.p[i] = g.p[i - 1];
-        if (place < 3) g.top[place] = (int32_t)v, g.p[place] = (float)p;
+        double p = exp(logits[v] - max) / sum;
+        entry.entropy -= p > 0 ? p * log(p) : 0;
+        insert_token(&entry, (int32_t)v, p);
     }
-    return g;
+    return entry;
 }
 
-static char *token_text(const retrofit_tokenizer *t, int32_t id, size_t *size) {
-    return (char *)need(retrofit_decode(t, &id, 1, false, size));
-}
+// Entries (T,r) of T tokens, to be freed. One pass, without cache and exits: start states are
+// functions of the position, so the states are those of decoding.
+static struct trace_entry *trace_tokens(const int32_t *ids, size_t T, size_t r) {
+    enum { ROWS = 64 }; // of logits at a time
+    size_t V = model->config.vocab, d = model->config.n_embd, bytes = T * d * sizeof(float);
+    size_t known = retrofit_min(V, retrofit_tokenizer_size(tokenizer));
+    retrofit_buffers *buffers = new_buffers(1, T, NULL);
+    retrofit_recurrence_options recurrence = recurrence_options(r);
+    float *logits = new_array(ROWS * V, sizeof *logits);
+    float *states = new_array(2 * T * d, sizeof *states); // (2,T,d)
+    struct trace_entry *entries = new_array(T * r, sizeof *entries);
 
-// So many columns of a token's text, on one line.
-static void print_column(const retrofit_tokenizer *t, int32_t id, size_t columns) {
-    size_t size, used = 0;
-    uint32_t c;
-    char *text = token_text(t, id, &size);
-    for (size_t at = 0, n; at < size && used < columns; at += n, used++) {
-        n = retrofit_utf8_next(text + at, size - at, &c);
-        if (c < ' ' || c == 127) fputc(c == '\n' ? '$' : '.', stderr);
-        else fprintf(stderr, "%.*s", (int)n, text + at);
-    }
-    fprintf(stderr, "%*s", (int)(columns - used), ""), free(text);
-}
-
-// One pass over prompt and text, without cache and exits: start states are functions of the position, so the states are those of decoding.
-static void trace(const retrofit_model *m, const retrofit_tokenizer *t, const row *k, size_t r) {
-    size_t T = k->count + k->produced, V = m->config.vocab, known = retrofit_min(V, retrofit_tokenizer_size(t)), d = m->config.n_embd, size;
-    enum { ROWS = 64 };
-    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    retrofit_recurrence_options how = thinking(m, r);
-    int32_t *ids = whole_text(k);
-    float *logits = (float *)need(retrofit_allocate(ROWS * V, sizeof *logits)), *states = (float *)need(retrofit_allocate(2 * T * d, sizeof *states));
-    glimpse *seen = (glimpse *)need(retrofit_allocate(T * r, sizeof *seen)); // (T,r)
-    if (!retrofit_prelude(a, ids, 1, T)) die(1, "%s", retrofit_error());
-    retrofit_init_state(a, sigma(m), o.seed), m->ops->download(states, a->state, T * d * sizeof *states);
+    require(retrofit_prelude(buffers, ids, 1, T));
+    retrofit_init_state(buffers, start_sigma(), options.seed);
+    model->ops->download(states, buffers->state, bytes);
     for (size_t i = 0; i < r; i++) {
-        float *before = states + i % 2 * T * d, *now = states + (i + 1) % 2 * T * d;
-        retrofit_recur_noisy(a, &how, 1), m->ops->download(now, a->state, T * d * sizeof *states), retrofit_coda(a);
+        const float *before = states + i % 2 * T * d;
+        float *now = states + (i + 1) % 2 * T * d;
+        retrofit_recur_noisy(buffers, &recurrence, 1);
+        model->ops->download(now, buffers->state, bytes);
+        retrofit_coda(buffers);
         for (size_t at = 0; at < T; at++) {
-            if (at % ROWS == 0) retrofit_logits(a, at, retrofit_min(ROWS, T - at), logits);
-            seen[at * r + i] = look(logits + at % ROWS * V, known, retrofit_relative_change(now + at * d, before + at * d, d));
+            if (at % ROWS == 0) retrofit_logits(buffers, at, retrofit_min(ROWS, T - at), logits);
+            double change = retrofit_relative_change(now + at * d, before + at * d, d);
+            entries[at * r + i] = new_trace_entry(logits + at % ROWS * V, known, change);
         }
     }
-    FILE *f = fopen(o.trace, "wb");
-    if (!f) die(1, "%s: %s", o.trace, strerror(errno));
-    fprintf(
-        stderr,
-        "how much each recurrence changes a token's state:  █ as much as it is  ▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n%-16s  %-*s  entropy  next, since r\n",
-        "token", r < 11 ? 11 : (int)r, "r from 1 on");
+    free(logits);
+    free(states);
+    retrofit_buffers_free(buffers);
+    return entries;
+}
+
+// The members "token" and "text" of a JSON object.
+static void write_token(FILE *file, int32_t id) {
+    size_t size;
+    char *text = require_pointer(retrofit_decode(tokenizer, &id, 1, false, &size));
+    fprintf(file, "\"token\":%d,\"text\":", (int)id);
+    retrofit_json_write_string(file, text, size);
+    free(text);
+}
+
+// A line of the file: a token and its entries (r).
+static void write_trace(FILE *file, size_t position, int32_t id, const struct trace_entry *entries,
+                        size_t r) {
+    fprintf(file, "{\"position\":%zu,", position);
+    write_token(file, id);
+    fputs(",\"recurrences\":[", file);
+    for (size_t i = 0; i < r; i++) {
+        const struct trace_entry *entry = &entries[i];
+        fprintf(file, "%s{\"r\":%zu,\"entropy\":%.6g,\"change\":%.6g,\"top\":[", i ? "," : "",
+                i + 1, entry->entropy, entry->change);
+        for (size_t j = 0; j < LIKELIEST && entry->ids[j] >= 0; j++) {
+            fputs(j ? ",{" : "{", file);
+            write_token(file, entry->ids[j]);
+            fprintf(file, ",\"p\":%.6g}", (double)entry->p[j]);
+        }
+        fputs("]}", file);
+    }
+    fputs("]}\n", file);
+}
+
+// 16 columns of a token's text, on one line.
+static void print_column(int32_t id) {
+    enum { COLUMNS = 16 };
+    size_t size, n, used = 0;
+    char *text = require_pointer(retrofit_decode(tokenizer, &id, 1, false, &size));
+    for (size_t at = 0; at < size && used < COLUMNS; at += n) {
+        uint32_t character;
+        n = retrofit_utf8_next(text + at, size - at, &character);
+        if (character == '\n') fputc('$', stderr);
+        else if (character < ' ' || character == 127) fputc('.', stderr);
+        else fprintf(stderr, "%.*s", (int)n, text + at);
+        used++;
+    }
+    fprintf(stderr, "%*s", (int)(COLUMNS - used), "");
+    free(text);
+}
+
+static const char *shade(double change) {
+    if (change >= 1) return "█";
+    if (change >= 0.3) return "▓";
+    if (change >= 0.1) return "▒";
+    if (change >= 0.03) return "░";
+    return "·";
+}
+
+// A line of the picture: the token, a character for each recurrence (`width` columns), then the
+// likeliest next token and the recurrence since which it has been that.
+static void print_picture_line(int32_t id, const struct trace_entry *entries, size_t r, int width) {
+    const struct trace_entry *last = &entries[r - 1];
+    size_t since = r;
+    while (since > 1 && entries[since - 2].ids[0] == last->ids[0]) since--;
+    print_column(id);
+    fputs("  ", stderr);
+    for (size_t i = 0; i < r; i++) fputs(shade(entries[i].change), stderr);
+    fprintf(stderr, "%*s  %7.3f  ", width - (int)r, "", last->entropy);
+    print_column(last->ids[0]);
+    fprintf(stderr, "  %zu\n", since);
+}
+
+// All tokens of prompt and text: to the file of --trace, and as a picture to stderr.
+static void trace_sequence(const struct sequence *sequence, size_t r) {
+    static const char title[] = "r from 1 on";
+    int width = (int)retrofit_max(r, strlen(title));
+    size_t T = sequence->count + sequence->produced;
+    int32_t *ids = all_ids(sequence);
+    struct trace_entry *entries = trace_tokens(ids, T, r);
+    FILE *file = fopen(options.trace, "wb");
+    if (!file) die(1, "%s: %s", options.trace, strerror(errno));
+    fprintf(stderr, "how much each recurrence changes a token's state:  █ as much as it is  "
+                    "▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n");
+    fprintf(stderr, "%-16s  %-*s  entropy  next, since r\n", "token", width, title);
     for (size_t at = 0; at < T; at++) {
-        const glimpse *g = seen + at * r;
-        size_t since = r;
-        char *text = token_text(t, ids[at], &size);
-        fprintf(f, "{\"position\":%zu,\"token\":%d,\"text\":", at, (int)ids[at]), retrofit_json_write_string(f, text, size),
-            fputs(",\"recurrences\":[", f), free(text);
-        for (size_t i = 0; i < r; i++) {
-            fprintf(f, "%s{\"r\":%zu,\"entropy\":%.6g,\"change\":%.6g,\"top\":[", i ? "," : "", i + 1, g[i].entropy, g[i].change);
-            for (size_t j = 0; j < 3 && g[i].top[j] >= 0; j++) {
-                text = token_text(t, g[i].top[j], &size);
-                fprintf(f, "%s{\"token\":%d,\"text\":", j ? "," : "", (int)g[i].top[j]), retrofit_json_write_string(f, text, size),
-                    fprintf(f, ",\"p\":%.6g}", (double)g[i].p[j]), free(text);
-            }
-            fputs("]}", f);
-        }
-        fputs("]}\n", f);
-        while (since > 1 && g[since - 2].top[0] == g[r - 1].top[0]) since--;
-        print_column(t, ids[at], 16), fputs("  ", stderr);
-        for (size_t i = 0; i < r; i++)
-            fputs(g[i].change >= 1 ? "█" : g[i].change >= 0.3 ? "▓" : g[i].change >= 0.1 ? "▒" : g[i].change >= 0.03 ? "░" : "·", stderr);
-        fprintf(stderr, "%*s  %7.3f  ", r < 11 ? (int)(11 - r) : 0, "", g[r - 1].entropy), print_column(t, g[r - 1].top[0], 16),
-            fprintf(stderr, "  %zu\n", since);
+        write_trace(file, at, ids[at], entries + at * r, r);
+        print_picture_line(ids[at], entries + at * r, r, width);
     }
-    if (!retrofit_finish_file(f, o.trace, true)) die(1, "%s", retrofit_error());
-    free(ids), free(logits), free(states), free(seen), retrofit_buffers_free(a);
+    require(retrofit_finish_file(file, options.trace, true));
+    free(ids);
+    free(entries);
 }
 
-// How many recurrences tokens took, and how many of them plain decoding at full depth would have chosen too, each read behind the same text.
-static struct { size_t *of, tokens, sum, most, greedy, same; } depths; // of: [most + 1] tokens by recurrences
+// ---- Modes: one prompt, many -------------------------------------------------------------------
 
-static void note_depths(const retrofit_model *m, const retrofit_tokenizer *t, const row *k, size_t r) {
-    if (!depths.of) depths.of = (size_t *)need(retrofit_allocate(r + 1, sizeof *depths.of)), depths.most = r;
-    for (size_t i = 0; i < k->produced; i++) depths.of[k->recurrences[i]]++, depths.tokens++, depths.sum += k->recurrences[i];
-    size_t T = k->count + k->produced - 1;
-    if (o.temperature > 0 || !k->produced || o.continuous) return;
-    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    int32_t *ids = whole_text(k);
-    float *logits = (float *)need(retrofit_allocate(m->config.vocab, sizeof *logits));
-    if (!retrofit_forward(a, ids, 1, T, sigma(m), o.seed, r, 0)) die(1, "%s", retrofit_error());
-    for (size_t i = 0; i < k->produced; i++)
-        retrofit_logits(a, k->count - 1 + i, 1, logits), depths.greedy++,
-            depths.same += retrofit_argmax(logits, retrofit_tokenizer_size(t)) == k->said[i + 1];
-    free(ids), free(logits), retrofit_buffers_free(a);
-}
-
-static void print_depths(void) {
-    fprintf(stderr,
-            "recurrences per token: %.2f on average of at most %zu:", depths.tokens ? (double)depths.sum / (double)depths.tokens : 0,
-            depths.most);
-    for (size_t i = 1; i <= depths.most; i++)
-        if (depths.of[i]) fprintf(stderr, "  %zu: %zu", i, depths.of[i]);
-    if (depths.greedy) fprintf(stderr, "; %zu of %zu tokens are those of full depth", depths.same, depths.greedy);
-    fputc('\n', stderr), free(depths.of);
-}
-
-static void answer(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t n, r[2], count = 0, produced = 0, tokens = 0, B;
-    row *rows = NULL;
-    retrofit_json *line;
-    if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for generation");
-    if (o.batch) {
-        lines l = open_lines(o.batch);
-        for (; (line = next_line(&l)); count++)
-            rows = (row *)more(rows, count, sizeof *rows), rows[count] = read_row(t, line, l.where, m->config.context, count);
-        close_lines(&l);
-        if (count == 0) die(1, "%s: no prompts in it", o.batch);
-    } else {
-        int32_t *ids = prompt_ids(t, &n);
-        rows = (row *)more(NULL, 0, sizeof *rows), rows[count++] = new_row("", ids, n, 0, m->config.context, 0);
-    }
-    B = retrofit_min(o.batch_size, count);
-    retrofit_buffers *a = room_for(m, rows, count, B, r[0]);
-    double began = progress("prompts", 0, count), seconds[2] = {0};
-    for (size_t at = 0, b; at < count; at += b) {
-        b = retrofit_min(B, count - at), retrofit_clear_cache(a);
-        generate(a, t, rows + at, b, r[0], !o.batch && !o.json);
-        for (row *k = rows + at; k < rows + at + b; k++) {
-            if (o.batch || o.json) print_row(k, 0);
-            else putchar('\n');
-            tokens += k->count, produced += k->produced, seconds[0] = k->seconds[0], seconds[1] = k->seconds[1];
-            if (o.exit) note_depths(m, t, k, r[0]);
-            if (o.trace) fflush(stdout), trace(m, t, k, r[0]);
-            free_row(k);
-        }
-        fflush(stdout), progress("prompts", at + b, count);
-    }
-    if (o.batch) {
-        double all = retrofit_seconds() - began;
-        fprintf(stderr, "%zu prompts, %zu tokens, and %zu more in %.2f s (%.1f tok/s)", count, tokens, produced, all,
-                (double)produced / all);
-    } else
-        fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", tokens, seconds[0], produced, seconds[1],
-                produced > 1 ? (double)(produced - 1) / seconds[1] : 0);
-    if (r[0]) fprintf(stderr, o.exit ? ", at most %zu recurrences" : ", %zu recurrences", r[0]);
-    fprintf(stderr, ", KV cache %.1f KiB per token, on %s\n", (double)retrofit_cache_bytes(a) / 1024, device);
-    if (o.exit) print_depths();
-    if (drafts.rounds)
-        fprintf(stderr, "drafts at %zu recurrences: %.2f of %.2f tokens a round; %.2f times as fast as without\n", drafts.depth,
-                (double)drafts.kept / (double)drafts.rounds, (double)drafts.drafted / (double)drafts.rounds,
-                drafts.plain * (double)drafts.kept / drafts.seconds);
-    free(rows), retrofit_buffers_free(a);
-}
-
-// A conversation: the cache keeps what has been said, only what is new is fed.
-static void converse(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t r[2], capacity = o.seq_len ? o.seq_len : retrofit_min(4096, m->config.context), total = 0, turns = 0, room = 0;
-    if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for generation");
-    if (capacity > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", capacity, m->config.context);
-    retrofit_kv_cache cache = kv_cache(capacity, r[0]);
-    retrofit_buffers *a =
-        (retrofit_buffers *)need(retrofit_buffers_new(m, 1, retrofit_min(capacity, CHUNK), 0, RETROFIT_KEEP_NOTHING, &cache));
-    row k = {.ids = NULL};
-    char *line = NULL;
-    bool asks = isatty(0);
-    for (ssize_t n;;) {
-        if (asks) fputs("> ", stderr);
-        if ((n = getline(&line, &room, stdin)) <= 0) break;
-        if (line[n - 1] == '\n' && --n == 0) continue;
-        retrofit_text x = {NULL, 0, 0, false};
-        if (total) put(&x, families[family].end), put(&x, families[family].after);
-        else put_system(&x, o.system, o.system ? strlen(o.system) : 0);
-        put_turn(&x, "user", line, (size_t)n), put_turn(&x, "assistant", NULL, 0);
-        if (x.failed) die(1, "%s", retrofit_error());
-        // It begins with a special token, at which the tokenizer cuts: the ids are those of the whole conversation's text.
-        size_t count, past = (size_t)a->decoder->seen[0], late = total > past; // the last token said may not have been fed
-        int32_t *ids = (int32_t *)need(retrofit_encode(t, x.bytes, x.size, !total, &count));
-        if (total + count >= capacity)
-            die(1, "the conversation would have %zu tokens, there is room for %zu: begin a new one", total + count, capacity);
-        ids = (int32_t *)need(realloc(ids, (count + late) * sizeof *ids));
-        memmove(ids + late, ids, count * sizeof *ids);
-        if (late) ids[0] = k.said[k.produced];
-        free(x.bytes), free_row(&k);
-        k = new_row("", ids, late + count, past, capacity, turns++);
-        generate(a, t, &k, 1, r[0], !o.json);
-        if (o.json) print_row(&k, past);
-        else putchar('\n');
+// Shows what belongs to a sequence that has its text.
+static void show_sequence(const struct sequence *sequence, size_t r) {
+    if (options.batch || options.json) print_json(sequence, 0);
+    else putchar('\n');
+    if (options.exit) count_exits(sequence, r);
+    if (options.trace) {
         fflush(stdout);
-        total = past + k.count + k.produced;
+        trace_sequence(sequence, r);
+    }
+}
+
+// The rest of the line that begins with how many tokens took how long; then exits and drafts.
+static void print_summary(const retrofit_buffers *buffers, size_t r) {
+    double kilobytes = (double)retrofit_cache_bytes(buffers) / 1024;
+    if (r) fprintf(stderr, options.exit ? ", at most %zu recurrences" : ", %zu recurrences", r);
+    fprintf(stderr, ", KV cache %.1f KiB per token, on %s\n", kilobytes, device_name);
+    if (options.exit) print_exits();
+    if (drafts.rounds == 0) return;
+    double rounds = (double)drafts.rounds, kept = (double)drafts.kept;
+    fprintf(stderr, "drafts at %zu recurrences: %.2f of %.2f tokens a round; ", drafts.recurrences,
+            kept / rounds, (double)drafts.drafted / rounds);
+    double gain = drafts.plain_seconds * kept / drafts.seconds;
+    fprintf(stderr, "%.2f times as fast as without\n", gain);
+}
+
+static void run_prompt(void) {
+    size_t r = read_depth("generation"), count;
+    int32_t *ids = read_prompt(&count);
+    struct sequence sequence = new_sequence("", ids, count, 0, model->config.context, 0);
+    retrofit_buffers *buffers = buffers_for(&sequence, 1, 1, r);
+    generate(buffers, &sequence, 1, r, !options.json);
+    show_sequence(&sequence, r);
+    fflush(stdout);
+
+    size_t produced = sequence.produced;
+    double seconds = sequence.generation_seconds, speed = 0;
+    if (produced > 1) speed = (double)(produced - 1) / seconds; // the first comes with the prompt
+    fprintf(stderr, "prompt %zu tokens %.2f s, %zu tokens %.2f s (%.1f tok/s)", count,
+            sequence.prompt_seconds, produced, seconds, speed);
+    print_summary(buffers, r);
+    free_sequence(&sequence);
+    retrofit_buffers_free(buffers);
+}
+
+// The prompts of --batch.
+static struct sequence *read_batch(size_t *count) {
+    struct sequence *sequences = NULL;
+    struct json_lines lines = open_lines(options.batch);
+    *count = 0;
+    for (;;) {
+        retrofit_json *line = next_line(&lines);
+        if (!line) break;
+        sequences = grow_array(sequences, *count, sizeof *sequences);
+        sequences[*count] = read_sequence(line, lines.where, *count);
+        ++*count;
+    }
+    close_lines(&lines);
+    if (*count == 0) die(1, "%s: no prompts in it", options.batch);
+    return sequences;
+}
+
+static void run_batch(void) {
+    size_t r = read_depth("generation"), count, tokens = 0, produced = 0, b;
+    struct sequence *sequences = read_batch(&count);
+    size_t B = retrofit_min(options.batch_size, count);
+    retrofit_buffers *buffers = buffers_for(sequences, count, B, r);
+    show_progress("prompts", 0, count);
+    for (size_t at = 0; at < count; at += b) {
+        b = retrofit_min(B, count - at);
+        retrofit_clear_cache(buffers);
+        generate(buffers, sequences + at, b, r, false);
+        for (size_t i = at; i < at + b; i++) {
+            show_sequence(&sequences[i], r);
+            tokens += sequences[i].count;
+            produced += sequences[i].produced;
+            free_sequence(&sequences[i]);
+        }
+        fflush(stdout);
+        show_progress("prompts", at + b, count);
+    }
+    double seconds = retrofit_seconds() - progress_began;
+    fprintf(stderr, "%zu prompts, %zu tokens, and %zu more in %.2f s (%.1f tok/s)", count, tokens,
+            produced, seconds, (double)produced / seconds);
+    print_summary(buffers, r);
+    free(sequences);
+    retrofit_buffers_free(buffers);
+}
+
+// ---- Mode: a conversation ----------------------------------------------------------------------
+
+struct conversation {
+    retrofit_buffers *buffers;
+    size_t r, capacity;   // of the cache
+    size_t total, turns;  // tokens so far; turns of the model
+    struct sequence last; // its last turn
+};
+
+// What is new, since the cache keeps all that has been said: the end of the model's last turn, the
+// user's turn and the beginning of the model's. That text begins with a special token, at which
+// tokenizers cut, so its ids are those it has in the text of the whole conversation.
+static int32_t *encode_turn(bool first, const char *line, size_t size, size_t *count) {
+    retrofit_text text = {0};
+    if (first) append_system_option(&text);
+    else append_end(&text);
+    append_message(&text, "user", line, size);
+    return encode_conversation(&text, first, count);
+}
+
+static void answer_turn(struct conversation *conversation, const char *line, size_t size) {
+    struct sequence *last = &conversation->last;
+    size_t total = conversation->total, capacity = conversation->capacity, count;
+    size_t past = (size_t)conversation->buffers->decoder->seen[0];
+    int32_t *ids = encode_turn(total == 0, line, size, &count);
+    if (total + count >= capacity)
+        die(1, "the conversation would have %zu tokens, there is room for %zu: begin a new one",
+            total + count, capacity);
+
+    // The last token of a turn that --max-tokens or a stop string ended has not been fed.
+    if (total > past) {
+        ids = require_pointer(realloc(ids, (count + 1) * sizeof *ids));
+        memmove(ids + 1, ids, count * sizeof *ids);
+        ids[0] = last->generated[last->produced];
+        count++;
+    }
+    free_sequence(last);
+    *last = new_sequence("", ids, count, past, capacity, conversation->turns++);
+    generate(conversation->buffers, last, 1, conversation->r, !options.json);
+    if (options.json) print_json(last, past);
+    else putchar('\n');
+    fflush(stdout);
+    conversation->total = past + last->count + last->produced;
+}
+
+// --seq-len; without it `standard` or, if that is less, the model's context.
+static size_t read_seq_len(size_t standard) {
+    size_t context = model->config.context;
+    if (options.seq_len > context)
+        die(2, "--seq-len %zu is more than the model's context of %zu", options.seq_len, context);
+    return options.seq_len ? options.seq_len : retrofit_min(standard, context);
+}
+
+static void run_interactive(void) {
+    struct conversation conversation = {.r = read_depth("generation")};
+    size_t line_capacity = 0, capacity = read_seq_len(4096);
+    retrofit_kv_cache cache = cache_options(capacity, conversation.r);
+    conversation.capacity = capacity;
+    conversation.buffers = new_buffers(1, retrofit_min(capacity, PROMPT_CHUNK), &cache);
+    char *line = NULL;
+    bool terminal = isatty(0);
+    for (;;) {
+        if (terminal) fputs("> ", stderr);
+        ssize_t size = getline(&line, &line_capacity, stdin);
+        if (size <= 0) break;
+        if (line[size - 1] == '\n') size--;
+        if (size > 0) answer_turn(&conversation, line, (size_t)size);
     }
     if (ferror(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
-    free(line), free_row(&k), retrofit_buffers_free(a);
+    free(line);
+    free_sequence(&conversation.last);
+    retrofit_buffers_free(conversation.buffers);
 }
 
-// ---- Loss by recurrences ------------------------------------------------------------------------------------------------------
-static retrofit_data *open_rows(const retrofit_model *m, size_t *T, size_t *rows) { // of --eval: tokens in a row, rows to judge by
-    *T = o.seq_len ? o.seq_len : retrofit_min(1024, m->config.context);
-    if (*T > m->config.context) die(2, "--seq-len %zu is more than the model's context of %zu", *T, m->config.context);
-    retrofit_data *data = (retrofit_data *)need(retrofit_data_open(o.eval, *T, m->config.vocab, false, 0));
-    return *rows = o.rows ? retrofit_min(o.rows, retrofit_data_rows(data)) : retrofit_data_rows(data), data;
+// ---- Mode: loss by recurrences -----------------------------------------------------------------
+
+// Rows of --eval.
+struct evaluation {
+    retrofit_data *data;
+    size_t T, rows;           // tokens in a row; rows that are read
+    int32_t *tokens, *labels; // (B,T)
+};
+
+static struct evaluation open_evaluation(void) {
+    size_t T = read_seq_len(1024);
+    retrofit_data *data = retrofit_data_open(options.eval, T, model->config.vocab, false, 0);
+    require(data != NULL);
+    size_t rows = retrofit_data_rows(data);
+    if (options.rows) rows = retrofit_min(options.rows, rows);
+    return (struct evaluation){.data = data, .T = T, .rows = rows};
 }
 
-// Token by token through the KV cache, with the exits and policies that it is to be judged with, beside the full pass on the same rows.
-static void evaluate_decoding(const retrofit_model *m) {
-    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), V = m->config.vocab, T, rows;
-    retrofit_data *data = open_rows(m, &T, &rows);
-    bool alone = o.exit && kv_cache(T, 1).kind != RETROFIT_CACHE_FULL; // slots that are written twice: one row at a time
-    size_t B = alone ? 1 : retrofit_min(rows, o.batch_size);
-    retrofit_buffers *whole = (retrofit_buffers *)need(retrofit_buffers_new(m, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    int32_t *tokens = (int32_t *)need(retrofit_allocate(B * T, sizeof *tokens)), *labels = (int32_t *)need(retrofit_allocate(B * T, sizeof *labels));
-    int32_t *next = (int32_t *)need(retrofit_allocate(B, sizeof *next));
-    printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "by full pass",
-           "recurrences", "KV bytes/token", "seconds", rows, T);
-    progress("rows", 0, count * rows);
+static void allocate_rows(struct evaluation *evaluation, size_t B) {
+    evaluation->tokens = new_array(B * evaluation->T, sizeof *evaluation->tokens);
+    evaluation->labels = new_array(B * evaluation->T, sizeof *evaluation->labels);
+}
+
+static void read_rows(struct evaluation *evaluation, size_t first, size_t count) {
     for (size_t i = 0; i < count; i++) {
-        retrofit_kv_cache cache = kv_cache(T, r[i]);
-        retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, B, 1, 0, RETROFIT_KEEP_NOTHING, &cache));
-        retrofit_recurrence_options how = thinking(m, r[i]);
-        double loss = 0, full = 0, used = 0, begin = retrofit_seconds(), apart = 0;
-        for (size_t at = 0, b; at < rows; at += b) {
-            b = retrofit_min(B, rows - at), retrofit_clear_cache(a);
-            for (size_t j = 0; j < b; j++)
-                if (!retrofit_data_row(data, at + j, tokens + j * T, labels + j * T)) die(1, "%s", retrofit_error());
-            for (size_t p = 0; p < T; p++) {
-                for (size_t j = 0; j < b; j++) next[j] = tokens[j * T + p];
-                const float *logits = (const float *)need((void *)retrofit_next_logits(a, next, b, 1, NULL, &how));
-                for (size_t j = 0; j < b; j++) {
-                    float l;
-                    retrofit_cpu.cross_entropy(&l, (act *)(logits + j * V), &labels[j * T + p], 1, V, 0);
-                    loss += l, used += a->decoder->used[j];
-                }
-            }
-            double before = retrofit_seconds();
-            for (size_t j = 0; j < b; j++) {
-                if (!retrofit_forward(whole, tokens + j * T, 1, T, how.sigma, how.seed, r[i], 0)) die(1, "%s", retrofit_error());
-                full += retrofit_loss(whole, labels + j * T, 0) * (double)T;
-            }
-            apart += retrofit_seconds() - before;
-            progress("rows", i * rows + at + b, count * rows);
-        }
-        double n = (double)(rows * T);
-        printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r[i], loss / n, exp(loss / n), full / n, used / n,
-               retrofit_cache_bytes(a), retrofit_seconds() - begin - apart);
-        fflush(stdout), retrofit_buffers_free(a);
+        int32_t *tokens = evaluation->tokens + i * evaluation->T;
+        int32_t *labels = evaluation->labels + i * evaluation->T;
+        require(retrofit_data_row(evaluation->data, first + i, tokens, labels));
     }
-    free(tokens), free(labels), free(next), retrofit_buffers_free(whole), retrofit_data_close(data);
 }
 
-// One way of states, read off at each r.
-static void evaluate(const retrofit_model *m) {
-    size_t r[64], count = recurrences(m, r, 64, "1,2,4,8,16,32"), T, rows;
-    retrofit_data *data = open_rows(m, &T, &rows);
-    size_t B = retrofit_min(rows, 1 + 1024 / T);
-    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    int32_t *tokens = (int32_t *)need(malloc(B * T * sizeof *tokens)), *labels = (int32_t *)need(malloc(B * T * sizeof *labels));
-    double loss[64] = {0}, seconds[64] = {0};
-    retrofit_recurrence_options how = thinking(m, r[count - 1]);
-    progress("rows", 0, rows);
-    for (size_t at = 0; at < rows; at += B) {
-        size_t b = retrofit_min(B, rows - at);
-        for (size_t i = 0; i < b; i++)
-            if (!retrofit_data_row(data, at + i, tokens + i * T, labels + i * T)) die(1, "%s", retrofit_error());
-        double begin = retrofit_seconds(), coda = 0;
-        if (!retrofit_prelude(a, tokens, b, T)) die(1, "%s", retrofit_error());
-        if (r[0]) retrofit_init_state(a, sigma(m), retrofit_hash(o.seed, at));
-        for (size_t i = 0; i < count; i++) {
-            retrofit_recur_noisy(a, &how, r[i] - (i ? r[i - 1] : 0));
-            double before = retrofit_seconds();
-            retrofit_coda(a);
-            loss[i] += retrofit_loss(a, labels, 0) * (double)b;
-            seconds[i] += retrofit_seconds() - begin - coda; // what a pass at this r alone costs
-            coda += retrofit_seconds() - before;
-        }
-        progress("rows", at + b, rows);
-    }
-    printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity", "seconds", rows, T);
-    for (size_t i = 0; i < count; i++) printf("%11zu %10.4f %12.3f %9.2f\n", r[i], loss[i] / (double)rows, exp(loss[i] / (double)rows), seconds[i]);
-    free(tokens), free(labels), retrofit_buffers_free(a), retrofit_data_close(data);
+static void close_evaluation(struct evaluation *evaluation) {
+    free(evaluation->tokens);
+    free(evaluation->labels);
+    retrofit_data_close(evaluation->data);
 }
 
-// ---- Tasks: one a line, all of one kind -------------------------------------------------------------------------------------------
+// Sums over all tokens at one r.
+struct decoding {
+    double loss, full_loss;      // token by token through the cache; by a full pass over each row
+    double recurrences, seconds; // that tokens took; of decoding alone
+};
+
+// b rows token by token.
+static void decode_rows(const struct evaluation *evaluation, retrofit_buffers *buffers, size_t b,
+                        size_t r, struct decoding *sums) {
+    size_t T = evaluation->T;
+    retrofit_recurrence_options recurrence = recurrence_options(r);
+    int32_t *next = new_array(b, sizeof *next);
+    double began = retrofit_seconds();
+    retrofit_clear_cache(buffers);
+    for (size_t t = 0; t < T; t++) {
+        for (size_t i = 0; i < b; i++) next[i] = evaluation->tokens[i * T + t];
+        const float *logits = retrofit_next_logits(buffers, next, b, 1, NULL, &recurrence);
+        require(logits != NULL);
+        for (size_t i = 0; i < b; i++) {
+            int32_t label = evaluation->labels[i * T + t];
+            sums->loss += token_loss(logits + i * model->config.vocab, label);
+            sums->recurrences += buffers->decoder->used[i];
+        }
+    }
+    sums->seconds += retrofit_seconds() - began;
+    free(next);
+}
+
+// The same rows by a full pass over each.
+static void full_pass_rows(const struct evaluation *evaluation, retrofit_buffers *buffers, size_t b,
+                           size_t r, struct decoding *sums) {
+    size_t T = evaluation->T;
+    for (size_t i = 0; i < b; i++) {
+        const int32_t *tokens = evaluation->tokens + i * T, *labels = evaluation->labels + i * T;
+        require(retrofit_forward(buffers, tokens, 1, T, start_sigma(), options.seed, r, 0));
+        sums->full_loss += retrofit_loss(buffers, labels, 0) * (double)T;
+    }
+}
+
+// Token by token through the KV cache, with the exits and the cache that are to be judged.
+static void evaluate_decoding(void) {
+    struct depth_list depths = read_depths(MAX_DEPTHS, "1,2,4,8,16,32");
+    struct evaluation evaluation = open_evaluation();
+    size_t T = evaluation.T, rows = evaluation.rows, total = depths.count * rows, b;
+    // Recurrences that share slots overwrite what a row that stopped early wrote: row by row then.
+    bool alone = options.exit && cache_options(T, 1).kind != RETROFIT_CACHE_FULL;
+    size_t B = alone ? 1 : retrofit_min(rows, options.batch_size);
+    retrofit_buffers *whole = new_buffers(1, T, NULL);
+    allocate_rows(&evaluation, B);
+    printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss",
+           "perplexity", "by full pass", "recurrences", "KV bytes/token", "seconds", rows, T);
+    show_progress("rows", 0, total);
+    for (size_t i = 0; i < depths.count; i++) {
+        size_t r = depths.r[i];
+        retrofit_kv_cache cache = cache_options(T, r);
+        retrofit_buffers *buffers = new_buffers(B, 1, &cache);
+        struct decoding sums = {0};
+        for (size_t at = 0; at < rows; at += b) {
+            b = retrofit_min(B, rows - at);
+            read_rows(&evaluation, at, b);
+            decode_rows(&evaluation, buffers, b, r, &sums);
+            full_pass_rows(&evaluation, whole, b, r, &sums);
+            show_progress("rows", i * rows + at + b, total);
+        }
+        double n = (double)(rows * T), loss = sums.loss / n;
+        printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r, loss, exp(loss),
+               sums.full_loss / n, sums.recurrences / n, retrofit_cache_bytes(buffers),
+               sums.seconds);
+        fflush(stdout);
+        retrofit_buffers_free(buffers);
+    }
+    close_evaluation(&evaluation);
+    retrofit_buffers_free(whole);
+}
+
+// b rows at every r of the list: one pass of states, of which the coda reads s_r at each r. Adds
+// b times the mean loss, and the seconds that a pass at this r alone would take.
+static void evaluate_rows(const struct evaluation *evaluation, retrofit_buffers *buffers, size_t b,
+                          uint64_t seed, const struct depth_list *depths, double *loss,
+                          double *seconds) {
+    const size_t *r = depths->r;
+    retrofit_recurrence_options recurrence = recurrence_options(r[depths->count - 1]);
+    double began = retrofit_seconds(), coda = 0;
+    require(retrofit_prelude(buffers, evaluation->tokens, b, evaluation->T));
+    if (r[0] > 0) retrofit_init_state(buffers, start_sigma(), seed);
+    for (size_t i = 0; i < depths->count; i++) {
+        retrofit_recur_noisy(buffers, &recurrence, r[i] - (i ? r[i - 1] : 0));
+        double before = retrofit_seconds();
+        retrofit_coda(buffers);
+        loss[i] += retrofit_loss(buffers, evaluation->labels, 0) * (double)b;
+        seconds[i] += retrofit_seconds() - began - coda;
+        coda += retrofit_seconds() - before;
+    }
+}
+
+static void evaluate_full_pass(void) {
+    struct depth_list depths = read_depths(MAX_DEPTHS, "1,2,4,8,16,32");
+    struct evaluation evaluation = open_evaluation();
+    size_t T = evaluation.T, rows = evaluation.rows, B = retrofit_min(rows, 1 + 1024 / T), b;
+    retrofit_buffers *buffers = new_buffers(B, T, NULL);
+    allocate_rows(&evaluation, B);
+    double loss[MAX_DEPTHS] = {0}, seconds[MAX_DEPTHS] = {0};
+    show_progress("rows", 0, rows);
+    for (size_t at = 0; at < rows; at += b) {
+        b = retrofit_min(B, rows - at);
+        uint64_t seed = retrofit_hash(options.seed, at);
+        read_rows(&evaluation, at, b);
+        evaluate_rows(&evaluation, buffers, b, seed, &depths, loss, seconds);
+        show_progress("rows", at + b, rows);
+    }
+    printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity",
+           "seconds", rows, T);
+    for (size_t i = 0; i < depths.count; i++) {
+        double mean = loss[i] / (double)rows;
+        printf("%11zu %10.4f %12.3f %9.2f\n", depths.r[i], mean, exp(mean), seconds[i]);
+    }
+    close_evaluation(&evaluation);
+    retrofit_buffers_free(buffers);
+}
+
+static void run_eval(void) {
+    bool decoding = options.kv_cache || options.kv_bf16 || options.exit || options.continuous;
+    if (decoding) evaluate_decoding();
+    else evaluate_full_pass();
+}
+
+// ---- Mode: tasks -------------------------------------------------------------------------------
+
+// One a line, all of one kind:
 //   {"prompt", "answer"[, "hops"]}       does greedy decoding give the answer exactly?
-//   {"prompt", "choices", "answer": 1}   is this choice the likeliest of all, as it is (acc) and per byte (acc_norm)?
-//   {"prompt", "target"}                 does generated text have the target where --answer-regex says?
-enum { EXACT, CHOICE, TARGET };
+//   {"prompt", "choices", "answer": 1}   is this choice the likeliest of all, as it is (acc) and
+//                                        per byte (acc_norm)?
+//   {"prompt", "target"}                 is the target where --answer-regex finds an answer?
+enum task_kind { EXACT, CHOICE, TARGET };
+enum { MAX_HOPS = 15 };
 
-typedef struct { // a prompt and what may follow it
-    int32_t *ids;
-    size_t count, prompt, bytes; // prompt: ids before the first of what follows; bytes of that, without a space between the two
-} continuation;
+// A prompt and what may follow it: the answer, or one of the choices.
+struct continuation {
+    int32_t *ids;         // [count] of both
+    size_t count, prompt; // prompt: ids before the first one of what follows
+    size_t bytes;         // of what follows, without a space between the two
+};
 
-typedef struct {
-    size_t first, choices, answer, hops; // among the continuations; hops: a group of the table, 0 if the line names none
-} task;
+struct task {
+    size_t first, choices; // its continuations; their number
+    size_t answer;         // which of them is right
+    size_t hops;           // a column of the table; 0 if the line names none
+};
 
 static struct {
-    int kind;
-    size_t count, continuations, of[16], most; // tasks of so many hops; the most hops
-    task *task;
-    continuation *continuation;
-    row *row; // of tasks with a target
-} tasks;
-
-typedef struct {
-    double loss;
-    size_t right, per_byte, hops[16];
-} score;
-
-static continuation read_continuation(const retrofit_tokenizer *t, const char *where, const retrofit_json *p, const retrofit_json *answer,
-                                      size_t context) {
-    continuation k = {NULL, 0, 0, answer->length - (answer->string[0] == ' ')};
+    enum task_kind kind;
     size_t count;
-    char *text = (char *)need(retrofit_allocate(p->length + answer->length, 1));
-    memcpy(text, p->string, p->length), memcpy(text + p->length, answer->string, answer->length);
-    int32_t *alone = (int32_t *)need(retrofit_encode(t, text, p->length, true, &count));
-    k.ids = (int32_t *)need(retrofit_encode(t, text, p->length + answer->length, true, &k.count));
-    while (k.prompt < count && k.prompt < k.count && k.ids[k.prompt] == alone[k.prompt]) k.prompt++; // the answer may begin inside a token
-    if (k.prompt == 0 || k.prompt == k.count) die(1, "%s: no token of the answer follows one of the prompt", where);
-    if (k.count > context) die(1, "%s: a task of %zu tokens, the model's context is %zu", where, k.count, context);
-    return free(text), free(alone), k;
+    struct task *tasks;                 // [count], but where they have targets:
+    struct sequence *targets;           // [count]
+    struct continuation *continuations; // [continuation_count] of all tasks
+    size_t continuation_count;
+    size_t by_hops[MAX_HOPS + 1];       // tasks of so many hops
+    size_t max_hops;
+} task_set;
+
+// Sums over all tasks at one r.
+struct score {
+    double loss;                  // per token of the right answers, over the number of tasks
+    size_t right, right_per_byte;
+    size_t hops[MAX_HOPS + 1];    // right ones of so many hops
+};
+
+static bool is_filled(const retrofit_json *json) {
+    return json && json->type == RETROFIT_JSON_STRING && json->length > 0;
 }
 
-static bool filled(const retrofit_json *j) { return j && j->type == RETROFIT_JSON_STRING && j->length > 0; }
+static void read_continuation(const retrofit_json *prompt, const retrofit_json *answer,
+                              const char *where) {
+    size_t prompt_count, size = prompt->length + answer->length, context = model->config.context;
+    char *text = new_array(size, 1);
+    memcpy(text, prompt->string, prompt->length);
+    memcpy(text + prompt->length, answer->string, answer->length);
+    bool space = answer->string[0] == ' ';
+    struct continuation both = {.bytes = answer->length - space};
+    both.ids = require_pointer(retrofit_encode(tokenizer, text, size, true, &both.count));
+
+    // The answer begins where the ids are no longer the prompt's: it may begin inside a token.
+    int32_t *alone = retrofit_encode(tokenizer, text, prompt->length, true, &prompt_count);
+    require(alone != NULL);
+    size_t common = retrofit_min(prompt_count, both.count);
+    while (both.prompt < common && both.ids[both.prompt] == alone[both.prompt]) both.prompt++;
+    free(alone);
+    free(text);
+    if (both.prompt == 0 || both.prompt == both.count)
+        die(1, "%s: no token of the answer follows one of the prompt", where);
+    if (both.count > context)
+        die(1, "%s: a task of %zu tokens, the model's context is %zu", where, both.count, context);
+
+    size_t n = task_set.continuation_count++;
+    task_set.continuations = grow_array(task_set.continuations, n, sizeof both);
+    task_set.continuations[n] = both;
+}
+
+static void read_choices(const retrofit_json *line, const char *where, struct task *task) {
+    const retrofit_json *prompt = retrofit_json_get(line, "prompt");
+    const retrofit_json *choices = retrofit_json_get(line, "choices");
+    for (const retrofit_json *choice = choices->child; choice; choice = choice->next) {
+        bool space = is_filled(choice) && choice->length == 1 && *choice->string == ' ';
+        if (!is_filled(choice) || space) die(1, "%s: a choice is no string, or empty", where);
+        read_continuation(prompt, choice, where);
+        task->choices++;
+    }
+}
+
+// A task with an answer or choices; `kind` says which.
+static void read_answer(const retrofit_json *line, const char *where, enum task_kind kind) {
+    const retrofit_json *prompt = retrofit_json_get(line, "prompt");
+    const retrofit_json *answer = retrofit_json_get(line, "answer");
+    const retrofit_json *choices = retrofit_json_get(line, "choices");
+    const retrofit_json *hops = retrofit_json_get(line, "hops");
+    struct task task = {.first = task_set.continuation_count};
+    bool has_prompt = prompt && prompt->type == RETROFIT_JSON_STRING;
+    if (!has_prompt || (kind == EXACT && !is_filled(answer)))
+        die(1, "%s: needs a string \"prompt\" and a string \"answer\" that is not empty, "
+               "\"choices\" or a \"target\"", where);
+    if (kind == CHOICE) {
+        size_t count = choices->type == RETROFIT_JSON_ARRAY ? choices->count : 0;
+        bool ok = count >= 2 && retrofit_json_size(answer, &task.answer) && task.answer < count;
+        if (!ok)
+            die(1, "%s: needs at least two \"choices\", and in \"answer\" which of them, from 0, "
+                   "is right", where);
+    }
+    if (hops && (!retrofit_json_size(hops, &task.hops) || task.hops > MAX_HOPS))
+        die(1, "%s: \"hops\" is not a number from 0 to %d", where, MAX_HOPS);
+    if (kind == CHOICE) read_choices(line, where, &task);
+    else read_continuation(prompt, answer, where);
+
+    size_t n = task_set.count++;
+    task_set.tasks = grow_array(task_set.tasks, n, sizeof task);
+    task_set.tasks[n] = task;
+    task_set.by_hops[task.hops]++;
+    task_set.max_hops = retrofit_max(task_set.max_hops, task.hops);
+}
 
 // Takes the line.
-static void read_task(const retrofit_tokenizer *t, retrofit_json *line, const char *where, size_t context) {
-    const retrofit_json *p = retrofit_json_get(line, "prompt"), *answer = retrofit_json_get(line, "answer"),
-                        *choices = retrofit_json_get(line, "choices");
-    const retrofit_json *hops = retrofit_json_get(line, "hops");
-    int kind = choices ? CHOICE : retrofit_json_get(line, "target") ? TARGET : EXACT;
-    task k = {tasks.continuations, 1, 0, 0};
-    if (tasks.count && kind != tasks.kind) die(1, "%s: another kind of task than in the lines before: a file has one", where);
-    tasks.kind = kind;
-    if (kind == TARGET) {
-        if (!filled(retrofit_json_get(line, "target"))) die(1, "%s: \"target\" is no string, or empty", where);
-        tasks.row = (row *)more(tasks.row, tasks.count, sizeof *tasks.row);
-        tasks.row[tasks.count] = read_row(t, line, where, context, tasks.count), tasks.count++;
+static void read_task(retrofit_json *line, const char *where) {
+    enum task_kind kind = EXACT;
+    if (retrofit_json_get(line, "target")) kind = TARGET;
+    if (retrofit_json_get(line, "choices")) kind = CHOICE;
+    if (task_set.count > 0 && kind != task_set.kind)
+        die(1, "%s: another kind of task than in the lines before: a file has one", where);
+    task_set.kind = kind;
+    if (kind != TARGET) {
+        read_answer(line, where, kind);
+        retrofit_json_free(line);
         return;
     }
-    if (!p || p->type != RETROFIT_JSON_STRING || (kind == EXACT && !filled(answer)))
-        die(1, "%s: needs a string \"prompt\" and a string \"answer\" that is not empty, \"choices\" or a \"target\"", where);
-    if (kind == CHOICE) {
-        k.choices = choices->type == RETROFIT_JSON_ARRAY ? choices->count : 0;
-        if (k.choices < 2 || !retrofit_json_size(answer, &k.answer) || k.answer >= k.choices)
-            die(1, "%s: needs at least two \"choices\", and in \"answer\" which of them, from 0, is right", where);
-    }
-    if (hops && (!retrofit_json_size(hops, &k.hops) || k.hops > 15)) die(1, "%s: \"hops\" is not a number from 0 to 15", where);
-    for (const retrofit_json *c = kind == CHOICE ? choices->child : answer; c; c = kind == CHOICE ? c->next : NULL) {
-        if (!filled(c) || (kind == CHOICE && c->length == 1 && *c->string == ' ')) die(1, "%s: a choice is no string, or empty", where);
-        tasks.continuation = (continuation *)more(tasks.continuation, tasks.continuations, sizeof *tasks.continuation);
-        tasks.continuation[tasks.continuations++] = read_continuation(t, where, p, c, context);
-    }
-    tasks.task = (task *)more(tasks.task, tasks.count, sizeof *tasks.task);
-    tasks.task[tasks.count++] = k, tasks.of[k.hops]++;
-    if (k.hops > tasks.most) tasks.most = k.hops;
-    retrofit_json_free(line);
+    if (!is_filled(retrofit_json_get(line, "target")))
+        die(1, "%s: \"target\" is no string, or empty", where);
+    size_t n = task_set.count++;
+    task_set.targets = grow_array(task_set.targets, n, sizeof *task_set.targets);
+    task_set.targets[n] = read_sequence(line, where, n);
 }
 
-// Greedy decoding gives an answer exactly when the likeliest token is the answer's at every place, each read behind the answer so far: one
-// pass over prompt and answer decides it, and for every r at once. So it does for the likelihoods of choices.
-static void score_continuations(const retrofit_model *m, const size_t *r, size_t depths, score *scores) {
-    size_t n = tasks.continuations, T = 0, V = m->config.vocab;
-    for (size_t i = 0; i < n; i++) T = tasks.continuation[i].count > T ? tasks.continuation[i].count : T;
-    size_t B = retrofit_min(n, 1 + 4096 / T);
-    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, B, T, 0, RETROFIT_KEEP_NOTHING, NULL));
-    int32_t *tokens = (int32_t *)need(retrofit_allocate(B * T, sizeof *tokens));
-    float *logits = (float *)need(retrofit_allocate(T * V, sizeof *logits)), loss;
-    double *losses = (double *)need(retrofit_allocate(n * depths, sizeof *losses)); // (depths,n) sums over the tokens behind the prompt
-    bool *exact = (bool *)need(retrofit_allocate(n * depths, sizeof *exact));
-    retrofit_recurrence_options how = thinking(m, r[depths - 1]);
-    progress("texts", 0, n);
-    for (size_t at = 0, b; at < n; at += b) {
-        const continuation *all = tasks.continuation + at;
-        size_t columns = 0;
+static void read_tasks(void) {
+    struct json_lines lines = open_lines(options.tasks);
+    while (options.rows == 0 || task_set.count < options.rows) {
+        retrofit_json *line = next_line(&lines);
+        if (!line) break;
+        read_task(line, lines.where);
+    }
+    close_lines(&lines);
+
+    bool target = task_set.kind == TARGET;
+    if (task_set.count == 0) die(1, "%s: no tasks in it", options.tasks);
+    if (target && !options.answer_regex)
+        die(2, "%s: a \"target\" is looked for with --answer-regex", options.tasks);
+    if (!target && options.answer_regex)
+        die(2, "%s: --answer-regex goes with a \"target\"", options.tasks);
+    if (!target && options.chat)
+        die(2, "%s: --chat goes with a \"target\", not with these tasks", options.tasks);
+}
+
+static void free_tasks(void) {
+    for (size_t i = 0; i < task_set.continuation_count; i++) free(task_set.continuations[i].ids);
+    for (size_t i = 0; task_set.targets && i < task_set.count; i++)
+        free_sequence(&task_set.targets[i]);
+    free(task_set.tasks);
+    free(task_set.targets);
+    free(task_set.continuations);
+}
+
+// ---- Tasks with answers and choices ------------------------------------------------------------
+
+// Greedy decoding gives an answer exactly when each of its tokens is the likeliest behind the ones
+// before it: one pass over prompt and answer decides that, and for every r at once. So it does for
+// the likelihoods of choices. What that pass says of a continuation at one r:
+struct likelihood {
+    double loss;    // summed over the tokens behind the prompt
+    bool likeliest; // is each of these tokens the likeliest?
+};
+
+// row: of the continuation in a batch of `columns` tokens a row; logits: scratch (T,V).
+static struct likelihood measure_likelihood(retrofit_buffers *buffers,
+                                            const struct continuation *continuation, size_t row,
+                                            size_t columns, float *logits) {
+    size_t V = model->config.vocab, first = continuation->prompt;
+    size_t count = continuation->count - first;
+    struct likelihood result = {0, true};
+    retrofit_logits(buffers, row * columns + first - 1, count, logits);
+    for (size_t i = 0; i < count; i++) {
+        int32_t id = continuation->ids[first + i];
+        if (retrofit_argmax(logits + i * V, V) != id) result.likeliest = false;
+        result.loss += token_loss(logits + i * V, id);
+    }
+    return result;
+}
+
+static size_t longest_continuation(const struct continuation *continuations, size_t count) {
+    size_t longest = 0;
+    for (size_t i = 0; i < count; i++) longest = retrofit_max(longest, continuations[i].count);
+    return longest;
+}
+
+// The likelihoods (depths,n) of all n continuations, to be freed.
+static struct likelihood *measure_all(const struct depth_list *depths) {
+    size_t n = task_set.continuation_count, b;
+    size_t T = longest_continuation(task_set.continuations, n), B = retrofit_min(n, 1 + 4096 / T);
+    const size_t *r = depths->r;
+    retrofit_buffers *buffers = new_buffers(B, T, NULL);
+    retrofit_recurrence_options recurrence = recurrence_options(r[depths->count - 1]);
+    int32_t *tokens = new_array(B * T, sizeof *tokens);
+    float *logits = new_array(T * model->config.vocab, sizeof *logits);
+    struct likelihood *likelihoods = new_array(depths->count * n, sizeof *likelihoods);
+
+    show_progress("texts", 0, n);
+    for (size_t at = 0; at < n; at += b) {
+        const struct continuation *batch = task_set.continuations + at;
         b = retrofit_min(B, n - at);
-        for (size_t i = 0; i < b; i++) columns = all[i].count > columns ? all[i].count : columns;
+        size_t columns = longest_continuation(batch, b);
         memset(tokens, 0, B * T * sizeof *tokens); // padding on the right: no earlier token sees it
-        for (size_t i = 0; i < b; i++) memcpy(tokens + i * columns, all[i].ids, all[i].count * sizeof *tokens);
-        if (!retrofit_prelude(a, tokens, b, columns)) die(1, "%s", retrofit_error());
-        if (r[0]) retrofit_init_state(a, sigma(m), o.seed);
-        for (size_t j = 0; j < depths; j++) {
-            retrofit_recur_noisy(a, &how, r[j] - (j ? r[j - 1] : 0));
-            retrofit_coda(a);
-            for (size_t i = 0; i < b; i++) {
-                const continuation *k = &all[i];
-                size_t count = k->count - k->prompt, to = j * n + at + i;
-                retrofit_logits(a, i * columns + k->prompt - 1, count, logits);
-                exact[to] = true;
-                for (size_t p = 0; p < count; p++) {
-                    exact[to] = exact[to] && retrofit_argmax(logits + p * V, V) == k->ids[k->prompt + p];
-                    retrofit_cpu.cross_entropy(&loss, logits + p * V, &k->ids[k->prompt + p], 1, V, 0), losses[to] += loss;
-                }
-            }
+        for (size_t i = 0; i < b; i++)
+            memcpy(tokens + i * columns, batch[i].ids, batch[i].count * sizeof *tokens);
+        require(retrofit_prelude(buffers, tokens, b, columns));
+        if (r[0] > 0) retrofit_init_state(buffers, start_sigma(), options.seed);
+        for (size_t j = 0; j < depths->count; j++) {
+            struct likelihood *to = likelihoods + j * n + at;
+            retrofit_recur_noisy(buffers, &recurrence, r[j] - (j ? r[j - 1] : 0));
+            retrofit_coda(buffers);
+            for (size_t i = 0; i < b; i++)
+                to[i] = measure_likelihood(buffers, &batch[i], i, columns, logits);
         }
-        progress("texts", at + b, n);
+        show_progress("texts", at + b, n);
     }
-    for (size_t j = 0; j < depths; j++)
-        for (const task *k = tasks.task; k < tasks.task + tasks.count; k++) {
-            const continuation *c = tasks.continuation + k->first;
-            const double *l = losses + j * n + k->first;
-            size_t best = 0, best_per_byte = 0;
-            for (size_t i = 1; i < k->choices; i++) { // the first of equals
-                if (l[i] < l[best]) best = i;
-                if (l[i] / (double)c[i].bytes < l[best_per_byte] / (double)c[best_per_byte].bytes) best_per_byte = i;
-            }
-            bool right = tasks.kind == CHOICE ? best == k->answer : exact[j * n + k->first];
-            scores[j].right += right, scores[j].hops[k->hops] += right, scores[j].per_byte += best_per_byte == k->answer;
-            scores[j].loss += l[k->answer] / (double)(c[k->answer].count - c[k->answer].prompt) / (double)tasks.count;
-        }
-    free(tokens), free(logits), free(losses), free(exact), retrofit_buffers_free(a);
+    free(tokens);
+    free(logits);
+    retrofit_buffers_free(buffers);
+    return likelihoods;
 }
 
-// As GSM8K's answers are compared: without commas, and without a dot at the end.
-static char *bare(const char *s, size_t n) {
-    char *to = (char *)need(retrofit_allocate(n + 1, 1)), *end = to;
-    for (size_t i = 0; i < n; i++)
-        if (s[i] != ',') *end++ = s[i];
-    if (end > to && end[-1] == '.') end[-1] = 0;
-    return to;
-}
-
-// Whether the last match's group 1 is the target. (A NUL ends the text here, should one have been generated.)
-static bool found(const regex_t *e, const char *text, const retrofit_json *target) {
-    char *said = NULL, *wanted = bare(target->string, target->length);
-    regmatch_t g[2];
-    for (const char *p = text; !regexec(e, p, 2, g, p > text ? REG_NOTBOL : 0); p += g[0].rm_eo + (g[0].rm_eo == g[0].rm_so)) {
-        if (g[1].rm_so >= 0) free(said), said = bare(p + g[1].rm_so, (size_t)(g[1].rm_eo - g[1].rm_so));
-        if (!p[g[0].rm_eo]) break;
+// Which choice has the least loss, in all or per byte; the first of equals.
+static size_t best_choice(const struct task *task, const struct likelihood *choices,
+                          bool per_byte) {
+    const struct continuation *continuations = task_set.continuations + task->first;
+    size_t best = 0;
+    double min = 0;
+    for (size_t i = 0; i < task->choices; i++) {
+        double loss = choices[i].loss;
+        if (per_byte) loss /= (double)continuations[i].bytes;
+        if (i > 0 && !(loss < min)) continue;
+        best = i;
+        min = loss;
     }
-    bool right = said && !strcmp(said, wanted);
-    return free(said), free(wanted), right;
+    return best;
 }
 
-static void score_targets(const retrofit_model *m, const retrofit_tokenizer *t, const size_t *r, size_t depths, score *scores,
-                          const regex_t *e) {
-    size_t B = retrofit_min(o.batch_size, tasks.count);
-    retrofit_buffers *a = room_for(m, tasks.row, tasks.count, B, r[depths - 1]);
-    progress("answers", 0, depths * tasks.count);
-    for (size_t j = 0; j < depths; j++)
-        for (size_t at = 0, b; at < tasks.count; at += b) {
-            b = retrofit_min(B, tasks.count - at), retrofit_clear_cache(a);
-            generate(a, t, tasks.row + at, b, r[j], false);
-            for (row *k = tasks.row + at; k < tasks.row + at + b; k++)
-                scores[j].right += k->text.bytes && found(e, k->text.bytes, retrofit_json_get(k->line, "target")), forget(k);
-            progress("answers", j * tasks.count + at + b, depths * tasks.count);
+// Adds a task; choices: the likelihoods of its continuations.
+static void score_task(const struct task *task, const struct likelihood *choices,
+                       struct score *score) {
+    const struct continuation *answer = &task_set.continuations[task->first + task->answer];
+    double tokens = (double)(answer->count - answer->prompt);
+    bool right = choices[0].likeliest;
+    if (task_set.kind == CHOICE) right = best_choice(task, choices, false) == task->answer;
+    score->right += right;
+    score->hops[task->hops] += right;
+    score->right_per_byte += best_choice(task, choices, true) == task->answer;
+    score->loss += choices[task->answer].loss / tokens / (double)task_set.count;
+}
+
+static void score_answers(const struct depth_list *depths, struct score *scores) {
+    struct likelihood *likelihoods = measure_all(depths);
+    for (size_t j = 0; j < depths->count; j++) {
+        const struct likelihood *at_depth = likelihoods + j * task_set.continuation_count;
+        for (size_t i = 0; i < task_set.count; i++) {
+            const struct task *task = &task_set.tasks[i];
+            score_task(task, at_depth + task->first, &scores[j]);
         }
-    retrofit_buffers_free(a);
+    }
+    free(likelihoods);
 }
 
-static double share(size_t right, double *error) { // of all tasks, with its standard error
-    double p = (double)right / (double)tasks.count;
-    return *error = sqrt(p * (1 - p) / (double)tasks.count), p;
+// ---- Tasks with a target in generated text -----------------------------------------------------
+
+// Answers are compared as GSM8K's are: without commas, and without a dot at the end.
+static char *normalize_answer(const char *text, size_t size) {
+    char *answer = new_array(size + 1, 1);
+    size_t length = 0;
+    for (size_t i = 0; i < size; i++) {
+        if (text[i] != ',') answer[length++] = text[i];
+    }
+    if (length > 0 && answer[length - 1] == '.') answer[length - 1] = 0;
+    return answer;
 }
 
-static void print_table(const size_t *r, size_t depths, const score *scores) {
-    double p, error, per_byte;
-    printf(tasks.kind == TARGET ? "%11s %16s" : "%11s %7s %16s", "recurrences", tasks.kind == TARGET ? "accuracy" : "loss", "accuracy");
-    if (tasks.kind == CHOICE) printf(" %14s", "acc_norm");
-    for (size_t h = 0; tasks.most && h <= tasks.most; h++) printf(h ? " %4zu" : "   hops %zu", h);
+// Group 1 of the last match that has one, normalised; NULL if there is none. A NUL ends the text.
+static char *find_answer(const regex_t *regex, const char *text) {
+    char *answer = NULL;
+    const char *at = text;
+    regmatch_t match[2]; // the whole, group 1
+    while (!regexec(regex, at, 2, match, at > text ? REG_NOTBOL : 0)) {
+        if (match[1].rm_so >= 0) {
+            free(answer);
+            size_t size = (size_t)(match[1].rm_eo - match[1].rm_so);
+            answer = normalize_answer(at + match[1].rm_so, size);
+        }
+        bool empty = match[0].rm_eo == match[0].rm_so;
+        at += match[0].rm_eo;
+        if (!*at) break;
+        if (empty) at++;
+    }
+    return answer;
+}
+
+static bool has_target(const struct sequence *sequence, const regex_t *regex) {
+    const retrofit_json *target = retrofit_json_get(sequence->line, "target");
+    if (!sequence->text.bytes) return false;
+    char *expected = normalize_answer(target->string, target->length);
+    char *answer = find_answer(regex, sequence->text.bytes);
+    bool right = answer && !strcmp(answer, expected);
+    free(expected);
+    free(answer);
+    return right;
+}
+
+static void score_targets(const struct depth_list *depths, const regex_t *regex,
+                          struct score *scores) {
+    struct sequence *targets = task_set.targets;
+    size_t count = task_set.count, total = depths->count * count, b;
+    size_t B = retrofit_min(options.batch_size, count);
+    retrofit_buffers *buffers = buffers_for(targets, count, B, depths->r[depths->count - 1]);
+    show_progress("answers", 0, total);
+    for (size_t j = 0; j < depths->count; j++) {
+        for (size_t at = 0; at < count; at += b) {
+            b = retrofit_min(B, count - at);
+            retrofit_clear_cache(buffers);
+            generate(buffers, targets + at, b, depths->r[j], false);
+            for (size_t i = at; i < at + b; i++) {
+                scores[j].right += has_target(&targets[i], regex);
+                free_text(&targets[i]);
+            }
+            show_progress("answers", j * count + at + b, total);
+        }
+    }
+    retrofit_buffers_free(buffers);
+}
+
+// ---- What tasks show ---------------------------------------------------------------------------
+
+// A share of all tasks, p = right/n, and its standard error, √(p·(1 - p)/n).
+static double share(size_t right) { return (double)right / (double)task_set.count; }
+
+static double share_error(size_t right) {
+    double p = share(right);
+    return sqrt(p * (1 - p) / (double)task_set.count);
+}
+
+static void print_table_head(void) {
+    printf("%11s", "recurrences");
+    if (task_set.kind != TARGET) printf(" %7s", "loss");
+    printf(" %16s", "accuracy");
+    if (task_set.kind == CHOICE) printf(" %14s", "acc_norm");
+    if (task_set.max_hops > 0) printf("   hops 0");
+    for (size_t hops = 1; hops <= task_set.max_hops; hops++) printf(" %4zu", hops);
     printf("\n");
-    for (size_t j = 0; j < depths; j++) {
-        const score *s = &scores[j];
-        printf("%11zu", r[j]);
-        if (tasks.kind != TARGET) printf(" %7.4f", s->loss);
-        p = share(s->right, &error), printf("  %.3f ± %.3f", p, error);
-        if (tasks.kind == CHOICE) per_byte = share(s->per_byte, &error), printf("  %.3f ± %.3f", per_byte, error);
-        printf("  ");
-        for (size_t h = 0; tasks.most && h <= tasks.most; h++)
-            printf(tasks.of[h] ? h ? " %4.2f" : "   %4.2f" : "    -", (double)s->hops[h] / (double)tasks.of[h]);
-        printf("  ");
-        for (int bar = 0; bar < (int)(p * 30 + 0.5); bar++) printf("█");
-        printf("\n");
-    }
 }
 
-static void print_scores(const size_t *r, size_t depths, const score *scores) {
-    double p, error;
-    printf("{\"tasks\":"), retrofit_json_write_string(stdout, o.tasks, strlen(o.tasks)), printf(",\"count\":%zu,\"results\":[", tasks.count);
-    for (size_t j = 0; j < depths; j++) {
-        const score *s = &scores[j];
-        printf("%s{\"recurrences\":%zu", j ? "," : "", r[j]);
-        if (tasks.kind != TARGET) printf(",\"loss\":"), print_number(s->loss);
-        p = share(s->right, &error), printf(",\"acc\":%.7g,\"acc_stderr\":%.7g", p, error);
-        if (tasks.kind == CHOICE) p = share(s->per_byte, &error), printf(",\"acc_norm\":%.7g,\"acc_norm_stderr\":%.7g", p, error);
-        for (size_t h = 0; tasks.most && h <= tasks.most; h++)
-            printf(h ? "," : ",\"hops\":["), print_number((double)s->hops[h] / (double)tasks.of[h]);
-        printf(tasks.most ? "]}" : "}");
+static void print_table_line(size_t r, const struct score *score) {
+    size_t right = score->right, per_byte = score->right_per_byte;
+    printf("%11zu", r);
+    if (task_set.kind != TARGET) printf(" %7.4f", score->loss);
+    printf("  %.3f ± %.3f", share(right), share_error(right));
+    if (task_set.kind == CHOICE) printf("  %.3f ± %.3f", share(per_byte), share_error(per_byte));
+    printf("  ");
+    for (size_t hops = 0; task_set.max_hops > 0 && hops <= task_set.max_hops; hops++) {
+        double count = (double)task_set.by_hops[hops];
+        if (count == 0) printf("    -");
+        else printf(hops ? " %4.2f" : "   %4.2f", (double)score->hops[hops] / count);
+    }
+    printf("  ");
+    int bars = (int)(share(right) * 30 + 0.5);
+    for (int i = 0; i < bars; i++) printf("█");
+    printf("\n");
+}
+
+static void print_score_json(size_t r, const struct score *score) {
+    size_t right = score->right, per_byte = score->right_per_byte;
+    printf("{\"recurrences\":%zu", r);
+    if (task_set.kind != TARGET) {
+        printf(",\"loss\":");
+        print_json_number(score->loss);
+    }
+    printf(",\"acc\":%.7g,\"acc_stderr\":%.7g", share(right), share_error(right));
+    if (task_set.kind == CHOICE)
+        printf(",\"acc_norm\":%.7g,\"acc_norm_stderr\":%.7g", share(per_byte),
+               share_error(per_byte));
+    for (size_t hops = 0; task_set.max_hops > 0 && hops <= task_set.max_hops; hops++) {
+        printf(hops ? "," : ",\"hops\":[");
+        print_json_number((double)score->hops[hops] / (double)task_set.by_hops[hops]);
+    }
+    printf(task_set.max_hops > 0 ? "]}" : "}");
+}
+
+static void print_scores(const struct depth_list *depths, const struct score *scores) {
+    if (!options.json) {
+        print_table_head();
+        for (size_t j = 0; j < depths->count; j++) print_table_line(depths->r[j], &scores[j]);
+        return;
+    }
+    printf("{\"tasks\":");
+    retrofit_json_write_string(stdout, options.tasks, strlen(options.tasks));
+    printf(",\"count\":%zu,\"results\":[", task_set.count);
+    for (size_t j = 0; j < depths->count; j++) {
+        if (j) putchar(',');
+        print_score_json(depths->r[j], &scores[j]);
     }
     printf("]}\n");
 }
 
-static void solve(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t r[64], depths = recurrences(m, r, 64, "1,2,4,8,16");
-    score scores[64] = {{0, 0, 0, {0}}};
-    regex_t e;
-    int bad = o.answer_regex ? regcomp(&e, o.answer_regex, REG_EXTENDED) : 0;
+static void compile_answer_regex(regex_t *regex) {
     char why[256];
-    if (bad) regerror(bad, &e, why, sizeof why), die(2, "--answer-regex: %s", why);
-    if (o.answer_regex && e.re_nsub < 1) die(2, "--answer-regex: put what is the answer into parentheses");
-    lines l = open_lines(o.tasks);
-    for (retrofit_json *line; (!o.rows || tasks.count < o.rows) && (line = next_line(&l));) read_task(t, line, l.where, m->config.context);
-    close_lines(&l);
-    if (tasks.count == 0) die(1, "%s: no tasks in it", o.tasks);
-    if ((tasks.kind == TARGET) != (o.answer_regex != NULL))
-        die(2, tasks.kind == TARGET ? "%s: a \"target\" is looked for with --answer-regex" : "%s: --answer-regex goes with a \"target\"",
-            o.tasks);
-    if (o.chat && tasks.kind != TARGET) die(2, "%s: --chat goes with a \"target\", not with these tasks", o.tasks);
-    if (tasks.kind == TARGET) score_targets(m, t, r, depths, scores, &e), regfree(&e);
-    else score_continuations(m, r, depths, scores);
-    (o.json ? print_scores : print_table)(r, depths, scores);
-    for (size_t i = 0; i < tasks.continuations; i++) free(tasks.continuation[i].ids);
-    for (size_t i = 0; tasks.kind == TARGET && i < tasks.count; i++) free_row(&tasks.row[i]);
-    free(tasks.task), free(tasks.continuation), free(tasks.row);
+    int error = regcomp(regex, options.answer_regex, REG_EXTENDED);
+    if (error) {
+        regerror(error, regex, why, sizeof why);
+        die(2, "--answer-regex: %s", why);
+    }
+    if (regex->re_nsub < 1) die(2, "--answer-regex: put what is the answer into parentheses");
 }
 
-// ---- Logits of a sequence -----------------------------------------------------------------------------------------------------
-static void write_logits(const retrofit_model *m, const retrofit_tokenizer *t) {
-    size_t n = 0, r[2], V = m->config.vocab;
-    int32_t *ids;
-    if (recurrences(m, r, 2, NULL) != 1) die(2, "--recurrences: one number for --logits");
-    if (o.tokens) {
-        ids = (int32_t *)need(malloc(strlen(o.tokens) * sizeof *ids));
-        for (const char *p = o.tokens;; p++) {
-            char *end;
-            unsigned long id = strtoul(p, &end, 10);
-            if (*p < '0' || *p > '9' || id > INT32_MAX) die(2, "--tokens: '%s' is not a list of token ids like 1,2,3", p);
-            ids[n++] = (int32_t)id;
-            if (*(p = end) == 0) break;
-            if (*p != ',') die(2, "--tokens: '%s' is not a list of token ids like 1,2,3", p);
-        }
-    } else ids = prompt_ids(t, &n);
-    if (n == 0) die(2, "--logits: the prompt is empty");
-    retrofit_buffers *a = (retrofit_buffers *)need(retrofit_buffers_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL));
-    float *logits = (float *)need(retrofit_allocate(n * V, sizeof *logits));
-    if (!retrofit_forward(a, ids, 1, n, sigma(m), o.seed, r[0], 0)) die(1, "%s", retrofit_error());
-    retrofit_logits(a, 0, n, logits);
-    retrofit_tensor out = {"logits", RETROFIT_F32, 2, {n, V, 0, 0}, n * V, logits};
-    if (!retrofit_safetensors_write(o.logits, &retrofit_cpu, &out, 1, RETROFIT_F32, NULL)) die(1, "%s", retrofit_error());
-    free(ids), free(logits), retrofit_buffers_free(a);
+static void run_tasks(void) {
+    struct depth_list depths = read_depths(MAX_DEPTHS, "1,2,4,8,16");
+    struct score scores[MAX_DEPTHS] = {{0}};
+    regex_t regex;
+    if (options.answer_regex) compile_answer_regex(&regex);
+    read_tasks();
+    if (task_set.kind == TARGET) score_targets(&depths, &regex, scores);
+    else score_answers(&depths, scores);
+    print_scores(&depths, scores);
+    if (options.answer_regex) regfree(&regex);
+    free_tasks();
 }
+
+// ---- Modes: logits and token ids ---------------------------------------------------------------
+
+// The ids of --tokens.
+static int32_t *read_token_ids(size_t *count) {
+    int32_t *ids = new_array(strlen(options.tokens) + 1, sizeof *ids);
+    const char *text = options.tokens;
+    *count = 0;
+    for (;;) {
+        char *end;
+        unsigned long id = strtoul(text, &end, 10);
+        bool digit = *text >= '0' && *text <= '9';
+        if (!digit || id > INT32_MAX) break;
+        ids[*count] = (int32_t)id;
+        ++*count;
+        text = end;
+        if (*text == 0) return ids;
+        if (*text != ',') break;
+        text++;
+    }
+    die(2, "--tokens: '%s' is not a list of token ids like 1,2,3", text);
+}
+
+static void run_logits(void) {
+    size_t r = read_depth("--logits"), T, V = model->config.vocab;
+    int32_t *ids = options.tokens ? read_token_ids(&T) : read_prompt(&T);
+    if (T == 0) die(2, "--logits: the prompt is empty");
+    retrofit_buffers *buffers = new_buffers(1, T, NULL);
+    float *logits = new_array(T * V, sizeof *logits);
+    require(retrofit_forward(buffers, ids, 1, T, start_sigma(), options.seed, r, 0));
+    retrofit_logits(buffers, 0, T, logits);
+    retrofit_tensor tensor = {"logits", RETROFIT_F32, 2, {T, V, 0, 0}, T * V, logits};
+    require(retrofit_safetensors_write(options.logits, &retrofit_cpu, &tensor, 1, RETROFIT_F32,
+                                       NULL));
+    free(ids);
+    free(logits);
+    retrofit_buffers_free(buffers);
+}
+
+static void run_print_tokens(void) {
+    size_t count;
+    int32_t *ids = read_prompt(&count);
+    for (size_t i = 0; i < count; i++) printf(i ? " %d" : "%d", (int)ids[i]);
+    printf("\n");
+    free(ids);
+}
+
+// ---- The command's mode, and which options go together -----------------------------------------
+
+enum { PROMPT, BATCH, INTERACTIVE, EVAL, TASKS, LOGITS, PRINT_TOKENS, MODES };
+
+// With --tokens no mode needs a tokenizer or a prompt.
+static const struct mode {
+    void (*run)(void);
+    bool needs_model, needs_tokenizer, needs_prompt;
+} modes[MODES] = {
+    [PROMPT] = {run_prompt, true, true, true},
+    [BATCH] = {run_batch, true, true, false},
+    [INTERACTIVE] = {run_interactive, true, true, false},
+    [EVAL] = {run_eval, true, false, false},
+    [TASKS] = {run_tasks, true, true, false},
+    [LOGITS] = {run_logits, true, true, true},
+    [PRINT_TOKENS] = {run_print_tokens, false, true, true},
+};
+
+static const struct mode *find_mode(void) {
+    if (options.batch) return &modes[BATCH];
+    if (options.interactive) return &modes[INTERACTIVE];
+    if (options.eval) return &modes[EVAL];
+    if (options.tasks) return &modes[TASKS];
+    if (options.logits) return &modes[LOGITS];
+    if (options.print_tokens) return &modes[PRINT_TOKENS];
+    return &modes[PROMPT];
+}
+
+// Something that a command line must not have, and what is said of it.
+struct rule {
+    bool broken;
+    const char *message;
+};
+
+// The first rule that is broken ends the program. The last one's message is NULL.
+static void check_rules(const struct rule *rule) {
+    for (; rule->message; rule++) {
+        if (rule->broken) die(2, "%s", rule->message);
+    }
+}
+
+// Rules about modes, and then values that no mode takes.
+static void check_mode(const struct mode *mode) {
+    int given = options.interactive + options.print_tokens;
+    given += options.batch != NULL;
+    given += options.eval != NULL;
+    given += options.tasks != NULL;
+    given += options.logits != NULL;
+    bool no_prompt = options.batch || options.interactive || options.eval || options.tasks;
+    char noise[64];
+    snprintf(noise, sizeof noise, "--noise %g: at least 0", options.noise);
+    check_rules((struct rule[]){
+        {options.tokens && !options.logits, "--tokens goes with --logits"},
+        {given > 1, "one of --batch, --interactive, --eval, --tasks, --logits, --print-tokens "
+                    "at a time"},
+        {!options.model && !(options.print_tokens && options.tokenizer),
+         "--model is needed (see --help)"},
+        {options.system && !options.chat, "--system goes with --chat"},
+        {options.interactive && !options.chat, "--interactive goes with --chat"},
+        {options.interactive && options.max_tokens == 0,
+         "--interactive needs --max-tokens of at least 1"},
+        {options.answer_regex && !options.tasks, "--answer-regex goes with --tasks"},
+        {options.json && options.eval, "--json does not go with --eval"},
+        {options.json && options.logits, "--json does not go with --logits"},
+        {options.json && options.print_tokens, "--json does not go with --print-tokens"},
+        {options.chat && options.eval, "--chat does not go with --eval"},
+        {options.chat && options.tokens, "--chat does not go with --tokens"},
+        {mode->needs_prompt && !options.prompt && !options.tokens,
+         "--prompt is needed (see --help)"},
+        {options.batch_size == 0, "--batch-size 0: at least one"},
+        {options.prompt && no_prompt,
+         "--prompt does not go with --batch, --interactive, --eval or --tasks"},
+        {options.exit_threshold != -1 && !options.exit, "--exit-threshold goes with --exit"},
+        {options.noise < 0 || options.noise > 1e6, noise},
+        {options.trace && !options.prompt, "--trace goes with --prompt"},
+        {false, NULL},
+    });
+}
+
+static void check_drafts(void) {
+    bool full_cache = !options.kv_cache || !strcmp(options.kv_cache, "full");
+    check_rules((struct rule[]){
+        {options.exit, "--speculative does not go with --exit"},
+        {options.continuous, "--speculative does not go with --continuous"},
+        {options.noise > 0, "--speculative does not go with --noise"},
+        {!full_cache, "--speculative does not go with --kv-cache"},
+        {options.batch, "--speculative does not go with --batch"},
+        {options.tasks, "--speculative does not go with --tasks"},
+        {options.eval, "--speculative does not go with --eval"},
+        {options.logits, "--speculative does not go with --logits"},
+        {false, NULL},
+    });
+}
+
+// What is scored or written in one pass uses no KV cache.
+static void check_cache_use(void) {
+    bool logits = options.logits, scored = options.tasks && !options.answer_regex;
+    check_rules((struct rule[]){
+        {logits && options.exit, "--exit does not go with --logits"},
+        {logits && options.kv_cache, "--kv-cache does not go with --logits"},
+        {logits && options.kv_bf16, "--kv-bf16 does not go with --logits"},
+        {logits && options.continuous, "--continuous does not go with --logits"},
+        {scored && options.exit, "--exit does not go with --tasks, but for a \"target\""},
+        {scored && options.kv_cache, "--kv-cache does not go with --tasks, but for a \"target\""},
+        {scored && options.kv_bf16, "--kv-bf16 does not go with --tasks, but for a \"target\""},
+        {scored && options.continuous,
+         "--continuous does not go with --tasks, but for a \"target\""},
+        {false, NULL},
+    });
+}
+
+static void check_sampling(void) {
+    bool bad_temperature = options.temperature < 0;
+    bool bad_top_p = options.top_p <= 0 || options.top_p > 1;
+    bool bad_min_p = options.min_p < 0 || options.min_p > 1;
+    if (bad_temperature || bad_top_p || bad_min_p)
+        die(2, "--temperature is at least 0, --top-p between 0 and 1, --min-p from 0 to 1");
+}
+
+// Options that speak of recurrences need a model that has some.
+static void check_recurrent(void) {
+    const char *option = NULL;
+    if (options.trace) option = "--trace";
+    if (options.speculative) option = "--speculative";
+    if (options.noise > 0) option = "--noise";
+    if (options.continuous) option = "--continuous";
+    if (options.kv_cache) option = "--kv-cache";
+    if (options.exit) option = "--exit";
+    if (option && retrofit_is_plain(&model->config))
+        die(2, "%s: %s is a plain Llama, it has no recurrence: make it recurrent with convert",
+            option, options.model);
+}
+
+static void load_model(void) {
+    const retrofit_ops *ops =
+        retrofit_device((retrofit_place)options.device, options.precision, device_name);
+    require(ops != NULL);
+    model = require_pointer(retrofit_load(options.model, ops, RETROFIT_INFERENCE));
+}
+
+// A tokenizer may name no end of text; then the model's config does.
+static void load_tokenizer(const char *directory) {
+    tokenizer = require_pointer(retrofit_tokenizer_load(directory));
+    end_tokens[0] = retrofit_tokenizer_eos(tokenizer);
+}
+
+static void check_vocabulary(const char *directory) {
+    size_t size = retrofit_tokenizer_size(tokenizer), V = model->config.vocab;
+    if (size > V)
+        die(1, "the tokenizer of %s has ids up to %zu, the model's vocabulary %zu: "
+               "another model's?", directory, size - 1, V);
+    if (end_tokens[0] < 0) end_tokens[0] = model->config.eos;
+}
+
+static const char usage[] =
+    "infer --model DIR --prompt TEXT|- [--recurrences R] [options]\n"
+    "infer --model DIR --batch FILE.jsonl [--recurrences R] [options]\n"
+    "infer --model DIR --chat --interactive [--recurrences R] [options]\n"
+    "infer --model DIR --eval FILE.bin | --tasks FILE.jsonl [--recurrences 1,2,4,8]\n"
+    "infer --tokenizer DIR --prompt TEXT --print-tokens\n";
 
 int main(int argc, char **argv) {
-    int code = retrofit_options(argc, argv, options, sizeof options / sizeof *options,
-                                "infer --model DIR --prompt TEXT|- [--recurrences R] [options]\n"
-                                "infer --model DIR --batch FILE.jsonl [--recurrences R] [options]\n"
-                                "infer --model DIR --chat --interactive [--recurrences R] [options]\n"
-                                "infer --model DIR --eval FILE.bin | --tasks FILE.jsonl [--recurrences 1,2,4,8]\n"
-                                "infer --tokenizer DIR --prompt TEXT --print-tokens\n", NULL, NULL);
+    size_t option_count = sizeof option_table / sizeof *option_table;
+    int code = retrofit_options(argc, argv, option_table, option_count, usage, NULL, NULL);
     if (code >= 0) return code;
-    int modes = !!o.batch + o.interactive + !!o.eval + !!o.tasks + !!o.logits + o.print_tokens;
-    if (o.tokens && !o.logits) die(2, "--tokens goes with --logits");
-    if (modes > 1) die(2, "one of --batch, --interactive, --eval, --tasks, --logits, --print-tokens at a time");
-    if (!o.model && !(o.print_tokens && o.tokenizer)) die(2, "--model is needed (see --help)");
-    if ((o.system || o.interactive) && !o.chat) die(2, "%s goes with --chat", o.system ? "--system" : "--interactive");
-    if (o.interactive && o.max_tokens == 0) die(2, "--interactive needs --max-tokens of at least 1");
-    if (o.answer_regex && !o.tasks) die(2, "--answer-regex goes with --tasks");
-    if (o.json && (o.eval || o.logits || o.print_tokens))
-        die(2, "--json does not go with --%s", o.eval ? "eval" : o.logits ? "logits" : "print-tokens");
-    if (o.chat && (o.eval || o.tokens)) die(2, "--chat does not go with %s", o.eval ? "--eval" : "--tokens");
-    if (!o.prompt && !o.batch && !o.interactive && !o.eval && !o.tasks && !(o.logits && o.tokens))
-        die(2, "--prompt is needed (see --help)");
-    if (o.batch_size == 0) die(2, "--batch-size 0: at least one");
-    if (o.prompt && (o.batch || o.interactive || o.eval || o.tasks))
-        die(2, "--prompt does not go with --batch, --interactive, --eval or --tasks");
-    if (o.exit_threshold != -1 && !o.exit) die(2, "--exit-threshold goes with --exit");
-    if (o.noise < 0 || o.noise > 1e6) die(2, "--noise %g: at least 0", o.noise);
-    if (o.trace && !o.prompt) die(2, "--trace goes with --prompt");
-    if (o.speculative) read_drafts();
-    if (o.exit || o.kv_cache || o.kv_bf16 || o.continuous) { // what is scored or written in one pass has no cache
-        const char *what = o.exit ? "--exit" : o.kv_cache ? "--kv-cache" : o.kv_bf16 ? "--kv-bf16" : "--continuous";
-        if (o.logits || (o.tasks && !o.answer_regex)) die(2, "%s does not go with --%s", what, o.logits ? "logits" : "tasks, but for a \"target\"");
+    const struct mode *mode = find_mode();
+    check_mode(mode);
+    if (options.speculative) {
+        read_drafts();
+        check_drafts();
     }
-    kv_cache(1, 1); // says what is wrong with --kv-cache before a model is read
-    if (o.temperature < 0 || o.top_p <= 0 || o.top_p > 1 || o.min_p < 0 || o.min_p > 1)
-        die(2, "--temperature is at least 0, --top-p between 0 and 1, --min-p from 0 to 1");
+    check_cache_use();
+    cache_options(1, 1); // ends the program where --kv-cache is wrong, before a model is read
+    check_sampling();
+
     char path[RETROFIT_PATH];
-    const char *directory = o.tokenizer ? o.tokenizer : retrofit_model_directory(o.model, path);
-    retrofit_tokenizer *t = o.eval || o.tokens ? NULL : (retrofit_tokenizer *)need(retrofit_tokenizer_load(directory));
-    const retrofit_ops *ops = o.print_tokens ? &retrofit_cpu : (const retrofit_ops *)need((void *)retrofit_device((retrofit_place)o.device, o.precision, device));
-    retrofit_model *m = o.print_tokens ? NULL : (retrofit_model *)need(retrofit_load(o.model, ops, RETROFIT_INFERENCE));
-    if (m && t && retrofit_tokenizer_size(t) > m->config.vocab)
-        die(1, "the tokenizer of %s has ids up to %zu, the model's vocabulary %zu: another model's?", directory, retrofit_tokenizer_size(t) - 1, m->config.vocab);
-    if (t) ends[0] = retrofit_tokenizer_eos(t) < 0 && m ? m->config.eos : retrofit_tokenizer_eos(t);
-    const char *deep = o.exit ? "--exit" : o.kv_cache ? "--kv-cache" : o.continuous ? "--continuous" : o.noise > 0 ? "--noise" : NULL;
-    if (!deep) deep = o.speculative ? "--speculative" : o.trace ? "--trace" : NULL;
-    if (m && deep && retrofit_is_plain(&m->config))
-        die(2, "%s: %s is a plain Llama, it has no recurrence: make it recurrent with convert", deep, o.model);
-    if (o.stop) read_stops();
-    if (o.chat) find_family(t, directory);
-    if (o.eval) (o.kv_cache || o.kv_bf16 || o.exit || o.continuous ? evaluate_decoding : evaluate)(m);
-    else if (o.tasks) solve(m, t);
-    else if (o.interactive) converse(m, t);
-    else if (o.logits) write_logits(m, t);
-    else if (o.print_tokens) {
-        size_t n;
-        int32_t *ids = prompt_ids(t, &n);
-        for (size_t i = 0; i < n; i++) printf(i ? " %d" : "%d", (int)ids[i]);
-        printf("\n");
-        free(ids);
-    } else answer(m, t);
-    retrofit_tokenizer_free(t), retrofit_free(m), free(stops[0]), free(chat_template);
+    const char *directory = options.tokenizer;
+    if (!directory) directory = retrofit_model_directory(options.model, path);
+    if (mode->needs_tokenizer && !options.tokens) load_tokenizer(directory);
+    if (mode->needs_model) load_model();
+    if (model && tokenizer) check_vocabulary(directory);
+    if (model) check_recurrent();
+    if (options.stop) read_stops();
+    if (options.chat) find_family(directory);
+
+    mode->run();
+
+    retrofit_tokenizer_free(tokenizer);
+    retrofit_free(model);
+    free(stops[0]);
+    free(chat_template);
     if (fflush(stdout) || ferror(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
     return 0;
 }

@@ -1,88 +1,90 @@
 /* retrofit.h - Teaching Pretrained Language Models to Think Deeper with Retrofitted Recurrence
 
-   The method of McLeish et al. (arXiv 2511.07384) in one header. A pretrained Llama is cut into three
-   parts, prelude, core and coda; a new matrix, the adapter, feeds the core its own output r times. A
-   short training teaches the model to use that loop; from then on it thinks deeper the more
-   recurrences it is given.
+   The method of McLeish et al. (arXiv 2511.07384) in one header. A pretrained Llama is cut into
+   three parts, prelude, core and coda; a new matrix, the adapter, feeds the core its own output r
+   times. A short training teaches the model to use that loop; from then on it thinks deeper the
+   more recurrences it is given.
 
-       tokens ─ wte ─ prelude ─ e ──────┬─────────────┬── … ───────┐
-                      P blocks          │             │            │
-                                        ▼             ▼            ▼
-              s_0 ~ N(0, σ²) ──── adapter ─ core ─ adapter ─ core … core ─ s_r ─ coda ─ norm ─ lm_head
-                                           C blocks                            D blocks
-                                  └──── r recurrences, the same weights ────┘
+       tokens ─ wte ─ prelude ─ e ────┬─────────────┬── … ───────┐
+                      P blocks        │             │            │
+                                      ▼             ▼            ▼
+              s_0 ~ N(0, σ²) ── adapter ─ core ─ adapter ─ core … core ─ s_r ─ coda ─ norm ─ lm_head
+                                         C blocks                            D blocks
+                                └──── r recurrences, the same weights ────┘
 
-   This file is a book in three parts. PART I is the method: whoever reads up to the line "The method
-   ends here" has understood the paper. PART II thinks longer (decoding). PART III is machinery. What
-   Part I needs from there is declared, with a sentence each, before section 2.
+   This file is a book in three parts. PART I is the method: whoever reads up to the line "The
+   method ends here" has understood the paper. PART II thinks longer (decoding), PART III is
+   machinery; what Part I needs of it is declared, with a sentence each, before section 2.
 
    0  The method in formulas
 
    Letters:  B rows   T tokens in each   N = B·T   d = n_embd   H query heads   G key/value heads
-             h = d/H   Q = (H+2G)·h   F = intermediate size   V vocabulary   P, C, D layers in prelude,
-             core, coda   r = n + k recurrences, n without and k with gradient   R, K: means, section 4
+             h = d/H   Q = (H+2G)·h   F = intermediate size   V vocabulary   P, C, D layers in
+             prelude, core, coda   r = n + k recurrences, n without and k with gradient
 
-       e      = prelude(wte[tokens])
-       s_0    ~ N(0, σ²), cut at ±3σ
-       y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e             i = 1 … r,  A = [A_s | A_e]
-       s_i    = core(y_i)
-       logits = lm_head·RMSNorm_f(coda(s_r))                 loss L = mean cross-entropy of the labels
+       e      = prelude(wte[tokens])                                                (N,d)
+       s_0    ~ N(0, σ²), cut at ±3σ                                                (N,d)
+       y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e     i = 1 … r,  A = [A_s | A_e]  (d,2d)
+       s_i    = core(y_i)                                                           (N,d)
+       logits = lm_head·RMSNorm_f(coda(s_r))                                        (N,V)
+       L      = mean cross-entropy of the labels
+
+   The adapter has no bias, and there is no norm before, between or after the recurrences, only
+   those inside the blocks.
 
    The gradient. Write dX for ∂L/∂X, and coreᵀ for the derivative of the core, at y_i, applied to a
-   gradient. Backward through coda and head gives ds_r. Then, for i = r, r - 1, …
+   gradient. Backward through head and coda gives ds_r. Then, for i = r, r - 1, …
 
-       dY_i     = coreᵀ(ds_i)                     and the core's own gradient, as of any stack of blocks
+       dY_i     = coreᵀ(ds_i)              and the core's own gradient, as of any stack of blocks
        ds_{i-1} = A_sᵀ·dY_i
 
    A_s, A_e, the core's weights and e are the same in every recurrence. L depends on them in many
-   places, and the derivative is the sum over the places:
+   places, and the derivative is the sum, not the mean, over the places:
 
-       dA_s  = Σ_i dY_i·s_{i-1}ᵀ                  a product for each i, since s_{i-1} differs
+       dA_s  = Σ_i dY_i·s_{i-1}ᵀ                  a product for each i: s_{i-1} differs, and is kept
        dA_e  = Σ_i dY_i·eᵀ    = (Σ_i dY_i)·eᵀ     e does not depend on i, so the sum comes first:
-       de    = Σ_i A_eᵀ·dY_i  = A_eᵀ·(Σ_i dY_i)   one product each, however many recurrences there were
+       de    = Σ_i A_eᵀ·dY_i  = A_eᵀ·(Σ_i dY_i)   one product each, whatever k is
        dcore = Σ_i of its gradient at y_i
 
-   For the same reason A_e·e is computed once in the forward pass. de then goes back through the
-   prelude to wte.
+   For the same reason A_e·e is computed once in the forward pass. de goes on through the prelude to
+   wte. s_0 is drawn, not learned, and needs no gradient.
 
-   Truncation. Only the last k recurrences are followed back: the sums run over i = n + 1 … n + k, and
-   ds_n is set to zero, as if s_n were a constant like s_0. What is left out is every term of i ≤ n, in
-   dA_s, in dA_e, in the core's gradient and in de; coda, head and final norm lose nothing. Those terms
-   have come back through k cores or more. Where states converge, which is what the training brings
-   about, each core makes them smaller, so they matter little, and the n first recurrences need to
-   store nothing: memory grows with k, not with r.
+   Truncation. Only the last k recurrences are followed back: the sums run over i = n + 1 … n + k,
+   and ds_n is set to zero, as if s_n were a constant like s_0. What is left out is every term of i
+   ≤ n: in dA_s, in dA_e, in the core's gradient, in de and so in the prelude's and wte's. Head,
+   final norm and coda have their exact gradients; with n = 0 all have. The terms left out have come
+   back through k cores or more. Where states converge, which is what the training brings about,
+   each core makes them smaller, so they matter little; and the n first recurrences need to store
+   nothing: memory grows with k, not with r.
 
-   Surgery (convert.c) makes the three parts from the layers of the source. The paper takes the first
-   for the prelude, the last for the coda, and the last before those for the core, of TinyLlama's 22
-   layers 0-3, 18-21 and 10-17; any list may be given. What is in no part, here 4-9, is dropped for
-   good. wte, final norm and head are copied; a head that shared wte becomes a matrix of its own. The
-   adapter is new: PyTorch's uniform of ±1/√(2d), as the authors have it, or [0 | I], which starts as
-   the source without the dropped layers.
+   Surgery (convert.c) makes the parts from the source's layers. The paper takes the first for the
+   prelude, the last for the coda and the last before those for the core: 0-3, 10-17, 18-21 of
+   TinyLlama's 22; 0-3, 6-11, 12-15, or 0-1, 10-13, 14-15, of Llama-3.2-1B's 16. Any list may be
+   given. Layers in no part are dropped for good. wte, final norm and head are copied; a head that
+   shared wte becomes a matrix of its own. The adapter is new. As PyTorch's uniform of ±1/√(2d), the
+   authors' choice, it throws the pretrained signal away, which a long training heals. As [0 | I]
+   the model starts as the source without the dropped layers, the same at every r, for the state is
+   ignored until A_s has grown: in a short training that decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   734
-       s_0                                             retrofit_init_state               758
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            763
-       s_i, without and with gradient                  retrofit_recur                    799
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               625
-       its gradient                                    block_backward                    656
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     812
-       L                                               retrofit_loss                     870
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               898
-       dA_e, de                                        injection_backward                915
-       floating-point operations                       retrofit_flops_per_token          948
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1007
-       the curriculum r̄(t)                             retrofit_curriculum               1039
-       a training step                                 retrofit_training_step            1126
-       the paper's numbers                             retrofit_paper_training           1067
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1367
-       Newton-Schulz                                   newton_schulz                     1253
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1396
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2025
-       the list of parameters; arenas                  retrofit_model_new                2505
-       files                                           retrofit_load                     3422
-       matrix products                                 gemm                              3895
-       tokenizer                                       retrofit_encode                   4439
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   692
+       s_0                                             retrofit_init_state               715
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            720
+       s_i, without and with gradient                  retrofit_recur                    756
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               585
+       its gradient                                    block_backward                    617
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     768
+       L                                               retrofit_loss                     821
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               844
+       dA_e, de                                        injection_backward                862
+       floating-point operations                       retrofit_flops_per_token          894
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         955
+       the curriculum r̄(t)                             retrofit_curriculum               987
+       a training step                                 retrofit_training_step            1055
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1265
+       Newton-Schulz                                   newton_schulz                     1169
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1303
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2144
 
    Usage: in ONE C file, before any other header,
        #define RETROFIT_IMPLEMENTATION
@@ -93,7 +95,7 @@
 #define RETROFIT_H
 
 #if defined RETROFIT_IMPLEMENTATION && !defined _GNU_SOURCE
-#define _GNU_SOURCE // mmap, glob, fsync, open_memstream: where this header is implemented it must come first
+#define _GNU_SOURCE // mmap, glob, fsync: where this header is implemented it comes first
 #endif
 #include <math.h>
 #include <stdbool.h>
@@ -108,12 +110,11 @@ extern "C" {
 // =================================================================================================
 // 1  Declarations
 // =================================================================================================
-// Functions that can fail return false, NULL or NaN; retrofit_error() then says in one line what was
-// wrong, where, and what to do. "or error" below means that.
+// Functions that can fail return false, NULL or NaN; retrofit_error() then says in one line what
+// was wrong, where, and what to do. "or error" below means that.
 const char *retrofit_error(void);
 
-// ---- Configuration: the numbers of config.json ----------------------------------------------------
-
+// ---- Configuration: the numbers of config.json -------------------------------------------------
 // Element types of tensors. Files may hold any of them; operations read weights in F32 or BF16.
 typedef enum { RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32 } retrofit_type;
 
@@ -123,7 +124,7 @@ typedef struct {
     size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0
     float norm_eps;
     double rope_theta;
-    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these four:
+    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these:
     double rope_factor, rope_low, rope_high, rope_original_context;
     float state_std;                               // σ of s_0
     size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
@@ -131,18 +132,16 @@ typedef struct {
     int32_t bos, eos;                              // token ids; -1 if the config has none
 } retrofit_config;
 
-// σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code was
-// first written for, is 5280 wide and starts its matrices with the variance 2/(5·width); the paper
-// kept the number for models of other widths.
+// σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code
+// was first written for, is 5280 wide and starts its matrices with the variance 2/(5·width); the
+// paper kept the number for models of other widths.
 #define RETROFIT_STATE_STD 0.008703882797784892
 
 bool retrofit_is_plain(const retrofit_config *config);         // a Llama without recurrence: C = 0
 size_t retrofit_qkv_width(const retrofit_config *config);      // Q = (H + 2G)·h
 
-// ---- Parameters -----------------------------------------------------------------------------------
-
-// An element of a branch activation: fp32 or bf16, as the operations' table says (act_type).
-typedef void act;
+// ---- Parameters --------------------------------------------------------------------------------
+typedef void act; // an element of a branch activation: fp32 or bf16, as the operations' table says
 
 // A matrix as the operations read it: element (i, j) is data[i·stride + j].
 typedef struct {
@@ -152,9 +151,9 @@ typedef struct {
 } retrofit_weight;
 
 typedef enum { RETROFIT_EMBEDDING, RETROFIT_HEAD, RETROFIT_NORM, RETROFIT_MATRIX } retrofit_kind;
-typedef enum {
+typedef enum { // RETROFIT_PARTS is their number
     RETROFIT_PART_EMBEDDING, RETROFIT_PART_PRELUDE, RETROFIT_PART_ADAPTER, RETROFIT_PART_CORE,
-    RETROFIT_PART_CODA, RETROFIT_PART_NORM, RETROFIT_PART_HEAD, RETROFIT_PARTS // their number
+    RETROFIT_PART_CODA, RETROFIT_PART_NORM, RETROFIT_PART_HEAD, RETROFIT_PARTS
 } retrofit_part;
 
 // A tensor of a checkpoint file. Where a plain Llama stores q, k, v or gate, up apart, our fused
@@ -185,7 +184,6 @@ typedef struct {
 } retrofit_layer;
 
 typedef struct retrofit_ops retrofit_ops;
-
 typedef struct {
     retrofit_config config;
     const retrofit_ops *ops;                // of the device that it lives on
@@ -194,7 +192,7 @@ typedef struct {
     retrofit_parameter adapter;             // (d,2d)  [A_s | A_e]; a plain Llama has none
     retrofit_parameter ln_f;                // (d)     the final norm
     retrofit_parameter lm_head;             // (V,d)
-    retrofit_parameter **parameters;        // the one list of all of them, as section 8 makes it
+    retrofit_parameter **parameters;        // the one list of all of them: section 8
     size_t parameter_count, weight_count;   // entries of that list; numbers in all of them
     void *weights, *masters, *grads, *moments; // arenas; NULL where there is nothing to hold
     size_t grad_bytes, moment_bytes;
@@ -205,54 +203,55 @@ typedef struct {
     size_t map_count;
 } retrofit_model;
 
-// ---- Operations -----------------------------------------------------------------------------------
+// ---- Operations --------------------------------------------------------------------------------
 // The model is written once, over this table. The CPU's rows are in section 6, a GPU's, under the
-// same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them: arguments
-// are outputs, inputs, sizes. Gradients of parameters add (+=), gradients of activations are set (=),
-// except the residual stream's, dx of rmsnorm_backward, which adds. Nothing allocates. Every sum has
-// a fixed order, so a run repeats bit for bit. The residual stream, states, parameters and their
-// gradients are fp32, `act` is the table's type. The formulas stand at the definitions.
+// same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them:
+// arguments are outputs, inputs, sizes. Gradients of parameters add (+=), gradients of activations
+// are set (=), except the residual stream's, dx of rmsnorm_backward, which adds. Nothing allocates.
+// Every sum has a fixed order, so a run repeats bit for bit. The residual stream, states,
+// parameters and their gradients are fp32, `act` is the table's type. The formulas stand at the
+// definitions.
 //   embedding         x (N,d) from wte (V,d)
 //   rmsnorm           out (N,d), rstd (N); dweight may be NULL
 //   matmul            out (N,O) = inp (N,I)·wᵀ, w (O,I); dinp (N,I); dw (O,I), rows `stride` apart
 //   matmul_residual   the same into fp32, plus residual (N,O): NULL for zero, or out itself
-//   rope              in place on q and k of qkv (N,Q); table (positions,h/2,{cos, sin}); row b begins
-//                     at position past[b], or at 0 if past is NULL
+//   rope              in place on q and k of qkv (N,Q); table (positions,h/2,{cos, sin}); row b
+//                     begins at position past[b], or at 0 if past is NULL
 //   attention         out (N,d), lse (N,H) from qkv (N,Q); dqkv (N,Q), delta (N,H)
 //   swiglu            out (N,F) from gate_up (N,2F); backward gives out again
-//   cross_entropy     losses (N), 0 where a label is negative; unless scale is 0 the logits (N,V) are
-//                     replaced by their gradient
+//   cross_entropy     losses (N), 0 where a label is negative; unless scale is 0 the logits (N,V)
+//                     are replaced by their gradient
 //   cast, add, axpby  out = (act) x; x = keep·x + y; y = a·x + b·y
 //   state_init        s (B,T,d), a function of (seed, b, past[b] + t, column) alone
 //   kv_store …        keys, values (B,capacity,G·h) of `type`: section 7
 //   sum_squares …     *sum += Σ x², in double, on the device; and the optimizers': section 5
 #define RETROFIT_OPS(X) \
-    X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t \
-      d)) \
-    X(embedding_backward, (float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t \
-      d)) \
+    X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, \
+      size_t d)) \
+    X(embedding_backward, (float *dwte, const int32_t *tokens, const float *dx, size_t N, \
+      size_t d)) \
     X(rmsnorm_forward, (act *out, float *rstd, const float *x, const float *weight, size_t N, \
       size_t d, float eps)) \
-    X(rmsnorm_backward, (float *dx, float *dweight, const act *dout, const float *x, const float \
-      *rstd, const float *weight, size_t N, size_t d)) \
-    X(matmul_forward, (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t \
-      O)) \
+    X(rmsnorm_backward, (float *dx, float *dweight, const act *dout, const float *x, \
+      const float *rstd, const float *weight, size_t N, size_t d)) \
+    X(matmul_forward, (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, \
+      size_t O)) \
     X(matmul_residual_forward, (float *out, const float *residual, const act *inp, \
       retrofit_weight w, size_t N, size_t I, size_t O)) \
     X(matmul_backward_input, (act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, \
       size_t O)) \
-    X(matmul_residual_backward_input, (float *dinp, const act *dout, retrofit_weight w, size_t \
-      N, size_t I, size_t O)) \
-    X(matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, size_t \
-      N, size_t I, size_t O)) \
+    X(matmul_residual_backward_input, (float *dinp, const act *dout, retrofit_weight w, size_t N, \
+      size_t I, size_t O)) \
+    X(matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, \
+      size_t N, size_t I, size_t O)) \
     X(rope_forward, (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, \
       size_t H, size_t G, size_t h)) \
     X(rope_backward, (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, \
       size_t h)) \
     X(attention_forward, (act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, \
       size_t G, size_t h)) \
-    X(attention_backward, (act *dqkv, float *delta, const act *dout, const act *qkv, const act \
-      *out, const float *lse, size_t B, size_t T, size_t H, size_t G, size_t h)) \
+    X(attention_backward, (act *dqkv, float *delta, const act *dout, const act *qkv, \
+      const act *out, const float *lse, size_t B, size_t T, size_t H, size_t G, size_t h)) \
     X(swiglu_forward, (act *out, const act *gate_up, size_t N, size_t F)) \
     X(swiglu_backward, (act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, \
       size_t F)) \
@@ -262,23 +261,22 @@ typedef struct {
     X(add, (float *x, const float *y, size_t n, float keep)) \
     X(state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, \
       uint64_t seed)) \
-    X(kv_store, (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t \
-      T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
-    X(attention_cached, (act *out, const act *qkv, const act *keys, const act *values, const \
-      int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h, \
+    X(kv_store, (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, \
+      size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
+    X(attention_cached, (act *out, const act *qkv, const act *keys, const act *values, \
+      const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h, \
       retrofit_type type)) \
     X(kv_backfill, (act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, \
-      size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h, retrofit_type \
-      type)) \
+      size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h, \
+      retrofit_type type)) \
     X(sum_squares, (double *sum, const float *x, size_t n)) \
-    X(adamw_update, (float *w, float *m, float *v, const float *g, size_t n, float scale, float \
-      lr, float beta1, float beta2, double bias1, double bias2, float eps, float decay)) \
-    X(ellisadam_moments, (float *m, float *v, double *sum, const float *g, size_t n, float \
-      scale, float beta1, float beta2, float eps)) \
+    X(adamw_update, (float *w, float *m, float *v, const float *g, size_t n, float scale, \
+      float lr, float beta1, float beta2, double bias1, double bias2, float eps, float decay)) \
+    X(ellisadam_moments, (float *m, float *v, double *sum, const float *g, size_t n, float scale, \
+      float beta1, float beta2, float eps)) \
     X(ellisadam_update, (float *w, const float *m, const float *v, const double *sum, size_t n, \
       float lr, double bias1, double bias2, float decay)) \
-    X(muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float \
-      momentum)) \
+    X(muon_momentum, (float *u, float *m, const float *g, size_t n, float scale, float momentum)) \
     X(muon_load, (act *x, const float *u, const double *squares, size_t rows, size_t cols)) \
     X(axpby, (act *y, const act *x, size_t n, float a, float b)) \
     X(muon_update, (float *w, const act *x, size_t rows, size_t cols, float lr, float scale, \
@@ -310,18 +308,11 @@ struct retrofit_ops {
 extern const retrofit_ops retrofit_cpu;
 extern const retrofit_ops retrofit_cuda, retrofit_cuda_fp32; // in retrofit_cuda.cu: bf16, and fp32
 
-typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place;
-// The table for a place, made ready; text: what it is and, if AUTO took the CPU in a program built
-// with RETROFIT_CUDA, why. NULL or error.
-const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
-
-// ---- Models and buffers ---------------------------------------------------------------------------
-
+// ---- Models and buffers ------------------------------------------------------------------------
 // What is trained: all of it, the adapter and the core, or the adapter alone. The rest is frozen.
 typedef enum {
     RETROFIT_INFERENCE, RETROFIT_TRAINING, RETROFIT_TRAINING_CORE, RETROFIT_TRAINING_ADAPTER
 } retrofit_mode;
-
 // What a forward pass keeps for backward: nothing (blocks run in place), all that retrofit_block
 // lists, or each block's input alone, from which backward computes the rest again (--recompute).
 typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } retrofit_keep;
@@ -341,21 +332,19 @@ typedef struct {
 // What a forward pass saves for backward.
 typedef struct {
     retrofit_block *prelude, *core, *coda; // [P], [K·C], [D]
-    float **adapted;                       // [K] (N,d)  A·concat(s_{i-1}, e), the core's input
+    float **adapted;                       // [K] (N,d)  y_i, the input of the core
 } retrofit_saved;
 
-// Gradients of activations; each holds what stands in its comment until the next operation needs it.
+// Gradients of activations; each holds what its comment says until the next operation needs it.
 typedef struct {
-    float *dx;         // (N,d)   of the residual stream
-    float *dinjected;  // (N,d)   of A_e·e: Σ dY_i
-    float *delta;      // (N,H)   Σ_c dout·out of attention's backward pass
-    act *dbranch;      // (N,d)   dx, cast, as what a branch added
-    act *dinner;       // (N,d)   of a norm's output
-    act *dattention;   // (N,d)
-    act *dqkv;         // (N,Q)
-    act *dswiglu;      // (N,F)
-    act *dgate_up;     // (N,2F)
-    act *dfinal;       // (N,d)   of the final norm's output
+    float *dx;                        // (N,d)   of the residual stream
+    float *dinjected;                 // (N,d)   of A_e·e: Σ dY_i
+    float *delta;                     // (N,H)   of attention's backward pass
+    act *dbranch;                     // (N,d)   dx, cast, as what a branch added
+    act *dinner;                      // (N,d)   of a norm's output
+    act *dattention, *dqkv;           // (N,d), (N,Q)
+    act *dswiglu, *dgate_up;          // (N,F), (N,2F)
+    act *dfinal;                      // (N,d)   of the final norm's output
 } retrofit_gradients;
 
 typedef struct retrofit_decoder retrofit_decoder; // the KV cache and what decoding notes: section 7
@@ -389,17 +378,16 @@ typedef struct {
     act *logits;              // (chunk,V)
     size_t chunk;             // rows of logits that exist at a time
     float *wide_logits;       // (rows,V) in fp32, for the host
-    int32_t *host_tokens, *host_labels; // (B·T) on the host: the rows that a training step reads
+    int32_t *host_tokens, *host_labels; // (B·T) on the host: the rows of a training step
     float *host_losses;       // (B·T) on the host
-
     retrofit_saved saved;
     retrofit_gradients gradients;
     retrofit_decoder *decoder; // NULL without a KV cache
 } retrofit_buffers;
 
-// ---- Forward and backward -------------------------------------------------------------------------
-
-// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or error.
+// ---- Forward and backward ----------------------------------------------------------------------
+// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or
+// error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
 // n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
@@ -408,10 +396,8 @@ void retrofit_coda(retrofit_buffers *buffers); // and the final norm
 // All four. false or error.
 bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
                       float sigma, uint64_t seed, size_t n, size_t k);
-// Rows first … first + count - 1 of the logits (N,V), to the host.
-void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
-// The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V. Unless
-// scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
+// The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V.
+// Unless scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
 void retrofit_backward(retrofit_buffers *buffers); // adds to the gradient of every parameter
@@ -420,8 +406,7 @@ double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mod
                                 size_t n, size_t k);
 double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k);
 
-// ---- Training -------------------------------------------------------------------------------------
-
+// ---- Training ----------------------------------------------------------------------------------
 typedef enum {
     RETROFIT_CURRICULUM_NONE, RETROFIT_CURRICULUM_LINEAR, RETROFIT_CURRICULUM_1_SQRT
 } retrofit_curriculum_kind;
@@ -468,10 +453,11 @@ typedef struct {
     size_t n, k; // of the last micro-batch
 } retrofit_step;
 
-// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and depth K; *rate: NULL, or the draw.
+// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and depth K; *rate: NULL, or the
+// draw.
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
-// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up, a value that grows
-// linearly from start·base to base (the depth), the learning rate. w, c: shares of S.
+// Schedules at step t (from 0) of S: the mean recurrence before it is rounded up, a value that
+// grows linearly from start·base to base (the depth), the learning rate. w, c: shares of S.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R);
 double retrofit_linear_schedule(size_t t, size_t S, double w, double start, double base);
 double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min, double lr);
@@ -480,9 +466,10 @@ retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrof
                                  size_t step);
 void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
                         size_t j, size_t *n, size_t *k);
-// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that is
-// not finite, nothing changes.
-double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t);
+// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that
+// is not finite, nothing changes.
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
+                               size_t t);
 // That step, whose update is number t (skipped ones do not count), with buffers->B rows in a
 // micro-batch. false or error.
 typedef struct retrofit_data retrofit_data; // token shards: section 9
@@ -490,15 +477,12 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
                             retrofit_step *result);
 
-// ---- What the method needs besides operations, from Part III ---------------------------------------
-
+// ---- What the method needs besides operations, from Part III -----------------------------------
 // Records an error, one line, and returns false, so that a caller can return it.
 #ifdef __GNUC__
 __attribute__((format(printf, 1, 2)))
 #endif
 bool retrofit_fail(const char *format, ...);
-// count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
-void *retrofit_allocate(size_t count, size_t size);
 size_t retrofit_type_size(retrofit_type type); // bytes of an element
 static inline size_t retrofit_min(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
@@ -509,24 +493,8 @@ static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
 #endif // RETROFIT_H
 
 #ifdef RETROFIT_IMPLEMENTATION
-#include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <glob.h>
-#include <math.h>
-#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#define RETROFIT_THREAD_LOCAL _Thread_local
-
-static void *fail_null(const char *format, ...); // the same, for functions that return pointers
 
 // PyTorch's CPU generator, because the authors' draws come from it: section 12.
 typedef struct {
@@ -537,6 +505,11 @@ static void mt19937_seed(mt19937 *generator, uint32_t seed);
 static double mt19937_normal(mt19937 *generator);
 static size_t mt19937_poisson(mt19937 *generator, double rate);
 
+// The operations: an optimizer's are in section 5, a CPU's in 6, the KV cache's in 7, sums in 10.
+#define X(name, parameters) static void name parameters;
+RETROFIT_OPS(X)
+#undef X
+
 // C = D + A·B on matrices in memory, C (M,N); D may be NULL (zero) or C itself. Section 10.
 typedef struct {
     const void *data;
@@ -545,16 +518,14 @@ typedef struct {
 } matrix_view;
 static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
                  const float *d, size_t d_row);
-static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c,
-                        size_t c_row, const float *d, size_t d_row); // by the thread that calls
 static matrix_view view(const void *data, size_t row);            // fp32, rows `row` apart
 static matrix_view view_transposed(const void *data, size_t row); // of it
 
 // Sums and maxima in a fixed order that compilers can vectorise, and e^x that they can. Section 10.
-enum { LANES = 16 };
-static float sum_lanes(const float *lanes);
 static float dot(const float *a, const float *b, size_t n);
+static float weighted_dot(const float *a, const float *weight, const float *b, size_t n);
 static float max_element(const float *x, size_t n);
+static double sum_exp(float *terms, const float *x, size_t n, float max); // Σ e^{x - max}
 static inline float fast_exp(float x);
 
 // Loops over threads, if the work, in elements, is worth waking them.
@@ -567,61 +538,50 @@ static inline float fast_exp(float x);
 #define PARALLEL_TASKS
 #endif
 
-enum { WIDE_ROWS = 256 }; // rows of fp32 logits that exist at a time
-
-// Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot of the
-// core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
+// Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot
+// of the core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
 static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot);
 static size_t core_slot(const retrofit_buffers *buffers, size_t i);
 static size_t coda_slot(const retrofit_buffers *buffers);
 // Normal numbers for every state.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed);
-// Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0 and
-// an error if one is not below V or none counts.
+// Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0
+// and an error if one is not below V or none counts.
 static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels);
+static act *act_at(const retrofit_ops *ops, act *p, size_t i); // element i
 // Section 8: masters to where operations read them. Counter-based random bits.
 void retrofit_refresh_weights(retrofit_model *model);
 static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
-static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
 static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
-// Section 9: row `index`, counted on over epochs: T tokens and the T that follow each.
-bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
-
-uint16_t retrofit_float_to_bf16(float f);
+// Section 8: the rows of a micro-batch, counted from 0 over the whole training.
+static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index);
+// Section 12: n elements of a tensor in a file's type as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
-bool retrofit_config_check(const retrofit_config *config, const char *where);
-// Attention by tiles: section 10.
-enum { TILE = 96 };
-static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v,
-                         retrofit_type type, size_t kv_row, size_t kv_batch, const int32_t *past,
-                         size_t B, size_t T, size_t H, size_t G, size_t h);
 
 // =================================================================================================
 // 2  A block, forward and backward
 // =================================================================================================
-
 // Llama's block, on the residual stream x (N,d):
 //
 //     a   = attention(rope(W_qkv·RMSNorm_1(x)))          mid = x + W_out·a
 //     s   = swiglu(W_gate_up·RMSNorm_2(mid))             out = mid + W_down·s
 //
-// Backward has dx, the gradient of out, and turns it into that of x. Each branch adds to the stream,
-// so the stream's gradient passes unchanged and the branch's is added to it:
+// Backward has dx, the gradient of out, and turns it into that of x. Each branch adds to the
+// stream, so the stream's gradient passes unchanged and the branch's is added to it:
 //
 //     ds   = W_downᵀ·dx       dW_down    += dx·sᵀ        dx += RMSNorm_2ᵀ(W_gate_upᵀ·swigluᵀ(ds))
-//     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attentionᵀ(da)))
+//     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attnᵀ(da)))
 //
-// where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of what
-// came in from behind with the norms' outputs.
+// where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of
+// what came in from behind with the norms' outputs.
 //
-// What is kept for that: with c bytes for an element of act, 8 + 4H for rstd and lse, (Q + d + 2F)·c
-// for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token and layer.
-// The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again. With
-// RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as well:
-// about a third more work.
-// A layer's own block of buffers and the shared scratch have the same type, so that one function
-// serves both. slot: where the layer's keys and values go in the KV cache, if there is one.
+// What is kept for that: with c bytes for an element of act, 8 + 4H for rstd and lse, (Q + d +
+// 2F)·c for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token
+// and layer. The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again.
+// With RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as
+// well: about a third more work.
+// slot: where the layer's keys and values go in the KV cache, if there is one.
 static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
                                 retrofit_block *block, const float *x, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
@@ -646,14 +606,16 @@ static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer 
 static void block_forward(retrofit_buffers *buffers, const retrofit_layer *layer,
                           retrofit_block *block, const float *x, size_t slot) {
     const retrofit_ops *ops = buffers->model->ops;
-    size_t N = buffers->N, d = buffers->model->config.n_embd, F = buffers->model->config.intermediate;
+    const retrofit_config *c = &buffers->model->config;
+    size_t N = buffers->N, d = c->n_embd, F = c->intermediate;
     act *swiglu = buffers->swiglu;
     block_until_gate_up(buffers, layer, block, x, slot);
     ops->swiglu_forward(swiglu, block->gate_up, N, F);
     ops->matmul_residual_forward(block->out, block->mid, swiglu, layer->w_down.weight, N, F, d);
 }
 
-static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer, retrofit_block *block) {
+static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer,
+                           retrofit_block *block) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     const retrofit_gradients *g = &buffers->gradients;
@@ -719,12 +681,8 @@ static void blocks_backward(retrofit_buffers *buffers, retrofit_layer *layers, s
 // =================================================================================================
 // 3  Prelude, recurrence, coda, loss; backpropagation truncated to the last k
 // =================================================================================================
-
-// ---- Prelude: e = prelude(wte[tokens]), and A_e·e -------------------------------------------------
-
-// The two halves of the adapter A = [A_s | A_e]: columns that read the state, columns that read e.
-static retrofit_weight adapter_s(const retrofit_model *model) { return model->adapter.weight; }
-
+// ---- Prelude: e = prelude(wte[tokens]), and A_e·e ----------------------------------------------
+// The second half of the adapter's columns; A_s begins where A does. Rows are 2d numbers apart.
 static retrofit_weight adapter_e(const retrofit_model *model) {
     retrofit_weight w = model->adapter.weight;
     w.data = (const char *)w.data + model->config.n_embd * retrofit_type_size(w.type);
@@ -749,12 +707,11 @@ bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b
     return true;
 }
 
-// ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) --------------------------------------------------
-
-// s_0 ~ N(0, σ²), cut at ±3σ; the same in training and at test time, drawn anew for every batch, so
-// that the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests that must
-// not depend on a draw. Each number is a function of (seed, row, position, column): a row's states do
-// not depend on how a text is cut into batches, and a cached decode equals the full forward pass.
+// ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) -----------------------------------------------
+// s_0 ~ N(0, σ²), cut at ±3σ, in training and at test time, drawn anew for every micro-batch: the
+// model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests. Each number is a
+// function of (seed, row, position, column); the authors' are drawn by torch for the whole batch at
+// once, so that in their module a row's logits depend on what comes with it. Ours do not.
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed) {
     draw_states(buffers, buffers->state, sigma, seed);
 }
@@ -765,7 +722,7 @@ static void inject(retrofit_buffers *buffers, const float *state, float *x) {
     size_t N = buffers->N, d = model->config.n_embd;
     act *norm = buffers->norm;
     model->ops->cast(norm, state, N * d);
-    model->ops->matmul_residual_forward(x, buffers->injected, norm, adapter_s(model), N, d, d);
+    model->ops->matmul_residual_forward(x, buffers->injected, norm, model->adapter.weight, N, d, d);
 }
 
 // Where recurrence j = 1 … k with gradient left its state; s_n for j = 0.
@@ -802,8 +759,7 @@ void retrofit_recur(retrofit_buffers *buffers, size_t n, size_t k) {
     recur_and_save(buffers, k);
 }
 
-// ---- Coda: logits = lm_head·RMSNorm_f(coda(s_r)) --------------------------------------------------
-
+// ---- Coda: logits = lm_head·RMSNorm_f(coda(s_r)) -----------------------------------------------
 static const float *latest_state(const retrofit_buffers *buffers) {
     if (retrofit_is_plain(&buffers->model->config)) return buffers->embedded;
     return saved_state(buffers, buffers->k);
@@ -837,18 +793,13 @@ bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b
     return true;
 }
 
-// Element i of an array of `act`.
-static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
-    return (char *)p + i * retrofit_type_size(ops->act_type);
-}
+// ---- Loss --------------------------------------------------------------------------------------
+// The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A
+// step accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has,
+// so a step's loss is the mean of its micro-batches' means, not that of all its tokens.
 
-// ---- Loss -----------------------------------------------------------------------------------------
-// The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A step
-// accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has, so a
-// step's loss is the mean of its micro-batches' means.
-
-// The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place and
-// goes on to the head and to dfinal before the next chunk is computed.
+// The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place
+// and goes on to the head and to dfinal before the next chunk is computed.
 static void head_and_loss(retrofit_buffers *buffers, float scale) {
     const retrofit_model *model = buffers->model;
     const retrofit_ops *ops = model->ops;
@@ -887,14 +838,9 @@ double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float sca
     return sum / (double)counted;
 }
 
-// ---- Backward: through the coda, the last k recurrences, the prelude ------------------------------
-
-void retrofit_zero_grad(retrofit_model *model) {
-    model->ops->zero(model->grads, model->grad_bytes);
-}
-
-// From i = n + k down to n + 1. dx comes in as ds_i and leaves as ds_{i-1}; in between it is dY_i, the
-// gradient of A·concat(s_{i-1}, e). At i = n + 1 it stops: s_n counts as a constant.
+// ---- Backward: through the coda, the last k recurrences, the prelude ---------------------------
+// From i = n + k down to n + 1. dx comes in as ds_i and leaves as ds_{i-1}; in between it is dY_i,
+// the gradient of A·concat(s_{i-1}, e). At i = n + 1 it stops: s_n counts as a constant.
 static void recurrence_backward(retrofit_buffers *buffers) {
     retrofit_model *model = (retrofit_model *)buffers->model;
     const retrofit_ops *ops = model->ops;
@@ -907,7 +853,8 @@ static void recurrence_backward(retrofit_buffers *buffers) {
         ops->cast(g->dbranch, g->dx, N * d);
         ops->cast(buffers->norm, saved_state(buffers, j), N * d);
         ops->matmul_backward_weight(model->adapter.grad, 2 * d, g->dbranch, buffers->norm, N, d, d);
-        if (j > 0) ops->matmul_residual_backward_input(g->dx, g->dbranch, adapter_s(model), N, d, d);
+        if (j == 0) break;
+        ops->matmul_residual_backward_input(g->dx, g->dbranch, model->adapter.weight, N, d, d);
     }
 }
 
@@ -939,35 +886,33 @@ void retrofit_backward(retrofit_buffers *buffers) {
     model->ops->embedding_backward(model->wte.grad, buffers->tokens, dx, buffers->N, c->n_embd);
 }
 
-// ---- What it costs --------------------------------------------------------------------------------
+// ---- What it costs -----------------------------------------------------------------------------
 // A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
-// costs 1; backward 1 for the gradient of what came in and 1 for that of the weights, unless they are
-// frozen. The n recurrences without gradient cost 1 each. A_e·e is computed once per pass, whatever r
-// is, and so are its gradients. (The ds of the first recurrence with gradient, which truncation saves,
-// is counted: 2d² of some billions.)
+// costs 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless
+// they are frozen. Recurrences without gradient cost 1. A_e·e and its gradients are computed once,
+// whatever r is. (The ds of the first recurrence with gradient, which truncation saves, counts.)
 double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
                                 size_t n, size_t k) {
-    double d = (double)config->n_embd, F = (double)config->intermediate;
-    double Q = (double)retrofit_qkv_width(config), V = (double)config->vocab;
-    double layer = 2 * (d * Q + d * d + 3 * d * F) + 2 * (double)T * d;
-    double adapter_half = retrofit_is_plain(config) ? 0 : 2 * d * d;
-    bool all = mode == RETROFIT_TRAINING, none = mode == RETROFIT_INFERENCE;
-
-    double of_prelude = all ? 3 : 1;
-    double of_A_e = all ? 3 : none ? 1 : 2;
-    double of_A_s = none ? 1 : 3;
-    double of_core = none ? 1 : mode == RETROFIT_TRAINING_ADAPTER ? 2 : 3;
-    double of_coda = all ? 3 : none ? 1 : 2;
+    static const int passes[4][5] = { // over prelude, A_e, core, A_s, coda with head
+        {1, 1, 1, 1, 1},              // inference
+        {3, 3, 3, 3, 3},              // training all of it,
+        {1, 2, 3, 3, 2},              // the adapter and the core,
+        {1, 2, 2, 3, 2},              // the adapter
+    };
+    const int *times = passes[mode];
+    double d = (double)config->n_embd, F = (double)config->intermediate, V = (double)config->vocab;
     double P = (double)config->prelude, C = (double)config->core, D = (double)config->coda;
-    double without_gradient = (double)n * (C * layer + adapter_half);
-    double with_gradient = (double)k * (of_core * C * layer + of_A_s * adapter_half);
-    return of_prelude * P * layer + of_A_e * adapter_half + without_gradient + with_gradient +
-           of_coda * (D * layer + 2 * d * V);
+    double weights = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F;
+    double layer = 2 * weights + 2 * (double)T * d;
+    double half = retrofit_is_plain(config) ? 0 : 2 * d * d; // A_s or A_e
+    double once = times[0] * P * layer + times[1] * half + times[4] * (D * layer + 2 * d * V);
+    double with_gradient = times[2] * C * layer + times[3] * half;
+    return once + (double)n * (C * layer + half) + (double)k * with_gradient;
 }
 
-// As the paper's figures count: 6·N_1 + 2·N_2 per token, N_1 the parameters of prelude, k times the
-// core, and coda, N_2 those of n times the core. Attention, adapter, embedding and head do not count,
-// nor does freezing: it is a measure of the body's size times its passes.
+// As the paper's figures count: 6·N_1 + 2·N_2, N_1 the parameters of prelude, k times the core, and
+// coda, N_2 those of n times the core. Attention, adapter, embedding, head and freezing do not
+// count: it is a measure of the body's size times its passes.
 double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k) {
     double d = (double)config->n_embd, F = (double)config->intermediate;
     double layer = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F + 2 * d;
@@ -978,8 +923,7 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 // =================================================================================================
 // 4  How many recurrences, and the step: sampler, schedules, plan, training
 // =================================================================================================
-
-// ---- The sampler ----------------------------------------------------------------------------------
+// ---- The sampler -------------------------------------------------------------------------------
 // How often the core runs is drawn anew for every micro-batch m = 1, 2, 3, …:
 //
 //     rate ~ LogNormal(ln r - σ²/2, σ),  σ = 1/2          its mean is r
@@ -988,22 +932,26 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 //
 // A model trained at one depth is good at that depth alone. A Poisson draw varies depth, but too
 // little: 8 ± 2.8. Its rate being log-normal makes the tail heavy, 8 ± 5, so that now and then the
-// model must still be right three or four times as deep as usual, and becomes stable there. A Poisson
-// draw can be 0, and a model must run its core once: hence the + 1, and hence the mean of n + k is
-// r + 1. For r = K = 8, a hundred thousand draws (mean 8.98, deviation 5.1, the largest 77):
+// model must still be right three or four times as deep as usual, and becomes stable there. The
+// rows of a micro-batch share a draw, for they go through the core together. The mean of a
+// log-normal number is e^{μ + σ²/2}: hence the -σ²/2. A Poisson draw can be 0, and a model must run
+// its core once: hence the + 1, and hence the mean of n + k is r + 1. A hundred thousand draws for
+// r = K = 8 have the mean 8.98 and the deviation 5.1; the largest is 77:
 //
 //     recurrences   1 –  4   █████████                17.0 %
 //                   5 –  8   ███████████████████      37.5 %
 //                   9 – 16   ███████████████████      37.5 %
 //                  17 – 77   ████                      8.1 %
 //
-// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), the mean number of
-// recurrences without gradient and K with, so that a mean below K draws like K. Without the max such
-// draws would differ from theirs. A training never sees it, because its plan lowers K to r first.
+// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), so that a mean
+// below K draws like K. Without the max such draws would differ from theirs. A training never sees
+// it, because its plan lowers K to r first.
 //
-// The draw depends on m alone. Every device of a run, and a run that was resumed, makes the same one,
-// so no device waits for another that thinks longer. The generator is PyTorch's, seeded as the authors
-// seed it: 514229 (a Fibonacci number) plus m, modulo 2³¹ - 1.
+// The draw depends on m alone, which counts on over steps and epochs. Every device of a run, and a
+// run that was resumed, makes the same one, so no device waits for another that thinks longer. The
+// generator is PyTorch's, seeded anew for each draw as the authors do: 514229 (a Fibonacci number)
+// plus m, modulo 2³¹ - 1. A normal number takes two uniforms (Box and Muller); the Poisson number
+// counts a product of uniforms below a rate of 10, from there on it is Hörmann's PTRS: section 12.
 void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate) {
     const double sigma = 0.5;
     mt19937 generator;
@@ -1016,7 +964,7 @@ void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t
     if (rate) *rate = drawn;
 }
 
-// ---- Schedules ------------------------------------------------------------------------------------
+// ---- Schedules ---------------------------------------------------------------------------------
 // All of them are functions of the step t = 0 … S - 1; w and c are shares of the S steps.
 //
 //     curriculum     r̄(t) = ceil(R·f(t / ceil(w·S))),  f(x) = x or 1 - √(1 - x);  0 becomes 1
@@ -1031,11 +979,11 @@ void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t
 //     r̄(t)                    1       2       5       10       16       22       32
 //     (n,k) of p = r̄ + 1    1,1     1,2     1,5      3,8      9,8     15,8     25,8
 //
-// After its warm-up the curriculum stays at R, the depth at K (it has no warm-up in the paper's runs:
-// K from the beginning), the learning rate at lr until it falls. At t = S, one step past the end, the
-// authors' schedules return to their starting value: the curriculum to 0, the depth to its start, the
-// learning rate to min_lr_ratio·lr, where its cosine ends anyway. Ours do the same, since the fixtures
-// include that step; no training takes it.
+// After its warm-up the curriculum stays at R, the depth at K (in the paper's runs from the
+// beginning), the learning rate at lr until it falls; a warm-up that reaches into the fall goes
+// first. At t = S, one step past the end, the authors' schedules return to their starting value:
+// the curriculum to 0, the depth to its start, the learning rate to min_lr_ratio·lr, where its
+// cosine ends anyway. Ours do the same, since the fixtures include that step; no training takes it.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
     double warmup = ceil(w * (double)S);
     if (kind == RETROFIT_CURRICULUM_NONE) return R;
@@ -1061,7 +1009,7 @@ double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min
     return lr * (min + (1 - min) * 0.5 * (1 + cos(3.14159265358979323846 * x)));
 }
 
-// ---- The training ---------------------------------------------------------------------------------
+// ---- The training ------------------------------------------------------------------------------
 // The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
 // tokens. (The authors' 4 to 64 GPUs draw once for a micro-batch on each of them.)
 const retrofit_training retrofit_paper_training = {
@@ -1079,7 +1027,7 @@ retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrof
     const retrofit_training *run = training;
     size_t S = run->steps;
     double w = run->warmup, c = run->cooldown, min = run->min_lr_ratio;
-    retrofit_plan plan = {0, 0, 0, 0};
+    retrofit_plan plan = {0};
     plan.lr = (float)retrofit_learning_rate(step, S, w, c, min, run->lr);
     plan.muon_lr = (float)retrofit_learning_rate(step, S, w, c, min, run->muon_lr);
     if (retrofit_is_plain(config)) return plan;
@@ -1089,8 +1037,8 @@ retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrof
     plan.mean = retrofit_max(1, (size_t)ceil(mean));
     if (run->fixed_k) plan.mean = run->fixed_n + run->fixed_k;
     // A little is taken off before rounding up: K·start/K may come out a bit more than start.
-    double depth_warmup = run->fixed_k ? 0 : run->depth_warmup, start = (double)run->depth_start / K;
-    double depth = retrofit_linear_schedule(step, S, depth_warmup, start, K) - 1e-9;
+    w = run->fixed_k ? 0 : run->depth_warmup;
+    double depth = retrofit_linear_schedule(step, S, w, (double)run->depth_start / K, K) - 1e-9;
     plan.depth = retrofit_min(plan.mean, (size_t)ceil(depth));
     return plan;
 }
@@ -1104,45 +1052,28 @@ void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *
     retrofit_draw_recurrences(m, plan->mean, plan->depth, n, k, NULL);
 }
 
-static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index) {
-    size_t T = buffers->T;
-    for (size_t i = 0; i < buffers->B; i++) {
-        int32_t *tokens = buffers->host_tokens + i * T;
-        int32_t *labels = buffers->host_labels + i * T;
-        if (!retrofit_data_row(data, index * buffers->B + i, tokens, labels)) return false;
-    }
-    return true;
-}
-
-static void count_micro_batch(retrofit_step *result, const retrofit_training *training,
-                              const retrofit_config *config, size_t B, size_t T) {
-    size_t n = result->n, k = result->k;
-    double tokens = (double)(B * T);
-    result->mean_k += (double)k / (double)training->accumulate;
-    result->flops += retrofit_flops_per_token(config, training->mode, T, n, k) * tokens;
-    result->paper_flops += retrofit_paper_flops_per_token(config, n, k) * tokens;
-}
-
 bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
                             retrofit_step *result) {
     retrofit_model *model = (retrofit_model *)buffers->model;
-    size_t B = buffers->B, T = buffers->T, accumulate = training->accumulate;
+    const retrofit_config *c = &model->config;
     const int32_t *tokens = buffers->host_tokens, *labels = buffers->host_labels;
-    retrofit_plan plan = retrofit_plan_step(training, &model->config, step);
+    size_t B = buffers->B, T = buffers->T, count = training->accumulate;
+    retrofit_plan plan = retrofit_plan_step(training, c, step);
     retrofit_step r = {.plan = plan, .norm = NAN};
 
     retrofit_zero_grad(model);
-    for (size_t j = 0; j < accumulate; j++) {
-        uint64_t index = (uint64_t)step * accumulate + j;
-        uint64_t seed = retrofit_hash(training->seed, index);
+    for (size_t j = 0; j < count; j++) {
+        uint64_t index = (uint64_t)step * count + j, seed = retrofit_hash(training->seed, index);
         if (!read_micro_batch(buffers, data, index)) return false;
         retrofit_plan_draw(training, &plan, step, j, &r.n, &r.k);
         if (!retrofit_forward(buffers, tokens, B, T, training->sigma, seed, r.n, r.k)) return false;
-        double loss = retrofit_loss(buffers, labels, 1.0f / (float)accumulate);
-        r.loss += loss / (double)accumulate;
+        r.loss += retrofit_loss(buffers, labels, 1.0f / (float)count) / (double)count;
         retrofit_backward(buffers);
-        count_micro_batch(&r, training, &model->config, B, T);
+        double flops = retrofit_flops_per_token(c, training->mode, T, r.n, r.k);
+        r.flops += flops * (double)(B * T);
+        r.paper_flops += retrofit_paper_flops_per_token(c, r.n, r.k) * (double)(B * T);
+        r.mean_k += (double)r.k / (double)count;
     }
 
     retrofit_optimizer optimizer = training->optimizer;
@@ -1157,9 +1088,10 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 // =================================================================================================
 // 5  Optimizers: AdamW, Muon, AdamW*
 // =================================================================================================
-
 // g below is the accumulated gradient times min(1, clip / (‖g‖ + 1e-6)), ‖g‖ the 2-norm over all
-// parameters that are trained. t counts updates from 1. By --optimizer:
+// parameters that are trained, summed in double. The updates hardly depend on the gradient's scale;
+// clipping keeps one large gradient from ruling the moments for many steps. t counts updates from
+// 1. By --optimizer:
 //
 //     parameter                      updated by   learning rate   weight decay   eps
 //     muon       w_qkv w_out         Muon         1e-3            1e-4
@@ -1168,12 +1100,13 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 //     adamw      all                 AdamW        5e-5            1e-4           1e-8
 //     ellisadam  all                 AdamW*       5e-5            1e-4           1e-6
 //
-// 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam which the Muon package brings along for
-// what is no matrix. Weight decay is on every parameter, norms and embeddings too. Learning rates are peaks
-// (section 4); throttle divides those of the adapter and the core by the step's mean k, for their
-// gradients are sums over k recurrences.
+// 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam which the Muon package brings along
+// for what is no matrix. Weight decay is on every parameter, norms and embeddings too, and shrinks
+// with the learning rate. Learning rates are peaks; all follow the same schedule (section 4).
+// throttle divides those of adapter and core by the step's mean k, for their gradients are sums
+// over k recurrences.
 
-// ---- AdamW ----------------------------------------------------------------------------------------
+// ---- AdamW -------------------------------------------------------------------------------------
 //     m ← m + (1 - β₁)·(g - m)             m̂ = m / (1 - β₁ᵗ)
 //     v ← β₂·v + (1 - β₂)·g²               v̂ = v / (1 - β₂ᵗ)
 //     w ← w·(1 - lr·decay) - lr·m̂ / (√v̂ + eps)
@@ -1191,26 +1124,26 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
     }
 }
 
-// ---- Muon -----------------------------------------------------------------------------------------
+// ---- Muon --------------------------------------------------------------------------------------
 //     m ← m + (1 - μ)·(g - m)                      momentum, μ = .95
 //     u = g + μ·(m - g)                            Nesterov's look ahead
 //     X = u / (‖u‖ + 1e-7), transposed if it has more rows than columns
 //     five times:  X ← a·X + (b·A + c·A²)·X,  A = X·Xᵀ,  (a, b, c) = (3.4445, -4.7750, 2.0315)
 //     w ← w·(1 - lr·decay) - lr·√max(1, rows/cols)·X
 //
-// Adam steps along a matrix's few strongest directions; Muon takes an equally long step along all of
-// them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without computing U
-// and V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
-// coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 up (of X, whose
-// largest is at most 1) to between .68 and 1.14, and does not converge to 1 exactly. √max(1, rows/cols)
-// makes a tall matrix's step change its output as much as a wide one's.
+// Adam steps along a matrix's few strongest directions; Muon takes an equally long step along all
+// of them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without U and
+// V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
+// coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 to 1 to
+// between .68 and 1.14; it does not converge to 1. √max(1, rows/cols), which is 1 for w_out, w_down
+// and A, makes a tall matrix's step change its output as much as a wide one's.
 //
-// w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The step's
-// size stays the same, thanks to the last factor, but it is shared out differently: where the
-// gradients G₁ and G₂ of two stacked matrices have a direction of the input in common, with singular
-// values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1 each. So the
-// authors' recurrent models are trained, whose matrices are fused like ours. Their baseline is Hugging
-// Face's Llama, whose q, k, v, gate and up are matrices of their own; ours has them fused there too.
+// w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The
+// step's size stays the same, thanks to the last factor, but it is shared out differently: where
+// the gradients of two stacked matrices have a direction of the input in common, with singular
+// values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1 each. The
+// authors' models are fused like ours. Their baseline is Hugging Face's Llama, whose q, k, v, gate
+// and up are matrices of their own; ours has them fused there too.
 static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale,
                           float momentum) {
     PARALLEL_FOR(n)
@@ -1219,23 +1152,6 @@ static void muon_momentum(float *u, float *m, const float *g, size_t n, float sc
         m[i] += (1.0f - momentum) * (gi - m[i]);
         u[i] = gi + momentum * (m[i] - gi);
     }
-}
-
-static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
-    float *x = x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
-    PARALLEL_FOR(rows * cols)
-    for (size_t r = 0; r < rows; r++) {
-        for (size_t c = 0; c < cols; c++)
-            x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
-    }
-}
-
-// y = a·x + b·y
-static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
-    float *y = y_;
-    const float *x = x_;
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
 }
 
 static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float lr, float scale,
@@ -1279,15 +1195,15 @@ static void muon_step(retrofit_model *model, const retrofit_parameter *p,
                      optimizer->weight_decay);
 }
 
-// ---- AdamW*: the paper's name; ELLISAdam in the authors' code, with their switches ----------------
+// ---- AdamW*: the paper's name; ELLISAdam in the authors' code, with their switches -------------
 //     m, v as AdamW's, but they begin as the first gradient and its square; v ← max(v, eps²)
 //     step = lr / bias1 / max(1, √mean(g²/v))      a tensor whose gradient is larger than v expects
 //                                                  takes a smaller step
 //     w ← w·(1 - decay·lr/peak_lr) - step·atan2(m, √(v / bias2))
 // atan2(m, √v) is about m/√v where that is small and never above π/2: it needs no eps. The weight
 // decay follows the schedule, not the size of the learning rate.
-static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale,
-                              float beta1, float beta2, float eps) {
+static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n,
+                              float scale, float beta1, float beta2, float eps) {
     enum { BLOCK = 1 << 12, BLOCKS = 256 }; // as in sum_squares
     double total = 0;
     for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
@@ -1332,27 +1248,9 @@ static void ellisadam_step(retrofit_model *model, const retrofit_parameter *p,
                           optimizer->weight_decay * of_peak);
 }
 
-// ---- One update of all parameters -----------------------------------------------------------------
-
+// ---- One update of all parameters --------------------------------------------------------------
 static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) {
     return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX;
-}
-
-// Blocks are summed side by side and added in order, whatever the number of threads.
-static void sum_squares(double *sum, const float *x, size_t n) {
-    enum { BLOCK = 1 << 14, BLOCKS = 256 };
-    double total = 0;
-    for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
-        double sums[BLOCKS] = {0};
-        PARALLEL_FOR(n - at)
-        for (size_t i = 0; i < BLOCKS; i++) {
-            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
-            for (size_t j = begin; j < end; j += 256)
-                sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
-        }
-        for (size_t i = 0; i < BLOCKS; i++) total += sums[i];
-    }
-    *sum += total;
 }
 
 static double gradient_norm(retrofit_model *model) {
@@ -1364,7 +1262,8 @@ static double gradient_norm(retrofit_model *model) {
     return sqrt(squares);
 }
 
-double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer, size_t t) {
+double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
+                               size_t t) {
     const retrofit_optimizer *o = optimizer;
     double norm = gradient_norm(model);
     if (!isfinite(norm)) return norm;
@@ -1389,171 +1288,177 @@ double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *
 }
 
 // =================================================================================================
-// 6  The operations on a CPU, forward beside backward (act is float here)
+// 6  The operations on a CPU, forward beside backward
 // =================================================================================================
+// `act` is float here. Above each operation stand its formula and its gradient, where dy means
+// ∂loss/∂y and ∘ multiplies element by element. Section 10 has the matrix products, the tiles of
+// attention, and sums over a row in an order that is fast.
 
-// ---- Embedding: x_n = wte[token_n]. Backward runs over columns, so that rows of one token add up in order. --------
-static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d) {
+// Gradients that are sums over rows are divided among the threads by columns, so many at a time:
+// then each element's rows add up in their order, however many threads there are.
+enum { COLUMNS = 64 };
+
+// ---- Embedding ---------------------------------------------------------------------------------
+//     x_n = wte[token_n]            dwte[token_n] += dx_n
+static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N,
+                              size_t d) {
+    const char *rows = wte.data;
+    size_t row_bytes = wte.stride * retrofit_type_size(wte.type);
     PARALLEL_FOR(N * d)
-    for (size_t n = 0; n < N; n++) {
-        const char *row = (const char *)wte.data + (size_t)tokens[n] * wte.stride * retrofit_type_size(wte.type);
-        retrofit_to_float(x + n * d, row, wte.type, d);
-    }
+    for (size_t n = 0; n < N; n++)
+        retrofit_to_float(x + n * d, rows + (size_t)tokens[n] * row_bytes, wte.type, d);
 }
 
-static void embedding_backward(float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d) {
+static void embedding_backward(float *dwte, const int32_t *tokens, const float *dx, size_t N,
+                               size_t d) {
     PARALLEL_FOR(N * d)
-    for (size_t c0 = 0; c0 < d; c0 += 64)
+    for (size_t first = 0; first < d; first += COLUMNS) {
+        size_t end = retrofit_min(first + COLUMNS, d);
         for (size_t n = 0; n < N; n++) {
             float *dw = dwte + (size_t)tokens[n] * d;
-            for (size_t c = c0; c < d && c < c0 + 64; c++) dw[c] += dx[n * d + c];
+            for (size_t c = first; c < end; c++) dw[c] += dx[n * d + c];
         }
-}
-
-// ---- RMSNorm: y = x·ρ·w, ρ = 1/sqrt(mean(x²) + eps) ---------------------------------------------------------------------
-// With g = dy·w: dx += ρ·(g - x·ρ²·mean(g·x)), dw += Σ_n dy·x·ρ.
-static void rmsnorm_forward(act *out_, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps) {
-    float *out = (float *)out_;
-    PARALLEL_FOR(N * d)
-    for (size_t n = 0; n < N; n++) {
-        float scale = 1.0f / sqrtf(dot(x + n * d, x + n * d, d) / (float)d + eps);
-        for (size_t c = 0; c < d; c++) out[n * d + c] = x[n * d + c] * scale * weight[c];
-        rstd[n] = scale;
     }
 }
 
-static void rmsnorm_backward(float *dx, float *dweight, const act *dout_, const float *x, const float *rstd, const float *weight, size_t N,
-                             size_t d) {
-    const float *dout = (const float *)dout_;
+// ---- RMSNorm -----------------------------------------------------------------------------------
+//     y = ρ·x∘w                     dx += ρ·(g - ρ²·mean(g∘x)·x)     with g = dy∘w
+//     ρ = 1/√(mean(x²) + ε)         dw += Σ_n ρ_n·dy_n∘x_n
+// The second term of dx is ρ's own derivative, ∂ρ/∂x = -ρ³·x/d.
+static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
+                            size_t d, float eps) {
+    float *y = out;
     PARALLEL_FOR(N * d)
     for (size_t n = 0; n < N; n++) {
-        const float *dy = dout + n * d, *xn = x + n * d;
-        float lanes[LANES] = {0}, tail = 0, r = rstd[n];
-        size_t c = 0;
-        for (; c + LANES <= d; c += LANES)
-            for (int l = 0; l < LANES; l++) lanes[l] += dy[c + l] * weight[c + l] * xn[c + l];
-        for (; c < d; c++) tail += dy[c] * weight[c] * xn[c];
-        float along = (sum_lanes(lanes) + tail) * r * r / (float)d;
-        for (c = 0; c < d; c++) dx[n * d + c] += r * (dy[c] * weight[c] - xn[c] * along);
+        float rho = 1.0f / sqrtf(dot(x + n * d, x + n * d, d) / (float)d + eps);
+        for (size_t c = 0; c < d; c++) y[n * d + c] = x[n * d + c] * rho * weight[c];
+        rstd[n] = rho;
+    }
+}
+
+static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const float *x,
+                             const float *rstd, const float *weight, size_t N, size_t d) {
+    const float *dy = dout;
+    PARALLEL_FOR(N * d)
+    for (size_t n = 0; n < N; n++) {
+        const float *dyn = dy + n * d, *xn = x + n * d;
+        float rho = rstd[n];
+        float along = weighted_dot(dyn, weight, xn, d) * rho * rho / (float)d;
+        for (size_t c = 0; c < d; c++)
+            dx[n * d + c] += rho * (dyn[c] * weight[c] - xn[c] * along);
     }
     if (!dweight) return;
     PARALLEL_FOR(N * d)
-    for (size_t c0 = 0; c0 < d; c0 += 64)
+    for (size_t first = 0; first < d; first += COLUMNS) {
+        size_t end = retrofit_min(first + COLUMNS, d);
         for (size_t n = 0; n < N; n++)
-            for (size_t c = c0; c < d && c < c0 + 64; c++) dweight[c] += dout[n * d + c] * x[n * d + c] * rstd[n];
+            for (size_t c = first; c < end; c++)
+                dweight[c] += dy[n * d + c] * x[n * d + c] * rstd[n];
+    }
 }
 
-// ---- Matrix products: out = inp·wᵀ, dinp = dout·w, dw += doutᵀ·inp ------------------------------------------------------
-static void matmul_residual_forward(float *out, const float *residual, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O) {
-    matrix_view wt = {w.data, w.type, 1, w.stride};
-    gemm(N, O, I, view(inp, I), wt, out, O, residual, O);
+// ---- Matrix products ---------------------------------------------------------------------------
+//     y = x·wᵀ + residual           dx = dy·w            dw += dyᵀ·x
+// for x (N,I), w (O,I), y (N,O).
+static void matmul_residual_forward(float *out, const float *residual, const act *inp,
+                                    retrofit_weight w, size_t N, size_t I, size_t O) {
+    matrix_view w_transposed = {w.data, w.type, 1, w.stride};
+    gemm(N, O, I, view(inp, I), w_transposed, out, O, residual, O);
 }
 
-static void matmul_forward(act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O) {
-    matmul_residual_forward((float *)out, NULL, inp, w, N, I, O);
+static void matmul_forward(act *out, const act *inp, retrofit_weight w, size_t N, size_t I,
+                           size_t O) {
+    matmul_residual_forward(out, NULL, inp, w, N, I, O);
 }
 
-static void matmul_residual_backward_input(float *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O) {
-    matrix_view wv = {w.data, w.type, w.stride, 1};
-    gemm(N, I, O, view(dout, O), wv, dinp, I, NULL, 0);
+static void matmul_residual_backward_input(float *dinp, const act *dout, retrofit_weight w,
+                                           size_t N, size_t I, size_t O) {
+    matrix_view w_as_stored = {w.data, w.type, w.stride, 1};
+    gemm(N, I, O, view(dout, O), w_as_stored, dinp, I, NULL, 0);
 }
 
-static void matmul_backward_input(act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O) {
-    matmul_residual_backward_input((float *)dinp, dout, w, N, I, O);
+static void matmul_backward_input(act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I,
+                                  size_t O) {
+    matmul_residual_backward_input(dinp, dout, w, N, I, O);
 }
 
-static void matmul_backward_weight(float *dw, size_t stride, const act *dout, const act *inp, size_t N, size_t I, size_t O) {
+static void matmul_backward_weight(float *dw, size_t stride, const act *dout, const act *inp,
+                                   size_t N, size_t I, size_t O) {
     gemm(O, I, N, view_transposed(dout, O), view(inp, I), dw, stride, dw, stride);
 }
 
-// ---- RoPE: dims i and i + h/2 of q and k turn by the angle position·θ_i. Backward turns by the opposite angle. ------------
-static void rotate(float *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h, float sign) {
-    size_t Q = (H + 2 * G) * h, half = h / 2;
+// ---- RoPE --------------------------------------------------------------------------------------
+// Elements i and i + h/2 of a head of q or k are a point (a, b) of the plane. At position t it
+// turns by the angle φ = t·θ_i:
+//     a' = a·cos φ - b·sin φ        b' = b·cos φ + a·sin φ
+// so that q·k depends on the distance of their positions alone. The gradient turns back, by -φ.
+static void rotate(float *qkv, const float *table, const int32_t *past, size_t B, size_t T,
+                   size_t H, size_t G, size_t h, float sign) {
+    size_t Q = (H + 2 * G) * h;
     PARALLEL_FOR(B * T * Q)
     for (size_t n = 0; n < B * T; n++) {
-        const float *angles = table + ((past ? (size_t)past[n / T] : 0) + n % T) * h;
+        size_t position = (past ? (size_t)past[n / T] : 0) + n % T;
+        const float *angles = table + position * h;
         for (size_t head = 0; head < H + G; head++) {
-            float *lo = qkv + n * Q + head * h, *hi = lo + half;
-            for (size_t i = 0; i < half; i++) {
-                float c = angles[2 * i], s = sign * angles[2 * i + 1], a = lo[i], b = hi[i];
-                lo[i] = a * c - b * s, hi[i] = b * c + a * s;
+            float *low = qkv + n * Q + head * h, *high = low + h / 2;
+            for (size_t i = 0; i < h / 2; i++) {
+                float a = low[i], b = high[i];
+                float cosine = angles[2 * i], sine = sign * angles[2 * i + 1];
+                low[i] = a * cosine - b * sine;
+                high[i] = b * cosine + a * sine;
             }
         }
     }
 }
 
-static void rope_forward(act *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    rotate((float *)qkv, table, past, B, T, H, G, h, 1);
+static void rope_forward(act *qkv, const float *table, const int32_t *past, size_t B, size_t T,
+                         size_t H, size_t G, size_t h) {
+    rotate(qkv, table, past, B, T, H, G, h, 1);
 }
 
-static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    rotate((float *)dqkv, table, NULL, B, T, H, G, h, -1);
+static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G,
+                          size_t h) {
+    rotate(dqkv, table, NULL, B, T, H, G, h, -1);
 }
 
-// ---- Attention: o_t = Σ_u p_tu·v_u, p_tu = softmax_u≤t(q_t·k_u/√h); query head j reads key/value head j/(H/G) -------------
-// In tiles (FlashAttention-2): of P only one tile exists at a time; a running maximum and sum make the softmax exact, and backward
-// finds P again from lse_t = log Σ_u e^{q_t·k_u/√h}.
+// ---- Attention ---------------------------------------------------------------------------------
+// For every query head, over the tokens u ≤ t:
+//     s_tu = q_t·k_u/√h             dv_u  = Σ_t p_tu·dy_t
+//     p_tu = e^{s_tu - lse_t}       dp_tu = dy_t·v_u
+//     lse_t = log Σ_u e^{s_tu}      ds_tu = p_tu·(dp_tu - δ_t)      δ_t = Σ_u p_tu·dp_tu = dy_t·y_t
+//     y_t = Σ_u p_tu·v_u            dq_t  = Σ_u ds_tu·k_u/√h         dk_u = Σ_t ds_tu·q_t/√h
+//
+// p is the softmax of s; lse (log-sum-exp) is the one number per query and head that forward keeps,
+// and from which backward finds p again. δ comes from the softmax's denominator; it needs no p,
+// since Σ_u p_tu·(dy_t·v_u) = dy_t·Σ_u p_tu·v_u. p (T,T) is never whole in memory: section 10 works
+// on tiles of TILE queries by TILE keys.
+//
+// Grouped queries: head j of the H query heads reads key/value head j/(H/G), whose dk and dv
+// therefore are sums over H/G query heads. Attention crosses the borders of documents inside a row.
+// attention_forward and attention_backward stand with their tiles in section 10.
 
-static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    const float *q = (const float *)qkv, *k = q + H * h;
-    attend_tiles((float *)out, lse, q, k, k + G * h, RETROFIT_F32, (H + 2 * G) * h, T * (H + 2 * G) * h, NULL, B, T, H, G, h);
-}
-
-// dV = Pᵀ·dO;  dS = P∘(dO·Vᵀ - δ)/√h with δ_t = dO_t·O_t;  dQ = dS·K;  dK = dSᵀ·Q. The heads of one key/value head in turn.
-static void attention_backward(act *dqkv_, float *delta, const act *dout_, const act *qkv_, const act *out_, const float *lse, size_t B, size_t T,
-                               size_t H, size_t G, size_t h) {
-    float *dqkv = (float *)dqkv_, scale = 1.0f / sqrtf((float)h);
-    size_t Q = (H + 2 * G) * h, O = H * h;
-    PARALLEL_TASKS
-    for (size_t task = 0; task < B * G; task++) {
-        size_t b = task / G, g = task % G;
-        float p[TILE * TILE], ds[TILE * TILE];
-        for (size_t head = g * (H / G); head < (g + 1) * (H / G); head++)
-            for (size_t t0 = 0; t0 < T; t0 += TILE) {
-                size_t rows = retrofit_min(T - t0, TILE), n = b * T + t0;
-                const float *q = (const float *)qkv_ + n * Q + head * h, *o = (const float *)out_ + n * O + head * h;
-                const float *dout = (const float *)dout_ + n * O + head * h;
-                float *dq = dqkv + n * Q + head * h;
-                for (size_t i = 0; i < rows; i++) delta[(n + i) * H + head] = dot(dout + i * O, o + i * O, h);
-                for (size_t u0 = 0; u0 < t0 + rows; u0 += TILE) {
-                    size_t width = retrofit_min(t0 + rows - u0, TILE);
-                    const float *k = (const float *)qkv_ + (b * T + u0) * Q + (H + g) * h, *v = k + G * h;
-                    float *dk = dqkv + (b * T + u0) * Q + (H + g) * h, *dv = dk + G * h;
-                    bool fresh = head == g * (H / G) && t0 == u0; // the first tile of queries that sees these keys
-                    // (1) P again, (2) dO·Vᵀ, (3) dS
-                    gemm_serial(rows, width, h, view(q, Q), view_transposed(k, Q), p, TILE, NULL, 0);
-                    gemm_serial(rows, width, h, view(dout, O), view_transposed(v, Q), ds, TILE, NULL, 0);
-                    for (size_t i = 0; i < rows; i++) {
-                        size_t seen = retrofit_min(t0 + i + 1 - u0, width);
-                        float *pi = p + i * TILE, *di = ds + i * TILE, l = lse[(n + i) * H + head], mean = delta[(n + i) * H + head];
-                        for (size_t u = 0; u < seen; u++) pi[u] = fast_exp(pi[u] * scale - l);
-                        for (size_t u = 0; u < seen; u++) di[u] = pi[u] * (di[u] - mean) * scale;
-                        for (size_t u = seen; u < width; u++) pi[u] = di[u] = 0;
-                    }
-                    // (4) dV, dK, dQ
-                    gemm_serial(width, h, rows, view_transposed(p, TILE), view(dout, O), dv, Q, fresh ? NULL : dv, Q);
-                    gemm_serial(width, h, rows, view_transposed(ds, TILE), view(q, Q), dk, Q, fresh ? NULL : dk, Q);
-                    gemm_serial(rows, h, width, view(ds, TILE), view(k, Q), dq, Q, u0 ? dq : NULL, Q);
-                }
-            }
+// ---- SwiGLU ------------------------------------------------------------------------------------
+//     y = silu(g)∘u                 dg = dy∘u∘σ(g)∘(1 + g∘(1 - σ(g)))
+//     silu(g) = g·σ(g)              du = dy∘silu(g)
+//     σ(g) = 1/(1 + e^-g)
+// Backward also gives y again, which w_down's gradient needs and forward did not keep.
+static void swiglu_forward(act *out, const act *gate_up, size_t N, size_t F) {
+    PARALLEL_FOR(N * F)
+    for (size_t n = 0; n < N; n++) {
+        const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F;
+        float *y = (float *)out + n * F;
+        for (size_t i = 0; i < F; i++) y[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
     }
 }
 
-// ---- SwiGLU: y = silu(g)·u, silu(g) = g·σ(g); dg = dy·u·σ(g)·(1 + g·(1 - σ(g))), du = dy·silu(g) ----------------------------
-static void swiglu_forward(act *out_, const act *fc_, size_t N, size_t F) {
-    float *out = (float *)out_;
+static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N,
+                            size_t F) {
     PARALLEL_FOR(N * F)
     for (size_t n = 0; n < N; n++) {
-        const float *gate = (const float *)fc_ + n * 2 * F, *up = gate + F;
-        for (size_t i = 0; i < F; i++) out[n * F + i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
-    }
-}
-
-static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F) {
-    PARALLEL_FOR(N * F)
-    for (size_t n = 0; n < N; n++) {
-        const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F, *dy = (const float *)dout + n * F;
-        float *dgate = (float *)dgate_up + n * 2 * F, *dup = dgate + F, *y = (float *)out + n * F;
+        const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F;
+        const float *dy = (const float *)dout + n * F;
+        float *dgate = (float *)dgate_up + n * 2 * F, *dup = dgate + F;
+        float *y = (float *)out + n * F;
         for (size_t i = 0; i < F; i++) {
             float sigma = 1.0f / (1.0f + fast_exp(-gate[i]));
             dgate[i] = dy[i] * up[i] * sigma * (1.0f + gate[i] * (1.0f - sigma));
@@ -1563,134 +1468,29 @@ static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act 
     }
 }
 
-// ---- Cross-entropy: loss = log Σ_v e^{z_v} - z_label; dz = scale·(softmax(z) - onehot) ---------------------------------------
-static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale) {
+// ---- Cross-entropy -----------------------------------------------------------------------------
+//     loss = log Σ_v e^{z_v} - z_label               dz = scale·(softmax(z) - onehot(label))
+//          = log Σ_v e^{z_v - max} + max - z_label
+// The second form, because e^{z_v} itself may overflow. A negative label counts for nothing.
+static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V,
+                          float scale) {
     PARALLEL_FOR(N * V)
     for (size_t n = 0; n < N; n++) {
         float *z = (float *)logits + n * V;
-        int32_t label = labels[n];
-        if (label < 0) {
+        if (labels[n] < 0) {
             losses[n] = 0;
             if (scale != 0) memset(z, 0, V * sizeof *z);
             continue;
         }
-        float target = z[label], top = max_element(z, V);
-        double sum = 0; // vocabularies are large: lanes in fp32, their blocks in fp64
-        for (size_t v0 = 0; v0 < V; v0 += 4096) {
-            size_t end = retrofit_min(V, v0 + 4096), v = v0;
-            float lanes[LANES] = {0}, tail = 0;
-            for (; v + LANES <= end; v += LANES)
-                for (int l = 0; l < LANES; l++) {
-                    float e = fast_exp(z[v + l] - top);
-                    lanes[l] += e;
-                    if (scale != 0) z[v + l] = e;
-                }
-            for (; v < end; v++) {
-                float e = fast_exp(z[v] - top);
-                tail += e;
-                if (scale != 0) z[v] = e;
-            }
-            sum += (double)sum_lanes(lanes) + tail;
-        }
-        losses[n] = (float)(log(sum) + (double)top - target);
+        float target = z[labels[n]], max = max_element(z, V);
+        double sum = sum_exp(scale != 0 ? z : NULL, z, V, max); // z becomes e^{z - max}
+        losses[n] = (float)(log(sum) + (double)max - target);
         if (scale == 0) continue;
+
         float factor = (float)(scale / sum);
         for (size_t v = 0; v < V; v++) z[v] *= factor;
-        z[label] -= scale;
+        z[labels[n]] -= scale;
     }
-}
-
-// ---- Elementwise ------------------------------------------------------------------------------------------------------------
-static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
-
-static void add(float *x, const float *y, size_t n, float keep) {
-    PARALLEL_FOR(n)
-    for (size_t i = 0; i < n; i++) x[i] = keep * x[i] + y[i];
-}
-
-static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
-    PARALLEL_FOR(B * T * d)
-    for (size_t n = 0; n < B * T; n++) {
-        uint64_t key = retrofit_hash(retrofit_hash(seed, n / T), (past ? (uint64_t)past[n / T] : 0) + n % T);
-        for (size_t c = 0; c < d; c++) s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
-    }
-}
-
-// ---- KV cache: what a new token needs of the old ones --------------------------------------------------------------------
-static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G,
-                     size_t h, retrofit_type type) {
-    size_t width = G * h;
-    for (size_t n = 0; n < B * T; n++) {
-        const float *k = (const float *)qkv + n * (H + 2 * G) * h + H * h, *v = k + width;
-        size_t at = (n / T * capacity + (size_t)past[n / T] + n % T) * width;
-        if (type == RETROFIT_F32) memcpy((float *)keys + at, k, width * sizeof *k), memcpy((float *)values + at, v, width * sizeof *v);
-        else
-            for (size_t c = 0; c < width; c++)
-                ((uint16_t *)keys)[at + c] = retrofit_float_to_bf16(k[c]), ((uint16_t *)values)[at + c] = retrofit_float_to_bf16(v[c]);
-    }
-}
-
-static void attention_cached(act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T,
-                             size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
-    attend_tiles((float *)out, NULL, (const float *)qkv, keys, values, type, G * h, capacity * G * h, past, B, T, H, G, h);
-}
-
-static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
-                    size_t capacity, size_t G, size_t h, retrofit_type type) {
-    size_t bytes = G * h * retrofit_type_size(type);
-    for (size_t b = 0; b < B; b++)
-        for (size_t i = (size_t)used[b]; i < S; i++)
-            for (size_t j = 0; j < C; j++) {
-                size_t in_layer = (b * capacity + (size_t)past[b]) * bytes, layer = stride * retrofit_type_size(type);
-                size_t from = ((size_t)(used[b] - 1) * C + j) * layer + in_layer, to = (i * C + j) * layer + in_layer;
-                memcpy((char *)keys + to, (char *)keys + from, bytes), memcpy((char *)values + to, (char *)values + from, bytes);
-            }
-}
-
-static void *cpu_alloc(size_t bytes) { // calloc's fresh pages are zero without being touched; the pointer to free lies before the block
-    char *p = bytes < SIZE_MAX / 2 ? (char *)calloc(bytes + 128, 1) : NULL;
-    if (!p) return retrofit_fail("out of memory: %.2f GB could not be had", (double)bytes / 1e9), (void *)NULL;
-    void **aligned = (void **)(void *)(p + 128 - (uintptr_t)p % 64);
-    aligned[-1] = p;
-    return aligned;
-}
-static void cpu_free(void *p) {
-    if (p) free(((void **)p)[-1]);
-}
-static bool cpu_start(char text[256]) { return snprintf(text, 256, "the CPU"), true; }
-static double cpu_peak(void) { return 0; }
-static size_t cpu_room(void) { // what the system would still give without swapping
-    size_t size = 0, kilobytes;
-    FILE *f = fopen("/proc/meminfo", "re");
-    for (char line[256]; f && fgets(line, sizeof line, f);)
-        if (sscanf(line, "MemAvailable: %zu", &kilobytes) == 1) size = kilobytes << 10;
-    if (f) fclose(f);
-    return size ? size : SIZE_MAX;
-}
-static void cpu_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
-static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
-
-const retrofit_ops retrofit_cpu = {"cpu",    RETROFIT_F32, SIZE_MAX, cpu_start, cpu_peak, cpu_room, cpu_alloc, cpu_free,
-                                   cpu_copy, cpu_copy,     cpu_copy, cpu_zero,  NULL,     NULL,     NULL,      NULL,
-#define X(name, parameters) name,
-                                   RETROFIT_OPS(X)
-#undef X
-};
-
-const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]) {
-    char why[256] = "";
-#ifdef RETROFIT_CUDA
-    const retrofit_ops *cuda = fp32 ? &retrofit_cuda_fp32 : &retrofit_cuda;
-    if (place != RETROFIT_ON_CPU && cuda->start(text)) return cuda;
-    snprintf(why, sizeof why, "%s", text);
-#else
-    (void)fp32;
-    if (place == RETROFIT_ON_CUDA) snprintf(why, sizeof why, "this program was built without it: make, with the CUDA toolkit's nvcc on PATH");
-#endif
-    if (place == RETROFIT_ON_CUDA) return retrofit_fail("no GPU: %s", why), (const retrofit_ops *)NULL;
-    retrofit_cpu.start(text);
-    if (place == RETROFIT_AUTO && *why) snprintf(text, 256, "the CPU (no GPU: %.200s)", why);
-    return &retrofit_cpu;
 }
 
 #endif // RETROFIT_IMPLEMENTATION
@@ -1708,48 +1508,44 @@ extern "C" {
 // PART II  THINKING LONGER
 // 7  Decoding: KV cache, exits, sampling, drafts
 // =================================================================================================
+// A decoding step takes one new token per row through the prelude, r recurrences and the coda, and
+// ends with the logits of the token that follows. Attention reads the keys and values of earlier
+// tokens from the KV cache, to which the new token's are added. r is free at test time: it may be
+// larger than in training, end early for easy tokens, and be small for drafts.
 
-// A KV cache, and where recurrence i = 0, 1, … of a core layer keeps its keys and values: in slot i
-// (full), i mod M (shared: the newest recurrence wins) or i div M (grouped).
+// How the recurrences of a core layer share the cache's slots.
 typedef enum {
-    RETROFIT_CACHE_FULL,
-    RETROFIT_CACHE_SHARED,
-    RETROFIT_CACHE_GROUPED
+    RETROFIT_CACHE_FULL,   // each has its own
+    RETROFIT_CACHE_SHARED, // M slots, taken in turn
+    RETROFIT_CACHE_GROUPED // M successive recurrences have one in common
 } retrofit_cache_kind;
 struct retrofit_kv_cache {
     size_t capacity, recurrences; // positions; the largest r
     retrofit_cache_kind kind;
     size_t M;
-    bool bf16;                    // keys and values in bf16 where activations are fp32; on a CPU
+    bool bf16;                    // on a CPU: keys and values in bf16 rather than fp32
 };
 size_t retrofit_cache_bytes(const retrofit_buffers *buffers); // of keys and values, per token
 
-// When a token's recurrences stop early: section 7 has each criterion's formula and the authors'
-// threshold. Prompts never stop early.
+// What has to become stable for a token's recurrences to stop early. LATENT_DIFF is the fastest,
+// since the others need coda and head in every recurrence.
 typedef enum {
-    RETROFIT_EXIT_NONE,
-    RETROFIT_EXIT_ENTROPY_DIFF,
-    RETROFIT_EXIT_LATENT_DIFF, // the only one that needs no coda and head in every recurrence
-    RETROFIT_EXIT_KL,
-    RETROFIT_EXIT_MINP_KL,
-    RETROFIT_EXIT_ARGMAX_STABILITY
+    RETROFIT_EXIT_NONE, RETROFIT_EXIT_ENTROPY_DIFF, RETROFIT_EXIT_LATENT_DIFF,
+    RETROFIT_EXIT_KL, RETROFIT_EXIT_MINP_KL, RETROFIT_EXIT_ARGMAX_STABILITY
 } retrofit_exit;
-// How strong test-time noise is in recurrence i.
+// How strong test-time noise is in each recurrence.
 typedef enum {
-    RETROFIT_NOISE_FIXED,
-    RETROFIT_NOISE_GEOM,
-    RETROFIT_NOISE_SQRT,
-    RETROFIT_NOISE_LINE,
+    RETROFIT_NOISE_FIXED, RETROFIT_NOISE_GEOM, RETROFIT_NOISE_SQRT, RETROFIT_NOISE_LINE,
     RETROFIT_NOISE_CHI
 } retrofit_noise;
 typedef struct {
-    size_t recurrences;  // r; with an exit the most that a token takes
-    float sigma;         // of s_0 and
-    uint64_t seed;       // its seed, as in retrofit_init_state
-    retrofit_exit exit;
+    size_t recurrences;  // r; with an exit, the most that a token takes
+    float sigma;         // of s_0
+    uint64_t seed;       // of s_0 and of the noise
+    retrofit_exit exit;  // a prompt takes all r recurrences even so
     float threshold;     // of the exit; below 0: the authors'
-    bool continuous;     // a token fed alone starts from the last state of the one before it
-    float noise;         // 0: none
+    bool continuous;     // a token fed alone starts from the last state of the token before it
+    float noise;         // in units of the model's state_std; 0: none
     retrofit_noise noise_kind;
 } retrofit_recurrence_options;
 
@@ -1759,37 +1555,38 @@ typedef struct {
 struct retrofit_decoder {
     retrofit_kv_cache cache;
     retrofit_type kv_type;
-    size_t slots;        // prelude layers, core layers times the slots of one, coda layers
+    size_t slots;        // of all layers together
     act *keys, *values;  // (slots,B,capacity,G·h) of kv_type
-    int32_t *reached;    // (B)     slots that hold entries of the row's newest token
+    int32_t *reached;    // (B)     slots per core layer that the row's newest token has written
     float *carried;      // (B,d)   states of rows that stopped; with `continuous`, to start from
-    size_t carries;      // rows of it
+    size_t carries;      // rows that have one to start from
     float *drafted;      // (2,RETROFIT_LOOKAHEAD,d) states and A_e·e of drafted tokens
 
     // On the host:
     int32_t *seen;       // (B)     tokens that each row has in the cache: `past`
     int32_t *used;       // (B)     recurrences that each row's last token took
     float *next;         // (B,V)   the logits that retrofit_next_logits returns
-    double *measure;     // (B,V)   what an exit's criterion noted in the recurrence before
-    float *latent;       // (2,B,d) states before and now
+    double *measure;     // (B,V)   what the exit's criterion noted in the recurrence before
+    float *latent;       // (2,B,d) states of even and of odd recurrences
 
     void *step;          // one decoding step as the device recorded it, for
     size_t step_b;       // so many rows and
     retrofit_recurrence_options step_options;
-    size_t steps;        // such steps so far
 };
 
-// n recurrences without gradient, with noise if the options ask for it.
+// n recurrences without gradient, with noise if the options ask for it and nothing is kept.
 void retrofit_recur_noisy(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
                           size_t n);
 
-// Feeds t new tokens per row (tokens (b,t), of which the first lengths[i] count; NULL: all) through
-// the recurrences and the KV cache; returns the logits (b,V) behind each row's last token, on the host,
-// valid until the next call. decoder->used[i] then is the recurrences it took. NULL or error.
-const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
-                                  const int32_t *lengths,
+// Feeds t new tokens per row: tokens (b,t), of which the first lengths[i] count (NULL: all).
+// Returns the logits (b,V) behind each row's last token, on the host, valid until the next call.
+// NULL or error.
+const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b,
+                                  size_t t, const int32_t *lengths,
                                   const retrofit_recurrence_options *options);
 void retrofit_clear_cache(retrofit_buffers *buffers);
+// How far a state (d) has moved, relative to its size.
+double retrofit_relative_change(const float *now, const float *before, size_t d);
 
 typedef struct {
     float temperature;  // 0: greedy
@@ -1797,21 +1594,19 @@ typedef struct {
     float top_p, min_p; // 1, 0: all
     uint64_t seed;      // advances with every draw
 } retrofit_sampling;
-// Draws a token; filters in the order temperature, top-k, top-p, min-p. scratch: V pairs of 8 bytes.
+// Draws the next token. scratch: V pairs of 8 bytes.
 int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch);
 int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 
-// Self-speculative decoding: `token` and L - 1 tokens drafted behind it go through `draft` recurrences
-// one by one, then through the other r - draft together. Returns how many tokens follow `token`
-// (1 … L; out has room for L), distributed exactly as those of plain decoding; greedy ones are the same
-// tokens. The last one is not fed yet. One row; no exit, noise or `continuous`. Only ids below n are
-// drawn: V, or fewer if the others are padding. scratch: (2L + 2)·V floats, of which the first L·V are
-// then the logits (L,V) that the tokens were judged by. 0 or error.
-size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t draft, size_t L,
+// Self-speculative decoding: drafts tokens behind `token` with `depth` recurrences each, verifies
+// them in one pass of r. Returns how many tokens follow `token`: 1 … lookahead, in `out`; they are
+// distributed as in plain decoding, and greedy ones are the same. The last is not in the cache yet.
+// One row; no exit, noise or `continuous`. Only ids below `vocab` are drawn: V, or fewer if the
+// others are padding. scratch: (2·lookahead + 2)·V floats; the first lookahead·V are then the
+// logits that `token` and the drafts led to. 0 or error.
+size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
                           const retrofit_recurrence_options *options, retrofit_sampling *sampling,
-                          size_t n, int32_t *out, float *scratch);
-// ‖now - before‖ / ‖now‖ of one state (d).
-double retrofit_relative_change(const float *now, const float *before, size_t d);
+                          size_t vocab, int32_t *out, float *scratch);
 #ifdef __cplusplus
 }
 #endif
@@ -1819,14 +1614,30 @@ double retrofit_relative_change(const float *now, const float *before, size_t d)
 
 #ifdef RETROFIT_IMPLEMENTATION
 
-// Slots of a core layer after so many recurrences.
-static size_t slots_of(const retrofit_kv_cache *cache, size_t recurrences) {
-    switch (cache->kind) {
-    case RETROFIT_CACHE_SHARED: return retrofit_min(cache->M, recurrences);
-    case RETROFIT_CACHE_GROUPED: return (recurrences + cache->M - 1) / cache->M;
-    default: return recurrences;
-    }
-}
+void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
+static void *fail_null(const char *format, ...); // retrofit_fail for functions that return pointers
+void *retrofit_allocate(size_t count, size_t size);
+uint16_t retrofit_float_to_bf16(float f);
+static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
+// Attention of one head of one sequence, tile by tile: section 10.
+enum { TILE = 96 };
+static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
+                   matrix_view v, size_t rows, size_t before, size_t h);
+
+// ---- KV cache ----------------------------------------------------------------------------------
+// A core layer's input differs from recurrence to recurrence, and so do its keys and values. A slot
+// (B,capacity,G·h) holds those of one layer in one recurrence, for every position:
+//
+//     first slot    0         P              P+C            P+2C               slots - D
+//     holds         prelude | core, i = 0  | core, i = 1  | core, i = 2  | …  | coda
+//
+// The core needs r·C slots that way. In other kinds of cache recurrences share slots, and what a
+// token leaves in a slot is from its last recurrence there. With M = 4:
+//
+//     recurrence i  0  1  2  3  4  5  6  7
+//     full          0  1  2  3  4  5  6  7       slot i
+//     shared        0  1  2  3  0  1  2  3       slot i mod M
+//     grouped       0  0  0  0  1  1  1  1       slot i div M
 
 // The slot of recurrence i = 0, 1, … in a core layer.
 static size_t kv_slot(const retrofit_kv_cache *cache, size_t i) {
@@ -1835,6 +1646,12 @@ static size_t kv_slot(const retrofit_kv_cache *cache, size_t i) {
     case RETROFIT_CACHE_GROUPED: return i / cache->M;
     default: return i;
     }
+}
+
+// Slots of a core layer that r recurrences use.
+static size_t slots_of(const retrofit_kv_cache *cache, size_t r) {
+    if (cache->kind == RETROFIT_CACHE_SHARED) return retrofit_min(cache->M, r);
+    return r ? kv_slot(cache, r - 1) + 1 : 0;
 }
 
 static size_t core_slot(const retrofit_buffers *buffers, size_t i) {
@@ -1851,7 +1668,7 @@ static size_t coda_slot(const retrofit_buffers *buffers) {
 static bool decoder_new(retrofit_buffers *buffers, const retrofit_kv_cache *cache) {
     const retrofit_model *model = buffers->model;
     const retrofit_config *c = &model->config;
-    retrofit_decoder *decoder = (retrofit_decoder *)retrofit_allocate(1, sizeof *decoder);
+    retrofit_decoder *decoder = retrofit_allocate(1, sizeof *decoder);
     if (!decoder) return false;
     decoder->cache = *cache;
     decoder->kv_type = cache->bf16 ? RETROFIT_BF16 : model->ops->act_type;
@@ -1860,202 +1677,505 @@ static bool decoder_new(retrofit_buffers *buffers, const retrofit_kv_cache *cach
     return true;
 }
 
-size_t retrofit_cache_bytes(const retrofit_buffers *buffers) {
+// Bytes of one token's keys, or values, in a slot.
+static size_t entry_bytes(const retrofit_buffers *buffers) {
     const retrofit_config *c = &buffers->model->config;
-    const retrofit_decoder *decoder = buffers->decoder;
-    size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(decoder->kv_type);
-    return 2 * decoder->slots * entry;
+    return c->n_kv_heads * c->head_dim * retrofit_type_size(buffers->decoder->kv_type);
+}
+
+size_t retrofit_cache_bytes(const retrofit_buffers *buffers) {
+    return 2 * buffers->decoder->slots * entry_bytes(buffers);
+}
+
+// Keys or values (`base`) of a slot.
+static act *slot_at(const retrofit_buffers *buffers, act *base, size_t slot) {
+    size_t positions = buffers->B * buffers->decoder->cache.capacity;
+    return (char *)base + slot * positions * entry_bytes(buffers);
 }
 
 static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     const retrofit_decoder *decoder = buffers->decoder;
-    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim, b = buffers->b, t = buffers->t;
     size_t capacity = decoder->cache.capacity;
-    size_t entry = G * h * retrofit_type_size(decoder->kv_type);
-    size_t at = slot * buffers->B * capacity * entry;
-    act *keys = (char *)decoder->keys + at, *values = (char *)decoder->values + at;
-    ops->kv_store(keys, values, block->qkv, buffers->past, buffers->b, buffers->t, capacity, H, G, h,
+    act *keys = slot_at(buffers, decoder->keys, slot);
+    act *values = slot_at(buffers, decoder->values, slot);
+    ops->kv_store(keys, values, block->qkv, buffers->past, b, t, capacity, H, G, h,
                   decoder->kv_type);
-    ops->attention_cached(block->attention, block->qkv, keys, values, buffers->past, buffers->b,
-                          buffers->t, capacity, H, G, h, decoder->kv_type);
+    ops->attention_cached(block->attention, block->qkv, keys, values, buffers->past, b, t, capacity,
+                          H, G, h, decoder->kv_type);
 }
 
-// Normal numbers for every state. In decoding a row's are what they would be if it were alone: a text does not depend on its batch.
-static void draw_states(retrofit_buffers *a, float *states, float sigma, uint64_t seed) {
-    const retrofit_ops *ops = a->model->ops;
-    size_t d = a->model->config.n_embd;
-    if (!a->decoder) ops->state_init(states, NULL, a->b, a->t, d, sigma, seed);
-    else
-        for (size_t i = 0; i < a->b; i++) ops->state_init(states + i * a->t * d, a->past + i, 1, a->t, d, sigma, seed);
-}
-
-// z goes where the coda's stream will be: it is not there yet.
-static void add_noise(retrofit_buffers *a, const retrofit_recurrence_options *how) {
-    const retrofit_model *m = a->model;
-    uint64_t key = retrofit_hash(how->seed, ~(uint64_t)a->n);
-    float i = (float)(a->n + 1), y = how->noise * m->config.state_std, x = y;
-    if (how->noise_kind == RETROFIT_NOISE_GEOM) x = y / i;
-    if (how->noise_kind == RETROFIT_NOISE_SQRT) x = y / sqrtf(i);
-    if (how->noise_kind == RETROFIT_NOISE_LINE) x = fmaxf(y, 1 - (i - 1) / (float)how->recurrences);
-    if (how->noise_kind == RETROFIT_NOISE_CHI) x = 2 * y * (float)retrofit_hash_uniform(key, (uint64_t)a->decoder->seen[0]);
-    draw_states(a, a->x, x, key);
-    m->ops->add(a->state, a->x, a->N * m->config.n_embd, 1 - x);
-}
-
-void retrofit_recur_noisy(retrofit_buffers *a, const retrofit_recurrence_options *how, size_t n) {
-    bool noisy = how->noise > 0 && !a->keep && a->model->config.core;
-    for (; noisy && n; n--) add_noise(a, how), retrofit_recur(a, 1, 0);
-    retrofit_recur(a, n, 0);
-}
-
-static void begin_recurrence(retrofit_buffers *a, const retrofit_recurrence_options *how) {
-    const retrofit_config *c = &a->model->config;
-    prelude_forward(a);
-    if (!c->core) return;
-    if (how->continuous && a->t == 1 && a->b <= a->decoder->carries) a->model->ops->copy(a->state, a->decoder->carried, a->b * c->n_embd * sizeof *a->state);
-    else retrofit_init_state(a, how->sigma, how->seed);
-}
-
-// Logits of the next token after each of b rows of one token.
-static void read_next(retrofit_buffers *a) {
-    const retrofit_model *m = a->model;
-    retrofit_coda(a);
-    m->ops->matmul_residual_forward(a->wide_logits, NULL, a->final, m->lm_head.weight, a->b, m->config.n_embd, m->config.vocab);
-}
-
-// One token for each of b rows. A step is hundreds of short operations that differ from those of the step before only in what lies in
-// memory: a device that can record them does so (the second time: the first may still have to prepare itself) and then repeats them.
-static void decode_step(retrofit_buffers *a, const retrofit_recurrence_options *how) {
-    const retrofit_ops *ops = a->model->ops;
-    const retrofit_recurrence_options *was = &a->decoder->step_options;
-    bool carried = how->continuous && a->b <= a->decoder->carries;
-    if (a->b != a->decoder->step_b || how->recurrences != was->recurrences || how->sigma != was->sigma || how->seed != was->seed ||
-        carried != was->continuous || how->noise != was->noise || how->noise_kind != was->noise_kind) {
-        if (a->decoder->step) ops->record_free(a->decoder->step);
-        a->decoder->step = NULL, a->decoder->steps = 0, a->decoder->step_b = a->b, a->decoder->step_options = *how, a->decoder->step_options.continuous = carried;
+// Normal numbers, cut at ±3, times sigma, for every state of the batch. Decoding draws each row's
+// as if it were the only one, so that a text does not depend on those beside it.
+static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed) {
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t b = buffers->b, t = buffers->t, d = buffers->model->config.n_embd;
+    if (!buffers->decoder) {
+        ops->state_init(states, NULL, b, t, d, sigma, seed);
+        return;
     }
-    bool record = ops->record_begin && a->decoder->steps++ == 1 && !(how->noise > 0);
-    if (record) ops->record_begin();
-    if (!a->decoder->step) begin_recurrence(a, how), retrofit_recur_noisy(a, how, how->recurrences), read_next(a);
-    if (record) a->decoder->step = ops->record_end();
-    if (a->decoder->step) ops->replay(a->decoder->step), a->n = a->model->config.core ? how->recurrences : 0;
+    for (size_t row = 0; row < b; row++)
+        ops->state_init(states + row * t * d, buffers->past + row, 1, t, d, sigma, seed);
 }
 
-static double exit_limit(const retrofit_recurrence_options *how) {
-    static const double usual[] = {0, 1e-3, 0.03, 5e-4, 1e-6, 5}; // by retrofit_exit
-    return how->threshold < 0 ? usual[how->exit] : (double)how->threshold;
+// ---- What a new token needs of the old ones ----------------------------------------------------
+
+// Keys and values of T new tokens a row, to positions past[b] … past[b] + T - 1.
+static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B,
+                     size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
+    size_t width = G * h, Q = (H + 2 * G) * h;
+    for (size_t n = 0; n < B * T; n++) {
+        const float *k = (const float *)qkv + n * Q + H * h, *v = k + width;
+        size_t b = n / T, position = (size_t)past[b] + n % T;
+        size_t first = (b * capacity + position) * width;
+        if (type == RETROFIT_F32) {
+            memcpy((float *)keys + first, k, width * sizeof *k);
+            memcpy((float *)values + first, v, width * sizeof *v);
+            continue;
+        }
+        uint16_t *keys_bf16 = (uint16_t *)keys + first, *values_bf16 = (uint16_t *)values + first;
+        for (size_t c = 0; c < width; c++) {
+            keys_bf16[c] = retrofit_float_to_bf16(k[c]);
+            values_bf16[c] = retrofit_float_to_bf16(v[c]);
+        }
+    }
 }
 
-// ‖now - before‖ / ‖now‖ of one state. (inline: not every program looks at states.)
+// attention_forward for T new queries a row, over the past[b] positions before them and their own.
+static void attention_cached(act *out, const act *qkv, const act *keys, const act *values,
+                             const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,
+                             size_t G, size_t h, retrofit_type type) {
+    size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE, size = retrofit_type_size(type);
+    PARALLEL_TASKS
+    for (size_t task = 0; task < B * H * tiles; task++) {
+        size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
+        size_t n = b * T + t, group = head / (H / G);
+        size_t first = (b * capacity * G + group) * h * size;
+        matrix_view q = view((const float *)qkv + n * Q + head * h, Q);
+        matrix_view k = {(const char *)keys + first, type, G * h, 1};
+        matrix_view v = {(const char *)values + first, type, G * h, 1};
+        attend((float *)out + (n * H + head) * h, H * h, NULL, 0, q, k, v,
+               retrofit_min(T - t, TILE), (size_t)past[b] + t, h);
+    }
+}
+
+// Row b's newest token, at position past[b], has entries in the core's first used[b] slots. The
+// others of the S slots get what the last of those has, for each of the C layers. Layers lie
+// `stride` elements apart, and slot i's layer j is layer i·C + j.
+static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S,
+                        size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h,
+                        retrofit_type type) {
+    size_t bytes = G * h * retrofit_type_size(type), layer = stride * retrofit_type_size(type);
+    for (size_t b = 0; b < B; b++) {
+        size_t in_layer = (b * capacity + (size_t)past[b]) * bytes;
+        size_t first = (size_t)used[b] * C; // the first layer without an entry
+        for (size_t i = first; i < S * C; i++) {
+            size_t from = (first - C + i % C) * layer + in_layer, to = i * layer + in_layer;
+            memcpy((char *)keys + to, (char *)keys + from, bytes);
+            memcpy((char *)values + to, (char *)values + from, bytes);
+        }
+    }
+}
+
+// ---- Noise: s ← (1 - x)·s + x·z before recurrence i = 1, 2, … ----------------------------------
+
+// x, from y = noise·σ; u is uniform in (0, 1).
+static float noise_strength(const retrofit_buffers *buffers,
+                            const retrofit_recurrence_options *options, uint64_t key) {
+    uint64_t position = buffers->decoder ? (uint64_t)buffers->decoder->seen[0] : 0;
+    float i = (float)(buffers->n + 1), r = (float)options->recurrences;
+    float y = options->noise * buffers->model->config.state_std;
+    switch (options->noise_kind) {
+    case RETROFIT_NOISE_GEOM: return y / i;
+    case RETROFIT_NOISE_SQRT: return y / sqrtf(i);
+    case RETROFIT_NOISE_LINE: return fmaxf(y, 1 - (i - 1) / r);
+    case RETROFIT_NOISE_CHI: return 2 * y * (float)retrofit_hash_uniform(key, position); // 2uy
+    default: return y;
+    }
+}
+
+// z is drawn as s_0 is, but anew for each recurrence. The noise is drawn into buffers->x, which is
+// free until the coda runs.
+static void add_noise(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    const retrofit_model *model = buffers->model;
+    uint64_t key = retrofit_hash(options->seed, ~(uint64_t)buffers->n);
+    float x = noise_strength(buffers, options, key);
+    draw_states(buffers, buffers->x, x, key);
+    model->ops->add(buffers->state, buffers->x, buffers->N * model->config.n_embd, 1 - x);
+}
+
+void retrofit_recur_noisy(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                          size_t n) {
+    bool noisy = options->noise > 0 && !buffers->keep;
+    if (!noisy || retrofit_is_plain(&buffers->model->config)) {
+        retrofit_recur(buffers, n, 0);
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
+        add_noise(buffers, options);
+        retrofit_recur(buffers, 1, 0);
+    }
+}
+
+// ---- One decoding step -------------------------------------------------------------------------
+
+// Whether the batch goes on from the states in `carried`.
+static bool carries_on(const retrofit_buffers *buffers,
+                       const retrofit_recurrence_options *options) {
+    return options->continuous && buffers->t == 1 && buffers->b <= buffers->decoder->carries;
+}
+
+// e, and the state that the first recurrence reads.
+static void begin_recurrence(retrofit_buffers *buffers,
+                             const retrofit_recurrence_options *options) {
+    const retrofit_model *model = buffers->model;
+    size_t bytes = buffers->b * model->config.n_embd * sizeof *buffers->state;
+    prelude_forward(buffers);
+    if (retrofit_is_plain(&model->config)) return;
+    if (carries_on(buffers, options))
+        model->ops->copy(buffers->state, buffers->decoder->carried, bytes);
+    else retrofit_init_state(buffers, options->sigma, options->seed);
+}
+
+// The logits behind `count` tokens of the batch, from number `token` on, to rows of wide_logits.
+static void head_forward(retrofit_buffers *buffers, size_t row, size_t token, size_t count) {
+    const retrofit_model *model = buffers->model;
+    size_t d = model->config.n_embd, V = model->config.vocab;
+    const act *final = act_at(model->ops, buffers->final, token * d);
+    model->ops->matmul_residual_forward(buffers->wide_logits + row * V, NULL, final,
+                                        model->lm_head.weight, count, d, V);
+}
+
+// The logits that the states of b rows of one token lead to.
+static void read_next_logits(retrofit_buffers *buffers) {
+    retrofit_coda(buffers);
+    head_forward(buffers, 0, 0, buffers->b);
+}
+
+static void run_step(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    begin_recurrence(buffers, options);
+    retrofit_recur_noisy(buffers, options, options->recurrences);
+    read_next_logits(buffers);
+}
+
+// A step is hundreds of short operations, and starting each of them can take longer than doing it.
+// So a GPU records them once (a CUDA graph) and then replays the recording. It fits as long as the
+// operations get the same arguments; what differs from token to token lies in memory.
+static bool recording_fits(const retrofit_buffers *buffers,
+                           const retrofit_recurrence_options *options) {
+    const retrofit_decoder *decoder = buffers->decoder;
+    const retrofit_recurrence_options *recorded = &decoder->step_options;
+    return decoder->step_b == buffers->b && recorded->recurrences == options->recurrences &&
+           recorded->sigma == options->sigma && recorded->seed == options->seed &&
+           recorded->continuous == carries_on(buffers, options);
+}
+
+// The next recording is to be of a step like this one.
+static void await_recording(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    retrofit_decoder *decoder = buffers->decoder;
+    if (decoder->step) buffers->model->ops->record_free(decoder->step);
+    decoder->step = NULL;
+    decoder->step_b = buffers->b;
+    decoder->step_options = *options;
+    decoder->step_options.continuous = carries_on(buffers, options);
+}
+
+static void record_step(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    const retrofit_ops *ops = buffers->model->ops;
+    ops->record_begin();
+    run_step(buffers, options);
+    buffers->decoder->step = ops->record_end();
+}
+
+// One token for each of b rows, through r recurrences. The second step of its kind is recorded, not
+// the first, in which the device may still have to load kernels and choose algorithms: a recording
+// cannot contain that. Noise is not recorded, as its strength may differ from token to token.
+static void decode_step(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    const retrofit_ops *ops = buffers->model->ops;
+    bool recordable = ops->record_begin && !(options->noise > 0);
+    if (!recordable || !recording_fits(buffers, options)) {
+        if (recordable) await_recording(buffers, options);
+        run_step(buffers, options);
+        return;
+    }
+    if (!buffers->decoder->step) record_step(buffers, options);
+    ops->replay(buffers->decoder->step);
+    buffers->n = retrofit_is_plain(&buffers->model->config) ? 0 : options->recurrences;
+}
+
+// ---- Exits -------------------------------------------------------------------------------------
+// A criterion compares a token's distribution p_i = softmax(logits_i), or its state s_i, with that
+// of the recurrence before, and says whether the token may stop after recurrence i = 1, 2, ….
+
+// What recurrence i left of one row.
+typedef struct {
+    size_t i, V, d;
+    const float *logits;               // (V) logits_i, or
+    const float *state, *state_before; // (d) s_i and s_{i-1}
+    double *noted;                     // (V) what the criterion noted in the recurrence before
+} recurrence_result;
+
+// Σ_v e^{z_v - max}: with it p_v = e^{z_v - max} / sum, log p_v = z_v - max - log sum.
+static double softmax_sum(const float *z, size_t V, float max) {
+    double sum = 0;
+    for (size_t v = 0; v < V; v++) sum += (double)fast_exp(z[v] - max);
+    return sum;
+}
+
+// |H(p_i) - H(p_{i-1})| in nats, with the entropy H(p) = -Σ_v p_v·log p_v
+static bool entropy_diff(const recurrence_result *result, double threshold) {
+    const float *z = result->logits;
+    size_t V = result->V;
+    float max = max_element(z, V);
+    double sum = softmax_sum(z, V, max), log_sum = log(sum), entropy = 0;
+    for (size_t v = 0; v < V; v++)
+        entropy -= (double)fast_exp(z[v] - max) / sum * ((double)(z[v] - max) - log_sum);
+    double before = result->i > 1 ? result->noted[0] : 100; // more than any vocabulary has
+    result->noted[0] = entropy;
+    return fabs(entropy - before) < threshold;
+}
+
+// ‖s_i - s_{i-1}‖ / ‖s_i‖
 double retrofit_relative_change(const float *now, const float *before, size_t d) {
     double change = 0, size = 0;
-    for (size_t c = 0; c < d; c++) size += (double)now[c] * now[c], change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
+    for (size_t c = 0; c < d; c++) {
+        size += (double)now[c] * now[c];
+        change += ((double)now[c] - before[c]) * ((double)now[c] - before[c]);
+    }
     return sqrt(change / size);
 }
 
-// Whether a row may stop after recurrence i = 1, 2, …, by its logits z; `was` is what the criterion noted the recurrence before.
-static bool should_exit(const retrofit_recurrence_options *how, size_t i, const float *z, size_t V, double *was) {
-    double limit = exit_limit(how), sum = 0, entropy = 0, kl = 0;
-    if (how->exit == RETROFIT_EXIT_ARGMAX_STABILITY) {
-        double likeliest = retrofit_argmax(z, V);
-        was[1] = i > 1 && was[0] == likeliest ? was[1] + 1 : 0, was[0] = likeliest;
-        return was[1] >= limit;
-    }
-    float top = max_element(z, V);
-    for (size_t v = 0; v < V; v++) sum += (double)fast_exp(z[v] - top);
-    double log_sum = log(sum);
-    if (how->exit == RETROFIT_EXIT_ENTROPY_DIFF) {
-        for (size_t v = 0; v < V; v++) entropy -= (double)fast_exp(z[v] - top) / sum * ((double)(z[v] - top) - log_sum);
-        double before = i > 1 ? was[0] : 100; // nats: more than there are
-        return was[0] = entropy, fabs(entropy - before) < limit;
-    }
-    bool cut = how->exit == RETROFIT_EXIT_MINP_KL; // what is below a tenth of the largest becomes 1/V, then the sum 1 again
-    float tenth = cut ? logf(0.1f) : -INFINITY;
-    double low = -log((double)V), total = 0, log_total = 0;
-    for (size_t v = 0; cut && v < V; v++) total += z[v] - top < tenth ? 1 / (double)V : (double)fast_exp(z[v] - top) / sum;
-    if (cut) log_total = log(total);
+static bool latent_diff(const recurrence_result *result, double threshold) {
+    return retrofit_relative_change(result->state, result->state_before, result->d) < threshold;
+}
+
+// KL(p_{i-1} | p_i) = Σ_v p_{i-1,v}·(log p_{i-1,v} - log p_{i,v}), where p_0 is uniform. Given a
+// cut, probabilities below e^cut times the largest become 1/V; then all are divided by their sum.
+static double divergence(const recurrence_result *result, float cut) {
+    const float *z = result->logits;
+    size_t V = result->V;
+    float max = max_element(z, V);
+    double sum = softmax_sum(z, V, max), log_sum = log(sum), log_uniform = -log((double)V);
+    double new_sum = 0, log_new_sum = 0, total = 0;
+    for (size_t v = 0; cut > -INFINITY && v < V; v++)
+        new_sum += z[v] - max < cut ? 1 / (double)V : (double)fast_exp(z[v] - max) / sum;
+    if (cut > -INFINITY) log_new_sum = log(new_sum);
     for (size_t v = 0; v < V; v++) {
-        double before = i > 1 ? was[v] : low, now = (z[v] - top < tenth ? low : (double)(z[v] - top) - log_sum) - log_total;
-        kl += (double)fast_exp((float)before) * (before - now), was[v] = now;
+        double before = result->i > 1 ? result->noted[v] : log_uniform;
+        double now = z[v] - max < cut ? log_uniform : (double)(z[v] - max) - log_sum;
+        now -= log_new_sum;
+        total += (double)fast_exp((float)before) * (before - now);
+        result->noted[v] = now;
     }
-    return kl < limit;
+    return total;
 }
 
-// The same token by token as long as it takes, at most r recurrences. Rows that have stopped go through the motions until all have; their
-// states are put aside, and nobody reads what their deeper recurrences leave in the cache: it is overwritten by what they lend.
-static void recur_until_exit(retrofit_buffers *a, const retrofit_recurrence_options *how) {
-    const retrofit_model *m = a->model;
-    const retrofit_ops *ops = m->ops;
-    size_t b = a->b, d = m->config.n_embd, V = m->config.vocab, i = 0, stopped = 0, G = m->config.n_kv_heads, h = m->config.head_dim;
-    bool by_latent = how->exit == RETROFIT_EXIT_LATENT_DIFF, read = false;
-    begin_recurrence(a, how);
-    memset(a->decoder->used, 0, b * sizeof *a->decoder->used);
-    if (by_latent) ops->download(a->decoder->latent, a->state, b * d * sizeof(float));
-    while (stopped < b && i < how->recurrences) {
-        retrofit_recur_noisy(a, how, 1), i++;
-        const float *before = a->decoder->latent + (i - 1) % 2 * b * d, *now = a->decoder->latent + i % 2 * b * d;
-        if (by_latent) ops->download((float *)now, a->state, b * d * sizeof(float));
-        else read_next(a), ops->download(a->decoder->next, a->wide_logits, b * V * sizeof(float));
-        read = !by_latent;
-        for (size_t row = 0; row < b; row++) {
-            if (a->decoder->used[row]) continue;
-            bool rests = by_latent ? retrofit_relative_change(now + row * d, before + row * d, d) < exit_limit(how)
-                                   : should_exit(how, i, a->decoder->next + row * V, V, a->decoder->measure + row * V);
-            if (i < how->recurrences && !rests) continue;
-            a->decoder->used[row] = (int32_t)i, stopped++;
-            ops->copy(a->decoder->carried + row * d, a->state + row * d, d * sizeof(float));
-        }
-    }
-    for (size_t row = 0; row < b; row++) read = read && (size_t)a->decoder->used[row] == i;
-    ops->copy(a->state, a->decoder->carried, b * d * sizeof(float));
-    if (!read) read_next(a);
-    int32_t *reached = (int32_t *)a->decoder->latent; // on the host; the states in there have served
-    for (size_t row = 0; row < b; row++) reached[row] = (int32_t)slots_of(&a->decoder->cache, (size_t)a->decoder->used[row]);
-    ops->upload(a->decoder->reached, reached, b * sizeof *reached);
-    size_t first = m->config.prelude * a->B * a->decoder->cache.capacity * G * h * retrofit_type_size(a->decoder->kv_type);
-    ops->kv_backfill((char *)a->decoder->keys + first, (char *)a->decoder->values + first, a->past, a->decoder->reached, slots_of(&a->decoder->cache, a->decoder->cache.recurrences),
-                 m->config.core, a->B * a->decoder->cache.capacity * G * h, b, a->decoder->cache.capacity, G, h, a->decoder->kv_type);
+static bool kl(const recurrence_result *result, double threshold) {
+    return divergence(result, -INFINITY) < threshold;
 }
 
-// Prelude layer i has its keys and values in slot i, core layer j of recurrence i in slot P + i·C + j (or that which the cache's kind says),
-// the coda in the last D. A row shorter than t is padded on the right: what the padding leaves in the cache lies behind the row's end, where no
-// query looks before the next tokens have overwritten it.
-const float *retrofit_next_logits(retrofit_buffers *a, const int32_t *tokens, size_t b, size_t t, const int32_t *lengths,
-                           const retrofit_recurrence_options *how) {
-    const retrofit_model *m = a->model;
-    const retrofit_config *c = &m->config;
-    size_t d = c->n_embd, V = c->vocab, r = how->recurrences;
-    if (!a->decoder || a->keep) return retrofit_fail("these activations have no KV cache"), (const float *)NULL;
-    if (c->core && (r == 0 || r > a->decoder->cache.recurrences))
-        return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r, a->decoder->cache.recurrences), (const float *)NULL;
-    if (how->exit && b > 1 && a->decoder->cache.kind != RETROFIT_CACHE_FULL) // of these slots a row that has stopped would lose what it wrote
-        return retrofit_fail("rows that stop thinking at different times need the full KV cache, or one row at a time"), (const float *)NULL;
-    bool prompt = false;
-    for (size_t i = 0; i < b && i < a->B; i++) {
-        prompt = prompt || a->decoder->seen[i] == 0;
-        if (lengths && (lengths[i] < 1 || (size_t)lengths[i] > t)) return retrofit_fail("row %zu: %d tokens of %zu", i, (int)lengths[i], t), (const float *)NULL;
-        if ((size_t)a->decoder->seen[i] + t > a->decoder->cache.capacity)
-            return retrofit_fail("%zu tokens after %d do not fit in a context of %zu", t, (int)a->decoder->seen[i], a->decoder->cache.capacity), (const float *)NULL;
-    }
-    if (!set_batch(a, tokens, b, t)) return NULL;
-    m->ops->upload(a->past, a->decoder->seen, a->B * sizeof *a->decoder->seen);
-    for (size_t i = 0; i < b; i++) a->decoder->used[i] = c->core ? (int32_t)r : 0;
-    if (t == 1 && c->core && how->exit && !prompt) recur_until_exit(a, how);
-    else if (t == 1) decode_step(a, how);
-    else begin_recurrence(a, how), retrofit_recur_noisy(a, how, r), retrofit_coda(a);
-    for (size_t i = 0; i < b; i++) {
-        size_t last = i * t + (lengths ? (size_t)lengths[i] : t) - 1;
-        if (t > 1) m->ops->matmul_residual_forward(a->wide_logits + i * V, NULL, act_at(m->ops, a->final, last * d), m->lm_head.weight, 1, d, V);
-        if (how->continuous && c->core) m->ops->copy(a->decoder->carried + i * d, a->state + last * d, d * sizeof(float)), a->decoder->carries = b;
-        a->decoder->seen[i] += (int32_t)(last - i * t + 1);
-    }
-    m->ops->download(a->decoder->next, a->wide_logits, b * V * sizeof *a->decoder->next);
-    return a->decoder->next;
+// The same where every p_v below a tenth of the largest counts as 1/V: unlikely tokens have no say.
+static bool minp_kl(const recurrence_result *result, double threshold) {
+    return divergence(result, logf(0.1f)) < threshold;
 }
 
-void retrofit_clear_cache(retrofit_buffers *a) { memset(a->decoder->seen, 0, a->B * sizeof *a->decoder->seen), a->decoder->carries = 0; }
+// The likeliest token has stayed the same for `threshold` recurrences more.
+static bool argmax_stability(const recurrence_result *result, double threshold) {
+    double *likeliest = &result->noted[0], *repeats = &result->noted[1];
+    double before = result->i > 1 ? *likeliest : -1;
+    *likeliest = retrofit_argmax(result->logits, result->V);
+    *repeats = *likeliest == before ? *repeats + 1 : 0;
+    return *repeats >= threshold;
+}
+
+// By retrofit_exit: each criterion, the authors' threshold, and whether it reads states or logits.
+static const struct {
+    bool (*is_met)(const recurrence_result *result, double threshold);
+    double threshold;
+    bool reads_states;
+} criteria[] = {
+    {NULL, 0, false},
+    {entropy_diff, 1e-3, false},
+    {latent_diff, 0.03, true},
+    {kl, 5e-4, false},
+    {minp_kl, 1e-6, false},
+    {argmax_stability, 5, false},
+};
+
+static bool should_exit(const retrofit_recurrence_options *options,
+                        const recurrence_result *result) {
+    double threshold = (double)options->threshold;
+    if (threshold < 0) threshold = criteria[options->exit].threshold;
+    return criteria[options->exit].is_met(result, threshold);
+}
+
+// Where the states s_i (b,d) lie on the host: the last two are kept.
+static float *latent_states(const retrofit_buffers *buffers, size_t i) {
+    return buffers->decoder->latent + i % 2 * buffers->b * buffers->model->config.n_embd;
+}
+
+// Downloads what the criterion reads of the recurrence just done.
+static void download_result(retrofit_buffers *buffers, bool states) {
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_config *c = &buffers->model->config;
+    size_t b = buffers->b;
+    float *latent = latent_states(buffers, buffers->n), *next = buffers->decoder->next;
+    if (states) {
+        ops->download(latent, buffers->state, b * c->n_embd * sizeof *latent);
+        return;
+    }
+    read_next_logits(buffers);
+    ops->download(next, buffers->wide_logits, b * c->vocab * sizeof *next);
+}
+
+static void keep_state_of(retrofit_buffers *buffers, size_t row, size_t token) {
+    size_t d = buffers->model->config.n_embd;
+    float *state = buffers->state + token * d;
+    buffers->model->ops->copy(buffers->decoder->carried + row * d, state, d * sizeof *state);
+}
+
+// Stops the rows that meet the criterion after the recurrence just done, and after recurrence r all
+// that are left. Returns how many stopped.
+static size_t check_exits(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    retrofit_decoder *decoder = buffers->decoder;
+    size_t V = buffers->model->config.vocab, d = buffers->model->config.n_embd;
+    size_t i = buffers->n, stopped = 0;
+    for (size_t row = 0; row < buffers->b; row++) {
+        if (decoder->used[row] > 0) continue; // stopped before
+        recurrence_result result = {.i = i, .V = V, .d = d};
+        result.logits = decoder->next + row * V;
+        result.state = latent_states(buffers, i) + row * d;
+        result.state_before = latent_states(buffers, i - 1) + row * d;
+        result.noted = decoder->measure + row * V;
+        if (i < options->recurrences && !should_exit(options, &result)) continue;
+        decoder->used[row] = (int32_t)i;
+        keep_state_of(buffers, row, row);
+        stopped++;
+    }
+    return stopped;
+}
+
+// A token that stopped early has left nothing in the slots of deeper recurrences. Later tokens that
+// go deeper find there copies of what its last recurrence left.
+static void backfill_cache(retrofit_buffers *buffers) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t B = buffers->B, b = buffers->b, capacity = decoder->cache.capacity;
+    size_t G = c->n_kv_heads, h = c->head_dim, P = c->prelude, C = c->core;
+    size_t slots = slots_of(&decoder->cache, decoder->cache.recurrences);
+    for (size_t row = 0; row < b; row++) {
+        int32_t reached = (int32_t)slots_of(&decoder->cache, (size_t)decoder->used[row]);
+        ops->upload(decoder->reached + row, &reached, sizeof reached);
+    }
+    ops->kv_backfill(slot_at(buffers, decoder->keys, P), slot_at(buffers, decoder->values, P),
+                     buffers->past, decoder->reached, slots, C, B * capacity * G * h, b, capacity,
+                     G, h, decoder->kv_type);
+}
+
+// A decoding step with an exit. All rows run until the last one stops. A row that stopped earlier
+// keeps its saved state; what it writes to the cache after that is overwritten by kv_backfill
+// below, so nothing reads it.
+static void recur_until_exit(retrofit_buffers *buffers,
+                             const retrofit_recurrence_options *options) {
+    retrofit_decoder *decoder = buffers->decoder;
+    size_t b = buffers->b, d = buffers->model->config.n_embd, running = b, stopped = 0;
+    bool states = criteria[options->exit].reads_states;
+    memset(decoder->used, 0, b * sizeof *decoder->used);
+    begin_recurrence(buffers, options);
+    if (states) download_result(buffers, true); // s_0
+    while (running > 0) {
+        retrofit_recur_noisy(buffers, options, 1);
+        download_result(buffers, states);
+        stopped = check_exits(buffers, options);
+        running -= stopped;
+    }
+    if (states || stopped < b) { // wide_logits are not those of every row's last state
+        buffers->model->ops->copy(buffers->state, decoder->carried, b * d * sizeof *buffers->state);
+        read_next_logits(buffers);
+    }
+    backfill_cache(buffers);
+}
+
+// ---- The next token's logits -------------------------------------------------------------------
+
+static bool check_next_logits(const retrofit_buffers *buffers, size_t b, size_t t,
+                              const int32_t *lengths, const retrofit_recurrence_options *options) {
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t r = options->recurrences;
+    bool plain = retrofit_is_plain(&buffers->model->config);
+    if (!decoder || buffers->keep) return retrofit_fail("these activations have no KV cache");
+    if (!plain && (r == 0 || r > decoder->cache.recurrences))
+        return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r,
+                             decoder->cache.recurrences);
+    // A row that runs on after it stopped would overwrite entries in slots that recurrences share.
+    if (options->exit && b > 1 && decoder->cache.kind != RETROFIT_CACHE_FULL)
+        return retrofit_fail("rows that stop thinking at different times need the full KV cache, "
+                             "or one row at a time");
+    for (size_t row = 0; row < retrofit_min(b, buffers->B); row++) {
+        if (lengths && (lengths[row] < 1 || (size_t)lengths[row] > t))
+            return retrofit_fail("row %zu: %d tokens of %zu", row, (int)lengths[row], t);
+        if ((size_t)decoder->seen[row] + t > decoder->cache.capacity)
+            return retrofit_fail("%zu tokens after %d do not fit in a context of %zu", t,
+                                 (int)decoder->seen[row], decoder->cache.capacity);
+    }
+    return true;
+}
+
+// The number in the batch of a row's last token.
+static size_t last_token(const retrofit_buffers *buffers, const int32_t *lengths, size_t row) {
+    return row * buffers->t + (lengths ? (size_t)lengths[row] : buffers->t) - 1;
+}
+
+// Several tokens per row, in one pass; logits only behind the last. Shorter rows are padded at the
+// end: causal attention hides the padding from the row's own tokens, and its entries in the cache
+// lie behind the row's end, where later tokens overwrite them before anything reads there.
+static void read_prompts(retrofit_buffers *buffers, const int32_t *lengths,
+                         const retrofit_recurrence_options *options) {
+    begin_recurrence(buffers, options);
+    retrofit_recur_noisy(buffers, options, options->recurrences);
+    retrofit_coda(buffers);
+    for (size_t row = 0; row < buffers->b; row++)
+        head_forward(buffers, row, last_token(buffers, lengths, row), 1);
+}
+
+const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *tokens, size_t b,
+                                  size_t t, const int32_t *lengths,
+                                  const retrofit_recurrence_options *options) {
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_config *c = &buffers->model->config;
+    retrofit_decoder *decoder = buffers->decoder;
+    bool plain = retrofit_is_plain(c), begins = false;
+    if (!check_next_logits(buffers, b, t, lengths, options)) return NULL;
+    if (!set_batch(buffers, tokens, b, t)) return NULL;
+    ops->upload(buffers->past, decoder->seen, buffers->B * sizeof *decoder->seen);
+    for (size_t row = 0; row < b; row++) {
+        decoder->used[row] = plain ? 0 : (int32_t)options->recurrences;
+        begins = begins || decoder->seen[row] == 0;
+    }
+
+    if (t > 1) read_prompts(buffers, lengths, options);
+    else if (plain || !options->exit || begins) decode_step(buffers, options);
+    else recur_until_exit(buffers, options);
+
+    for (size_t row = 0; row < b; row++) {
+        size_t last = last_token(buffers, lengths, row);
+        if (options->continuous && !plain) keep_state_of(buffers, row, last);
+        decoder->seen[row] += (int32_t)(last + 1 - row * t);
+    }
+    if (options->continuous && !plain) decoder->carries = b;
+    ops->download(decoder->next, buffers->wide_logits, b * c->vocab * sizeof *decoder->next);
+    return decoder->next;
+}
+
+void retrofit_clear_cache(retrofit_buffers *buffers) {
+    memset(buffers->decoder->seen, 0, buffers->B * sizeof *buffers->decoder->seen);
+    buffers->decoder->carries = 0;
+}
+
+// ---- Sampling: softmax(logits/temperature), then top-k, top-p, min-p, in this order ------------
 
 int32_t retrofit_argmax(const float *logits, size_t V) {
     size_t best = 0;
@@ -2064,118 +2184,207 @@ int32_t retrofit_argmax(const float *logits, size_t V) {
     return (int32_t)best;
 }
 
+// A token that may come next. p is relative to the likeliest token's, which is 1.
 typedef struct {
     float p;
     int32_t id;
 } candidate;
 
-static int by_probability(const void *x, const void *y) { // descending; equals by id, so that a seed decides alone
-    const candidate *a = (const candidate *)x, *b = (const candidate *)y;
-    return a->p > b->p ? -1 : a->p < b->p ? 1 : a->id < b->id ? -1 : 1;
-}
-
-// What the filters leave of the distribution, as weights that add up to *total; their number.
-static size_t apply_filters(const float *logits, size_t V, const retrofit_sampling *s, candidate *c, double *total) {
-    size_t n = V;
-    float top = max_element(logits, V), min_p = fminf(s->min_p, 1); // the largest stays, whatever min_p is
-    if (!(s->temperature > 0) || !isfinite(top)) return c->p = 1, c->id = retrofit_argmax(logits, V), *total = 1, (size_t)1;
-    for (size_t v = 0; v < V; v++) c[v].p = fmaxf(0, expf((logits[v] - top) / s->temperature)), c[v].id = (int32_t)v; // fmaxf: NaN is 0
-    if (min_p > 0 && !(s->top_p < 1)) { // relative to the largest, whose weight is 1: needs no sorting, and leaves less to sort
-        n = 0;
-        for (size_t v = 0; v < V; v++)
-            if (c[v].p >= min_p) c[n++] = c[v];
-    }
-    if (s->top_k || s->top_p < 1) qsort(c, n, sizeof *c, by_probability);
-    if (s->top_k && s->top_k < n) n = s->top_k;
-    double kept = 0;
-    *total = 0;
-    for (size_t i = 0; i < n; i++) *total += c[i].p;
-    if (s->top_p < 1) { // the fewest whose share reaches top_p
-        size_t i = 0;
-        while (i < n && kept < s->top_p * *total) kept += c[i++].p;
-        for (n = i ? i : 1; n > 1 && c[n - 1].p < min_p;) n--;
-        for (*total = 0, i = 0; i < n; i++) *total += c[i].p;
-    }
-    return n;
-}
-
-static double draw_uniform(retrofit_sampling *s) { return s->seed = retrofit_hash(s->seed, 0), retrofit_hash_uniform(s->seed, 1); }
-
-static int32_t draw_from(const candidate *c, size_t n, double total, retrofit_sampling *s) { // one of n by weight
-    double u = draw_uniform(s) * total;
-    for (size_t i = 0; i < n; i++)
-        if ((u -= c[i].p) < 0) return c[i].id;
-    return c[n - 1].id;
-}
-
-// From what the filters leave, which is in c then; where they leave one, no random number is taken.
-static int32_t draw_filtered(const float *logits, size_t V, retrofit_sampling *s, candidate *c, size_t *n, double *total) {
-    *n = apply_filters(logits, V, s, c, total);
-    return *n == 1 ? c->id : draw_from(c, *n, *total, s);
-}
-
-int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *s, void *scratch) {
-    double total;
+// What the filters leave: n candidates whose p add up to `total`.
+typedef struct {
+    candidate *candidates;
     size_t n;
-    return draw_filtered(logits, V, s, (candidate *)scratch, &n, &total);
+    double total;
+} token_distribution;
+
+// Likeliest first; equals by id, so that a seed alone decides what is drawn.
+static int by_probability(const void *x, const void *y) {
+    const candidate *a = x, *b = y;
+    if (a->p != b->p) return a->p > b->p ? -1 : 1;
+    return a->id < b->id ? -1 : 1;
 }
 
-// ---- Self-speculative decoding ------------------------------------------------------------------------------------------------
-// The rule that keeps the distribution: a token y drafted from q stays with probability min(1, p(y)/q(y)), where p is what the whole depth says;
-// if not, another is drawn from what p has more than q. q (V): probabilities; logits: the whole depth's. Returns y or the other one.
-static int32_t accept_or_resample(int32_t y, const float *q, const float *logits, size_t V, retrofit_sampling *s, candidate *c) {
-    double total, p = 0, rest = 0;
-    size_t n = apply_filters(logits, V, s, c, &total), left = 0;
-    for (size_t i = 0; i < n; i++) p = c[i].id == y ? c[i].p / total : p;
-    if (n == 1) return c->id; // greedy, or nothing else is left: y stays if it is that
-    if (draw_uniform(s) * q[y] < p) return y;
-    for (size_t i = 0; i < n; i++) {
-        candidate more = {(float)(c[i].p / total - q[c[i].id]), c[i].id};
-        if (more.p > 0) rest += more.p, c[left++] = more;
-    }
-    return left ? draw_from(c, left, rest, s) : y; // none: p and q are equal but for rounding
+static double total_weight(const candidate *candidates, size_t n) {
+    double total = 0;
+    for (size_t i = 0; i < n; i++) total += candidates[i].p;
+    return total;
 }
 
-size_t retrofit_speculate(retrofit_buffers *a, int32_t token, size_t draft, size_t L, const retrofit_recurrence_options *how,
-                          retrofit_sampling *s, size_t n, int32_t *out, float *scratch) {
-    const retrofit_model *m = a->model;
-    const retrofit_ops *ops = m->ops;
-    size_t d = m->config.n_embd, V = m->config.vocab, r = how->recurrences, count = 0;
-    if (!m->config.core || draft == 0 || draft >= r)
-        return retrofit_fail("a draft of %zu recurrences for %zu: from 1 to one less", draft, r), (size_t)0;
-    if (L == 0 || L > RETROFIT_LOOKAHEAD || L > a->T)
-        return retrofit_fail("%zu tokens cannot be drafted: from 1 to %zu", L, retrofit_min(RETROFIT_LOOKAHEAD, a->T)), (size_t)0;
-    if (how->exit || how->continuous || how->noise > 0) return retrofit_fail("drafts go with no exit, continuous thinking or noise"), (size_t)0;
-    if (a->decoder->cache.kind != RETROFIT_CACHE_FULL) return retrofit_fail("drafts need the full KV cache"), (size_t)0;
-    float *logits = scratch, *q = scratch + L * V; // q: what the drafts were drawn from
-    candidate *c = (candidate *)(void *)(q + L * V);
-    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token}, start = a->decoder->seen[0];
-    retrofit_recurrence_options shallow = *how;
-    shallow.recurrences = draft;
-    for (size_t j = 0; j < L; j++) {
-        const float *z = retrofit_next_logits(a, &fed[j], 1, 1, NULL, &shallow);
-        if (!z) return a->decoder->seen[0] = start, (size_t)0;
-        ops->copy(a->decoder->drafted + j * d, a->state, d * sizeof(float));
-        ops->copy(a->decoder->drafted + (RETROFIT_LOOKAHEAD + j) * d, a->injected, d * sizeof(float));
-        double total;
-        size_t left;
-        fed[j + 1] = draw_filtered(z, n, s, c, &left, &total);
-        memset(q + j * V, 0, n * sizeof *q);
-        for (size_t i = 0; i < left; i++) q[j * V + (size_t)c[i].id] = (float)(c[i].p / total);
+// top-p: the fewest of n sorted candidates whose share of all reaches top_p, and at least one.
+static size_t keep_top_p(const candidate *candidates, size_t n, float top_p) {
+    double enough = top_p * total_weight(candidates, n), kept = 0;
+    size_t i = 0;
+    while (i < n && kept < enough) {
+        kept += candidates[i].p;
+        i++;
     }
-    a->decoder->seen[0] = start;
-    if (!set_batch(a, fed, 1, L)) return 0;
-    ops->upload(a->past, a->decoder->seen, a->B * sizeof *a->decoder->seen);
-    ops->copy(a->state, a->decoder->drafted, L * d * sizeof(float)),
-        ops->copy(a->injected, a->decoder->drafted + RETROFIT_LOOKAHEAD * d, L * d * sizeof(float));
-    a->n = draft;
-    retrofit_recur(a, r - draft, 0), retrofit_coda(a), retrofit_logits(a, 0, L, logits);
-    while (count < L) {
-        out[count] = accept_or_resample(fed[count + 1], q + count * V, logits + count * V, n, s, c);
+    return retrofit_max(i, 1);
+}
+
+// min-p: those at least min_p times as likely as the likeliest, which stays whatever min_p is.
+static size_t keep_min_p(candidate *candidates, size_t n, float min_p) {
+    size_t kept = 0;
+    for (size_t i = 0; i < n; i++)
+        if (candidates[i].p >= fminf(min_p, 1)) candidates[kept++] = candidates[i];
+    return kept;
+}
+
+static token_distribution apply_filters(const float *logits, size_t V,
+                                        const retrofit_sampling *sampling, candidate *candidates) {
+    float max = max_element(logits, V), temperature = sampling->temperature;
+    size_t n = V, top_k = sampling->top_k;
+    bool by_share = sampling->top_p < 1;
+    if (!(temperature > 0) || !isfinite(max)) {
+        candidates[0] = (candidate){1, retrofit_argmax(logits, V)};
+        return (token_distribution){candidates, 1, 1};
+    }
+    for (size_t v = 0; v < V; v++) { // fmaxf makes NaN 0
+        candidates[v].p = fmaxf(0, expf((logits[v] - max) / temperature));
+        candidates[v].id = (int32_t)v;
+    }
+    // Without top-p, min-p may come before top-k: the same are left, and fewer are sorted.
+    if (!by_share) n = keep_min_p(candidates, n, sampling->min_p);
+    if (top_k || by_share) qsort(candidates, n, sizeof *candidates, by_probability);
+    if (top_k && top_k < n) n = top_k;
+    if (by_share) {
+        n = keep_top_p(candidates, n, sampling->top_p);
+        n = keep_min_p(candidates, n, sampling->min_p);
+    }
+    return (token_distribution){candidates, n, total_weight(candidates, n)};
+}
+
+static double draw_uniform(retrofit_sampling *sampling) {
+    sampling->seed = retrofit_hash(sampling->seed, 0);
+    return retrofit_hash_uniform(sampling->seed, 1);
+}
+
+static int32_t draw_from(const token_distribution *from, retrofit_sampling *sampling) {
+    double u = draw_uniform(sampling) * from->total;
+    for (size_t i = 0; i < from->n; i++) {
+        u -= from->candidates[i].p;
+        if (u < 0) return from->candidates[i].id;
+    }
+    return from->candidates[from->n - 1].id; // by rounding
+}
+
+// Where the filters leave one token, no random number is taken.
+static int32_t draw_filtered(const token_distribution *left, retrofit_sampling *sampling) {
+    return left->n == 1 ? left->candidates[0].id : draw_from(left, sampling);
+}
+
+int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch) {
+    token_distribution left = apply_filters(logits, V, sampling, scratch);
+    return draw_filtered(&left, sampling);
+}
+
+// ---- Self-speculative decoding -----------------------------------------------------------------
+// Drafts of few recurrences are cheap, and the recurrences that they lack are done for all of them
+// in one pass, which reads the core's weights once for many tokens. With q the distribution that a
+// draft y was drawn from and p the one at full depth, y stays with probability min(1, p(y)/q(y));
+// else a token is drawn from max(0, p - q), divided by its sum (Leviathan et al. 2023). A draft is
+// rejected with probability 1 - Σ_x min(q(x), p(x)) = Σ_x max(0, p(x) - q(x)), which is that very
+// sum, so the tokens that come out have the distribution p:
+//
+//     P(x) = q(x)·min(1, p(x)/q(x)) + max(0, p(x) - q(x)) = min(q(x), p(x)) + max(0, p(x) - q(x))
+
+// q (V): probabilities; logits (V): those at full depth. Returns y or its replacement.
+static int32_t accept_or_resample(int32_t y, const float *q, const float *logits, size_t V,
+                                  retrofit_sampling *sampling, candidate *scratch) {
+    token_distribution p = apply_filters(logits, V, sampling, scratch);
+    token_distribution rest = {scratch, 0, 0};
+    double p_y = 0;
+    if (p.n == 1) return scratch[0].id; // greedy, or all else is filtered out
+    for (size_t i = 0; i < p.n; i++)
+        if (scratch[i].id == y) p_y = scratch[i].p / p.total;
+    if (draw_uniform(sampling) * q[y] < p_y) return y;
+    for (size_t i = 0; i < p.n; i++) {
+        candidate more = {(float)(scratch[i].p / p.total - q[scratch[i].id]), scratch[i].id};
+        if (more.p <= 0) continue;
+        scratch[rest.n++] = more;
+        rest.total += more.p;
+    }
+    return rest.n ? draw_from(&rest, sampling) : y; // none: p and q are equal but for rounding
+}
+
+static bool check_speculation(const retrofit_buffers *buffers, size_t depth, size_t lookahead,
+                              const retrofit_recurrence_options *options) {
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t r = options->recurrences, most = retrofit_min(RETROFIT_LOOKAHEAD, buffers->T);
+    if (retrofit_is_plain(&buffers->model->config) || depth == 0 || depth >= r)
+        return retrofit_fail("a draft of %zu recurrences for %zu: from 1 to one less", depth, r);
+    if (lookahead == 0 || lookahead > most)
+        return retrofit_fail("%zu tokens cannot be drafted: from 1 to %zu", lookahead, most);
+    if (options->exit || options->continuous || options->noise > 0)
+        return retrofit_fail("drafts go with no exit, continuous thinking or noise");
+    if (!decoder || decoder->cache.kind != RETROFIT_CACHE_FULL)
+        return retrofit_fail("drafts need the full KV cache");
+    return true;
+}
+
+// Draws fed[1] … fed[lookahead] behind fed[0], one by one; q (lookahead,V): the distributions that
+// they come from. Keeps the state and A_e·e of each token that was fed, for verify_drafts.
+static bool draft_tokens(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                         retrofit_sampling *sampling, size_t vocab, size_t lookahead, int32_t *fed,
+                         float *q, candidate *scratch) {
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t d = buffers->model->config.n_embd, V = buffers->model->config.vocab;
+    float *states = buffers->decoder->drafted, *injected = states + RETROFIT_LOOKAHEAD * d;
+    for (size_t j = 0; j < lookahead; j++) {
+        const float *logits = retrofit_next_logits(buffers, &fed[j], 1, 1, NULL, options);
+        if (!logits) return false;
+        ops->copy(states + j * d, buffers->state, d * sizeof *states);
+        ops->copy(injected + j * d, buffers->injected, d * sizeof *injected);
+        token_distribution left = apply_filters(logits, vocab, sampling, scratch);
+        fed[j + 1] = draw_filtered(&left, sampling);
+        memset(q + j * V, 0, vocab * sizeof *q);
+        for (size_t i = 0; i < left.n; i++)
+            q[j * V + (size_t)scratch[i].id] = (float)(scratch[i].p / left.total);
+    }
+    return true;
+}
+
+// Takes the drafts together from recurrence `depth` on to r; logits (lookahead,V) behind each.
+static bool verify_drafts(retrofit_buffers *buffers, const int32_t *fed, size_t lookahead,
+                          size_t depth, size_t r, float *logits) {
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t d = buffers->model->config.n_embd, bytes = lookahead * d * sizeof(float);
+    const retrofit_decoder *decoder = buffers->decoder;
+    if (!set_batch(buffers, fed, 1, lookahead)) return false;
+    ops->upload(buffers->past, decoder->seen, buffers->B * sizeof *decoder->seen);
+    ops->copy(buffers->state, decoder->drafted, bytes);
+    ops->copy(buffers->injected, decoder->drafted + RETROFIT_LOOKAHEAD * d, bytes);
+    buffers->n = depth;
+    retrofit_recur(buffers, r - depth, 0);
+    retrofit_coda(buffers);
+    retrofit_logits(buffers, 0, lookahead, logits);
+    return true;
+}
+
+size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
+                          const retrofit_recurrence_options *options, retrofit_sampling *sampling,
+                          size_t vocab, int32_t *out, float *scratch) {
+    size_t V = buffers->model->config.vocab, r = options->recurrences, count = 0;
+    if (!check_speculation(buffers, depth, lookahead, options)) return 0;
+    float *logits = scratch, *q = scratch + lookahead * V;
+    candidate *candidates = (void *)(q + lookahead * V);
+    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token};
+    int32_t *seen = &buffers->decoder->seen[0], start = *seen;
+    retrofit_recurrence_options shallow = *options;
+    shallow.recurrences = depth;
+
+    bool drafted = draft_tokens(buffers, &shallow, sampling, vocab, lookahead, fed, q, candidates);
+    *seen = start;
+    if (!drafted || !verify_drafts(buffers, fed, lookahead, depth, r, logits)) return 0;
+    bool accepted = true;
+    while (count < lookahead && accepted) { // up to the first that is replaced
+        out[count] = accept_or_resample(fed[count + 1], q + count * V, logits + count * V, vocab,
+                                        sampling, candidates);
+        accepted = out[count] == fed[count + 1];
         count++;
-        if (out[count - 1] != fed[count]) break;
     }
-    return a->decoder->seen[0] = start + (int32_t)count, a->decoder->used[0] = (int32_t)r, count;
+    *seen = start + (int32_t)count; // `token` and the drafts that stayed, but for the last
+    buffers->decoder->used[0] = (int32_t)r;
+    return count;
 }
 
 #endif // RETROFIT_IMPLEMENTATION
@@ -2189,15 +2398,20 @@ extern "C" {
 // PART III  MACHINERY
 // =================================================================================================
 
-// ---- Devices, models and buffers in memory: section 8 ----------------------------------------------
+// ---- Devices, models and buffers in memory: section 8 ------------------------------------------
 
-// A model of this shape without memory for its weights: the list of parameters alone. NULL or error.
+typedef enum { RETROFIT_AUTO, RETROFIT_ON_CPU, RETROFIT_ON_CUDA } retrofit_place;
+// The table for a place, made ready; text: what it is and, if AUTO took the CPU in a program built
+// with RETROFIT_CUDA, why. NULL or error.
+const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]);
+// A model of this shape without memory for its weights: the list of parameters alone. NULL or
+// error.
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops);
 // Memory for its parameters, in fp32, zeroed; for training also for gradients. false or error.
 bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
 // Reads a Hugging Face directory: config.json, model.safetensors or its shards; or directory/latest
-// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their type;
-// everything else copies them, to fp32 masters for training. NULL or error.
+// if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their
+// type; everything else copies them, to fp32 masters for training. NULL or error.
 retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
 void retrofit_free(retrofit_model *model);
 // Copies masters to where operations read them; needed after masters were changed by hand.
@@ -2213,15 +2427,19 @@ size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops 
 
 // Memory for the moments and Muon's scratch. false or error.
 bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
-// What training a model without memory would take: bytes of weights (with their copies in act_type),
-// gradients, moments.
-void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode, retrofit_optimizer_kind kind,
-                             size_t *weights, size_t *gradients, size_t *moments);
+// What training a model without memory would take: bytes of weights (with their copies in
+// act_type), gradients, moments.
+void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
+                             retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
+                             size_t *moments);
+// Rows first … first + count - 1 of the logits (N,V), to the host.
+void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
 // Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
-// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's memory.
+// they grow from one recurrence to the next, training is about to fail. Needs the optimizer's
+// memory.
 size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms);
 
-// ---- Random numbers -------------------------------------------------------------------------------
+// ---- Random numbers ----------------------------------------------------------------------------
 
 // Random numbers that are a function of (seed, counter), so that they are the same from any thread
 // and on any device: 64 bits, a number in (0, 1), a normal number cut at ±3.
@@ -2256,182 +2474,266 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
     }
 }
 
-// ---- Small things that programs need too ----------------------------------------------------------
+// ---- Small things that programs need too -------------------------------------------------------
 
-// directory/name into path. false or error if it is too long.
-#define RETROFIT_PATH 4096
+// count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
+void *retrofit_allocate(size_t count, size_t size);
+#define RETROFIT_PATH 4096 // bytes of a path, its NUL included
+// Writes directory/name to path. false or error if it is too long.
 bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name);
-FILE *retrofit_open_file(const char *path, size_t *size); // a regular file, to read. NULL or error
-char *retrofit_read_file(const char *path, size_t *size); // with a NUL behind it. NULL or error
-void *retrofit_map_file(const char *path, size_t *size);  // into memory. NULL or error
-// Flushes and closes f; a file that could not be written whole is removed. false or error.
-bool retrofit_finish_file(FILE *f, const char *path, bool ok);
-// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written
-// to, but left as it was. false or error.
+// Opens a regular file for reading and sets *size to its bytes. NULL or error.
+FILE *retrofit_open_file(const char *path, size_t *size);
+// Reads a whole file; a NUL follows its *size bytes. Freed with free(). NULL or error.
+char *retrofit_read_file(const char *path, size_t *size);
+// Maps a whole file into memory, to be read only; munmap gives it back. NULL or error, also if the
+// file is empty.
+void *retrofit_map_file(const char *path, size_t *size);
+// Brings what was written to the disk and closes the file. If `ok` is false, or if any of it failed
+// since the file was opened, the file is removed: false or error.
+bool retrofit_finish_file(FILE *file, const char *path, bool ok);
+// Makes a directory and its parents, as mkdir -p does. fresh: it must not exist yet. path must be
+// writable, since it is changed on the way and then restored. false or error.
 bool retrofit_make_directories(char *path, bool fresh);
-bool retrofit_sync_directory(const char *path); // false or error
-void retrofit_parent_directory(char *path);     // cut to it, in place
-double retrofit_seconds(void);                  // of a clock that only goes forward
+// Brings a directory to the disk: which files it has and under which names. false or error.
+bool retrofit_sync_directory(const char *path);
+// Cuts a path, in place, to the directory that it lies in: "a/b" to "a", "a" to ".".
+void retrofit_parent_directory(char *path);
+// Seconds on a clock that only goes forward; differences alone have a meaning.
+double retrofit_seconds(void);
 
 float retrofit_bf16_to_float(uint16_t x);
-uint16_t retrofit_float_to_bf16(float f);       // to nearest even; NaN stays NaN
+uint16_t retrofit_float_to_bf16(float f); // to nearest, ties to even; NaN stays NaN
 float retrofit_f16_to_float(uint16_t x);
-// n elements of a tensor in a file's type, at any address, as fp32.
+// n elements of type F32, BF16 or F16, at any address, as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
-// ---- Text, JSON, tokenizer ------------------------------------------------------------------------
+// ---- Text, JSON, tokenizer ---------------------------------------------------------------------
 
-// Bytes that grow. Running out of memory sets `failed`, for callers to look at once at the end.
+// Bytes that grow, from a zeroed struct; freed with free(text.bytes). Running out of memory records
+// an error and sets `failed`, after which nothing is appended: callers look at it once, at the end.
 typedef struct {
     char *bytes;
-    size_t size, room;
+    size_t size, capacity;
     bool failed;
 } retrofit_text;
-void retrofit_text_append(retrofit_text *text, const void *bytes, size_t n);
-// Cuts off both ends what Python's str.strip would.
-void retrofit_strip(const char **s, size_t *n);
-// The length of the character at s[0 … n), n > 0, and the character. Where s is not UTF-8, *c is
-// RETROFIT_UTF8_INVALID and the length that of what Unicode replaces by one U+FFFD.
-#define RETROFIT_UTF8_INVALID UINT32_MAX
-size_t retrofit_utf8_next(const char *s, size_t n, uint32_t *c);
+void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size);
 
-enum { RETROFIT_JSON_NULL, RETROFIT_JSON_BOOL, RETROFIT_JSON_NUMBER, RETROFIT_JSON_STRING, RETROFIT_JSON_ARRAY, RETROFIT_JSON_OBJECT };
+// Moves the text's beginning and reduces its size, so that neither end has what Python's str.strip
+// removes.
+void retrofit_strip(const char **text, size_t *size);
+
+// The first character of text, size > 0, and its length. If it is not valid UTF-8, *code_point is
+// RETROFIT_UTF8_INVALID, and the length is that of the stretch for which Unicode puts one U+FFFD.
+#define RETROFIT_UTF8_INVALID UINT32_MAX
+size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point);
+
+enum {
+    RETROFIT_JSON_NULL,
+    RETROFIT_JSON_BOOL,
+    RETROFIT_JSON_NUMBER,
+    RETROFIT_JSON_STRING,
+    RETROFIT_JSON_ARRAY,
+    RETROFIT_JSON_OBJECT,
+};
 typedef int retrofit_json_type; // one of these
 typedef struct retrofit_json retrofit_json;
 struct retrofit_json {
     retrofit_json_type type;
-    size_t count;              // children of an array or object
-    size_t length, key_length; // of string and key, which may contain NUL
-    const char *string, *key;  // UTF-8 with a NUL behind it; a number's string is the number as written; key is NULL outside objects
-    double number;             // the number, correctly rounded; 0 or 1 for a bool
-    retrofit_json *child, *next;
+    size_t count;         // children of an array or object
+    const char *key;      // the name of an object's member, else NULL. UTF-8 with a NUL at its end
+    size_t key_length;    // of key, which may contain NUL too
+    const char *string;   // a string, or a number as it is written. UTF-8 with a NUL at its end
+    size_t length;        // of string, which may contain NUL too
+    double number;        // a number, correctly rounded; 0 or 1 for a bool
+    retrofit_json *child; // the first child of an array or object
+    retrofit_json *next;  // the next child of the same parent
 };
 
-// Parses size bytes of text as strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but white space after
-// the value. Of equal keys in an object all are kept and retrofit_json_get finds the first. Copies what it needs from text. Returns the
-// root, freed with retrofit_json_free, or NULL with retrofit_error() naming `where` (a file name, say) and the byte.
+// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but
+// white space after the value. If members of an object have equal names, all are kept. Copies what
+// it needs from text. Returns the root, freed with retrofit_json_free, or NULL with an error that
+// names `where` (a file, say) and the byte.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
-// Whether j is that string; whether it is a number that is a size, in *out. j may be NULL.
-bool retrofit_json_is(const retrofit_json *j, const char *word);
-bool retrofit_json_size(const retrofit_json *j, size_t *out);
-// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
-void retrofit_json_write_string(FILE *f, const char *s, size_t n);
-// Frees the whole tree of a root that retrofit_json_parse returned, or NULL.
+// Frees the tree of a root that retrofit_json_parse returned; root may be NULL.
 void retrofit_json_free(retrofit_json *root);
-// The first member of that name; NULL if there is none or object is not an object (NULL included). Cannot fail.
+// The first member of this name; NULL if there is none or `object` is NULL or not an object.
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
+// Whether value is the string `word`. It may be NULL.
+bool retrofit_json_is(const retrofit_json *value, const char *word);
+// Whether value is a whole number from 0 to 2^53, which *out then is. It may be NULL.
+bool retrofit_json_size(const retrofit_json *value, size_t *out);
+// Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
+void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
-// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3 and Qwen 2, and SentencePiece's
-// BPE as in Llama 2. Read-only once loaded: threads may share one.
+// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2,
+// Llama 3 and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so
+// that threads may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
 
-// Reads directory/tokenizer.json and, if there, tokenizer_config.json (bos_token, eos_token; add_bos_token and add_eos_token count only
-// where tokenizer.json has no post_processor). Freed with retrofit_tokenizer_free. NULL with retrofit_error() for a step or option that is
-// not supported: none that would change ids is skipped.
+// Reads directory/tokenizer.json and, if it is there, tokenizer_config.json (bos_token, eos_token;
+// add_bos_token and add_eos_token count only where tokenizer.json has no post_processor). Freed
+// with retrofit_tokenizer_free. NULL or error, also for a step or setting that is not supported:
+// none that would change ids is skipped.
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory);
-void retrofit_tokenizer_free(retrofit_tokenizer *t); // or NULL
-// Encodes size bytes of UTF-8; special tokens written out in text become their ids. with_special adds what the post-processor adds (BOS,
-// mostly). Each stretch of invalid UTF-8 is read as U+FFFD, as Python's errors="replace" does before Hugging Face sees a text. Returns
-// malloc'd ids and *count, or NULL with retrofit_error() if memory is out.
-int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count);
-// Decodes ids to malloc'd valid UTF-8 with a NUL behind it, *size without the NUL; skip_special leaves special tokens out. NULL with
-// retrofit_error() for an id that is no token's.
-char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size);
+void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 
-// Text as it is generated. Tokens cannot be decoded one by one: one may be half a character, and the first one's leading space goes. So
-// the caller keeps all ids and, after each new one, asks what text they added; `last` says that no more will come. The pieces make up
-// exactly what retrofit_decode makes of all ids. A piece is empty while the last character is incomplete. Start from a zeroed stream;
-// only tokens since the last but one piece are decoded each time. Returns and fails like retrofit_decode.
+// Encodes UTF-8. Special tokens that are spelt out in text become their ids. with_special adds what
+// the post-processor adds (BOS, mostly). Each invalid stretch of UTF-8 is read as U+FFFD, as
+// Python's errors="replace" does before Hugging Face's tokenizers see a text. Returns malloc'd ids
+// and *count; NULL or error if memory is out.
+int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                         bool with_special, size_t *count);
+// Decodes ids to malloc'd valid UTF-8 with a NUL at its end, which *size does not count.
+// skip_special leaves special tokens out. NULL or error for an id that no token has.
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size);
+
+// Text as it is generated. Tokens cannot be decoded one by one: one may be half of a character, and
+// the first one loses its leading space. So the caller keeps all ids and asks after each new one
+// what text has come; `last` says that no more ids will. The texts together are exactly what
+// retrofit_decode makes of all ids; a text is empty as long as its last character is incomplete.
+// Start from a zeroed stream. Each call decodes only tokens from `begin` on, so that its cost does
+// not grow. Returns and fails like retrofit_decode.
 typedef struct {
-    size_t from, done;
+    size_t begin, end; // the tokens that gave the last text that was not empty
 } retrofit_stream;
-char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
+char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                           const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size);
 
-// Which of count ids generated text is to be decoded behind, in *id. SentencePiece's decoder takes a space off the front: not off this
-// text, if there is text before it. Byte tokens would not do: what a run of them says is known only at its end. false: decode it alone.
-bool retrofit_decode_context(const retrofit_tokenizer *t, const int32_t *ids, size_t count, int32_t *id);
+// Generated text must be decoded together with a token of the text before it, if there is one:
+// SentencePiece's decoder takes a space off the front, which is wrong in the middle of a text.
+// Finds the token to use in the count ids of that text. (Byte tokens would not do, since what a run
+// of them stands for is known only at its end.) false: there is none, or none is needed.
+bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                             int32_t *id);
 
-// The ids of the beginning and end of text that tokenizer_config.json names; -1 if it names none.
-int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t);
-int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t);
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token); // of a token spelt as in the file ("▁the"), or -1
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t);                   // highest id + 1
-uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t); // of what decides ids, however the file is laid out; never 0
+// The ids of beginning and end of text that tokenizer_config.json names; -1 if it names none.
+int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer);
+int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer);
+// The id of a token spelt as in the file ("▁the"), or -1.
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *token);
+// The highest id + 1.
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer);
+// A hash, never 0, of all that decides ids, however the file is laid out.
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer);
 
-// ---- Files -----------------------------------------------------------------------------------------------------------
+// ---- Files -------------------------------------------------------------------------------------
+
+// A tensor in a file or in memory. Dimensions beyond `dims` are unused.
 typedef struct {
     const char *name;
     retrofit_type type;
-    size_t dims, shape[4], count; // count: the product
+    size_t dims, shape[4], count; // count: elements
     const void *data;
 } retrofit_tensor;
 
-typedef struct retrofit_map { // a safetensors file mapped into memory
+// A safetensors file, mapped into memory. Only tensors of types that this library reads are listed;
+// the others are checked and left out.
+typedef struct retrofit_map {
     char *path;
     void *base;
     size_t bytes;
-    retrofit_tensor *tensors; // those of types this library reads (F32, BF16, F16, I32); others are checked and left out
+    retrofit_tensor *tensors; // [count], in the order of the header
     size_t count;
     retrofit_json *header;
 } retrofit_map;
 
-bool retrofit_safetensors_open(retrofit_map *f, const char *path); // checks every size, offset and overlap; false + error
-void retrofit_safetensors_close(retrofit_map *f);
-const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name);
-const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key); // NULL if absent
-// Writes tensors whose data lie in memory of `ops`; floats are stored as `type`. metadata: key, value, …, NULL. On failure no file.
-bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
-                                retrofit_type type, const char *const *metadata);
+// Opens a file and checks every size and offset; tensors may neither overlap nor leave holes. false
+// or error, and then there is nothing to close.
+bool retrofit_safetensors_open(retrofit_map *map, const char *path);
+void retrofit_safetensors_close(retrofit_map *map);
+// The tensor of that name; the text that __metadata__ has under that key. NULL if there is none.
+const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name);
+const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key);
+// Writes tensors whose data lie in memory of `ops`. Floats are stored as `type`: F32, BF16, or F16
+// if they are F16 already; integers stay as they are. metadata: key, value, …, NULL; or just NULL.
+// false or error, and then there is no file.
+bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
+                                const retrofit_tensor *tensors, size_t count, retrofit_type type,
+                                const char *const *metadata);
 
-// A directory is made under a temporary name and takes its place in one step: begin returns the temporary name (malloc'd; NULL +
-// error), commit flushes and renames (`final` must not exist, or be empty), abandon removes a directory of files.
+// A directory is filled under a temporary name and takes its place in one step, so that it is there
+// as a whole or not at all.
+// Makes it beside `final` and returns its temporary name, freed with free(). NULL or error.
 char *retrofit_directory_begin(const char *final);
+// Renames it. Its files must be on the disk; `final` must not exist, or be empty. false or error.
 bool retrofit_directory_commit(const char *temporary, const char *final);
+// Removes it and the files in it.
 void retrofit_directory_abandon(const char *temporary);
 
-bool retrofit_config_check(const retrofit_config *config, const char *where); // false or error
-// DIR/config.json: model_type huginn_raven or llama. type: of the tensors beside it. false or error.
+// Whether the numbers make a model; `where` begins the error. false or error.
+bool retrofit_config_check(const retrofit_config *config, const char *where);
+// Reads directory/config.json, of model_type huginn_raven or llama. false or error, also if it asks
+// for what is not supported.
 bool retrofit_config_read(retrofit_config *config, const char *directory);
-bool retrofit_config_write(const retrofit_config *config, retrofit_type type, const char *directory);
+// The same of a config.json under any name. false or error.
+bool retrofit_config_read_file(retrofit_config *config, const char *path);
+// Writes it. type: of the tensors beside it. false or error.
+bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
+                           const char *directory);
 
-// DIR, or DIR/latest if DIR itself holds no config.json (a training run's output): written to path, returned.
+// Where the model is: in `directory`, or in directory/latest if `directory` has no config.json, as
+// the output of a training. Returns one of the two; the second one is written to `path`.
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
-// config.json, model.safetensors and the tokenizer files found in tokenizer_from (may be NULL), into an existing directory.
-bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from);
-// optimizer.safetensors: the moments, with metadata (key, value, …, NULL). Loading checks every name and shape.
-bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata);
-bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory); // leaves f open for its metadata
+// Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
+// the tokenizer's files from tokenizer_from, which may be NULL. false or error.
+bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
+                   const char *tokenizer_from);
+// Writes the optimizer's moments to directory/optimizer.safetensors; metadata as above. false or
+// error.
+bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
+                             const char *const *metadata);
+// Reads them back, into a model with an optimizer's memory; checks every name and shape. The file
+// stays open as `map`, for its metadata. false or error, and then there is nothing to close.
+bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const char *directory);
 
-// Token shards (llm.c's .bin): 256 int32 of header {magic, version, tokens}, then uint16 or uint32 tokens. Ours also have the tokenizer's
-// hash in the header, its low half in int32 3, its high half in 4; llm.c's have zeros there.
-#define RETROFIT_SHARD_MAGIC_16 20240520 // version 1
-#define RETROFIT_SHARD_MAGIC_32 20240801 // version 7
-// Every file that matches the glob, in name order, cut into rows of T+1 tokens that do not overlap. vocab: ids are checked when
-// read. shuffle: rows in a random order, another in each epoch. NULL + error.
-retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed);
-void retrofit_data_close(retrofit_data *d);
-size_t retrofit_data_rows(const retrofit_data *d);
-// false + error if a shard was made with another tokenizer than that of this hash; shards that do not say pass.
-bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer);
-// Row `index` (counted on over epochs): T tokens and the T that follow each. false + error if an id is not below vocab.
-bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels);
+// Token shards: llm.c's .bin files. A header of 256 int32, then the tokens as uint16 or uint32. The
+// header begins with {magic, version, number of tokens}. Ours go on with the hash of the tokenizer,
+// its low half in int32 3 and its high half in int32 4; llm.c's have zeros there.
+#define RETROFIT_SHARD_MAGIC_16 20240520 // version 1, uint16
+#define RETROFIT_SHARD_MAGIC_32 20240801 // version 7, uint32
+// Opens every file that the glob matches, in the order of their names, as rows of T + 1 tokens that
+// do not overlap. vocab: ids must be below it. shuffle: rows come in a random order, which differs
+// from epoch to epoch. NULL or error.
+retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
+                                  uint64_t seed);
+void retrofit_data_close(retrofit_data *data);
+size_t retrofit_data_rows(const retrofit_data *data);
+// false or error if a shard was made with a tokenizer of another hash. Shards without a hash pass.
+bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer);
+// Row `index`, which counts on over the epochs: T tokens, and as labels the token after each. false
+// or error if an id is not below vocab.
+bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
 
-// ---- Command lines: what the three programs share ----------------------------------------------------------------------------
-enum { RETROFIT_FLAG, RETROFIT_STRING, RETROFIT_SIZE, RETROFIT_REAL, RETROFIT_CHOICE, RETROFIT_SWITCH, RETROFIT_HEADING };
+// ---- Command lines -----------------------------------------------------------------------------
+
+// What an option's value points to, and what sets it:
+enum {
+    RETROFIT_FLAG,   // bool: true by --name
+    RETROFIT_STRING, // const char *: the value
+    RETROFIT_SIZE,   // size_t
+    RETROFIT_REAL,   // double, finite
+    RETROFIT_CHOICE, // int: the index of the value among the alternatives
+    RETROFIT_SWITCH, // int: 1 by --name alone, 2 + that index by --name=value
+    RETROFIT_HEADING // nothing: its name is a line of the help
+};
 typedef int retrofit_option_type; // one of these
 typedef struct {
-    const char *name;     // without the dashes; a HEADING's is a line of the help
+    const char *name; // without the dashes
     retrofit_option_type type;
-    void *value;          // bool *, const char **, size_t *, double *, int * (the choice's index; a SWITCH's + 2, or 1 for the name alone)
-    const char *argument; // what the help calls it; a CHOICE's or SWITCH's alternatives, "a|b|c"
+    void *value;
+    const char *argument; // what the help calls the value; of a CHOICE or SWITCH "a|b|c"
     const char *help;
 } retrofit_option;
-// Reads --name value and --name=value by the table; what has no dashes goes to `others` if that is not NULL (at most argc). Returns -1 to go
-// on, or the exit code: 0 after --help (usage and table on stdout), 2 after one line on stderr about what is wrong.
-int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others, size_t *other_count);
-bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count); // "1,2,4": positive sizes; false + error
-double retrofit_seconds(void);                                                  // of a clock that only goes forward
+// Reads --name value and --name=value by a table of `count` options. Arguments without dashes go to
+// `others`, which has memory for argc; if it is NULL, they are errors. Returns -1 to go on, or the
+// program's exit code: 0 after --help (usage and the table on stdout), 2 after one line on stderr
+// that says what is wrong.
+int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
+                     const char *usage, const char **others, size_t *other_count);
+// A list like "1,2,4" of at most `max` positive sizes. false or error.
+bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 
 #ifdef __cplusplus
 }
@@ -2439,218 +2741,469 @@ double retrofit_seconds(void);                                                  
 #endif // RETROFIT_MACHINERY_H
 
 #ifdef RETROFIT_IMPLEMENTATION
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <glob.h>
+#include <stdarg.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#define RETROFIT_THREAD_LOCAL _Thread_local
 
 // =================================================================================================
 // 8  Memory: the one list of parameters, arenas, who shares what
 // =================================================================================================
 
-bool retrofit_is_plain(const retrofit_config *c) { return c->core == 0; }
+bool retrofit_is_plain(const retrofit_config *config) { return config->core == 0; }
 
-size_t retrofit_qkv_width(const retrofit_config *c) { return (c->n_heads + 2 * c->n_kv_heads) * c->head_dim; }
+size_t retrofit_qkv_width(const retrofit_config *config) {
+    return (config->n_heads + 2 * config->n_kv_heads) * config->head_dim;
+}
 
-// One block of memory handed out in pieces. Laying something out twice, first with base NULL, measures it before it is allocated.
+// ---- The CPU as a device -----------------------------------------------------------------------
+static bool cpu_start(char text[256]) {
+    snprintf(text, 256, "the CPU");
+    return true;
+}
+
+static double cpu_peak_flops(void) { return 0; }
+
+// What the system would still give without swapping.
+static size_t cpu_free_memory(void) {
+    char line[256];
+    size_t kilobytes = 0;
+    FILE *f = fopen("/proc/meminfo", "re");
+    if (!f) return SIZE_MAX;
+    while (kilobytes == 0 && fgets(line, sizeof line, f))
+        sscanf(line, "MemAvailable: %zu", &kilobytes);
+    fclose(f);
+    return kilobytes ? kilobytes << 10 : SIZE_MAX;
+}
+
+// By calloc, whose fresh pages are zero without being touched. The pointer that it gave is kept
+// just below the aligned one, for cpu_free.
+static void *cpu_alloc(size_t bytes) {
+    char *p = bytes < SIZE_MAX / 2 ? calloc(bytes + 128, 1) : NULL;
+    if (!p) return fail_null("out of memory: %.2f GB could not be had", (double)bytes / 1e9);
+    void **aligned = (void **)(void *)(p + 128 - (uintptr_t)p % 64);
+    aligned[-1] = p;
+    return aligned;
+}
+
+static void cpu_free(void *p) {
+    if (p) free(((void **)p)[-1]);
+}
+
+static void cpu_copy(void *to, const void *from, size_t bytes) { memmove(to, from, bytes); }
+static void cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+
+const retrofit_ops retrofit_cpu = {
+    .name = "cpu",
+    .act_type = RETROFIT_F32,
+    .max_head_dim = SIZE_MAX,
+    .start = cpu_start,
+    .peak_flops = cpu_peak_flops,
+    .free_memory = cpu_free_memory,
+    .alloc = cpu_alloc,
+    .free = cpu_free,
+    .upload = cpu_copy,
+    .download = cpu_copy,
+    .copy = cpu_copy,
+    .zero = cpu_zero,
+#define X(operation, parameters) .operation = operation,
+    RETROFIT_OPS(X)
+#undef X
+};
+
+const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[256]) {
+    retrofit_cpu.start(text);
+    if (place == RETROFIT_ON_CPU) return &retrofit_cpu;
+#ifdef RETROFIT_CUDA
+    char why[256];
+    const retrofit_ops *cuda = fp32 ? &retrofit_cuda_fp32 : &retrofit_cuda;
+    if (cuda->start(text)) return cuda;
+    if (place == RETROFIT_ON_CUDA) return fail_null("no GPU: %s", text);
+    snprintf(why, sizeof why, "%s", text);
+    snprintf(text, 256, "the CPU (no GPU: %.200s)", why);
+#else
+    (void)fp32;
+    if (place == RETROFIT_ON_CUDA)
+        return fail_null("no GPU: this program was built without it: make, with the CUDA toolkit's "
+                         "nvcc on PATH");
+#endif
+    return &retrofit_cpu;
+}
+
+// ---- Arenas ------------------------------------------------------------------------------------
+// An arena is one block of memory that is handed out in parts. Everything here is laid out twice by
+// the same function: the first time `base` is NULL and sizes only add up; then the block is
+// allocated, and the second time hands out addresses in it. So the total and the addresses come
+// from the same lines of code.
 typedef struct {
-    char *base;
-    size_t used; // SIZE_MAX once a size has overflowed
+    char *base;  // NULL while measuring
+    size_t used; // bytes handed out; SIZE_MAX once a size has overflowed
 } arena;
 
+// count·size bytes, aligned to 64. NULL while measuring.
 static void *arena_alloc(arena *a, size_t count, size_t size) {
-    size_t at = a->used, bytes;
-    if (__builtin_mul_overflow(count, size, &bytes) || bytes > SIZE_MAX / 2 || at > SIZE_MAX / 2) return a->used = SIZE_MAX, (void *)NULL;
-    a->used = at + (bytes + 63) / 64 * 64;
-    return a->base ? a->base + at : NULL;
-}
-
-// ---- The one list of parameters -------------------------------------------------------------------------------------------
-static void piece(retrofit_parameter *p, size_t rows, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
-    vsnprintf(p->source[p->sources].name, sizeof p->source->name, format, args);
-    va_end(args);
-    p->source[p->sources++].rows = rows;
-    p->rows += rows;
-}
-
-static void list(retrofit_model *m, retrofit_parameter *p, size_t cols, retrofit_kind kind, retrofit_part part) {
-    p->cols = cols, p->kind = kind, p->part = part;
-    p->weight.stride = cols, p->weight.type = RETROFIT_F32;
-    m->parameters[m->parameter_count++] = p;
-    m->weight_count += p->rows * cols;
-}
-
-// A layer's parameters, by the authors' names and by a plain Llama's, where q, k, v and gate, up are tensors of their own.
-static const struct {
-    size_t field;
-    retrofit_kind kind;
-    const char *name, *plain[3];
-} layer_list[] = {{offsetof(retrofit_layer, norm_1), RETROFIT_NORM, "norm_1", {"input_layernorm", NULL, NULL}},
-                  {offsetof(retrofit_layer, w_qkv), RETROFIT_MATRIX, "attn.Wqkv", {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}},
-                  {offsetof(retrofit_layer, w_out), RETROFIT_MATRIX, "attn.proj", {"self_attn.o_proj", NULL, NULL}},
-                  {offsetof(retrofit_layer, norm_2), RETROFIT_NORM, "norm_2", {"post_attention_layernorm", NULL, NULL}},
-                  {offsetof(retrofit_layer, w_gate_up), RETROFIT_MATRIX, "mlp.fc", {"mlp.gate_proj", "mlp.up_proj", NULL}},
-                  {offsetof(retrofit_layer, w_down), RETROFIT_MATRIX, "mlp.proj", {"mlp.down_proj", NULL, NULL}}};
-
-static void list_layer(retrofit_model *m, retrofit_layer *w, const char *group, size_t i, retrofit_part part) {
-    size_t d = m->config.n_embd, F = m->config.intermediate, kv = m->config.n_kv_heads * m->config.head_dim;
-    size_t rows[6][3] = {{1, 0, 0}, {d, kv, kv}, {d, 0, 0}, {1, 0, 0}, {F, F, 0}, {d, 0, 0}}, cols[6] = {d, d, d, d, d, F};
-    for (size_t j = 0; j < 6; j++) {
-        retrofit_parameter *p = (retrofit_parameter *)(void *)((char *)w + layer_list[j].field);
-        if (!retrofit_is_plain(&m->config)) piece(p, rows[j][0] + rows[j][1] + rows[j][2], "transformer.%s.%zu.%s.weight", group, i, layer_list[j].name);
-        else
-            for (size_t k = 0; k < 3 && layer_list[j].plain[k]; k++) piece(p, rows[j][k], "model.layers.%zu.%s.weight", i, layer_list[j].plain[k]);
-        list(m, p, cols[j], layer_list[j].kind, part);
+    size_t start = a->used, bytes;
+    bool overflow = __builtin_mul_overflow(count, size, &bytes);
+    if (overflow || bytes > SIZE_MAX / 2 || start > SIZE_MAX / 2) {
+        a->used = SIZE_MAX;
+        return NULL;
     }
+    a->used = start + (bytes + 63) / 64 * 64;
+    return a->base ? a->base + start : NULL;
+}
+
+// Between the two times: allocates what was measured, and starts again at its beginning. The block,
+// zeroed, which ops->free frees. NULL or error.
+static void *arena_reserve(arena *a, const retrofit_ops *ops) {
+    a->base = ops->alloc(a->used);
+    a->used = 0;
+    return a->base;
+}
+
+// ---- The one list of parameters ----------------------------------------------------------------
+// Loading, saving, the optimizers and the tests go through model->parameters; names and shapes are
+// written down here alone. Surgery (convert.c) copies the layers that were chosen, whole, from a
+// list with the names on the right to one with those on the left; the other layers have no place
+// there, and the adapter is new.
+//
+//     in a recurrent checkpoint             in a plain Llama's file
+//     transformer.wte.weight                model.embed_tokens.weight
+//     transformer.prelude.i.….weight        -
+//     transformer.adapter.weight            -
+//     transformer.core_block.i.….weight     -
+//     transformer.coda.i.….weight           model.layers.i.….weight
+//     transformer.ln_f.weight               model.norm.weight
+//     lm_head.weight                        lm_head.weight; none if it is tied to the embedding
+//
+// list_model has these rows, list_layer those of the tensors at …; both in the order of the list.
+
+// A row of the list: a parameter (rows,cols) with its names. A plain Llama keeps q, k, v and gate,
+// up in tensors of their own, which lie in the parameter one below the other.
+typedef struct {
+    retrofit_parameter *parameter;
+    retrofit_kind kind;
+    size_t cols;
+    const char *recurrent;
+    struct {
+        const char *name;
+        size_t rows;
+    } plain[3];
+} listed;
+
+static void add_source(retrofit_parameter *parameter, const char *prefix, const char *name,
+                       size_t rows) {
+    retrofit_source_tensor *source = &parameter->source[parameter->sources++];
+    snprintf(source->name, sizeof source->name, "%s%s.weight", prefix, name);
+    source->rows = rows;
+}
+
+static void list_parameter(retrofit_model *model, const listed *row, const char *prefix,
+                           retrofit_part part) {
+    retrofit_parameter *parameter = row->parameter;
+    bool plain = retrofit_is_plain(&model->config);
+    for (size_t i = 0; i < 3 && row->plain[i].rows > 0; i++) {
+        parameter->rows += row->plain[i].rows;
+        if (plain) add_source(parameter, prefix, row->plain[i].name, row->plain[i].rows);
+    }
+    if (!plain) add_source(parameter, prefix, row->recurrent, parameter->rows);
+
+    parameter->cols = row->cols;
+    parameter->kind = row->kind;
+    parameter->part = part;
+    parameter->weight.type = RETROFIT_F32;
+    parameter->weight.stride = row->cols;
+    model->parameters[model->parameter_count++] = parameter;
+    model->weight_count += parameter->rows * parameter->cols;
+}
+
+enum { LAYER_PARAMETERS = 6 };
+
+// The parameters of one layer; matrices are (outputs,inputs).
+static void list_layer(retrofit_model *model, retrofit_layer *layer, const char *prefix,
+                       retrofit_part part) {
+    const retrofit_config *c = &model->config;
+    size_t d = c->n_embd, F = c->intermediate, kv = c->n_kv_heads * c->head_dim; // kv = G·h
+    // clang-format off
+    const listed rows[LAYER_PARAMETERS] = {
+        {&layer->norm_1,    RETROFIT_NORM,   d, "norm_1",    {{"input_layernorm",          1}}},
+        {&layer->w_qkv,     RETROFIT_MATRIX, d, "attn.Wqkv", {{"self_attn.q_proj",         d},
+                                                              {"self_attn.k_proj",         kv},
+                                                              {"self_attn.v_proj",         kv}}},
+        {&layer->w_out,     RETROFIT_MATRIX, d, "attn.proj", {{"self_attn.o_proj",         d}}},
+        {&layer->norm_2,    RETROFIT_NORM,   d, "norm_2",    {{"post_attention_layernorm", 1}}},
+        {&layer->w_gate_up, RETROFIT_MATRIX, d, "mlp.fc",    {{"mlp.gate_proj",            F},
+                                                              {"mlp.up_proj",              F}}},
+        {&layer->w_down,    RETROFIT_MATRIX, F, "mlp.proj",  {{"mlp.down_proj",            d}}}};
+    // clang-format on
+    for (size_t i = 0; i < LAYER_PARAMETERS; i++) list_parameter(model, &rows[i], prefix, part);
+}
+
+static void list_layers(retrofit_model *model, retrofit_layer *layers, size_t count,
+                        const char *group, retrofit_part part) {
+    char prefix[64];
+    for (size_t i = 0; i < count; i++) {
+        if (retrofit_is_plain(&model->config))
+            snprintf(prefix, sizeof prefix, "model.layers.%zu.", i);
+        else snprintf(prefix, sizeof prefix, "transformer.%s.%zu.", group, i);
+        list_layer(model, &layers[i], prefix, part);
+    }
+}
+
+static void list_model(retrofit_model *model) {
+    const retrofit_config *c = &model->config;
+    size_t d = c->n_embd, V = c->vocab;
+    bool plain = retrofit_is_plain(c);
+    const char *prefix = plain ? "model." : "transformer.";
+    // clang-format off
+    listed wte     = {&model->wte,     RETROFIT_EMBEDDING, d,     "wte",     {{"embed_tokens", V}}};
+    listed adapter = {&model->adapter, RETROFIT_MATRIX,    2 * d, "adapter", {{NULL,           d}}};
+    listed ln_f    = {&model->ln_f,    RETROFIT_NORM,      d,     "ln_f",    {{"norm",         1}}};
+    listed lm_head = {&model->lm_head, RETROFIT_HEAD,      d,     "lm_head", {{"lm_head",      V}}};
+    // clang-format on
+    list_parameter(model, &wte, prefix, RETROFIT_PART_EMBEDDING);
+    list_layers(model, model->prelude, c->prelude, "prelude", RETROFIT_PART_PRELUDE);
+    if (!plain) list_parameter(model, &adapter, prefix, RETROFIT_PART_ADAPTER);
+    list_layers(model, model->core, c->core, "core_block", RETROFIT_PART_CORE);
+    list_layers(model, model->coda, c->coda, "coda", RETROFIT_PART_CODA);
+    list_parameter(model, &ln_f, prefix, RETROFIT_PART_NORM);
+    list_parameter(model, &lm_head, "", RETROFIT_PART_HEAD);
 }
 
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops) {
     if (!retrofit_config_check(config, "model")) return NULL;
     if (config->head_dim > ops->max_head_dim)
-        return retrofit_fail("heads of %zu are more than the %zu that %s takes: use the CPU", config->head_dim, ops->max_head_dim, ops->name), (retrofit_model *)NULL;
-    retrofit_model *m = (retrofit_model *)retrofit_allocate(1, sizeof *m);
-    if (!m) return NULL;
-    m->config = *config, m->ops = ops;
-    size_t P = config->prelude, C = config->core, D = config->coda, d = config->n_embd, V = config->vocab;
-    bool plain = retrofit_is_plain(config);
-    m->prelude = (retrofit_layer *)retrofit_allocate(P, sizeof *m->prelude);
-    m->core = (retrofit_layer *)retrofit_allocate(C, sizeof *m->core);
-    m->coda = (retrofit_layer *)retrofit_allocate(D, sizeof *m->coda);
-    m->parameters = (retrofit_parameter **)retrofit_allocate(6 * (P + C + D) + 4, sizeof *m->parameters);
-    if (!m->prelude || !m->core || !m->coda || !m->parameters) return retrofit_free(m), (retrofit_model *)NULL;
-    piece(&m->wte, V, plain ? "model.embed_tokens.weight" : "transformer.wte.weight");
-    list(m, &m->wte, d, RETROFIT_EMBEDDING, RETROFIT_PART_EMBEDDING);
-    for (size_t i = 0; i < P; i++) list_layer(m, &m->prelude[i], "prelude", i, RETROFIT_PART_PRELUDE);
-    if (!plain) {
-        piece(&m->adapter, d, "transformer.adapter.weight");
-        list(m, &m->adapter, 2 * d, RETROFIT_MATRIX, RETROFIT_PART_ADAPTER);
+        return fail_null("heads of %zu are more than the %zu that %s takes: use the CPU",
+                         config->head_dim, ops->max_head_dim, ops->name);
+    retrofit_model *model = retrofit_allocate(1, sizeof *model);
+    if (!model) return NULL;
+    model->config = *config;
+    model->ops = ops;
+    size_t layers = config->prelude + config->core + config->coda;
+    size_t max_parameters = LAYER_PARAMETERS * layers + 4;
+    model->prelude = retrofit_allocate(config->prelude, sizeof *model->prelude);
+    model->core = retrofit_allocate(config->core, sizeof *model->core);
+    model->coda = retrofit_allocate(config->coda, sizeof *model->coda);
+    model->parameters = retrofit_allocate(max_parameters, sizeof *model->parameters);
+    if (!model->prelude || !model->core || !model->coda || !model->parameters) {
+        retrofit_free(model);
+        return NULL;
     }
-    for (size_t i = 0; i < C; i++) list_layer(m, &m->core[i], "core_block", i, RETROFIT_PART_CORE);
-    for (size_t i = 0; i < D; i++) list_layer(m, &m->coda[i], "coda", i, RETROFIT_PART_CODA);
-    piece(&m->ln_f, 1, plain ? "model.norm.weight" : "transformer.ln_f.weight");
-    list(m, &m->ln_f, d, RETROFIT_NORM, RETROFIT_PART_NORM);
-    piece(&m->lm_head, V, "lm_head.weight");
-    list(m, &m->lm_head, d, RETROFIT_HEAD, RETROFIT_PART_HEAD);
-    return m;
+    list_model(model);
+    return model;
 }
 
-void retrofit_free(retrofit_model *m) {
-    if (!m) return;
-    void *arenas[] = {m->weights, m->masters, m->grads, m->moments};
-    for (size_t i = 0; i < 4; i++)
-        if (arenas[i]) m->ops->free(arenas[i]);
-    for (size_t i = 0; i < m->map_count; i++) retrofit_safetensors_close(&m->maps[i]);
-    free(m->maps), free(m->prelude), free(m->core), free(m->coda), free(m->parameters), free(m);
-}
-
-// Marks what a mode does not train.
-static void freeze(retrofit_model *m, retrofit_mode mode) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        p->frozen = (mode == RETROFIT_TRAINING_CORE || mode == RETROFIT_TRAINING_ADAPTER) && p->part != RETROFIT_PART_ADAPTER &&
-                    (mode == RETROFIT_TRAINING_ADAPTER || p->part != RETROFIT_PART_CORE);
+void retrofit_free(retrofit_model *model) {
+    if (!model) return;
+    void *arenas[] = {model->weights, model->masters, model->grads, model->moments};
+    for (size_t i = 0; i < 4; i++) {
+        if (arenas[i]) model->ops->free(arenas[i]);
     }
+    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
+    free(model->maps);
+    free(model->prelude);
+    free(model->core);
+    free(model->coda);
+    free(model->parameters);
+    free(model);
 }
 
-// One fp32 copy of every parameter in one arena: its size, and where each copy lies (`member`: master or grad; a frozen one has no grad).
-static float **copy_slot(retrofit_parameter *p, size_t member) { return (float **)(void *)((char *)p + member); }
+// ---- Where parameters lie ----------------------------------------------------------------------
+//
+//     arena     what it holds                    in training             in inference
+//     masters   fp32 weights: the optimizer      all parameters          if the model was loaded,
+//               updates them, checkpoints                                none; if it was made, as
+//               are written from them                                    by convert, all
+//     weights   what operations read, if that    matrices and the head   what can't stay in the
+//               is not the master                where act is bf16       mapped file (section 9)
+//     grads     fp32 gradients                   trained parameters      none
+//     moments   m and v; Muon's scratch          trained parameters      none
+//
+// A frozen parameter has a master, for checkpoints, but neither a gradient nor moments.
 
-static void lay_out_copies(retrofit_model *m, arena *a, size_t member) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        bool none = p->frozen && member == offsetof(retrofit_parameter, grad);
-        *copy_slot(p, member) = none ? NULL : (float *)arena_alloc(a, p->rows * p->cols, sizeof(float));
-    }
-}
-
-static void *allocate_copies(retrofit_model *m, size_t member, size_t *bytes) {
-    arena a = {NULL, 0};
-    lay_out_copies(m, &a, member);
-    if (bytes) *bytes = a.used;
-    if (!(a.base = (char *)m->ops->alloc(a.used))) return NULL;
-    a.used = 0, lay_out_copies(m, &a, member);
-    return a.base;
-}
-
-// The type the operations read a parameter in: norms and the embedding stay fp32, matrices take the table's type.
-static retrofit_type compute_type(const retrofit_model *m, const retrofit_parameter *p) {
-    return p->kind == RETROFIT_NORM || p->kind == RETROFIT_EMBEDDING ? RETROFIT_F32 : m->ops->act_type;
-}
-
-// What the operations read: the master itself, or its copy in the table's type.
-static void lay_out_weights(retrofit_model *m, arena *a) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        p->weight.type = compute_type(m, p), p->weight.data = p->master;
-        if (p->weight.type != RETROFIT_F32) p->weight.data = arena_alloc(a, p->rows * p->cols, retrofit_type_size(p->weight.type));
-    }
-}
-
-bool retrofit_model_allocate(retrofit_model *m, retrofit_mode mode) {
-    freeze(m, mode);
-    if (!(m->masters = allocate_copies(m, offsetof(retrofit_parameter, master), NULL))) return false;
-    if (mode != RETROFIT_INFERENCE && !(m->grads = allocate_copies(m, offsetof(retrofit_parameter, grad), &m->grad_bytes))) return false;
-    arena a = {NULL, 0};
-    lay_out_weights(m, &a);
-    if (a.used && !(m->weights = m->ops->alloc(a.used))) return false;
-    a.base = (char *)m->weights, a.used = 0, lay_out_weights(m, &a);
+static bool is_trained(retrofit_mode mode, retrofit_part part) {
+    if (mode == RETROFIT_TRAINING_ADAPTER) return part == RETROFIT_PART_ADAPTER;
+    if (mode == RETROFIT_TRAINING_CORE)
+        return part == RETROFIT_PART_ADAPTER || part == RETROFIT_PART_CORE;
     return true;
 }
 
-void retrofit_refresh_weights(retrofit_model *m) {
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        if (p->weight.type != RETROFIT_F32) m->ops->cast((act *)p->weight.data, p->master, p->rows * p->cols);
+static void freeze(retrofit_model *model, retrofit_mode mode) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        parameter->frozen = !is_trained(mode, parameter->part);
     }
 }
 
-static void lay_out_moments(retrofit_model *m, arena *a, retrofit_optimizer_kind kind) {
-    size_t size = retrofit_type_size(m->ops->act_type), largest = 0, side = 0;
-    for (size_t i = 0; i < m->parameter_count; i++) {
-        retrofit_parameter *p = m->parameters[i];
-        size_t n = p->rows * p->cols, shorter = p->rows < p->cols ? p->rows : p->cols;
-        if (p->frozen) continue;
-        p->m = (float *)arena_alloc(a, n, 4);
-        p->v = by_muon(p, kind) ? NULL : (float *)arena_alloc(a, n, 4);
-        if (by_muon(p, kind) && n > largest) largest = n;
-        if (by_muon(p, kind) && shorter > side) side = shorter;
+static void lay_out_masters(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        parameter->master = arena_alloc(a, parameter->rows * parameter->cols, sizeof(float));
     }
-    m->sums = (double *)arena_alloc(a, 2, sizeof(double));
-    m->muon_u = (float *)arena_alloc(a, largest, 4);
-    m->muon_x = arena_alloc(a, largest, size), m->muon_y = arena_alloc(a, largest, size);
-    m->muon_a = arena_alloc(a, side * side, size), m->muon_b = arena_alloc(a, side * side, size);
 }
 
-bool retrofit_optimizer_init(retrofit_model *m, retrofit_optimizer_kind kind) {
-    arena a = {NULL, 0};
-    lay_out_moments(m, &a, kind);
-    m->moment_bytes = a.used;
-    if (!(m->moments = m->ops->alloc(a.used))) return false;
-    a.base = (char *)m->moments, a.used = 0, lay_out_moments(m, &a, kind);
+static void lay_out_grads(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        if (parameter->frozen) parameter->grad = NULL;
+        else parameter->grad = arena_alloc(a, parameter->rows * parameter->cols, sizeof(float));
+    }
+}
+
+// The type in which operations read a parameter.
+static retrofit_type compute_type(const retrofit_model *model, retrofit_kind kind) {
+    if (kind == RETROFIT_NORM || kind == RETROFIT_EMBEDDING) return RETROFIT_F32;
+    return model->ops->act_type;
+}
+
+static void lay_out_weights(retrofit_model *model, arena *a) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        retrofit_type type = compute_type(model, parameter->kind);
+        size_t count = parameter->rows * parameter->cols;
+        parameter->weight.type = type;
+        if (type == RETROFIT_F32) parameter->weight.data = parameter->master;
+        else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
+    }
+}
+
+bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode) {
+    arena masters = {NULL, 0}, grads = {NULL, 0}, weights = {NULL, 0};
+    freeze(model, mode);
+
+    lay_out_masters(model, &masters);
+    model->masters = arena_reserve(&masters, model->ops);
+    if (!model->masters) return false;
+    lay_out_masters(model, &masters);
+
+    if (mode != RETROFIT_INFERENCE) {
+        lay_out_grads(model, &grads);
+        model->grad_bytes = grads.used;
+        model->grads = arena_reserve(&grads, model->ops);
+        if (!model->grads) return false;
+        lay_out_grads(model, &grads);
+    }
+
+    lay_out_weights(model, &weights);
+    if (weights.used == 0) return true; // operations read the masters
+    model->weights = arena_reserve(&weights, model->ops);
+    if (!model->weights) return false;
+    lay_out_weights(model, &weights);
     return true;
 }
 
-void retrofit_training_bytes(retrofit_model *m, retrofit_mode mode, retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
+void retrofit_refresh_weights(retrofit_model *model) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        if (parameter->weight.type == RETROFIT_F32) continue;
+        act *copy = (act *)parameter->weight.data;
+        model->ops->cast(copy, parameter->master, parameter->rows * parameter->cols);
+    }
+}
+
+// Every trained parameter has a first moment m, and with AdamW and AdamW* a second one, v. Those
+// that Muon updates share scratch instead: u, x and y are as large as the largest matrix; a and b
+// hold products of x with itself, which are square, and as wide as a matrix's shorter side.
+static void lay_out_moments(retrofit_model *model, arena *a, retrofit_optimizer_kind kind) {
+    size_t size = retrofit_type_size(model->ops->act_type), max_count = 0, max_side = 0;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        size_t rows = parameter->rows, cols = parameter->cols;
+        if (parameter->frozen) continue;
+        parameter->m = arena_alloc(a, rows * cols, sizeof(float));
+        if (by_muon(parameter, kind)) {
+            parameter->v = NULL;
+            max_count = retrofit_max(max_count, rows * cols);
+            max_side = retrofit_max(max_side, retrofit_min(rows, cols));
+        } else parameter->v = arena_alloc(a, rows * cols, sizeof(float));
+    }
+    model->sums = arena_alloc(a, 2, sizeof(double));
+    model->muon_u = arena_alloc(a, max_count, sizeof(float));
+    model->muon_x = arena_alloc(a, max_count, size);
+    model->muon_y = arena_alloc(a, max_count, size);
+    model->muon_a = arena_alloc(a, max_side * max_side, size);
+    model->muon_b = arena_alloc(a, max_side * max_side, size);
+}
+
+bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind) {
+    arena a = {NULL, 0};
+    lay_out_moments(model, &a, kind);
+    model->moment_bytes = a.used;
+    model->moments = arena_reserve(&a, model->ops);
+    if (!model->moments) return false;
+    lay_out_moments(model, &a, kind);
+    return true;
+}
+
+// Measures all arenas and allocates none.
+void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
+                             retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
                              size_t *moments) {
-    arena a = {NULL, 0}, g = {NULL, 0}, o = {NULL, 0};
-    freeze(m, mode);
-    lay_out_copies(m, &a, offsetof(retrofit_parameter, master)), lay_out_weights(m, &a);
-    lay_out_copies(m, &g, offsetof(retrofit_parameter, grad)), lay_out_moments(m, &o, kind);
-    *weights = a.used, *gradients = g.used, *moments = o.used;
+    arena for_weights = {NULL, 0}, for_gradients = {NULL, 0}, for_moments = {NULL, 0};
+    freeze(model, mode);
+    lay_out_masters(model, &for_weights);
+    lay_out_weights(model, &for_weights);
+    lay_out_grads(model, &for_gradients);
+    lay_out_moments(model, &for_moments, kind);
+    *weights = for_weights.used;
+    *gradients = for_gradients.used;
+    *moments = for_moments.used;
 }
 
-// HF's RoPE: angle of position p and pair i is p·θ^(-2i/h); Llama-3.2 turns long wavelengths `factor` times slower, with a ramp between.
+// ---- RoPE's table ------------------------------------------------------------------------------
+// As in HF: pair i = 0 … h/2 - 1 of a head at position p turns by the angle p·ω_i, with
+//
+//     ω_i = θ^(-2i/h)
+//
+// Llama 3 was first trained on a shorter context, the original one. What counts is how many turns a
+// pair makes there: with more than `high` it keeps its ω_i, with fewer than `low` it becomes
+// `factor` times slower, and in between lies a ramp:
+//
+//     turns_i = original_context·ω_i / 2π
+//     keep_i  = (turns_i - low) / (high - low), cut to [0, 1]
+//     ω_i    ←  ω_i·(keep_i + (1 - keep_i)/factor)
+static float rope_frequency(const retrofit_config *c, size_t i) {
+    float frequency = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
+    if (!c->rope_llama3) return frequency;
+    double wavelength = 2 * 3.14159265358979323846 / (double)frequency; // in positions
+    double turns = c->rope_original_context / wavelength;
+    double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
+    return (float)((double)frequency * (keep + (1 - keep) / c->rope_factor));
+}
+
+// table: (positions, h/2, {cos, sin}).
 static void rope_table(float *table, const retrofit_config *c, size_t positions) {
-    for (size_t i = 0; i < c->head_dim / 2; i++) {
-        float inverse = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
-        if (c->rope_llama3) {
-            double wavelength = 2 * 3.14159265358979323846 / (double)inverse, turns = c->rope_original_context / wavelength;
-            double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
-            inverse = (float)((double)inverse * (keep + (1 - keep) / c->rope_factor));
-        }
+    size_t pairs = c->head_dim / 2;
+    for (size_t i = 0; i < pairs; i++) {
+        float frequency = rope_frequency(c, i);
         for (size_t p = 0; p < positions; p++) {
-            float angle = (float)p * inverse;
-            table[(p * c->head_dim / 2 + i) * 2] = cosf(angle), table[(p * c->head_dim / 2 + i) * 2 + 1] = sinf(angle);
+            float angle = (float)p * frequency;
+            float *pair = table + (p * pairs + i) * 2;
+            pair[0] = cosf(angle);
+            pair[1] = sinf(angle);
         }
     }
+}
+
+// Rows of logits exist in chunks of about this many bytes, in whole tiles of a matrix product;
+// those in fp32, for the host, WIDE_ROWS at a time.
+enum { LOGITS_BYTES = 1 << 26, LOGITS_TILE = 128, WIDE_ROWS = 256 };
+
+void retrofit_zero_grad(retrofit_model *model) {
+    model->ops->zero(model->grads, model->grad_bytes);
+}
+
+// Element i of an array of `act`.
+static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
+    return (char *)p + i * retrofit_type_size(ops->act_type);
 }
 
 // ---- What a caller gives and gets --------------------------------------------------------------
@@ -2706,6 +3259,17 @@ void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, floa
     }
 }
 
+// Rows of a micro-batch, counted from 0 over the whole training, to the host.
+static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index) {
+    size_t T = buffers->T;
+    for (size_t i = 0; i < buffers->B; i++) {
+        int32_t *tokens = buffers->host_tokens + i * T;
+        int32_t *labels = buffers->host_labels + i * T;
+        if (!retrofit_data_row(data, index * buffers->B + i, tokens, labels)) return false;
+    }
+    return true;
+}
+
 size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
     const retrofit_model *model = buffers->model;
     size_t count = buffers->N * model->config.n_embd;
@@ -2720,29 +3284,26 @@ size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
     return buffers->k + 1;
 }
 
-// ---- Buffers: one arena for each retrofit_buffers --------------------------------------------------
+// ---- Buffers: one arena for each retrofit_buffers ----------------------------------------------
 // What is never needed at the same time shares memory:
 //
 //     buffers            shares with         because
-//     final              norm                the head reads it before the next block computes a norm
+//     final              norm                the head reads it before a block computes a norm again
 //     dinjected          injected            the forward pass is over when its gradient begins
-//     dfinal             dinner              the head's gradient is used up before the coda's blocks
+//     dfinal             dinner              the head's gradient is used up before any block's
 //     dattention         scratch.attention   with RETROFIT_KEEP_ALL no block uses the scratch; with
 //     dqkv               scratch.qkv         KEEP_INPUTS blocks are computed again in it, so these
 //     dgate_up           scratch.gate_up     three have memory of their own
 //     block.mid, .out    x, or state         with KEEP_NOTHING: blocks run in place on their input
 //     all of a block     scratch             with KEEP_INPUTS, but for its out
 
-// Rows of logits exist in chunks of about this many bytes, in whole tiles of a matrix product.
-enum { LOGITS_BYTES = 1 << 26, LOGITS_TILE = 128 };
-
 static void lay_out_block(retrofit_block *block, arena *a, const retrofit_config *c, size_t N,
                           size_t size) {
-    block->rstd_1 = (float *)arena_alloc(a, N, sizeof(float));
-    block->rstd_2 = (float *)arena_alloc(a, N, sizeof(float));
+    block->rstd_1 = arena_alloc(a, N, sizeof(float));
+    block->rstd_2 = arena_alloc(a, N, sizeof(float));
     block->qkv = arena_alloc(a, N * retrofit_qkv_width(c), size);
     block->attention = arena_alloc(a, N * c->n_embd, size);
-    block->lse = (float *)arena_alloc(a, N * c->n_heads, sizeof(float));
+    block->lse = arena_alloc(a, N * c->n_heads, sizeof(float));
     block->gate_up = arena_alloc(a, N * 2 * c->intermediate, size);
 }
 
@@ -2753,9 +3314,9 @@ static void lay_out_saved_blocks(retrofit_buffers *buffers, retrofit_block *bloc
         if (buffers->keep == RETROFIT_KEEP_INPUTS) blocks[i] = buffers->scratch;
         else {
             lay_out_block(&blocks[i], a, c, N, size);
-            blocks[i].mid = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
+            blocks[i].mid = arena_alloc(a, N * c->n_embd, sizeof(float));
         }
-        blocks[i].out = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
+        blocks[i].out = arena_alloc(a, N * c->n_embd, sizeof(float));
     }
 }
 
@@ -2767,15 +3328,15 @@ static void lay_out_saved(retrofit_buffers *buffers, arena *a, const retrofit_co
     lay_out_saved_blocks(buffers, saved->core, K * c->core, a, c, size);
     lay_out_saved_blocks(buffers, saved->coda, c->coda, a, c, size);
     for (size_t i = 0; i < K; i++)
-        saved->adapted[i] = (float *)arena_alloc(a, N * c->n_embd, sizeof(float));
+        saved->adapted[i] = arena_alloc(a, N * c->n_embd, sizeof(float));
 }
 
 static void lay_out_gradients(retrofit_buffers *buffers, arena *a, const retrofit_config *c,
                               size_t size) {
     size_t N = buffers->B * buffers->T, d = c->n_embd;
     retrofit_gradients *g = &buffers->gradients;
-    g->dx = (float *)arena_alloc(a, N * d, sizeof(float));
-    g->delta = (float *)arena_alloc(a, N * c->n_heads, sizeof(float));
+    g->dx = arena_alloc(a, N * d, sizeof(float));
+    g->delta = arena_alloc(a, N * c->n_heads, sizeof(float));
     g->dbranch = arena_alloc(a, N * d, size);
     g->dinner = arena_alloc(a, N * d, size);
     g->dswiglu = arena_alloc(a, N * c->intermediate, size);
@@ -2797,9 +3358,9 @@ static void lay_out_decoder(retrofit_buffers *buffers, arena *a, const retrofit_
     size_t B = buffers->B, d = c->n_embd;
     size_t positions = decoder->slots * B * decoder->cache.capacity;
     size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(decoder->kv_type);
-    decoder->reached = (int32_t *)arena_alloc(a, B, sizeof(int32_t));
-    decoder->carried = (float *)arena_alloc(a, B * d, sizeof(float));
-    decoder->drafted = (float *)arena_alloc(a, 2 * RETROFIT_LOOKAHEAD * d, sizeof(float));
+    decoder->reached = arena_alloc(a, B, sizeof(int32_t));
+    decoder->carried = arena_alloc(a, B * d, sizeof(float));
+    decoder->drafted = arena_alloc(a, 2 * RETROFIT_LOOKAHEAD * d, sizeof(float));
     decoder->keys = arena_alloc(a, positions, entry);
     decoder->values = arena_alloc(a, positions, entry);
 }
@@ -2816,27 +3377,27 @@ static void lay_out_logits(retrofit_buffers *buffers, arena *a, const retrofit_c
     buffers->chunk = retrofit_min(N, tiles * LOGITS_TILE);
     buffers->logits = arena_alloc(a, buffers->chunk * V, size);
     size_t wide_rows = retrofit_max(retrofit_min(buffers->chunk, WIDE_ROWS), buffers->B);
-    buffers->wide_logits = (float *)arena_alloc(a, wide_rows * V, sizeof(float));
+    buffers->wide_logits = arena_alloc(a, wide_rows * V, sizeof(float));
 }
 
 // Twice: with a.base NULL to measure, then to hand out the memory.
 static void lay_out_buffers(retrofit_buffers *buffers, arena *a, const retrofit_config *c,
                             retrofit_type type) {
     size_t N = buffers->B * buffers->T, d = c->n_embd, size = retrofit_type_size(type);
-    buffers->tokens = (int32_t *)arena_alloc(a, N, sizeof(int32_t));
-    buffers->labels = (int32_t *)arena_alloc(a, N, sizeof(int32_t));
-    buffers->past = (int32_t *)arena_alloc(a, buffers->B, sizeof(int32_t));
-    buffers->rope = (float *)arena_alloc(a, rope_positions(buffers) * c->head_dim, sizeof(float));
-    buffers->embedded = (float *)arena_alloc(a, N * d, sizeof(float));
-    buffers->state = (float *)arena_alloc(a, N * d, sizeof(float));
-    buffers->injected = (float *)arena_alloc(a, N * d, sizeof(float));
-    if (!buffers->keep) buffers->x = (float *)arena_alloc(a, N * d, sizeof(float));
+    buffers->tokens = arena_alloc(a, N, sizeof(int32_t));
+    buffers->labels = arena_alloc(a, N, sizeof(int32_t));
+    buffers->past = arena_alloc(a, buffers->B, sizeof(int32_t));
+    buffers->rope = arena_alloc(a, rope_positions(buffers) * c->head_dim, sizeof(float));
+    buffers->embedded = arena_alloc(a, N * d, sizeof(float));
+    buffers->state = arena_alloc(a, N * d, sizeof(float));
+    buffers->injected = arena_alloc(a, N * d, sizeof(float));
+    if (!buffers->keep) buffers->x = arena_alloc(a, N * d, sizeof(float));
     lay_out_block(&buffers->scratch, a, c, N, size);
     if (buffers->keep == RETROFIT_KEEP_INPUTS)
-        buffers->scratch.mid = (float *)arena_alloc(a, N * d, sizeof(float));
+        buffers->scratch.mid = arena_alloc(a, N * d, sizeof(float));
     if (buffers->keep) lay_out_saved(buffers, a, c, size);
-    buffers->rstd_f = (float *)arena_alloc(a, N, sizeof(float));
-    buffers->losses = (float *)arena_alloc(a, N, sizeof(float));
+    buffers->rstd_f = arena_alloc(a, N, sizeof(float));
+    buffers->losses = arena_alloc(a, N, sizeof(float));
     buffers->norm = arena_alloc(a, N * d, size);
     buffers->swiglu = arena_alloc(a, N * c->intermediate, size);
     buffers->final = buffers->norm;
@@ -2849,24 +3410,24 @@ static void lay_out_buffers(retrofit_buffers *buffers, arena *a, const retrofit_
 static bool allocate_decoder(retrofit_buffers *buffers, const retrofit_config *c) {
     size_t B = buffers->B, V = c->vocab, d = c->n_embd;
     retrofit_decoder *decoder = buffers->decoder;
-    decoder->seen = (int32_t *)retrofit_allocate(B, sizeof(int32_t));
-    decoder->used = (int32_t *)retrofit_allocate(B, sizeof(int32_t));
-    decoder->next = (float *)retrofit_allocate(B * V, sizeof(float));
-    decoder->measure = (double *)retrofit_allocate(B * V, sizeof(double));
-    decoder->latent = (float *)retrofit_allocate(2 * B * d, sizeof(float));
+    decoder->seen = retrofit_allocate(B, sizeof(int32_t));
+    decoder->used = retrofit_allocate(B, sizeof(int32_t));
+    decoder->next = retrofit_allocate(B * V, sizeof(float));
+    decoder->measure = retrofit_allocate(B * V, sizeof(double));
+    decoder->latent = retrofit_allocate(2 * B * d, sizeof(float));
     return decoder->seen && decoder->used && decoder->next && decoder->measure && decoder->latent;
 }
 
 static bool allocate_on_host(retrofit_buffers *buffers, const retrofit_config *c) {
     size_t N = buffers->B * buffers->T, K = buffers->K;
     retrofit_saved *saved = &buffers->saved;
-    saved->prelude = (retrofit_block *)retrofit_allocate(c->prelude, sizeof(retrofit_block));
-    saved->core = (retrofit_block *)retrofit_allocate(K * c->core, sizeof(retrofit_block));
-    saved->coda = (retrofit_block *)retrofit_allocate(c->coda, sizeof(retrofit_block));
-    saved->adapted = (float **)retrofit_allocate(K, sizeof(float *));
-    buffers->host_tokens = (int32_t *)retrofit_allocate(N, sizeof(int32_t));
-    buffers->host_labels = (int32_t *)retrofit_allocate(N, sizeof(int32_t));
-    buffers->host_losses = (float *)retrofit_allocate(N, sizeof(float));
+    saved->prelude = retrofit_allocate(c->prelude, sizeof(retrofit_block));
+    saved->core = retrofit_allocate(K * c->core, sizeof(retrofit_block));
+    saved->coda = retrofit_allocate(c->coda, sizeof(retrofit_block));
+    saved->adapted = retrofit_allocate(K, sizeof(float *));
+    buffers->host_tokens = retrofit_allocate(N, sizeof(int32_t));
+    buffers->host_labels = retrofit_allocate(N, sizeof(int32_t));
+    buffers->host_losses = retrofit_allocate(N, sizeof(float));
     if (!saved->prelude || !saved->core || !saved->coda || !saved->adapted) return false;
     if (!buffers->host_tokens || !buffers->host_labels || !buffers->host_losses) return false;
     return !buffers->decoder || allocate_decoder(buffers, c);
@@ -2903,10 +3464,10 @@ size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops 
     retrofit_buffers buffers = {.B = B, .T = T, .K = keep && config->core ? K : 0, .keep = keep};
     retrofit_saved *saved = &buffers.saved;
     arena a = {NULL, 0};
-    saved->prelude = (retrofit_block *)retrofit_allocate(config->prelude, sizeof(retrofit_block));
-    saved->core = (retrofit_block *)retrofit_allocate(buffers.K * config->core, sizeof(retrofit_block));
-    saved->coda = (retrofit_block *)retrofit_allocate(config->coda, sizeof(retrofit_block));
-    saved->adapted = (float **)retrofit_allocate(buffers.K, sizeof(float *));
+    saved->prelude = retrofit_allocate(config->prelude, sizeof(retrofit_block));
+    saved->core = retrofit_allocate(buffers.K * config->core, sizeof(retrofit_block));
+    saved->coda = retrofit_allocate(config->coda, sizeof(retrofit_block));
+    saved->adapted = retrofit_allocate(buffers.K, sizeof(float *));
     if (saved->prelude && saved->core && saved->coda && saved->adapted)
         lay_out_buffers(&buffers, &a, config, ops->act_type);
     free_on_host(&buffers);
@@ -2918,7 +3479,8 @@ static bool check_buffers(const retrofit_model *model, size_t B, size_t T, size_
     size_t capacity = cache ? cache->capacity : 0, recurrences = cache ? cache->recurrences : 0;
     size_t positions = retrofit_max(T, capacity);
     if (T == 0 || !batch_possible(B, positions, K, recurrences))
-        return retrofit_fail("a batch of %zu x %zu tokens (depth %zu, %zu recurrences) is impossible",
+        return retrofit_fail("a batch of %zu x %zu tokens (depth %zu, %zu recurrences) "
+                             "is impossible",
                              B, T, K, recurrences);
     if (positions > model->config.context)
         return retrofit_fail("%zu positions are more than the model's context of %zu", positions,
@@ -2935,7 +3497,7 @@ static bool check_buffers(const retrofit_model *model, size_t B, size_t T, size_
 static bool upload_rope(retrofit_buffers *buffers) {
     const retrofit_config *c = &buffers->model->config;
     size_t positions = rope_positions(buffers), count = positions * c->head_dim;
-    float *table = (float *)retrofit_allocate(count, sizeof *table);
+    float *table = retrofit_allocate(count, sizeof *table);
     if (!table) return false;
     rope_table(table, c, positions);
     buffers->model->ops->upload(buffers->rope, table, count * sizeof *table);
@@ -2966,7 +3528,7 @@ retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, si
     const retrofit_config *c = &model->config;
     if (cache && cache->capacity == 0) cache = NULL;
     if (!check_buffers(model, B, T, K, cache)) return NULL;
-    retrofit_buffers *buffers = (retrofit_buffers *)retrofit_allocate(1, sizeof *buffers);
+    retrofit_buffers *buffers = retrofit_allocate(1, sizeof *buffers);
     if (!buffers) return NULL;
     buffers->model = model;
     buffers->B = B;
@@ -2992,258 +3554,488 @@ void retrofit_buffers_free(retrofit_buffers *buffers) {
 // 9  Files: safetensors, checkpoints, token shards
 // =================================================================================================
 
-// ---- safetensors -----------------------------------------------------------------------------------------------------
-// 8 bytes: length of the header; the header, JSON: {"name": {"dtype": "F32", "shape": [r, c], "data_offsets": [begin, end]}, …};
-// then the data, little endian, offsets counted from its start.
+// ---- safetensors: reading ----------------------------------------------------------------------
+// A file of tensors, little endian:
+//
+//     8 bytes    the length of the header
+//     header     JSON: {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, …}
+//     data       the elements of all tensors; the offsets count from the start of the data
+//
+// We map files into memory and use tensors where they lie, so everything is checked before.
 
+// Types in a file: first those that we read, in the order of retrofit_type. Tensors of the others
+// are checked, too, but are not listed.
 static const struct {
     const char *name;
     size_t size;
-} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // in retrofit_type's order; the others are known, but not read
-                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2}, {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {NULL, 1}};
+} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // these are ours
+                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2},
+                  {"U16", 2}, {"I8", 1},   {"U8", 1},  {"BOOL", 1}};
+enum { FILE_TYPES = sizeof file_types / sizeof *file_types };
 
-static int by_size(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return x < y ? -1 : x > y;
+typedef struct {
+    size_t begin, end; // bytes, from the start of the data
+} byte_range;
+
+static int by_begin(const void *a, const void *b) {
+    const byte_range *x = a, *y = b;
+    return x->begin < y->begin ? -1 : x->begin > y->begin;
 }
 
-// Checks the entry j of the header; the tensor joins the list if its type is one of ours.
-static bool safetensors_entry(retrofit_map *f, const retrofit_json *j, const char *data, size_t data_bytes, size_t range[2]) {
-    const retrofit_json *dtype = retrofit_json_get(j, "dtype"), *shape = retrofit_json_get(j, "shape");
-    const retrofit_json *offsets = retrofit_json_get(j, "data_offsets");
-    size_t begin = 0, end = 0, type = 0, bytes;
-    if (!dtype || dtype->type != RETROFIT_JSON_STRING || !shape || shape->type != RETROFIT_JSON_ARRAY || !offsets || offsets->count != 2 ||
-        !retrofit_json_size(offsets->child, &begin) || !retrofit_json_size(offsets->child->next, &end))
-        return retrofit_fail("%s: tensor %s: needs dtype, shape and two data_offsets", f->path, j->key);
-    while (file_types[type].name && strcmp(file_types[type].name, dtype->string)) type++;
-    bool ours = type <= RETROFIT_I32, sizes = !ours || shape->count <= 4;
-    retrofit_tensor t = {j->key, ours ? (retrofit_type)type : RETROFIT_F32, 0, {0}, 1, NULL};
-    for (const retrofit_json *s = shape->child; s && sizes; s = s->next) {
+// false if one of the sizes is none, or if their product overflows.
+static bool read_tensor_shape(retrofit_tensor *tensor, const retrofit_json *shape) {
+    tensor->count = 1;
+    for (const retrofit_json *size = shape->child; size; size = size->next) {
         size_t n = 0;
-        sizes = retrofit_json_size(s, &n) && !__builtin_mul_overflow(t.count, n, &t.count);
-        if (ours) t.shape[t.dims++] = n;
+        if (!retrofit_json_size(size, &n)) return false;
+        if (__builtin_mul_overflow(tensor->count, n, &tensor->count)) return false;
+        if (tensor->dims < 4) tensor->shape[tensor->dims] = n;
+        tensor->dims++;
     }
-    bool fits = !__builtin_mul_overflow(t.count, file_types[type].size, &bytes);
-    const char *wrong = !file_types[type].name              ? "unknown dtype"
-                        : !sizes || !fits                   ? "the shape is not at most 4 sizes, or too large"
-                        : begin > end || end > data_bytes   ? "it lies outside the data: truncated?"
-                        : bytes != end - begin              ? "its shape needs another number of bytes"
-                        : begin % file_types[type].size > 0 ? "it is not aligned to its dtype"
-                                                            : NULL;
-    if (wrong) return retrofit_fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", f->path, j->key, dtype->string, begin, end, data_bytes, wrong);
-    range[0] = begin, range[1] = end;
-    t.data = data + begin;
-    if (ours) f->tensors[f->count++] = t;
     return true;
 }
 
-static bool safetensors_read(retrofit_map *f) { // what it has opened so far when it fails, its caller closes
-    if (!(f->base = retrofit_map_file(f->path, &f->bytes))) return false;
-    const char *text = (const char *)f->base + 8;
-    uint64_t header = 0;
-    if (f->bytes >= 8) memcpy(&header, f->base, 8);
-    if (f->bytes < 8 || header < 2 || header > f->bytes - 8 || header > 100000000)
-        return retrofit_fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu", f->path, f->bytes, (unsigned long long)header);
-    if (!(f->header = retrofit_json_parse(text, (size_t)header, f->path))) return false;
-    if (f->header->type != RETROFIT_JSON_OBJECT) return retrofit_fail("%s: the header is not a JSON object", f->path);
-    size_t bytes = f->bytes - 8 - (size_t)header, n = 0, covered = 0;
-    f->tensors = (retrofit_tensor *)retrofit_allocate(f->header->count + 1, sizeof *f->tensors + 2 * sizeof(size_t));
-    if (!f->tensors) return false;
-    size_t *ranges = (size_t *)(f->tensors + f->header->count + 1); // begin, end; begin, end; … of those that are not empty
-    for (const retrofit_json *j = f->header->child; j; j = j->next) {
-        if (!strcmp(j->key, "__metadata__")) continue;
-        if (!safetensors_entry(f, j, text + header, bytes, ranges + n)) return false;
-        n += ranges[n] != ranges[n + 1] ? 2 : 0;
-    }
-    // In the order of the file, every tensor must begin where the one before it ends, and the last one end with the file.
-    qsort(ranges, n / 2, 2 * sizeof *ranges, by_size);
-    size_t i = 0;
-    for (; i < n && ranges[i] == covered; i += 2) covered = ranges[i + 1];
-    return (i == n && covered == bytes) || retrofit_fail("%s: tensors overlap or leave a hole at byte %zu of %zu", f->path, covered, bytes);
-}
-
-bool retrofit_safetensors_open(retrofit_map *f, const char *path) {
-    memset(f, 0, sizeof *f);
-    if ((f->path = strdup(path)) ? safetensors_read(f) : retrofit_fail("out of memory")) return true;
-    return retrofit_safetensors_close(f), false;
-}
-
-void retrofit_safetensors_close(retrofit_map *f) {
-    if (f->base) munmap(f->base, f->bytes);
-    retrofit_json_free(f->header);
-    free(f->tensors), free(f->path);
-    memset(f, 0, sizeof *f);
-}
-
-const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *f, const char *name) {
-    for (size_t i = 0; i < f->count; i++)
-        if (!strcmp(f->tensors[i].name, name)) return &f->tensors[i];
+// Reads the shape. What is wrong with the tensor, or NULL.
+static const char *tensor_problem(retrofit_tensor *tensor, size_t type, const retrofit_json *shape,
+                                  byte_range range, size_t data_bytes) {
+    size_t bytes;
+    if (type == FILE_TYPES) return "unknown dtype";
+    bool is_shape = read_tensor_shape(tensor, shape) && (type > RETROFIT_I32 || tensor->dims <= 4);
+    if (!is_shape || __builtin_mul_overflow(tensor->count, file_types[type].size, &bytes))
+        return "the shape is not at most 4 sizes, or too large";
+    if (range.begin > range.end || range.end > data_bytes)
+        return "it lies outside the data: truncated?";
+    if (bytes != range.end - range.begin) return "its shape needs another number of bytes";
+    if (range.begin % file_types[type].size > 0) return "it is not aligned to its dtype";
     return NULL;
 }
 
-const char *retrofit_safetensors_metadata(const retrofit_map *f, const char *key) {
-    const retrofit_json *j = retrofit_json_get(retrofit_json_get(f->header, "__metadata__"), key);
-    return j && j->type == RETROFIT_JSON_STRING ? j->string : NULL;
-}
+// Checks one entry of the header and lists its tensor. false or error.
+static bool read_tensor_entry(retrofit_map *map, const retrofit_json *entry, const char *data,
+                              size_t data_bytes, byte_range *range) {
+    const retrofit_json *dtype = retrofit_json_get(entry, "dtype");
+    const retrofit_json *shape = retrofit_json_get(entry, "shape");
+    const retrofit_json *offsets = retrofit_json_get(entry, "data_offsets");
+    bool complete = dtype && dtype->type == RETROFIT_JSON_STRING && shape &&
+                    shape->type == RETROFIT_JSON_ARRAY && offsets && offsets->count == 2 &&
+                    retrofit_json_size(offsets->child, &range->begin) &&
+                    retrofit_json_size(offsets->child->next, &range->end);
+    if (!complete)
+        return retrofit_fail("%s: tensor %s: needs dtype, shape and two data_offsets", map->path,
+                             entry->key);
 
-static retrofit_type stored_type(const retrofit_tensor *t, retrofit_type floats) { return t->type == RETROFIT_I32 ? RETROFIT_I32 : floats; }
-
-// Failures to write show in ferror(f), for finish_file.
-bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops, const retrofit_tensor *tensors, size_t count,
-                                retrofit_type type, const char *const *metadata) {
-    enum { CHUNK = 1 << 18 };
-    float *wide = (float *)retrofit_allocate(CHUNK, sizeof(float) + sizeof(uint16_t));
-    if (!wide) return false;
-    uint16_t *half = (uint16_t *)(wide + CHUNK);
-    FILE *f = fopen(path, "wb");
-    if (!f) return free(wide), retrofit_fail("%s: %s", path, strerror(errno));
-    uint64_t header = 0;
-    size_t offset = 0;
-    fwrite(&header, 8, 1, f); // its length, written again once it is known
-    fprintf(f, "{\"__metadata__\":{\"format\":\"pt\"");
-    for (size_t i = 0; metadata && metadata[i]; i++) fputc(i % 2 ? ':' : ',', f), retrofit_json_write_string(f, metadata[i], strlen(metadata[i]));
-    fputc('}', f);
-    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
-        size_t bytes = t->count * retrofit_type_size(stored_type(t, type));
-        fputc(',', f), retrofit_json_write_string(f, t->name, strlen(t->name));
-        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":[", file_types[stored_type(t, type)].name);
-        for (size_t j = 0; j < t->dims; j++) fprintf(f, "%s%zu", j ? "," : "", t->shape[j]);
-        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + bytes);
-        offset += bytes;
-    }
-    fputc('}', f);
-    long at = ftell(f);
-    for (; at % 64; at++) fputc(' ', f); // tensors start aligned, so that they can be used where they lie
-    header = (uint64_t)at - 8;
-    bool ok = at > 0 && !fseek(f, 0, SEEK_SET) && fwrite(&header, 8, 1, f) == 1 && !fseek(f, at, SEEK_SET);
-    for (const retrofit_tensor *t = tensors; t < tensors + count; t++) {
-        retrofit_type stored = stored_type(t, type);
-        size_t size = retrofit_type_size(t->type);
-        for (size_t i = 0; ok && i < t->count; i += CHUNK) {
-            size_t n = retrofit_min(t->count - i, CHUNK);
-            ops->download(size == 4 ? (void *)wide : (void *)half, (const char *)t->data + i * size, n * size);
-            if (stored != t->type && size == 2) retrofit_to_float(wide, half, t->type, n);
-            for (size_t j = 0; stored != t->type && stored == RETROFIT_BF16 && j < n; j++) half[j] = retrofit_float_to_bf16(wide[j]);
-            size_t to = retrofit_type_size(stored);
-            ok = fwrite(to == 4 ? (void *)wide : (void *)half, to, n, f) == n;
-        }
-    }
-    free(wide);
-    return retrofit_finish_file(f, path, ok);
-}
-
-// ---- config.json
-bool retrofit_config_check(const retrofit_config *c, const char *where) {
-    struct { const char *name; size_t value, most; } sizes[] = { // small enough that no product of them overflows
-        {"the width (n_embd, hidden_size)", c->n_embd, 1 << 20}, {"the number of heads", c->n_heads, 1 << 16},
-        {"the number of key/value heads", c->n_kv_heads, 1 << 16}, {"intermediate_size", c->intermediate, 1 << 22},
-        {"the vocabulary", c->vocab, 1 << 24}, {"the context (max_position_embeddings)", c->context, 1 << 24},
-        {"the number of layers", c->prelude + c->core + c->coda, 4096}};
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value == 0 || sizes[i].value > sizes[i].most)
-            return retrofit_fail("%s: %s is %zu, not between 1 and %zu", where, sizes[i].name, sizes[i].value, sizes[i].most);
-    if (c->n_embd != c->n_heads * c->head_dim)
-        return retrofit_fail("%s: %zu heads of %zu do not make a width of %zu", where, c->n_heads, c->head_dim, c->n_embd);
-    if (c->n_heads % c->n_kv_heads) return retrofit_fail("%s: %zu heads cannot share %zu key/value heads", where, c->n_heads, c->n_kv_heads);
-    if (c->head_dim % 2) return retrofit_fail("%s: a head size of %zu is odd: RoPE needs pairs", where, c->head_dim);
-    if (!(c->norm_eps > 0 && c->norm_eps < 1)) return retrofit_fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
-    if (!(c->rope_theta > 1 && c->rope_theta < 1e12)) return retrofit_fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
-    if (c->rope_llama3 && !(c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low && c->rope_original_context > 0))
-        return retrofit_fail("%s: rope_scaling's numbers make no sense", where);
-    if (!(c->state_std >= 0 && c->state_std < 100)) return retrofit_fail("%s: init_values.std %g is not between 0 and 100", where, (double)c->state_std);
-    if (c->core == 0 && c->prelude) return retrofit_fail("%s: a prelude without a recurrent core", where);
-    if (c->mean_recurrence == 0 || c->mean_recurrence > 1 << 16 || c->backprop_depth == 0 || c->backprop_depth > 1 << 16)
-        return retrofit_fail("%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    size_t type = 0;
+    while (type < FILE_TYPES && strcmp(file_types[type].name, dtype->string)) type++;
+    retrofit_tensor tensor = {.name = entry->key, .type = (retrofit_type)type};
+    const char *problem = tensor_problem(&tensor, type, shape, *range, data_bytes);
+    if (problem)
+        return retrofit_fail("%s: tensor %s: %s, bytes %zu to %zu of %zu: %s", map->path,
+                             entry->key, dtype->string, range->begin, range->end, data_bytes,
+                             problem);
+    tensor.data = data + range->begin;
+    if (type <= RETROFIT_I32) map->tensors[map->count++] = tensor;
     return true;
 }
 
-// The sizes of a config, under a plain Llama's names and under the authors'.
-static const struct {
-    const char *plain, *recurrent; // NULL: not in such a config
-    size_t field;
-    bool required;
-} config_sizes[] = {{"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
-                    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
-                    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
-                    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
-                    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
-                    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context), true},
-                    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
-                    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
-                    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
-                    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
-                    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
-
-// What a config may say in words, and the one thing that is supported.
-static const char *const config_words[][2] = {{"norm_class_name", "RMSNorm_llama"}, {"block_class_name", "SandwichBlock"}, {"hidden_act", "silu"},
-                                              {"nonlin_name", "SiLU"}, {"injection_type", "linear"}};
-static const char *const config_flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias", "tie_embeddings"}; // none of them may be true
-
-static double config_number(const retrofit_json *j, const char *where, const char *key, double otherwise, bool *ok) { // ok is sticky
-    const retrofit_json *n = retrofit_json_get(j, key);
-    if (n && n->type == RETROFIT_JSON_ARRAY && n->child) n = n->child; // Llama-3's chat models list several ends: the first is the document's
-    if (!n || n->type == RETROFIT_JSON_NULL) return otherwise;
-    if (*ok && n->type != RETROFIT_JSON_NUMBER) *ok = retrofit_fail("%s: %s is not a number", where, key);
-    return n->type == RETROFIT_JSON_NUMBER ? n->number : otherwise;
+// In the order of the file every tensor must begin where the one before it ends, and the last one
+// must end with the file.
+static bool check_tensor_ranges(const retrofit_map *map, byte_range *ranges, size_t count,
+                                size_t data_bytes) {
+    size_t covered = 0, i = 0;
+    qsort(ranges, count, sizeof *ranges, by_begin);
+    for (; i < count && ranges[i].begin == covered; i++) covered = ranges[i].end;
+    if (i == count && covered == data_bytes) return true;
+    return retrofit_fail("%s: tensors overlap or leave a hole at byte %zu of %zu", map->path,
+                         covered, data_bytes);
 }
 
-static bool config_true(const retrofit_json *j, const char *key) {
-    const retrofit_json *b = retrofit_json_get(j, key);
-    return b && b->type == RETROFIT_JSON_BOOL && b->number != 0;
+// Maps the file and parses its header, which ends where the data start.
+static bool read_tensor_header(retrofit_map *map, size_t *data_start) {
+    uint64_t length = 0;
+    map->base = retrofit_map_file(map->path, &map->bytes);
+    if (!map->base) return false;
+    if (map->bytes >= 8) memcpy(&length, map->base, 8);
+    if (map->bytes < 8 || length < 2 || length > map->bytes - 8 || length > 100000000)
+        return retrofit_fail("%s: not a safetensors file, or truncated: %zu bytes, header of %llu",
+                             map->path, map->bytes, (unsigned long long)length);
+    map->header = retrofit_json_parse((const char *)map->base + 8, length, map->path);
+    if (!map->header) return false;
+    if (map->header->type != RETROFIT_JSON_OBJECT)
+        return retrofit_fail("%s: the header is not a JSON object", map->path);
+    *data_start = 8 + length;
+    return true;
 }
 
-static int32_t config_id(double x) { return (int32_t)fmax(-1, fmin(1 << 24, x)); }
-
-static bool config_parse(retrofit_config *c, const retrofit_json *j, const char *where) {
-    const retrofit_json *type = retrofit_json_get(j, "model_type"), *init = retrofit_json_get(j, "init_values"), *n;
-    bool plain = retrofit_json_is(type, "llama"), ok = true;
-    if (!plain && !retrofit_json_is(type, "huginn_raven")) return retrofit_fail("%s: model_type is neither llama nor huginn_raven: no other is known", where);
-    memset(c, 0, sizeof *c);
-    c->mean_recurrence = c->backprop_depth = 1;
-    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
-        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
-        if (!key || (!(n = retrofit_json_get(j, key)) && !config_sizes[i].required)) continue;
-        if (!retrofit_json_size(n, (size_t *)(void *)((char *)c + config_sizes[i].field))) return retrofit_fail("%s: %s is missing or not a size", where, key);
+static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
+    const char *data = (const char *)map->base + data_start;
+    size_t data_bytes = map->bytes - data_start, count = 0;
+    map->tensors = retrofit_allocate(map->header->count, sizeof *map->tensors);
+    byte_range *ranges = retrofit_allocate(map->header->count, sizeof *ranges);
+    bool ok = map->tensors && ranges;
+    for (const retrofit_json *entry = map->header->child; ok && entry; entry = entry->next) {
+        if (!strcmp(entry->key, "__metadata__")) continue;
+        ok = read_tensor_entry(map, entry, data, data_bytes, &ranges[count]);
+        if (ranges[count].begin != ranges[count].end) count++; // an empty tensor may lie anywhere
     }
-    if (!retrofit_json_get(j, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
-    if (c->vocab == 0 && !retrofit_json_size(retrofit_json_get(j, "vocab_size"), &c->vocab)) return retrofit_fail("%s: vocab_size is missing or not a size", where);
-    for (size_t i = 0; i < sizeof config_words / sizeof *config_words; i++)
-        if ((n = retrofit_json_get(j, config_words[i][0])) && !retrofit_json_is(n, config_words[i][1]))
-            return retrofit_fail("%s: %s is not %s: only Llama's blocks are supported", where, config_words[i][0], config_words[i][1]);
-    for (size_t i = 0; i < sizeof config_flags / sizeof *config_flags; i++)
-        if (config_true(j, config_flags[i])) return retrofit_fail("%s: %s is true: such models are not supported", where, config_flags[i]);
-    // transformers 5 keeps rope_theta and the scaling in rope_parameters
-    const retrofit_json *rope = retrofit_json_get(j, retrofit_json_get(j, "rope_parameters") ? "rope_parameters" : "rope_scaling"), *kind;
-    c->rope_theta = config_number(j, where, "rope_theta", config_number(rope, where, "rope_theta", 10000, &ok), &ok);
-    if ((kind = retrofit_json_get(rope, "rope_type")) || (kind = retrofit_json_get(rope, "type"))) {
-        c->rope_llama3 = retrofit_json_is(kind, "llama3");
-        if (!c->rope_llama3 && !retrofit_json_is(kind, "default")) return retrofit_fail("%s: rope_scaling is not of type llama3: no other is known", where);
-        c->rope_factor = config_number(rope, where, "factor", 0, &ok), c->rope_low = config_number(rope, where, "low_freq_factor", 0, &ok);
-        c->rope_high = config_number(rope, where, "high_freq_factor", 0, &ok);
-        c->rope_original_context = config_number(rope, where, "original_max_position_embeddings", 0, &ok);
-    }
-    c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
-    if (config_number(j, where, "head_dim", (double)c->head_dim, &ok) != (double)c->head_dim && ok)
-        return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where, c->n_embd, c->n_heads);
-    if (config_number(init, where, "embed_scale", 1, &ok) != 1 && ok) return retrofit_fail("%s: init_values.embed_scale is not 1", where);
-    c->norm_eps = (float)config_number(j, where, plain ? "rms_norm_eps" : "norm_eps", plain ? 1e-6 : 0, &ok);
-    c->state_std = (float)config_number(init, where, "std", RETROFIT_STATE_STD, &ok);
-    c->tied = plain && config_true(j, "tie_word_embeddings");
-    c->bos = config_id(config_number(j, where, "bos_token_id", -1, &ok)), c->eos = config_id(config_number(j, where, "eos_token_id", -1, &ok));
-    return ok && retrofit_config_check(c, where);
-}
-
-bool retrofit_config_read(retrofit_config *c, const char *directory) {
-    char path[RETROFIT_PATH];
-    size_t size;
-    char *text = retrofit_path(path, directory, "config.json") ? retrofit_read_file(path, &size) : NULL;
-    retrofit_json *j = text ? retrofit_json_parse(text, size, path) : NULL;
-    bool ok = j && config_parse(c, j, path);
-    retrofit_json_free(j), free(text);
+    ok = ok && check_tensor_ranges(map, ranges, count, data_bytes);
+    free(ranges);
     return ok;
 }
 
-static const char *number_text(double x, char *buffer) { // the shortest decimal that reads back as the same float, else double
+bool retrofit_safetensors_open(retrofit_map *map, const char *path) {
+    size_t data_start = 0;
+    memset(map, 0, sizeof *map);
+    map->path = strdup(path);
+    if (!map->path) return retrofit_fail("out of memory");
+    if (read_tensor_header(map, &data_start) && read_tensor_entries(map, data_start)) return true;
+    retrofit_safetensors_close(map);
+    return false;
+}
+
+void retrofit_safetensors_close(retrofit_map *map) {
+    if (map->base) munmap(map->base, map->bytes);
+    retrofit_json_free(map->header);
+    free(map->tensors);
+    free(map->path);
+    memset(map, 0, sizeof *map);
+}
+
+const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name) {
+    for (size_t i = 0; i < map->count; i++) {
+        if (!strcmp(map->tensors[i].name, name)) return &map->tensors[i];
+    }
+    return NULL;
+}
+
+const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key) {
+    const retrofit_json *metadata = retrofit_json_get(map->header, "__metadata__");
+    const retrofit_json *value = retrofit_json_get(metadata, key);
+    return value && value->type == RETROFIT_JSON_STRING ? value->string : NULL;
+}
+
+// ---- safetensors: writing ----------------------------------------------------------------------
+
+// Elements on their way between a file and a device.
+enum { CONVERSION_CHUNK = 1 << 18 };
+typedef struct {
+    float raw[CONVERSION_CHUNK]; // memory for elements of any type, as the device has them
+    float fp32[CONVERSION_CHUNK];
+    uint16_t bf16[CONVERSION_CHUNK];
+} conversion;
+
+// n elements, at most a chunk, in type `to`: `data` itself if they have it, else part of `scratch`.
+static const void *convert_chunk(const void *data, retrofit_type from, retrofit_type to, size_t n,
+                                 conversion *scratch) {
+    if (from == to) return data;
+    retrofit_to_float(scratch->fp32, data, from, n);
+    if (to == RETROFIT_F32) return scratch->fp32;
+    for (size_t i = 0; i < n; i++) scratch->bf16[i] = retrofit_float_to_bf16(scratch->fp32[i]);
+    return scratch->bf16;
+}
+
+static retrofit_type stored_type(const retrofit_tensor *tensor, retrofit_type floats) {
+    return tensor->type == RETROFIT_I32 ? RETROFIT_I32 : floats;
+}
+
+static void write_json_key(FILE *file, const char *key) {
+    retrofit_json_write_string(file, key, strlen(key));
+    fputc(':', file);
+}
+
+static void write_tensor_metadata(FILE *file, const char *const *metadata) {
+    write_json_key(file, "__metadata__");
+    fprintf(file, "{\"format\":\"pt\"");
+    for (size_t i = 0; metadata && metadata[i]; i += 2) {
+        fputc(',', file);
+        write_json_key(file, metadata[i]);
+        retrofit_json_write_string(file, metadata[i + 1], strlen(metadata[i + 1]));
+    }
+    fputc('}', file);
+}
+
+// The length in front is written again once it is known. Spaces let the data start at a multiple of
+// 64, so that tensors can be used where they lie.
+static bool write_tensor_header(FILE *file, const retrofit_tensor *tensors, size_t count,
+                                retrofit_type type, const char *const *metadata) {
+    uint64_t length = 0;
+    size_t offset = 0;
+    fwrite(&length, 8, 1, file);
+    fputc('{', file);
+    write_tensor_metadata(file, metadata);
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_tensor *tensor = &tensors[i];
+        retrofit_type stored = stored_type(tensor, type);
+        size_t end = offset + tensor->count * retrofit_type_size(stored);
+        fputc(',', file);
+        write_json_key(file, tensor->name);
+        fprintf(file, "{\"dtype\":\"%s\",\"shape\":[", file_types[stored].name);
+        for (size_t j = 0; j < tensor->dims; j++)
+            fprintf(file, "%s%zu", j ? "," : "", tensor->shape[j]);
+        fprintf(file, "],\"data_offsets\":[%zu,%zu]}", offset, end);
+        offset = end;
+    }
+    fputc('}', file);
+
+    long data_start = ftell(file);
+    if (data_start < 0) return false;
+    for (; data_start % 64; data_start++) fputc(' ', file);
+    length = (uint64_t)data_start - 8;
+    return !fseek(file, 0, SEEK_SET) && fwrite(&length, 8, 1, file) == 1 &&
+           !fseek(file, data_start, SEEK_SET);
+}
+
+static bool write_tensor(FILE *file, const retrofit_ops *ops, const retrofit_tensor *tensor,
+                         retrofit_type stored, conversion *scratch) {
+    size_t size = retrofit_type_size(tensor->type), stored_size = retrofit_type_size(stored);
+    for (size_t i = 0; i < tensor->count; i += CONVERSION_CHUNK) {
+        size_t n = retrofit_min(tensor->count - i, CONVERSION_CHUNK);
+        ops->download(scratch->raw, (const char *)tensor->data + i * size, n * size);
+        const void *out = convert_chunk(scratch->raw, tensor->type, stored, n, scratch);
+        if (fwrite(out, stored_size, n, file) != n) return false;
+    }
+    return true;
+}
+
+// Most calls' failures show only in ferror, which retrofit_finish_file looks at.
+bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
+                                const retrofit_tensor *tensors, size_t count, retrofit_type type,
+                                const char *const *metadata) {
+    conversion *scratch = retrofit_allocate(1, sizeof *scratch);
+    if (!scratch) return false;
+    FILE *file = fopen(path, "wb");
+    if (!file) {
+        retrofit_fail("%s: %s", path, strerror(errno));
+        free(scratch);
+        return false;
+    }
+    bool ok = write_tensor_header(file, tensors, count, type, metadata);
+    for (size_t i = 0; ok && i < count; i++)
+        ok = write_tensor(file, ops, &tensors[i], stored_type(&tensors[i], type), scratch);
+    free(scratch);
+    return retrofit_finish_file(file, path, ok);
+}
+
+// ---- config.json: checking and reading ---------------------------------------------------------
+
+// The limits are so small that no product of sizes overflows.
+static bool check_config_sizes(const retrofit_config *c, const char *where) {
+    const struct {
+        const char *name;
+        size_t value, max;
+    } sizes[] = {{"the width (n_embd, hidden_size)", c->n_embd, 1 << 20},
+                 {"the number of heads", c->n_heads, 1 << 16},
+                 {"the number of key/value heads", c->n_kv_heads, 1 << 16},
+                 {"intermediate_size", c->intermediate, 1 << 22},
+                 {"the vocabulary", c->vocab, 1 << 24},
+                 {"the context (max_position_embeddings)", c->context, 1 << 24},
+                 {"the number of layers", c->prelude + c->core + c->coda, 4096}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        if (sizes[i].value == 0 || sizes[i].value > sizes[i].max)
+            return retrofit_fail("%s: %s is %zu, not between 1 and %zu", where, sizes[i].name,
+                                 sizes[i].value, sizes[i].max);
+    }
+    if (c->core == 0 && c->prelude > 0)
+        return retrofit_fail("%s: a prelude without a recurrent core", where);
+    return true;
+}
+
+static bool check_config_heads(const retrofit_config *c, const char *where) {
+    if (c->n_embd != c->n_heads * c->head_dim)
+        return retrofit_fail("%s: %zu heads of %zu do not make a width of %zu", where, c->n_heads,
+                             c->head_dim, c->n_embd);
+    if (c->n_heads % c->n_kv_heads)
+        return retrofit_fail("%s: %zu heads cannot share %zu key/value heads", where, c->n_heads,
+                             c->n_kv_heads);
+    if (c->head_dim % 2)
+        return retrofit_fail("%s: a head size of %zu is odd: RoPE needs pairs", where, c->head_dim);
+    return true;
+}
+
+// Every comparison is false for a NaN, so a NaN is refused as well.
+static bool check_config_numbers(const retrofit_config *c, const char *where) {
+    if (!(c->norm_eps > 0 && c->norm_eps < 1))
+        return retrofit_fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
+    if (!(c->rope_theta > 1 && c->rope_theta < 1e12))
+        return retrofit_fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
+    bool scaling = c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low &&
+                   c->rope_original_context > 0;
+    if (c->rope_llama3 && !scaling)
+        return retrofit_fail("%s: rope_scaling's numbers make no sense", where);
+    if (!(c->state_std >= 0 && c->state_std < 100))
+        return retrofit_fail("%s: init_values.std %g is not between 0 and 100", where,
+                             (double)c->state_std);
+    size_t R = c->mean_recurrence, K = c->backprop_depth;
+    if (R == 0 || R > 1 << 16 || K == 0 || K > 1 << 16)
+        return retrofit_fail(
+            "%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    return true;
+}
+
+bool retrofit_config_check(const retrofit_config *config, const char *where) {
+    return check_config_sizes(config, where) && check_config_heads(config, where) &&
+           check_config_numbers(config, where);
+}
+
+// The sizes of a config, as a plain Llama and as the authors call them. NULL: it has no such size.
+static const struct {
+    const char *plain, *recurrent;
+    size_t offset; // of the field in retrofit_config
+    bool required;
+} config_sizes[] = {
+    {"hidden_size", "n_embd", offsetof(retrofit_config, n_embd), true},
+    {"num_attention_heads", "n_heads", offsetof(retrofit_config, n_heads), true},
+    {"num_key_value_heads", "num_key_value_heads", offsetof(retrofit_config, n_kv_heads), false},
+    {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
+    {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
+    {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context),
+     true},
+    {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
+    {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
+    {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
+    {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
+    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
+enum { CONFIG_SIZES = sizeof config_sizes / sizeof *config_sizes };
+
+static const char *config_size_key(size_t i, bool plain) {
+    return plain ? config_sizes[i].plain : config_sizes[i].recurrent;
+}
+
+static bool read_config_sizes(retrofit_config *c, const retrofit_json *json, bool plain,
+                              const char *where) {
+    for (size_t i = 0; i < CONFIG_SIZES; i++) {
+        const char *key = config_size_key(i, plain);
+        const retrofit_json *size = key ? retrofit_json_get(json, key) : NULL;
+        if (!key || (!size && !config_sizes[i].required)) continue;
+        size_t *field = (void *)((char *)c + config_sizes[i].offset);
+        if (!retrofit_json_size(size, field))
+            return retrofit_fail("%s: %s is missing or not a size", where, key);
+    }
+    if (!retrofit_json_get(json, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
+    const retrofit_json *vocab = retrofit_json_get(json, "vocab_size");
+    if (c->vocab == 0 && !retrofit_json_size(vocab, &c->vocab))
+        return retrofit_fail("%s: vocab_size is missing or not a size", where);
+    c->head_dim = c->n_heads ? c->n_embd / c->n_heads : 0;
+    return true;
+}
+
+static bool config_is_true(const retrofit_json *json, const char *key) {
+    const retrofit_json *value = retrofit_json_get(json, key);
+    return value && value->type == RETROFIT_JSON_BOOL && value->number != 0;
+}
+
+// What a config may leave out, but must not say otherwise.
+static bool check_config_supported(const retrofit_json *json, const char *where) {
+    static const char *const words[][2] = {{"norm_class_name", "RMSNorm_llama"},
+                                           {"block_class_name", "SandwichBlock"},
+                                           {"hidden_act", "silu"},
+                                           {"nonlin_name", "SiLU"},
+                                           {"injection_type", "linear"}};
+    static const char *const flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias",
+                                        "tie_embeddings"};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
+        const retrofit_json *word = retrofit_json_get(json, words[i][0]);
+        if (word && !retrofit_json_is(word, words[i][1]))
+            return retrofit_fail("%s: %s is not %s: only Llama's blocks are supported", where,
+                                 words[i][0], words[i][1]);
+    }
+    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
+        if (config_is_true(json, flags[i]))
+            return retrofit_fail("%s: %s is true: such models are not supported", where, flags[i]);
+    }
+    return true;
+}
+
+// A number, or the first of a list: Llama-3's chat models list several ends of text, and the first
+// one is the document's. Without one, *out stays as it was. false or error if it is something else.
+static bool read_config_number(double *out, const retrofit_json *json, const char *key,
+                               const char *where) {
+    const retrofit_json *number = retrofit_json_get(json, key);
+    if (number && number->type == RETROFIT_JSON_ARRAY && number->child) number = number->child;
+    if (!number || number->type == RETROFIT_JSON_NULL) return true;
+    if (number->type != RETROFIT_JSON_NUMBER)
+        return retrofit_fail("%s: %s is not a number", where, key);
+    *out = number->number;
+    return true;
+}
+
+static bool read_config_rope(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *rope = retrofit_json_get(json, "rope_parameters"); // transformers 5
+    if (!rope) rope = retrofit_json_get(json, "rope_scaling");
+    c->rope_theta = 10000;
+    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
+    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
+
+    const retrofit_json *type = retrofit_json_get(rope, "rope_type");
+    if (!type) type = retrofit_json_get(rope, "type");
+    if (!type) return true;
+    c->rope_llama3 = retrofit_json_is(type, "llama3");
+    if (!c->rope_llama3 && !retrofit_json_is(type, "default"))
+        return retrofit_fail("%s: rope_scaling is not of type llama3: no other is known", where);
+    return read_config_number(&c->rope_factor, rope, "factor", where) &&
+           read_config_number(&c->rope_low, rope, "low_freq_factor", where) &&
+           read_config_number(&c->rope_high, rope, "high_freq_factor", where) &&
+           read_config_number(&c->rope_original_context, rope, "original_max_position_embeddings",
+                              where);
+}
+
+static int32_t config_token_id(double number) { return (int32_t)fmax(-1, fmin(1 << 24, number)); }
+
+static bool read_config_numbers(retrofit_config *c, const retrofit_json *json, bool plain,
+                                const char *where) {
+    const retrofit_json *init = retrofit_json_get(json, "init_values");
+    double head_dim = (double)c->head_dim, scale = 1, eps = plain ? 1e-6 : 0;
+    double std = RETROFIT_STATE_STD, bos = -1, eos = -1;
+    if (!read_config_number(&head_dim, json, "head_dim", where)) return false;
+    if (head_dim != (double)c->head_dim)
+        return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where,
+                             c->n_embd, c->n_heads);
+    if (!read_config_number(&scale, init, "embed_scale", where)) return false;
+    if (scale != 1) return retrofit_fail("%s: init_values.embed_scale is not 1", where);
+    if (!read_config_number(&eps, json, plain ? "rms_norm_eps" : "norm_eps", where)) return false;
+    if (!read_config_number(&std, init, "std", where)) return false;
+    if (!read_config_number(&bos, json, "bos_token_id", where)) return false;
+    if (!read_config_number(&eos, json, "eos_token_id", where)) return false;
+    c->norm_eps = (float)eps;
+    c->state_std = (float)std;
+    c->bos = config_token_id(bos);
+    c->eos = config_token_id(eos);
+    return true;
+}
+
+static bool config_parse(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *type = retrofit_json_get(json, "model_type");
+    bool plain = retrofit_json_is(type, "llama");
+    if (!plain && !retrofit_json_is(type, "huginn_raven"))
+        return retrofit_fail("%s: model_type is neither llama nor huginn_raven: no other is known",
+                             where);
+    memset(c, 0, sizeof *c);
+    c->mean_recurrence = 1;
+    c->backprop_depth = 1;
+    c->tied = plain && config_is_true(json, "tie_word_embeddings");
+    return read_config_sizes(c, json, plain, where) && check_config_supported(json, where) &&
+           read_config_rope(c, json, where) && read_config_numbers(c, json, plain, where) &&
+           retrofit_config_check(c, where);
+}
+
+bool retrofit_config_read_file(retrofit_config *config, const char *path) {
+    size_t size;
+    char *text = retrofit_read_file(path, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    bool ok = json && config_parse(config, json, path);
+    retrofit_json_free(json);
+    free(text);
+    return ok;
+}
+
+bool retrofit_config_read(retrofit_config *config, const char *directory) {
+    char path[RETROFIT_PATH];
+    return retrofit_path(path, directory, "config.json") && retrofit_config_read_file(config, path);
+}
+
+// ---- config.json: writing ----------------------------------------------------------------------
+
+// The shortest decimal that reads back as the same float if x is one, else as the same double.
+static const char *number_text(double x, char buffer[32]) {
     bool narrow = (double)(float)x == x;
     for (int digits = 1; digits <= 17; digits++) {
         snprintf(buffer, 32, "%.*g", digits, x);
@@ -3252,170 +4044,312 @@ static const char *number_text(double x, char *buffer) { // the shortest decimal
     return buffer;
 }
 
-bool retrofit_config_write(const retrofit_config *c, retrofit_type type, const char *directory) {
-    char path[RETROFIT_PATH], a[32], b[32], e[32];
-    bool plain = retrofit_is_plain(c);
-    FILE *f = retrofit_path(path, directory, "config.json") ? fopen(path, "wb") : NULL;
-    if (!f) return retrofit_fail("%s: %s", path, strerror(errno));
-    errno = 0;
-    fprintf(f, "{\n");
-    for (size_t i = 0; i < sizeof config_sizes / sizeof *config_sizes; i++) {
-        const char *key = plain ? config_sizes[i].plain : config_sizes[i].recurrent;
-        if (key) fprintf(f, "  \"%s\": %zu,\n", key, *(const size_t *)(const void *)((const char *)c + config_sizes[i].field));
+static void write_config_sizes(FILE *file, const retrofit_config *c, bool plain) {
+    for (size_t i = 0; i < CONFIG_SIZES; i++) {
+        const size_t *field = (const void *)((const char *)c + config_sizes[i].offset);
+        const char *key = config_size_key(i, plain);
+        if (key) fprintf(file, "  \"%s\": %zu,\n", key, *field);
     }
-    if (plain)
-        fprintf(f, "  \"architectures\": [\"LlamaForCausalLM\"],\n  \"model_type\": \"llama\",\n  \"hidden_act\": \"silu\",\n"
-                   "  \"attention_bias\": false,\n  \"mlp_bias\": false,\n");
-    else {
-        size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
-        double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
-        fprintf(f,
-                "  \"architectures\": [\"RavenForCausalLM\"],\n  \"model_type\": \"huginn_raven\",\n"
-                "  \"auto_map\": {\n    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
-                "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n  },\n"
-                "  \"architecture_class_name\": \"RecurrentGPT\",\n  \"block_class_name\": \"SandwichBlock\",\n"
-                "  \"norm_class_name\": \"RMSNorm_llama\",\n  \"mlp_class_name\": \"GatedMLP\",\n  \"nonlin_name\": \"SiLU\",\n"
-                "  \"injection_type\": \"linear\",\n  \"state_init\": \"like-init\",\n  \"init_strategy\": \"takase\",\n"
-                "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n  \"test_time_noise\": 0,\n  \"test_time_noise_type\": \"fixed\",\n"
-                "  \"bias\": false,\n  \"qk_bias\": false,\n  \"tie_embeddings\": false,\n  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n"
-                "  \"n_layers\": %zu,\n  \"effective_expected_depth\": %zu,\n",
-                c->vocab, c->context, c->prelude + c->core + c->coda, depth);
-        fprintf(f, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, \"out_proj\": %s, \"std\": %s},\n", number_text(sigma, a),
-                number_text(sigma / sqrt(2.0 * (double)depth), b),
-                number_text(c->state_std == (float)RETROFIT_STATE_STD ? RETROFIT_STATE_STD : (double)c->state_std, e));
-    }
-    if (c->bos >= 0) fprintf(f, "  \"bos_token_id\": %d,\n", (int)c->bos);
-    if (c->eos >= 0) fprintf(f, "  \"eos_token_id\": %d,\n", (int)c->eos);
-    if (c->rope_llama3)
-        fprintf(f, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, \"low_freq_factor\": %s, "
-                   "\"original_max_position_embeddings\": %.0f, \"rope_type\": \"llama3\"},\n",
-                number_text(c->rope_factor, a), number_text(c->rope_high, b), number_text(c->rope_low, e), c->rope_original_context);
-    fprintf(f, "  \"head_dim\": %zu,\n  \"%s\": %s,\n  \"rope_theta\": %s,\n  \"tie_word_embeddings\": false,\n  \"torch_dtype\": \"%s\"\n}\n",
-            c->head_dim, plain ? "rms_norm_eps" : "norm_eps", number_text((double)c->norm_eps, a), number_text(c->rope_theta, b),
-            type == RETROFIT_BF16 ? "bfloat16" : "float32");
-    return retrofit_finish_file(f, path, true);
 }
 
-// ---- Loading ---------------------------------------------------------------------------------------------------------------
-static bool open_map(retrofit_model *m, const char *path) {
-    retrofit_map *maps = (retrofit_map *)realloc(m->maps, (m->map_count + 1) * sizeof *maps);
+// What config.json says of every plain Llama, and of every model for the authors' modelling code.
+static const char config_plain_words[] =
+    "  \"architectures\": [\"LlamaForCausalLM\"],\n"
+    "  \"model_type\": \"llama\",\n"
+    "  \"hidden_act\": \"silu\",\n"
+    "  \"attention_bias\": false,\n"
+    "  \"mlp_bias\": false,\n";
+static const char config_recurrent_words[] =
+    "  \"architectures\": [\"RavenForCausalLM\"],\n"
+    "  \"model_type\": \"huginn_raven\",\n"
+    "  \"auto_map\": {\n"
+    "    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
+    "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n"
+    "  },\n"
+    "  \"architecture_class_name\": \"RecurrentGPT\",\n"
+    "  \"block_class_name\": \"SandwichBlock\",\n"
+    "  \"norm_class_name\": \"RMSNorm_llama\",\n"
+    "  \"mlp_class_name\": \"GatedMLP\",\n"
+    "  \"nonlin_name\": \"SiLU\",\n"
+    "  \"injection_type\": \"linear\",\n"
+    "  \"state_init\": \"like-init\",\n"
+    "  \"init_strategy\": \"takase\",\n"
+    "  \"sampling_scheme\": \"poisson-lognormal-filling\",\n"
+    "  \"test_time_noise\": 0,\n"
+    "  \"test_time_noise_type\": \"fixed\",\n"
+    "  \"bias\": false,\n"
+    "  \"qk_bias\": false,\n"
+    "  \"tie_embeddings\": false,\n";
+
+// init_values are the standard deviations that a training from scratch would start with, by
+// Huginn's rule: σ for every matrix, σ/√(2·depth) for those that write to the residual stream.
+static void write_config_recurrent(FILE *file, const retrofit_config *c) {
+    char embedding[32], out_proj[32], std[32];
+    size_t depth = c->prelude + c->core * c->mean_recurrence + c->coda;
+    double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
+    bool usual = c->state_std == (float)RETROFIT_STATE_STD;
+    fputs(config_recurrent_words, file);
+    fprintf(file, "  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n", c->vocab, c->context);
+    fprintf(file, "  \"n_layers\": %zu,\n", c->prelude + c->core + c->coda);
+    fprintf(file, "  \"effective_expected_depth\": %zu,\n", depth);
+    number_text(sigma, embedding);
+    number_text(sigma / sqrt(2.0 * (double)depth), out_proj);
+    number_text(usual ? RETROFIT_STATE_STD : (double)c->state_std, std);
+    fprintf(file, "  \"init_values\": {\"embed_scale\": 1.0, \"embedding\": %s, ", embedding);
+    fprintf(file, "\"out_proj\": %s, \"std\": %s},\n", out_proj, std);
+}
+
+static void write_config_rope(FILE *file, const retrofit_config *c) {
+    char factor[32], high[32], low[32];
+    fprintf(file, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, ",
+            number_text(c->rope_factor, factor), number_text(c->rope_high, high));
+    fprintf(file, "\"low_freq_factor\": %s, \"original_max_position_embeddings\": %.0f, ",
+            number_text(c->rope_low, low), c->rope_original_context);
+    fprintf(file, "\"rope_type\": \"llama3\"},\n");
+}
+
+bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
+                           const char *directory) {
+    char path[RETROFIT_PATH], eps[32], theta[32];
+    bool plain = retrofit_is_plain(config);
+    if (!retrofit_path(path, directory, "config.json")) return false;
+    FILE *file = fopen(path, "wb");
+    if (!file) return retrofit_fail("%s: %s", path, strerror(errno));
+    errno = 0; // so that what retrofit_finish_file reports comes from writing
+    fprintf(file, "{\n");
+    write_config_sizes(file, config, plain);
+    if (plain) fputs(config_plain_words, file);
+    else write_config_recurrent(file, config);
+    if (config->bos >= 0) fprintf(file, "  \"bos_token_id\": %d,\n", (int)config->bos);
+    if (config->eos >= 0) fprintf(file, "  \"eos_token_id\": %d,\n", (int)config->eos);
+    if (config->rope_llama3) write_config_rope(file, config);
+    fprintf(file, "  \"head_dim\": %zu,\n", config->head_dim);
+    fprintf(file, "  \"%s\": %s,\n", plain ? "rms_norm_eps" : "norm_eps",
+            number_text((double)config->norm_eps, eps));
+    fprintf(file, "  \"rope_theta\": %s,\n", number_text(config->rope_theta, theta));
+    fprintf(file, "  \"tie_word_embeddings\": false,\n");
+    fprintf(file, "  \"torch_dtype\": \"%s\"\n}\n", type == RETROFIT_BF16 ? "bfloat16" : "float32");
+    return retrofit_finish_file(file, path, true);
+}
+
+// ---- Loading -----------------------------------------------------------------------------------
+// Where the tensors of a checkpoint go:
+//
+//     training              all of them are copied to the masters, as fp32
+//     inference on a CPU    a parameter that is one tensor, of the type that operations read it in,
+//                           stays where it lies in the mapped file; the others are copied to the
+//                           arena of weights: norms that are not fp32, and a plain Llama's q, k, v
+//                           and gate, up, which operations read as one matrix
+//     inference on a GPU    all of them are copied to the arena of weights
+
+static bool open_map(retrofit_model *model, const char *path) {
+    size_t count = model->map_count;
+    retrofit_map *maps = realloc(model->maps, (count + 1) * sizeof *maps);
     if (!maps) return retrofit_fail("out of memory");
-    m->maps = maps;
-    if (!retrofit_safetensors_open(&maps[m->map_count], path)) return false;
-    m->map_count++;
+    model->maps = maps;
+    if (!retrofit_safetensors_open(&maps[count], path)) return false;
+    model->map_count++;
     return true;
 }
 
-// model.safetensors, or every file its index names.
-static bool open_maps(retrofit_model *m, const char *directory) {
-    char path[RETROFIT_PATH], index[RETROFIT_PATH];
-    size_t size;
-    if (!retrofit_path(path, directory, "model.safetensors") || !retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (access(path, F_OK) == 0) return open_map(m, path);
-    if (access(index, F_OK)) return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json", directory);
-    char *text = retrofit_read_file(index, &size);
-    retrofit_json *j = text ? retrofit_json_parse(text, size, index) : NULL;
-    const retrofit_json *map = retrofit_json_get(j, "weight_map");
-    bool ok = j && (map || retrofit_fail("%s: no weight_map", index));
-    for (const retrofit_json *e = map ? map->child : NULL; ok && e; e = e->next) {
-        size_t seen = 0;
-        if (e->type != RETROFIT_JSON_STRING || strchr(e->string, '/')) ok = retrofit_fail("%s: %s is not in a file of this directory", index, e->key);
-        ok = ok && retrofit_path(path, directory, e->string);
-        while (ok && seen < m->map_count && strcmp(m->maps[seen].path, path)) seen++;
-        if (ok && seen == m->map_count) ok = open_map(m, path);
+static bool is_map_open(const retrofit_model *model, const char *path) {
+    for (size_t i = 0; i < model->map_count; i++) {
+        if (!strcmp(model->maps[i].path, path)) return true;
     }
-    retrofit_json_free(j), free(text);
+    return false;
+}
+
+// Opens every file that the index names: {"weight_map": {"tensor": "file", …}}.
+static bool open_shards(retrofit_model *model, const char *directory, const char *index) {
+    char path[RETROFIT_PATH];
+    size_t size;
+    char *text = retrofit_read_file(index, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, index) : NULL;
+    const retrofit_json *map = retrofit_json_get(json, "weight_map");
+    bool ok = json != NULL;
+    if (ok && !map) ok = retrofit_fail("%s: no weight_map", index);
+    for (const retrofit_json *entry = map ? map->child : NULL; ok && entry; entry = entry->next) {
+        if (entry->type != RETROFIT_JSON_STRING || strchr(entry->string, '/'))
+            ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
+        ok = ok && retrofit_path(path, directory, entry->string);
+        if (ok && !is_map_open(model, path)) ok = open_map(model, path);
+    }
+    retrofit_json_free(json);
+    free(text);
     return ok;
 }
 
-static const retrofit_tensor *find_tensor(const retrofit_model *m, const char *name) {
-    for (size_t i = 0; i < m->map_count; i++) {
-        const retrofit_tensor *t = retrofit_safetensors_find(&m->maps[i], name);
-        if (t) return t;
+static bool open_maps(retrofit_model *model, const char *directory) {
+    char path[RETROFIT_PATH], index[RETROFIT_PATH];
+    if (!retrofit_path(path, directory, "model.safetensors")) return false;
+    if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
+    if (access(path, F_OK) == 0) return open_map(model, path);
+    if (access(index, F_OK) == 0) return open_shards(model, directory, index);
+    return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json",
+                         directory);
+}
+
+static const retrofit_tensor *find_tensor(const retrofit_model *model, const char *name) {
+    for (size_t i = 0; i < model->map_count; i++) {
+        const retrofit_tensor *tensor = retrofit_safetensors_find(&model->maps[i], name);
+        if (tensor) return tensor;
     }
     return NULL;
 }
 
-static bool find_piece(const retrofit_model *m, const retrofit_parameter *p, size_t i, const char *where, const retrofit_tensor **out) {
-    const retrofit_tensor *t = find_tensor(m, p->source[i].name);
-    if (!t && p->kind == RETROFIT_HEAD && m->config.tied) t = find_tensor(m, m->wte.source[0].name);
-    if (!t) return retrofit_fail("%s: tensor %s is missing", where, p->source[i].name);
-    bool norm = p->kind == RETROFIT_NORM;
-    if (t->type == RETROFIT_I32 || t->dims != (norm ? 1u : 2u) || t->shape[0] != (norm ? p->cols : p->source[i].rows) ||
-        (!norm && t->shape[1] != p->cols))
-        return retrofit_fail("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)", where, t->name, t->dims ? t->shape[0] : 1,
-                    t->dims > 1 ? t->shape[1] : 1, norm ? p->cols : p->source[i].rows, norm ? 1 : p->cols);
-    *out = t;
+// The tensors of the files that make up a parameter, one below the other.
+typedef struct {
+    const retrofit_tensor *tensor[3];
+} source_tensors;
+
+static const retrofit_tensor *find_source(const retrofit_model *model,
+                                          const retrofit_parameter *parameter, size_t i,
+                                          const char *where) {
+    const char *name = parameter->source[i].name;
+    const retrofit_tensor *tensor = find_tensor(model, name);
+    bool tied = parameter->kind == RETROFIT_HEAD && model->config.tied;
+    if (!tensor && tied) tensor = find_tensor(model, model->wte.source[0].name);
+    if (!tensor) return fail_null("%s: tensor %s is missing", where, name);
+
+    bool norm = parameter->kind == RETROFIT_NORM;
+    size_t rows = norm ? parameter->cols : parameter->source[i].rows;
+    size_t cols = norm ? 1 : parameter->cols;
+    size_t found_rows = tensor->dims > 0 ? tensor->shape[0] : 1;
+    size_t found_cols = tensor->dims > 1 ? tensor->shape[1] : 1;
+    bool fits = tensor->dims == (norm ? 1 : 2) && found_rows == rows && found_cols == cols;
+    if (!fits || tensor->type == RETROFIT_I32)
+        return fail_null("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)",
+                         where, tensor->name, found_rows, found_cols, rows, cols);
+    return tensor;
+}
+
+static bool find_sources(const retrofit_model *model, source_tensors *sources, const char *where) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        for (size_t j = 0; j < parameter->sources; j++) {
+            sources[i].tensor[j] = find_source(model, parameter, j, where);
+            if (!sources[i].tensor[j]) return false;
+        }
+    }
     return true;
 }
 
-// n elements from a file to memory of the device, changing their type on the way.
-static bool store(const retrofit_ops *ops, char *to, retrofit_type type, const char *from, retrofit_type from_type, size_t n) {
-    if (type == from_type) return ops->upload(to, from, n * retrofit_type_size(type)), true;
-    enum { CHUNK = 1 << 16 };
-    float *wide = (float *)retrofit_allocate(CHUNK, sizeof *wide);
-    uint16_t *half = (uint16_t *)retrofit_allocate(CHUNK, sizeof *half);
-    for (size_t at = 0; wide && half && at < n; at += CHUNK) {
-        size_t count = retrofit_min(n - at, CHUNK);
-        retrofit_to_float(wide, from + at * retrofit_type_size(from_type), from_type, count);
-        for (size_t i = 0; type == RETROFIT_BF16 && i < count; i++) half[i] = retrofit_float_to_bf16(wide[i]);
-        ops->upload(to + at * retrofit_type_size(type), type == RETROFIT_F32 ? (void *)wide : (void *)half, count * retrofit_type_size(type));
+// The type in which a loaded parameter is read. On a CPU all but norms may also stay in bf16.
+static retrofit_type loaded_type(const retrofit_model *model, const retrofit_parameter *parameter,
+                                 const source_tensors *sources) {
+    if (model->ops != &retrofit_cpu || parameter->kind == RETROFIT_NORM)
+        return compute_type(model, parameter->kind);
+    for (size_t j = 0; j < parameter->sources; j++) {
+        if (sources->tensor[j]->type != RETROFIT_BF16) return compute_type(model, parameter->kind);
     }
-    bool ok = wide && half;
-    free(wide), free(half);
+    return RETROFIT_BF16;
+}
+
+static bool stays_in_file(const retrofit_model *model, const retrofit_parameter *parameter,
+                          const retrofit_tensor *tensor) {
+    bool aligned = (uintptr_t)tensor->data % retrofit_type_size(tensor->type) == 0;
+    bool as_it_is = parameter->sources == 1 && tensor->type == parameter->weight.type;
+    return model->ops == &retrofit_cpu && as_it_is && aligned;
+}
+
+static void lay_out_loaded(retrofit_model *model, arena *a, const source_tensors *sources) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *parameter = model->parameters[i];
+        const retrofit_tensor *tensor = sources[i].tensor[0];
+        retrofit_type type = loaded_type(model, parameter, &sources[i]);
+        size_t count = parameter->rows * parameter->cols;
+        parameter->weight.type = type;
+        if (stays_in_file(model, parameter, tensor)) parameter->weight.data = tensor->data;
+        else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
+    }
+}
+
+static bool place_for_inference(retrofit_model *model, const source_tensors *sources) {
+    arena a = {NULL, 0};
+    lay_out_loaded(model, &a, sources);
+    if (a.used == 0) return true; // everything stays in the files
+    model->weights = arena_reserve(&a, model->ops);
+    if (!model->weights) return false;
+    lay_out_loaded(model, &a, sources);
+    return true;
+}
+
+static void upload_tensor(const retrofit_ops *ops, char *to, retrofit_type type,
+                          const retrofit_tensor *tensor, conversion *scratch) {
+    const char *from = tensor->data;
+    size_t size = retrofit_type_size(type), from_size = retrofit_type_size(tensor->type);
+    if (type == tensor->type) {
+        ops->upload(to, from, tensor->count * size);
+        return;
+    }
+    for (size_t i = 0; i < tensor->count; i += CONVERSION_CHUNK) {
+        size_t n = retrofit_min(tensor->count - i, CONVERSION_CHUNK);
+        const void *out = convert_chunk(from + i * from_size, tensor->type, type, n, scratch);
+        ops->upload(to + i * size, out, n * size);
+    }
+}
+
+// To its master, or, in inference, to where operations read it.
+static void upload_parameter(const retrofit_model *model, const retrofit_parameter *parameter,
+                             const source_tensors *sources, conversion *scratch) {
+    char *to = parameter->master ? (char *)parameter->master : (char *)parameter->weight.data;
+    retrofit_type type = parameter->master ? RETROFIT_F32 : parameter->weight.type;
+    if (to == sources->tensor[0]->data) return; // it stays in the file
+    for (size_t j = 0; j < parameter->sources; j++) {
+        upload_tensor(model->ops, to, type, sources->tensor[j], scratch);
+        to += sources->tensor[j]->count * retrofit_type_size(type);
+    }
+}
+
+static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *where) {
+    source_tensors *sources = retrofit_allocate(model->parameter_count, sizeof *sources);
+    conversion *scratch = retrofit_allocate(1, sizeof *scratch);
+    bool ok = sources && scratch && find_sources(model, sources, where);
+    if (ok && mode == RETROFIT_INFERENCE) ok = place_for_inference(model, sources);
+    else if (ok) ok = retrofit_model_allocate(model, mode);
+    for (size_t i = 0; ok && i < model->parameter_count; i++)
+        upload_parameter(model, model->parameters[i], &sources[i], scratch);
+    free(sources);
+    free(scratch);
     return ok;
 }
 
-// Decides where each parameter lies, twice: to measure, and to copy what cannot stay in the file.
-static bool load_weights(retrofit_model *m, retrofit_mode mode, const char *where) {
-    bool in_place = mode == RETROFIT_INFERENCE && m->ops == &retrofit_cpu;
-    arena a = {NULL, 0};
-    for (int pass = 0; pass < 2; pass++) {
-        for (size_t i = 0; i < m->parameter_count; i++) {
-            retrofit_parameter *p = m->parameters[i];
-            const retrofit_tensor *t[3];
-            for (size_t j = 0; j < p->sources; j++)
-                if (!find_piece(m, p, j, where, &t[j])) return false;
-            if (mode == RETROFIT_INFERENCE) {
-                p->weight.type = compute_type(m, p);
-                if (in_place && p->kind != RETROFIT_NORM && t[0]->type == RETROFIT_BF16 && (p->sources == 1 || t[1]->type == RETROFIT_BF16) &&
-                    (p->sources < 3 || t[2]->type == RETROFIT_BF16))
-                    p->weight.type = RETROFIT_BF16;
-                if (in_place && p->sources == 1 && t[0]->type == p->weight.type &&
-                    (uintptr_t)t[0]->data % retrofit_type_size(t[0]->type) == 0) {
-                    p->weight.data = t[0]->data;
-                    continue;
-                }
-                p->weight.data = arena_alloc(&a, p->rows * p->cols, retrofit_type_size(p->weight.type));
-            }
-            if (pass == 0) continue;
-            char *to = mode != RETROFIT_INFERENCE ? (char *)p->master : (char *)p->weight.data;
-            retrofit_type type = mode != RETROFIT_INFERENCE ? RETROFIT_F32 : p->weight.type;
-            for (size_t j = 0; j < p->sources; j++) {
-                if (!store(m->ops, to, type, (const char *)t[j]->data, t[j]->type, t[j]->count)) return false;
-                to += t[j]->count * retrofit_type_size(type);
-            }
+// Whether the model has a place for a tensor. Rotary tables and a head that is tied, which older
+// files carry along, need none.
+static bool has_place(const retrofit_model *model, const char *name) {
+    if (strstr(name, "rotary_emb.inv_freq")) return true;
+    if (model->config.tied && !strcmp(name, "lm_head.weight")) return true;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        for (size_t j = 0; j < parameter->sources; j++) {
+            if (!strcmp(name, parameter->source[j].name)) return true;
         }
-        if (pass == 0 && mode != RETROFIT_INFERENCE && !retrofit_model_allocate(m, mode)) return false;
-        if (pass == 0 && a.used) {
-            if (!(m->weights = m->ops->alloc(a.used))) return false;
-            a.base = (char *)m->weights, a.used = 0;
-        }
+    }
+    return false;
+}
+
+static bool check_all_used(const retrofit_model *model, const retrofit_map *map) {
+    for (size_t i = 0; i < map->count; i++) {
+        const char *name = map->tensors[i].name;
+        if (!has_place(model, name))
+            return retrofit_fail("%s: tensor %s has no place in a model of this config.json",
+                                 map->path, name);
+        if (find_tensor(model, name) != &map->tensors[i])
+            return retrofit_fail("%s: tensor %s is there twice", map->path, name);
     }
     return true;
 }
 
-// Every tensor of the files must have a place; rotary tables and a tied head, which older files carry, need none.
-static bool check_all_used(const retrofit_model *m) {
-    for (size_t f = 0; f < m->map_count; f++)
-        for (size_t i = 0; i < m->maps[f].count; i++) {
-            const char *name = m->maps[f].tensors[i].name;
-            bool used = strstr(name, "rotary_emb.inv_freq") || (m->config.tied && !strcmp(name, "lm_head.weight"));
-            for (size_t p = 0; !used && p < m->parameter_count; p++)
-                for (size_t j = 0; !used && j < m->parameters[p]->sources; j++) used = !strcmp(name, m->parameters[p]->source[j].name);
-            if (used && find_tensor(m, name) != &m->maps[f].tensors[i]) return retrofit_fail("%s: tensor %s is there twice", m->maps[f].path, name);
-            if (!used) return retrofit_fail("%s: tensor %s has no place in a model of this config.json", m->maps[f].path, name);
-        }
+static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
+    if (!open_maps(model, directory)) return false;
+    if (!load_weights(model, mode, directory)) return false;
+    for (size_t i = 0; i < model->map_count; i++) {
+        if (!check_all_used(model, &model->maps[i])) return false;
+    }
+    if (mode == RETROFIT_INFERENCE) return true;
+    retrofit_refresh_weights(model);
+    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
+    model->map_count = 0; // nothing lies in the files any more
     return true;
 }
 
@@ -3424,207 +4358,327 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
     retrofit_config config;
     directory = retrofit_model_directory(directory, path);
     if (!retrofit_config_read(&config, directory)) return NULL;
-    retrofit_model *m = retrofit_model_new(&config, ops);
-    if (!m) return NULL;
-    if (!open_maps(m, directory) || !load_weights(m, mode, directory) || !check_all_used(m)) return retrofit_free(m), (retrofit_model *)NULL;
-    if (mode != RETROFIT_INFERENCE) {
-        retrofit_refresh_weights(m);
-        while (m->map_count) retrofit_safetensors_close(&m->maps[--m->map_count]);
-    }
-    return m;
+    retrofit_model *model = retrofit_model_new(&config, ops);
+    if (!model) return NULL;
+    if (load_files(model, mode, directory)) return model;
+    retrofit_free(model);
+    return NULL;
 }
 
-// ---- Checkpoints
+// ---- Checkpoints -------------------------------------------------------------------------------
+
 char *retrofit_directory_begin(const char *final) {
-    size_t n = strlen(final);
-    while (n > 1 && final[n - 1] == '/') n--;
-    if (n == 0 || n > 4000) return retrofit_fail("'%s' is no name for a directory", final), (char *)NULL;
-    char *path = (char *)retrofit_allocate(RETROFIT_PATH, 1);
+    size_t length = strlen(final);
+    while (length > 1 && final[length - 1] == '/') length--;
+    if (length == 0 || length > RETROFIT_PATH - 96)
+        return fail_null("'%s' is no name for a directory", final);
+    char *path = retrofit_allocate(RETROFIT_PATH, 1);
     if (!path) return NULL;
-    snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)n, final, (long)getpid());
-    retrofit_directory_abandon(path); // of an earlier process of this number
-    return retrofit_make_directories(path, true) ? path : (free(path), (char *)NULL);
+    snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)length, final, (long)getpid());
+    retrofit_directory_abandon(path); // an earlier process with this number may have left one
+    if (retrofit_make_directories(path, true)) return path;
+    free(path);
+    return NULL;
 }
 
 void retrofit_directory_abandon(const char *temporary) {
-    DIR *d = opendir(temporary);
-    if (!d) return;
     char path[RETROFIT_PATH];
-    for (struct dirent *e; (e = readdir(d));)
-        if (strcmp(e->d_name, ".") && strcmp(e->d_name, "..") && retrofit_path(path, temporary, e->d_name)) unlink(path);
-    closedir(d), rmdir(temporary);
+    DIR *directory = opendir(temporary);
+    if (!directory) return;
+    for (struct dirent *e = readdir(directory); e; e = readdir(directory)) {
+        bool itself = !strcmp(e->d_name, ".") || !strcmp(e->d_name, "..");
+        if (!itself && retrofit_path(path, temporary, e->d_name)) unlink(path);
+    }
+    closedir(directory);
+    rmdir(temporary);
 }
 
 bool retrofit_directory_commit(const char *temporary, const char *final) {
     char parent[RETROFIT_PATH];
-    snprintf(parent, sizeof parent, "%s", temporary), retrofit_parent_directory(parent);
+    snprintf(parent, sizeof parent, "%s", temporary);
+    retrofit_parent_directory(parent);
     if (!retrofit_sync_directory(temporary)) return false;
-    if (rename(temporary, final))
-        return retrofit_fail("%s: %s", final, errno == ENOTEMPTY || errno == ENOTDIR ? "exists already: remove it" : strerror(errno));
+    if (rename(temporary, final)) {
+        bool exists = errno == ENOTEMPTY || errno == ENOTDIR;
+        return retrofit_fail("%s: %s", final,
+                             exists ? "exists already: remove it" : strerror(errno));
+    }
     return retrofit_sync_directory(parent);
 }
 
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
-    bool here = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
-    bool latest = !here && retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0;
-    return latest && retrofit_path(path, directory, "latest") ? path : directory;
+    bool model = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
+    if (model) return directory;
+    bool run = retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0;
+    return run && retrofit_path(path, directory, "latest") ? path : directory;
 }
 
-// What a checkpoint is written from: the weights, every piece under its name; or the moments, each parameter whole under its label behind
-// "m." or "v.". malloc'd, with the names behind the tensors.
-static retrofit_tensor *list_tensors(const retrofit_model *m, bool moments, size_t *count) {
-    enum { MOST = 3, NAME = 96 }; // tensors of a parameter, bytes of a name
-    retrofit_tensor *t = (retrofit_tensor *)retrofit_allocate(MOST * m->parameter_count, sizeof *t + NAME);
-    *count = 0;
-    for (size_t i = 0; t && i < m->parameter_count; i++) {
-        const retrofit_parameter *p = m->parameters[i];
-        const char *data = (const char *)(p->master ? p->master : p->weight.data);
-        for (size_t j = 0; j < (moments ? 2 : p->sources); j++) {
-            if (moments) data = (const char *)(j ? p->v : p->m);
-            if (!data) continue;
-            char *name = (char *)(t + MOST * m->parameter_count) + *count * NAME;
-            snprintf(name, NAME, "%s%s", !moments ? "" : j ? "v." : "m.", p->source[moments ? 0 : j].name);
-            size_t rows = moments ? p->rows : p->source[j].rows;
-            retrofit_type type = moments || p->master ? RETROFIT_F32 : p->weight.type;
-            retrofit_tensor out = {name, type, 2, {rows, p->cols, 0, 0}, rows * p->cols, data};
-            if (!moments && p->kind == RETROFIT_NORM) out.dims = 1, out.shape[0] = p->cols;
-            data += out.count * retrofit_type_size(type);
-            t[(*count)++] = out;
+// Tensors to write to a file, or to look for in one, with memory for names that have to be made.
+typedef struct {
+    retrofit_tensor *tensors;
+    char (*names)[96];
+    size_t count;
+} tensor_list;
+
+static bool tensor_list_new(tensor_list *list, size_t max) {
+    list->tensors = retrofit_allocate(max, sizeof *list->tensors);
+    list->names = retrofit_allocate(max, sizeof *list->names);
+    list->count = 0;
+    return list->tensors && list->names;
+}
+
+static void tensor_list_free(tensor_list *list) {
+    free(list->tensors);
+    free(list->names);
+}
+
+static retrofit_tensor *tensor_list_add(tensor_list *list, const char *prefix, const char *name,
+                                        retrofit_type type, size_t rows, size_t cols,
+                                        const void *data) {
+    snprintf(list->names[list->count], sizeof *list->names, "%s%s", prefix, name);
+    retrofit_tensor tensor = {list->names[list->count], type, 2, {rows, cols}, rows * cols, data};
+    list->tensors[list->count] = tensor;
+    return &list->tensors[list->count++];
+}
+
+// The weights: every source tensor under its name.
+static bool list_weights(const retrofit_model *model, tensor_list *list) {
+    if (!tensor_list_new(list, 3 * model->parameter_count)) return false;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        retrofit_type type = parameter->master ? RETROFIT_F32 : parameter->weight.type;
+        const char *data = parameter->weight.data;
+        if (parameter->master) data = (const char *)parameter->master;
+        for (size_t j = 0; j < parameter->sources; j++) {
+            const retrofit_source_tensor *source = &parameter->source[j];
+            retrofit_tensor *tensor =
+                tensor_list_add(list, "", source->name, type, source->rows, parameter->cols, data);
+            data += tensor->count * retrofit_type_size(type);
+            if (parameter->kind != RETROFIT_NORM) continue;
+            tensor->dims = 1;
+            tensor->shape[0] = parameter->cols;
         }
     }
-    return t;
+    return true;
 }
 
-static bool write_tensors(const retrofit_model *m, bool moments, const char *directory, retrofit_type type, const char *const *metadata) {
-    char path[RETROFIT_PATH];
-    size_t count;
-    retrofit_tensor *t = list_tensors(m, moments, &count);
-    bool ok = t && retrofit_path(path, directory, moments ? "optimizer.safetensors" : "model.safetensors") &&
-              retrofit_safetensors_write(path, m->ops, t, count, type, metadata);
-    free(t);
-    return ok;
+// The moments: m and v of a parameter, if it has them, under its label.
+static bool list_moments(const retrofit_model *model, tensor_list *list) {
+    if (!tensor_list_new(list, 2 * model->parameter_count)) return false;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *parameter = model->parameters[i];
+        const char *label = parameter->source[0].name;
+        size_t rows = parameter->rows, cols = parameter->cols;
+        if (parameter->m)
+            tensor_list_add(list, "m.", label, RETROFIT_F32, rows, cols, parameter->m);
+        if (parameter->v)
+            tensor_list_add(list, "v.", label, RETROFIT_F32, rows, cols, parameter->v);
+    }
+    return true;
 }
 
 static bool copy_file(const char *from, const char *to) {
     size_t size;
     char *text = retrofit_read_file(from, &size);
-    FILE *f = text ? fopen(to, "wb") : NULL;
-    bool ok = f ? retrofit_finish_file(f, to, fwrite(text, 1, size, f) == size) : text && retrofit_fail("%s: %s", to, strerror(errno));
+    if (!text) return false;
+    FILE *file = fopen(to, "wb");
+    bool ok = file != NULL;
+    if (ok) ok = retrofit_finish_file(file, to, fwrite(text, 1, size, file) == size);
+    else retrofit_fail("%s: %s", to, strerror(errno));
     free(text);
     return ok;
 }
 
-bool retrofit_save(const retrofit_model *m, const char *directory, retrofit_type type, const char *tokenizer_from) {
-    // What belongs to a tokenizer, and the authors' modelling code where the source has it.
-    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                                        "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-                                        "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
-    bool ok = write_tensors(m, false, directory, type, NULL) && retrofit_config_write(&m->config, type, directory);
-    for (size_t i = 0; ok && tokenizer_from && i < sizeof names / sizeof *names; i++) {
-        char source[RETROFIT_PATH], target[RETROFIT_PATH];
-        ok = retrofit_path(source, tokenizer_from, names[i]) && retrofit_path(target, directory, names[i]) &&
-             (access(source, F_OK) || copy_file(source, target));
+// What belongs to a tokenizer, and the authors' modelling code where the source has it.
+static bool copy_companions(const char *from, const char *to) {
+    static const char *const names[] = {
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+        "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+        "generation_config.json", "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
+    char source[RETROFIT_PATH], target[RETROFIT_PATH];
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (!retrofit_path(source, from, names[i])) return false;
+        if (!retrofit_path(target, to, names[i])) return false;
+        if (access(source, F_OK) == 0 && !copy_file(source, target)) return false;
     }
-    return ok;
+    return true;
 }
 
-bool retrofit_save_optimizer(const retrofit_model *m, const char *directory, const char *const *metadata) {
-    return write_tensors(m, true, directory, RETROFIT_F32, metadata);
-}
-
-bool retrofit_load_optimizer(retrofit_model *m, retrofit_map *f, const char *directory) {
+bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
+                   const char *tokenizer_from) {
     char path[RETROFIT_PATH];
-    if (!retrofit_path(path, directory, "optimizer.safetensors") || !retrofit_safetensors_open(f, path)) return false;
-    size_t count;
-    retrofit_tensor *t = list_tensors(m, true, &count);
-    bool ok = t && (count == f->count || retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?", path, f->count, count));
-    for (size_t i = 0; ok && i < count; i++) {
-        const retrofit_tensor *saved = retrofit_safetensors_find(f, t[i].name);
-        ok = saved && saved->type == RETROFIT_F32 && saved->dims == 2 && !memcmp(saved->shape, t[i].shape, 2 * sizeof *t->shape);
-        if (ok) m->ops->upload((void *)t[i].data, saved->data, saved->count * sizeof(float));
-        else retrofit_fail("%s: %s is missing or of another shape", path, t[i].name);
-    }
-    free(t);
-    if (!ok) retrofit_safetensors_close(f);
+    tensor_list list;
+    bool ok = list_weights(model, &list) && retrofit_path(path, directory, "model.safetensors") &&
+              retrofit_safetensors_write(path, model->ops, list.tensors, list.count, type, NULL);
+    tensor_list_free(&list);
+    if (!ok || !retrofit_config_write(&model->config, type, directory)) return false;
+    return !tokenizer_from || copy_companions(tokenizer_from, directory);
+}
+
+bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
+                             const char *const *metadata) {
+    char path[RETROFIT_PATH];
+    tensor_list list;
+    bool ok = list_moments(model, &list) &&
+              retrofit_path(path, directory, "optimizer.safetensors") &&
+              retrofit_safetensors_write(path, model->ops, list.tensors, list.count, RETROFIT_F32,
+                                         metadata);
+    tensor_list_free(&list);
     return ok;
 }
 
-// ---- Token shards -----------------------------------------------------------------------------------------------------------
-typedef struct { void *base; size_t bytes, width, rows; } shard; // width: bytes of a token
+static bool upload_moments(const retrofit_model *model, const retrofit_map *map,
+                           const tensor_list *list) {
+    if (list->count != map->count)
+        return retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?",
+                             map->path, map->count, list->count);
+    for (size_t i = 0; i < list->count; i++) {
+        const retrofit_tensor *moment = &list->tensors[i];
+        const retrofit_tensor *saved = retrofit_safetensors_find(map, moment->name);
+        bool fits = saved && saved->type == RETROFIT_F32 && saved->dims == 2 &&
+                    saved->shape[0] == moment->shape[0] && saved->shape[1] == moment->shape[1];
+        if (!fits)
+            return retrofit_fail("%s: %s is missing or of another shape", map->path, moment->name);
+        model->ops->upload((void *)moment->data, saved->data, saved->count * sizeof(float));
+    }
+    return true;
+}
+
+bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const char *directory) {
+    char path[RETROFIT_PATH];
+    tensor_list list;
+    if (!retrofit_path(path, directory, "optimizer.safetensors")) return false;
+    if (!retrofit_safetensors_open(map, path)) return false;
+    bool ok = list_moments(model, &list) && upload_moments(model, map, &list);
+    tensor_list_free(&list);
+    if (!ok) retrofit_safetensors_close(map);
+    return ok;
+}
+
+// ---- Token shards ------------------------------------------------------------------------------
+
+enum { SHARD_HEADER = 1024 }; // bytes
+
+typedef struct {
+    void *base;
+    size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
+} token_shard;
 
 struct retrofit_data {
     size_t T, vocab, rows;
     glob_t files;
-    shard *shard;         // [files.gl_pathc]
+    token_shard *shards;  // [files.gl_pathc]
     uint64_t seed, epoch; // of `order`
-    size_t *order;        // [rows] the rows of this epoch; NULL: as they lie in the files
+    size_t *order;        // [rows] rows in the order of the epoch; NULL: as they lie in the files
 };
 
-static bool open_shard(retrofit_data *d, shard *s, const char *path) {
-    if (!(s->base = retrofit_map_file(path, &s->bytes))) return false;
-    const int32_t *header = (const int32_t *)s->base;
-    if (s->bytes < 1024) return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path, s->bytes);
-    if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) s->width = 2;
-    else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) s->width = 4;
-    else return retrofit_fail("%s: not a token shard (magic %d, version %d): make one with convert --tokenize", path, header[0], header[1]);
-    size_t tokens = (s->bytes - 1024) / s->width;
-    if (header[2] < 0 || (size_t)header[2] != tokens || (s->bytes - 1024) % s->width)
-        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated?", path, header[2], tokens);
-    d->rows += s->rows = tokens / (d->T + 1);
+static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
+    shard->base = retrofit_map_file(path, &shard->bytes);
+    if (!shard->base) return false;
+    const int32_t *header = shard->base;
+    if (shard->bytes < SHARD_HEADER)
+        return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path,
+                             shard->bytes);
+    if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) shard->width = 2;
+    else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) shard->width = 4;
+    else
+        return retrofit_fail("%s: not a token shard (magic %d, version %d): make one with "
+                             "convert --tokenize",
+                             path, header[0], header[1]);
+    size_t tokens = (shard->bytes - SHARD_HEADER) / shard->width;
+    bool whole = (shard->bytes - SHARD_HEADER) % shard->width == 0;
+    if (header[2] < 0 || (size_t)header[2] != tokens || !whole)
+        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated?",
+                             path, header[2], tokens);
+    shard->rows = tokens / (data->T + 1);
+    data->rows += shard->rows;
     return true;
 }
 
-retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle, uint64_t seed) {
-    retrofit_data *d = (retrofit_data *)retrofit_allocate(1, sizeof *d);
-    if (!d) return NULL;
-    d->T = T, d->vocab = vocab, d->seed = seed, d->epoch = UINT64_MAX;
-    int why = glob(pattern, 0, NULL, &d->files);
-    bool ok = why == 0 ? (d->shard = (shard *)retrofit_allocate(d->files.gl_pathc, sizeof *d->shard)) != NULL
-                       : retrofit_fail("%s: %s", pattern, why == GLOB_NOMATCH ? "no such file" : "cannot be searched");
-    for (size_t i = 0; ok && i < d->files.gl_pathc; i++) ok = open_shard(d, &d->shard[i], d->files.gl_pathv[i]);
-    if (ok && d->rows == 0) ok = retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, T + 1);
-    if (ok && shuffle) ok = (d->order = (size_t *)retrofit_allocate(d->rows, sizeof *d->order)) != NULL;
-    if (!ok) retrofit_data_close(d), d = NULL;
-    return d;
+static bool open_data_files(retrofit_data *data, const char *pattern, bool shuffle) {
+    int problem = glob(pattern, 0, NULL, &data->files);
+    if (problem)
+        return retrofit_fail("%s: %s", pattern,
+                             problem == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+    data->shards = retrofit_allocate(data->files.gl_pathc, sizeof *data->shards);
+    if (!data->shards) return false;
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        if (!open_shard(data, &data->shards[i], data->files.gl_pathv[i])) return false;
+    }
+    if (data->rows == 0)
+        return retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, data->T + 1);
+    if (shuffle) data->order = retrofit_allocate(data->rows, sizeof *data->order);
+    return !shuffle || data->order;
 }
 
-void retrofit_data_close(retrofit_data *d) {
-    if (!d) return;
-    for (size_t i = 0; d->shard && i < d->files.gl_pathc; i++)
-        if (d->shard[i].base) munmap(d->shard[i].base, d->shard[i].bytes);
-    globfree(&d->files), free(d->shard), free(d->order), free(d);
+retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
+                                  uint64_t seed) {
+    retrofit_data *data = retrofit_allocate(1, sizeof *data);
+    if (!data) return NULL;
+    data->T = T;
+    data->vocab = vocab;
+    data->seed = seed;
+    data->epoch = UINT64_MAX; // none is shuffled yet
+    if (open_data_files(data, pattern, shuffle)) return data;
+    retrofit_data_close(data);
+    return NULL;
 }
 
-size_t retrofit_data_rows(const retrofit_data *d) { return d->rows; }
+void retrofit_data_close(retrofit_data *data) {
+    if (!data) return;
+    for (size_t i = 0; data->shards && i < data->files.gl_pathc; i++) {
+        if (data->shards[i].base) munmap(data->shards[i].base, data->shards[i].bytes);
+    }
+    globfree(&data->files);
+    free(data->shards);
+    free(data->order);
+    free(data);
+}
 
-bool retrofit_data_check(const retrofit_data *d, uint64_t tokenizer) {
-    for (size_t i = 0; i < d->files.gl_pathc; i++) {
-        const uint32_t *header = (const uint32_t *)d->shard[i].base;
+size_t retrofit_data_rows(const retrofit_data *data) { return data->rows; }
+
+bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer) {
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        const uint32_t *header = data->shards[i].base;
         uint64_t made_with = header[3] | (uint64_t)header[4] << 32;
-        if (made_with && made_with != tokenizer)
-            return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's (%016llx): make it anew, convert --tokenize --tokenizer MODEL",
-                        d->files.gl_pathv[i], (unsigned long long)made_with, (unsigned long long)tokenizer);
+        if (made_with != 0 && made_with != tokenizer)
+            return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's "
+                                 "(%016llx): make it anew, convert --tokenize --tokenizer MODEL",
+                                 data->files.gl_pathv[i], (unsigned long long)made_with,
+                                 (unsigned long long)tokenizer);
     }
     return true;
 }
 
-bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_t *labels) {
-    if (d->order && d->epoch != index / d->rows) { // Fisher and Yates, from the seed and the epoch alone
-        uint64_t key = retrofit_hash(d->seed, d->epoch = index / d->rows);
-        for (size_t i = 0; i < d->rows; i++) {
-            size_t j = (size_t)(retrofit_hash(key, i) % (i + 1));
-            d->order[i] = d->order[j], d->order[j] = i;
-        }
+// The order of an epoch, by Fisher and Yates: a function of the seed and the epoch alone, so that a
+// run that is resumed goes on with the same rows.
+static void shuffle_rows(retrofit_data *data, uint64_t epoch) {
+    uint64_t key = retrofit_hash(data->seed, epoch);
+    for (size_t i = 0; i < data->rows; i++) {
+        size_t j = (size_t)(retrofit_hash(key, i) % (i + 1));
+        data->order[i] = data->order[j];
+        data->order[j] = i;
     }
-    size_t place = (size_t)(index % d->rows), row = d->order ? d->order[place] : place, s = 0;
-    while (row >= d->shard[s].rows) row -= d->shard[s++].rows;
-    for (size_t t = 0, first = row * (d->T + 1), width = d->shard[s].width; t <= d->T; t++) {
+    data->epoch = epoch;
+}
+
+bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels) {
+    uint64_t epoch = index / data->rows;
+    size_t row = (size_t)(index % data->rows), s = 0;
+    if (data->order && data->epoch != epoch) shuffle_rows(data, epoch);
+    if (data->order) row = data->order[row];
+    for (; row >= data->shards[s].rows; s++) row -= data->shards[s].rows;
+
+    size_t first = row * (data->T + 1), width = data->shards[s].width;
+    const char *base = (const char *)data->shards[s].base + SHARD_HEADER;
+    for (size_t t = 0; t <= data->T; t++) {
         uint32_t id = 0;
-        memcpy(&id, (const char *)d->shard[s].base + 1024 + (first + t) * width, width);
-        if (id >= d->vocab)
-            return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: tokenized for another model?", d->files.gl_pathv[s],
-                        first + t, id, d->vocab);
-        if (t < d->T) tokens[t] = (int32_t)id;
+        memcpy(&id, base + (first + t) * width, width);
+        if (id >= data->vocab)
+            return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: "
+                                 "tokenized for another model?",
+                                 data->files.gl_pathv[s], first + t, id, data->vocab);
+        if (t < data->T) tokens[t] = (int32_t)id;
         if (t > 0) labels[t - 1] = (int32_t)id;
     }
     return true;
@@ -3633,6 +4687,12 @@ bool retrofit_data_row(retrofit_data *d, uint64_t index, int32_t *tokens, int32_
 // =================================================================================================
 // 10  Matrix products at the machine's speed
 // =================================================================================================
+
+// ---- Sums, maxima, exponentials ----------------------------------------------------------------
+// A compiler must not reorder a floating-point sum, and in a single running sum each addition waits
+// for the one before. So element i is added to lane i mod LANES, which vectorises; the lanes are
+// then added in pairs. The n mod LANES last elements, the tail, make a sum of their own.
+enum { LANES = 16 };
 
 static float sum_lanes(const float *lanes) {
     float s[8];
@@ -3649,1148 +4709,2331 @@ static float dot(const float *a, const float *b, size_t n) {
     return sum_lanes(lanes) + tail;
 }
 
-static float max_element(const float *x, size_t n) { // of the numbers: a NaN is passed over, and shows in the sum that follows
-    float lanes[LANES], top = -INFINITY;
+static float weighted_dot(const float *a, const float *weight, const float *b, size_t n) {
+    float lanes[LANES] = {0}, tail = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += a[i + l] * weight[i + l] * b[i + l];
+    for (; i < n; i++) tail += a[i] * weight[i] * b[i];
+    return sum_lanes(lanes) + tail;
+}
+
+// start + Σ x_i.
+static float add_up(float start, const float *x, size_t n) {
+    float lanes[LANES] = {0}, tail = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += x[i + l];
+    for (; i < n; i++) tail += x[i];
+    return start + sum_lanes(lanes) + tail;
+}
+
+// NaN is passed over: it shows in the sum of exponentials that follows.
+static float max_element(const float *x, size_t n) {
+    float lanes[LANES], max = -INFINITY;
     for (int l = 0; l < LANES; l++) lanes[l] = -INFINITY;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int l = 0; l < LANES; l++) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-    for (; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (int l = 0; l < LANES; l++) top = lanes[l] > top ? lanes[l] : top;
-    return top;
+    for (; i < n; i++) max = x[i] > max ? x[i] : max;
+    for (int l = 0; l < LANES; l++) max = lanes[l] > max ? lanes[l] : max;
+    return max;
 }
 
-// e^x to 1 part in 10^7 in arithmetic that vectorises: 2^n by adding n to the exponent's bits, the rest by a polynomial. NaN stays NaN.
+// e^x to 1 part in 10^7, in arithmetic that vectorises: e^x = 2^n·e^r with n = round(x/log 2),
+// where e^r is a polynomial in r, |r| ≤ log(2)/2, and 2^n is n added to the exponent's bits.
 static inline float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
-    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f; // 1.5·2^23: rounds to the nearest integer
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f, p = 1.3888889e-3f;
-    p = p * r + 8.3333333e-3f, p = p * r + 4.1666667e-2f, p = p * r + 1.6666667e-1f, p = p * r + 0.5f;
+    float shifted = x * 1.44269504f + 12582912.0f; // adding 1.5·2^23 rounds to an integer
+    float n = shifted - 12582912.0f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f; // log 2 in two parts, to keep its digits
+    float p = 1.3888889e-3f;
+    p = p * r + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
+    p = p * r + 1.6666667e-1f;
+    p = p * r + 0.5f;
     p = p * r * r + r + 1.0f;
-    uint32_t bits, power;
-    memcpy(&bits, &shifted, 4), memcpy(&power, &p, 4);
-    power += bits << 23;
-    memcpy(&p, &power, 4);
+
+    uint32_t n_bits, power;
+    memcpy(&n_bits, &shifted, sizeof n_bits); // n is in the lowest bits of the mantissa
+    memcpy(&power, &p, sizeof power);
+    power += n_bits << 23;
+    memcpy(&p, &power, sizeof p);
     return p + (x - x); // NaN stays NaN, whatever its bits
 }
 
-// Matrix multiplication, C = D + A·B.
+// Σ e^{x_i - max}. The terms are stored too unless `terms` is NULL; it may be x. Vocabularies are
+// large: blocks are summed in fp32, and the blocks' sums in double.
+static double sum_exp(float *terms, const float *x, size_t n, float max) {
+    enum { BLOCK = 4096 };
+    float e[BLOCK];
+    double sum = 0;
+    for (size_t first = 0; first < n; first += BLOCK) {
+        size_t count = retrofit_min(n - first, BLOCK), whole = count / LANES * LANES;
+        for (size_t i = 0; i < count; i++) e[i] = fast_exp(x[first + i] - max);
+        sum += (double)add_up(0, e, whole) + add_up(0, e + whole, count - whole);
+        if (terms) memcpy(terms + first, e, count * sizeof *e);
+    }
+    return sum;
+}
+
+// ---- Matrix products: C = D + A·B --------------------------------------------------------------
+// The loops are those of BLIS (Van Zee, van de Geijn: BLIS, a framework for rapidly instantiating
+// BLAS functionality, 2015), outermost first:
 //
-// The arithmetic is done by a small kernel that keeps a block of C, GEMM_ROWS x 3 vectors, in registers, and for every k adds the outer
-// product of a column of A and a row of B: GEMM_ROWS numbers and 3 vectors are loaded for 3 * GEMM_ROWS multiply-adds, so that
-// arithmetic is the bottleneck and not loading. All else serves to keep that kernel fed from the caches:
-//   - K is cut into pieces of at most GEMM_DEPTH, and N into strips, such that a piece of a strip of B fits the second-level cache. It is
-//     copied ("packed") into a thread's own buffer, as panels of 3 vectors in the very order in which the kernel reads them.
-//   - Then GEMM_ROWS rows of A at a time, small enough for the first-level cache, are packed and meet every panel in turn.
-//   - The threads divide C into tiles. Every element of C belongs to one tile and sums over k in an order that neither the tiles nor the
-//     number of threads have a say in, and so its bits don't depend on them.
-// A product with few rows (decoding some tokens) is another matter: every weight is needed only a few times, so reading B is all the
-// cost, and packing would double it. If B is stored with k contiguous (a weight matrix in X·Wᵀ), see gemm_dots.
+//     jc        strips of NC columns of B and C
+//     pc          blocks of KC terms of each sum. B's part (KC,NC), packed, stays in the L2 cache
+//     ir            MR rows of A and C. A's part (MR,KC) is packed and stays in the L1 cache
+//     jr              panels of NR columns
+//                       micro-kernel: C's part (MR,NR) stays in registers
+//
+//                 K                          N                            N
+//          ┌────┬────┬────┐       ┌────┬────┬────┬────┐        ┌────┬────┬────┬────┐
+//       MR │▒▒▒▒│    │    │    KC │▒▒▒▒│▒▒▒▒│    │    │     MR │████│    │    │    │
+//          ├────┴────┴────┤       ├────┴────┼────┴────┤        ├────┘    │         │
+//        M │              │   ·   │         │         │ K  =   │         │         │ M
+//          │              │       │         │         │        │         │         │
+//          └──────────────┘       └─────────┴─────────┘        └─────────┴─────────┘
+//            KC                     NR   NR                      NR
+//                                  └── NC ───┘                  └── NC ───┘
+//
+// For every k of its block the micro-kernel adds the outer product of a column of A (MR) and a row
+// of B (NR): MR + NR numbers are loaded for MR·NR multiply-adds, so that arithmetic is the
+// bottleneck and not loading. All else serves to keep it fed from the caches. "Packed" means copied
+// into a thread's own buffer in the very order in which the micro-kernel reads. (BLIS has one loop
+// more, over MC rows of A: with B's part in L2 instead of L3, MC = MR is enough.)
+//
+// A product with few rows (decoding a few tokens) needs every weight only a few times: reading B is
+// all the cost, and packing would double it. If B has k contiguous, as a weight matrix in x·wᵀ has,
+// it is read in place: see few_rows.
+//
+// The threads divide C among them. Every element of C is summed over k by one thread, in an order
+// that depends on K alone, so that its bits depend neither on the number of threads nor on the
+// strips.
 
 #if defined __AVX512F__
-#define GEMM_LANES  16 // floats in a vector
-#define GEMM_ALL(p) GEMM_8(p), GEMM_8((p) + 8)
-#define GEMM_ROWS   8 // of the kernel's block: 24 of the 32 registers hold it
+enum { VECTOR = 16, MR = 8 }; // VECTOR: floats in a register. C takes 24 of the 32 registers,
 #elif defined __AVX2__ && defined __FMA__
-#define GEMM_LANES  8
-#define GEMM_ALL(p) GEMM_8(p)
-#define GEMM_ROWS   4 // 12 of 16 registers
+enum { VECTOR = 8, MR = 4 }; // 12 of 16,
 #else
-#define GEMM_LANES  4
-#define GEMM_ALL(p) GEMM_4(p)
-#define GEMM_ROWS   4
+enum { VECTOR = 4, MR = 4 }; // 12 of 16.
 #endif
-#define GEMM_4(p)   (p)[0], (p)[1], (p)[2], (p)[3]
-#define GEMM_8(p)   GEMM_4(p), GEMM_4((p) + 4)
-#define GEMM_PANEL  (3 * GEMM_LANES)
-#define GEMM_DEPTH  512
-#define GEMM_BUFFER ((GEMM_DEPTH + 1) * 288) // floats: 577 KiB
-#define GEMM_FEW    8                        // rows of A up to which gemm_dots is the faster way
-#define GEMM_INLINE static inline __attribute__((always_inline))
+enum {
+    NR = 3 * VECTOR,
+    KC = 512,                   // at most; NC is as much as the buffer then holds
+    B_BUFFER = (KC + 1) * 288,  // floats: 577 KiB
+    FEW = 8,                    // rows up to which few_rows is the faster way
+};
+static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MR * KC], packed_b[B_BUFFER];
+
+// Without this the micro-kernel would be a call for each of its constant arguments' values.
+#define INLINE static inline __attribute__((always_inline))
+// A loop of constant length over registers, which have no index: only unrolled can they be the
+// elements of an array.
 #ifdef __clang__
-#define GEMM_EACH(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
+#define UNROLL(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
 #else
-#define GEMM_EACH(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
+#define UNROLL(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
 #endif
 
-// A vector, and the same in memory: aligned like its elements only, and free to alias them. A quad is what can be transposed everywhere.
-typedef float gemm_vector __attribute__((vector_size(4 * GEMM_LANES)));
-typedef float gemm_vector_at __attribute__((vector_size(4 * GEMM_LANES), aligned(4), may_alias));
-typedef uint32_t gemm_word __attribute__((vector_size(4 * GEMM_LANES)));
-typedef float gemm_quad __attribute__((vector_size(16)));
-typedef float gemm_quad_at __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint32_t gemm_quad_word __attribute__((vector_size(16)));
+// What a register holds, and the same in memory (_at): aligned like its elements only, and free to
+// alias them. A quad is what can be transposed on every machine.
+typedef float vector __attribute__((vector_size(4 * VECTOR)));
+typedef float vector_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
+typedef uint32_t vector_bits __attribute__((vector_size(4 * VECTOR)));
+typedef float quad __attribute__((vector_size(16)));
+typedef float quad_at __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t quad_bits __attribute__((vector_size(16)));
 
-static RETROFIT_THREAD_LOCAL __attribute__((aligned(64))) float gemm_b[GEMM_BUFFER], gemm_a[GEMM_ROWS * GEMM_DEPTH];
+static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; }
 
-static size_t gemm_ceil(size_t a, size_t b) { return (a + b - 1) / b; }
+// ---- Views and parts of a product --------------------------------------------------------------
+
+static matrix_view view(const void *data, size_t row) {
+    return (matrix_view){data, RETROFIT_F32, row, 1};
+}
+
+static matrix_view transposed(matrix_view V) {
+    return (matrix_view){V.data, V.type, V.col, V.row};
+}
+
+static matrix_view view_transposed(const void *data, size_t row) {
+    return transposed(view(data, row));
+}
 
 // The part of a matrix that begins at (i, j).
-static matrix_view gemm_part(matrix_view V, size_t i, size_t j) {
+static matrix_view view_part(matrix_view V, size_t i, size_t j) {
     V.data = (const char *)V.data + (i * V.row + j * V.col) * retrofit_type_size(V.type);
     return V;
 }
 
-// An element, 4, or a vector of them, as fp32. bf16 is the upper half of an fp32.
-GEMM_INLINE float gemm_load1(const void *data, retrofit_type type, size_t at) {
-    return type == RETROFIT_F32 ? ((const float *)data)[at] : retrofit_bf16_to_float(((const uint16_t *)data)[at]);
-}
-GEMM_INLINE gemm_quad gemm_load4(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return *(const gemm_quad_at *)((const float *)data + at);
-    const uint16_t *half = (const uint16_t *)data + at;
-    return (gemm_quad)((gemm_quad_word){GEMM_4(half)} << 16);
-}
-GEMM_INLINE gemm_vector gemm_load(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return *(const gemm_vector_at *)((const float *)data + at);
-    const uint16_t *half = (const uint16_t *)data + at;
-    return (gemm_vector)((gemm_word){GEMM_ALL(half)} << 16);
+typedef struct {
+    size_t M, N, K;
+    matrix_view A, B; // (M,K), (K,N)
+    float *c;         // (M,N), rows c_row apart
+    const float *d;   // (M,N), rows d_row apart; NULL: zero
+    size_t c_row, d_row;
+} matrix_product;
+
+// M rows from row i, and N columns from column j.
+INLINE matrix_product product_part(matrix_product p, size_t i, size_t M, size_t j, size_t N) {
+    p.M = M;
+    p.N = N;
+    p.A = view_part(p.A, i, 0);
+    p.B = view_part(p.B, 0, j);
+    p.c += i * p.c_row + j;
+    if (p.d) p.d += i * p.d_row + j;
+    return p;
 }
 
-GEMM_INLINE void gemm_transpose4(gemm_quad q[4]) {
-    gemm_quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5), b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
-    gemm_quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7), d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5), q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-    q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5), q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+// Terms k … end - 1 of the sums; those before are in C already.
+static matrix_product product_terms(matrix_product p, size_t k, size_t end) {
+    p.K = end - k;
+    p.A = view_part(p.A, 0, k);
+    p.B = view_part(p.B, k, 0);
+    if (k == 0) return p;
+    p.d = p.c;
+    p.d_row = p.c_row;
+    return p;
 }
 
-// out[k * width + i] = V(i, k) for k < depth and i < count, and 0 for count <= i < width. What V has contiguous in k is transposed in
-// blocks of 4x4, going along k by whole cache lines: rows a power of two apart compete for the same few places in the cache, and would
-// not be there when we came back. What is contiguous in i is copied by vectors, the rest one by one.
-GEMM_INLINE void gemm_pack_as(float *out, size_t width, matrix_view V, retrofit_type type, size_t count, size_t depth) {
-    size_t i4 = V.col == 1 ? count / 4 * 4 : 0, k4 = depth / 4 * 4;
-    for (size_t start = 0; start < k4; start += 16)
+// ---- Packing -----------------------------------------------------------------------------------
+
+// One element, four, or a vector of them, as fp32. bf16 is the upper half of an fp32.
+INLINE float load_one(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return ((const float *)data)[at];
+    return retrofit_bf16_to_float(((const uint16_t *)data)[at]);
+}
+
+INLINE quad load_quad(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return *(const quad_at *)((const float *)data + at);
+    quad_bits bits;
+    UNROLL(l, 4) bits[l] = ((const uint16_t *)data)[at + l];
+    return (quad)(bits << 16);
+}
+
+INLINE vector load_vector(const void *data, retrofit_type type, size_t at) {
+    if (type == RETROFIT_F32) return *(const vector_at *)((const float *)data + at);
+    vector_bits bits;
+    UNROLL(l, VECTOR) bits[l] = ((const uint16_t *)data)[at + l];
+    return (vector)(bits << 16);
+}
+
+INLINE void transpose_quads(quad q[4]) {
+    quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5);
+    quad b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
+    quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+    quad d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+    q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+    q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+    q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+// Elements (i … i + 3, k … k + 3) of V, which has k contiguous, into a panel as described at pack.
+INLINE void pack_4x4(float *panel, size_t width, matrix_view V, retrofit_type type, size_t i,
+                     size_t k) {
+    quad q[4];
+    UNROLL(r, 4) q[r] = load_quad(V.data, type, (i + r) * V.row + k);
+    transpose_quads(q);
+    UNROLL(r, 4) *(quad_at *)(panel + (k + r) * width + i) = q[r];
+}
+
+// Elements (i … count - 1, k) of V, and zeros up to the panel's width.
+INLINE void pack_row(float *row, size_t width, matrix_view V, retrofit_type type, size_t i,
+                     size_t count, size_t k) {
+    if (V.row == 1) {
+        const size_t at = k * V.col;
+        for (; i + VECTOR <= count; i += VECTOR)
+            *(vector_at *)(row + i) = load_vector(V.data, type, at + i);
+        for (; i + 4 <= count; i += 4) *(quad_at *)(row + i) = load_quad(V.data, type, at + i);
+    }
+    for (; i < count; i++) row[i] = load_one(V.data, type, i * V.row + k * V.col);
+    for (; i < width; i++) row[i] = 0;
+}
+
+// panel[k·width + i] = V(i, k) for k < depth and i < count, and 0 for count ≤ i < width. V is A, or
+// B transposed. What has k contiguous goes in blocks of 4x4, along k by whole cache lines: rows a
+// power of two apart compete for the same few places in the cache, and would be gone when we came
+// back.
+INLINE void pack_as(retrofit_type type, float *panel, size_t width, matrix_view V, size_t count,
+                    size_t depth) {
+    enum { LINE = 16 };
+    size_t i4 = V.col == 1 ? count / 4 * 4 : 0, k4 = depth / 4 * 4; // where such blocks end
+    for (size_t line = 0; line < k4; line += LINE)
         for (size_t i = 0; i < i4; i += 4)
-            for (size_t k = start; k < retrofit_min(start + 16, k4); k += 4) {
-                gemm_quad q[4];
-                GEMM_EACH(r, 4) q[r] = gemm_load4(V.data, type, (i + r) * V.row + k);
-                gemm_transpose4(q);
-                GEMM_EACH(r, 4) * (gemm_quad_at *)(out + (k + r) * width + i) = q[r];
-            }
-    for (size_t k = i4 == width ? k4 : 0; k < depth; k++) {
-        size_t i = k < k4 ? i4 : 0;
-        for (; V.row == 1 && i + GEMM_LANES <= count; i += GEMM_LANES)
-            *(gemm_vector_at *)(out + k * width + i) = gemm_load(V.data, type, k * V.col + i);
-        for (; V.row == 1 && i + 4 <= count; i += 4) *(gemm_quad_at *)(out + k * width + i) = gemm_load4(V.data, type, k * V.col + i);
-        for (; i < width; i++) out[k * width + i] = i < count ? gemm_load1(V.data, type, i * V.row + k * V.col) : 0;
-    }
-}
-static void gemm_pack(float *out, size_t width, matrix_view V, size_t count, size_t depth) {
-    if (V.type == RETROFIT_F32) gemm_pack_as(out, width, V, RETROFIT_F32, count, depth);
-    else gemm_pack_as(out, width, V, RETROFIT_BF16, count, depth);
+            for (size_t k = line; k < retrofit_min(line + LINE, k4); k += 4)
+                pack_4x4(panel, width, V, type, i, k);
+    for (size_t k = i4 == width ? k4 : 0; k < depth; k++)
+        pack_row(panel + k * width, width, V, type, k < k4 ? i4 : 0, count, k);
 }
 
-// The first n of a vector's elements.
-GEMM_INLINE void gemm_copy(void *to, const void *from, size_t n) {
-    if (n >= GEMM_LANES) *(gemm_vector_at *)to = *(const gemm_vector_at *)from;
-    else memcpy(to, from, n * 4);
+static void pack(float *panel, size_t width, matrix_view V, size_t count, size_t depth) {
+    if (V.type == RETROFIT_F32) pack_as(RETROFIT_F32, panel, width, V, count, depth);
+    else pack_as(RETROFIT_BF16, panel, width, V, count, depth);
 }
 
-// The kernel: c = d + a·b for a block of GEMM_ROWS x (vectors * GEMM_LANES), of which the first m rows and n columns are stored.
-GEMM_INLINE void gemm_kernel(size_t vectors, size_t depth, matrix_view A, const float *b, size_t m, size_t n, float *c, size_t c_row,
-                             const float *d, size_t d_row) {
-    const float *a = (const float *)A.data;
-    gemm_vector sum[GEMM_ROWS][3], zero = {0};
-    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] = zero;
-    for (size_t k = 0; k < depth; k++, a += A.col, b += vectors * GEMM_LANES)
-        GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) sum[i][v] += a[i * A.row] * *(const gemm_vector_at *)(b + v * GEMM_LANES);
-    GEMM_EACH(i, GEMM_ROWS) GEMM_EACH(v, vectors) {
-        size_t j = v * GEMM_LANES;
-        gemm_vector t = zero;
-        if (i >= m || j >= n) continue;
-        if (d) gemm_copy(&t, d + i * d_row + j, n - j);
-        t += sum[i][v];
-        gemm_copy(c + i * c_row + j, &t, n - j);
+// ---- Many rows ---------------------------------------------------------------------------------
+
+// The first n of a vector's elements, if it has more.
+INLINE void copy_floats(void *to, const void *from, size_t n) {
+    if (n >= VECTOR) *(vector_at *)to = *(const vector_at *)from;
+    else memcpy(to, from, n * sizeof(float));
+}
+
+// C(i, j …) = D(i, j …) + sum.
+INLINE void store_vector(matrix_product p, size_t i, size_t j, vector sum) {
+    vector start = {0};
+    if (p.d) copy_floats(&start, p.d + i * p.d_row + j, p.N - j);
+    start += sum;
+    copy_floats(p.c + i * p.c_row + j, &start, p.N - j);
+}
+
+// C = D + A·B for a tile of MR rows and `vectors` registers of columns, from column j on. All MR
+// rows of A can be read; of C those rows and columns are stored that exist.
+INLINE void micro_kernel(size_t vectors, matrix_product p, size_t j) {
+    const float *a = p.A.data, *b = packed_b + j * p.K;
+    vector sum[MR][3] = {{{0}}};
+    for (size_t k = 0; k < p.K; k++) {
+        UNROLL(i, MR) UNROLL(v, vectors)
+            sum[i][v] += a[i * p.A.row] * *(const vector_at *)(b + v * VECTOR);
+        a += p.A.col;
+        b += vectors * VECTOR;
+    }
+    UNROLL(v, vectors) {
+        UNROLL(i, MR) if (i < p.M && j < p.N) store_vector(p, i, j, sum[i][v]);
+        j += VECTOR;
     }
 }
 
-// A product small enough for the buffers. What the kernel reads only once or twice of A it may as well read in place.
-static void gemm_tile(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    matrix_view columns = {B.data, B.type, B.col, B.row}, packed = {gemm_a, RETROFIT_F32, 1, GEMM_ROWS};
-    for (size_t j = 0; j < N; j += GEMM_PANEL) {
-        size_t n = retrofit_min(GEMM_PANEL, N - j);
-        gemm_pack(gemm_b + j * K, gemm_ceil(n, GEMM_LANES) * GEMM_LANES, gemm_part(columns, j, 0), n, K);
+// Loop jr: MR rows meet the panels of a packed strip of B. Not inlined: in a larger function gcc
+// runs out of registers for the micro-kernel's addresses.
+static void multiply_panels(matrix_product p) {
+    for (size_t j = 0; j < p.N; j += NR) {
+        if (p.N - j > 2 * VECTOR) micro_kernel(3, p, j);
+        else if (p.N - j > VECTOR) micro_kernel(2, p, j);
+        else micro_kernel(1, p, j);
     }
-    for (size_t i = 0; i < M; i += GEMM_ROWS) {
-        size_t m = retrofit_min(GEMM_ROWS, M - i);
-        matrix_view rows = gemm_part(A, i, 0);
-        if (m < GEMM_ROWS || N > 2 * GEMM_PANEL || A.type != RETROFIT_F32) gemm_pack(gemm_a, GEMM_ROWS, rows, m, K), rows = packed;
-        for (size_t j = 0; j < N; j += GEMM_PANEL) {
-            const float *b = gemm_b + j * K, *from = d ? d + i * d_row + j : NULL;
-            float *to = c + i * c_row + j;
-            size_t n = retrofit_min(GEMM_PANEL, N - j);
-            if (n > 2 * GEMM_LANES) gemm_kernel(3, K, rows, b, m, n, to, c_row, from, d_row);
-            else if (n > GEMM_LANES) gemm_kernel(2, K, rows, b, m, n, to, c_row, from, d_row);
-            else gemm_kernel(1, K, rows, b, m, n, to, c_row, from, d_row);
+}
+
+// Loop ir: one block of terms of one strip. A is packed unless all MR rows are there and so few
+// panels that reading them in place costs no more.
+static __attribute__((noinline)) void multiply_strip(matrix_product p) {
+    for (size_t j = 0; j < p.N; j += NR) {
+        size_t n = retrofit_min(NR, p.N - j), width = ceil_of(n, VECTOR) * VECTOR;
+        pack(packed_b + j * p.K, width, transposed(view_part(p.B, 0, j)), n, p.K);
+    }
+    for (size_t i = 0; i < p.M; i += MR) {
+        matrix_product rows = product_part(p, i, retrofit_min(MR, p.M - i), 0, p.N);
+        if (rows.M < MR || p.N > 2 * NR || p.A.type != RETROFIT_F32) {
+            pack(packed_a, MR, rows.A, rows.M, p.K);
+            rows.A = view_transposed(packed_a, MR);
         }
+        multiply_panels(rows);
     }
 }
 
-// A product with few rows, at the speed at which B can be read, in place: 4 of its columns, which are contiguous in k, meet `rows` rows of
-// A; every lane has its own sum. A column is too short for the processor to find out by itself what to fetch ahead, so we ask for what is
-// 8 columns on (asking for what does not exist does no harm).
-GEMM_INLINE void gemm_dots_as(size_t rows, retrofit_type type, size_t M, size_t N, size_t K, matrix_view B, float *c, size_t c_row,
-                              const float *d, size_t d_row) {
-    for (size_t j = 0; j < N; j += 4)
-        for (size_t i = 0; i < M; i += rows) {
-            const float *a = gemm_b + i * K;
-            gemm_vector sum[4][4], zero = {0};
-            size_t at[4], k = 0;
-            GEMM_EACH(s, 4) at[s] = retrofit_min(j + s, N - 1) * B.col; // past the end: the last column again
-            GEMM_EACH(r, rows) GEMM_EACH(s, 4) sum[r][s] = zero;
-            for (; k + GEMM_LANES <= K; k += GEMM_LANES) {
-                gemm_vector w[4];
-                GEMM_EACH(s, 4) {
-                    __builtin_prefetch((const char *)B.data + (at[s] + 8 * B.col + k) * (type == RETROFIT_F32 ? 4 : 2), 0, 2);
-                    w[s] = gemm_load(B.data, type, at[s] + k);
-                }
-                GEMM_EACH(r, rows) {
-                    gemm_vector x = *(const gemm_vector_at *)(a + r * K + k);
+// Loops jc and pc.
+static void many_rows(matrix_product p) {
+    size_t blocks = p.K ? ceil_of(p.K, KC) : 1;
+    size_t NC = B_BUFFER / (p.K / blocks + 1) / VECTOR * VECTOR;
+    for (size_t j = 0; j < p.N; j += NC) {
+        matrix_product strip = product_part(p, 0, p.M, j, retrofit_min(NC, p.N - j));
+        for (size_t block = 0; block < blocks; block++)
+            multiply_strip(product_terms(strip, block * p.K / blocks, (block + 1) * p.K / blocks));
+    }
+}
+
+// ---- Few rows ----------------------------------------------------------------------------------
+
+// The lanes of four vectors added up, the total of sum[s] in element s.
+INLINE quad add_lanes(const vector sum[4]) {
+    quad q[4], part[VECTOR / 4];
+    UNROLL(s, 4) {
+        memcpy(part, &sum[s], sizeof part);
+        q[s] = part[0];
+        for (size_t l = 1; l < VECTOR / 4; l++) q[s] += part[l];
+    }
+    transpose_quads(q);
+    return (q[0] + q[1]) + (q[2] + q[3]);
+}
+
+// Up to `rows` rows of C, from row i on, and up to 4 columns from j on. A is packed row by row, and
+// B is read in place.
+INLINE void dots(size_t rows, retrofit_type type, matrix_product p, size_t i, size_t j) {
+    const float *a = packed_b + i * p.K;
+    vector sum[4][4] = {{{0}}}; // of each row and column, a partial sum in every lane
+    size_t column[4], k = 0;
+    UNROLL(s, 4) column[s] = retrofit_min(j + s, p.N - 1) * p.B.col; // past the end: the last again
+    for (; k + VECTOR <= p.K; k += VECTOR) {
+        vector w[4];
+        UNROLL(s, 4) {
+            // A column is too short for the processor to find out by itself what to fetch ahead. We
+            // ask for the one 8 columns on; asking for what does not exist does no harm.
+            size_t ahead = (column[s] + 8 * p.B.col + k) * (type == RETROFIT_F32 ? 4 : 2);
+            __builtin_prefetch((const char *)p.B.data + ahead, 0, 2);
+            w[s] = load_vector(p.B.data, type, column[s] + k);
+        }
+        UNROLL(r, rows) {
+            vector x = *(const vector_at *)(a + r * p.K + k);
 #ifdef __x86_64__
-                    __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
+            __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
 #endif
-                    GEMM_EACH(s, 4) sum[r][s] += w[s] * x;
-                }
-            }
-            GEMM_EACH(r, rows) {
-                gemm_quad q[4], part[GEMM_LANES / 4];
-                GEMM_EACH(s, 4) {
-                    memcpy(part, &sum[r][s], sizeof part);
-                    GEMM_EACH(l, GEMM_LANES / 4) q[s] = l ? q[s] + part[l] : part[l];
-                }
-                gemm_transpose4(q);
-                q[0] = (q[0] + q[1]) + (q[2] + q[3]);
-                for (size_t s = 0; s < retrofit_min(4, N - j) && r < M - i; s++) {
-                    float total = q[0][s];
-                    for (size_t l = k; l < K; l++) total += a[r * K + l] * gemm_load1(B.data, type, at[s] + l);
-                    c[(i + r) * c_row + j + s] = (d ? d[(i + r) * d_row + j + s] : 0) + total;
-                }
-            }
+            UNROLL(s, 4) sum[r][s] += w[s] * x;
         }
-}
-static void gemm_dots(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    matrix_view columns = {A.data, A.type, A.col, A.row};
-    gemm_pack(gemm_b, K, columns, K, M); // A, row by row
-    if (M == 1 && B.type == RETROFIT_F32) gemm_dots_as(1, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
-    else if (M == 1) gemm_dots_as(1, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
-    else if (B.type == RETROFIT_F32) gemm_dots_as(GEMM_ROWS / 2, RETROFIT_F32, M, N, K, B, c, c_row, d, d_row);
-    else gemm_dots_as(GEMM_ROWS / 2, RETROFIT_BF16, M, N, K, B, c, c_row, d, d_row);
-}
-
-static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
-    if (M <= GEMM_FEW && B.row == 1 && K <= GEMM_BUFFER / GEMM_FEW) gemm_dots(M, N, K, A, B, c, c_row, d, d_row);
-    else {
-        size_t pieces = K ? gemm_ceil(K, GEMM_DEPTH) : 1, strip = GEMM_BUFFER / (K / pieces + 1) / GEMM_LANES * GEMM_LANES;
-        for (size_t j = 0; j < N; j += strip)
-            for (size_t piece = 0; piece < pieces; piece++) { // the later ones add to what the earlier ones left
-                const float *from = piece ? c : d;
-                size_t k = piece * K / pieces, depth = (piece + 1) * K / pieces - k, from_row = piece ? c_row : d_row;
-                gemm_tile(M, retrofit_min(strip, N - j), depth, gemm_part(A, 0, k), gemm_part(B, k, j), c + j, c_row, from ? from + j : NULL,
-                          from_row);
-            }
+    }
+    UNROLL(r, rows) {
+        quad lanes = add_lanes(sum[r]);
+        for (size_t s = 0; s < retrofit_min(4, p.N - j) && r < p.M - i; s++) {
+            float total = lanes[s];
+            for (size_t l = k; l < p.K; l++)
+                total += a[r * p.K + l] * load_one(p.B.data, type, column[s] + l);
+            float start = p.d ? p.d[(i + r) * p.d_row + j + s] : 0;
+            p.c[(i + r) * p.c_row + j + s] = start + total;
+        }
     }
 }
 
-// The same with all threads, unless the product is so small that waking them would take longer.
-static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row, const float *d, size_t d_row) {
+// The dot products of all rows of A with all columns of B, whose elements are contiguous.
+INLINE void few_rows_as(size_t rows, retrofit_type type, matrix_product p) {
+    for (size_t j = 0; j < p.N; j += 4)
+        for (size_t i = 0; i < p.M; i += rows) dots(rows, type, p, i, j);
+}
+
+static void few_rows(matrix_product p) {
+    pack(packed_b, p.K, transposed(p.A), p.K, p.M); // A, row by row
+    if (p.M == 1 && p.B.type == RETROFIT_F32) few_rows_as(1, RETROFIT_F32, p);
+    else if (p.M == 1) few_rows_as(1, RETROFIT_BF16, p);
+    else if (p.B.type == RETROFIT_F32) few_rows_as(MR / 2, RETROFIT_F32, p);
+    else few_rows_as(MR / 2, RETROFIT_BF16, p);
+}
+
+// ---- The whole product -------------------------------------------------------------------------
+
+static void multiply(matrix_product p) {
+    if (p.M <= FEW && p.B.row == 1 && p.K <= B_BUFFER / FEW) few_rows(p);
+    else many_rows(p);
+}
+
+static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c,
+                        size_t c_row, const float *d, size_t d_row) {
+    multiply((matrix_product){M, N, K, A, B, c, d, c_row, d_row});
+}
+
+// How many threads are worth waking for so many multiply-adds.
+static size_t gemm_threads(size_t work) {
 #ifdef _OPENMP
-    size_t threads = omp_in_parallel() || M * N * K < 65536 ? 1 : (size_t)omp_get_max_threads(), p = 1;
-    size_t rows = gemm_ceil(M, GEMM_ROWS), columns = gemm_ceil(N, GEMM_LANES);
-    if (threads > 1) {
-        // A grid of p x q tiles that are about square, not wide, and none so low that it would go gemm_dots's way if C as a whole does not.
-        for (size_t x = 2; x <= retrofit_min(threads, rows / 3); x++)
-            if (threads % x == 0 && x * x * N <= threads * M) p = x;
-        size_t q = retrofit_min(columns, threads / p * gemm_ceil(N, threads / p * 512));
-        PARALLEL_TASKS
-        for (size_t t = 0; t < p * q; t++) {
-            size_t i = t / q * rows / p * GEMM_ROWS, m = retrofit_min(M, (t / q + 1) * rows / p * GEMM_ROWS) - i;
-            size_t j = t % q * columns / q * GEMM_LANES, n = retrofit_min(N, (t % q + 1) * columns / q * GEMM_LANES) - j;
-            gemm_serial(m, n, K, gemm_part(A, i, 0), gemm_part(B, 0, j), c + i * c_row + j, c_row, d ? d + i * d_row + j : NULL, d_row);
-        }
+    if (work >= 65536 && !omp_in_parallel()) return (size_t)omp_get_max_threads();
+#endif
+    (void)work;
+    return 1;
+}
+
+// Where part number `index` begins if units of `size` elements are divided into `parts`.
+static size_t part_begin(size_t index, size_t units, size_t parts, size_t size) {
+    return index * units / parts * size;
+}
+
+// C is cut into a grid, `down` x `across` parts that are about square rather than wide. None is so
+// low that it would go the way of few rows if C as a whole does not: at least 3·MR rows.
+static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
+                 const float *d, size_t d_row) {
+    matrix_product p = {M, N, K, A, B, c, d, c_row, d_row};
+    size_t threads = gemm_threads(M * N * K);
+    if (threads == 1) {
+        multiply(p);
         return;
     }
-#endif
-    gemm_serial(M, N, K, A, B, c, c_row, d, d_row);
+    size_t rows = ceil_of(M, MR), columns = ceil_of(N, VECTOR), down = 1;
+    for (size_t x = 2; x <= retrofit_min(threads, rows / 3); x++)
+        if (threads % x == 0 && x * x * N <= threads * M) down = x;
+    size_t across = threads / down; // times a whole number, so that none is wider than 512
+    across = retrofit_min(columns, across * ceil_of(N, across * 512));
+    PARALLEL_TASKS
+    for (size_t t = 0; t < down * across; t++) {
+        size_t i = part_begin(t / across, rows, down, MR);
+        size_t i_end = retrofit_min(M, part_begin(t / across + 1, rows, down, MR));
+        size_t j = part_begin(t % across, columns, across, VECTOR);
+        size_t j_end = retrofit_min(N, part_begin(t % across + 1, columns, across, VECTOR));
+        multiply(product_part(p, i, i_end - i, j, j_end - j));
+    }
 }
 
-static matrix_view view(const void *data, size_t row) {
-    matrix_view v = {data, RETROFIT_F32, row, 1};
-    return v;
+// ---- Attention in tiles ------------------------------------------------------------------------
+// FlashAttention-2 (Dao, arXiv 2307.08691). Of the scores of T queries and T keys one tile exists
+// at a time, and those above the diagonal never do:
+//
+//                     keys u
+//                 ┌────┬────┬────┐
+//                 │ ◣  │    │    │      forward: a task is a row of tiles, from left to right
+//       queries t ├────┼────┼────┤
+//                 │ ██ │ ◣  │    │      backward: a task is all tiles of the query heads sharing a
+//                 ├────┼────┼────┤      key/value head, whose dk and dv it adds up in a fixed order
+//                 │ ██ │ ██ │ ◣  │
+//                 └────┴────┴────┘
+//
+// Forward keeps for each query the maximum m of the scores so far, l = Σ e^{s - m} and o = Σ e^{s -
+// m}·v. A tile that raises the maximum to m' first scales l and o by e^{m - m'}. At the end y =
+// o/l, and lse = m + log l. The products are gemm_serial's: the threads have a task each.
+
+// One head of one sequence.
+typedef struct {
+    size_t T, h, Q, H;
+    matrix_view q, k, v, dy;  // (T,h)
+    const float *lse, *delta; // (T), elements H apart
+    float *dq, *dk, *dv;      // (T,h), rows Q apart; added to
+} attention_head;
+
+// A tile's row of scores becomes e^{(score - max)·scale} for the first `seen` keys, which the query
+// may see, and 0 for the rest. Updates its maximum and sum; returns the factor by which to scale
+// what was summed up under the old maximum. The sum ends at `seen`, not at the tile's width: a
+// query's bits do not depend on how many others come with it.
+static float softmax_row(float *p, size_t seen, size_t width, float scale, float *max, float *sum) {
+    float tile_max = max_element(p, seen), new_max = tile_max > *max ? tile_max : *max;
+    float shrink = fast_exp((*max - new_max) * scale);
+    for (size_t u = 0; u < seen; u++) p[u] = fast_exp((p[u] - new_max) * scale);
+    memset(p + seen, 0, (width - seen) * sizeof *p);
+    *sum = add_up(*sum * shrink, p, seen);
+    *max = new_max;
+    return shrink;
 }
 
-static matrix_view view_transposed(const void *data, size_t row) {
-    matrix_view v = {data, RETROFIT_F32, 1, row};
-    return v;
-}
-
-// ---- Attention in tiles
-
-// One tile of queries against keys [0, keys): o (rows, h; o_row apart) and lse (lse_row apart). Query i may see keys up to first + i.
-static void attend(float *o, size_t o_row, float *lse, size_t lse_row, const float *q, size_t q_row, const void *k, const void *v,
-                   retrofit_type type, size_t kv_row, size_t rows, size_t first, size_t h) {
-    float s[TILE * TILE], maximum[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
-    size_t keys = first + rows;
-    matrix_view key = {k, type, 1, kv_row}, value = {v, type, kv_row, 1};
-    for (size_t u0 = 0; u0 < keys; u0 += TILE) {
-        size_t width = retrofit_min(keys - u0, TILE);
-        // (1) scores of the tile
-        gemm_serial(rows, width, h, view(q, q_row), gemm_part(key, 0, u0), s, TILE, NULL, 0);
+// One row of tiles: y (rows,h) and, unless NULL, lse, each with rows y_row and lse_row apart. q
+// (rows,h) begins at its first query, which sees `before` keys besides its own; k and v begin at
+// key 0.
+static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
+                   matrix_view v, size_t rows, size_t before, size_t h) {
+    float s[TILE * TILE], max[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
+    size_t keys = before + rows;
+    for (size_t i = 0; i < rows; i++) {
+        max[i] = -INFINITY;
+        sum[i] = 0;
+        memset(y + i * y_row, 0, h * sizeof *y);
+    }
+    for (size_t u = 0; u < keys; u += TILE) {
+        size_t width = retrofit_min(keys - u, TILE);
+        // (1) the tile's scores, q·kᵀ
+        gemm_serial(rows, width, h, q, transposed(view_part(k, u, 0)), s, TILE, NULL, 0);
+        // (2) e^{s - m}, and what was summed up so far under the new maximum
         for (size_t i = 0; i < rows; i++) {
-            float *p = s + i * TILE, top = u0 ? maximum[i] : -INFINITY, lanes[LANES] = {0}, tail = 0;
-            size_t seen = first + i + 1 <= u0 ? 0 : retrofit_min(first + i + 1 - u0, width), u = 0;
-            // (2) the maximum so far; what was summed up under the old one is scaled down
-            float tile_top = max_element(p, seen);
-            top = tile_top > top ? tile_top : top;
-            float shrink = u0 ? fast_exp((maximum[i] - top) * scale) : 0;
-            // (3) e^{score - maximum}, and their sum
-            for (u = 0; u < seen; u++) p[u] = fast_exp((p[u] - top) * scale);
-            for (; u < width; u++) p[u] = 0;
-            for (u = 0; u + LANES <= seen; u += LANES) // not to width: a query's bits shall not depend on how many come with it
-                for (int l = 0; l < LANES; l++) lanes[l] += p[u + l];
-            for (; u < seen; u++) tail += p[u];
-            sum[i] = (u0 ? sum[i] * shrink : 0) + sum_lanes(lanes) + tail;
-            maximum[i] = top;
-            for (size_t c = 0; u0 && c < h; c++) o[i * o_row + c] *= shrink;
+            size_t end = before + i + 1; // of the keys that query i sees
+            size_t seen = end > u ? retrofit_min(end - u, width) : 0;
+            float shrink = softmax_row(s + i * TILE, seen, width, scale, &max[i], &sum[i]);
+            for (size_t c = 0; c < h; c++) y[i * y_row + c] *= shrink;
         }
-        // (4) the tile's share of the output
-        gemm_serial(rows, h, width, view(s, TILE), gemm_part(value, u0, 0), o, o_row, u0 ? o : NULL, o_row);
+        // (3) the tile's share of the output
+        gemm_serial(rows, h, width, view(s, TILE), view_part(v, u, 0), y, y_row, y, y_row);
     }
     for (size_t i = 0; i < rows; i++) {
-        for (size_t c = 0; c < h; c++) o[i * o_row + c] /= sum[i];
-        if (lse) lse[i * lse_row] = maximum[i] * scale + logf(sum[i]);
+        for (size_t c = 0; c < h; c++) y[i * y_row + c] /= sum[i];
+        if (lse) lse[i * lse_row] = max[i] * scale + logf(sum[i]);
     }
 }
 
-// Every tile of queries of every head, against keys and values kv_row apart, kv_batch from one sequence to the next.
-static void attend_tiles(float *out, float *lse, const float *q, const void *k, const void *v, retrofit_type type, size_t kv_row,
-                         size_t kv_batch, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
+// p = e^{s·scale - lse} and ds = p·(dp - delta)·scale in place of s and dp, for the keys that the
+// query sees; 0 for the rest.
+static void softmax_backward_row(float *p, float *ds, size_t seen, size_t width, float scale,
+                                 float lse, float delta) {
+    for (size_t u = 0; u < seen; u++) p[u] = fast_exp(p[u] * scale - lse);
+    for (size_t u = 0; u < seen; u++) ds[u] = p[u] * (ds[u] - delta) * scale;
+    memset(p + seen, 0, (width - seen) * sizeof *p);
+    memset(ds + seen, 0, (width - seen) * sizeof *ds);
+}
+
+// What queries t … and keys u … of a tile add to dq, dk and dv.
+static void attend_backward_tile(const attention_head *a, size_t t, size_t u) {
+    float p[TILE * TILE], ds[TILE * TILE], scale = 1.0f / sqrtf((float)a->h);
+    size_t rows = retrofit_min(a->T - t, TILE), width = retrofit_min(t + rows - u, TILE);
+    size_t h = a->h, Q = a->Q;
+    matrix_view q = view_part(a->q, t, 0), dy = view_part(a->dy, t, 0);
+    matrix_view k = view_part(a->k, u, 0), v = view_part(a->v, u, 0);
+    float *dq = a->dq + t * Q, *dk = a->dk + u * Q, *dv = a->dv + u * Q;
+    // (1) s = q·kᵀ, (2) dp = dy·vᵀ, (3) p and ds
+    gemm_serial(rows, width, h, q, transposed(k), p, TILE, NULL, 0);
+    gemm_serial(rows, width, h, dy, transposed(v), ds, TILE, NULL, 0);
+    for (size_t i = 0; i < rows; i++) {
+        size_t seen = retrofit_min(t + i + 1 - u, width), at = (t + i) * a->H;
+        softmax_backward_row(p + i * TILE, ds + i * TILE, seen, width, scale, a->lse[at],
+                             a->delta[at]);
+    }
+    // (4) dv += pᵀ·dy, dk += dsᵀ·q, dq += ds·k
+    gemm_serial(width, h, rows, view_transposed(p, TILE), dy, dv, Q, dv, Q);
+    gemm_serial(width, h, rows, view_transposed(ds, TILE), q, dk, Q, dk, Q);
+    gemm_serial(rows, h, width, view(ds, TILE), k, dq, Q, dq, Q);
+}
+
+static void attend_backward(const attention_head *head) {
+    for (size_t t = 0; t < head->T; t += TILE)
+        for (size_t u = 0; u <= t; u += TILE) attend_backward_tile(head, t, u);
+}
+
+static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H,
+                              size_t G, size_t h) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
+    float *y = out;
     PARALLEL_TASKS
     for (size_t task = 0; task < B * H * tiles; task++) {
-        size_t b = task / tiles / H, head = task / tiles % H, t0 = task % tiles * TILE, n = b * T + t0;
-        size_t kv = (b * kv_batch + head / (H / G) * h) * retrofit_type_size(type);
-        attend(out + n * H * h + head * h, H * h, lse ? lse + n * H + head : NULL, H, q + n * Q + head * h, Q, (const char *)k + kv,
-               (const char *)v + kv, type, kv_row, retrofit_min(T - t0, TILE), (past ? (size_t)past[b] : 0) + t0, h);
+        size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
+        size_t n = b * T + t, group = head / (H / G);
+        const float *row = (const float *)qkv + b * T * Q;
+        matrix_view q = view(row + t * Q + head * h, Q);
+        matrix_view k = view(row + (H + group) * h, Q);
+        matrix_view v = view(row + (H + G + group) * h, Q);
+        attend(y + (n * H + head) * h, H * h, lse + n * H + head, H, q, k, v,
+               retrofit_min(T - t, TILE), t, h);
     }
+}
+
+static void attention_backward(act *dqkv, float *delta, const act *dout, const act *qkv,
+                               const act *out, const float *lse, size_t B, size_t T, size_t H,
+                               size_t G, size_t h) {
+    size_t Q = (H + 2 * G) * h;
+    const float *y = out, *dy = dout;
+    PARALLEL_FOR(B * T * Q)
+    for (size_t n = 0; n < B * T; n++) {
+        memset((float *)dqkv + n * Q, 0, Q * sizeof(float)); // the tiles add to it
+        for (size_t i = n * H; i < (n + 1) * H; i++) delta[i] = dot(dy + i * h, y + i * h, h);
+    }
+    PARALLEL_TASKS
+    for (size_t task = 0; task < B * G; task++) {
+        size_t b = task / G, group = task % G;
+        const float *row = (const float *)qkv + b * T * Q;
+        float *drow = (float *)dqkv + b * T * Q;
+        for (size_t head = group * (H / G); head < (group + 1) * (H / G); head++) {
+            size_t first = b * T * H + head;
+            attend_backward(&(attention_head){
+                .T = T, .h = h, .Q = Q, .H = H,
+                .q = view(row + head * h, Q), .dq = drow + head * h,
+                .k = view(row + (H + group) * h, Q), .dk = drow + (H + group) * h,
+                .v = view(row + (H + G + group) * h, Q), .dv = drow + (H + G + group) * h,
+                .dy = view(dy + first * h, H * h), .lse = lse + first, .delta = delta + first});
+        }
+    }
+}
+
+// ---- Operations without a formula worth a place in Part I --------------------------------------
+// Start states, by a function of (seed, row, position, column).
+static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma,
+                       uint64_t seed) {
+    PARALLEL_FOR(B * T * d)
+    for (size_t n = 0; n < B * T; n++) {
+        uint64_t position = (past ? (uint64_t)past[n / T] : 0) + n % T;
+        uint64_t key = retrofit_hash(retrofit_hash(seed, n / T), position);
+        for (size_t c = 0; c < d; c++)
+            s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
+    }
+}
+
+static void cast(act *out, const float *x, size_t n) { memcpy(out, x, n * sizeof *x); }
+
+static void add(float *x, const float *y, size_t n, float keep) {
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) x[i] = keep * x[i] + y[i];
+}
+
+// y = a·x + b·y
+static void axpby(act *y_, const act *x_, size_t n, float a, float b) {
+    float *y = y_;
+    const float *x = x_;
+    PARALLEL_FOR(n)
+    for (size_t i = 0; i < n; i++) y[i] = a * x[i] + b * y[i];
+}
+
+static void muon_load(act *x_, const float *u, const double *squares, size_t rows, size_t cols) {
+    float *x = x_, scale = (float)(1 / (sqrt(*squares) + 1e-7));
+    PARALLEL_FOR(rows * cols)
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t c = 0; c < cols; c++)
+            x[rows > cols ? c * rows + r : r * cols + c] = u[r * cols + c] * scale;
+    }
+}
+
+// Blocks are summed side by side and added in order, whatever the number of threads.
+static void sum_squares(double *sum, const float *x, size_t n) {
+    enum { BLOCK = 1 << 14, BLOCKS = 256 };
+    double total = 0;
+    for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
+        double sums[BLOCKS] = {0};
+        PARALLEL_FOR(n - at)
+        for (size_t i = 0; i < BLOCKS; i++) {
+            size_t begin = at + i * BLOCK, end = retrofit_min(begin + BLOCK, n);
+            for (size_t j = begin; j < end; j += 256)
+                sums[i] += dot(x + j, x + j, retrofit_min(end - j, 256));
+        }
+        for (size_t i = 0; i < BLOCKS; i++) total += sums[i];
+    }
+    *sum += total;
 }
 
 // =================================================================================================
 // 11  JSON, tokenizer
 // =================================================================================================
 
-size_t retrofit_utf8_next(const char *s, size_t n, uint32_t *c) {
-    unsigned lead = (unsigned char)s[0];
-    if (lead < 0x80) return *c = lead, 1;
-    size_t more = lead < 0xc2 ? 0 : lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : lead < 0xf5 ? 3 : 0;
-    // The second byte's range is narrower where the full one would allow overlong forms, surrogates or values above U+10FFFF.
-    unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80, high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-    *c = more ? lead & (0x3fu >> more) : RETROFIT_UTF8_INVALID;
-    for (size_t i = 1; i <= more; i++, low = 0x80, high = 0xbf) {
-        unsigned byte = i < n ? (unsigned char)s[i] : 0;
-        if (byte < low || byte > high) return *c = RETROFIT_UTF8_INVALID, i;
-        *c = *c << 6 | (byte & 0x3f);
+// ---- UTF-8 -------------------------------------------------------------------------------------
+
+// The lead byte tells how many continuation bytes (80 to BF) follow it. After E0, ED, F0 and F4 the
+// first of them has a narrower range: the full one would allow overlong forms, surrogates and
+// values above U+10FFFF. An invalid stretch is as long as it could be the beginning of a character.
+size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point) {
+    unsigned lead = (unsigned char)text[0];
+    if (lead < 0x80) {
+        *code_point = lead;
+        return 1;
     }
+    *code_point = RETROFIT_UTF8_INVALID;
+    if (lead < 0xc2 || lead > 0xf4) return 1;
+
+    size_t more = lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : 3;
+    unsigned low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+    unsigned high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    uint32_t value = lead & (0x3fu >> more);
+    for (size_t i = 1; i <= more; i++) {
+        unsigned byte = i < size ? (unsigned char)text[i] : 0;
+        if (byte < low || byte > high) return i;
+        value = value << 6 | (byte & 0x3f);
+        low = 0x80;
+        high = 0xbf;
+    }
+    *code_point = value;
     return more + 1;
 }
 
-// Writes c, a valid code point, as UTF-8 to out[0..4) and returns its length.
-static size_t utf8_put(uint32_t c, char *out) {
-    if (c < 0x80) return out[0] = (char)c, 1;
-    size_t n = c < 0x800 ? 2 : c < 0x10000 ? 3 : 4;
-    for (size_t i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(0x80 | (c & 0x3f));
-    out[0] = (char)((0xf00u >> n & 0xf0) | c);
-    return n;
+// Writes a valid code point as UTF-8 to out, which has room for four bytes, and returns its length.
+static size_t utf8_put(uint32_t code_point, char *out) {
+    static const unsigned char lead[] = {0, 0x00, 0xc0, 0xe0, 0xf0}; // by length
+    size_t length = code_point < 0x80 ? 1 : code_point < 0x800 ? 2 : code_point < 0x10000 ? 3 : 4;
+    for (size_t i = length - 1; i > 0; i--) {
+        out[i] = (char)(0x80 | (code_point & 0x3f));
+        code_point >>= 6;
+    }
+    out[0] = (char)(lead[length] | code_point);
+    return length;
 }
 
-// The parser works on its own copy of the text, with a NUL behind it, and decodes strings in place: `out` never overtakes `at`.
+// The characters that Python's str.strip removes: White_Space and the separators U+001C to U+001F.
+static bool is_space(uint32_t c) {
+    if (c <= 0x20) return (c >= 9 && c <= 13) || c >= 0x1c;
+    if (c >= 0x2000 && c <= 0x200a) return true;
+    return c == 0x85 || c == 0xa0 || c == 0x1680 || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
+}
+
+void retrofit_strip(const char **text, size_t *size) {
+    uint32_t code_point;
+    while (*size) {
+        size_t length = retrofit_utf8_next(*text, *size, &code_point);
+        if (!is_space(code_point)) break;
+        *text += length;
+        *size -= length;
+    }
+    while (*size) {
+        const char *end = *text + *size;
+        size_t length = 1; // of the last character; no white space is longer than three bytes
+        while (length < 3 && length < *size && (end[-(ptrdiff_t)length] & 0xc0) == 0x80) length++;
+        if (retrofit_utf8_next(end - length, length, &code_point) != length) break;
+        if (!is_space(code_point)) break;
+        *size -= length;
+    }
+}
+
+void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
+    if (!text->failed && text->size + size >= text->capacity) {
+        size_t capacity = text->capacity + text->capacity / 2 + size + 64;
+        char *bigger = realloc(text->bytes, capacity);
+        if (bigger) {
+            text->bytes = bigger;
+            text->capacity = capacity;
+        } else {
+            text->failed = true;
+            retrofit_fail("out of memory: %zu bytes", capacity);
+        }
+    }
+    if (text->failed || !size) return;
+    memcpy(text->bytes + text->size, bytes, size);
+    text->size += size;
+}
+
+// ---- JSON --------------------------------------------------------------------------------------
+
+// The parser works on its own copy of the text, which ends in a NUL. It decodes strings inside this
+// copy: `out` never overtakes `at`, since no escape is shorter than the character it stands for.
 typedef struct {
-    const char *where, *begin;
-    char *at, *out;       // the next character to read; where the next decoded string goes
-    retrofit_json *nodes; // the next free one
+    const char *where;    // for errors: a file name, say
+    const char *begin;    // of the copy
+    char *at;             // the next character to read
+    char *out;            // where the next decoded string goes
+    retrofit_json *nodes; // the next free node
 } json_parser;
 
-static bool json_fail(const json_parser *p, const char *why) { return retrofit_fail("%s: byte %td: bad JSON: %s", p->where, p->at - p->begin, why); }
-
-static char json_skip(json_parser *p) { // white space; the character behind it
-    while (*p->at == ' ' || *p->at == '\t' || *p->at == '\r' || *p->at == '\n') p->at++;
-    return *p->at;
+static bool json_fail(const json_parser *parser, const char *why) {
+    ptrdiff_t byte = parser->at - parser->begin;
+    return retrofit_fail("%s: byte %td: bad JSON: %s", parser->where, byte, why);
 }
 
-static bool json_escape(json_parser *p, uint32_t *c) {
+// Skips white space and returns the character behind it.
+static char json_skip(json_parser *parser) {
+    char c = *parser->at;
+    while (c == ' ' || c == '\t' || c == '\r' || c == '\n') c = *++parser->at;
+    return c;
+}
+
+// \uXXXX: one UTF-16 code unit.
+static bool json_code_unit(json_parser *parser, uint32_t *unit) {
+    const char *at = parser->at;
+    if (at[0] != '\\' || at[1] != 'u' || strspn(at + 2, "0123456789abcdefABCDEF") < 4)
+        return json_fail(parser, "an unknown escape, or half of a surrogate pair");
+    char digits[5] = {at[2], at[3], at[4], at[5], 0};
+    *unit = (uint32_t)strtoul(digits, NULL, 16);
+    parser->at += 6;
+    return true;
+}
+
+// Characters above U+FFFF are written as two code units, a surrogate pair:
+//     code point = 0x10000 + (high - 0xD800)·0x400 + (low - 0xDC00)
+static bool json_escape(json_parser *parser, uint32_t *code_point) {
     static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
-    const char *name = p->at[1] ? strchr(names, p->at[1]) : NULL;
-    if (name) return p->at += 2, *c = (uint32_t)values[name - names], true;
-    uint32_t unit[2] = {0, 0}; // UTF-16; the second only behind the first half of a pair
-    for (int i = 0; i == 0 || (i == 1 && unit[0] >> 10 == 0xd800 >> 10); i++, p->at += 6) {
-        bool ok = p->at[0] == '\\' && p->at[1] == 'u' && strspn(p->at + 2, "0123456789abcdefABCDEF") >= 4;
-        if (!ok) return json_fail(p, "an unknown escape, or half of a surrogate pair");
-        for (int j = 2; j < 6; j++) unit[i] = unit[i] << 4 | ((p->at[j] & 15) + (p->at[j] > '9' ? 9 : 0));
+    const char *name = parser->at[1] ? strchr(names, parser->at[1]) : NULL;
+    if (name) {
+        *code_point = (uint32_t)values[name - names];
+        parser->at += 2;
+        return true;
     }
-    *c = unit[0];
-    if (*c < 0xd800 || *c > 0xdfff) return true;
-    *c = 0x10000 + ((unit[0] - 0xd800) << 10) + (unit[1] - 0xdc00);
-    return unit[1] >> 10 == 0xdc00 >> 10 || json_fail(p, "half of a surrogate pair before this");
+    uint32_t high, low = 0;
+    if (!json_code_unit(parser, &high)) return false;
+    *code_point = high;
+    if (high < 0xd800 || high > 0xdfff) return true;
+    if (high < 0xdc00 && !json_code_unit(parser, &low)) return false;
+    if (low < 0xdc00 || low > 0xdfff)
+        return json_fail(parser, "half of a surrogate pair before this");
+    *code_point = 0x10000 + ((high - 0xd800) << 10) + (low - 0xdc00);
+    return true;
 }
 
-static bool json_string(json_parser *p, const char **string, size_t *length) {
-    if (*p->at != '"') return json_fail(p, "expected a string");
-    *string = p->out;
-    uint32_t c = 0;
-    for (p->at++; *p->at != '"';) {
-        if ((unsigned char)*p->at < ' ') return json_fail(p, "a string does not end, or a control character in it is not escaped");
-        if (*p->at != '\\') *p->out++ = *p->at++;
-        else if (json_escape(p, &c)) p->out += utf8_put(c, p->out);
-        else return false;
+static bool json_string(json_parser *parser, const char **string, size_t *length) {
+    if (*parser->at != '"') return json_fail(parser, "expected a string");
+    parser->at++;
+    char *begin = parser->out;
+    while (*parser->at != '"') {
+        if ((unsigned char)*parser->at < ' ')
+            return json_fail(parser, "a string does not end, or a control character in it is not "
+                                     "escaped");
+        if (*parser->at != '\\') {
+            *parser->out++ = *parser->at++;
+            continue;
+        }
+        uint32_t code_point;
+        if (!json_escape(parser, &code_point)) return false;
+        parser->out += utf8_put(code_point, parser->out);
     }
-    *length = (size_t)(p->out - *string);
-    *p->out++ = 0;
-    return p->at++, true;
+    parser->at++;
+    *string = begin;
+    *length = (size_t)(parser->out - begin);
+    *parser->out++ = 0;
+    return true;
 }
 
-static bool json_number(json_parser *p, retrofit_json *v) {
+// strtod accepts more than JSON does: leading zeros, a '+' in front, and a point without digits on
+// either side. These are refused here.
+static bool json_number(json_parser *parser, retrofit_json *value) {
     static const char digits[] = "0123456789";
-    char *text = p->out, *end;
-    size_t n = strspn(p->at, "0123456789+-.eE");
-    memmove(text, p->at, n), text[n] = 0;
-    v->type = RETROFIT_JSON_NUMBER, v->string = text, v->length = n, v->number = strtod(text, &end);
-    // What strtod takes and JSON does not: leading zeros or '+', no digit before or behind the point.
+    char *text = parser->out, *end;
+    size_t length = strspn(parser->at, "0123456789+-.eE");
+    memmove(text, parser->at, length);
+    text[length] = 0;
+    double number = strtod(text, &end);
+
     const char *first = text + (*text == '-'), *point = strchr(text, '.');
-    size_t whole = strspn(first, digits);
-    if (*end || !whole || (whole > 1 && *first == '0') || (point && !strspn(point + 1, digits)) || !isfinite(v->number))
-        return json_fail(p, "not a value, or a number too large for a double (or LC_NUMERIC is not \"C\")");
-    return p->at += n, p->out += n + 1, true;
+    size_t whole_digits = strspn(first, digits);
+    bool leading_zero = whole_digits > 1 && *first == '0';
+    bool fraction = !point || strspn(point + 1, digits) > 0;
+    if (*end || !whole_digits || leading_zero || !fraction || !isfinite(number))
+        return json_fail(parser, "not a value, or a number too large for a double (or LC_NUMERIC "
+                                 "is not \"C\")");
+    value->type = RETROFIT_JSON_NUMBER;
+    value->number = number;
+    value->string = text;
+    value->length = length;
+    parser->at += length;
+    parser->out += length + 1;
+    return true;
 }
 
-// Any value; v is zeroed. The depth bounds the recursion.
-static bool json_value(json_parser *p, retrofit_json *v, int depth) {
-    static const char *const words[] = {"null", "false", "true"};
-    char c = json_skip(p);
-    if (c == '"') return v->type = RETROFIT_JSON_STRING, json_string(p, &v->string, &v->length);
-    for (int i = 0; i < 3; i++)
-        if (!strncmp(p->at, words[i], strlen(words[i])))
-            return p->at += strlen(words[i]), v->type = i ? RETROFIT_JSON_BOOL : RETROFIT_JSON_NULL, v->number = i == 2, true;
-    if (c != '[' && c != '{') return json_number(p, v);
-    if (depth == 64) return json_fail(p, "more than 64 levels");
-    char object = c == '{', close = object ? '}' : ']';
-    p->at++, v->type = object ? RETROFIT_JSON_OBJECT : RETROFIT_JSON_ARRAY;
-    if (json_skip(p) == close) return p->at++, true;
-    for (retrofit_json **tail = &v->child; c != close; tail = &(*tail)->next, p->at++) {
-        retrofit_json *child = *tail = p->nodes++;
-        v->count++, json_skip(p);
-        if (object && !json_string(p, &child->key, &child->key_length)) return false;
-        if (object && json_skip(p) != ':') return json_fail(p, "expected ':'");
-        p->at += object;
-        if (!json_value(p, child, depth + 1)) return false;
-        c = json_skip(p);
-        if (c != ',' && c != close) return json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
+static bool json_value(json_parser *parser, retrofit_json *value, int depth);
+
+// The children of an array or object, from its opening bracket to its closing one.
+static bool json_children(json_parser *parser, retrofit_json *parent, int depth) {
+    bool is_object = parent->type == RETROFIT_JSON_OBJECT;
+    char close = is_object ? '}' : ']';
+    parser->at++;
+    char next = json_skip(parser);
+    if (next == close) parser->at++;
+
+    for (retrofit_json **link = &parent->child; next != close; parser->at++) {
+        retrofit_json *child = parser->nodes++;
+        *link = child;
+        link = &child->next;
+        parent->count++;
+        json_skip(parser);
+        if (is_object) {
+            if (!json_string(parser, &child->key, &child->key_length)) return false;
+            if (json_skip(parser) != ':') return json_fail(parser, "expected ':'");
+            parser->at++;
+        }
+        if (!json_value(parser, child, depth + 1)) return false;
+        next = json_skip(parser);
+        if (next != ',' && next != close)
+            return json_fail(parser, is_object ? "expected ',' or '}'" : "expected ',' or ']'");
     }
     return true;
 }
 
-// All is one block: the nodes, at most one for each opening bracket and comma, and one more; then the text. It starts a byte late, so
-// that a number has room for its NUL: before every other one, a bracket, comma or colon has been read.
-retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
-    size_t nodes = 1;
-    for (size_t i = 0; i < size;) {
-        uint32_t c;
-        size_t n = retrofit_utf8_next(text + i, size - i, &c);
-        if (c == RETROFIT_UTF8_INVALID) return retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i), (retrofit_json *)NULL;
-        nodes += c == '[' || c == '{' || c == ',', i += n;
+// Any value, into a zeroed node. The limit of the depth bounds the recursion.
+static bool json_value(json_parser *parser, retrofit_json *value, int depth) {
+    char first = json_skip(parser);
+    if (first == '"') {
+        value->type = RETROFIT_JSON_STRING;
+        return json_string(parser, &value->string, &value->length);
     }
-    retrofit_json *root = (retrofit_json *)retrofit_allocate(nodes + (size + 2) / sizeof *root + 1, sizeof *root);
+    if (first == '[' || first == '{') {
+        if (depth == 64) return json_fail(parser, "more than 64 levels");
+        value->type = first == '[' ? RETROFIT_JSON_ARRAY : RETROFIT_JSON_OBJECT;
+        return json_children(parser, value, depth);
+    }
+    static const char *const words[] = {"null", "false", "true"};
+    for (int i = 0; i < 3; i++) {
+        size_t length = strlen(words[i]);
+        if (strncmp(parser->at, words[i], length)) continue;
+        value->type = i == 0 ? RETROFIT_JSON_NULL : RETROFIT_JSON_BOOL;
+        value->number = i == 2;
+        parser->at += length;
+        return true;
+    }
+    return json_number(parser, value);
+}
+
+// At least as many as there are values in the text: each but the first comes behind an opening
+// bracket or a comma. 0 or error if the text is not UTF-8.
+static size_t json_count_nodes(const char *text, size_t size, const char *where) {
+    size_t count = 1, length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t c;
+        length = retrofit_utf8_next(text + i, size - i, &c);
+        if (c == RETROFIT_UTF8_INVALID) {
+            retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i);
+            return 0;
+        }
+        if (c == '[' || c == '{' || c == ',') count++;
+    }
+    return count;
+}
+
+// The tree is one block of memory: the nodes, then the copy of the text. Decoded strings end in a
+// NUL, for which their quotes leave room. A number has no quotes: its NUL takes the room of the
+// bracket, comma or colon before it, or of the byte by which the copy starts late.
+retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where) {
+    size_t nodes = json_count_nodes(text, size, where);
+    if (!nodes) return NULL;
+    size_t text_nodes = (size + 2) / sizeof(retrofit_json) + 1; // the text's size, in nodes
+    retrofit_json *root = retrofit_allocate(nodes + text_nodes, sizeof *root);
     if (!root) return NULL;
-    char *out = (char *)(root + nodes), *begin = (char *)memcpy(out + 1, text, size);
-    json_parser p = {where, begin, begin, out, root + 1};
-    if (json_value(&p, root, 0) && (json_skip(&p), p.at == begin + size || json_fail(&p, "something follows the value"))) return root;
-    return free(root), (retrofit_json *)NULL;
+    char *out = (char *)(root + nodes);
+    char *begin = memcpy(out + 1, text, size);
+
+    json_parser parser = {where, begin, begin, out, root + 1};
+    bool ok = json_value(&parser, root, 0);
+    if (ok) {
+        json_skip(&parser);
+        if (parser.at != begin + size) ok = json_fail(&parser, "something follows the value");
+    }
+    if (ok) return root;
+    free(root);
+    return NULL;
 }
 
 void retrofit_json_free(retrofit_json *root) { free(root); }
 
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key) {
-    const retrofit_json *m = object && object->type == RETROFIT_JSON_OBJECT ? object->child : NULL;
-    while (m && (m->key_length != strlen(key) || memcmp(m->key, key, m->key_length))) m = m->next;
-    return m;
+    if (!object || object->type != RETROFIT_JSON_OBJECT) return NULL;
+    size_t length = strlen(key);
+    const retrofit_json *member = object->child;
+    while (member && (member->key_length != length || memcmp(member->key, key, length)))
+        member = member->next;
+    return member;
 }
 
-bool retrofit_json_is(const retrofit_json *j, const char *word) { return j && j->type == RETROFIT_JSON_STRING && !strcmp(j->string, word); }
-
-// A JSON number that is a size.
-bool retrofit_json_size(const retrofit_json *j, size_t *out) {
-    if (!j || j->type != RETROFIT_JSON_NUMBER || j->number < 0 || j->number > 0x1p53 || j->number != floor(j->number)) return false;
-    return *out = (size_t)j->number, true;
+bool retrofit_json_is(const retrofit_json *value, const char *word) {
+    return value && value->type == RETROFIT_JSON_STRING && !strcmp(value->string, word);
 }
 
-// Writes n bytes of UTF-8 to f as a quoted, escaped JSON string; failures show in ferror(f).
-void retrofit_json_write_string(FILE *f, const char *s, size_t n) {
-    fputc('"', f);
-    for (size_t i = 0; i < n; i++)
-        if ((unsigned char)s[i] < 0x20) fprintf(f, "\\u%04x", s[i]);
-        else fprintf(f, s[i] == '"' || s[i] == '\\' ? "\\%c" : "%c", s[i]);
-    fputc('"', f);
+bool retrofit_json_size(const retrofit_json *value, size_t *out) {
+    if (!value || value->type != RETROFIT_JSON_NUMBER) return false;
+    double number = value->number;
+    if (number < 0 || number > 0x1p53 || number != floor(number)) return false;
+    *out = (size_t)number;
+    return true;
 }
 
-// ---- Tokenizer
-// Unicode 16's \p{L}, \p{N} and \s in run lengths: so many code points outside the class, so many inside, and so on; each number in base
-// 26, its last digit a capital.
-// clang-format off
-static const char *const tok_runs[] = {
-    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBBbEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDB"
-    "SBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJBDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCb"
-    "EBEIBDBXBKBFDBbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCHDENMBRbMBBFBCbRBmVBECHBBBEC"
-    "bPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcPdLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRC"
-    "DbPEBGBCDBFhKcMkSCGCbMCGCIBBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHBHBHBHBHBHBHBHd"
-    "CBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIVQBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDb"
-    "YBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqnSMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZb"
-    "DDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFcNTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBc"
-    "CKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBXMcBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKB"
-    "BCBBbMBBZBBBbScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScVhRbHbFJBbLRBbXbEeIHBCBbMVBZG"
-    "BCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRbESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpG"
-    "dkUeDFNDJHKiwKdHBcTBCCBCCCEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECBtBHBEBCBPBhPcHc"
-    "QHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclfCbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
-    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeYLgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWy"
-    "GbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKWKdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbP"
-    "HmSGbWKGKkSbFgCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGKkCXbjsZKceWUMUeEZbqRbYdnCKq"
-    "GKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
-    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB"};
-// clang-format on
-
-enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_MAX_ID = 1 << 22, TOK_MAX_PROBE = 1024, TOK_MAX_SPECIALS = 16 };
-#define TOK_MARK "▁" // SentencePiece's space, U+2581
-
-// All that may happen to text before and after BPE, in the only order there may be: the roles are the members of tokenizer.json, each a
-// step or a Sequence of steps; a step is known by its type and these settings.
-enum { TOK_PREPEND, TOK_REPLACE, TOK_DIGITS, TOK_GPT2, TOK_QWEN2, TOK_LLAMA3, TOK_BYTES, TOK_GPT2_BYTES };
-enum { TOK_UNREPLACE = TOK_GPT2_BYTES + 1, TOK_BYTE_FALLBACK, TOK_FUSE, TOK_STRIP, TOK_UNBYTES, TOK_OFFSETS, TOK_TEMPLATE, TOK_STEPS };
-static const char *const tok_roles[] = {"normalizer", "pre_tokenizer", "decoder", "post_processor"};
-static const char *const tok_lists[] = {"normalizers", "pretokenizers", "decoders", "processors"};
-// clang-format off
-#define TOK_SPLIT(pattern) {1, "Split", {"behavior", "Isolated", "invert", "false", "Regex", pattern}}
-#define TOK_PATTERN(digits) "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
-    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-static const struct { int role; const char *type, *settings[7]; } tok_steps[TOK_STEPS] = {
-    {0, "Prepend", {"prepend", TOK_MARK}}, {0, "Replace", {"String", " ", "content", TOK_MARK}},
-    {1, "Digits", {"individual_digits", "true"}}, // each digit for itself
-    TOK_SPLIT("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"),
-    TOK_SPLIT(TOK_PATTERN("\\p{N}")), TOK_SPLIT(TOK_PATTERN("\\p{N}{1,3}")),
-    {1, "ByteLevel", {"add_prefix_space", "false", "use_regex", "false"}}, // bytes to printable characters
-    {1, "ByteLevel", {"add_prefix_space", "false"}},                       // with GPT-2's pattern before that
-    {2, "Replace", {"String", TOK_MARK, "content", " "}}, {2, "ByteFallback", {NULL}}, // tokens like <0x0A> to bytes
-    {2, "Fuse", {NULL}}, {2, "Strip", {"content", " ", "start", "1", "stop", "0"}},    // a space off the front
-    {2, "ByteLevel", {NULL}}, {3, "ByteLevel", {NULL}}, {3, "TemplateProcessing", {NULL}}}; // the second does nothing here
-
-// text: NULL if no token has the id. model: BPE may produce it; not so for most added tokens.
-typedef struct { const char *text; size_t size; bool model, added, special; } tok_token;
-// key: first byte, + 256 if the token is to be found in normalized text, where its own text is normalized too.
-typedef struct { const char *text; size_t size; int32_t id, key; } tok_added;
-typedef struct { uint64_t pair; uint32_t rank; int32_t id; } tok_merge; // pair: left id << 32 | right id; rank: 1 and up, 0 is a free slot
-typedef struct { int32_t id; uint32_t previous, next; } tok_symbol;     // id -1: merged into the one before
-typedef struct { uint64_t order; int32_t id; } tok_candidate;           // order: rank << 32 | position, lowest rank first, then leftmost
-typedef struct {
-    const retrofit_tokenizer *t; retrofit_text text, normal, piece, ids;
-    tok_symbol *symbols; tok_candidate *heap; size_t room, heap_count; uint32_t symbol_count; // room: for a piece of so many bytes
-} tok_encoder;
-// clang-format on
-
-struct retrofit_tokenizer {
-    char *strings;                      // what tokens point to
-    tok_token *tokens;                  // by id
-    int32_t *by_text;                   // open-addressed hash table of id + 1; token_mask is its size - 1
-    tok_merge *merges;                  // the same by pair
-    tok_added *added;                   // sorted by key, the longest first; those with key k are first[k] to first[k + 1]
-    uint8_t *classes;                   // by code point
-    uint16_t chars[256], bytes_of[324]; // of the byte-level alphabet, and back, + 1
-    size_t strings_used, size, token_mask, merge_mask, first[513], before_count, after_count;
-    int32_t before[TOK_MAX_SPECIALS], after[TOK_MAX_SPECIALS], bos, eos, unk;           // before, after: what with_special adds
-    int32_t byte_ids[256];                                                              // of tokens like <0x0A>, + 1
-    bool has[TOK_STEPS], split, bytes, decodes, fuse_unk, byte_fallback, ignore_merges; // decodes: if not, spaces go between tokens
-    bool meet[256][256], bad; // meet: whether a merge joins text ending in the one byte to text beginning with the other
-    int digits, last;         // digits: of the pattern, see tok_split. While loading: the last step, whether an error has been reported
-    const char *where;        // (the first counts; what functions return after it does not matter), and the file
-};
-
-void retrofit_text_append(retrofit_text *out, const void *bytes, size_t n) {
-    if (!out->failed && out->size + n >= out->room) {
-        size_t room = out->room + out->room / 2 + n + 64;
-        char *bigger = (char *)realloc(out->bytes, room);
-        if (bigger) out->bytes = bigger, out->room = room;
-        else out->failed = !retrofit_fail("out of memory: %zu bytes", room);
-    }
-    if (out->failed || !n) return;
-    memcpy(out->bytes + out->size, bytes, n);
-    out->size += n;
-}
-
-// Appends s with U+FFFD for what is not UTF-8; with `each` for each byte of s if any is not.
-static void tok_put_valid(retrofit_text *out, const char *s, size_t n, bool each) {
-    size_t start = out->size;
-    uint32_t c = 0;
-    for (size_t i = 0, k; i < n && !(each && c == RETROFIT_UTF8_INVALID); i += k) {
-        k = retrofit_utf8_next(s + i, n - i, &c);
-        retrofit_text_append(out, c == RETROFIT_UTF8_INVALID ? "\xef\xbf\xbd" : s + i, c == RETROFIT_UTF8_INVALID ? 3 : k);
-    }
-    if (!each || c != RETROFIT_UTF8_INVALID) return;
-    for (out->size = start; n--;) retrofit_text_append(out, "\xef\xbf\xbd", 3);
-}
-
-// What Python's str.strip takes off both ends. (inline: not every program has text to strip.)
-static inline bool is_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x20) || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
-}
-
-void retrofit_strip(const char **s, size_t *n) {
-    uint32_t c;
-    for (size_t k; *n && (k = retrofit_utf8_next(*s, *n, &c), is_space(c));) *s += k, *n -= k;
-    for (size_t k; *n; *n -= k) {
-        for (k = 1; k < 3 && k < *n && ((*s)[*n - k] & 0xc0) == 0x80;) k++;
-        if (retrofit_utf8_next(*s + *n - k, k, &c) != k || !is_space(c)) break;
-    }
-}
-
-// The byte that a token "<0x0A>" stands for, or -1.
-static int tok_fallback_byte(const tok_token *k) {
-    bool is = k->size == 6 && !memcmp(k->text, "<0x", 3) && k->text[5] == '>' && strspn(k->text + 3, "0123456789ABCDEF") == 2;
-    return is ? (int)strtol(k->text + 3, NULL, 16) : -1;
-}
-
-// The length of the run of characters at the beginning of s that are in (or, if `out`, out of) the classes.
-static size_t tok_run(const retrofit_tokenizer *t, const char *s, size_t n, int classes, bool out) {
-    size_t i = 0;
-    uint32_t c;
-    for (size_t k; i < n && (k = retrofit_utf8_next(s + i, n - i, &c), !(t->classes[c] & classes) == out);) i += k;
-    return i;
-}
-
-// The length of 's 't 'm 'd 're 've 'll at s, or 0. fold is (?i:...), to which long s (U+017F) is an s too.
-static size_t tok_contraction(const char *s, size_t n, bool fold) {
-    if (n < 2 || s[0] != '\'') return 0;
-    if (fold && n > 2 && !memcmp(s + 1, "\xc5\xbf", 2)) return 3;
-    int a = s[1] | (fold ? 32 : 0), b = n > 2 ? s[2] | (fold ? 32 : 0) : 0;
-    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
-    return (a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
-}
-
-// The length of the pattern's match at s, n > 0, alternative by alternative; every character is in one. digits: 0 is GPT-2's
-// pattern, 1 and 3 are Qwen 2's and Llama 3's with at most so many digits.
-static size_t tok_split(const retrofit_tokenizer *t, const char *s, size_t n, int digits) {
-    uint32_t c;
-    size_t k = tok_contraction(s, n, digits != 0), first = retrofit_utf8_next(s, n, &c), lead = c == ' ';
-    if (k) return k;
-    int class_ = t->classes[c];
-    size_t skip = !digits ? lead : class_ & (TOK_LETTER | TOK_NUMBER) || c == '\r' || c == '\n' ? 0 : first;
-    if ((k = tok_run(t, s + skip, n - skip, TOK_LETTER, false))) return skip + k;
-    if (!digits && (k = tok_run(t, s + lead, n - lead, TOK_NUMBER, false))) return lead + k;
-    while (class_ & TOK_NUMBER && digits-- && k < n && (first = retrofit_utf8_next(s + k, n - k, &c), t->classes[c] & TOK_NUMBER)) k += first;
-    if (k) return k;
-    if ((k = tok_run(t, s + lead, n - lead, TOK_WHITE | TOK_LETTER | TOK_NUMBER, true))) {
-        for (k += lead; digits && k < n && (s[k] == '\r' || s[k] == '\n');) k++;
-        return k;
-    }
-    size_t white = tok_run(t, s, n, TOK_WHITE, false), last = white;
-    for (k = white; digits && k; k--)
-        if (s[k - 1] == '\r' || s[k - 1] == '\n') return k;
-    while (((unsigned char)s[--last] & 0xc0) == 0x80) {}
-    return white < n && last ? last : white; // the last space before a word goes with the word
-}
-
-// The slot of a token's text: its own, or the free one where it would go; NULL after MAX_PROBE steps: a file made to collide.
-static int32_t *tok_text_slot(const retrofit_tokenizer *t, const char *s, size_t n) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ (unsigned char)s[i]) * 0x100000001b3u;
-    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        int32_t *slot = &t->by_text[((hash ^ hash >> 29) + probe) & t->token_mask];
-        if (!*slot || (t->tokens[*slot - 1].size == n && !memcmp(t->tokens[*slot - 1].text, s, n))) return slot;
-    }
-    return NULL;
-}
-
-// The id of a token, or -1; with `model` only if BPE may produce it.
-static int32_t tok_find(const retrofit_tokenizer *t, const char *s, size_t n, bool model) {
-    const int32_t *slot = tok_text_slot(t, s, n);
-    return slot && *slot && (!model || t->tokens[*slot - 1].model) ? *slot - 1 : -1;
-}
-
-static tok_merge *tok_merge_slot(const retrofit_tokenizer *t, int32_t left, int32_t right) {
-    uint64_t pair = (uint64_t)(uint32_t)left << 32 | (uint32_t)right, hash = pair * 0x9e3779b97f4a7c15u;
-    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
-        tok_merge *m = &t->merges[(size_t)((hash ^ hash >> 32) + probe) & t->merge_mask];
-        if (!m->rank || m->pair == pair) return m;
-    }
-    return NULL;
-}
-
-static void tok_add_symbol(tok_encoder *e, int32_t id) {
-    tok_symbol s = {id, e->symbol_count - 1, e->symbol_count + 1}; // for the first, previous is UINT32_MAX
-    e->symbols[e->symbol_count++] = s;
-}
-
-// Queues the merge of the symbol at `at` with the next one, if there is such a merge.
-static void tok_add_candidate(tok_encoder *e, uint32_t at) {
-    if (at == UINT32_MAX || e->symbols[at].next >= e->symbol_count) return;
-    const tok_merge *m = tok_merge_slot(e->t, e->symbols[at].id, e->symbols[e->symbols[at].next].id);
-    if (!m || !m->rank) return;
-    tok_candidate c = {(uint64_t)m->rank << 32 | at, m->id};
-    size_t i = e->heap_count++;
-    for (; i && e->heap[(i - 1) / 2].order > c.order; i = (i - 1) / 2) e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = c;
-}
-
-// Merges the lowest-ranked, leftmost pair of the symbols until none is left, and moves what remains to the ids.
-static void tok_merge_symbols(tok_encoder *e) {
-    for (uint32_t i = 0; i < e->symbol_count; i++) tok_add_candidate(e, i);
-    while (e->heap_count) {
-        tok_candidate best = e->heap[0], c = e->heap[--e->heap_count];
-        size_t i = 0;
-        for (size_t child; (child = 2 * i + 1) < e->heap_count; e->heap[i] = e->heap[child], i = child) {
-            child += child + 1 < e->heap_count && e->heap[child + 1].order < e->heap[child].order;
-            if (e->heap[child].order >= c.order) break;
-        }
-        e->heap[i] = c;
-        uint32_t at = (uint32_t)best.order;
-        tok_symbol *left = &e->symbols[at], *right = left->next < e->symbol_count ? &e->symbols[left->next] : NULL;
-        const tok_merge *m = left->id >= 0 && right ? tok_merge_slot(e->t, left->id, right->id) : NULL;
-        if (!m || !m->rank || m->id != best.id) continue; // outdated: one of the two has merged since
-        left->id = best.id, left->next = right->next, right->id = -1;
-        if (left->next < e->symbol_count) e->symbols[left->next].previous = at;
-        tok_add_candidate(e, left->previous), tok_add_candidate(e, at);
-    }
-    for (size_t i = 0; i < e->symbol_count; i = e->symbols[i].next) retrofit_text_append(&e->ids, &e->symbols[i].id, sizeof(int32_t));
-    e->symbol_count = 0;
-}
-
-// Byte-pair encoding of one piece. Characters without a token become byte tokens, the unknown token, or nothing, in that order.
-static void tok_encode_piece(tok_encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    int32_t id = t->ignore_merges ? tok_find(t, s, n, true) : -1;
-    if (id >= 0) return retrofit_text_append(&e->ids, &id, sizeof id);
-    if (n > e->room) {
-        free(e->symbols), free(e->heap);
-        e->room = 2 * n; // no more symbols than bytes; each is queued once at first, and every merge queues two
-        e->symbols = (tok_symbol *)retrofit_allocate(e->room, sizeof *e->symbols);
-        e->heap = (tok_candidate *)retrofit_allocate(3 * e->room, sizeof *e->heap);
-    }
-    if (!e->symbols || !e->heap || (n >= UINT32_MAX && !retrofit_fail("4 GB in one piece: encode the text in parts"))) e->ids.failed = true;
-    bool known = false, unknown = false; // an unknown token is due before the next known one; bytes overtake it, as in Hugging Face's
-    for (size_t i = 0, k; i < n && !e->ids.failed; i += k) {
-        uint32_t c;
-        k = retrofit_utf8_next(s + i, n - i, &c);
-        if ((id = tok_find(t, s + i, k, true)) >= 0) { // where no merge can join two characters the text may be cut: the queue stays short
-            if (known && !t->meet[(unsigned char)s[i - 1]][(unsigned char)s[i]]) tok_merge_symbols(e);
-            if (unknown) tok_add_symbol(e, t->unk);
-            tok_add_symbol(e, id);
-            known = true, unknown = false;
+void retrofit_json_write_string(FILE *file, const char *text, size_t size) {
+    fputc('"', file);
+    for (size_t i = 0; i < size; i++) {
+        if ((unsigned char)text[i] < 0x20) {
+            fprintf(file, "\\u%04x", text[i]);
             continue;
         }
-        bool bytes = t->byte_fallback;
-        for (size_t j = 0; j < k; j++) bytes = bytes && t->byte_ids[(unsigned char)s[i + j]];
-        for (size_t j = 0; bytes && j < k; j++) tok_add_symbol(e, t->byte_ids[(unsigned char)s[i + j]] - 1);
-        if (!bytes && unknown && !t->fuse_unk) tok_add_symbol(e, t->unk);
-        known = false, unknown |= !bytes && t->unk >= 0;
+        if (text[i] == '"' || text[i] == '\\') fputc('\\', file);
+        fputc(text[i], file);
     }
-    if (unknown) tok_add_symbol(e, t->unk);
-    tok_merge_symbols(e);
+    fputc('"', file);
 }
 
-static void tok_replace(retrofit_text *out, const char *s, size_t n, const char *from, const char *to) {
-    const char *hit, *end = s + n;
-    for (; (hit = (const char *)memmem(s, (size_t)(end - s), from, strlen(from))); s = hit + strlen(from))
-        retrofit_text_append(out, s, (size_t)(hit - s)), retrofit_text_append(out, to, strlen(to));
-    retrofit_text_append(out, s, (size_t)(end - s));
+// ---- Tokenizer: its parts ----------------------------------------------------------------------
+// From text to ids:
+//     1  what is not UTF-8 becomes U+FFFD;
+//     2  added tokens that are spelt out in the text are taken out of it, the longest first;
+//     3  what is between them is normalized (the normalizer's steps), and those added tokens that
+//        are to be found in normalized text are taken out of that;
+//     4  the rest is cut into pieces (the pre_tokenizer's steps);
+//     5  byte-pair encoding turns each piece into ids;
+//     6  special tokens go around all ids (the post_processor's steps).
+// From ids to text: the tokens' texts are joined, after the decoder's steps.
+
+// Which code points are letters, numbers and white space, \p{L}, \p{N} and \s, in Unicode 16. A
+// string lists run lengths: how many code points from U+0000 on are outside of the class, how many
+// after them are inside, then outside again, and so on; after the last run all are outside.
+// A length is written in base 26 with digits a = 0 to z = 25, the most significant first; its last
+// digit is a capital. So \s begins with J = 9 outside, F = 5 inside (U+0009 to U+000D), S = 18
+// outside, B = 1 inside (U+0020), dW = 3·26 + 22 = 100 outside.
+// test/unicode_classes.py made the table from the Unicode data and can check it.
+// clang-format off
+static const char *const tok_class_runs[] = {
+    // \p{L}
+    "cNbAGbAbVBKBEBFXBbFBrQEMOFHBBBeZFBCCEBBGBBDBBBUBdFBfJIgKBbMCBGbPcTbBEEbTbRbJCBdVBBPCHCKDCBQBB"
+    "bEbDdLLBYbHJCEBFWEBJBDBXZHLFYBGRbQcGcCDBSBHKPQEICCCWBHBBDEDBQBNCBDOCKBIGECCWBHBCBCBCbFEBBTDQJ"
+    "BDBWBHBCBFDBSBPCXBLICCCWBHBCBFDBbECBDPBRBBGDDBEDCBBBCDCDDDMWBcAIBDBXBQDBbADCBCCbEBEIBDBXBKBFD"
+    "BbFCBCPCRJBDBbPCBQBFDIDYGFSDYBJBBCHcGbWBCMHcGCBBBFBYBBBKBCJBCFBBVEbGBcLIBbKbBFeLbRUBQGEEDBDCH"
+    "DENMBRbMBBFBCbRBmVBECHBBBECbPBECbHBECHBBBECPBcFBECcPbLQQdICGDxWCRBbAFcXGIHSNTOSONBDPcAbJBEBcP"
+    "dLHFCbIBBFcSKbFbXbECFLbSEbAcCXJcBdEBdPbVRIcCbENCKbSbAbKbPDKbKCLFbRCDbPEBGBCDBFhKcMkSCGCbMCGCI"
+    "BBBBBBBbFCcBBHBBDDBHDECGENFDBHeMBNBQNdXBEBCKBBDFGBBBBBBEBLCEFFEBcACdzFiVGEDCMbMBBFBCcEHBQXJHB"
+    "HBHBHBHBHBHBHdCBsBCbQFFCEdIGDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDQKCUbVQbFCcSbXJCdZCcPCCBBBIV"
+    "QBDBEBXbDcAObYcKGDBBCLbCKXZbDHbVbCBQFBKKFBbPXDBIUXDBDbYBBDCCFCBBBYDCLHDMGCGCGJHBHBbRBOGeLbDqn"
+    "SMXEbXmnCoCCeCbMHMFFBBKBNBFBBBCBCBeEbHnZScMCcCbOMeMFBfFbKbAGbALdLDGCGCGCDbJMBbABTBCBPCObIeToZ"
+    "bDDbXbVbGNUBIGbMKbECbKEIbWgCSbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKXJbFc"
+    "NTBCKWKbAcScEGCcMBPEBDBbDbQbDDbDbJIBbCbBcCKWKTNSeGcVcDbZNbZNbKbMbCJXjQbQGCQDcHbDKBIWbQSbUVbBX"
+    "McBcFCCBNbTbGZbAbKbDBCBIbJDBMbWOEVBBBbJSBZTCcLHBBBEBPBKHbVbMICCCWBHBCBFDBSBMFbEKBBCBBbMBBZBBB"
+    "bScBSEUDbEbWUCBBhCbVbPEbKbWUBcHbRNBcTbBbLHhDbSeMcMbFICBCIBCBYPBBBdQICbNQBBBbCBKbOHBVBLbUTBScV"
+    "hRbHbFJBbLRBbXbEeIHBCBbMVBZGBCBbGOBmPTPBBNBbIeUBdBbjMiWhOdxKdTPbpGRGZfxRFwLkdDbEcpUvXHbFRdBRb"
+    "ESbWQEbFVFTqQbTiDcMeYcXFBcONcMCBBbCjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpGdkUeDFNDJHKiwKdHBcTBCCBCC"
+    "CEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBIcsYbFGGkBcKfQbTKHQBmJbESbSsQbCiUbECB"
+    "tBHBEBCBPBhPcHcQHBbuIEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBBBBBBBBBCBBCEBHBEBEBBBKBRFDBFBRgoAclf"
+    "CbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfG",
+    // \p{N}
+    "bWKeQCFBCDcdLKfEKhQKpWKeOKEGeEKeOKeOKCGeGNeLKIHdZKeAHHTeFKdSKeOKcSUkIKcSKbbRUbhXDjFKGKWKlOKeY"
+    "LgJKGKhAKdIKfEKGKboGBDGGKhQbZCFbbYcIdAWyGbEcbHBbdXBZJODnFEfIKbEIBPbGKbNPbrsAKhGKmIGfYKbMKhQKW"
+    "KdIKpQKbfmCKsZbTMcFRCnDbBbKEbDBIBfEFhUKbkGIZHbNJcXFWGgECCQCbUcMJcACbEDcXFeAIYIbPHmSGbWKGKkSbF"
+    "gCKbQEeIHfEbEeYKcIKfOKHUjRKnEKeOKoKKdYKGUcYMqETdPKzMKdIbDiTKcSKqGKdYVbpBeHxaFKdmCKdIKfEKBHuGK"
+    "kCXbjsZKceWUMUeEZbqRbYdnCKqGKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
+    // \s
+    "JFSBdWBbABihJBdpNLbDCFBbVBfxWB",
+};
+// clang-format on
+
+enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_OTHER = 8 }; // each character is in one
+
+enum {
+    TOK_MAX_ID = 1 << 22,
+    TOK_MAX_PROBE = 1024,  // steps in a hash table: more are a file made to collide
+    TOK_MAX_SPECIALS = 16, // before the text, and after it
+};
+#define TOK_MARK    "▁"            // U+2581, which SentencePiece writes for a space
+#define TOK_INVALID "\xef\xbf\xbd" // U+FFFD, for what is not UTF-8
+
+// The members of tokenizer.json that hold a step, or a Sequence, which holds a list of steps.
+enum { TOK_NORMALIZER, TOK_PRE_TOKENIZER, TOK_DECODER, TOK_POST_PROCESSOR };
+static const struct {
+    const char *member, *list;
+} tok_roles[] = {
+    [TOK_NORMALIZER] = {"normalizer", "normalizers"},
+    [TOK_PRE_TOKENIZER] = {"pre_tokenizer", "pretokenizers"},
+    [TOK_DECODER] = {"decoder", "decoders"},
+    [TOK_POST_PROCESSOR] = {"post_processor", "processors"},
+};
+
+// All steps that are supported, in the only order in which a file may list them. (Their numbers are
+// part of retrofit_tokenizer_hash.)
+enum {
+    TOK_PREPEND_MARK,  // normalizer: "▁" goes in front of the text
+    TOK_MARK_SPACES,   // normalizer: each space becomes "▁"
+    TOK_SPLIT_DIGITS,  // pre_tokenizer: each digit is a piece
+    TOK_SPLIT_GPT2,    // pre_tokenizer: each match of GPT-2's pattern is a piece
+    TOK_SPLIT_QWEN2,   // pre_tokenizer: each match of Qwen 2's pattern
+    TOK_SPLIT_LLAMA3,  // pre_tokenizer: each match of Llama 3's pattern
+    TOK_BYTE_LEVEL,    // pre_tokenizer: each byte becomes a character of the byte-level alphabet
+    TOK_GPT2_BYTES,    // pre_tokenizer: TOK_SPLIT_GPT2, then TOK_BYTE_LEVEL
+    TOK_UNMARK_SPACES, // decoder: each "▁" becomes a space
+    TOK_BYTE_FALLBACK, // decoder: tokens like <0x0A> become bytes
+    TOK_FUSE,          // decoder: the tokens' texts are joined
+    TOK_STRIP_SPACE,   // decoder: a space at the beginning goes
+    TOK_UNDO_BYTES,    // decoder: characters of the byte-level alphabet become bytes
+    TOK_OFFSETS,       // post_processor: changes offsets in the text, which we don't give: no ids
+    TOK_TEMPLATE,      // post_processor: special tokens go before and after the text's ids
+    TOK_STEPS
+};
+
+// clang-format off
+// The patterns, as the files have them. They differ in how they cut contractions and digits.
+#define TOK_GPT2_PATTERN \
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+#define TOK_QWEN2_PATTERN  TOK_PATTERN("\\p{N}")
+#define TOK_LLAMA3_PATTERN TOK_PATTERN("\\p{N}{1,3}")
+#define TOK_PATTERN(digits) \
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define TOK_SPLIT(pattern) {"behavior", "Isolated", "invert", "false", "Regex", pattern}
+
+// How a file spells each step: its role, its type, and the settings it must have (name, value,
+// name, value, …). A step in a file is the first row that fits, below the row of the step before.
+static const struct {
+    int role;
+    const char *type, *settings[7];
+} tok_steps[TOK_STEPS] = {
+    [TOK_PREPEND_MARK]  = {TOK_NORMALIZER, "Prepend", {"prepend", TOK_MARK}},
+    [TOK_MARK_SPACES]   = {TOK_NORMALIZER, "Replace", {"String", " ", "content", TOK_MARK}},
+    [TOK_SPLIT_DIGITS]  = {TOK_PRE_TOKENIZER, "Digits", {"individual_digits", "true"}},
+    [TOK_SPLIT_GPT2]    = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_GPT2_PATTERN)},
+    [TOK_SPLIT_QWEN2]   = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_QWEN2_PATTERN)},
+    [TOK_SPLIT_LLAMA3]  = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_LLAMA3_PATTERN)},
+    [TOK_BYTE_LEVEL]    = {TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", "false",
+                                                              "use_regex", "false"}},
+    [TOK_GPT2_BYTES]    = {TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", "false"}},
+    [TOK_UNMARK_SPACES] = {TOK_DECODER, "Replace", {"String", TOK_MARK, "content", " "}},
+    [TOK_BYTE_FALLBACK] = {TOK_DECODER, "ByteFallback", {NULL}},
+    [TOK_FUSE]          = {TOK_DECODER, "Fuse", {NULL}},
+    [TOK_STRIP_SPACE]   = {TOK_DECODER, "Strip", {"content", " ", "start", "1", "stop", "0"}},
+    [TOK_UNDO_BYTES]    = {TOK_DECODER, "ByteLevel", {NULL}},
+    [TOK_OFFSETS]       = {TOK_POST_PROCESSOR, "ByteLevel", {NULL}},
+    [TOK_TEMPLATE]      = {TOK_POST_PROCESSOR, "TemplateProcessing", {NULL}},
+};
+// clang-format on
+
+typedef struct {
+    const char *text; // NULL: no token has this id
+    size_t size;      // of text
+    bool in_model;    // whether byte-pair encoding may give it: not so for most added tokens
+    bool added;       // listed in added_tokens
+    bool special;     // decoding can leave it out
+} tok_token;
+
+// An added token, found wherever its text is spelt out.
+typedef struct {
+    const char *text; // what to look for: the token's text, normalized where the text searched is
+    size_t size;
+    int32_t id;
+    int32_t key; // text's first byte, + 256 if it is to be found in normalized text
+} tok_added;
+
+// Two neighbours become one token.
+typedef struct {
+    uint64_t pair; // tok_pair of their ids
+    uint32_t rank; // place in the list of merges from 1 on, the lowest goes first; 0: a free slot
+    int32_t id;    // what they become
+} tok_merge;
+
+typedef struct {
+    int32_t ids[TOK_MAX_SPECIALS];
+    size_t count;
+} tok_specials;
+
+struct retrofit_tokenizer {
+    // The vocabulary
+    tok_token *tokens;     // by id
+    size_t size;           // of tokens: the highest id + 1
+    int32_t *by_text;      // hash table from a token's text to its id + 1; 0 is a free slot
+    size_t text_mask;      // number of its slots, a power of two, minus 1
+    tok_merge *merges;     // hash table from a pair of ids to its merge
+    size_t merge_mask;     // number of its slots minus 1
+    bool joins[256][256];  // whether a merge joins text that ends in the first byte to text that
+                           // begins with the second
+    int32_t byte_ids[256]; // id + 1 of the token that stands for a byte, as <0x0A> does; 0 if none
+    char *strings;         // the bytes of all tokens' texts
+
+    // Added tokens
+    tok_added *added;            // by key, those with the same key from the longest to the shortest
+    size_t added_begin[512 + 1]; // those with key k are added_begin[k] … added_begin[k + 1] - 1
+
+    // Settings
+    bool has[TOK_STEPS];   // which steps it has
+    int pattern;           // TOK_SPLIT_GPT2, _QWEN2 or _LLAMA3 cuts text into pieces; -1: none
+    bool byte_level;       // pieces are spelt in the byte-level alphabet
+    bool has_decoder;      // if not, decoding puts spaces between tokens
+    bool fuse_unk;         // neighbouring unknown characters become one unknown token
+    bool byte_fallback;    // unknown characters become byte tokens, where each byte has one
+    bool ignore_merges;    // a piece that is a token needs no merges
+    int32_t bos, eos, unk; // ids of beginning and end of text, of unknown characters; -1 if none
+    tok_specials before;   // what with_special adds in front of the text
+    tok_specials after;    // and behind it
+
+    // Characters
+    uint8_t *classes;           // by code point: TOK_LETTER, TOK_NUMBER, TOK_WHITE or TOK_OTHER
+    uint16_t byte_to_char[256]; // the byte-level alphabet
+    uint16_t char_to_byte[324]; // and back: byte + 1; 0: not in the alphabet
+};
+
+// ---- Tokenizer: what all its parts use ---------------------------------------------------------
+
+// The byte that a token like <0x0A> stands for, or -1.
+static int tok_fallback_byte(const tok_token *token) {
+    const char *text = token->text;
+    if (token->size != 6 || memcmp(text, "<0x", 3) || text[5] != '>') return -1;
+    if (strspn(text + 3, "0123456789ABCDEF") != 2) return -1;
+    return (int)strtol(text + 3, NULL, 16);
 }
 
-static void tok_normalize(const retrofit_tokenizer *t, retrofit_text *out, const char *s, size_t n) {
+// FNV-1a, continued over the bytes of a text.
+static uint64_t tok_hash_text(uint64_t hash, const char *text, size_t size) {
+    for (size_t i = 0; i < size; i++) hash = (hash ^ (unsigned char)text[i]) * 0x100000001b3u;
+    return hash;
+}
+
+// The slot of a token's text: its own, or the free one where it would go. NULL if not found soon.
+static int32_t *tok_text_slot(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, text, size);
+    hash ^= hash >> 29;
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        int32_t *slot = &tokenizer->by_text[(hash + probe) & tokenizer->text_mask];
+        if (!*slot) return slot;
+        const tok_token *token = &tokenizer->tokens[*slot - 1];
+        if (token->size == size && !memcmp(token->text, text, size)) return slot;
+    }
+    return NULL;
+}
+
+// The id of the token with this text, or -1.
+static int32_t tok_find(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    const int32_t *slot = tok_text_slot(tokenizer, text, size);
+    return slot ? *slot - 1 : -1;
+}
+
+// The same, only for tokens that byte-pair encoding may give.
+static int32_t tok_find_in_model(const retrofit_tokenizer *tokenizer, const char *text,
+                                 size_t size) {
+    int32_t id = tok_find(tokenizer, text, size);
+    return id >= 0 && tokenizer->tokens[id].in_model ? id : -1;
+}
+
+static uint64_t tok_pair(int32_t left, int32_t right) {
+    return (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+}
+
+// The slot of a pair: its own, or the free one where it would go. NULL if not found soon.
+static tok_merge *tok_merge_slot(const retrofit_tokenizer *tokenizer, uint64_t pair) {
+    uint64_t hash = pair * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 32;
+    for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
+        tok_merge *merge = &tokenizer->merges[(hash + probe) & tokenizer->merge_mask];
+        if (!merge->rank || merge->pair == pair) return merge;
+    }
+    return NULL;
+}
+
+// Appends text with one U+FFFD for each stretch that is not UTF-8.
+static void tok_append_valid(retrofit_text *out, const char *text, size_t size) {
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        if (code_point == RETROFIT_UTF8_INVALID) retrofit_text_append(out, TOK_INVALID, 3);
+        else retrofit_text_append(out, text + i, length);
+    }
+}
+
+// Appends text with `to` wherever it has `from`.
+static void tok_append_replaced(retrofit_text *out, const char *text, size_t size, const char *from,
+                                const char *to) {
+    size_t from_size = strlen(from);
+    const char *end = text + size;
+    for (;;) {
+        const char *hit = memmem(text, (size_t)(end - text), from, from_size);
+        if (!hit) break;
+        retrofit_text_append(out, text, (size_t)(hit - text));
+        retrofit_text_append(out, to, strlen(to));
+        text = hit + from_size;
+    }
+    retrofit_text_append(out, text, (size_t)(end - text));
+}
+
+// The normalizer: text, normalized, replaces what out holds.
+static void tok_normalize(const retrofit_tokenizer *tokenizer, retrofit_text *out, const char *text,
+                          size_t size) {
     out->size = 0;
-    if (t->has[TOK_PREPEND]) retrofit_text_append(out, TOK_MARK, 3);
-    tok_replace(out, s, n, " ", t->has[TOK_REPLACE] ? TOK_MARK : " ");
+    if (tokenizer->has[TOK_PREPEND_MARK]) retrofit_text_append(out, TOK_MARK, strlen(TOK_MARK));
+    if (tokenizer->has[TOK_MARK_SPACES]) tok_append_replaced(out, text, size, " ", TOK_MARK);
+    else retrofit_text_append(out, text, size);
 }
 
-// Cuts normalized text into pieces and encodes them.
-static void tok_encode_pieces(tok_encoder *e, const char *s, size_t n) {
-    const retrofit_tokenizer *t = e->t;
-    for (size_t i = 0, end = 0, k; i < n; i += k) { // end: of the digit, or of what is before the next digit
+// ---- Tokenizer: the patterns that cut text into pieces -----------------------------------------
+
+// The size of the characters at the beginning of text, of at most `most`, that are in the classes.
+static size_t tok_run(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                      int classes, size_t most) {
+    size_t end = 0;
+    for (size_t i = 0; i < most && end < size; i++) {
+        uint32_t code_point;
+        size_t length = retrofit_utf8_next(text + end, size - end, &code_point);
+        if (!(tokenizer->classes[code_point] & classes)) break;
+        end += length;
+    }
+    return end;
+}
+
+// Each tok_match function returns the length of the match at the beginning of text, or 0.
+// 's|'t|'re|'ve|'m|'ll|'d, or with any_case (?i:…), where the long s (U+017F) is an s too.
+static size_t tok_match_contraction(const char *text, size_t size, bool any_case) {
+    if (size < 2 || text[0] != '\'') return 0;
+    if (any_case && size > 2 && !memcmp(text + 1, "ſ", 2)) return 3;
+    int lower = any_case ? 'a' - 'A' : 0; // the bit that capital letters lack
+    int first = text[1] | lower;
+    int second = size > 2 ? text[2] | lower : 0;
+    if (first == 's' || first == 't' || first == 'm' || first == 'd') return 2;
+    if ((first == 'r' || first == 'v') && second == 'e') return 3;
+    return first == 'l' && second == 'l' ? 3 : 0;
+}
+
+// \s+(?!\S)|\s+ where text begins with `white` > 0 bytes of white space. Before anything else the
+// last character of white space is left for the next match, unless it is the only one.
+static size_t tok_match_white(const char *text, size_t size, size_t white) {
+    if (white == size) return white;
+    size_t last = white - 1;
+    while (((unsigned char)text[last] & 0xc0) == 0x80) last--;
+    return last ? last : white;
+}
+
+// The alternatives of GPT-2's pattern, one by one; size > 0. Every character is in one of them.
+static size_t tok_match_gpt2(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    // 's|'t|'re|'ve|'m|'ll|'d
+    size_t length = tok_match_contraction(text, size, false);
+    if (length) return length;
+    //  ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+
+    static const int classes[] = {TOK_LETTER, TOK_NUMBER, TOK_OTHER};
+    size_t space = text[0] == ' ';
+    for (int i = 0; i < 3; i++) {
+        length = tok_run(tokenizer, text + space, size - space, classes[i], SIZE_MAX);
+        if (length) return space + length;
+    }
+    // \s+(?!\S)|\s+
+    return tok_match_white(text, size, tok_run(tokenizer, text, size, TOK_WHITE, SIZE_MAX));
+}
+
+static bool is_line_break(int32_t c) { return c == '\r' || c == '\n'; }
+
+// The alternatives of Llama 3's pattern, with at most 3 digits, and of Qwen 2's, with 1.
+static size_t tok_match_llama3(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                               size_t most_digits) {
+    // (?i:'s|'t|'re|'ve|'m|'ll|'d)
+    size_t length = tok_match_contraction(text, size, true);
+    if (length) return length;
+    // [^\r\n\p{L}\p{N}]?\p{L}+
+    uint32_t first;
+    size_t skip = retrofit_utf8_next(text, size, &first);
+    bool is_word = tokenizer->classes[first] & (TOK_LETTER | TOK_NUMBER);
+    if (is_word || is_line_break((int32_t)first)) skip = 0;
+    length = tok_run(tokenizer, text + skip, size - skip, TOK_LETTER, SIZE_MAX);
+    if (length) return skip + length;
+    // \p{N}{1,most_digits}
+    length = tok_run(tokenizer, text, size, TOK_NUMBER, most_digits);
+    if (length) return length;
+    //  ?[^\s\p{L}\p{N}]+[\r\n]*
+    size_t space = first == ' ';
+    length = tok_run(tokenizer, text + space, size - space, TOK_OTHER, SIZE_MAX);
+    if (length) {
+        length += space;
+        while (length < size && is_line_break(text[length])) length++;
+        return length;
+    }
+    // \s*[\r\n]+, which is white space up to its last line break
+    size_t white = tok_run(tokenizer, text, size, TOK_WHITE, SIZE_MAX);
+    for (length = white; length > 0; length--)
+        if (is_line_break(text[length - 1])) return length;
+    // \s+(?!\S)|\s+
+    return tok_match_white(text, size, white);
+}
+
+// The length of the piece at the beginning of text.
+static size_t tok_match(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
+    switch (tokenizer->pattern) {
+    case TOK_SPLIT_GPT2: return tok_match_gpt2(tokenizer, text, size);
+    case TOK_SPLIT_QWEN2: return tok_match_llama3(tokenizer, text, size, 1);
+    case TOK_SPLIT_LLAMA3: return tok_match_llama3(tokenizer, text, size, 3);
+    default: return size;
+    }
+}
+
+// ---- Tokenizer: byte-pair encoding -------------------------------------------------------------
+// A piece begins as a row of symbols, one for each character. As long as any two neighbours have a
+// merge, the pair whose merge has the lowest rank is merged, of equal ones the leftmost. A queue, a
+// binary heap in this order, holds the pairs that may be merged: n symbols take O(n·log n) steps.
+
+// The symbols are a linked list in an array. The first has previous UINT32_MAX, the last has next
+// symbol_count.
+typedef struct {
+    int32_t id; // -1: it has been merged into the one before it
+    uint32_t previous, next;
+} tok_symbol;
+
+// A merge of the symbol at `position` with the next one.
+typedef struct {
+    uint64_t order; // rank << 32 | position: the heap's lowest comes first
+    int32_t id;     // what they become
+} tok_candidate;
+
+typedef struct {
+    const retrofit_tokenizer *tokenizer;
+    retrofit_text valid;      // the text, U+FFFD for what is not UTF-8
+    retrofit_text normalized; // what is between two added tokens
+    retrofit_text piece;      // a piece in the byte-level alphabet
+    retrofit_text ids;        // the result: its bytes are int32_t
+    tok_symbol *symbols;
+    uint32_t symbol_count;
+    tok_candidate *heap;
+    size_t heap_count;
+    size_t capacity; // symbols and heap have room for a piece of so many bytes
+} tok_encoder;
+
+static void tok_append_id(tok_encoder *encoder, int32_t id) {
+    retrofit_text_append(&encoder->ids, &id, sizeof id);
+}
+
+static void tok_add_symbol(tok_encoder *encoder, int32_t id) {
+    uint32_t at = encoder->symbol_count++;
+    encoder->symbols[at] = (tok_symbol){id, at - 1, at + 1};
+}
+
+// The merge of the symbol at `at` with the next one, or NULL.
+static const tok_merge *tok_merge_at(const tok_encoder *encoder, uint32_t at) {
+    const tok_symbol *left = &encoder->symbols[at];
+    if (left->id < 0 || left->next >= encoder->symbol_count) return NULL;
+    uint64_t pair = tok_pair(left->id, encoder->symbols[left->next].id);
+    const tok_merge *merge = tok_merge_slot(encoder->tokenizer, pair);
+    return merge && merge->rank ? merge : NULL;
+}
+
+// Puts the merge of the symbol at `at` with the next one into the queue, if there is one.
+static void tok_push_candidate(tok_encoder *encoder, uint32_t at) {
+    const tok_merge *merge = tok_merge_at(encoder, at);
+    if (!merge) return;
+    tok_candidate *heap = encoder->heap;
+    tok_candidate candidate = {(uint64_t)merge->rank << 32 | at, merge->id};
+    size_t i = encoder->heap_count++;
+    while (i > 0 && heap[(i - 1) / 2].order > candidate.order) {
+        heap[i] = heap[(i - 1) / 2];
+        i = (i - 1) / 2;
+    }
+    heap[i] = candidate;
+}
+
+// Takes the first candidate out of the queue, which is not empty.
+static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
+    tok_candidate *heap = encoder->heap;
+    tok_candidate first = heap[0];
+    size_t count = --encoder->heap_count;
+    tok_candidate last = heap[count]; // goes where the heap has room for it
+    size_t i = 0;
+    for (;;) {
+        size_t child = 2 * i + 1;
+        if (child >= count) break;
+        if (child + 1 < count && heap[child + 1].order < heap[child].order) child++;
+        if (heap[child].order >= last.order) break;
+        heap[i] = heap[child];
+        i = child;
+    }
+    heap[i] = last;
+    return first;
+}
+
+// Does all merges of the symbols and moves what remains to the ids.
+static void tok_merge_symbols(tok_encoder *encoder) {
+    tok_symbol *symbols = encoder->symbols;
+    uint32_t count = encoder->symbol_count;
+    for (uint32_t i = 0; i < count; i++) tok_push_candidate(encoder, i);
+    while (encoder->heap_count) {
+        tok_candidate best = tok_pop_candidate(encoder);
+        uint32_t at = (uint32_t)best.order;
+        const tok_merge *merge = tok_merge_at(encoder, at);
+        if (!merge || merge->id != best.id) continue; // outdated: one of the two has changed since
+
+        tok_symbol *left = &symbols[at], *right = &symbols[left->next];
+        left->id = best.id;
+        left->next = right->next;
+        right->id = -1;
+        if (left->next < count) symbols[left->next].previous = at;
+        if (left->previous != UINT32_MAX) tok_push_candidate(encoder, left->previous);
+        tok_push_candidate(encoder, at);
+    }
+    for (uint32_t i = 0; i < count; i = symbols[i].next) tok_append_id(encoder, symbols[i].id);
+    encoder->symbol_count = 0;
+}
+
+// Makes room for a piece of `size` bytes. It has no more symbols than bytes; each is queued once at
+// first, and each merge, of which there are fewer than symbols, queues two more. false or error.
+static bool tok_reserve(tok_encoder *encoder, size_t size) {
+    if (size > encoder->capacity) {
+        free(encoder->symbols);
+        free(encoder->heap);
+        encoder->capacity = 2 * size;
+        encoder->symbols = retrofit_allocate(encoder->capacity, sizeof *encoder->symbols);
+        encoder->heap = retrofit_allocate(3 * encoder->capacity, sizeof *encoder->heap);
+    }
+    if (!encoder->symbols || !encoder->heap) return false;
+    if (size < UINT32_MAX) return true;
+    return retrofit_fail("4 GB in one piece: encode the text in parts");
+}
+
+// Byte fallback: adds the byte tokens of a character, if there is one for each of its bytes.
+static bool tok_add_bytes(tok_encoder *encoder, const char *character, size_t length) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    if (!tokenizer->byte_fallback) return false;
+    for (size_t i = 0; i < length; i++)
+        if (!tokenizer->byte_ids[(unsigned char)character[i]]) return false;
+    for (size_t i = 0; i < length; i++)
+        tok_add_symbol(encoder, tokenizer->byte_ids[(unsigned char)character[i]] - 1);
+    return true;
+}
+
+// Byte-pair encoding of one piece. A character without a token becomes byte tokens, or else the
+// unknown token, or else nothing. An unknown token waits for the next character that is no byte
+// token, or the end: so byte tokens overtake it, as in Hugging Face's tokenizers.
+// Where no merge joins text that ends in the byte before to text that begins with this byte, no
+// merge can ever reach over this place. So what is before it is merged at once: the queue stays
+// short.
+static void tok_encode_piece(tok_encoder *encoder, const char *text, size_t size) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    if (tokenizer->ignore_merges) {
+        int32_t whole = tok_find_in_model(tokenizer, text, size);
+        if (whole >= 0) {
+            tok_append_id(encoder, whole);
+            return;
+        }
+    }
+    if (!tok_reserve(encoder, size)) {
+        encoder->ids.failed = true;
+        return;
+    }
+    bool known = false;   // the character before this one has a token
+    bool unknown = false; // an unknown token is still to be added
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        int32_t id = tok_find_in_model(tokenizer, text + i, length);
+        if (id >= 0) {
+            const bool *joins = known ? tokenizer->joins[(unsigned char)text[i - 1]] : NULL;
+            if (joins && !joins[(unsigned char)text[i]]) tok_merge_symbols(encoder);
+            if (unknown) tok_add_symbol(encoder, tokenizer->unk);
+            tok_add_symbol(encoder, id);
+            unknown = false;
+        } else if (!tok_add_bytes(encoder, text + i, length)) {
+            if (unknown && !tokenizer->fuse_unk) tok_add_symbol(encoder, tokenizer->unk);
+            unknown = tokenizer->unk >= 0;
+        }
+        known = id >= 0;
+    }
+    if (unknown) tok_add_symbol(encoder, tokenizer->unk);
+    tok_merge_symbols(encoder);
+}
+
+// ---- Tokenizer: from text to ids ---------------------------------------------------------------
+
+// Encodes a piece spelt in the byte-level alphabet.
+static void tok_encode_bytes(tok_encoder *encoder, const char *text, size_t size) {
+    encoder->piece.size = 0;
+    for (size_t i = 0; i < size; i++) {
+        char character[4];
+        uint32_t code_point = encoder->tokenizer->byte_to_char[(unsigned char)text[i]];
+        retrofit_text_append(&encoder->piece, character, utf8_put(code_point, character));
+    }
+    tok_encode_piece(encoder, encoder->piece.bytes, encoder->piece.size);
+}
+
+// Cuts normalized text into pieces and encodes them. With the Digits step each digit, and each
+// stretch between digits, is cut on its own.
+static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    size_t end = tokenizer->has[TOK_SPLIT_DIGITS] ? 0 : size; // of the digit, or of the stretch
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        if (i == end) end += tok_run(tokenizer, text + i, size - i, ~TOK_NUMBER, SIZE_MAX);
+        if (i == end) end += tok_run(tokenizer, text + i, size - i, TOK_NUMBER, 1);
+        length = tok_match(tokenizer, text + i, end - i);
+        if (tokenizer->byte_level) tok_encode_bytes(encoder, text + i, length);
+        else tok_encode_piece(encoder, text + i, length);
+    }
+}
+
+// The first added token in the text, of several at one place the longest, and the size of the text
+// before it; NULL and the whole size if there is none.
+static const tok_added *tok_find_added(const retrofit_tokenizer *tokenizer, const char *text,
+                                       size_t size, bool normalized, size_t *before) {
+    for (size_t i = 0; i < size; i++) {
+        const size_t *begin = &tokenizer->added_begin[(unsigned char)text[i] + 256 * normalized];
+        for (size_t j = begin[0]; j < begin[1]; j++) {
+            const tok_added *added = &tokenizer->added[j];
+            if (added->size > size - i || memcmp(added->text, text + i, added->size)) continue;
+            *before = i;
+            return added;
+        }
+    }
+    *before = size;
+    return NULL;
+}
+
+// Takes added tokens out of text and encodes what is between them: text as given is normalized and
+// searched again; normalized text is cut into pieces.
+static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    while (size > 0) {
+        size_t before;
+        const tok_added *added = tok_find_added(tokenizer, text, size, normalized, &before);
+        if (normalized) {
+            tok_encode_pieces(encoder, text, before);
+        } else if (before > 0) {
+            retrofit_text *out = &encoder->normalized;
+            tok_normalize(tokenizer, out, text, before);
+            tok_encode_text(encoder, out->bytes, out->size, true);
+        }
+        if (!added) return;
+        tok_append_id(encoder, added->id);
+        text += before + added->size;
+        size -= before + added->size;
+    }
+}
+
+int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                         bool with_special, size_t *count) {
+    tok_encoder encoder = {.tokenizer = tokenizer};
+    tok_append_valid(&encoder.valid, text, size);
+    size_t before = with_special ? tokenizer->before.count : 0;
+    size_t after = with_special ? tokenizer->after.count : 0;
+    retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
+    tok_encode_text(&encoder, encoder.valid.bytes, encoder.valid.size, false);
+    retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
+
+    bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.piece.failed;
+    free(encoder.valid.bytes);
+    free(encoder.normalized.bytes);
+    free(encoder.piece.bytes);
+    free(encoder.symbols);
+    free(encoder.heap);
+    if (failed || encoder.ids.failed) {
+        free(encoder.ids.bytes);
+        return NULL;
+    }
+    *count = encoder.ids.size / sizeof(int32_t);
+    return (int32_t *)(void *)encoder.ids.bytes;
+}
+
+// ---- Tokenizer: from ids to text ---------------------------------------------------------------
+
+// Appends the bytes that byte tokens stand for, a run of them, and empties the run. If they are not
+// UTF-8, each byte becomes U+FFFD.
+static void tok_flush_bytes(retrofit_text *out, retrofit_text *run) {
+    bool valid = true;
+    size_t length;
+    for (size_t i = 0; valid && i < run->size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(run->bytes + i, run->size - i, &code_point);
+        valid = code_point != RETROFIT_UTF8_INVALID;
+    }
+    if (valid) retrofit_text_append(out, run->bytes, run->size);
+    else
+        for (size_t i = 0; i < run->size; i++) retrofit_text_append(out, TOK_INVALID, 3);
+    run->size = 0;
+}
+
+// Appends the bytes that a token's characters stand for in the byte-level alphabet; if one of them
+// is not in it, as in added tokens, the token's text as it is.
+static void tok_undo_bytes(const retrofit_tokenizer *tokenizer, retrofit_text *out,
+                           const tok_token *token) {
+    size_t size_before = out->size, length;
+    for (size_t i = 0; i < token->size; i += length) {
         uint32_t c;
-        if (i == end) end = t->has[TOK_DIGITS] ? i + tok_run(t, s + i, n - i, TOK_NUMBER, true) : n;
-        if (i == end) end += retrofit_utf8_next(s + i, n - i, &c);
-        k = t->split ? tok_split(t, s + i, end - i, t->digits) : end - i;
-        char text[4];
-        e->piece.size = 0;
-        for (size_t j = 0; t->bytes && j < k; j++) retrofit_text_append(&e->piece, text, utf8_put(t->chars[(unsigned char)s[i + j]], text));
-        tok_encode_piece(e, t->bytes ? e->piece.bytes : s + i, t->bytes ? e->piece.size : k);
-    }
-}
-
-// Finds added tokens, the longest first, in text as it is given, and then others in what is between those, normalized.
-static void tok_encode_text(tok_encoder *e, const char *s, size_t n, bool normalized) {
-    for (size_t i = 0, done = 0; i < n; done = i) {
-        const tok_added *a = NULL, *end = NULL;
-        for (; i < n; i++) {
-            const size_t *first = &e->t->first[(unsigned char)s[i] + (normalized ? 256 : 0)];
-            for (a = e->t->added + first[0], end = e->t->added + first[1]; a < end && (a->size > n - i || memcmp(a->text, s + i, a->size));)
-                a++;
-            if (a < end) break;
+        length = retrofit_utf8_next(token->text + i, token->size - i, &c);
+        if (c >= 324 || !tokenizer->char_to_byte[c]) {
+            out->size = size_before;
+            retrofit_text_append(out, token->text, token->size);
+            return;
         }
-        if (i > done && normalized) tok_encode_pieces(e, s + done, i - done);
-        else if (i > done) tok_normalize(e->t, &e->normal, s + done, i - done), tok_encode_text(e, e->normal.bytes, e->normal.size, true);
-        if (i < n) retrofit_text_append(&e->ids, &a->id, sizeof a->id), i += a->size;
+        char byte = (char)(tokenizer->char_to_byte[c] - 1);
+        retrofit_text_append(out, &byte, 1);
     }
 }
 
-int32_t *retrofit_encode(const retrofit_tokenizer *t, const char *text, size_t size, bool with_special, size_t *count) {
-    tok_encoder e = {t, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, {NULL, 0, 0, false}, NULL, NULL, 0, 0, 0};
-    tok_put_valid(&e.text, text, size, false);
-    retrofit_text_append(&e.ids, t->before, with_special ? t->before_count * sizeof *t->before : 0);
-    tok_encode_text(&e, e.text.bytes, e.text.size, false);
-    retrofit_text_append(&e.ids, t->after, with_special ? t->after_count * sizeof *t->after : 0);
-    bool ok = !e.text.failed && !e.normal.failed && !e.piece.failed && !e.ids.failed;
-    free(e.text.bytes), free(e.normal.bytes), free(e.piece.bytes), free(e.symbols), free(e.heap);
-    if (ok) return *count = e.ids.size / sizeof(int32_t), (int32_t *)(void *)e.ids.bytes;
-    return free(e.ids.bytes), (int32_t *)NULL;
-}
-
-char *retrofit_decode(const retrofit_tokenizer *t, const int32_t *ids, size_t count, bool skip_special, size_t *size) {
-    retrofit_text out = {NULL, 0, 0, false}, run = out; // run: bytes, which need not be characters yet
-    bool ok = true, join = false;
-    for (size_t i = 0; ok && i < count; i++) {
-        const tok_token *k = ids[i] >= 0 && (size_t)ids[i] < t->size ? &t->tokens[ids[i]] : NULL;
-        if (!k || !k->text) ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu", (int)ids[i], i, count, t->size - 1);
-        if (!ok || (skip_special && k->special)) continue;
-        int byte = t->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(k) : -1;
+// Appends a token's text. Bytes wait in `run` until all are there, since one token may hold only a
+// part of a character.
+static void tok_decode_token(const retrofit_tokenizer *tokenizer, const tok_token *token,
+                             retrofit_text *out, retrofit_text *run) {
+    if (tokenizer->has[TOK_UNDO_BYTES]) {
+        tok_undo_bytes(tokenizer, run, token);
+        return;
+    }
+    int byte = tokenizer->has[TOK_BYTE_FALLBACK] ? tok_fallback_byte(token) : -1;
+    if (byte >= 0) {
         char character = (char)byte;
-        if (byte >= 0) retrofit_text_append(&run, &character, 1);
-        else if (t->has[TOK_UNBYTES]) {
-            size_t start = run.size, n = 0;
-            for (uint32_t c; n < k->size && (n += retrofit_utf8_next(k->text + n, k->size - n, &c), byte = c < 324 ? t->bytes_of[c] - 1 : -1) >= 0;)
-                character = (char)byte, retrofit_text_append(&run, &character, 1);
-            if (byte < 0) run.size = start, retrofit_text_append(&run, k->text, k->size); // not of the byte-level alphabet, an added token: as it is
-        } else {
-            tok_put_valid(&out, run.bytes, run.size, true), run.size = 0, retrofit_text_append(&out, " ", join);
-            tok_replace(&out, k->text, k->size, TOK_MARK, t->has[TOK_UNREPLACE] ? " " : TOK_MARK);
-        }
-        join = !t->decodes;
+        retrofit_text_append(run, &character, 1);
+        return;
     }
-    tok_put_valid(&out, run.bytes, run.size, !t->has[TOK_UNBYTES]);
-    size_t strip = t->has[TOK_STRIP] && out.size && out.bytes[0] == ' ';
-    retrofit_text_append(&out, "", 1), free(run.bytes);
-    if (!ok || out.failed || run.failed) return free(out.bytes), (char *)NULL;
-    *size = out.size - strip - 1;
-    return (char *)memmove(out.bytes, out.bytes + strip, *size + 1);
+    tok_flush_bytes(out, run);
+    if (tokenizer->has[TOK_UNMARK_SPACES])
+        tok_append_replaced(out, token->text, token->size, TOK_MARK, " ");
+    else retrofit_text_append(out, token->text, token->size);
 }
 
-char *retrofit_decode_next(const retrofit_tokenizer *t, retrofit_stream *s, const int32_t *ids, size_t count, bool skip_special, bool last,
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size) {
+    retrofit_text out = {0}, run = {0};
+    bool ok = true, first = true;
+    for (size_t i = 0; ok && i < count; i++) {
+        bool in_range = ids[i] >= 0 && (size_t)ids[i] < tokenizer->size;
+        const tok_token *token = in_range ? &tokenizer->tokens[ids[i]] : NULL;
+        if (!token || !token->text) {
+            ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu",
+                               (int)ids[i], i, count, tokenizer->size - 1);
+        } else if (!skip_special || !token->special) {
+            if (!first && !tokenizer->has_decoder) retrofit_text_append(&out, " ", 1);
+            tok_decode_token(tokenizer, token, &out, &run);
+            first = false;
+        }
+    }
+    if (tokenizer->has[TOK_UNDO_BYTES]) tok_append_valid(&out, run.bytes, run.size);
+    else tok_flush_bytes(&out, &run);
+    retrofit_text_append(&out, "", 1);
+    free(run.bytes);
+    if (!ok || out.failed || run.failed) {
+        free(out.bytes);
+        return NULL;
+    }
+    bool strip = tokenizer->has[TOK_STRIP_SPACE] && out.bytes[0] == ' ';
+    *size = out.size - strip - 1;
+    return memmove(out.bytes, out.bytes + strip, *size + 1);
+}
+
+// Whether tokens to come may change the end of this text of `count` tokens: U+FFFD may yet become a
+// character, and what a run of byte tokens stands for is known only when it is over.
+static bool tok_may_change(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                           bool skip_special, const char *text, size_t size) {
+    if (size >= 3 && !memcmp(text + size - 3, TOK_INVALID, 3)) return true;
+    if (!count || !tokenizer->has[TOK_BYTE_FALLBACK]) return false;
+    size_t last = count - 1;
+    while (last > 0 && skip_special && tokenizer->tokens[ids[last]].special) last--;
+    return tok_fallback_byte(&tokenizer->tokens[ids[last]]) >= 0;
+}
+
+// Decodes the tokens of the last text that was given out together with the new ones, and gives out
+// what is new. The former keep the new text from losing its leading space; so they stay in the
+// window until there is new text to do that for the next.
+char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                           const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size) {
-    if (s->from > s->done || s->done > count)
-        return retrofit_fail("a stream at token %zu cannot go on with %zu tokens: zero it to start again", s->done, count), (char *)NULL;
-    size_t old_size = 0, end = count - s->from;
-    if (count) ids += s->from;
-    char *text = retrofit_decode(t, ids, end, skip_special, size);
-    char *old = text ? retrofit_decode(t, ids, s->done - s->from, skip_special, &old_size) : NULL;
-    bool ok = old && old_size <= *size && !memcmp(text, old, old_size);
-    if (old && !ok) retrofit_fail("tokens %zu to %zu change text already given out: decode them together", s->done, count);
-    if (free(old), !ok) return free(text), (char *)NULL;
-    // U+FFFD may yet become a character, and what a run of byte tokens stands for is known only when it is over.
-    while (end > 1 && skip_special && t->tokens[ids[end - 1]].special) end--;
-    bool wait = (*size >= 3 && !memcmp(text + *size - 3, "\xef\xbf\xbd", 3)) ||
-                (end && t->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(&t->tokens[ids[end - 1]]) >= 0);
-    *size = wait && !last ? 0 : *size - old_size;
-    memmove(text, text + old_size, *size), text[*size] = 0;
-    if (*size) s->from = s->done, s->done = count; // else keep a window that yields text: only its first space may go
+    if (stream->begin > stream->end || stream->end > count)
+        return fail_null(
+            "a stream at token %zu cannot go on with %zu tokens: zero it to start again",
+            stream->end, count);
+    if (count) ids += stream->begin;
+    size_t window = count - stream->begin, old_window = stream->end - stream->begin;
+    char *text = retrofit_decode(tokenizer, ids, window, skip_special, size);
+    if (!text) return NULL;
+
+    size_t old_size = 0;
+    char *old = retrofit_decode(tokenizer, ids, old_window, skip_special, &old_size);
+    bool same = old && old_size <= *size && !memcmp(text, old, old_size);
+    if (old && !same)
+        retrofit_fail("tokens %zu to %zu change text already given out: decode them together",
+                      stream->end, count);
+    free(old);
+    if (!same) {
+        free(text);
+        return NULL;
+    }
+    bool wait = !last && tok_may_change(tokenizer, ids, window, skip_special, text, *size);
+    *size = wait ? 0 : *size - old_size;
+    memmove(text, text + old_size, *size);
+    text[*size] = 0;
+    if (*size) {
+        stream->begin = stream->end;
+        stream->end = count;
+    }
     return text;
 }
 
-bool retrofit_decode_context(const retrofit_tokenizer *t, const int32_t *ids, size_t count, int32_t *id) {
-    for (size_t i = count; !t->has[TOK_UNBYTES] && i-- > 0;) {
-        const tok_token *before = &t->tokens[ids[i]];
+bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                             int32_t *id) {
+    if (tokenizer->has[TOK_UNDO_BYTES]) return false;
+    for (size_t i = count; i > 0; i--) {
+        const tok_token *before = &tokenizer->tokens[ids[i - 1]];
         if (before->special || tok_fallback_byte(before) >= 0) continue;
-        *id = ids[i];
+        *id = ids[i - 1];
         return true;
     }
     return false;
 }
 
-int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *t) { return t->bos; }
-int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *t) { return t->eos; }
-int32_t retrofit_tokenizer_id(const retrofit_tokenizer *t, const char *token) { return tok_find(t, token, strlen(token), false); }
-size_t retrofit_tokenizer_size(const retrofit_tokenizer *t) { return t->size; }
+// ---- Tokenizer: what a caller may ask ----------------------------------------------------------
 
-uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *t) {
-    uint64_t h = t->size, sum = 0;
-    for (size_t id = 0; id < t->size; id++) {
-        for (size_t i = 0; i < t->tokens[id].size; i++) h = (h ^ (unsigned char)t->tokens[id].text[i]) * 0x100000001b3;
-        h = retrofit_hash(h, 2 * id + t->tokens[id].model);
+int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer) { return tokenizer->bos; }
+int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer) { return tokenizer->eos; }
+size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer) { return tokenizer->size; }
+
+int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *token) {
+    return tok_find(tokenizer, token, strlen(token));
+}
+
+// Token shards hold this number: what it is made of, and in which order, cannot change. Merges and
+// added tokens enter as a sum, since their order in memory means nothing.
+uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
+    uint64_t hash = tokenizer->size, sum = 0;
+    for (size_t id = 0; id < tokenizer->size; id++) {
+        const tok_token *token = &tokenizer->tokens[id];
+        hash = tok_hash_text(hash, token->text, token->size);
+        hash = retrofit_hash(hash, 2 * id + token->in_model);
     }
-    for (size_t i = 0; i <= t->merge_mask; i++) // in the order of the table, hence a sum
-        if (t->merges[i].rank) sum += retrofit_hash(t->merges[i].pair, t->merges[i].rank);
-    for (size_t i = 0; i < t->first[512]; i++) sum += retrofit_hash(~(uint64_t)t->added[i].id, (uint64_t)t->added[i].key);
-    for (size_t i = 0; i < TOK_STEPS; i++) h = retrofit_hash(h, t->has[i]);
-    h = retrofit_hash(h, (uint64_t)(t->fuse_unk + 2 * t->byte_fallback + 4 * t->ignore_merges)),
-    h = retrofit_hash(retrofit_hash(h, (uint64_t)t->unk), (uint64_t)t->eos);
-    for (size_t i = 0; i < t->before_count; i++) h = retrofit_hash(h, (uint64_t)t->before[i]);
-    for (size_t i = 0; i < t->after_count; i++) h = retrofit_hash(h, ~(uint64_t)t->after[i]);
-    return h + sum ? h + sum : 1;
+    for (size_t i = 0; i <= tokenizer->merge_mask; i++) {
+        const tok_merge *merge = &tokenizer->merges[i];
+        if (merge->rank) sum += retrofit_hash(merge->pair, merge->rank);
+    }
+    for (size_t i = 0; i < tokenizer->added_begin[512]; i++) {
+        const tok_added *added = &tokenizer->added[i];
+        sum += retrofit_hash(~(uint64_t)added->id, (uint64_t)added->key);
+    }
+    for (size_t i = 0; i < TOK_STEPS; i++) hash = retrofit_hash(hash, tokenizer->has[i]);
+    int flags = tokenizer->fuse_unk + 2 * tokenizer->byte_fallback + 4 * tokenizer->ignore_merges;
+    hash = retrofit_hash(hash, (uint64_t)flags);
+    hash = retrofit_hash(hash, (uint64_t)tokenizer->unk);
+    hash = retrofit_hash(hash, (uint64_t)tokenizer->eos);
+    for (size_t i = 0; i < tokenizer->before.count; i++)
+        hash = retrofit_hash(hash, (uint64_t)tokenizer->before.ids[i]);
+    for (size_t i = 0; i < tokenizer->after.count; i++)
+        hash = retrofit_hash(hash, ~(uint64_t)tokenizer->after.ids[i]);
+    hash += sum;
+    return hash ? hash : 1;
 }
 
-static void tok_refuse(retrofit_tokenizer *t, const char *what, const char *name) {
-    char line[200]; // names come from the file: no control character of theirs may break the line
+// ---- Tokenizer: loading ------------------------------------------------------------------------
+
+// The functions below report an error by `failed` and go on with harmless values; only the first
+// error counts. Callers stop where it suits them.
+typedef struct {
+    retrofit_tokenizer *tokenizer;
+    char path[RETROFIT_PATH]; // of the file being read
+    bool failed;              // an error has been reported
+    int last_step;            // the step loaded before; -1 at first
+    size_t strings_size;      // bytes of tokenizer->strings in use
+} tok_loader;
+
+// An error, unless there was one before: the file, what is wrong, and in quotes with what.
+static void tok_refuse(tok_loader *loader, const char *what, const char *name) {
+    if (loader->failed) return;
+    char line[200];
     snprintf(line, sizeof line, "%s", name);
-    for (char *c = line; *c; c++) *c = (unsigned char)*c < 32 || *c == 127 ? '?' : *c;
-    if (!t->bad) t->bad = !retrofit_fail("%s: %s \"%s\"", t->where, what, line);
+    // Names come from the file: the error has one line, whatever they hold.
+    for (char *c = line; *c; c++)
+        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    loader->failed = true;
+    retrofit_fail("%s: %s \"%s\"", loader->path, what, line);
 }
 
-static const retrofit_json tok_none = {RETROFIT_JSON_ARRAY, 0, 0, 0, "", "", 0, NULL, NULL};
-static const retrofit_json *tok_present(const retrofit_json *object, const char *key) { // null is as good as absent
-    const retrofit_json *v = retrofit_json_get(object, key);
-    return v && v->type == RETROFIT_JSON_NULL ? NULL : v;
+static const retrofit_json tok_nothing = {.type = RETROFIT_JSON_ARRAY, .string = "", .key = ""};
+
+// The member of this name; NULL if it is absent, or null, which means the same.
+static const retrofit_json *tok_present(const retrofit_json *object, const char *key) {
+    const retrofit_json *value = retrofit_json_get(object, key);
+    return value && value->type == RETROFIT_JSON_NULL ? NULL : value;
 }
 
-static const retrofit_json *tok_get(retrofit_tokenizer *t, const retrofit_json *object, const char *key, retrofit_json_type type) {
-    const retrofit_json *v = retrofit_json_get(object, key);
-    if (v && v->type == type) return v;
-    return tok_refuse(t, "missing, or of the wrong type:", key), &tok_none;
+// The member of this name and type. If there is none, an error, and a value without children.
+static const retrofit_json *tok_get(tok_loader *loader, const retrofit_json *object,
+                                    const char *key, retrofit_json_type type) {
+    const retrofit_json *value = retrofit_json_get(object, key);
+    if (value && value->type == type) return value;
+    tok_refuse(loader, "missing, or of the wrong type:", key);
+    return &tok_nothing;
 }
 
-static bool tok_flag(retrofit_tokenizer *t, const retrofit_json *object, const char *key, bool otherwise) {
-    return tok_present(object, key) ? tok_get(t, object, key, RETROFIT_JSON_BOOL)->number != 0 : otherwise;
+static bool tok_flag(tok_loader *loader, const retrofit_json *object, const char *key,
+                     bool otherwise) {
+    if (!tok_present(object, key)) return otherwise;
+    return tok_get(loader, object, key, RETROFIT_JSON_BOOL)->number != 0;
 }
 
-static int32_t tok_get_id(retrofit_tokenizer *t, const retrofit_json *v) {
-    bool good = v->type == RETROFIT_JSON_NUMBER && v->number >= 0 && v->number < TOK_MAX_ID && v->number == floor(v->number);
-    if (!good) tok_refuse(t, "not a token id from 0 to 4194303:", v->string ? v->string : "");
-    return good ? (int32_t)v->number : 0;
+static int32_t tok_read_id(tok_loader *loader, const retrofit_json *value) {
+    size_t id;
+    if (retrofit_json_size(value, &id) && id < TOK_MAX_ID) return (int32_t)id;
+    tok_refuse(loader, "not a token id from 0 to 4194303:", value->string ? value->string : "");
+    return 0;
 }
 
-static const char *tok_keep(retrofit_tokenizer *t, const char *s, size_t n) {
-    char *copy = (char *)memcpy(t->strings + t->strings_used, s, n);
-    t->strings_used += n + 1;
+// Whether a setting of a step has this value. It may also be a setting of the step's pattern.
+static bool tok_setting_is(const retrofit_json *step, const char *key, const char *value) {
+    const retrofit_json *found = retrofit_json_get(step, key);
+    if (!found) found = retrofit_json_get(retrofit_json_get(step, "pattern"), key);
+    if (!found) return false;
+    if (found->type == RETROFIT_JSON_BOOL) return !strcmp(value, found->number ? "true" : "false");
+    return found->string && !strcmp(value, found->string);
+}
+
+static bool tok_add_special(tok_specials *specials, int32_t id) {
+    if (specials->count == TOK_MAX_SPECIALS) return false;
+    specials->ids[specials->count++] = id;
+    return true;
+}
+
+// The ids of one special token of the template.
+static void tok_load_special(tok_loader *loader, const retrofit_json *special,
+                             tok_specials *specials) {
+    const retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *value = tok_get(loader, special, "ids", RETROFIT_JSON_ARRAY)->child;
+    for (; value && !loader->failed; value = value->next) {
+        int32_t id = tok_read_id(loader, value);
+        bool is_token = (size_t)id < tokenizer->size && tokenizer->tokens[id].text;
+        if (!is_token || !tok_add_special(specials, id))
+            tok_refuse(loader, "a bad or a 17th", "SpecialToken");
+    }
+}
+
+// "single" lists what a text becomes: special tokens and, once, the text itself, "Sequence" A. (B,
+// the second text of a pair, is not supported.)
+static void tok_load_template(tok_loader *loader, const retrofit_json *step) {
+    const retrofit_json *all = tok_get(loader, step, "special_tokens", RETROFIT_JSON_OBJECT);
+    const retrofit_json *part = tok_get(loader, step, "single", RETROFIT_JSON_ARRAY)->child;
+    tok_specials *specials = &loader->tokenizer->before;
+    bool has_text = false;
+    for (; part && !loader->failed; part = part->next) {
+        const retrofit_json *special = retrofit_json_get(part, "SpecialToken");
+        if (special) {
+            const char *id = tok_get(loader, special, "id", RETROFIT_JSON_STRING)->string;
+            tok_load_special(loader, tok_get(loader, all, id, RETROFIT_JSON_OBJECT), specials);
+            continue;
+        }
+        if (has_text || !tok_setting_is(retrofit_json_get(part, "Sequence"), "id", "A")) break;
+        has_text = true;
+        specials = &loader->tokenizer->after;
+    }
+    if (!has_text || part) tok_refuse(loader, "needs the text once, as A:", "TemplateProcessing");
+}
+
+// Whether a step of the file is the one in this row of tok_steps.
+static bool tok_step_is(const retrofit_json *json, int role, const char *type, int step) {
+    if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) return false;
+    const char *const *setting = tok_steps[step].settings;
+    while (setting[0] && tok_setting_is(json, setting[0], setting[1])) setting += 2;
+    return !setting[0];
+}
+
+// A step, or a Sequence of steps. The parser's limit of the depth bounds the recursion.
+static void tok_load_step(tok_loader *loader, const retrofit_json *json, int role) {
+    const char *type = tok_get(loader, json, "type", RETROFIT_JSON_STRING)->string;
+    if (!strcmp(type, "Sequence")) {
+        json = tok_get(loader, json, tok_roles[role].list, RETROFIT_JSON_ARRAY)->child;
+        for (; json && !loader->failed; json = json->next) tok_load_step(loader, json, role);
+        return;
+    }
+    int step = loader->last_step + 1;
+    while (step < TOK_STEPS && !tok_step_is(json, role, type, step)) step++;
+    if (step == TOK_STEPS) {
+        tok_refuse(loader, "this step is unsupported (or its settings, or its place):", type);
+        return;
+    }
+    loader->tokenizer->has[step] = true;
+    loader->last_step = step;
+    if (step == TOK_TEMPLATE) tok_load_template(loader, json);
+}
+
+static void tok_load_role(tok_loader *loader, const retrofit_json *root, int role) {
+    const retrofit_json *json = tok_present(root, tok_roles[role].member);
+    if (json && !loader->failed) tok_load_step(loader, json, role);
+}
+
+// Refuses steps that do not go together, and draws from the others what encoding needs to know.
+static void tok_check_steps(tok_loader *loader) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const bool *has = tokenizer->has;
+    int patterns = has[TOK_SPLIT_GPT2] + has[TOK_SPLIT_QWEN2] + has[TOK_SPLIT_LLAMA3];
+    patterns += has[TOK_GPT2_BYTES];
+    tokenizer->pattern = has[TOK_SPLIT_LLAMA3]  ? TOK_SPLIT_LLAMA3
+                         : has[TOK_SPLIT_QWEN2] ? TOK_SPLIT_QWEN2
+                         : patterns             ? TOK_SPLIT_GPT2
+                                                : -1;
+    tokenizer->byte_level = has[TOK_BYTE_LEVEL] || has[TOK_GPT2_BYTES];
+
+    bool bytes_twice = has[TOK_BYTE_LEVEL] && has[TOK_GPT2_BYTES];
+    bool strips_each_token = has[TOK_STRIP_SPACE] && !has[TOK_FUSE];
+    bool spm_decoder = has[TOK_UNMARK_SPACES] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE];
+    bool two_decoders = has[TOK_UNDO_BYTES] && spm_decoder;
+    if (patterns > 1 || bytes_twice || strips_each_token || two_decoders)
+        tok_refuse(loader, "steps that are not supported together, in", "pre_tokenizer or decoder");
+}
+
+// A piece of text that stays as long as the tokenizer, with a NUL behind it.
+static const char *tok_keep(tok_loader *loader, const char *text, size_t size) {
+    char *copy = memcpy(loader->tokenizer->strings + loader->strings_size, text, size);
+    loader->strings_size += size + 1;
     return copy;
 }
 
-// A setting may be one of the step's pattern.
-static bool tok_setting_is(const retrofit_json *o, const char *key, const char *value) {
-    const retrofit_json *v = retrofit_json_get(o, key);
-    if (!v) v = retrofit_json_get(retrofit_json_get(o, "pattern"), key);
-    if (v && v->type == RETROFIT_JSON_BOOL) return !strcmp(value, v->number != 0 ? "true" : "false");
-    return v && v->string && !strcmp(value, v->string);
-}
-
-static void tok_load_template(retrofit_tokenizer *t, const retrofit_json *o) {
-    const retrofit_json *all = tok_get(t, o, "special_tokens", RETROFIT_JSON_OBJECT), *special, *v;
-    const retrofit_json *m = tok_get(t, o, "single", RETROFIT_JSON_ARRAY)->child;
-    bool text = false; // has been there: as A; B, of pairs, is not supported
-    for (; m && !t->bad; m = m->next) {
-        special = retrofit_json_get(m, "SpecialToken");
-        if (!special && (text || !tok_setting_is(retrofit_json_get(m, "Sequence"), "id", "A"))) break;
-        text |= !special;
-        if (special) special = tok_get(t, all, tok_get(t, special, "id", RETROFIT_JSON_STRING)->string, RETROFIT_JSON_OBJECT);
-        for (v = special ? tok_get(t, special, "ids", RETROFIT_JSON_ARRAY)->child : NULL; v && !t->bad; v = v->next) {
-            size_t *count = text ? &t->after_count : &t->before_count, id = (size_t)tok_get_id(t, v);
-            if (*count == TOK_MAX_SPECIALS || id >= t->size || !t->tokens[id].text) tok_refuse(t, "a bad or a 17th", "SpecialToken");
-            else (text ? t->after : t->before)[(*count)++] = (int32_t)id;
-        }
-    }
-    if (!text || m) tok_refuse(t, "needs the text once, as A:", "TemplateProcessing");
-}
-
-// A step or a Sequence of steps. The parser's depth limit bounds the recursion.
-static void tok_load_step(retrofit_tokenizer *t, const retrofit_json *o, int role) {
-    const char *type = tok_get(t, o, "type", RETROFIT_JSON_STRING)->string;
-    int step = t->last + 1;
-    if (!strcmp(type, "Sequence")) {
-        const retrofit_json *s = tok_get(t, o, tok_lists[role], RETROFIT_JSON_ARRAY)->child;
-        for (; s && !t->bad; s = s->next) tok_load_step(t, s, role);
+static void tok_add_token(tok_loader *loader, const char *text, size_t size, int32_t id,
+                          bool in_model) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tok_token *token = &tokenizer->tokens[id];
+    int32_t *slot = tok_text_slot(tokenizer, text, size);
+    if (!slot || *slot || token->text) {
+        tok_refuse(loader, "this text, or its id, is in the vocabulary twice (or collides):", text);
         return;
     }
-    for (; step < TOK_STEPS; step++) {
-        if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) continue;
-        const char *const *set = tok_steps[step].settings;
-        while (*set && tok_setting_is(o, set[0], set[1])) set += 2;
-        if (!*set) break;
+    token->text = tok_keep(loader, text, size);
+    token->size = size;
+    token->in_model = in_model;
+    *slot = id + 1;
+    int byte = tok_fallback_byte(token);
+    if (in_model && byte >= 0) tokenizer->byte_ids[byte] = id + 1;
+}
+
+// An empty hash table that `count` entries fill at most by half. *mask is its number of slots, a
+// power of two, minus 1.
+static void *tok_allocate_table(tok_loader *loader, size_t count, size_t slot_size, size_t *mask) {
+    size_t slots = 2;
+    while (slots <= 2 * count) slots *= 2;
+    *mask = slots - 1;
+    void *table = retrofit_allocate(slots, slot_size);
+    if (!table) loader->failed = true;
+    return table;
+}
+
+static void tok_load_vocabulary(tok_loader *loader, const retrofit_json *vocabulary,
+                                const retrofit_json *added) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    int32_t last = -1;
+    const retrofit_json *entry;
+    for (entry = vocabulary->child; entry; entry = entry->next) {
+        int32_t id = tok_read_id(loader, entry);
+        if (id > last) last = id;
     }
-    if (step == TOK_STEPS) return tok_refuse(t, "this step is unsupported (or its settings, or its place):", type);
-    t->has[t->last = step] = true;
-    if (step == TOK_TEMPLATE) tok_load_template(t, o);
-}
-
-static void tok_add_token(retrofit_tokenizer *t, const char *text, size_t size, int32_t id, bool model) {
-    int32_t *slot = tok_text_slot(t, text, size);
-    if (!slot || *slot || t->tokens[id].text) return tok_refuse(t, "this text, or its id, is in the vocabulary twice (or collides):", text);
-    tok_token k = {tok_keep(t, text, size), size, model, false, false};
-    t->tokens[id] = k, *slot = id + 1;
-    if (model && tok_fallback_byte(&k) >= 0) t->byte_ids[tok_fallback_byte(&k)] = id + 1;
-}
-
-// A hash table that count entries fill at most by half; *mask is its size, a power of two, less one.
-static void *tok_table(size_t count, size_t each, size_t *mask) {
-    for (*mask = 1; *mask < 2 * count;) *mask = 2 * *mask + 1;
-    return retrofit_allocate(*mask + 1, each);
-}
-
-static void tok_load_vocabulary(retrofit_tokenizer *t, const retrofit_json *vocabulary, const retrofit_json *added) {
-    const retrofit_json *v;
-    int32_t last = -1, id;
-    for (v = vocabulary->child; v; v = v->next) last = (id = tok_get_id(t, v)) > last ? id : last;
-    for (v = added->child; v; v = v->next) last = (id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER))) > last ? id : last;
-    t->size = (size_t)(last + 1);
-    if (!t->size) tok_refuse(t, "no token in the", "vocab");
-    t->tokens = (tok_token *)retrofit_allocate(t->size, sizeof *t->tokens);
-    t->by_text = (int32_t *)tok_table(vocabulary->count + added->count, sizeof *t->by_text, &t->token_mask);
-    t->bad |= !t->tokens || !t->by_text;
-    for (v = vocabulary->child; v && !t->bad; v = v->next) tok_add_token(t, v->key, v->key_length, tok_get_id(t, v), true);
-}
-
-// Merges are ["a", "b"] or "a b"; of equal ones the last counts.
-static void tok_load_merges(retrofit_tokenizer *t, const retrofit_json *merges) {
-    retrofit_text joined = {NULL, 0, 0, false};
-    uint32_t rank = 0;
-    t->bad |= !(t->merges = (tok_merge *)tok_table(merges->count, sizeof *t->merges, &t->merge_mask));
-    for (const retrofit_json *m = merges->child; m && !t->bad; m = m->next, t->bad |= joined.failed) {
-        bool pair = m->type == RETROFIT_JSON_ARRAY && m->count == 2;
-        const char *space = m->type == RETROFIT_JSON_STRING ? (const char *)memchr(m->string, ' ', m->length) : NULL;
-        size_t cut = pair ? m->child->length : space ? (size_t)(space - m->string) : 0;
-        joined.size = 0;
-        if (pair) retrofit_text_append(&joined, m->child->string, cut), retrofit_text_append(&joined, m->child->next->string, m->child->next->length);
-        if (space) retrofit_text_append(&joined, m->string, cut), retrofit_text_append(&joined, space + 1, m->length - cut - 1);
-        retrofit_text_append(&joined, "", 1);
-        size_t n = joined.failed ? 0 : joined.size - 1;
-        int32_t a = tok_find(t, joined.bytes, n ? cut : 0, true), b = n ? tok_find(t, joined.bytes + cut, n - cut, true) : -1;
-        int32_t both = tok_find(t, joined.bytes, n, true);
-        tok_merge *slot = !cut || cut == n || a < 0 || b < 0 || both < 0 ? NULL : tok_merge_slot(t, a, b);
-        if (!slot && !joined.failed) tok_refuse(t, "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", joined.bytes);
-        if (!slot) continue;
-        slot->pair = (uint64_t)(uint32_t)a << 32 | (uint32_t)b, slot->rank = ++rank, slot->id = both;
-        t->meet[(unsigned char)joined.bytes[cut - 1]][(unsigned char)joined.bytes[cut]] = true;
+    for (entry = added->child; entry; entry = entry->next) {
+        int32_t id = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
+        if (id > last) last = id;
     }
-    free(joined.bytes);
+    if (last < 0) tok_refuse(loader, "no token in the", "vocab");
+    if (loader->failed) return;
+
+    tokenizer->size = (size_t)last + 1;
+    tokenizer->tokens = retrofit_allocate(tokenizer->size, sizeof *tokenizer->tokens);
+    if (!tokenizer->tokens) loader->failed = true;
+    tokenizer->by_text = tok_allocate_table(loader, vocabulary->count + added->count,
+                                            sizeof *tokenizer->by_text, &tokenizer->text_mask);
+    for (entry = vocabulary->child; entry && !loader->failed; entry = entry->next)
+        tok_add_token(loader, entry->key, entry->key_length, tok_read_id(loader, entry), true);
 }
 
-static int tok_by_key(const void *a, const void *b) {
-    const tok_added *x = (const tok_added *)a, *y = (const tok_added *)b;
-    return x->key != y->key ? x->key - y->key : (x->size < y->size) - (x->size > y->size);
+// Adds the merge of text[0 … cut) and text[cut … size). Of equal ones the last counts.
+static void tok_add_merge(tok_loader *loader, const char *text, size_t cut, size_t size,
+                          uint32_t rank) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    bool two = cut > 0 && cut < size;
+    int32_t left = two ? tok_find_in_model(tokenizer, text, cut) : -1;
+    int32_t right = two ? tok_find_in_model(tokenizer, text + cut, size - cut) : -1;
+    int32_t both = two ? tok_find_in_model(tokenizer, text, size) : -1;
+    bool known = left >= 0 && right >= 0 && both >= 0;
+    tok_merge *slot = known ? tok_merge_slot(tokenizer, tok_pair(left, right)) : NULL;
+    if (!slot) {
+        tok_refuse(loader,
+                   "not [\"a\", \"b\"] or \"a b\" of tokens that make a token: the merge to", text);
+        return;
+    }
+    slot->pair = tok_pair(left, right);
+    slot->rank = rank;
+    slot->id = both;
+    tokenizer->joins[(unsigned char)text[cut - 1]][(unsigned char)text[cut]] = true;
 }
 
-static void tok_load_added(retrofit_tokenizer *t, const retrofit_json *added) {
-    retrofit_text normal = {NULL, 0, 0, false};
-    size_t n = 0;
-    if (!(t->added = (tok_added *)retrofit_allocate(added->count, sizeof *t->added))) t->bad = true;
-    for (const retrofit_json *v = added->child; v && !t->bad; v = v->next) {
-        const retrofit_json *content = tok_get(t, v, "content", RETROFIT_JSON_STRING);
-        int32_t id = tok_get_id(t, tok_get(t, v, "id", RETROFIT_JSON_NUMBER)), known = tok_find(t, content->string, content->length, false);
-        bool bad =
-            !content->length || (known >= 0 && (known != id || t->tokens[id].added)); // empty, or there with another id, or listed twice
-        if (bad || tok_flag(t, v, "lstrip", false) || tok_flag(t, v, "rstrip", false) || tok_flag(t, v, "single_word", false))
-            tok_refuse(t, "empty, twice there, or with lstrip, rstrip or single_word, which are unsupported: the added token",
-                       content->string);
-        if (known < 0 && !t->bad) tok_add_token(t, content->string, content->length, id, false);
-        if (t->bad) break;
-        tok_token *k = &t->tokens[id];
-        tok_added a = {k->text, k->size, id, 0};
-        k->added = true, k->special = tok_flag(t, v, "special", false);
-        if (tok_flag(t, v, "normalized", !k->special)) { // decoding gives the text as written here, as tokenizers 0.21 does
-            tok_normalize(t, &normal, k->text, k->size);
-            if ((t->bad |= normal.failed)) break;
-            a.text = tok_keep(t, normal.bytes, normal.size), a.size = normal.size, a.key = 256;
+// Merges are ["a", "b"] or "a b", the one of the lowest rank first.
+static void tok_load_merges(tok_loader *loader, const retrofit_json *merges) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->merges = tok_allocate_table(loader, merges->count, sizeof *tokenizer->merges,
+                                           &tokenizer->merge_mask);
+    retrofit_text both = {0};
+    uint32_t rank = 1;
+    const retrofit_json *merge = merges->child;
+    for (; merge && !loader->failed; merge = merge->next) {
+        size_t cut = 0;
+        both.size = 0;
+        if (merge->type == RETROFIT_JSON_ARRAY && merge->count == 2) {
+            const retrofit_json *left = merge->child, *right = left->next;
+            cut = left->length;
+            retrofit_text_append(&both, left->string, left->length);
+            retrofit_text_append(&both, right->string, right->length);
+        } else if (merge->type == RETROFIT_JSON_STRING) {
+            const char *space = memchr(merge->string, ' ', merge->length);
+            cut = space ? (size_t)(space - merge->string) : 0;
+            retrofit_text_append(&both, merge->string, cut);
+            if (space) retrofit_text_append(&both, space + 1, merge->length - cut - 1);
         }
-        a.key += (unsigned char)a.text[0], t->added[n++] = a;
+        retrofit_text_append(&both, "", 1);
+        if (both.failed) loader->failed = true;
+        else tok_add_merge(loader, both.bytes, cut, both.size - 1, rank++);
     }
+    free(both.bytes);
+}
+
+// By key, then the longest first.
+static int tok_compare_added(const void *a, const void *b) {
+    const tok_added *x = a, *y = b;
+    if (x->key != y->key) return x->key - y->key;
+    return (x->size < y->size) - (x->size > y->size);
+}
+
+// One of added_tokens, which may be in the vocabulary too. `normal` is scratch memory. Where its
+// text is normalized to be found, decoding still gives the text as it stands in the file, as
+// Hugging Face's tokenizers do since 0.21.
+static void tok_load_added(tok_loader *loader, const retrofit_json *entry, tok_added *added,
+                           retrofit_text *normal) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *content = tok_get(loader, entry, "content", RETROFIT_JSON_STRING);
+    int32_t id = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
+    int32_t known = tok_find(tokenizer, content->string, content->length);
+    tok_token *token = &tokenizer->tokens[id];
+    bool bad = !content->length || (known >= 0 && (known != id || token->added));
+    bad = bad || tok_flag(loader, entry, "lstrip", false);
+    bad = bad || tok_flag(loader, entry, "rstrip", false);
+    bad = bad || tok_flag(loader, entry, "single_word", false);
+    if (bad)
+        tok_refuse(loader,
+                   "empty, twice there, or with lstrip, rstrip or single_word, which are "
+                   "unsupported: the added token",
+                   content->string);
+    if (known < 0 && !loader->failed)
+        tok_add_token(loader, content->string, content->length, id, false);
+    if (loader->failed) return;
+
+    token->added = true;
+    token->special = tok_flag(loader, entry, "special", false);
+    *added = (tok_added){.text = token->text, .size = token->size, .id = id};
+    if (tok_flag(loader, entry, "normalized", !token->special)) {
+        tok_normalize(tokenizer, normal, token->text, token->size);
+        if (normal->failed) {
+            loader->failed = true;
+            return;
+        }
+        added->text = tok_keep(loader, normal->bytes, normal->size);
+        added->size = normal->size;
+        added->key = 256;
+    }
+    added->key += (unsigned char)added->text[0];
+}
+
+static void tok_load_all_added(tok_loader *loader, const retrofit_json *list) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->added = retrofit_allocate(list->count, sizeof *tokenizer->added);
+    if (!tokenizer->added) loader->failed = true;
+    retrofit_text normal = {0};
+    size_t count = 0;
+    for (const retrofit_json *v = list->child; v && !loader->failed; v = v->next)
+        tok_load_added(loader, v, &tokenizer->added[count++], &normal);
     free(normal.bytes);
-    if (!t->bad) qsort(t->added, n, sizeof *t->added, tok_by_key);
-    for (size_t key = 0, i = 0; key < 513; t->first[key++] = i)
-        while (i < n && t->added[i].key < (int)key) i++;
-}
+    if (loader->failed) return;
 
-static void tok_load_tokenizer(retrofit_tokenizer *t, const retrofit_json *root) {
-    static const char *const neutral[] = {"truncation", "padding", "dropout", "continuing_subword_prefix", "end_of_word_suffix"};
-    const retrofit_json *added = tok_present(root, "added_tokens") ? tok_get(t, root, "added_tokens", RETROFIT_JSON_ARRAY) : &tok_none;
-    const retrofit_json *model = tok_get(t, root, "model", RETROFIT_JSON_OBJECT), *v;
-    for (int i = 0; i < 5; i++)
-        if ((v = tok_present(i < 2 ? root : model, neutral[i])) && !(v->type == RETROFIT_JSON_STRING && !v->length))
-            tok_refuse(t, "not supported, should be null:", neutral[i]);
-    if (!tok_setting_is(model, "type", "BPE")) tok_refuse(t, "only BPE is supported as", "model");
-    for (int role = 0; role < 3 && !t->bad; role++)
-        if ((v = tok_present(root, tok_roles[role]))) tok_load_step(t, v, role);
-    for (int k = 0; k < 3; k++) {
-        unsigned c = 0, run = 0, inside = 0;
-        for (const char *p = tok_runs[k]; *p; inside ^= *p++ < 'a') {
-            run = run * 26 + (unsigned)((*p | 32) - 'a');
-            for (; *p < 'a' && run; run--) t->classes[c++] |= (uint8_t)(inside << k);
-        }
-    }
-    // The byte-level alphabet shows a byte that is not printable Latin-1 as the next free code point from 256 up.
-    for (unsigned b = 0, next = 256; b < 256; b++) {
-        t->chars[b] = (uint16_t)((b > 32 && b < 127) || (b > 160 && b != 173) ? b : next++);
-        t->bytes_of[t->chars[b]] = (uint16_t)(b + 1);
-    }
-    const bool *has = t->has;
-    int patterns = has[TOK_GPT2] + has[TOK_QWEN2] + has[TOK_LLAMA3] + has[TOK_GPT2_BYTES], bytes = has[TOK_BYTES] + has[TOK_GPT2_BYTES];
-    if (patterns > 1 || bytes > 1 || (has[TOK_STRIP] && !has[TOK_FUSE]) ||
-        (has[TOK_UNBYTES] && (has[TOK_UNREPLACE] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE])))
-        tok_refuse(t, "steps that are not supported together, in", "pre_tokenizer or decoder");
-    t->split = patterns, t->bytes = bytes, t->digits = has[TOK_LLAMA3] ? 3 : has[TOK_QWEN2];
-    t->fuse_unk = tok_flag(t, model, "fuse_unk", false), t->byte_fallback = tok_flag(t, model, "byte_fallback", false);
-    t->ignore_merges = tok_flag(t, model, "ignore_merges", false), t->decodes = tok_present(root, "decoder") != NULL;
-    const retrofit_json *vocabulary = tok_get(t, model, "vocab", RETROFIT_JSON_OBJECT);
-    if (!t->bad) tok_load_vocabulary(t, vocabulary, added);
-    if (!t->bad) tok_load_merges(t, tok_get(t, model, "merges", RETROFIT_JSON_ARRAY));
-    if (!t->bad && tok_present(model, "unk_token")) {
-        v = tok_get(t, model, "unk_token", RETROFIT_JSON_STRING), t->unk = tok_find(t, v->string, v->length, true);
-        if (t->unk < 0) tok_refuse(t, "not in the vocabulary, the unk_token", v->string);
-    }
-    if (!t->bad) tok_load_added(t, added);
-    if (!t->bad && (v = tok_present(root, "post_processor"))) tok_load_step(t, v, 3);
-}
-
-// tokenizer_config.json may hold anything else too. own_specials: tokenizer.json has a post_processor.
-static void tok_load_config(retrofit_tokenizer *t, const retrofit_json *config, bool own_specials) {
-    for (int i = 0; i < 2; i++) {
-        const char *key = i ? "eos_token" : "bos_token";
-        const retrofit_json *v = tok_present(config, key);
-        if (v && v->type == RETROFIT_JSON_OBJECT) v = tok_get(t, v, "content", RETROFIT_JSON_STRING);
-        int32_t id = v && v->type == RETROFIT_JSON_STRING ? tok_find(t, v->string, v->length, false) : -1;
-        if (v && id < 0) tok_refuse(t, "tokenizer.json does not have the token that is said to be", key);
-        *(i ? &t->eos : &t->bos) = id;
-        if (!own_specials && tok_flag(t, config, i ? "add_eos_token" : "add_bos_token", false) && id >= 0)
-            (i ? t->after : t->before)[0] = id, *(i ? &t->after_count : &t->before_count) = 1;
+    qsort(tokenizer->added, count, sizeof *tokenizer->added, tok_compare_added);
+    size_t i = 0;
+    for (int key = 0; key <= 512; key++) {
+        while (i < count && tokenizer->added[i].key < key) i++;
+        tokenizer->added_begin[key] = i;
     }
 }
 
-static retrofit_json *tok_read(const char *directory, const char *name, char path[RETROFIT_PATH], size_t *size) {
-    char *text = retrofit_path(path, directory, name) ? retrofit_read_file(path, size) : NULL;
-    retrofit_json *root = text ? retrofit_json_parse(text, *size, path) : NULL;
-    return free(text), root;
+// Enters the code points of a class, in run lengths: see tok_class_runs.
+static void tok_enter_class(uint8_t *classes, const char *runs, uint8_t class) {
+    size_t end = 0, length = 0;
+    bool inside = false;
+    for (const char *digit = runs; *digit; digit++) {
+        bool is_last = *digit >= 'A' && *digit <= 'Z';
+        length = 26 * length + (size_t)(*digit - (is_last ? 'A' : 'a'));
+        if (!is_last) continue;
+        if (inside) memset(classes + end, class, length);
+        end += length;
+        length = 0;
+        inside = !inside;
+    }
+}
+
+static void tok_make_classes(uint8_t *classes) {
+    memset(classes, TOK_OTHER, 0x110000);
+    tok_enter_class(classes, tok_class_runs[0], TOK_LETTER);
+    tok_enter_class(classes, tok_class_runs[1], TOK_NUMBER);
+    tok_enter_class(classes, tok_class_runs[2], TOK_WHITE);
+}
+
+// GPT-2's byte-level alphabet: a byte that is printable in Latin-1 stands for itself; the others
+// are the code points from 256 on.
+static void tok_make_byte_level(retrofit_tokenizer *tokenizer) {
+    uint16_t next = 256;
+    for (int byte = 0; byte < 256; byte++) {
+        bool printable = (byte > 32 && byte < 127) || (byte > 160 && byte != 173);
+        uint16_t code_point = printable ? (uint16_t)byte : next++;
+        tokenizer->byte_to_char[byte] = code_point;
+        tokenizer->char_to_byte[code_point] = (uint16_t)(byte + 1);
+    }
+}
+
+// What is not supported must be absent, null or an empty string.
+static void tok_check_neutral(tok_loader *loader, const retrofit_json *object, const char *key) {
+    const retrofit_json *value = tok_present(object, key);
+    bool empty = value && value->type == RETROFIT_JSON_STRING && !value->length;
+    if (value && !empty) tok_refuse(loader, "not supported, should be null:", key);
+}
+
+static void tok_load_unk(tok_loader *loader, const retrofit_json *model) {
+    if (!tok_present(model, "unk_token")) return;
+    const retrofit_json *unk = tok_get(loader, model, "unk_token", RETROFIT_JSON_STRING);
+    int32_t id = tok_find_in_model(loader->tokenizer, unk->string, unk->length);
+    if (id < 0) tok_refuse(loader, "not in the vocabulary, the unk_token", unk->string);
+    loader->tokenizer->unk = id;
+}
+
+// tokenizer.json. The order matters: special tokens must be tokens, merges are of tokens, and added
+// tokens are normalized.
+static void tok_load_tokenizer(tok_loader *loader, const retrofit_json *root) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *added = &tok_nothing;
+    if (tok_present(root, "added_tokens"))
+        added = tok_get(loader, root, "added_tokens", RETROFIT_JSON_ARRAY);
+    const retrofit_json *model = tok_get(loader, root, "model", RETROFIT_JSON_OBJECT);
+    tok_check_neutral(loader, root, "truncation");
+    tok_check_neutral(loader, root, "padding");
+    tok_check_neutral(loader, model, "dropout");
+    tok_check_neutral(loader, model, "continuing_subword_prefix");
+    tok_check_neutral(loader, model, "end_of_word_suffix");
+    if (!tok_setting_is(model, "type", "BPE"))
+        tok_refuse(loader, "only BPE is supported as", "model");
+
+    tok_load_role(loader, root, TOK_NORMALIZER);
+    tok_load_role(loader, root, TOK_PRE_TOKENIZER);
+    tok_load_role(loader, root, TOK_DECODER);
+    tok_check_steps(loader);
+    tokenizer->has_decoder = tok_present(root, "decoder") != NULL;
+    tokenizer->fuse_unk = tok_flag(loader, model, "fuse_unk", false);
+    tokenizer->byte_fallback = tok_flag(loader, model, "byte_fallback", false);
+    tokenizer->ignore_merges = tok_flag(loader, model, "ignore_merges", false);
+
+    const retrofit_json *vocabulary = tok_get(loader, model, "vocab", RETROFIT_JSON_OBJECT);
+    if (!loader->failed) tok_load_vocabulary(loader, vocabulary, added);
+    if (loader->failed) return;
+    const retrofit_json *merges = tok_get(loader, model, "merges", RETROFIT_JSON_ARRAY);
+    tok_load_merges(loader, merges);
+    tok_load_unk(loader, model);
+    if (!loader->failed) tok_load_all_added(loader, added);
+    if (!loader->failed) tok_load_role(loader, root, TOK_POST_PROCESSOR);
+}
+
+// The id of tokenizer_config.json's bos_token or eos_token, a string or an object; -1: it has none.
+static int32_t tok_config_id(tok_loader *loader, const retrofit_json *config, const char *key) {
+    const retrofit_json *value = tok_present(config, key);
+    if (!value) return -1;
+    if (value->type == RETROFIT_JSON_OBJECT)
+        value = tok_get(loader, value, "content", RETROFIT_JSON_STRING);
+    int32_t id = -1;
+    if (value->type == RETROFIT_JSON_STRING)
+        id = tok_find(loader->tokenizer, value->string, value->length);
+    if (id < 0)
+        tok_refuse(loader, "tokenizer.json does not have the token that is said to be", key);
+    return id;
+}
+
+// tokenizer_config.json, which may hold anything else too. Where tokenizer.json has no
+// post_processor, it says whether bos and eos go around a text.
+static void tok_load_config(tok_loader *loader, const retrofit_json *config,
+                            bool has_post_processor) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->bos = tok_config_id(loader, config, "bos_token");
+    bool add_bos = !has_post_processor && tok_flag(loader, config, "add_bos_token", false);
+    if (add_bos && tokenizer->bos >= 0) tok_add_special(&tokenizer->before, tokenizer->bos);
+    tokenizer->eos = tok_config_id(loader, config, "eos_token");
+    bool add_eos = !has_post_processor && tok_flag(loader, config, "add_eos_token", false);
+    if (add_eos && tokenizer->eos >= 0) tok_add_special(&tokenizer->after, tokenizer->eos);
+}
+
+// Memory for a tokenizer.json of this size, and what does not depend on its contents.
+static void tok_prepare(tok_loader *loader, size_t size) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    tokenizer->bos = -1;
+    tokenizer->eos = -1;
+    tokenizer->unk = -1;
+    // All texts are in the file. Those of added tokens may be here twice, with "▁" for each space.
+    tokenizer->strings = retrofit_allocate(size + 1, 4);
+    tokenizer->classes = retrofit_allocate(0x110000, 1);
+    if (!tokenizer->strings || !tokenizer->classes) {
+        loader->failed = true;
+        return;
+    }
+    tok_make_classes(tokenizer->classes);
+    tok_make_byte_level(tokenizer);
+}
+
+static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, const char *name,
+                                    size_t *size) {
+    char *text = NULL;
+    if (retrofit_path(loader->path, directory, name)) text = retrofit_read_file(loader->path, size);
+    retrofit_json *root = text ? retrofit_json_parse(text, *size, loader->path) : NULL;
+    free(text);
+    if (!root) loader->failed = true;
+    return root;
+}
+
+static void tok_load_directory(tok_loader *loader, const char *directory) {
+    size_t size;
+    retrofit_json *root = tok_read_json(loader, directory, "tokenizer.json", &size);
+    if (!root) return;
+    tok_prepare(loader, size);
+    if (!loader->failed) tok_load_tokenizer(loader, root);
+    bool has_post_processor = tok_present(root, "post_processor") != NULL;
+    retrofit_json_free(root);
+    if (loader->failed) return;
+
+    bool has_path = retrofit_path(loader->path, directory, "tokenizer_config.json");
+    if (has_path && access(loader->path, F_OK) && errno == ENOENT) return;
+    retrofit_json *config = tok_read_json(loader, directory, "tokenizer_config.json", &size);
+    if (config) tok_load_config(loader, config, has_post_processor);
+    retrofit_json_free(config);
 }
 
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
-    char path[RETROFIT_PATH];
-    size_t size, ignored;
-    retrofit_json *root = tok_read(directory, "tokenizer.json", path, &size), *config = NULL;
-    retrofit_tokenizer *t = root ? (retrofit_tokenizer *)retrofit_allocate(1, sizeof *t) : NULL;
-    if (!t) return retrofit_json_free(root), (retrofit_tokenizer *)NULL;
-    t->where = path, t->bos = t->eos = t->unk = t->last = -1;
-    t->strings = (char *)retrofit_allocate(size + 1, 4); // enough: the texts of added tokens may be there twice, with ▁ for each space
-    t->classes = (uint8_t *)retrofit_allocate(0x110000, 1);
-    if (!(t->bad = !t->strings || !t->classes)) tok_load_tokenizer(t, root);
-    if (!t->bad && (!retrofit_path(path, directory, "tokenizer_config.json") || !access(path, F_OK) || errno != ENOENT)) {
-        config = tok_read(directory, "tokenizer_config.json", path, &ignored);
-        if (!(t->bad = !config)) tok_load_config(t, config, tok_present(root, "post_processor") != NULL);
-    }
-    retrofit_json_free(root), retrofit_json_free(config);
-    if (!t->bad) return t;
-    return retrofit_tokenizer_free(t), (retrofit_tokenizer *)NULL;
+    tok_loader loader = {.tokenizer = retrofit_allocate(1, sizeof(retrofit_tokenizer))};
+    if (!loader.tokenizer) return NULL;
+    loader.last_step = -1;
+    tok_load_directory(&loader, directory);
+    if (!loader.failed) return loader.tokenizer;
+    retrofit_tokenizer_free(loader.tokenizer);
+    return NULL;
 }
 
-void retrofit_tokenizer_free(retrofit_tokenizer *t) {
-    if (!t) return;
-    free(t->strings), free(t->tokens), free(t->by_text), free(t->merges), free(t->added), free(t->classes), free(t);
+void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer) {
+    if (!tokenizer) return;
+    free(tokenizer->strings);
+    free(tokenizer->tokens);
+    free(tokenizer->by_text);
+    free(tokenizer->merges);
+    free(tokenizer->added);
+    free(tokenizer->classes);
+    free(tokenizer);
 }
 
 // =================================================================================================
 // 12  Errors, files, random numbers, command lines
 // =================================================================================================
 
+// ---- Errors ------------------------------------------------------------------------------------
+
 static RETROFIT_THREAD_LOCAL char error_text[1024];
+
 const char *retrofit_error(void) { return error_text; }
 
-// Records one line about what went wrong. Names in files may hold anything: one line it stays.
+// An error is one line, even if names that come from files are not: control characters turn into
+// question marks.
 static void record_error(const char *format, va_list args) {
     vsnprintf(error_text, sizeof error_text, format, args);
     for (char *c = error_text; *c; c++) {
@@ -4814,56 +7057,117 @@ static void *fail_null(const char *format, ...) {
     return NULL;
 }
 
-// count * size zeroed bytes; NULL and an error if the product overflows or memory is out. Freed with free().
 void *retrofit_allocate(size_t count, size_t size) {
-    if (size && count > SIZE_MAX / size) return retrofit_fail("a size of %zu x %zu bytes overflows", count, size), (void *)NULL;
-    void *p = calloc(count ? count : 1, size ? size : 1);
-    if (!p) retrofit_fail("out of memory: %zu bytes", count * size);
-    return p;
+    if (size > 0 && count > SIZE_MAX / size)
+        return fail_null("a size of %zu x %zu bytes overflows", count, size);
+    void *memory = calloc(retrofit_max(count, 1), retrofit_max(size, 1));
+    if (!memory) return fail_null("out of memory: %zu bytes", count * size);
+    return memory;
 }
 
-// Opens a regular file for reading.
+// ---- Files and directories ---------------------------------------------------------------------
+
+bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
+    int length = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
+    if (length > 0 && length < RETROFIT_PATH) return true;
+    return retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
+}
+
 FILE *retrofit_open_file(const char *path, size_t *size) {
-    FILE *f = fopen(path, "rbe");
-    if (!f) return retrofit_fail("%s: %s", path, strerror(errno)), (FILE *)NULL;
-    struct stat st;
-    if (!fstat(fileno(f), &st) && S_ISREG(st.st_mode)) return *size = (size_t)st.st_size, f;
-    return fclose(f), retrofit_fail("%s: not a regular file", path), (FILE *)NULL;
+    FILE *file = fopen(path, "rbe");
+    if (!file) return fail_null("%s: %s", path, strerror(errno));
+    struct stat status;
+    if (fstat(fileno(file), &status) == 0 && S_ISREG(status.st_mode)) {
+        *size = (size_t)status.st_size;
+        return file;
+    }
+    fclose(file);
+    return fail_null("%s: not a regular file", path);
 }
 
-// The whole file, with a NUL behind it; NULL and an error. Freed with free().
 char *retrofit_read_file(const char *path, size_t *size) {
-    FILE *f = retrofit_open_file(path, size);
-    char *text = f ? (char *)retrofit_allocate(*size + 1, 1) : NULL;
-    bool ok = text && (fread(text, 1, *size, f) == *size || retrofit_fail("%s: reading failed, or it became shorter", path));
-    if (f) fclose(f);
-    return ok ? text : (free(text), (char *)NULL);
+    FILE *file = retrofit_open_file(path, size);
+    if (!file) return NULL;
+    char *text = retrofit_allocate(*size + 1, 1);
+    bool ok = text != NULL;
+    if (ok && fread(text, 1, *size, file) != *size)
+        ok = retrofit_fail("%s: reading failed, or it became shorter", path);
+    fclose(file);
+    if (ok) return text;
+    free(text);
+    return NULL;
 }
 
-// The whole file mapped into memory; NULL and an error, also for a file of no bytes.
 void *retrofit_map_file(const char *path, size_t *size) {
-    FILE *f = retrofit_open_file(path, size);
-    if (!f) return NULL;
-    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(f), 0);
-    if (base == MAP_FAILED) base = NULL, retrofit_fail("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
-    return fclose(f), base;
+    FILE *file = retrofit_open_file(path, size);
+    if (!file) return NULL;
+    void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(file), 0);
+    if (base == MAP_FAILED)
+        base = fail_null("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
+    fclose(file);
+    return base;
 }
 
-// Flushes and closes; a file that could not be written whole is removed.
-bool retrofit_finish_file(FILE *f, const char *path, bool ok) {
-    ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
-    int why = errno;
-    if (fclose(f) && ok) ok = false, why = errno;
-    if (!ok) remove(path), retrofit_fail("%s: writing failed: %s", path, strerror(why ? why : EIO));
+bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
+    ok = ok && !ferror(file) && !fflush(file) && !fsync(fileno(file));
+    int problem = errno;
+    if (fclose(file) && ok) {
+        ok = false;
+        problem = errno;
+    }
+    if (ok) return true;
+    remove(path);
+    return retrofit_fail("%s: writing failed: %s", path, strerror(problem ? problem : EIO));
+}
+
+bool retrofit_sync_directory(const char *path) {
+    int descriptor = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool ok = descriptor >= 0 && fsync(descriptor) == 0;
+    if (!ok) retrofit_fail("%s: %s", path, strerror(errno));
+    if (descriptor >= 0) close(descriptor);
     return ok;
 }
 
-bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
-    int n = snprintf(path, RETROFIT_PATH, "%s/%s", directory, name);
-    return (n > 0 && n < RETROFIT_PATH) || retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
+void retrofit_parent_directory(char *path) {
+    char *slash = strrchr(path, '/');
+    if (slash == path) slash[1] = 0; // the root
+    else if (slash) slash[0] = 0;
+    else strcpy(path, ".");
 }
 
-size_t retrofit_type_size(retrofit_type type) { return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2; }
+// Cuts the path behind each of its names in turn, makes that directory, and mends the cut.
+bool retrofit_make_directories(char *path, bool fresh) {
+    if (!*path) return retrofit_fail("'' is no name for a directory");
+    char *end = path;
+    bool ok = true;
+    while (ok && *end) {
+        end += 1 + strcspn(end + 1, "/");
+        char next = *end;
+        *end = 0;
+        bool may_exist = next != 0 || !fresh;
+        if (mkdir(path, 0777) && !(errno == EEXIST && may_exist))
+            ok = retrofit_fail("%s: %s", path, strerror(errno));
+        *end = next;
+    }
+    return ok;
+}
+
+double retrofit_seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+// ---- Types of elements -------------------------------------------------------------------------
+//                  sign   exponent   mantissa
+//     F32          1      8          23
+//     BF16         1      8           7           the upper half of an F32
+//     F16          1      5          10           (1024 + mantissa)·2^(exponent - 25); exponent 0:
+//                                                 mantissa·2^-24; exponent 31: infinity and NaN
+
+size_t retrofit_type_size(retrofit_type type) {
+    return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2;
+}
 
 float retrofit_bf16_to_float(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -4872,7 +7176,9 @@ float retrofit_bf16_to_float(uint16_t x) {
     return f;
 }
 
-uint16_t retrofit_float_to_bf16(float f) { // round to nearest even; NaN stays NaN
+// Adding half of the last place that is kept, less one bit if that place is even, rounds to nearest
+// even. A NaN gets a mantissa bit that survives.
+uint16_t retrofit_float_to_bf16(float f) {
     uint32_t bits;
     memcpy(&bits, &f, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
@@ -4881,170 +7187,245 @@ uint16_t retrofit_float_to_bf16(float f) { // round to nearest even; NaN stays N
 
 float retrofit_f16_to_float(uint16_t x) {
     int exponent = x >> 10 & 31, mantissa = x & 1023;
-    float f = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+    float f;
     if (exponent == 31) f = mantissa ? NAN : INFINITY;
+    else if (exponent == 0) f = ldexpf((float)mantissa, -24);
+    else f = ldexpf((float)(mantissa + 1024), exponent - 25);
     return x >> 15 ? -f : f;
 }
 
-// n elements of a tensor in a file's type as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n) {
-    if (type == RETROFIT_F32) memcpy(out, data, n * 4);
-    for (size_t i = 0; type != RETROFIT_F32 && i < n; i++) {
+    if (type == RETROFIT_F32) {
+        memcpy(out, data, n * sizeof(float));
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
         uint16_t x;
-        memcpy(&x, (const char *)data + 2 * i, 2); // at any address: a file's header may have an odd length
+        memcpy(&x, (const char *)data + 2 * i, 2); // the address may be odd
         out[i] = type == RETROFIT_BF16 ? retrofit_bf16_to_float(x) : retrofit_f16_to_float(x);
     }
 }
 
-bool retrofit_sync_directory(const char *path) {
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    bool ok = (fd >= 0 && fsync(fd) == 0) || retrofit_fail("%s: %s", path, strerror(errno));
-    if (fd >= 0) close(fd);
-    return ok;
+// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it ----------
+
+static void mt19937_seed(mt19937 *generator, uint32_t seed) {
+    uint32_t *state = generator->state;
+    state[0] = seed;
+    for (uint32_t i = 1; i < 624; i++)
+        state[i] = 1812433253u * (state[i - 1] ^ state[i - 1] >> 30) + i;
+    generator->next = 0;
 }
 
-void retrofit_parent_directory(char *path) { // in place
-    char *slash = strrchr(path, '/');
-    if (slash) slash[slash == path] = 0;
-    else strcpy(path, ".");
-}
-
-// A directory and its parents, as mkdir -p makes them; `fresh`: it must not exist yet. path is written to, but left as it was.
-bool retrofit_make_directories(char *path, bool fresh) {
-    char *end = path;
-    if (!*path) return retrofit_fail("'' is no name for a directory");
-    for (char next = '/'; next; *end = next) {
-        end += 1 + strcspn(end + 1, "/"), next = *end, *end = 0;
-        if (mkdir(path, 0777) && (errno != EEXIST || (fresh && !next))) return retrofit_fail("%s: %s", path, strerror(errno));
-    }
-    return true;
-}
-
-// ---- Random numbers: PyTorch's CPU generator, because the authors' draws come from it -------------------------------
-
-static void mt19937_seed(mt19937 *g, uint32_t seed) {
-    g->state[0] = seed;
-    for (uint32_t i = 1; i < 624; i++) g->state[i] = 1812433253u * (g->state[i - 1] ^ g->state[i - 1] >> 30) + i;
-    g->next = 0;
-}
-
-static uint32_t mt19937_next(mt19937 *g) { // twists one word at a time, as it is needed: most draws need few of the 624
-    size_t i = g->next;
-    g->next = (i + 1) % 624;
-    uint32_t y = (g->state[i] & 0x80000000u) | (g->state[g->next] & 0x7fffffffu);
-    y = g->state[i] = g->state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
-    y ^= y >> 11, y ^= y << 7 & 0x9d2c5680u, y ^= y << 15 & 0xefc60000u;
+// Renews one word of the state when it is needed: most draws need few of the 624.
+static uint32_t mt19937_next(mt19937 *generator) {
+    uint32_t *state = generator->state;
+    size_t i = generator->next, next = (i + 1) % 624;
+    uint32_t y = (state[i] & 0x80000000u) | (state[next] & 0x7fffffffu);
+    y = state[(i + 397) % 624] ^ y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
+    state[i] = y;
+    generator->next = next;
+    y ^= y >> 11;
+    y ^= y << 7 & 0x9d2c5680u;
+    y ^= y << 15 & 0xefc60000u;
     return y ^ y >> 18;
 }
 
-static double mt19937_uniform(mt19937 *g) { // [0, 1): the low 53 bits of two outputs, the first one high
-    uint64_t high = mt19937_next(g), low = mt19937_next(g);
+// Two outputs, the first one high, make 64 bits. The low 53 of them times 2^-53 lie in [0, 1).
+static double mt19937_uniform(mt19937 *generator) {
+    uint64_t high = mt19937_next(generator);
+    uint64_t low = mt19937_next(generator);
     return (double)((high << 32 | low) & ((1ull << 53) - 1)) * 0x1p-53;
 }
 
-static double mt19937_normal(mt19937 *g) {
-    double u1 = mt19937_uniform(g), u2 = mt19937_uniform(g);
+// Box and Muller: √(-2·log(1 - u_2))·cos(2π·u_1). PyTorch keeps the sine for a second number, but
+// here a generator draws only one.
+static double mt19937_normal(mt19937 *generator) {
+    double u1 = mt19937_uniform(generator);
+    double u2 = mt19937_uniform(generator);
     return sqrt(-2 * log1p(-u2)) * cos(2 * 3.14159265358979323846 * u1);
 }
 
-// Poisson as PyTorch draws it: by multiplying uniforms for small rates, by Hörmann's transformed rejection (PTRS, 1993) from 10 on.
-static size_t mt19937_poisson(mt19937 *g, double rate) {
-    if (rate < 10) {
-        double floor_ = exp(-rate), product = 1;
-        for (size_t k = 0;; k++)
-            if ((product *= mt19937_uniform(g)) <= floor_) return k;
-    }
+// Knuth: how many uniforms can be multiplied before the product falls to e^-λ or below.
+static size_t poisson_by_product(mt19937 *generator, double rate) {
+    double limit = exp(-rate), product = mt19937_uniform(generator);
+    size_t k = 0;
+    for (; product > limit; k++) product *= mt19937_uniform(generator);
+    return k;
+}
+
+// Hörmann's transformed rejection (PTRS, 1993). Of uniforms u in [-1/2, 1/2) and v in [0, 1),
+//
+//     k = ⌊(2a/u_s + b)·u + λ + 0.43⌋    u_s = 1/2 - |u|
+//
+// is accepted if v/α ≤ (a/u_s² + b)·e^-λ·λ^k/k!. Two comparisons mostly spare the logarithms.
+static size_t poisson_by_rejection(mt19937 *generator, double rate) {
     double b = 0.931 + 2.53 * sqrt(rate), a = -0.059 + 0.02483 * b, log_rate = log(rate);
     double inverse_alpha = 1.1239 + 1.1328 / (b - 3.4), v_r = 0.9277 - 3.6224 / (b - 2);
     for (;;) {
-        double u = mt19937_uniform(g) - 0.5, v = mt19937_uniform(g), us = 0.5 - fabs(u);
+        double u = mt19937_uniform(generator) - 0.5;
+        double v = mt19937_uniform(generator);
+        double us = 0.5 - fabs(u);
         double k = floor((2 * a / us + b) * u + rate + 0.43);
         if (us >= 0.07 && v <= v_r) return (size_t)k;
         if (k < 0 || (us < 0.013 && v > us)) continue;
-        if (log(v) + log(inverse_alpha) - log(a / (us * us) + b) <= -rate + k * log_rate - lgamma(k + 1)) return (size_t)k;
+        double left = log(v) + log(inverse_alpha) - log(a / (us * us) + b);
+        if (left <= -rate + k * log_rate - lgamma(k + 1)) return (size_t)k;
     }
 }
 
-// ---- Command lines ----------------------------------------------------------------------------------------------------------
-double retrofit_seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+// As PyTorch draws it.
+static size_t mt19937_poisson(mt19937 *generator, double rate) {
+    if (rate < 10) return poisson_by_product(generator, rate);
+    return poisson_by_rejection(generator, rate);
 }
 
-bool retrofit_sizes(const char *text, size_t *out, size_t most, size_t *count) {
+// ---- Command lines -----------------------------------------------------------------------------
+
+bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count) {
     *count = 0;
     for (char *end;; text = end + 1) {
         unsigned long long n = strtoull(text, &end, 10);
-        if (*text < '0' || *text > '9' || n == 0 || n > 1 << 20 || (*end && *end != ','))
+        bool digit = *text >= '0' && *text <= '9';
+        bool separated = *end == 0 || *end == ',';
+        if (!digit || n == 0 || n > 1 << 20 || !separated)
             return retrofit_fail("'%s' is not a list of positive numbers like 1,2,4", text);
-        if (*count == most) return retrofit_fail("a list of more than %zu numbers", most);
+        if (*count == max) return retrofit_fail("a list of more than %zu numbers", max);
         out[(*count)++] = (size_t)n;
         if (*end == 0) return true;
     }
 }
 
-static bool read_option(const retrofit_option *o, const char *text) { // text: the value; NULL if there is none
-    char *end = NULL;
-    if (o->type == RETROFIT_SWITCH && !text) return *(int *)o->value = 1, true;
-    if (o->type == RETROFIT_FLAG) return text ? retrofit_fail("--%s takes no value", o->name) : (*(bool *)o->value = true);
-    if (!text) return retrofit_fail("--%s needs a value", o->name);
-    if (o->type == RETROFIT_STRING) return *(const char **)o->value = text, true;
-    if (o->type == RETROFIT_SIZE) {
-        errno = 0;
-        *(size_t *)o->value = (size_t)strtoull(text, &end, 10);
-        return (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) || retrofit_fail("--%s needs a whole number, not '%s'", o->name, text);
-    }
-    if (o->type == RETROFIT_REAL) {
-        double x = *(double *)o->value = strtod(text, &end);
-        return (*text && *end == 0 && isfinite(x)) || retrofit_fail("--%s needs a number, not '%s'", o->name, text);
-    }
-    size_t n = strlen(text);
-    const char *c = o->argument;
-    for (int i = 0; c; i++, c = strchr(c, '|'), c += c != NULL)
-        if (!strchr(text, '|') && !strncmp(c, text, n) && (c[n] == 0 || c[n] == '|'))
-            return *(int *)o->value = i + (o->type == RETROFIT_SWITCH ? 2 : 0), true;
-    return retrofit_fail("--%s is one of %s, not '%s'", o->name, o->argument, text);
+static bool read_option_size(const retrofit_option *option, const char *text) {
+    char *end;
+    errno = 0;
+    *(size_t *)option->value = (size_t)strtoull(text, &end, 10);
+    if (*text >= '0' && *text <= '9' && *end == 0 && errno == 0) return true;
+    return retrofit_fail("--%s needs a whole number, not '%s'", option->name, text);
 }
 
-static size_t common_letters(const char *a, const char *b) { // at their beginnings and ends: enough to guess what was meant
+static bool read_option_real(const retrofit_option *option, const char *text) {
+    char *end;
+    double x = strtod(text, &end);
+    *(double *)option->value = x;
+    if (*text && *end == 0 && isfinite(x)) return true;
+    return retrofit_fail("--%s needs a number, not '%s'", option->name, text);
+}
+
+static bool read_option_choice(const retrofit_option *option, const char *text) {
+    int first = option->type == RETROFIT_SWITCH ? 2 : 0;
+    const char *choice = option->argument;
+    for (int i = 0;; i++) {
+        size_t length = strcspn(choice, "|");
+        if (strlen(text) == length && !strncmp(choice, text, length)) {
+            *(int *)option->value = first + i;
+            return true;
+        }
+        if (choice[length] == 0) break;
+        choice += length + 1;
+    }
+    return retrofit_fail("--%s is one of %s, not '%s'", option->name, option->argument, text);
+}
+
+// text: the value; NULL if there is none.
+static bool read_option(const retrofit_option *option, const char *text) {
+    if (option->type == RETROFIT_FLAG) {
+        if (text) return retrofit_fail("--%s takes no value", option->name);
+        *(bool *)option->value = true;
+        return true;
+    }
+    if (option->type == RETROFIT_SWITCH && !text) {
+        *(int *)option->value = 1;
+        return true;
+    }
+    if (!text) return retrofit_fail("--%s needs a value", option->name);
+    if (option->type == RETROFIT_SIZE) return read_option_size(option, text);
+    if (option->type == RETROFIT_REAL) return read_option_real(option, text);
+    if (option->type != RETROFIT_STRING) return read_option_choice(option, text);
+    *(const char **)option->value = text;
+    return true;
+}
+
+enum { HELP_COLUMN = 36 }; // where the explanations begin
+
+static void print_options(const retrofit_option *table, size_t count, const char *usage) {
+    printf("%s", usage);
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_option *option = &table[i];
+        if (option->type == RETROFIT_HEADING) {
+            printf("\n%s\n", option->name);
+            continue;
+        }
+        const char *argument = option->argument ? option->argument : "";
+        bool may_miss = option->type == RETROFIT_SWITCH;
+        int width = printf(may_miss ? "  --%s[=%s]" : "  --%s %s", option->name, argument);
+        if (width > HELP_COLUMN - 2) {
+            printf("\n");
+            width = 0;
+        }
+        printf("%*s%s\n", HELP_COLUMN - width, "", option->help);
+    }
+}
+
+// name: up to "=" or the end.
+static const retrofit_option *find_option(const retrofit_option *table, size_t count,
+                                          const char *name) {
+    size_t length = strcspn(name, "=");
+    for (size_t i = 0; i < count; i++) {
+        const retrofit_option *option = &table[i];
+        if (option->type == RETROFIT_HEADING || strlen(option->name) != length) continue;
+        if (!strncmp(option->name, name, length)) return option;
+    }
+    return NULL;
+}
+
+// Letters that two names share at their beginnings and ends: enough to guess what was meant.
+static size_t common_letters(const char *a, const char *b) {
     size_t n = strlen(a), m = strlen(b), front = 0, back = 0;
     while (front < n && front < m && a[front] == b[front]) front++;
     while (back < n && back < m && a[n - 1 - back] == b[m - 1 - back]) back++;
     return front + back;
 }
 
-int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count, const char *usage, const char **others,
-                     size_t *other_count) {
-    const char *program = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
+static const char *nearest_option(const retrofit_option *table, size_t count, const char *name) {
+    const char *nearest = "help";
+    for (size_t i = 0; i < count; i++) {
+        if (table[i].type == RETROFIT_HEADING) continue;
+        if (common_letters(table[i].name, name) > common_letters(nearest, name))
+            nearest = table[i].name;
+    }
+    return nearest;
+}
+
+int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
+                     const char *usage, const char **others, size_t *other_count) {
+    const char *slash = strrchr(argv[0], '/'), *program = slash ? slash + 1 : argv[0];
     for (int i = 1; i < argc; i++) {
-        const char *arg = argv[i], *value = strchr(arg, '='), *nearest = "help";
-        if (!strcmp(arg, "--help") || !strcmp(arg, "-h")) {
-            printf("%s", usage);
-            for (const retrofit_option *o = table; o < table + count; o++) {
-                bool heading = o->type == RETROFIT_HEADING;
-                const char *form = o->type == RETROFIT_SWITCH ? "  --%s[=%s]" : "  --%s %s";
-                int n = heading ? printf("\n%s\n", o->name) : printf(form, o->name, o->argument ? o->argument : "");
-                if (!heading) printf("%s%*s%s\n", n > 34 ? "\n" : "", n > 34 ? 36 : 36 - n, "", o->help);
-            }
+        const char *argument = argv[i], *name = argument + 2, *value = strchr(argument, '=');
+        if (!strcmp(argument, "--help") || !strcmp(argument, "-h")) {
+            print_options(table, count, usage);
             return 0;
         }
-        if (strncmp(arg, "--", 2)) {
-            if (!others) return fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n", program, arg), 2;
-            others[(*other_count)++] = arg;
+        bool dashes = !strncmp(argument, "--", 2);
+        if (!dashes && !others) {
+            fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n",
+                    program, argument);
+            return 2;
+        }
+        if (!dashes) {
+            others[(*other_count)++] = argument;
             continue;
         }
-        const retrofit_option *found = NULL;
-        size_t length = strcspn(arg, "=") - 2;
-        for (const retrofit_option *o = table; o < table + count; o++) {
-            if (o->type == RETROFIT_HEADING) continue;
-            if (!found && strlen(o->name) == length && !strncmp(o->name, arg + 2, length)) found = o;
-            if (common_letters(o->name, arg + 2) > common_letters(nearest, arg + 2)) nearest = o->name;
-        }
+        const retrofit_option *option = find_option(table, count, name);
+        bool alone = !option || option->type == RETROFIT_FLAG || option->type == RETROFIT_SWITCH;
         if (value) value++;
-        else if (found && found->type != RETROFIT_FLAG && found->type != RETROFIT_SWITCH && i + 1 < argc) value = argv[++i];
-        if (!(found ? read_option(found, value) : retrofit_fail("unknown option %s: did you mean --%s?", arg, nearest)))
-            return fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error()), 2;
+        else if (!alone && i + 1 < argc) value = argv[++i];
+        bool ok = option ? read_option(option, value)
+                         : retrofit_fail("unknown option %s: did you mean --%s?", argument,
+                                         nearest_option(table, count, name));
+        if (!ok) {
+            fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error());
+            return 2;
+        }
     }
     return -1;
 }

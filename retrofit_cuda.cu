@@ -1,25 +1,33 @@
-/* retrofit_cuda.cu - the operations of retrofit.h on an NVIDIA GPU (compute capability 8.0 and later), in the same order, under the same
-   names.
+/* retrofit_cuda.cu - the operations of retrofit.h on NVIDIA GPUs of compute capability 8.0 or more.
 
-   What an operation computes, its shapes and its contract are told in retrofit.h, above the CPU's operation of the same name. Here stands
-   how a GPU does it. Two tables are made of one set of templates: in `retrofit_cuda` the element E of branch activations and matrices is
-   bf16, in `retrofit_cuda_fp32` it is float and everything else is the same, so that the algorithms can be checked to fp32's precision.
+   The operations stand in the order of RETROFIT_OPS (retrofit.h, section 1), under the same names.
+   What each one computes is told there and above the CPU's operation of the same name (section 6).
+   Here stands how a GPU does it: which blocks and threads take which part of the work, then the
+   kernel, then the function that launches it.
 
-   How the kernels are made:
-     - What only moves memory reads and writes eight elements per thread (load8, store8), 16 bytes at a time where addresses allow it.
-     - What multiplies matrices (matmul, attention) copies tiles to shared memory with cp.async, one or more tiles ahead, and multiplies
-       16x16 blocks of them with the tensor cores: load_a, load_b, multiply. In fp32 the same blocks are multiplied with plain
-   multiply-adds.
-     - Every sum has a fixed order: there are no atomics, so the same inputs give the same bits.
-     - All work goes to one stream. Nothing allocates: scratch is the workspace, 32 MB, set aside when the device is started.
+   Two tables are made of one set of templates. In `retrofit_cuda` the type E of branch activations
+   and matrices is bf16. In `retrofit_cuda_fp32` it is float and everything else is the same, so
+   that the algorithms can be checked against the CPU to the precision of fp32.
+
+   What holds for all kernels:
+     - Kernels that only move memory read and write eight elements per thread (load8, store8), in
+       vectors of 16 bytes where addresses allow it.
+     - Kernels that multiply matrices (matmul, attention) copy tiles to shared memory with cp.async
+       while they multiply earlier tiles. The tensor cores multiply blocks of 16x16: load_a, load_b,
+       multiply. In fp32 ordinary multiply-adds multiply the same blocks.
+     - Every sum has a fixed order. There are no atomics: the same inputs give the same bits.
+     - All work goes to one stream. Nothing allocates: scratch memory is the workspace of 32 MB,
+       which is set aside when the device is started.
 
    Contents
-     1  the machine: shared memory, tensor cores, asynchronous copies; tiles and blocks made of them
+     1  the machine: PTX, blocks of 16x16, tiles, eight numbers at a time, sums
      2  the device: start, errors, memory, launches, recording
-     3  the operations
-     4  the tables
+     3  matrix products: few rows, cuBLASLt, our own
+     4  the operations
+     5  the tables
 
-   Without nvcc this file compiles as C++ against test/emulator.h, which runs each kernel's threads on the CPU: so it is tested anywhere. */
+   Without nvcc this file compiles as C++ over test/emulator.h, which runs the threads of each
+   kernel on the CPU. That is how it is tested on machines without a GPU. */
 #include "retrofit.h"
 #include <math.h>
 #include <stdio.h>
@@ -35,107 +43,183 @@
 #endif
 #else
 #include "test/emulator.h"
-#define EACH(i, n) for (int i = 0; i < (n); i++)
 #define __noinline__
 #endif
 
 typedef __nv_bfloat16 bf16;
 
-// =====================================================================================================================
-// 1  The machine
-// =====================================================================================================================
+// A function that kernels call.
+#define DEVICE __device__ __forceinline__
 
+// A loop over values that should stay in registers. It must be unrolled, because registers cannot
+// be indexed.
 #ifdef __CUDACC__
-#define EACH(i, n)       _Pragma("unroll") for (int i = 0; i < (n); i++) // unrolled: what lies in registers has no index
+#define EACH(i, n) _Pragma("unroll") for (int i = 0; i < (n); i++)
+#else
+#define EACH(i, n) for (int i = 0; i < (n); i++)
+#endif
+
+// =================================================================================================
+// 1  The machine
+// =================================================================================================
+
+// ---- PTX ---------------------------------------------------------------------------------------
+// test/emulator.h has its own version of everything up to the #endif below.
+//
+// Tensor cores spread a matrix over the 32 lanes of a warp. In all of this file
+//     g = lane / 4     0 … 7
+//     t = lane % 4     0 … 3
+// so that four lanes share row g of an 8x8 matrix and lane t of them has its columns 2t and 2t + 1:
+//
+//                  columns  0   1   2   3   4   5   6   7
+//             row 0         lane 0  lane 1  lane 2  lane 3
+//             row 1         lane 4  lane 5  lane 6  lane 7
+//              …
+//             row 7         lane 28 lane 29 lane 30 lane 31
+#ifdef __CUDACC__
 #define SMEM(E, name, N) __shared__ E name[N]
 #define DYN_SMEM(E, name)                                                   \
     extern __shared__ __align__(128) unsigned char dynamic_shared_memory[]; \
     E *name = reinterpret_cast<E *>(dynamic_shared_memory)
 
-static __device__ __forceinline__ unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+DEVICE unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-// Four 8x8 matrices of 16-bit elements. Lane l says where row l % 8 of matrix l / 8 lies, 16 bytes; r[i] gets elements (g, 2t), (g, 2t + 1)
-// of matrix i, where g = lane / 4 and t = lane % 4 here and below. Transposed: elements (2t, g), (2t + 1, g).
-static __device__ __forceinline__ void ldmatrix(uint32_t r[4], const void *row) {
+// ldmatrix.x4 reads four 8x8 matrices of 16-bit elements from shared memory.
+// Lane l passes the address of row l % 8 of matrix l / 8: 16 bytes, at a multiple of 16.
+// It gets in r[i], of matrix i, (g, 2t) in the lower half and (g, 2t + 1) in the upper half.
+DEVICE void ldmatrix(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
-static __device__ __forceinline__ void ldmatrix_transposed(uint32_t r[4], const void *row) {
+
+// ldmatrix.x4.trans: the same, but a lane gets the elements (2t, g) and (2t + 1, g).
+DEVICE void ldmatrix_transposed(uint32_t r[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
 
-// c (16x8) += a (16x16) · b (16x8), b held by columns. A lane has of c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1); of a, in pairs
-// (2t, 2t + 1) of columns: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8); of b, in pairs of rows: (2t, g), (2t + 8, g).
-static __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+// mma.m16n8k16: c (16x8, fp32) += a (16x16, bf16) · b (16x8, bf16). A lane holds
+//     of c: c[0] (g, 2t)   c[1] (g, 2t + 1)   c[2] (g + 8, 2t)   c[3] (g + 8, 2t + 1)
+//     of a, pairs of columns:  a[0] (g, 2t …)       a[1] (g + 8, 2t …)
+//                              a[2] (g, 2t + 8 …)   a[3] (g + 8, 2t + 8 …)
+//     of b, pairs of rows:     b[0] (2t …, g)       b[1] (2t + 8 …, g)
+DEVICE void mma(float c[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes from global to shared memory, of which the first `bytes` are copied and the rest become 0, while the thread goes on. A group of
-// copies ends with a commit; wait<N> waits for all groups but the latest N.
-static __device__ __forceinline__ void cp_async(void *shared, const void *global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)),
-                 "r"(bytes)
+// cp.async.cg copies 16 bytes from global to shared memory while the thread goes on. Only the first
+// `bytes` of them are read; the rest become 0.
+DEVICE void cp_async(void *shared, const void *global, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(__cvta_generic_to_global(global)), "r"(bytes)
                  : "memory");
 }
-static __device__ __forceinline__ void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> static __device__ __forceinline__ void cp_async_wait(void) { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// cp.async.commit_group: the thread's copies since the last commit become a group.
+DEVICE void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// cp.async.wait_group N: waits until all of the thread's groups but the latest N have arrived.
+template <int N> DEVICE void cp_async_wait(void) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 #endif
 
+// ---- The product of mma in fp32 ----------------------------------------------------------------
+// No tensor core multiplies in fp32 without rounding the factors. Here the lanes hold the same
+// elements as for mma, unpacked, and fetch by shuffles what their four sums need:
+//     c[0] = Σ_k a(g, k)·b(k, 2t)         c[1] = Σ_k a(g, k)·b(k, 2t + 1)
+//     c[2] = Σ_k a(g + 8, k)·b(k, 2t)     c[3] = Σ_k a(g + 8, k)·b(k, 2t + 1)
+// (row, k) of a is held by lane 4·row + k % 8 / 2, (k, column) of b by lane 4·column + k % 8 / 2.
 #if defined __CUDACC__ || defined EMULATOR_NO_MMA_F32
-// The same product in fp32, of the very same elements in the same places: each lane gets from the others what its four sums need. Not
-// inlined: a kernel has hundreds of them.
-static __device__ __noinline__ float4 mma_by_shuffles(float4 c, float4 a_low, float4 a_high, float4 b) {
-    float a[8] = {a_low.x, a_low.y, a_low.z, a_low.w, a_high.x, a_high.y, a_high.z, a_high.w}, bs[4] = {b.x, b.y, b.z, b.w};
+// Not inlined, because a kernel multiplies hundreds of blocks.
+static __device__ __noinline__ float4 mma_by_shuffles(float4 c, float4 a_low, float4 a_high,
+                                                      float4 b) {
+    float a[8] = {a_low.x, a_low.y, a_low.z, a_low.w, a_high.x, a_high.y, a_high.z, a_high.w};
+    float bs[4] = {b.x, b.y, b.z, b.w};
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     EACH (k, 16) {
-        int high = k / 8, owner = k % 8 / 2, odd = k % 2;
-        float a0 = __shfl_sync(~0u, a[4 * high + odd], 4 * g + owner), a1 = __shfl_sync(~0u, a[4 * high + 2 + odd], 4 * g + owner);
-        float b0 = __shfl_sync(~0u, bs[2 * high + odd], 8 * t + owner), b1 = __shfl_sync(~0u, bs[2 * high + odd], 8 * t + 4 + owner);
-        c.x = fmaf(a0, b0, c.x), c.y = fmaf(a0, b1, c.y), c.z = fmaf(a1, b0, c.z), c.w = fmaf(a1, b1, c.w);
+        int high = k / 8, holder = k % 8 / 2, odd = k % 2;
+        float a0 = __shfl_sync(~0u, a[4 * high + odd], 4 * g + holder);
+        float a1 = __shfl_sync(~0u, a[4 * high + 2 + odd], 4 * g + holder);
+        float b0 = __shfl_sync(~0u, bs[2 * high + odd], 8 * t + holder);
+        float b1 = __shfl_sync(~0u, bs[2 * high + odd], 8 * t + 4 + holder);
+        c.x = fmaf(a0, b0, c.x);
+        c.y = fmaf(a0, b1, c.y);
+        c.z = fmaf(a1, b0, c.z);
+        c.w = fmaf(a1, b1, c.w);
     }
     return c;
 }
-static __device__ __forceinline__ void mma(float c[4], const float a[8], const float b[4]) {
-    float4 sum = mma_by_shuffles(make_float4(c[0], c[1], c[2], c[3]), make_float4(a[0], a[1], a[2], a[3]),
-                                 make_float4(a[4], a[5], a[6], a[7]), make_float4(b[0], b[1], b[2], b[3]));
-    c[0] = sum.x, c[1] = sum.y, c[2] = sum.z, c[3] = sum.w;
+
+DEVICE void mma(float c[4], const float a[8], const float b[4]) {
+    float4 sum =
+        mma_by_shuffles(make_float4(c[0], c[1], c[2], c[3]), make_float4(a[0], a[1], a[2], a[3]),
+                        make_float4(a[4], a[5], a[6], a[7]), make_float4(b[0], b[1], b[2], b[3]));
+    c[0] = sum.x;
+    c[1] = sum.y;
+    c[2] = sum.z;
+    c[3] = sum.w;
 }
 #endif
 
-// ---- Numbers ----------------------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float &to, float x) { to = x; }
-__device__ __forceinline__ void from_float(bf16 &to, float x) { to = __float2bfloat16(x); }
+// ---- Numbers of either type --------------------------------------------------------------------
+DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(bf16 x) { return __bfloat162float(x); }
+DEVICE void from_float(float &to, float x) { to = x; }
+DEVICE void from_float(bf16 &to, float x) { to = __float2bfloat16(x); }
 
-__device__ __forceinline__ unsigned pack(float x, float y) {
+// Two numbers as bf16, x in the lower half.
+DEVICE unsigned pack(float x, float y) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
     unsigned bits;
     memcpy(&bits, &pair, 4);
     return bits;
 }
-// ---- Blocks of 16x16, held by a warp ------------------------------------------------------------------------------------------
-// A lane's share: four pairs of elements. As a left factor (m, k): pair i is (g + i % 2 · 8, 2t + i / 2 · 8) and the next column. As a
-// right factor (k, n): pair i is (2t + i % 2 · 8, g + i / 2 · 8) and the next row: two 16x8 factors of mma side by side.
+
+DEVICE int int_min(int a, int b) { return a < b ? a : b; }
+
+// i / n, and the remainder. A division of 64 bits takes ten times as long as one of 32.
+DEVICE size_t divide(size_t i, size_t n, size_t &remainder) {
+    bool narrow = i <= 0xffffffffu && n <= 0xffffffffu;
+    size_t quotient = narrow ? (unsigned)i / (unsigned)n : i / n;
+    remainder = i - quotient * n;
+    return quotient;
+}
+
+// ---- Blocks of 16x16, held by a warp -----------------------------------------------------------
+// A block is four 8x8 matrices, of each of which a lane holds one pair of elements. Pair i of the
+// factors of a product lies in matrix i of
+//                         ┌───┬───┐
+//                         │ 0 │ 2 │        left factor  (m, k): elements (g, 2t), (g, 2t + 1)
+//                         ├───┼───┤        right factor (k, n): elements (2t, g), (2t + 1, g)
+//                         │ 1 │ 3 │
+//                         └───┴───┘
+// which is what mma wants of its a, and of two of its b side by side (pairs 0, 1 and 2, 3).
 template <typename E> struct fragment;
-template <> struct fragment<bf16> { uint32_t x[4]; };
+template <> struct fragment<bf16> { uint32_t x[4]; }; // a pair each
 template <> struct fragment<float> { float x[8]; };
 
-// From a tile in shared memory whose rows are `stride` elements apart, at its element (0, 0). Pair i lies in the 8x8 matrix in row i % 2
-// and column i / 2 of the block as it is stored, or the other way round if ACROSS. TRANSPOSED: pairs run down the stored columns.
-template <bool TRANSPOSED, bool ACROSS> __device__ __forceinline__ void load_block(fragment<bf16> &f, const bf16 *tile, int stride) {
-    int lane = threadIdx.x % 32, i = lane / 8, row = (ACROSS ? i / 2 : i % 2) * 8 + lane % 8, column = (ACROSS ? i % 2 : i / 2) * 8;
+// Reads a block that begins at tile[0] in shared memory and whose rows are `stride` elements apart.
+// ACROSS: the matrices are numbered across the block as it is stored (0 1 / 2 3), not down it.
+// TRANSPOSED: pairs run down the stored columns, not along the stored rows.
+template <bool TRANSPOSED, bool ACROSS>
+DEVICE void load_block(fragment<bf16> &f, const bf16 *tile, int stride) {
+    int lane = threadIdx.x % 32, i = lane / 8; // the matrix whose row this lane points to
+    int row = (ACROSS ? i / 2 : i % 2) * 8 + lane % 8;
+    int column = (ACROSS ? i % 2 : i / 2) * 8;
     if (TRANSPOSED) ldmatrix_transposed(f.x, tile + row * stride + column);
     else ldmatrix(f.x, tile + row * stride + column);
 }
-template <bool TRANSPOSED, bool ACROSS> __device__ __forceinline__ void load_block(fragment<float> &f, const float *tile, int stride) {
+
+template <bool TRANSPOSED, bool ACROSS>
+DEVICE void load_block(fragment<float> &f, const float *tile, int stride) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     EACH (i, 4)
         EACH (j, 2) {
@@ -144,277 +228,811 @@ template <bool TRANSPOSED, bool ACROSS> __device__ __forceinline__ void load_blo
             f.x[2 * i + j] = tile[row * stride + column];
         }
 }
-// A left factor (m, k), stored so or as (k, m); a right factor (k, n), stored so or as (n, k).
-template <bool STORED_K_FIRST, typename E> __device__ __forceinline__ void load_a(fragment<E> &f, const E *tile, int stride) {
-    load_block<STORED_K_FIRST, STORED_K_FIRST>(f, tile, stride);
-}
-template <bool STORED_K_FIRST, typename E> __device__ __forceinline__ void load_b(fragment<E> &f, const E *tile, int stride) {
-    load_block<STORED_K_FIRST, !STORED_K_FIRST>(f, tile, stride);
+
+// A left factor (m, k), stored as (m, k) or, K_FIRST, as (k, m).
+template <bool K_FIRST, typename E> DEVICE void load_a(fragment<E> &f, const E *tile, int stride) {
+    load_block<K_FIRST, K_FIRST>(f, tile, stride);
 }
 
-// c[0] | c[1] (16x16, as mma lays it out) += a · b
-template <typename E> __device__ __forceinline__ void multiply(float (*c)[4], const fragment<E> &a, const fragment<E> &b) {
+// A right factor (k, n), stored as (n, k) or, K_FIRST, as (k, n).
+template <bool K_FIRST, typename E> DEVICE void load_b(fragment<E> &f, const E *tile, int stride) {
+    load_block<K_FIRST, !K_FIRST>(f, tile, stride);
+}
+
+// c (16x16) += a · b. c[0] is the left half of c and c[1] the right half, each as mma lays it out.
+template <typename E>
+DEVICE void multiply(float (*c)[4], const fragment<E> &a, const fragment<E> &b) {
+    constexpr size_t HALF = sizeof b.x / sizeof *b.x / 2;
     mma(c[0], a.x, b.x);
-    mma(c[1], a.x, b.x + sizeof b.x / sizeof *b.x / 2);
+    mma(c[1], a.x, b.x + HALF);
 }
 
-// A product's result as the next product's left factor: the places agree, only the type changes.
-__device__ __forceinline__ void as_factor(fragment<float> &f, const float (*c)[4]) {
+// The result of a product as the left factor of the next one. Each element is already where mma
+// wants it; only the type changes.
+DEVICE void as_factor(fragment<float> &f, const float (*c)[4]) {
     EACH (i, 8) f.x[i] = c[i / 4][i % 4];
 }
-__device__ __forceinline__ void as_factor(fragment<bf16> &f, const float (*c)[4]) {
+
+DEVICE void as_factor(fragment<bf16> &f, const float (*c)[4]) {
     EACH (i, 4) f.x[i] = pack(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
 }
 
-// ---- Tiles in shared memory -----------------------------------------------------------------------------------------------------
-// Their rows are 16 bytes longer than needed: the eight rows that ldmatrix reads then lie in different banks.
-template <typename E> __host__ __device__ constexpr int tile_stride(int columns) { return columns + 16 / (int)sizeof(E); }
-
-// Starts to copy a tile. row(r) says where row r lies, NULL: it is all zeros; only its first `width` elements exist, the others are 0.
-// aligned: all those addresses are multiples of 16 bytes.
-template <int ROWS, int COLUMNS, int BLOCK, typename E, typename F>
-__device__ __forceinline__ void load_tile(E *tile, F row, size_t width, bool aligned) {
-    constexpr int W = 16 / (int)sizeof(E), CHUNKS = COLUMNS / W;
-    static_assert(ROWS * CHUNKS % BLOCK == 0, "every thread copies as much");
-    auto exist = [=](const E *from, int c) { return from && (size_t)c < width ? (int)(width - c < W ? width - c : W) : 0; };
-    if (aligned) {
-#pragma unroll 4
-        for (int i = threadIdx.x; i < ROWS * CHUNKS; i += BLOCK) {
-            int r = i / CHUNKS, c = i % CHUNKS * W;
-            const E *from = row(r);
-            int n = exist(from, c);
-            cp_async(tile + r * tile_stride<E>(COLUMNS) + c, n ? from + c : (const E *)nullptr, n * (int)sizeof(E));
-        }
-    } else
-#pragma unroll 1
-        for (int i = threadIdx.x; i < ROWS * COLUMNS; i += BLOCK) {
-            int r = i / COLUMNS, c = i % COLUMNS;
-            const E *from = row(r);
-            E *to = tile + r * tile_stride<E>(COLUMNS) + c;
-            if (exist(from, c)) *to = from[c];
-            else from_float(*to, 0.0f);
-        }
+// ---- Tiles in shared memory --------------------------------------------------------------------
+// A tile's rows are 16 bytes longer than needed, so that the eight rows that ldmatrix reads at once
+// lie in different banks.
+template <typename E> __host__ __device__ constexpr int tile_stride(int columns) {
+    return columns + 16 / (int)sizeof(E);
 }
 
-// ---- Eight numbers at a time ------------------------------------------------------------------------------------------------------
-// As they lie in memory, in vectors of 16 bytes.
+// load_tile starts to copy a tile of ROWS x COLUMNS, with all BLOCK threads of a block.
+//     row(r)    where row r lies in global memory; NULL for a row of zeros
+//     width     how many elements a row has; the columns behind them become 0
+//     aligned   all these addresses are multiples of 16 bytes
+// The copies of aligned tiles end with cp_async_wait, others are done on return.
+template <int ROWS, int COLUMNS, int BLOCK, typename E, typename F>
+DEVICE void load_tile_async(E *tile, F row, size_t width) {
+    constexpr int CHUNK = 16 / (int)sizeof(E), CHUNKS = COLUMNS / CHUNK; // elements, per row
+    static_assert(ROWS * CHUNKS % BLOCK == 0, "every thread copies as much");
+#pragma unroll 4
+    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += BLOCK) {
+        int r = i / CHUNKS, c = i % CHUNKS * CHUNK;
+        const E *from = row(r);
+        size_t left = width - c; // counts only if c < width
+        int n = from && (size_t)c < width ? (int)(left < CHUNK ? left : CHUNK) : 0;
+        cp_async(tile + r * tile_stride<E>(COLUMNS) + c, n ? from + c : (const E *)nullptr,
+                 n * (int)sizeof(E));
+    }
+}
+
+template <int ROWS, int COLUMNS, int BLOCK, typename E, typename F>
+DEVICE void load_tile_by_elements(E *tile, F row, size_t width) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += BLOCK) {
+        int r = i / COLUMNS, c = i % COLUMNS;
+        const E *from = row(r);
+        E *to = tile + r * tile_stride<E>(COLUMNS) + c;
+        if (from && (size_t)c < width) *to = from[c];
+        else from_float(*to, 0.0f);
+    }
+}
+
+template <int ROWS, int COLUMNS, int BLOCK, typename E, typename F>
+DEVICE void load_tile(E *tile, F row, size_t width, bool aligned) {
+    if (aligned) load_tile_async<ROWS, COLUMNS, BLOCK>(tile, row, width);
+    else load_tile_by_elements<ROWS, COLUMNS, BLOCK>(tile, row, width);
+}
+
+// ---- Eight numbers at a time -------------------------------------------------------------------
+// Eight numbers as they lie in memory, in vectors of 16 bytes.
 template <typename E> struct eight;
 template <> struct eight<float> { float4 low, high; };
 template <> struct eight<bf16> { uint4 pairs; };
 
-__device__ __forceinline__ eight<float> load_eight(const float *p) {
+DEVICE eight<float> load_eight(const float *p) {
     return {*reinterpret_cast<const float4 *>(p), *reinterpret_cast<const float4 *>(p + 4)};
 }
-__device__ __forceinline__ eight<bf16> load_eight(const bf16 *p) { return {*reinterpret_cast<const uint4 *>(p)}; }
 
-__device__ __forceinline__ void unpack(float *out, const eight<float> &v) {
-    out[0] = v.low.x, out[1] = v.low.y, out[2] = v.low.z, out[3] = v.low.w;
-    out[4] = v.high.x, out[5] = v.high.y, out[6] = v.high.z, out[7] = v.high.w;
+DEVICE eight<bf16> load_eight(const bf16 *p) { return {*reinterpret_cast<const uint4 *>(p)}; }
+
+DEVICE void unpack(float *out, const eight<float> &v) {
+    float x[8] = {v.low.x, v.low.y, v.low.z, v.low.w, v.high.x, v.high.y, v.high.z, v.high.w};
+    EACH (i, 8) out[i] = x[i];
 }
-__device__ __forceinline__ void unpack(float *out, const eight<bf16> &v) { // bf16 is the upper half of an fp32
+
+// A bf16 number is the upper half of an fp32 number.
+DEVICE void unpack(float *out, const eight<bf16> &v) {
     unsigned pairs[4] = {v.pairs.x, v.pairs.y, v.pairs.z, v.pairs.w};
-    EACH (i, 4) out[2 * i] = __uint_as_float(pairs[i] << 16), out[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    EACH (i, 4) {
+        out[2 * i] = __uint_as_float(pairs[i] << 16);
+        out[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
 }
 
-__device__ __forceinline__ void store_eight(float *p, const float *x) {
-    __stwb(reinterpret_cast<float4 *>(p), make_float4(x[0], x[1], x[2], x[3])); // an assignment is sometimes taken apart
+// __stwb stores a vector in one instruction; the compiler may split an assignment.
+DEVICE void store_eight(float *p, const float *x) {
+    __stwb(reinterpret_cast<float4 *>(p), make_float4(x[0], x[1], x[2], x[3]));
     __stwb(reinterpret_cast<float4 *>(p + 4), make_float4(x[4], x[5], x[6], x[7]));
 }
-__device__ __forceinline__ void store_eight(bf16 *p, const float *x) {
-    __stwb(reinterpret_cast<uint4 *>(p), make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])));
+
+DEVICE void store_eight(bf16 *p, const float *x) {
+    __stwb(reinterpret_cast<uint4 *>(p),
+           make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7])));
 }
 
-// out[i] = p[i] as fp32, 0 from `left` on.
-template <typename E> __device__ __forceinline__ void load8(float *out, const E *p, size_t left) {
+// out[i] = p[i] for i = 0 … 7, but 0 for i >= left: `left` elements are left in the array.
+template <typename E> DEVICE void load8(float *out, const E *p, size_t left) {
     if (left >= 8 && (uintptr_t)p % 16 == 0) unpack(out, load_eight(p));
     else
         EACH (i, 8) out[i] = (size_t)i < left ? to_float(p[i]) : 0.0f;
 }
-template <typename E> __device__ __forceinline__ void store8(E *p, const float *x, size_t left) {
+
+// p[i] = x[i] for i = 0 … 7, but only where i < left.
+template <typename E> DEVICE void store8(E *p, const float *x, size_t left) {
     if (left >= 8 && (uintptr_t)p % 16 == 0) store_eight(p, x);
     else
         EACH (i, 8)
             if ((size_t)i < left) from_float(p[i], x[i]);
 }
-__device__ __forceinline__ int int_min(int a, int b) { return a < b ? a : b; }
 
-// Two neighbours, at an even place.
-__device__ __forceinline__ void store2(float *p, float x, float y) { *reinterpret_cast<float2 *>(p) = make_float2(x, y); }
-__device__ __forceinline__ void store2(bf16 *p, float x, float y) { *reinterpret_cast<__nv_bfloat162 *>(p) = __floats2bfloat162_rn(x, y); }
-
-// i / n and what remains; a division of 64 bits takes ten times as long as one of 32.
-__device__ __forceinline__ size_t divide(size_t i, size_t n, size_t &rest) {
-    size_t quotient = i <= 0xffffffffu && n <= 0xffffffffu ? (unsigned)i / (unsigned)n : i / n;
-    rest = i - quotient * n;
-    return quotient;
+// p[0] = x and p[1] = y, where p is a multiple of two elements.
+DEVICE void store2(float *p, float x, float y) {
+    *reinterpret_cast<float2 *>(p) = make_float2(x, y);
 }
 
-// The sum of all threads' x, in every thread; all of a block's threads must call it.
-template <typename V> __device__ __forceinline__ V block_sum(V x) {
+DEVICE void store2(bf16 *p, float x, float y) {
+    *reinterpret_cast<__nv_bfloat162 *>(p) = __floats2bfloat162_rn(x, y);
+}
+
+// ---- Sums and maxima over threads --------------------------------------------------------------
+struct addition {
+    template <typename V> __device__ V operator()(V x, V y) const { return x + y; }
+};
+struct maximum {
+    __device__ float operator()(float x, float y) const { return fmaxf(x, y); }
+};
+
+// Over a warp, in every lane. Lanes 16 apart are combined first, then 8 apart, …
+template <typename V, typename F> DEVICE V warp_reduce(V x, F combine) {
+    for (int other = 16; other; other /= 2) x = combine(x, __shfl_xor_sync(~0u, x, other));
+    return x;
+}
+
+// Over a block, in every thread; all threads of the block must call it. The warps' results are
+// combined in the order of the warps.
+template <typename V, typename F> DEVICE V block_reduce(V x, F combine) {
     SMEM(V, parts, 32);
-    for (int other = 16; other; other /= 2) x += __shfl_xor_sync(~0u, x, other);
-    __syncthreads(); // parts of an earlier call may still be read
+    x = warp_reduce(x, combine);
+    __syncthreads(); // the parts of an earlier call may still be read
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
     __syncthreads();
-    V sum = parts[0];
-    for (unsigned i = 1; i < blockDim.x / 32; i++) sum += parts[i];
-    return sum;
+    V result = parts[0];
+    for (unsigned i = 1; i < blockDim.x / 32; i++) result = combine(result, parts[i]);
+    return result;
 }
-__device__ __forceinline__ float block_largest(float x) {
-    SMEM(float, parts, 32);
-    for (int other = 16; other; other /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, other));
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-    __syncthreads();
-    float top = parts[0];
-    for (unsigned i = 1; i < blockDim.x / 32; i++) top = fmaxf(top, parts[i]);
-    return top;
-}
-// Over the four lanes that share rows of a product's result.
-__device__ __forceinline__ float quad_sum(float x) {
+
+DEVICE float warp_sum(float x) { return warp_reduce(x, addition()); }
+DEVICE float block_max(float x) { return block_reduce(x, maximum()); }
+template <typename V> DEVICE V block_sum(V x) { return block_reduce(x, addition()); }
+
+// Over the four lanes that share a row of a product's result.
+DEVICE float quad_sum(float x) {
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
-__device__ __forceinline__ float quad_largest(float x) {
+
+DEVICE float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// =====================================================================================================================
+// =================================================================================================
 // 2  The device
-// =====================================================================================================================
+// =================================================================================================
 
-enum { THREADS = 256, WORKSPACE = 32 << 20 }; // of most kernels' blocks; bytes
+enum {
+    THREADS = 256,        // of a block, unless a kernel says otherwise
+    WORKSPACE = 32 << 20, // bytes
+};
 static cudaStream_t stream;
 static char *workspace;
 static cudaDeviceProp device;
 
-// What fails on a GPU once memory is had is a fault of this file or of the machine; it often shows late, so nothing can be saved by going
-// on.
-static void ensure(cudaError_t e, const char *what) {
-    if (e == cudaSuccess) return;
-    fprintf(stderr, "retrofit: %s failed on %s: %s\n", what, device.name, cudaGetErrorString(e));
+// Ends the program if a call failed. Once memory is allocated, a failure is a bug of this file or a
+// fault of the machine. It often shows only later, so nothing can be saved by going on.
+static void check_cuda(cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return;
+    fprintf(stderr, "retrofit: %s failed on %s: %s\n", what, device.name,
+            cudaGetErrorString(error));
     exit(1);
 }
 
+// ---- Launches ----------------------------------------------------------------------------------
+// The arguments' types are not deduced: they convert to the kernel's parameters as in any call.
 template <typename E> struct same { typedef E type; };
-// A kernel's arguments convert to its parameters' types as they would in a call.
+
+// Runs a kernel on `blocks` blocks of `threads` threads with `shared` bytes of dynamic memory.
 template <typename... P>
-static void launch(const char *name, void (*kernel)(P...), size_t blocks, unsigned threads, size_t shared,
-                   typename same<P>::type... arguments) {
+static void launch(const char *name, void (*kernel)(P...), size_t blocks, unsigned threads,
+                   size_t shared, typename same<P>::type... arguments) {
     if (blocks == 0) return;
-    if (blocks > 0x7fffffff) ensure(cudaErrorInvalidValue, name);
+    if (blocks > 0x7fffffff) check_cuda(cudaErrorInvalidValue, name);
 #ifdef __CUDACC__
     kernel<<<(unsigned)blocks, threads, shared, stream>>>(arguments...);
 #else
-    emulator_launch(kernel, dim3((unsigned)blocks), dim3(threads), shared, stream, arguments...);
+    dim3 grid((unsigned)blocks), block(threads);
+    emulator_launch(kernel, grid, block, shared, stream, arguments...);
 #endif
-    ensure(cudaGetLastError(), name);
+    check_cuda(cudaGetLastError(), name);
 }
 #define LAUNCH(kernel, ...) launch(#kernel, kernel, __VA_ARGS__)
 
-static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; }
-static size_t least_of(size_t a, size_t b) { return a < b ? a : b; }
-static size_t blocks_of8(size_t n) { return ceil_of(ceil_of(n, 8), THREADS); } // each thread takes eight of n
-// The first of the eight elements of n that this thread takes.
-__device__ __forceinline__ size_t first_of8(void) { return 8 * ((size_t)blockIdx.x * THREADS + threadIdx.x); }
+static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; } // a / b, rounded up
 
-// Larger shared memory than 48 KB must be asked for, once for every kernel.
-template <typename K> static void allow_shared(K *kernel, size_t bytes) {
-    ensure(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes), "setting shared memory");
+// Elementwise kernels: each thread takes eight of n elements, from first_of8() on.
+static size_t blocks_of8(size_t n) { return ceil_of(ceil_of(n, 8), THREADS); }
+DEVICE size_t first_of8(void) { return 8 * ((size_t)blockIdx.x * THREADS + threadIdx.x); }
+
+// Kernels that need more than 48 KB of shared memory must ask for it before their first launch.
+template <typename K> static void allow_shared_memory(K *kernel, size_t bytes) {
+    cudaFuncAttribute attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check_cuda(cudaFuncSetAttribute(kernel, attribute, (int)bytes), "setting shared memory");
 }
 
+// ---- Start -------------------------------------------------------------------------------------
+// Does nothing. Its launch fails if this file was compiled for other GPUs only.
 __global__ void probe_kernel(void) {}
 
-static bool start(char text[256]) {
-    static bool ready;
-    if (ready) return snprintf(text, 256, "%s", device.name), true;
+static cudaError_t find_device(void) {
     int count = 0;
-    cudaError_t e = cudaGetDeviceCount(&count);
-    if (e == cudaSuccess && count == 0) e = cudaErrorNoDevice;
-    if (e == cudaSuccess) e = cudaGetDeviceProperties(&device, 0);
-    if (e == cudaSuccess && device.major < 8)
-        return snprintf(text, 256, "%.100s has compute capability %d.%d, 8.0 is needed", device.name, device.major, device.minor), false;
-    if (e == cudaSuccess) e = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-    if (e == cudaSuccess) e = cudaMalloc((void **)&workspace, WORKSPACE);
+    cudaError_t error = cudaGetDeviceCount(&count);
+    if (error == cudaSuccess && count == 0) error = cudaErrorNoDevice;
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(&device, 0);
+    return error;
+}
+
+static cudaError_t prepare_device(void) {
+    cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaMalloc((void **)&workspace, WORKSPACE);
+    if (error != cudaSuccess) return error;
 #ifdef __CUDACC__
-    if (e == cudaSuccess) probe_kernel<<<1, 1, 0, stream>>>(), e = cudaGetLastError(); // fails if built for other GPUs only
+    probe_kernel<<<1, 1, 0, stream>>>();
 #endif
-    if (e == cudaSuccess) return ready = true, snprintf(text, 256, "%s", device.name), true;
-    cudaGetLastError();
-    snprintf(text, 256, "%.100s%s", cudaGetErrorString(e),
-             e == cudaErrorInsufficientDriver       ? ", or there is none"
-             : e == cudaErrorNoKernelImageForDevice ? ": make clean, then make on this machine"
-                                                    : "");
-    return false;
+    return cudaGetLastError();
 }
 
-static double peak_fp32(void) { return 0; } // of no use: nothing here comes near it
-
-// Multiply-adds of dense bf16 matrices with fp32 sums that a multiprocessor does per clock, times two. The H100's data sheet counts with
-// 1.83 GHz, less than the clock the driver tells.
-static double peak_bf16(void) {
-    int clock = 0, kilohertz = 0, version = device.major * 10 + device.minor;
-    if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, 0) == cudaSuccess) clock = kilohertz;
-    if (version == 90 && clock > 1830000) clock = 1830000;
-    double per_clock = version == 80 ? 2048 : version == 90 ? 4096 : version == 100 || version == 103 ? 8192 : 512;
-    return per_clock * device.multiProcessorCount * clock * 1e3;
+static const char *start_hint(cudaError_t error) {
+    if (error == cudaErrorInsufficientDriver) return ", or there is none";
+    if (error == cudaErrorNoKernelImageForDevice) return ": make clean, then make on this machine";
+    return "";
 }
 
-static size_t room(void) {
+static bool cuda_start(char text[256]) {
+    static bool ready;
+    cudaError_t error = ready ? cudaSuccess : find_device();
+    if (error == cudaSuccess && device.major < 8) {
+        snprintf(text, 256, "%.100s has compute capability %d.%d, 8.0 is needed", device.name,
+                 device.major, device.minor);
+        return false;
+    }
+    if (error == cudaSuccess && !ready) error = prepare_device();
+    if (error != cudaSuccess) {
+        cudaGetLastError(); // the error is told here, not at the next launch
+        snprintf(text, 256, "%.100s%s", cudaGetErrorString(error), start_hint(error));
+        return false;
+    }
+    ready = true;
+    snprintf(text, 256, "%s", device.name);
+    return true;
+}
+
+// Without tensor cores the fp32 table is far from any data sheet.
+static double cuda_peak_fp32(void) { return 0; }
+
+// FLOPs of dense bf16 matrices with fp32 sums that a multiprocessor does per clock.
+static double bf16_flops_per_clock(int version) {
+    switch (version) {
+    case 80: return 2048;  // A100
+    case 90: return 4096;  // H100
+    case 100: return 8192; // B200
+    case 103: return 8192; // B300
+    default: return 512;
+    }
+}
+
+static double cuda_peak_bf16(void) {
+    int kilohertz = 0, version = device.major * 10 + device.minor;
+    cudaError_t error = cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, 0);
+    if (error != cudaSuccess) kilohertz = 0;
+    // The H100's data sheet counts with 1.83 GHz, less than the clock that the driver tells.
+    if (version == 90 && kilohertz > 1830000) kilohertz = 1830000;
+    return bf16_flops_per_clock(version) * device.multiProcessorCount * kilohertz * 1e3;
+}
+
+// ---- Memory ------------------------------------------------------------------------------------
+static size_t cuda_free_memory(void) {
     size_t free_bytes = 0, all;
-    ensure(cudaMemGetInfo(&free_bytes, &all), "asking for free memory");
+    check_cuda(cudaMemGetInfo(&free_bytes, &all), "asking for free memory");
     return free_bytes;
 }
 
-static void cuda_zero(void *p, size_t bytes) { ensure(cudaMemsetAsync(p, 0, bytes, stream), "clearing memory"); }
+static void cuda_zero(void *p, size_t bytes) {
+    check_cuda(cudaMemsetAsync(p, 0, bytes, stream), "clearing memory");
+}
 
 static void *cuda_alloc(size_t bytes) {
     char text[256];
     void *p = NULL;
-    if (!start(text)) return retrofit_fail("%s", text), (void *)NULL;
+    if (!cuda_start(text)) {
+        retrofit_fail("%s", text);
+        return NULL;
+    }
     if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
         cudaGetLastError();
-        snprintf(text, sizeof text,
-                 "out of memory on %.100s: %.2f GB asked for, %.2f of %.2f GB are free: try fewer tokens at a time, or --device cpu",
-                 device.name, (double)bytes / 1e9, (double)room() / 1e9, (double)device.totalGlobalMem / 1e9);
-        return retrofit_fail("%s", text), (void *)NULL;
+        retrofit_fail("out of memory on %.100s: %.2f GB asked for, %.2f of %.2f GB are free: "
+                      "try fewer tokens at a time, or --device cpu",
+                      device.name, (double)bytes / 1e9, (double)cuda_free_memory() / 1e9,
+                      (double)device.totalGlobalMem / 1e9);
+        return NULL;
     }
     cuda_zero(p, bytes);
     return p;
 }
-static void cuda_free(void *p) { ensure(cudaFree(p), "freeing memory"); }
-static void cuda_upload(void *to, const void *host, size_t bytes) { // pageable memory is copied aside before the call returns
-    ensure(cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream), "copying to the GPU");
+
+static void cuda_free(void *p) { check_cuda(cudaFree(p), "freeing memory"); }
+
+// The host's memory is pageable: CUDA has copied it aside when the call returns.
+static void cuda_upload(void *to, const void *host, size_t bytes) {
+    cudaError_t error = cudaMemcpyAsync(to, host, bytes, cudaMemcpyHostToDevice, stream);
+    check_cuda(error, "copying to the GPU");
 }
+
 static void cuda_download(void *host, const void *from, size_t bytes) {
-    ensure(cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream), "copying from the GPU");
-    ensure(cudaStreamSynchronize(stream), "an operation before a copy");
+    cudaError_t error = cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, stream);
+    check_cuda(error, "copying from the GPU");
+    check_cuda(cudaStreamSynchronize(stream), "an operation before a copy");
 }
+
 static void cuda_copy(void *to, const void *from, size_t bytes) {
-    ensure(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream), "copying on the GPU");
+    cudaError_t error = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream);
+    check_cuda(error, "copying on the GPU");
 }
 
-// ---- Recording: a CUDA graph --------------------------------------------------------------------------------------------------------
-static void cuda_record(void) { ensure(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording"); }
-static void *cuda_recorded(void) {
+// ---- Recording: a CUDA graph -------------------------------------------------------------------
+static void cuda_record_begin(void) {
+    cudaError_t error = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+    check_cuda(error, "recording");
+}
+
+static void *cuda_record_end(void) {
     cudaGraph_t graph;
-    cudaGraphExec_t list;
-    ensure(cudaStreamEndCapture(stream, &graph), "recording");
-    ensure(cudaGraphInstantiate(&list, graph, 0), "preparing a recording");
-    ensure(cudaGraphDestroy(graph), "freeing a recording");
-    return list;
+    cudaGraphExec_t recording;
+    check_cuda(cudaStreamEndCapture(stream, &graph), "recording");
+    check_cuda(cudaGraphInstantiate(&recording, graph, 0), "preparing a recording");
+    check_cuda(cudaGraphDestroy(graph), "freeing a recording");
+    return recording;
 }
-static void cuda_replay(void *list) { ensure(cudaGraphLaunch((cudaGraphExec_t)list, stream), "replaying"); }
-static void cuda_forget(void *list) { ensure(cudaGraphExecDestroy((cudaGraphExec_t)list), "freeing a recording"); }
 
-// =====================================================================================================================
-// 3  The operations
-// =====================================================================================================================
+static void cuda_replay(void *recording) {
+    check_cuda(cudaGraphLaunch((cudaGraphExec_t)recording, stream), "replaying");
+}
 
-// ---- Embedding --------------------------------------------------------------------------------------------------------------------
-template <typename W> __global__ void embedding_forward_kernel(float *x, const int32_t *tokens, const W *wte, size_t stride, size_t d) {
-    const W *row = wte + (size_t)tokens[blockIdx.x] * stride;
+static void cuda_record_free(void *recording) {
+    check_cuda(cudaGraphExecDestroy((cudaGraphExec_t)recording), "freeing a recording");
+}
+
+// =================================================================================================
+// 3  Matrix products
+// =================================================================================================
+
+// c (M,N) = residual + a (M,K) · b (K,N); residual has the shape of c, or is NULL for zero.
+// Each matrix lies in memory row by row, and `…_row` elements lie between the beginnings of rows.
+// The factors may be stored either way: a as (M,K) or, A_K_FIRST, as (K,M); b as (N,K) or,
+// B_K_FIRST, as (K,N). The three products of a linear layer are three of these four cases.
+template <typename E, typename OUT> struct product {
+    OUT *c;
+    const float *residual;
+    const E *a, *b;
+    size_t c_row, a_row, b_row, M, N, K;
+};
+
+// ---- Few rows ----------------------------------------------------------------------------------
+// Decoding multiplies one row or a few, up to ROWS. Then all the cost is to read b (N,K), of which
+// every element is needed once for each row of a. A warp makes one column of c: its lanes share the
+// sums over k = 0 … K - 1 of one row of b and all rows of a.
+
+// sum[m] += the lane's part of Σ_k a(m, k)·b(k), where rows begin at multiples of 16 bytes and K is
+// a multiple of 8: lane l takes the elements 8l … 8l + 7 of every 256.
+template <int ROWS, typename E, typename OUT>
+DEVICE void dot_by_vectors(float (&sum)[ROWS], const product<E, OUT> &p, const E *b, size_t lane) {
+    constexpr int AHEAD = ROWS > 4 ? 2 : 4; // vectors of b that are on their way at a time
+    for (size_t k0 = 8 * lane; k0 < p.K; k0 += 256 * AHEAD) {
+        eight<E> next[AHEAD];
+        EACH (j, AHEAD) next[j] = load_eight(b + (k0 + 256 * j < p.K ? k0 + 256 * j : k0));
+        EACH (j, AHEAD) {
+            float x[8], y[8];
+            unpack(y, next[j]);
+            if (k0 + 256 * j >= p.K) continue;
+            EACH (m, ROWS) {
+                size_t row = m < (int)p.M ? m : 0; // the sum of a row that isn't there is not used
+                unpack(x, load_eight(p.a + row * p.a_row + k0 + 256 * j));
+                EACH (i, 8) sum[m] += y[i] * x[i];
+            }
+        }
+    }
+}
+
+// The same without these conditions: lane l takes the elements l, l + 32, …
+template <int ROWS, typename E, typename OUT>
+DEVICE void dot_by_elements(float (&sum)[ROWS], const product<E, OUT> &p, const E *b, size_t lane) {
+    for (size_t k = lane; k < p.K; k += 32)
+        for (int m = 0; m < ROWS && m < (int)p.M; m++)
+            sum[m] += to_float(b[k]) * to_float(p.a[m * p.a_row + k]);
+}
+
+template <int ROWS, typename E, typename OUT>
+__global__ void few_rows_kernel(product<E, OUT> p, bool vectors) {
+    size_t n = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sum[ROWS] = {};
+    if (n >= p.N) return;
+    const E *b = p.b + n * p.b_row;
+    if (vectors) dot_by_vectors(sum, p, b, lane);
+    else dot_by_elements(sum, p, b, lane);
+    EACH (m, ROWS) {
+        float total = warp_sum(sum[m]);
+        if (lane != 0 || m >= (int)p.M) continue;
+        size_t at = m * p.c_row + n;
+        from_float(p.c[at], total + (p.residual ? p.residual[at] : 0));
+    }
+}
+
+template <int ROWS, typename E, typename OUT>
+static void few_rows(const product<E, OUT> &p, bool aligned) {
+    bool vectors = aligned && p.K % 8 == 0;
+    LAUNCH((few_rows_kernel<ROWS, E, OUT>), ceil_of(p.N, THREADS / 32), THREADS, 0, p, vectors);
+}
+
+#ifdef WITH_CUBLAS
+// ---- cuBLASLt ----------------------------------------------------------------------------------
+// cuBLASLt is half a gigabyte. It is opened when the first product is computed, so that a program
+// that runs on the CPU starts as fast as without it.
+#define CUBLAS_FUNCTIONS(X)                 \
+    X(cublasLtCreate)                       \
+    X(cublasLtMatmulDescCreate)             \
+    X(cublasLtMatmulDescSetAttribute)       \
+    X(cublasLtMatrixLayoutCreate)           \
+    X(cublasLtMatmulPreferenceCreate)       \
+    X(cublasLtMatmulPreferenceSetAttribute) \
+    X(cublasLtMatmulPreferenceDestroy)      \
+    X(cublasLtMatmulAlgoGetHeuristic)       \
+    X(cublasLtMatmul)                       \
+    X(cublasLtGetStatusString)
+static struct {
+    cublasLtHandle_t handle; // NULL if the library can't be used
+#define X(function) decltype(&::function) function;
+    CUBLAS_FUNCTIONS(X)
+#undef X
+} cublas;
+
+static bool find_cublas_functions(const char *name) {
+    void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (!library) return false;
+#define X(f)                                                             \
+    cublas.f = reinterpret_cast<decltype(cublas.f)>(dlsym(library, #f)); \
+    if (!cublas.f) return false;
+    CUBLAS_FUNCTIONS(X)
+#undef X
+    return true;
+}
+
+static bool open_cublas(void) {
+    static bool tried;
+    if (tried) return cublas.handle != NULL;
+    tried = true;
+    char name[32];
+    snprintf(name, sizeof name, "libcublasLt.so.%d", CUDART_VERSION / 1000);
+    if (find_cublas_functions(name) &&
+        cublas.cublasLtCreate(&cublas.handle) == CUBLAS_STATUS_SUCCESS)
+        return true;
+    cublas.handle = NULL;
+    fprintf(stderr, "retrofit: %s could not be opened: ", name);
+    fprintf(stderr, "matrix products by our own kernels, which are slower\n");
+    return false;
+}
+
+static void check_cublas(cublasStatus_t status, const char *what) {
+    if (status == CUBLAS_STATUS_SUCCESS) return;
+    fprintf(stderr, "retrofit: cuBLASLt: %s\n", cublas.cublasLtGetStatusString(status));
+    check_cuda(cudaErrorUnknown, what);
+}
+
+// What an algorithm is chosen for.
+struct cublas_shape {
+    size_t M, N, K, a_row, b_row, c_row;
+    cudaDataType_t type, out_type; // of the factors; of c and the residual
+    int a_k_first, b_k_first, has_residual;
+    int zero; // in place of padding: shapes are compared as bytes
+};
+
+// How cuBLASLt computes a product of one shape.
+struct cublas_plan {
+    cublas_shape shape;
+    bool usable; // cuBLASLt has an algorithm for it
+    cublasLtMatmulDesc_t product;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulAlgo_t algorithm;
+};
+
+// A matrix of `rows` rows of `columns` elements each, their beginnings `row` elements apart.
+static cublasLtMatrixLayout_t cublas_layout(cudaDataType_t type, size_t rows, size_t columns,
+                                            size_t row) {
+    cublasLtMatrixLayout_t layout;
+    check_cublas(cublas.cublasLtMatrixLayoutCreate(&layout, type, columns, rows, (int64_t)row),
+                 "describing a matrix to cuBLASLt");
+    return layout;
+}
+
+static void set_cublas_operation(cublasLtMatmulDesc_t product,
+                                 cublasLtMatmulDescAttributes_t factor, bool transposed) {
+    cublasOperation_t operation = transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    check_cublas(
+        cublas.cublasLtMatmulDescSetAttribute(product, factor, &operation, sizeof operation),
+        "describing a product to cuBLASLt");
+}
+
+// cuBLASLt counts by columns. What we store as c (M,N) it sees as cᵀ (N,M) = bᵀ (N,K) · aᵀ (K,M):
+// to it b is the first factor and a the second.
+static void make_cublas_descriptors(cublas_plan *plan) {
+    const cublas_shape *s = &plan->shape;
+    check_cublas(cublas.cublasLtMatmulDescCreate(&plan->product, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+                 "describing a product to cuBLASLt");
+    set_cublas_operation(plan->product, CUBLASLT_MATMUL_DESC_TRANSA, !s->b_k_first);
+    set_cublas_operation(plan->product, CUBLASLT_MATMUL_DESC_TRANSB, s->a_k_first);
+    plan->b = s->b_k_first ? cublas_layout(s->type, s->K, s->N, s->b_row)
+                           : cublas_layout(s->type, s->N, s->K, s->b_row);
+    plan->a = s->a_k_first ? cublas_layout(s->type, s->K, s->M, s->a_row)
+                           : cublas_layout(s->type, s->M, s->K, s->a_row);
+    plan->c = cublas_layout(s->out_type, s->M, s->N, s->c_row);
+}
+
+template <typename V>
+static void set_cublas_preference(cublasLtMatmulPreference_t preference,
+                                  cublasLtMatmulPreferenceAttributes_t attribute, V value) {
+    check_cublas(cublas.cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value,
+                                                             sizeof value),
+                 "telling cuBLASLt what to prefer");
+}
+
+// Takes the algorithm that cuBLASLt's heuristic names first.
+static void choose_cublas_algorithm(cublas_plan *plan) {
+    const cublasLtMatmulPreferenceAttributes_t alignments[] = {
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
+    // Where a sum over k is split, its parts are added in fp32 and in a fixed order.
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    cublasLtMatmulPreference_t preference;
+    check_cublas(cublas.cublasLtMatmulPreferenceCreate(&preference), "preparing cuBLASLt");
+    for (int i = 0; i < 4; i++) set_cublas_preference(preference, alignments[i], (uint32_t)16);
+    set_cublas_preference(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (size_t)WORKSPACE);
+    set_cublas_preference(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction);
+
+    cublasLtMatmulHeuristicResult_t found;
+    int results = 0;
+    cublasStatus_t status = cublas.cublasLtMatmulAlgoGetHeuristic(
+        cublas.handle, plan->product, plan->b, plan->a, plan->c, plan->c, preference, 1, &found,
+        &results);
+    plan->usable = status == CUBLAS_STATUS_SUCCESS && results == 1;
+    if (plan->usable) plan->algorithm = found.algo;
+    cublas.cublasLtMatmulPreferenceDestroy(preference);
+}
+
+// The plan for a shape, made when the shape is first seen; NULL if there are too many.
+static cublas_plan *find_cublas_plan(const cublas_shape *shape) {
+    static cublas_plan plans[512];
+    static size_t count;
+    for (size_t i = 0; i < count; i++)
+        if (memcmp(&plans[i].shape, shape, sizeof *shape) == 0) return &plans[i];
+    if (count == sizeof plans / sizeof *plans) return NULL;
+    cublas_plan *plan = &plans[count++];
+    plan->shape = *shape;
+    make_cublas_descriptors(plan);
+    choose_cublas_algorithm(plan);
+    return plan;
+}
+
+template <typename E> struct cuda_type;
+template <> struct cuda_type<float> { static const cudaDataType_t value = CUDA_R_32F; };
+template <> struct cuda_type<bf16> { static const cudaDataType_t value = CUDA_R_16BF; };
+
+// Computes a product by cuBLASLt. false: it can't, or not as fast as it should.
+template <bool A_K_FIRST, bool B_K_FIRST, typename E, typename OUT>
+static bool by_cublas(const product<E, OUT> &p, bool aligned) {
+    aligned = aligned && (uintptr_t)p.c % 16 == 0 && (uintptr_t)p.residual % 16 == 0;
+    if (!open_cublas() || !aligned || p.c_row % 8 != 0) return false;
+
+    cublas_shape shape = {p.M, p.N, p.K, p.a_row, p.b_row, p.c_row,
+                          cuda_type<E>::value, cuda_type<OUT>::value,
+                          A_K_FIRST, B_K_FIRST, p.residual != NULL, 0};
+    const cublas_plan *plan = find_cublas_plan(&shape);
+    if (!plan || !plan->usable) return false;
+
+    float alpha = 1, beta = p.residual ? 1 : 0;
+    const void *added = p.residual ? (const void *)p.residual : p.c; // not read if beta is 0
+    cublasStatus_t status = cublas.cublasLtMatmul(
+        cublas.handle, plan->product, &alpha, p.b, plan->b, p.a, plan->a, &beta, added, plan->c,
+        p.c, plan->c, &plan->algorithm, workspace, WORKSPACE, stream);
+    check_cublas(status, "a matrix product");
+    return true;
+}
+#endif
+
+// ---- Our own kernel ----------------------------------------------------------------------------
+// A block of 8 warps makes a tile of 128x128 of c, each warp 64x32 of it, as 4x2 blocks of 16x16:
+//
+//                         n0                          n0 + 128
+//                     m0  ┌──────┬──────┬──────┬──────┐             a warp's part:
+//                         │warp 0│warp 1│warp 2│warp 3│             ┌───┬───┐
+//                         │      │      │      │      │ 64 rows     ├───┼───┤ 64 rows,
+//                         ├──────┼──────┼──────┼──────┤             ├───┼───┤ 32 columns
+//                         │warp 4│warp 5│warp 6│warp 7│             ├───┼───┤
+//                         │      │      │      │      │             └───┴───┘
+//               m0 + 128  └──────┴──────┴──────┴──────┘
+//
+// It goes along k in steps of 64 bytes. Shared memory holds GEMM_STAGES steps, each a tile of a and
+// a tile of b: one is multiplied while cp.async fills the others.
+//
+//               step     0      1      2      3      4      5   …
+//               stage    0      1      2      3      0      1
+//                        │      └──────┬──────┘      └ takes the place of step 0, once all
+//                        │             on their way    warps have multiplied that
+//                        └ multiplied
+enum { GEMM_SIDE = 128, GEMM_STAGES = 4, GEMM_BAND = 8 };
+
+// How a tile of a factor lies in shared memory: as the factor lies in global memory.
+template <typename E, bool K_FIRST> struct factor_tile {
+    static constexpr int DEPTH = 64 / (int)sizeof(E);
+    static constexpr int ROWS = K_FIRST ? DEPTH : (int)GEMM_SIDE;
+    static constexpr int COLUMNS = K_FIRST ? (int)GEMM_SIDE : DEPTH;
+    static constexpr int STRIDE = tile_stride<E>(COLUMNS);
+    static constexpr int SIZE = ROWS * STRIDE;
+
+    // Where the element of row m of a, or of column m of b, and of k is.
+    static DEVICE int at(int m, int k) { return K_FIRST ? k * STRIDE + m : m * STRIDE + k; }
+};
+
+// Starts to copy the tile that begins at (m0, k0) of a factor. M: a's rows or b's columns.
+template <bool K_FIRST, typename E>
+DEVICE void load_factor(E *tile, const E *factor, size_t row, size_t m0, size_t M, size_t k0,
+                        size_t K, bool aligned) {
+    typedef factor_tile<E, K_FIRST> layout;
+    size_t r0 = K_FIRST ? k0 : m0, rows = K_FIRST ? K : M;
+    size_t c0 = K_FIRST ? m0 : k0, columns = K_FIRST ? M : K;
+    const E *from = factor + r0 * row + c0;
+    auto row_at = [=](int r) {
+        return r0 + r < rows && c0 < columns ? from + r * row : (const E *)nullptr;
+    };
+    load_tile<layout::ROWS, layout::COLUMNS, THREADS>(tile, row_at, columns - c0, aligned);
+}
+
+// Which tile of c a block makes. Blocks that run at the same time should share rows of a and
+// columns of b, which the second-level cache then holds. So c is cut into bands, GEMM_BAND tiles
+// high, and the blocks' numbers go down the columns of a band, from left to right:
+//
+//                 band 0    0   8  16  …          band 1   the same, behind all of band 0
+//                           1   9  17
+//                           …
+//                           7  15  23
+struct tile_place { size_t m0, n0; };
+
+DEVICE tile_place gemm_place(size_t M, size_t N) {
+    size_t across = (N + GEMM_SIDE - 1) / GEMM_SIDE, down = (M + GEMM_SIDE - 1) / GEMM_SIDE;
+    size_t band = blockIdx.x / (GEMM_BAND * across) * GEMM_BAND; // its first row of tiles
+    size_t height = down - band < GEMM_BAND ? down - band : (size_t)GEMM_BAND;
+    size_t in_band = blockIdx.x % (GEMM_BAND * across);
+    return {(band + in_band % height) * GEMM_SIDE, in_band / height * GEMM_SIDE};
+}
+
+// sum += the warp's 64 rows of a's tile · its 32 columns of b's tile. sum[i][j] is the 16x8 at
+// (16·i, 8·j) of the warp's part, as mma lays it out.
+template <bool A_K_FIRST, bool B_K_FIRST, typename E>
+DEVICE void gemm_multiply(float (&sum)[4][4][4], const E *a_tile, const E *b_tile, int m_warp,
+                          int n_warp) {
+    typedef factor_tile<E, A_K_FIRST> a_layout;
+    typedef factor_tile<E, B_K_FIRST> b_layout;
+    EACH (step, a_layout::DEPTH / 16) {
+        int k = 16 * step;
+        fragment<E> a[4], b[2];
+        EACH (i, 4)
+            load_a<A_K_FIRST>(a[i], a_tile + a_layout::at(m_warp + 16 * i, k), a_layout::STRIDE);
+        EACH (j, 2)
+            load_b<B_K_FIRST>(b[j], b_tile + b_layout::at(n_warp + 16 * j, k), b_layout::STRIDE);
+        EACH (i, 4)
+            EACH (j, 2) multiply(&sum[i][2 * j], a[i], b[j]);
+    }
+}
+
+// c(m, n) = x and c(m, n + 1) = y, each plus the residual, where they are inside of c. n is even.
+template <typename E, typename OUT>
+DEVICE void gemm_store(const product<E, OUT> &p, size_t m, size_t n, float x, float y) {
+    size_t at = m * p.c_row + n;
+    if (m >= p.M || n >= p.N) return;
+    bool both = n + 1 < p.N;
+    if (p.residual) {
+        x += p.residual[at];
+        y += both ? p.residual[at + 1] : 0;
+    }
+    if (both && p.c_row % 2 == 0) {
+        store2(p.c + at, x, y);
+        return;
+    }
+    from_float(p.c[at], x);
+    if (both) from_float(p.c[at + 1], y);
+}
+
+template <bool A_K_FIRST, bool B_K_FIRST, typename E, typename OUT>
+__global__ void __launch_bounds__(THREADS, 2) gemm_kernel(product<E, OUT> p, bool aligned) {
+    constexpr int DEPTH = factor_tile<E, A_K_FIRST>::DEPTH;
+    constexpr int A_SIZE = factor_tile<E, A_K_FIRST>::SIZE;
+    constexpr int STAGE_SIZE = A_SIZE + factor_tile<E, B_K_FIRST>::SIZE;
+    DYN_SMEM(E, tiles); // [GEMM_STAGES] of a tile of a, then a tile of b
+    tile_place place = gemm_place(p.M, p.N);
+    size_t steps = (p.K + DEPTH - 1) / DEPTH;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int m_warp = warp / 4 * 64, n_warp = warp % 4 * 32;
+
+    // A step behind the last copies nothing but still commits, so that groups are counted right.
+    auto load = [&](size_t step) {
+        if (step < steps) {
+            E *tile = tiles + step % GEMM_STAGES * STAGE_SIZE;
+            load_factor<A_K_FIRST>(tile, p.a, p.a_row, place.m0, p.M, step * DEPTH, p.K, aligned);
+            load_factor<B_K_FIRST>(tile + A_SIZE, p.b, p.b_row, place.n0, p.N, step * DEPTH, p.K,
+                                   aligned);
+        }
+        cp_async_commit();
+    };
+
+    // (1) The first GEMM_STAGES - 1 steps are on their way.
+    float sum[4][4][4] = {};
+    for (size_t step = 0; step + 1 < GEMM_STAGES; step++) load(step);
+    for (size_t step = 0; step < steps; step++) {
+        // (2) This thread's copies of this step have arrived; behind the barrier, those of all
+        // threads. Behind the barrier nobody reads the tiles of the step before either.
+        cp_async_wait<GEMM_STAGES - 2>();
+        __syncthreads();
+        // (3) The step that takes their place.
+        load(step + GEMM_STAGES - 1);
+        // (4) Multiply.
+        const E *a_tile = tiles + step % GEMM_STAGES * STAGE_SIZE, *b_tile = a_tile + A_SIZE;
+        gemm_multiply<A_K_FIRST, B_K_FIRST>(sum, a_tile, b_tile, m_warp, n_warp);
+    }
+    cp_async_wait<0>();
+    // (5) The epilogue: of each 8 columns of a row, a lane holds two neighbours.
+    EACH (i, 4)
+        EACH (half, 2)
+            EACH (j, 4) {
+                size_t m = place.m0 + m_warp + 16 * i + lane / 4 + 8 * half;
+                size_t n = place.n0 + n_warp + 8 * j + lane % 4 * 2;
+                gemm_store(p, m, n, sum[i][j][2 * half], sum[i][j][2 * half + 1]);
+            }
+}
+
+// ---- Which of the three ------------------------------------------------------------------------
+template <bool A_K_FIRST, bool B_K_FIRST, typename E, typename OUT>
+static void gemm_by_tiles(const product<E, OUT> &p, bool aligned) {
+    auto kernel = gemm_kernel<A_K_FIRST, B_K_FIRST, E, OUT>;
+    constexpr int SIZE = factor_tile<E, A_K_FIRST>::SIZE + factor_tile<E, B_K_FIRST>::SIZE;
+    constexpr size_t BYTES = GEMM_STAGES * SIZE * sizeof(E);
+    static bool allowed;
+    if (!allowed) allow_shared_memory(kernel, BYTES);
+    allowed = true;
+    size_t tiles = ceil_of(p.M, GEMM_SIDE) * ceil_of(p.N, GEMM_SIDE);
+    launch("gemm_kernel", kernel, tiles, THREADS, BYTES, p, aligned);
+}
+
+template <bool A_K_FIRST, bool B_K_FIRST, typename E, typename OUT>
+static void gemm(const product<E, OUT> &p) {
+    bool aligned = (uintptr_t)p.a % 16 == 0 && (uintptr_t)p.b % 16 == 0 &&
+                   p.a_row * sizeof(E) % 16 == 0 && p.b_row * sizeof(E) % 16 == 0;
+    if constexpr (!A_K_FIRST && !B_K_FIRST) {
+        if (p.M == 1) return few_rows<1>(p, aligned);
+        if (p.M <= 4) return few_rows<4>(p, aligned);
+        if (p.M <= 8) return few_rows<8>(p, aligned);
+    }
+#ifdef WITH_CUBLAS
+    if (by_cublas<A_K_FIRST, B_K_FIRST>(p, aligned)) return;
+#endif
+    gemm_by_tiles<A_K_FIRST, B_K_FIRST>(p, aligned);
+}
+
+// =================================================================================================
+// 4  The operations
+// =================================================================================================
+
+// ---- Embedding: x_n = wte[token_n] -------------------------------------------------------------
+// One block per token.
+template <typename WEIGHT>
+__global__ void embedding_forward_kernel(float *x, const int32_t *tokens, const WEIGHT *wte,
+                                         size_t stride, size_t d) {
+    const WEIGHT *row = wte + (size_t)tokens[blockIdx.x] * stride;
     for (size_t c = 8 * threadIdx.x; c < d; c += 8 * THREADS) {
         float v[8];
         load8(v, row + c, d - c);
@@ -422,49 +1040,70 @@ template <typename W> __global__ void embedding_forward_kernel(float *x, const i
     }
 }
 
-template <typename E> static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N, size_t d) {
-    if (wte.type == RETROFIT_F32) LAUNCH(embedding_forward_kernel<float>, N, THREADS, 0, x, tokens, (const float *)wte.data, wte.stride, d);
-    else LAUNCH(embedding_forward_kernel<bf16>, N, THREADS, 0, x, tokens, (const bf16 *)wte.data, wte.stride, d);
+template <typename E>
+static void embedding_forward(float *x, const int32_t *tokens, retrofit_weight wte, size_t N,
+                              size_t d) {
+    const float *as_float = (const float *)wte.data;
+    const bf16 *as_bf16 = (const bf16 *)wte.data;
+    if (wte.type == RETROFIT_F32)
+        LAUNCH(embedding_forward_kernel<float>, N, THREADS, 0, x, tokens, as_float, wte.stride, d);
+    else LAUNCH(embedding_forward_kernel<bf16>, N, THREADS, 0, x, tokens, as_bf16, wte.stride, d);
 }
 
-// A block for every place; that of a token's first place adds up all its places, in order, and the others have nothing to do.
-__global__ void embedding_backward_kernel(float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d) {
-    SMEM(unsigned, places, THREADS / 32); // of the next 256 places, those that hold the token
+// Backward: dwte[v] += Σ_n dx_n over the n whose token is v.
+// One block per n. The block at the first n of a token adds up all n of that token, in order; the
+// others return at once. It finds them 256 at a time: 32 by each warp, as the bits of a ballot.
+
+// dw (d) += Σ rows[i] over the bits i of mask, the lowest first.
+DEVICE void add_rows_of(float *dw, const float *rows, unsigned mask, size_t d) {
+    for (unsigned left = mask; left; left &= left - 1) {
+        const float *row = rows + (__ffs((int)left) - 1) * d;
+        for (size_t c = threadIdx.x; c < d; c += THREADS) dw[c] += row[c];
+    }
+}
+
+__global__ void embedding_backward_kernel(float *dwte, const int32_t *tokens, const float *dx,
+                                          size_t N, size_t d) {
+    SMEM(unsigned, masks, THREADS / 32); // which of the next 256 n have the token
     int32_t token = tokens[blockIdx.x];
     int earlier = 0;
     for (size_t n = threadIdx.x; n < blockIdx.x; n += THREADS) earlier |= tokens[n] == token;
     if (__syncthreads_or(earlier)) return;
     for (size_t n = blockIdx.x; n < N; n += THREADS) {
-        unsigned here = __ballot_sync(~0u, n + threadIdx.x < N && tokens[n + threadIdx.x] == token);
-        if (threadIdx.x % 32 == 0) places[threadIdx.x / 32] = here;
+        bool here = n + threadIdx.x < N && tokens[n + threadIdx.x] == token;
+        unsigned mask = __ballot_sync(~0u, here);
+        if (threadIdx.x % 32 == 0) masks[threadIdx.x / 32] = mask;
         __syncthreads();
         for (int w = 0; w < THREADS / 32; w++)
-            for (unsigned left = places[w]; left; left &= left - 1) {
-                const float *row = dx + (n + 32 * w + __ffs((int)left) - 1) * d;
-                for (size_t c = threadIdx.x; c < d; c += THREADS) dwte[(size_t)token * d + c] += row[c];
-            }
+            add_rows_of(dwte + (size_t)token * d, dx + (n + 32 * w) * d, masks[w], d);
         __syncthreads();
     }
 }
 
-template <typename E> static void embedding_backward(float *dwte, const int32_t *tokens, const float *dx, size_t N, size_t d) {
+template <typename E>
+static void embedding_backward(float *dwte, const int32_t *tokens, const float *dx, size_t N,
+                               size_t d) {
     LAUNCH(embedding_backward_kernel, N, THREADS, 0, dwte, tokens, dx, N, d);
 }
 
-// ---- RMSNorm: a block for every row ---------------------------------------------------------------------------------------------
+// ---- RMSNorm: y = x·ρ·w, ρ = 1/√(mean(x²) + eps) -----------------------------------------------
+// One block per row.
 template <typename E>
-__global__ void rmsnorm_forward_kernel(E *out, float *rstd, const float *x, const float *weight, size_t d, float eps) {
+__global__ void rmsnorm_forward_kernel(E *out, float *rstd, const float *x, const float *weight,
+                                       size_t d, float eps) {
     float squares = 0;
-    x += blockIdx.x * d, out += blockIdx.x * d;
+    x += blockIdx.x * d;
+    out += blockIdx.x * d;
     for (size_t c = 8 * threadIdx.x; c < d; c += 8 * THREADS) {
         float v[8];
         load8(v, x + c, d - c);
         for (int i = 0; i < 8; i++) squares += v[i] * v[i];
     }
-    float scale = 1.0f / sqrtf(block_sum(squares) / (float)d + eps);
+    float scale = 1.0f / sqrtf(block_sum(squares) / (float)d + eps); // ρ
     for (size_t c = 8 * threadIdx.x; c < d; c += 8 * THREADS) {
         float v[8], w[8];
-        load8(v, x + c, d - c), load8(w, weight + c, d - c);
+        load8(v, x + c, d - c);
+        load8(w, weight + c, d - c);
         for (int i = 0; i < 8; i++) v[i] *= scale * w[i];
         store8(out + c, v, d - c);
     }
@@ -472,27 +1111,43 @@ __global__ void rmsnorm_forward_kernel(E *out, float *rstd, const float *x, cons
 }
 
 template <typename E>
-static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N, size_t d, float eps) {
+static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
+                            size_t d, float eps) {
     LAUNCH(rmsnorm_forward_kernel<E>, N, THREADS, 0, (E *)out, rstd, x, weight, d, eps);
 }
 
-// A block takes every gridDim-th row and adds up its share of dweight, which add_rows_kernel then adds to that of the others.
+// Backward, with g = dy·w:   dx += ρ·(g - x·ρ²·mean(g·x))      dw += Σ_n dy·x·ρ
+// At most 1024 blocks. Block i takes the rows i, i + blocks, … and adds up dw over them in its own
+// row of the workspace (blocks,d); add_rows_kernel then adds the rows to dw.
+
+// along = ρ²·mean(g·x), in every thread
 template <typename E>
-__global__ void rmsnorm_backward_kernel(float *dx, float *shares, const E *dout, const float *x, const float *rstd, const float *weight,
-                                        size_t N, size_t d) {
-    float *share = shares + blockIdx.x * d;
+DEVICE float rmsnorm_along(const E *dout, const float *x, const float *weight, float r, size_t d) {
+    float dy[8], v[8], w[8], along = 0;
+    for (size_t c = 8 * threadIdx.x; c < d; c += 8 * THREADS) {
+        load8(dy, dout + c, d - c);
+        load8(v, x + c, d - c);
+        load8(w, weight + c, d - c);
+        for (int i = 0; i < 8; i++) along += dy[i] * w[i] * v[i];
+    }
+    return block_sum(along) * r * r / (float)d;
+}
+
+template <typename E>
+__global__ void rmsnorm_backward_kernel(float *dx, float *dw_rows, const E *dout, const float *x,
+                                        const float *rstd, const float *weight, size_t N,
+                                        size_t d) {
+    float *dw_row = dw_rows + blockIdx.x * d;
     for (size_t n = blockIdx.x; n < N; n += gridDim.x) {
-        float dy[8], v[8], w[8], sum[8], along = 0, r = rstd[n];
+        float dy[8], v[8], w[8], sum[8], r = rstd[n];
+        float along = rmsnorm_along(dout + n * d, x + n * d, weight, r, d);
         for (size_t c = 8 * threadIdx.x; c < d; c += 8 * THREADS) {
-            load8(dy, dout + n * d + c, d - c), load8(v, x + n * d + c, d - c), load8(w, weight + c, d - c);
-            for (int i = 0; i < 8; i++) along += dy[i] * w[i] * v[i];
-        }
-        along = block_sum(along) * r * r / (float)d;
-        for (size_t c = 8 * threadIdx.x; c < d; c += 8 * THREADS) {
-            load8(dy, dout + n * d + c, d - c), load8(v, x + n * d + c, d - c), load8(w, weight + c, d - c);
-            load8(sum, share + c, n < gridDim.x ? 0 : d - c);
+            load8(dy, dout + n * d + c, d - c);
+            load8(v, x + n * d + c, d - c);
+            load8(w, weight + c, d - c);
+            load8(sum, dw_row + c, n < gridDim.x ? 0 : d - c); // at the first row: zeros
             for (int i = 0; i < 8; i++) sum[i] += dy[i] * v[i] * r;
-            store8(share + c, sum, d - c);
+            store8(dw_row + c, sum, d - c);
             load8(sum, dx + n * d + c, d - c);
             for (int i = 0; i < 8; i++) sum[i] += r * (dy[i] * w[i] - v[i] * along);
             store8(dx + n * d + c, sum, d - c);
@@ -500,7 +1155,8 @@ __global__ void rmsnorm_backward_kernel(float *dx, float *shares, const E *dout,
     }
 }
 
-// out (d) += Σ_r rows[r], r in an order of its own but always the same: 32 columns a block, eight threads each.
+// out (d) += Σ_r rows[r]. One block per 32 columns, eight threads for each: thread j of a column
+// adds up the rows j, j + 8, …, and the first thread adds up what the eight have.
 __global__ void add_rows_kernel(float *out, const float *rows, size_t count, size_t d) {
     SMEM(float, parts, THREADS);
     size_t c = 32 * (size_t)blockIdx.x + threadIdx.x % 32;
@@ -514,793 +1170,846 @@ __global__ void add_rows_kernel(float *out, const float *rows, size_t count, siz
 }
 
 template <typename E>
-static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const float *x, const float *rstd, const float *weight, size_t N,
-                             size_t d) {
-    size_t blocks = least_of(least_of(N, 1024), WORKSPACE / sizeof(float) / d);
-    LAUNCH(rmsnorm_backward_kernel<E>, blocks, THREADS, 0, dx, (float *)workspace, (const E *)dout, x, rstd, weight, N, d);
-    if (dweight) LAUNCH(add_rows_kernel, ceil_of(d, 32), THREADS, 0, dweight, (const float *)workspace, blocks, d);
+static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const float *x,
+                             const float *rstd, const float *weight, size_t N, size_t d) {
+    float *rows = (float *)workspace;
+    size_t blocks = retrofit_min(retrofit_min(N, 1024), WORKSPACE / sizeof(float) / d);
+    LAUNCH(rmsnorm_backward_kernel<E>, blocks, THREADS, 0, dx, rows, (const E *)dout, x, rstd,
+           weight, N, d);
+    if (dweight) LAUNCH(add_rows_kernel, ceil_of(d, 32), THREADS, 0, dweight, rows, blocks, d);
 }
 
-// ---- Matrix products: c (M,N) = residual + a (M,K) · b (K,N) --------------------------------------------------------------------
-// A matrix as it lies in memory: its rows are `row` elements apart. Of a factor either row runs along k: a is (M,K) or (K,M), b is (N,K) or
-// (K,N). The three products of a linear layer are the three ways in which that can be.
-#ifdef WITH_CUBLAS
-// cuBLASLt is half a gigabyte: it is opened when first needed, so that a program on a machine without a GPU, or without it, starts as if it
-// were not there.
-#define CUBLAS_FUNCTIONS(X)                 \
-    X(cublasLtCreate)                       \
-    X(cublasLtMatmulDescCreate)             \
-    X(cublasLtMatmulDescSetAttribute)       \
-    X(cublasLtMatrixLayoutCreate)           \
-    X(cublasLtMatmulPreferenceCreate)       \
-    X(cublasLtMatmulPreferenceSetAttribute) \
-    X(cublasLtMatmulPreferenceDestroy) X(cublasLtMatmulAlgoGetHeuristic) X(cublasLtMatmul) X(cublasLtGetStatusString)
-static struct {
-    bool tried;
-    cublasLtHandle_t handle;
-#define X(function) decltype(&::function) function;
-    CUBLAS_FUNCTIONS(X)
-#undef X
-} cublas;
-
-static bool open_cublas(void) {
-    if (cublas.tried) return cublas.handle != NULL;
-    cublas.tried = true;
-    char name[32];
-    snprintf(name, sizeof name, "libcublasLt.so.%d", CUDART_VERSION / 1000);
-    void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-    bool ok = library != NULL;
-#define X(f) ok = ok && (cublas.f = reinterpret_cast<decltype(cublas.f)>(dlsym(library, #f)));
-    CUBLAS_FUNCTIONS(X)
-#undef X
-    if (!ok || cublas.cublasLtCreate(&cublas.handle) != CUBLAS_STATUS_SUCCESS) {
-        cublas.handle = NULL;
-        fprintf(stderr, "retrofit: %s could not be opened: matrix products by our own kernels, which are slower\n", name);
-    }
-    return cublas.handle != NULL;
-}
-
-// By cuBLASLt, with the algorithm its heuristic names for the shape; both are kept. False if it has none.
-static bool by_cublas(bool a_k_first, bool b_k_first, cudaDataType_t type, cudaDataType_t out_type, void *c, size_t c_row,
-                      const float *residual, const void *a, size_t a_row, const void *b, size_t b_row, size_t M, size_t N, size_t K) {
-    typedef struct {
-        size_t M, N, K, a_row, b_row, c_row;
-        int form; // of the factors, types and residual
-    } shape;
-    static struct plan {
-        shape of;
-        bool usable;
-        cublasLtMatmulDesc_t product;
-        cublasLtMatrixLayout_t a, b, c;
-        cublasLtMatmulAlgo_t algorithm;
-    } plans[512];
-    static size_t count;
-    size_t size = type == CUDA_R_32F ? 4 : 2;
-    if (!open_cublas()) return false;
-    if ((uintptr_t)a % 16 || (uintptr_t)b % 16 || (uintptr_t)c % 16 || (uintptr_t)residual % 16 || a_row * size % 16 || b_row * size % 16 ||
-        c_row % 8)
-        return false;
-    shape of;
-    memset(&of, 0, sizeof of);
-    of.M = M, of.N = N, of.K = K, of.a_row = a_row, of.b_row = b_row, of.c_row = c_row;
-    of.form = a_k_first | b_k_first << 1 | (type == CUDA_R_32F) << 2 | (out_type == CUDA_R_32F) << 3 | (residual != NULL) << 4;
-    struct plan *p = plans;
-    while (p < plans + count && memcmp(&p->of, &of, sizeof of)) p++;
-    if (p == plans + count) {
-        if (count == sizeof plans / sizeof *plans) return false;
-        count++, p->of = of;
-        cublasLtMatmulPreference_t preference;
-        cublasLtMatmulHeuristicResult_t found;
-        // cuBLAS counts by columns: to it the row-major c is its transpose (N,M) = bᵀ (N,K) · aᵀ (K,M).
-        cublasOperation_t of_b = b_k_first ? CUBLAS_OP_N : CUBLAS_OP_T, of_a = a_k_first ? CUBLAS_OP_T : CUBLAS_OP_N;
-        size_t workspace_size = WORKSPACE;
-        uint32_t alignment = 16, reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE; // parts of a sum are added in fp32, in order
-        int results = 0;
-        bool ok = !cublas.cublasLtMatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F);
-        ok = ok && !cublas.cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSA, &of_b, sizeof of_b);
-        ok = ok && !cublas.cublasLtMatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSB, &of_a, sizeof of_a);
-        ok = ok && !cublas.cublasLtMatrixLayoutCreate(&p->b, type, b_k_first ? N : K, b_k_first ? K : N, (int64_t)b_row);
-        ok = ok && !cublas.cublasLtMatrixLayoutCreate(&p->a, type, a_k_first ? M : K, a_k_first ? K : M, (int64_t)a_row);
-        ok = ok && !cublas.cublasLtMatrixLayoutCreate(&p->c, out_type, N, M, (int64_t)c_row);
-        ok = ok && !cublas.cublasLtMatmulPreferenceCreate(&preference);
-        static const cublasLtMatmulPreferenceAttributes_t alignments[] = {
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-            CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
-        for (int i = 0; ok && i < 4; i++)
-            ok = !cublas.cublasLtMatmulPreferenceSetAttribute(preference, alignments[i], &alignment, sizeof alignment);
-        ok = ok && !cublas.cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_size,
-                                                                sizeof workspace_size);
-        ok = ok && !cublas.cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction,
-                                                                sizeof reduction);
-        if (!ok) ensure(cudaErrorUnknown, "preparing cuBLASLt");
-        p->usable =
-            !cublas.cublasLtMatmulAlgoGetHeuristic(cublas.handle, p->product, p->b, p->a, p->c, p->c, preference, 1, &found, &results) &&
-            results == 1;
-        p->algorithm = found.algo;
-        cublas.cublasLtMatmulPreferenceDestroy(preference);
-    }
-    if (!p->usable) return false;
-    float one = 1, beta = residual ? 1 : 0;
-    cublasStatus_t status =
-        cublas.cublasLtMatmul(cublas.handle, p->product, &one, b, p->b, a, p->a, &beta, residual ? (const void *)residual : c, p->c, c,
-                              p->c, &p->algorithm, workspace, WORKSPACE, stream);
-    if (status != CUBLAS_STATUS_SUCCESS)
-        fprintf(stderr, "retrofit: cuBLASLt: %s\n", cublas.cublasLtGetStatusString(status)), ensure(cudaErrorUnknown, "a matrix product");
-    return true;
-}
-template <typename E> struct cuda_type;
-template <> struct cuda_type<float> { static const cudaDataType_t value = CUDA_R_32F; };
-template <> struct cuda_type<bf16> { static const cudaDataType_t value = CUDA_R_16BF; };
-#endif
-
-// Our own. A block of 8 warps makes 128x128 of c, each warp 64x32, going along k by 64 bytes; GEMM_STAGES such tiles of a and b are in
-// shared memory, one being multiplied while the others arrive.
-enum { GEMM_SIDE = 128, GEMM_STAGES = 4, GEMM_BAND = 8 };
-template <typename E> __host__ __device__ constexpr int gemm_depth(void) { return 64 / (int)sizeof(E); }
-template <typename E, bool K_FIRST> __host__ __device__ constexpr int gemm_tile_rows(void) {
-    return K_FIRST ? gemm_depth<E>() : (int)GEMM_SIDE;
-}
-template <typename E, bool K_FIRST> __host__ __device__ constexpr int gemm_tile_columns(void) {
-    return K_FIRST ? (int)GEMM_SIDE : gemm_depth<E>();
-}
-template <typename E, bool K_FIRST> __host__ __device__ constexpr int gemm_tile_size(void) {
-    return gemm_tile_rows<E, K_FIRST>() * tile_stride<E>(gemm_tile_columns<E, K_FIRST>());
-}
-
-// The tile of a factor that holds k from k0 on, and m (or n) from m0 on.
-template <bool K_FIRST, typename E>
-__device__ __forceinline__ void gemm_load(E *tile, const E *factor, size_t row, size_t m0, size_t M, size_t k0, size_t K, bool aligned) {
-    constexpr int ROWS = gemm_tile_rows<E, K_FIRST>(), COLUMNS = gemm_tile_columns<E, K_FIRST>();
-    size_t r0 = K_FIRST ? k0 : m0, rows = K_FIRST ? K : M, c0 = K_FIRST ? m0 : k0, columns = K_FIRST ? M : K;
-    const E *from = factor + r0 * row + c0;
-    load_tile<ROWS, COLUMNS, THREADS>(
-        tile, [=](int r) { return r0 + r < rows && c0 < columns ? from + r * row : (const E *)nullptr; }, columns - c0, aligned);
-}
-
-template <typename E, bool A_K_FIRST, bool B_K_FIRST, typename OUT>
-__global__ void __launch_bounds__(THREADS, 2) gemm_kernel(OUT *c, size_t c_row, const float *residual, const E *a, size_t a_row, const E *b,
-                                                          size_t b_row, size_t M, size_t N, size_t K, bool aligned) {
-    constexpr int DEPTH = gemm_depth<E>(), A_SIZE = gemm_tile_size<E, A_K_FIRST>(), SIZE = A_SIZE + gemm_tile_size<E, B_K_FIRST>();
-    constexpr int A_STRIDE = tile_stride<E>(gemm_tile_columns<E, A_K_FIRST>()),
-                  B_STRIDE = tile_stride<E>(gemm_tile_columns<E, B_K_FIRST>());
-    DYN_SMEM(E, tiles);
-    // (1) which part of c: tiles next to each other in time share rows and columns of a and b, which the second-level cache then holds
-    size_t across = (N + GEMM_SIDE - 1) / GEMM_SIDE, down = (M + GEMM_SIDE - 1) / GEMM_SIDE,
-           band = blockIdx.x / (GEMM_BAND * across) * GEMM_BAND;
-    size_t high = down - band < GEMM_BAND ? down - band : (size_t)GEMM_BAND, in_band = blockIdx.x % (GEMM_BAND * across);
-    size_t m0 = (band + in_band % high) * GEMM_SIDE, n0 = in_band / high * GEMM_SIDE, steps = (K + DEPTH - 1) / DEPTH;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, m_warp = warp / 4 * 64, n_warp = warp % 4 * 32;
-
-    auto load = [&](size_t step) {
-        if (step < steps) {
-            E *tile = tiles + step % GEMM_STAGES * SIZE;
-            gemm_load<A_K_FIRST>(tile, a, a_row, m0, M, step * DEPTH, K, aligned);
-            gemm_load<B_K_FIRST>(tile + A_SIZE, b, b_row, n0, N, step * DEPTH, K, aligned);
-        }
-        cp_async_commit();
-    };
-    // (2) along k
-    float sum[4][4][4] = {};
-    for (size_t step = 0; step + 1 < GEMM_STAGES; step++) load(step);
-    for (size_t step = 0; step < steps; step++) {
-        cp_async_wait<GEMM_STAGES - 2>();
-        __syncthreads(); // this step's tile is there, and nobody reads the last one's, which makes room for the next to load
-        load(step + GEMM_STAGES - 1);
-        const E *a_tile = tiles + step % GEMM_STAGES * SIZE, *b_tile = a_tile + A_SIZE;
-        EACH (piece, DEPTH / 16) {
-            int k = 16 * piece;
-            fragment<E> fa[4], fb[2];
-            EACH (i, 4)
-                load_a<A_K_FIRST>(fa[i], a_tile + (A_K_FIRST ? k * A_STRIDE + m_warp + 16 * i : (m_warp + 16 * i) * A_STRIDE + k),
-                                  A_STRIDE);
-            EACH (j, 2)
-                load_b<B_K_FIRST>(fb[j], b_tile + (B_K_FIRST ? k * B_STRIDE + n_warp + 16 * j : (n_warp + 16 * j) * B_STRIDE + k),
-                                  B_STRIDE);
-            EACH (i, 4)
-                EACH (j, 2) multiply(&sum[i][2 * j], fa[i], fb[j]);
-        }
-    }
-    cp_async_wait<0>();
-    // (3) to memory
-    EACH (i, 4)
-        EACH (half, 2)
-            EACH (j, 4) {
-                size_t m = m0 + m_warp + 16 * i + lane / 4 + 8 * half, n = n0 + n_warp + 8 * j + lane % 4 * 2, at = m * c_row + n;
-                if (m >= M || n >= N) continue;
-                float x = sum[i][j][2 * half], y = sum[i][j][2 * half + 1];
-                bool both = n + 1 < N;
-                if (residual) x += residual[at], y += both ? residual[at + 1] : 0;
-                if (both && c_row % 2 == 0) store2(c + at, x, y);
-                else {
-                    from_float(c[at], x);
-                    if (both) from_float(c[at + 1], y);
-                }
-            }
-}
-
-// A product with up to ROWS rows of a, decoding: every element of b (N,K) is needed but once for each, so reading b is all the cost. A warp
-// for each of its rows. vectors: rows begin at multiples of 16 bytes and have a multiple of 8 elements.
-template <typename E, typename OUT, int ROWS>
-__global__ void few_rows_kernel(OUT *c, size_t c_row, const float *residual, const E *a, size_t a_row, const E *b, size_t b_row, size_t M,
-                                size_t N, size_t K, bool vectors) {
-    size_t n = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-    float sum[ROWS] = {};
-    if (n >= N) return;
-    const E *w = b + n * b_row;
-    if (vectors) {
-        constexpr int AHEAD = ROWS > 4 ? 2 : 4; // loads of b under way at a time
-        for (size_t k0 = 8 * lane; k0 < K; k0 += 256 * AHEAD) {
-            eight<E> wk[AHEAD];
-            EACH (j, AHEAD) wk[j] = load_eight(w + (k0 + 256 * j < K ? k0 + 256 * j : k0));
-            EACH (j, AHEAD) {
-                float y[8], x[8];
-                unpack(y, wk[j]);
-                if (k0 + 256 * j < K)
-                    EACH (m, ROWS) {
-                        unpack(x, load_eight(a + (m < (int)M ? m : 0) * a_row + k0 + 256 * j));
-                        EACH (i, 8) sum[m] += y[i] * x[i];
-                    }
-            }
-        }
-    } else
-        for (size_t k = lane; k < K; k += 32)
-            for (int m = 0; m < ROWS && m < (int)M; m++) sum[m] += to_float(w[k]) * to_float(a[m * a_row + k]);
-    EACH (m, ROWS) {
-        for (int other = 16; other; other /= 2) sum[m] += __shfl_xor_sync(~0u, sum[m], other);
-        if (lane == 0 && m < (int)M) from_float(c[m * c_row + n], sum[m] + (residual ? residual[m * c_row + n] : 0));
-    }
-}
-
-template <typename E, bool A_K_FIRST, bool B_K_FIRST, typename OUT>
-static void gemm(OUT *c, size_t c_row, const float *residual, const E *a, size_t a_row, const E *b, size_t b_row, size_t M, size_t N,
-                 size_t K) {
-    bool aligned = (uintptr_t)a % 16 == 0 && (uintptr_t)b % 16 == 0 && a_row * sizeof(E) % 16 == 0 && b_row * sizeof(E) % 16 == 0;
-    if constexpr (!A_K_FIRST && !B_K_FIRST)
-        if (M <= 8) {
-            size_t blocks = ceil_of(N, THREADS / 32);
-            bool vectors = aligned && K % 8 == 0;
-            if (M == 1) LAUNCH((few_rows_kernel<E, OUT, 1>), blocks, THREADS, 0, c, c_row, residual, a, a_row, b, b_row, M, N, K, vectors);
-            else if (M <= 4)
-                LAUNCH((few_rows_kernel<E, OUT, 4>), blocks, THREADS, 0, c, c_row, residual, a, a_row, b, b_row, M, N, K, vectors);
-            else LAUNCH((few_rows_kernel<E, OUT, 8>), blocks, THREADS, 0, c, c_row, residual, a, a_row, b, b_row, M, N, K, vectors);
-            return;
-        }
-#ifdef WITH_CUBLAS
-    if (by_cublas(A_K_FIRST, B_K_FIRST, cuda_type<E>::value, cuda_type<OUT>::value, c, c_row, residual, a, a_row, b, b_row, M, N, K))
-        return;
-#endif
-    constexpr size_t bytes = GEMM_STAGES * (gemm_tile_size<E, A_K_FIRST>() + gemm_tile_size<E, B_K_FIRST>()) * sizeof(E);
-    static bool allowed;
-    if (!allowed) allow_shared(gemm_kernel<E, A_K_FIRST, B_K_FIRST, OUT>, bytes), allowed = true;
-    LAUNCH((gemm_kernel<E, A_K_FIRST, B_K_FIRST, OUT>), ceil_of(M, GEMM_SIDE) * ceil_of(N, GEMM_SIDE), THREADS, bytes, c, c_row, residual,
-           a, a_row, b, b_row, M, N, K, aligned);
-}
-
-template <typename E> static void matmul_forward(act *out, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O) {
-    gemm<E, false, false>((E *)out, O, NULL, (const E *)inp, I, (const E *)w.data, w.stride, N, O, I);
+// ---- Linear layers: out = inp·wᵀ, dinp = dout·w, dw += doutᵀ·inp -------------------------------
+// By section 3. The braces hold {c, residual, a, b, c_row, a_row, b_row, M, N, K} of the product.
+template <typename E>
+static void matmul_forward(act *out, const act *inp, retrofit_weight w, size_t N, size_t I,
+                           size_t O) {
+    const E *a = (const E *)inp, *b = (const E *)w.data; // (N,I) and (O,I)
+    product<E, E> p = {(E *)out, NULL, a, b, O, I, w.stride, N, O, I};
+    gemm<false, false>(p);
 }
 
 template <typename E>
-static void matmul_residual_forward(float *out, const float *residual, const act *inp, retrofit_weight w, size_t N, size_t I, size_t O) {
-    gemm<E, false, false>(out, O, residual, (const E *)inp, I, (const E *)w.data, w.stride, N, O, I);
-}
-
-template <typename E> static void matmul_backward_input(act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O) {
-    gemm<E, false, true>((E *)dinp, I, NULL, (const E *)dout, O, (const E *)w.data, w.stride, N, I, O);
-}
-
-template <typename E>
-static void matmul_residual_backward_input(float *dinp, const act *dout, retrofit_weight w, size_t N, size_t I, size_t O) {
-    gemm<E, false, true>(dinp, I, NULL, (const E *)dout, O, (const E *)w.data, w.stride, N, I, O);
+static void matmul_residual_forward(float *out, const float *residual, const act *inp,
+                                    retrofit_weight w, size_t N, size_t I, size_t O) {
+    const E *a = (const E *)inp, *b = (const E *)w.data; // (N,I) and (O,I)
+    product<E, float> p = {out, residual, a, b, O, I, w.stride, N, O, I};
+    gemm<false, false>(p);
 }
 
 template <typename E>
-static void matmul_backward_weight(float *dw, size_t stride, const act *dout, const act *inp, size_t N, size_t I, size_t O) {
-    gemm<E, true, true>(dw, stride, dw, (const E *)dout, O, (const E *)inp, I, O, I, N);
+static void matmul_backward_input(act *dinp, const act *dout, retrofit_weight w, size_t N, size_t I,
+                                  size_t O) {
+    const E *a = (const E *)dout, *b = (const E *)w.data; // (N,O) and (O,I): k first
+    product<E, E> p = {(E *)dinp, NULL, a, b, I, O, w.stride, N, I, O};
+    gemm<false, true>(p);
 }
 
-// ---- RoPE: a thread turns eight pairs -------------------------------------------------------------------------------------------
 template <typename E>
-__global__ void rotate_kernel(E *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h,
+static void matmul_residual_backward_input(float *dinp, const act *dout, retrofit_weight w,
+                                           size_t N, size_t I, size_t O) {
+    const E *a = (const E *)dout, *b = (const E *)w.data; // (N,O) and (O,I): k first
+    product<E, float> p = {dinp, NULL, a, b, I, O, w.stride, N, I, O};
+    gemm<false, true>(p);
+}
+
+template <typename E>
+static void matmul_backward_weight(float *dw, size_t stride, const act *dout, const act *inp,
+                                   size_t N, size_t I, size_t O) {
+    const E *a = (const E *)dout, *b = (const E *)inp; // (N,O) and (N,I): k first in both
+    product<E, float> p = {dw, dw, a, b, stride, O, I, O, I, N};
+    gemm<true, true>(p);
+}
+
+// ---- RoPE: (x, y) = elements i and i + h/2 of a head turn by the angle φ = position·θ_i --------
+//     x ← x·cos φ - y·sin φ      y ← y·cos φ + x·sin φ         backward: by -φ
+// One thread per eight pairs of a head; the heads are the H of the queries and the G of the keys.
+struct attention_shape {
+    size_t B, T, H, G, h;
+    __host__ __device__ size_t Q() const { return (H + 2 * G) * h; } // the width of qkv
+};
+
+template <typename E>
+__global__ void rotate_kernel(E *qkv, const float *table, const int32_t *past, attention_shape s,
                               float sign) {
-    size_t half = h / 2, i = (size_t)blockIdx.x * THREADS + threadIdx.x, t, head, p;
-    if (i >= B * T * (H + G) * ((half + 7) / 8)) return;
-    size_t n = divide(divide(i, (half + 7) / 8, p), H + G, head), b = divide(n, T, t), left = half - (p *= 8);
-    size_t position = (past ? (size_t)past[b] : 0) + t;
-    E *lo = qkv + n * (H + 2 * G) * h + head * h + p, *hi = lo + half;
-    float low[8], high[8], angles[16];
-    load8(low, lo, left), load8(high, hi, left);
-    load8(angles, table + position * h + 2 * p, 2 * left),
-        load8(angles + 8, table + position * h + 2 * p + 8, 2 * left > 8 ? 2 * left - 8 : 0);
+    size_t half = s.h / 2, i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= s.B * s.T * (s.H + s.G) * ((half + 7) / 8)) return;
+    size_t t, head, p;
+    i = divide(i, (half + 7) / 8, p);
+    size_t n = divide(i, s.H + s.G, head), b = divide(n, s.T, t);
+    p *= 8; // the first of the eight pairs
+    size_t position = (past ? (size_t)past[b] : 0) + t, left = half - p;
+    E *x_row = qkv + n * (s.H + 2 * s.G) * s.h + head * s.h + p, *y_row = x_row + half;
+    const float *angle_row = table + position * s.h + 2 * p;
+    float x[8], y[8], angles[16]; // angles: cos and sin in turn
+    load8(x, x_row, left);
+    load8(y, y_row, left);
+    load8(angles, angle_row, 2 * left);
+    load8(angles + 8, angle_row + 8, 2 * left > 8 ? 2 * left - 8 : 0);
     for (int j = 0; j < 8; j++) {
-        float x = low[j], y = high[j], c = angles[2 * j], s = sign * angles[2 * j + 1];
-        low[j] = x * c - y * s, high[j] = y * c + x * s;
+        float xj = x[j], yj = y[j], cosine = angles[2 * j], sine = sign * angles[2 * j + 1];
+        x[j] = xj * cosine - yj * sine;
+        y[j] = yj * cosine + xj * sine;
     }
-    store8(lo, low, left), store8(hi, high, left);
+    store8(x_row, x, left);
+    store8(y_row, y, left);
 }
 
 template <typename E>
-static void rope_forward(act *qkv, const float *table, const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    LAUNCH(rotate_kernel<E>, ceil_of(B * T * (H + G) * ceil_of(h / 2, 8), THREADS), THREADS, 0, (E *)qkv, table, past, B, T, H, G, h, 1.0f);
+static void rotate(act *qkv, const float *table, const int32_t *past, attention_shape s,
+                   float sign) {
+    size_t threads = s.B * s.T * (s.H + s.G) * ceil_of(s.h / 2, 8);
+    LAUNCH(rotate_kernel<E>, ceil_of(threads, THREADS), THREADS, 0, (E *)qkv, table, past, s, sign);
 }
 
-template <typename E> static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    LAUNCH(rotate_kernel<E>, ceil_of(B * T * (H + G) * ceil_of(h / 2, 8), THREADS), THREADS, 0, (E *)dqkv, table, NULL, B, T, H, G, h,
-           -1.0f);
+template <typename E>
+static void rope_forward(act *qkv, const float *table, const int32_t *past, size_t B, size_t T,
+                         size_t H, size_t G, size_t h) {
+    rotate<E>(qkv, table, past, {B, T, H, G, h}, 1.0f);
 }
 
-// ---- Attention: FlashAttention-2 (Dao 2023) on tensor cores ---------------------------------------------------------------------
-// The H/G query heads that read the same keys and values are treated together: row r of a tile is token r / group, head g·group + r % group
-// (group = H/G), so that a tile of keys is read once for all of them and the diagonal cuts off few scores. A warp owns 16 rows of a
-// product's result, so softmax needs the four lanes of a row only. D: the head size rounded up to 32, 64 or 128; what is beyond h is 0.
-constexpr float LOG2E = 1.44269504f; // exponentials are taken to base 2
-// The rows of one (b,g). Row r's token, counted from the sequence's first, is found by a multiplication: exact as long as r·group < 2^32.
+template <typename E>
+static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G,
+                          size_t h) {
+    rotate<E>(dqkv, table, NULL, {B, T, H, G, h}, -1.0f);
+}
+
+// ---- Attention: FlashAttention-2 (Dao 2023) on tensor cores ------------------------------------
+//     o_t = Σ_u p_tu·v_u     p_tu = softmax_{u ≤ t}(q_t·k_u/√h)     lse_t = log Σ_u e^(q_t·k_u/√h)
+//
+// Packed rows. The `group` = H/G query heads that read the same keys and values are treated as rows
+// of one matrix, so that a tile of keys is read once for all of them. For sequence b and key/value
+// head g, row r is the query of token r / group and of head g·group + r % group:
+//
+//           row     0    1    2    3    4    5    6  …          (group = 3)
+//           token   0    0    0    1    1    1    2  …
+//           head    3g  3g+1 3g+2  3g  3g+1 3g+2  3g …
+//
+// Row r sees the keys up to its token, as many as `past` more where there is a cache.
+//
+// A warp owns 16 rows of each product's result, or ROW_BLOCKS times 16. Of each 16 a lane has parts
+// of two rows, g (i = 0 below) and g + 8 (i = 1): of every eight columns, 2t and 2t + 1. So a row's
+// maximum and sum need the four lanes that share it, and no more (quad_max, quad_sum).
+//
+// HEAD is the head size h rounded up to 32, 64 or 128; columns from h on are zeros.
+
+constexpr float LOG2E = 1.44269504f; // exponentials are taken to base 2: e^x = 2^(x·LOG2E)
+
 struct packed_rows {
-    int group, count;
-    size_t first, head0, H; // the sequence's first token, the group's first head
-    uint64_t inverse;
-    __device__ packed_rows(size_t b, size_t g, size_t T, size_t H, size_t G)
-        : group((int)(H / G)), count((int)T * group), first(b * T), head0(g * (H / G)), H(H), inverse(((uint64_t)1 << 32) / (H / G) + 1) {}
+    int group, count;   // heads that share keys; rows
+    size_t first, head; // the sequence's first token, the group's first head
+    size_t H, h, Q;
+    uint64_t inverse; // of group, times 2^32: r / group is exact as long as r·group < 2^32
+    __device__ packed_rows(size_t b, size_t g, const attention_shape &s)
+        : group((int)(s.H / s.G)), count((int)s.T * group), first(b * s.T), head(g * (s.H / s.G)),
+          H(s.H), h(s.h), Q(s.Q()), inverse(((uint64_t)1 << 32) / (s.H / s.G) + 1) {}
     __device__ int token(int r) const { return (int)((uint64_t)r * inverse >> 32); }
-    __device__ size_t head(int r) const { return head0 + (r - token(r) * group); }
-    __device__ size_t at(int r) const { return (first + token(r)) * H + head(r); } // in (N,H)
-    // Where its h numbers lie in qkv (N,Q) and in (N,d); NULL behind the last row.
-    template <typename E> __device__ const E *query(const E *qkv, int r, size_t Q, size_t h) const {
-        return r < count ? qkv + (first + token(r)) * Q + head(r) * h : (const E *)nullptr;
+    __device__ size_t head_of(int r) const { return head + (r - token(r) * group); }
+    // Where row r is in lse and delta (N,H).
+    __device__ size_t index(int r) const { return (first + token(r)) * H + head_of(r); }
+    // Where its h numbers are in qkv (N,Q), and in an output (N,d); NULL behind the last row.
+    template <typename P> __device__ P query(P qkv, int r) const {
+        return r < count ? qkv + (first + token(r)) * Q + head_of(r) * h : (P)nullptr;
     }
-    template <typename E> __device__ const E *output(const E *out, int r, size_t h) const {
-        return r < count ? out + at(r) * h : (const E *)nullptr;
+    template <typename P> __device__ P output(P out, int r) const {
+        return r < count ? out + index(r) * h : (P)nullptr;
     }
 };
-template <typename E> __host__ __device__ constexpr int key_tile(void) { return sizeof(E) == 2 ? 64 : 32; }
 
-// Scores to probabilities: row i of a warp's block of scores s (16 x 8·TILES) as mma lays it out, i = 0: row g, 1: row g + 8; what the row
-// has seen before, of which the largest score and the sum of exponentials are kept, is to be scaled by the factor returned.
-template <int TILES> __device__ __forceinline__ float softmax_row(float (*s)[4], int i, float scale, float &largest, float &sum) {
-    float top = largest;
-    EACH (j, TILES) top = fmaxf(top, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
-    top = quad_largest(top);
-    float base = top == -INFINITY ? 0 : top * scale, shrink = exp2f(largest * scale - base),
-          more = 0; // no key seen yet: -inf - -inf is no number
-    EACH (j, TILES) {
-        s[j][2 * i] = exp2f(s[j][2 * i] * scale - base), s[j][2 * i + 1] = exp2f(s[j][2 * i + 1] * scale - base);
-        more += s[j][2 * i] + s[j][2 * i + 1];
-    }
-    sum = sum * shrink + more, largest = top;
-    return shrink;
+// Keys in a tile.
+template <typename E> constexpr int KEY_TILE = sizeof(E) == 2 ? 64 : 32;
+
+// Start to copy ROWS rows from row r0 on of queries in qkv, or of an output; or KEYS keys (or
+// values), `row` elements apart, from key u0 on. Keys from `end` on become 0.
+template <int ROWS, int HEAD, int BLOCK, typename E>
+DEVICE void load_queries(E *tile, const packed_rows &rows, const E *qkv, int r0, bool aligned) {
+    auto row_at = [=](int r) { return rows.query(qkv, r0 + r); };
+    load_tile<ROWS, HEAD, BLOCK>(tile, row_at, rows.h, aligned);
 }
 
-// Queries `seen` (past[b], or 0) positions behind the first key, against keys and values kv_row apart, kv_batch from one sequence to the
-// next. A block takes 16·M·WARPS rows of one (b,g) against one of `splits` parts of the keys; if there are several, it leaves its share of
-// the output and what softmax needs to join the shares, h + 2 numbers a row.
-template <typename E, int D, int WARPS, int M>
-__global__ void __launch_bounds__(32 * WARPS)
-    attention_kernel(E *out, float *lse, float *shares, const E *q, const E *k, const E *v, size_t kv_row, size_t kv_batch,
-                     const int32_t *past, size_t B, size_t T, size_t H, size_t G, size_t h, unsigned splits, bool aligned) {
-    constexpr int ROWS = 16 * M * WARPS, KEYS = key_tile<E>(), STRIDE = tile_stride<E>(D);
-    DYN_SMEM(E, q_tile);
-    E *kv_tiles = q_tile + ROWS * STRIDE; // [2][keys, values]
-    unsigned split = blockIdx.x % splits, pair = blockIdx.x / splits % (unsigned)(B * G), tiles = gridDim.x / (splits * (unsigned)(B * G));
-    size_t b = pair / G, g = pair % G, Q = (H + 2 * G) * h;
-    packed_rows packed(b, g, T, H, G);
-    int rows = packed.count, seen = past ? past[b] : 0;
-    int row0 = (int)(tiles - 1 - blockIdx.x / splits / (unsigned)(B * G)) * ROWS; // the longest first
-    int end = seen + packed.token(int_min(row0 + ROWS, rows) - 1) + 1;            // behind the last key any of the rows sees
-    int part = (end + KEYS * (int)splits - 1) / (KEYS * (int)splits) * KEYS, from = int_min(part * (int)split, end),
-        to = int_min(from + part, end);
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = row0 + 16 * M * warp; // the warp's first row
-    k += b * kv_batch + g * h, v += b * kv_batch + g * h;
+template <int ROWS, int HEAD, int BLOCK, typename E>
+DEVICE void load_outputs(E *tile, const packed_rows &rows, const E *out, int r0, bool aligned) {
+    auto row_at = [=](int r) { return rows.output(out, r0 + r); };
+    load_tile<ROWS, HEAD, BLOCK>(tile, row_at, rows.h, aligned);
+}
 
-    auto load_kv = [&](int u0, int stage) {
+template <int KEYS, int HEAD, int BLOCK, typename E>
+DEVICE void load_keys(E *tile, const E *keys, size_t row, int u0, int end, size_t h, bool aligned) {
+    auto row_at = [=](int r) { return u0 + r < end ? keys + (u0 + r) * row : (const E *)nullptr; };
+    load_tile<KEYS, HEAD, BLOCK>(tile, row_at, h, aligned);
+}
+
+// Sixteen rows of a tile, as left factors.
+template <int HEAD, typename E> DEVICE void load_rows(fragment<E> (&f)[HEAD / 16], const E *tile) {
+    constexpr int STRIDE = tile_stride<E>(HEAD);
+    EACH (c, HEAD / 16) load_a<false>(f[c], tile + 16 * c, STRIDE);
+}
+
+// s (16,KEYS) += q (16,HEAD) · kᵀ, for each of the warp's blocks of rows
+template <int KEYS, int HEAD, int ROW_BLOCKS, typename E>
+DEVICE void multiply_by_keys(float (&s)[ROW_BLOCKS][KEYS / 8][4],
+                             const fragment<E> (&q)[ROW_BLOCKS][HEAD / 16], const E *k_tile) {
+    constexpr int STRIDE = tile_stride<E>(HEAD);
+    EACH (c, HEAD / 16)
+        EACH (j, KEYS / 16) {
+            fragment<E> k;
+            load_b<false>(k, k_tile + 16 * j * STRIDE + 16 * c, STRIDE);
+            EACH (m, ROW_BLOCKS) multiply(&s[m][2 * j], q[m][c], k);
+        }
+}
+
+// o (16,HEAD) += p (16,KEYS) · v (KEYS,HEAD), the same
+template <int KEYS, int HEAD, int ROW_BLOCKS, typename E>
+DEVICE void multiply_by_values(float (&o)[ROW_BLOCKS][HEAD / 8][4],
+                               const float (&p)[ROW_BLOCKS][KEYS / 8][4], const E *v_tile) {
+    constexpr int STRIDE = tile_stride<E>(HEAD);
+    EACH (j, KEYS / 16) {
+        fragment<E> factor[ROW_BLOCKS], v;
+        EACH (m, ROW_BLOCKS) as_factor(factor[m], &p[m][2 * j]);
+        EACH (c, HEAD / 16) {
+            load_b<true>(v, v_tile + 16 * j * STRIDE + 16 * c, STRIDE);
+            EACH (m, ROW_BLOCKS) multiply(&o[m][2 * c], factor[m], v);
+        }
+    }
+}
+
+// Forward. One block per (ROWS = 16·ROW_BLOCKS·WARPS rows, split of the keys, key/value head,
+// sequence). It goes over the keys from … to - 1 of its split in tiles of KEYS:
+//
+//             keys  0         from                       to          end
+//                   ├ split 0 ┼ split 1 ─────────────────┼ split 2 ──┤
+//        row0       ┌─────────┬────────┬────────┬────────┬───────────┐
+//           warp 0  │         │        │        │        │ ╲         │   the diagonal: a row sees
+//                   │         │ tile   │ tile   │ tile   │   ╲       │   the keys up to its own
+//           warp 1  │         │        │        │        │     ╲     │   token, and before it
+//            …      │         │        │        │        │       ╲   │   those in the cache
+//        row0+ROWS  └─────────┴────────┴────────┴────────┴───────────┘
+//
+// `end` is behind the last key that any of its rows sees. With one split, from = 0 and to = end.
+// Decoding has few rows, so the keys are split until the whole GPU has work. Each split then leaves
+// its partial result in the workspace, and attention_join_kernel joins them.
+//
+// Each tile passes through the stages of FlashAttention-2:
+//     (1)  S = Q·Kᵀ
+//     (2)  what a row may not see becomes -∞
+//     (3)  m' = max(m, max S/√h)    P = e^(S/√h - m')    l ← l·e^(m - m') + Σ P    o ← o·e^(m - m')
+//     (4)  o ← o + P·V
+// where m, l and o are the maximum, the sum and the output of a row so far. Behind the last tile
+//     (5)  o/l    lse = m + log l
+template <typename E> struct attention_problem {
+    E *out;                  // (N,d)
+    float *lse;              // (N,H), or NULL
+    float *partials;         // (splits, B·G, rows, h + 2), if there are several splits
+    const E *q, *k, *v;      // q: in qkv (N,Q)
+    size_t kv_row, kv_batch; // elements from one key to the next, from one sequence to the next
+    const int32_t *past;     // (B) keys before the first query, or NULL for none
+    attention_shape shape;
+    unsigned splits;
+    bool aligned; // all rows begin at multiples of 16 bytes
+};
+
+// What a block of attention_kernel takes.
+template <int ROWS, int KEYS> struct attention_task {
+    unsigned split, pair; // pair: b·G + g
+    size_t b, g;
+    packed_rows rows;
+    int past, row0, from, to;
+    template <typename E>
+    __device__ attention_task(const attention_problem<E> &p, unsigned pairs)
+        : split(blockIdx.x % p.splits), pair(blockIdx.x / p.splits % pairs), b(pair / p.shape.G),
+          g(pair % p.shape.G), rows(b, g, p.shape), past(p.past ? p.past[b] : 0) {
+        unsigned row_tiles = gridDim.x / (p.splits * pairs);
+        // The last rows see the most keys and take longest: they begin first.
+        row0 = (int)(row_tiles - 1 - blockIdx.x / p.splits / pairs) * ROWS;
+        int last = int_min(row0 + ROWS, rows.count) - 1, end = past + rows.token(last) + 1;
+        int per_round = KEYS * (int)p.splits, width = (end + per_round - 1) / per_round * KEYS;
+        from = int_min(width * (int)split, end);
+        to = int_min(from + width, end);
+    }
+};
+
+// (2) Scores of the keys from u0 on that lie behind the last one a row sees become -∞.
+template <int KEYS, int ROW_BLOCKS>
+DEVICE void mask_scores(float (&s)[ROW_BLOCKS][KEYS / 8][4], int u0,
+                        const int (&last_key)[ROW_BLOCKS][2]) {
+    int column = threadIdx.x % 4 * 2;
+    EACH (m, ROW_BLOCKS)
+        EACH (j, KEYS / 8)
+            EACH (e, 4)
+                if (u0 + 8 * j + column + e % 2 > last_key[m][e / 2]) s[m][j][e] = -INFINITY;
+}
+
+// (3) for row i of a block of scores (16, 8·TILES). `scale` is LOG2E/√h. Returns e^(m - m').
+template <int TILES>
+DEVICE float softmax_row(float (*s)[4], int i, float scale, float &row_max, float &row_sum) {
+    float new_max = row_max, sum = 0;
+    EACH (j, TILES) new_max = fmaxf(new_max, fmaxf(s[j][2 * i], s[j][2 * i + 1]));
+    new_max = quad_max(new_max);
+    // Where no key has been seen yet, both maxima are -∞ and their difference is not a number.
+    float base = new_max == -INFINITY ? 0 : new_max * scale;
+    float correction = exp2f(row_max * scale - base);
+    EACH (j, TILES) {
+        s[j][2 * i] = exp2f(s[j][2 * i] * scale - base);
+        s[j][2 * i + 1] = exp2f(s[j][2 * i + 1] * scale - base);
+        sum += s[j][2 * i] + s[j][2 * i + 1];
+    }
+    row_sum = row_sum * correction + sum; // over this lane's columns only
+    row_max = new_max;
+    return correction;
+}
+
+// (3) for all rows of the tile.
+template <int KEYS, int HEAD, int ROW_BLOCKS>
+DEVICE void softmax_tile(float (&s)[ROW_BLOCKS][KEYS / 8][4], float (&o)[ROW_BLOCKS][HEAD / 8][4],
+                         float scale, float (&row_max)[ROW_BLOCKS][2],
+                         float (&row_sum)[ROW_BLOCKS][2]) {
+    EACH (m, ROW_BLOCKS)
+        EACH (i, 2) {
+            float correction = softmax_row<KEYS / 8>(s[m], i, scale, row_max[m][i], row_sum[m][i]);
+            EACH (c, HEAD / 8) {
+                o[m][c][2 * i] *= correction;
+                o[m][c][2 * i + 1] *= correction;
+            }
+        }
+}
+
+// (5) for row r, of which this lane has of every 8 columns two: o[c][2i], o[c][2i + 1].
+template <int HEAD, typename E, typename TASK>
+DEVICE void store_output(const attention_problem<E> &p, const TASK &task, const float (*o)[4],
+                         int i, int r, float max, float sum) {
+    size_t first = threadIdx.x % 4 * 2, h = p.shape.h, index = task.rows.index(r);
+    size_t pair = (size_t)task.split * p.shape.B * p.shape.G + task.pair;
+    float *partial = p.partials + (pair * task.rows.count + r) * (h + 2);
+    EACH (c, HEAD / 8) {
+        size_t column = 8 * c + first;
+        if (column >= h) continue;
+        float x = o[c][2 * i], y = o[c][2 * i + 1];
+        if (p.splits > 1) store2(partial + column, x, y);
+        else store2(p.out + index * h + column, x / sum, y / sum);
+    }
+    if (first == 0 && p.splits > 1) store2(partial + h, max, sum);
+    if (first == 0 && p.lse) p.lse[index] = max / LOG2E + logf(sum);
+}
+
+template <typename E, int HEAD, int WARPS, int ROW_BLOCKS>
+__global__ void __launch_bounds__(32 * WARPS) attention_kernel(attention_problem<E> p) {
+    constexpr int ROWS = 16 * ROW_BLOCKS * WARPS, KEYS = KEY_TILE<E>, BLOCK = 32 * WARPS;
+    constexpr int STRIDE = tile_stride<E>(HEAD);
+    DYN_SMEM(E, q_tile);
+    E *kv_tiles = q_tile + ROWS * STRIDE; // [2] of a tile of keys, then a tile of values
+    attention_task<ROWS, KEYS> task(p, (unsigned)(p.shape.B * p.shape.G));
+    const packed_rows &rows = task.rows;
+    const size_t h = p.shape.h;
+    const E *k = p.k + task.b * p.kv_batch + task.g * h;
+    const E *v = p.v + task.b * p.kv_batch + task.g * h;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int first = task.row0 + 16 * ROW_BLOCKS * warp; // the warp's first row
+
+    auto load_keys_and_values = [&](int u0, int stage) {
         E *tile = kv_tiles + stage * 2 * KEYS * STRIDE;
-        auto at = [=](const E *x) { return [=](int r) { return u0 + r < to ? x + (u0 + r) * kv_row : (const E *)nullptr; }; };
-        load_tile<KEYS, D, 32 * WARPS>(tile, at(k), h, aligned);
-        load_tile<KEYS, D, 32 * WARPS>(tile + KEYS * STRIDE, at(v), h, aligned);
+        load_keys<KEYS, HEAD, BLOCK>(tile, k, p.kv_row, u0, task.to, h, p.aligned);
+        load_keys<KEYS, HEAD, BLOCK>(tile + KEYS * STRIDE, v, p.kv_row, u0, task.to, h, p.aligned);
     };
-    load_tile<ROWS, D, 32 * WARPS>(
-        q_tile, [=](int r) { return packed.query(q, row0 + r, Q, h); }, h, aligned);
-    load_kv(from, 0);
+    load_queries<ROWS, HEAD, BLOCK>(q_tile, rows, p.q, task.row0, p.aligned);
+    load_keys_and_values(task.from, 0);
     cp_async_commit();
 
-    fragment<E> fq[M][D / 16];
-    float o[M][D / 8][4] = {}, largest[M][2], sum[M][2] = {}, scale = LOG2E / sqrtf((float)h);
-    int sees[M][2]; // the last key a row sees
-    EACH (m, M)
-        for (int i = 0; i < 2; i++) largest[m][i] = -INFINITY, sees[m][i] = seen + packed.token(first + 16 * m + lane / 4 + 8 * i);
-    for (int u0 = from, stage = 0; u0 < to; u0 += KEYS, stage ^= 1) {
-        if (u0 + KEYS < to) load_kv(u0 + KEYS, stage ^ 1);
+    fragment<E> q[ROW_BLOCKS][HEAD / 16];
+    float o[ROW_BLOCKS][HEAD / 8][4] = {}, row_max[ROW_BLOCKS][2], row_sum[ROW_BLOCKS][2] = {};
+    int last_key[ROW_BLOCKS][2]; // that a row sees
+    const float scale = LOG2E / sqrtf((float)h);
+    EACH (m, ROW_BLOCKS)
+        for (int i = 0; i < 2; i++) {
+            row_max[m][i] = -INFINITY;
+            last_key[m][i] = task.past + rows.token(first + 16 * m + lane / 4 + 8 * i);
+        }
+    for (int u0 = task.from, stage = 0; u0 < task.to; u0 += KEYS, stage ^= 1) {
+        // (0) The next tile is on its way while this one is used.
+        if (u0 + KEYS < task.to) load_keys_and_values(u0 + KEYS, stage ^ 1);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
         const E *k_tile = kv_tiles + stage * 2 * KEYS * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
-        if (u0 == from)
-            EACH (m, M)
-                EACH (c, D / 16) load_a<false>(fq[m][c], q_tile + (16 * (M * warp + m)) * STRIDE + 16 * c, STRIDE);
-        // (1) scores of the tile
-        float s[M][KEYS / 8][4] = {};
-        EACH (c, D / 16)
-            EACH (j, KEYS / 16) {
-                fragment<E> fk;
-                load_b<false>(fk, k_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                EACH (m, M) multiply(&s[m][2 * j], fq[m][c], fk);
-            }
-        // (2) what a row may not see, where the tile reaches the diagonal
-        if (u0 + KEYS > seen + packed.token(first) + 1)
-            EACH (m, M)
-                EACH (j, KEYS / 8)
-                    EACH (e, 4)
-                        if (u0 + 8 * j + lane % 4 * 2 + e % 2 > sees[m][e / 2]) s[m][j][e] = -INFINITY;
-        // (3) probabilities; what was summed up under a smaller maximum is scaled down
-        EACH (m, M)
-            EACH (i, 2) {
-                float shrink = softmax_row<KEYS / 8>(s[m], i, scale, largest[m][i], sum[m][i]);
-                EACH (c, D / 8) o[m][c][2 * i] *= shrink, o[m][c][2 * i + 1] *= shrink;
-            }
-        // (4) the tile's share of the output
-        EACH (j, KEYS / 16) {
-            fragment<E> fp[M], fv;
-            EACH (m, M) as_factor(fp[m], &s[m][2 * j]);
-            EACH (c, D / 16) {
-                load_b<true>(fv, v_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                EACH (m, M) multiply(&o[m][2 * c], fp[m], fv);
-            }
-        }
-        __syncthreads(); // the tile after the next may come
+        if (u0 == task.from)
+            EACH (m, ROW_BLOCKS)
+                load_rows<HEAD>(q[m], q_tile + 16 * (ROW_BLOCKS * warp + m) * STRIDE);
+        // (1) to (4); the mask only where the tile reaches the diagonal.
+        float s[ROW_BLOCKS][KEYS / 8][4] = {};
+        multiply_by_keys<KEYS, HEAD>(s, q, k_tile);
+        bool diagonal = u0 + KEYS > task.past + rows.token(first) + 1;
+        if (diagonal) mask_scores<KEYS>(s, u0, last_key);
+        softmax_tile<KEYS, HEAD>(s, o, scale, row_max, row_sum);
+        multiply_by_values<KEYS, HEAD>(o, s, v_tile);
+        __syncthreads(); // the tile after the next may take this one's place
     }
     cp_async_wait<0>();
-    EACH (m, M)
+    // (5)
+    EACH (m, ROW_BLOCKS)
         EACH (i, 2) {
             int r = first + 16 * m + lane / 4 + 8 * i;
-            float total = quad_sum(sum[m][i]);
-            if (r >= rows) continue;
-            size_t at = packed.at(r);
-            float *mine = shares + ((size_t)split * B * G * rows + (size_t)pair * rows + r) * (h + 2);
-            EACH (c, D / 8) {
-                size_t column = 8 * c + lane % 4 * 2;
-                if (column >= h) continue;
-                if (splits > 1) store2(mine + column, o[m][c][2 * i], o[m][c][2 * i + 1]);
-                else store2(out + at * h + column, o[m][c][2 * i] / total, o[m][c][2 * i + 1] / total);
-            }
-            if (lane % 4 == 0 && splits > 1) store2(mine + h, largest[m][i] * scale, total);
-            if (lane % 4 == 0 && lse) lse[at] = (largest[m][i] * scale) / LOG2E + logf(total);
+            float sum = quad_sum(row_sum[m][i]);
+            if (r >= rows.count) continue;
+            store_output<HEAD>(p, task, o[m], i, r, row_max[m][i] * scale, sum);
         }
 }
 
-// Joins the shares of a row: a warp for each.
+// Joins the partial results of the splits, with the maximum m_i and sum l_i of each, m = max m_i:
+//     o = Σ_i e^(m_i - m)·o_i / Σ_i e^(m_i - m)·l_i
+// One warp per row of a pair (b, g).
 template <typename E>
-__global__ void attention_join_kernel(E *out, const float *shares, size_t B, size_t T, size_t H, size_t G, size_t h, unsigned splits) {
-    size_t row = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, all = B * T * H, group = H / G, rows = T * group;
+__global__ void attention_join_kernel(E *out, const float *partials, attention_shape s,
+                                      unsigned splits) {
+    size_t row = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, all = s.B * s.T * s.H;
     if (row >= all) return;
-    size_t pair = row / rows, r = row % rows, at = ((pair / G * T + r / group) * H + pair % G * group + r % group) * h;
-    float top = -INFINITY, total = 0;
-    for (unsigned i = 0; i < splits; i++) top = fmaxf(top, shares[(i * all + row) * (h + 2) + h]);
-    if (top == -INFINITY) top = 0;
+    size_t group = s.H / s.G, rows = s.T * group, pair = row / rows, r = row % rows;
+    size_t token = pair / s.G * s.T + r / group, head = pair % s.G * group + r % group;
+    auto partial = [=](unsigned i) { return partials + (i * all + row) * (s.h + 2); };
+
+    float max = -INFINITY, total = 0;
+    for (unsigned i = 0; i < splits; i++) max = fmaxf(max, partial(i)[s.h]);
+    if (max == -INFINITY) max = 0;
     for (unsigned i = 0; i < splits; i++)
-        total += exp2f(shares[(i * all + row) * (h + 2) + h] - top) * shares[(i * all + row) * (h + 2) + h + 1];
-    for (size_t c = threadIdx.x % 32; c < h; c += 32) {
+        total += exp2f(partial(i)[s.h] - max) * partial(i)[s.h + 1];
+    for (size_t c = threadIdx.x % 32; c < s.h; c += 32) {
         float sum = 0;
-        for (unsigned i = 0; i < splits; i++)
-            sum += exp2f(shares[(i * all + row) * (h + 2) + h] - top) * shares[(i * all + row) * (h + 2) + c];
-        from_float(out[at + c], sum / total);
+        for (unsigned i = 0; i < splits; i++) sum += exp2f(partial(i)[s.h] - max) * partial(i)[c];
+        from_float(out[(token * s.H + head) * s.h + c], sum / total);
     }
 }
 
-template <typename E, int D, int WARPS, int M>
-static void attend_with(E *out, float *lse, const E *q, const E *k, const E *v, size_t kv_row, size_t kv_batch, const int32_t *past,
-                        size_t B, size_t T, size_t H, size_t G, size_t h, unsigned splits) {
-    constexpr size_t ROWS = 16 * M * WARPS, bytes = (ROWS + 4 * key_tile<E>()) * tile_stride<E>(D) * sizeof(E);
+template <int HEAD, int WARPS, int ROW_BLOCKS, typename E>
+static void launch_attention(attention_problem<E> p, size_t splits) {
+    const attention_shape s = p.shape;
+    auto kernel = attention_kernel<E, HEAD, WARPS, ROW_BLOCKS>;
+    constexpr size_t ROWS = 16 * ROW_BLOCKS * WARPS;
+    constexpr size_t BYTES = (ROWS + 4 * KEY_TILE<E>) * tile_stride<E>(HEAD) * sizeof(E);
     static bool allowed;
-    if (!allowed) allow_shared(attention_kernel<E, D, WARPS, M>, bytes), allowed = true;
-    bool aligned = ((uintptr_t)q | (uintptr_t)k | (uintptr_t)v | h * sizeof(E)) % 16 == 0;
-    LAUNCH((attention_kernel<E, D, WARPS, M>), ceil_of(T * (H / G), ROWS) * B * G * splits, 32 * WARPS, bytes, out, lse, (float *)workspace,
-           q, k, v, kv_row, kv_batch, past, B, T, H, G, h, splits, aligned);
+    if (!allowed) allow_shared_memory(kernel, BYTES);
+    allowed = true;
+    p.splits = (unsigned)splits;
+    p.partials = (float *)workspace;
+    p.aligned = ((uintptr_t)p.q | (uintptr_t)p.k | (uintptr_t)p.v | s.h * sizeof(E)) % 16 == 0;
+    size_t blocks = ceil_of(s.T * (s.H / s.G), ROWS) * s.B * s.G * splits;
+    launch("attention_kernel", kernel, blocks, 32 * WARPS, BYTES, p);
     if (splits > 1)
-        LAUNCH(attention_join_kernel<E>, ceil_of(B * T * H, THREADS / 32), THREADS, 0, out, (const float *)workspace, B, T, H, G, h,
-               splits);
+        LAUNCH(attention_join_kernel<E>, ceil_of(s.B * s.T * s.H, THREADS / 32), THREADS, 0, p.out,
+               p.partials, s, p.splits);
 }
 
-// keys: the most that any query may see.
-template <typename E, int D>
-static void attend(E *out, float *lse, const E *q, const E *k, const E *v, size_t kv_row, size_t kv_batch, const int32_t *past, size_t keys,
-                   size_t B, size_t T, size_t H, size_t G, size_t h) {
-    constexpr int M = sizeof(E) == 2 && D <= 64 ? 2 : 1;
-    if (T * (H / G) > 16) return attend_with<E, D, 4, M>(out, lse, q, k, v, kv_row, kv_batch, past, B, T, H, G, h, 1);
-    // Decoding: few rows, so the keys are divided until there is work for the whole GPU.
-    size_t splits = least_of(ceil_of(keys, key_tile<E>()), ceil_of(4 * (size_t)device.multiProcessorCount, B * G));
-    splits = least_of(splits, WORKSPACE / sizeof(float) / (B * T * H * (h + 2)));
-    attend_with<E, D, 1, 1>(out, lse, q, k, v, kv_row, kv_batch, past, B, T, H, G, h, lse || splits == 0 ? 1 : (unsigned)splits);
+// How many splits decoding makes of `keys`, the most keys that a query may see.
+template <typename E> static size_t attention_splits(const attention_problem<E> &p, size_t keys) {
+    const attention_shape &s = p.shape;
+    if (p.lse) return 1;
+    size_t enough = ceil_of(4 * (size_t)device.multiProcessorCount, s.B * s.G); // work for the GPU
+    size_t possible = WORKSPACE / sizeof(float) / (s.B * s.T * s.H * (s.h + 2));
+    size_t splits = retrofit_min(retrofit_min(ceil_of(keys, KEY_TILE<E>), enough), possible);
+    return retrofit_max(splits, 1);
 }
 
-#define BY_HEAD_SIZE(h, call, ...)                    \
-    do {                                              \
-        if ((h) <= 32) call<E, 32>(__VA_ARGS__);      \
-        else if ((h) <= 64) call<E, 64>(__VA_ARGS__); \
-        else call<E, 128>(__VA_ARGS__);               \
-    } while (0)
+template <int HEAD, typename E> static void attend(const attention_problem<E> &p, size_t keys) {
+    constexpr int ROW_BLOCKS = sizeof(E) == 2 && HEAD <= 64 ? 2 : 1; // as registers allow
+    bool few = p.shape.T * (p.shape.H / p.shape.G) <= 16;
+    if (few) launch_attention<HEAD, 1, 1>(p, attention_splits(p, keys));
+    else launch_attention<HEAD, 4, ROW_BLOCKS>(p, 1);
+}
+
+template <typename E> static void attend_by_head_size(const attention_problem<E> &p, size_t keys) {
+    if (p.shape.h <= 32) attend<32>(p, keys);
+    else if (p.shape.h <= 64) attend<64>(p, keys);
+    else attend<128>(p, keys);
+}
 
 template <typename E>
-static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H, size_t G, size_t h) {
-    const E *q = (const E *)qkv, *k = q + H * h;
-    size_t Q = (H + 2 * G) * h;
-    BY_HEAD_SIZE(h, attend, (E *)out, lse, q, k, k + G * h, Q, T * Q, NULL, T, B, T, H, G, h);
+static void attention_forward(act *out, float *lse, const act *qkv, size_t B, size_t T, size_t H,
+                              size_t G, size_t h) {
+    attention_problem<E> p = {};
+    p.shape = {B, T, H, G, h};
+    p.out = (E *)out;
+    p.lse = lse;
+    p.q = (const E *)qkv;
+    p.k = p.q + H * h;
+    p.v = p.k + G * h;
+    p.kv_row = p.shape.Q();
+    p.kv_batch = T * p.kv_row;
+    attend_by_head_size(p, T);
 }
 
-// delta (N,H) = Σ_c dout·out: a warp for each.
-template <typename E> __global__ void attention_delta_kernel(float *delta, const E *dout, const E *out, size_t count, size_t h) {
+// Backward. With δ_t = do_t·o_t, and P made again from the log-sum-exp, P = e^(q·k/√h - lse):
+//     dP = dO·Vᵀ      dS = P∘(dP - δ)/√h      dV = Pᵀ·dO      dK = dSᵀ·Q      dQ = dS·K
+// attention_delta_kernel makes δ, attention_backward_kv_kernel dK and dV, and
+// attention_backward_q_kernel dQ. The last two both make P and dS: the price of having no atomics.
+template <typename E> struct attention_gradient {
+    E *dqkv;
+    const E *dout, *qkv;
+    const float *lse, *delta;
+    attention_shape shape;
+    bool aligned;
+};
+
+// delta (N,H). One warp per number.
+template <typename E>
+__global__ void attention_delta_kernel(float *delta, const E *dout, const E *out, size_t count,
+                                       size_t h) {
     size_t i = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (i >= count) return;
     float sum = 0;
-    for (size_t c = threadIdx.x % 32; c < h; c += 32) sum += to_float(dout[i * h + c]) * to_float(out[i * h + c]);
-    for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    for (size_t c = threadIdx.x % 32; c < h; c += 32)
+        sum += to_float(dout[i * h + c]) * to_float(out[i * h + c]);
+    sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) delta[i] = sum;
 }
 
-// dK = dSᵀ·Q, dV = Pᵀ·dO: a block for 64 keys, a warp for 16 of them, going over the rows of queries that see them. Everything is turned by
-// a quarter, scores are k·qᵀ, so that Pᵀ and dSᵀ come out where the next products want their left factors; k and v stay in registers.
-template <typename E, int D>
-__global__ void __launch_bounds__(128)
-    attention_backward_kv_kernel(E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta, size_t B, size_t T, size_t H,
-                                 size_t G, size_t h, bool aligned) {
-    constexpr int KEYS = 64, ROWS = sizeof(E) == 2 && D <= 64 ? 64 : 32, STRIDE = tile_stride<E>(D);
-    DYN_SMEM(E, tiles);               // [2][queries, dout], at first keys and values
-    SMEM(float, stats, 2 * 2 * ROWS); // [2][lse, delta] of their rows
-    unsigned pair = blockIdx.x % (unsigned)(B * G);
-    size_t b = pair / G, g = pair % G, Q = (H + 2 * G) * h;
-    packed_rows packed(b, g, T, H, G);
-    int rows = packed.count, u0 = (int)(blockIdx.x / (unsigned)(B * G)) * KEYS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const E *k = qkv + b * T * Q + (H + g) * h;
+// s (16,N) += a·xᵀ and ds (16,N) += b·yᵀ: the warp's rows a, b (16,HEAD), and tiles x, y (N,HEAD).
+template <int N, int HEAD, typename E>
+DEVICE void multiply_two(float (&s)[N / 8][4], float (&ds)[N / 8][4],
+                         const fragment<E> (&a)[HEAD / 16], const fragment<E> (&b)[HEAD / 16],
+                         const E *x_tile, const E *y_tile) {
+    constexpr int STRIDE = tile_stride<E>(HEAD);
+    EACH (c, HEAD / 16)
+        EACH (j, N / 16) {
+            fragment<E> x, y;
+            load_b<false>(x, x_tile + 16 * j * STRIDE + 16 * c, STRIDE);
+            load_b<false>(y, y_tile + 16 * j * STRIDE + 16 * c, STRIDE);
+            multiply(&s[2 * j], a[c], x);
+            multiply(&ds[2 * j], b[c], y);
+        }
+}
 
-    auto key_row = [=](const E *x) { return [=](int r) { return u0 + r < (int)T ? x + (u0 + r) * Q : (const E *)nullptr; }; };
-    load_tile<KEYS, D, 128>(tiles, key_row(k), h, aligned);
-    load_tile<KEYS, D, 128>(tiles + KEYS * STRIDE, key_row(k + G * h), h, aligned);
+// Row i of the lane's two rows of a result (16,HEAD).
+template <int HEAD, typename E>
+DEVICE void store_gradient(E *to, const float (&x)[HEAD / 8][4], int i, size_t h) {
+    EACH (c, HEAD / 8) {
+        size_t column = 8 * c + threadIdx.x % 4 * 2;
+        if (column < h) store2(to + column, x[c][2 * i], x[c][2 * i + 1]);
+    }
+}
+
+// dK and dV. One block per (64 keys, key/value head, sequence). Each of its four warps has 16 of
+// the keys. It goes over the packed rows that see them in tiles of ROWS:
+//
+//            packed rows     0           u0·group                      rows.count
+//                            ┌───────────┬───────┬───────┬───────┬─────┐
+//      warp 0  keys u0 …     │           │       │       │       │     │  a warp sums up dK and
+//      warp 1  keys u0 + 16  │ see none  │ ╲     │ tile  │ tile  │  …  │  dV of its 16 keys, in
+//      warp 2  keys u0 + 32  │ of these  │   ╲   │       │       │     │  registers
+//      warp 3  keys u0 + 48  │ keys      │     ╲ │       │       │     │
+//                            └───────────┴───────┴───────┴───────┴─────┘
+//
+// Everything is transposed: scores are (keys, rows) = k·qᵀ. So Pᵀ and dSᵀ come out as the left
+// factors of dV = Pᵀ·dO and dK = dSᵀ·Q. k and v stay in registers.
+template <typename E, int HEAD>
+constexpr int BACKWARD_ROW_TILE = sizeof(E) == 2 && HEAD <= 64 ? 64 : 32;
+
+// (2) P from the scores, and dS from dP, in place. `edge`: some of the rows do not see some of the
+// keys, or are none. A row sees a key if key <= row / group.
+template <int ROWS>
+DEVICE void transposed_gradient(float (&p)[ROWS / 8][4], float (&ds)[ROWS / 8][4],
+                                const packed_rows &rows, int key, int r0, float inverse_root,
+                                const float *lse, const float *delta, bool edge) {
+    float scale = LOG2E * inverse_root;
+    int column = threadIdx.x % 4 * 2;
+    EACH (j, ROWS / 8)
+        EACH (e, 4) {
+            int r = 8 * j + column + e % 2;
+            bool seen = (key + e / 2 * 8) * rows.group <= r0 + r && r0 + r < rows.count;
+            bool counts = !edge || seen;
+            float x = exp2f(p[j][e] * scale - lse[r]);
+            p[j][e] = counts ? x : 0.0f;
+            ds[j][e] = counts ? x * (ds[j][e] - delta[r]) * inverse_root : 0.0f;
+        }
+}
+
+// (3) dK += dSᵀ·Q and dV += Pᵀ·dO: the tile's part of the sums.
+template <int ROWS, int HEAD, typename E>
+DEVICE void add_to_keys_and_values(float (&dk)[HEAD / 8][4], float (&dv)[HEAD / 8][4],
+                                   const float (&p)[ROWS / 8][4], const float (&ds)[ROWS / 8][4],
+                                   const E *q_tile, const E *do_tile) {
+    constexpr int STRIDE = tile_stride<E>(HEAD);
+    EACH (j, ROWS / 16) {
+        fragment<E> fp, fds, fq, fo;
+        as_factor(fp, &p[2 * j]);
+        as_factor(fds, &ds[2 * j]);
+        EACH (c, HEAD / 16) {
+            load_b<true>(fo, do_tile + 16 * j * STRIDE + 16 * c, STRIDE);
+            load_b<true>(fq, q_tile + 16 * j * STRIDE + 16 * c, STRIDE);
+            multiply(&dv[2 * c], fp, fo);
+            multiply(&dk[2 * c], fds, fq);
+        }
+    }
+}
+
+template <typename E, int HEAD>
+__global__ void __launch_bounds__(128) attention_backward_kv_kernel(attention_gradient<E> p) {
+    constexpr int KEYS = 64, ROWS = BACKWARD_ROW_TILE<E, HEAD>, STRIDE = tile_stride<E>(HEAD);
+    DYN_SMEM(E, tiles);               // [2] of a tile of q, then one of dout; at first k and v
+    SMEM(float, stats, 2 * 2 * ROWS); // [2] of the rows' lse·LOG2E, then their delta
+    const attention_shape &shape = p.shape;
+    unsigned pairs = (unsigned)(shape.B * shape.G), pair = blockIdx.x % pairs;
+    size_t b = pair / shape.G, g = pair % shape.G, h = shape.h, Q = shape.Q();
+    packed_rows rows(b, g, shape);
+    int u0 = (int)(blockIdx.x / pairs) * KEYS, T = (int)shape.T;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = u0 + 16 * warp + lane / 4;
+    const E *k = p.qkv + b * shape.T * Q + (shape.H + g) * h;
+
+    load_keys<KEYS, HEAD, 128>(tiles, k, Q, u0, T, h, p.aligned);
+    load_keys<KEYS, HEAD, 128>(tiles + KEYS * STRIDE, k + shape.G * h, Q, u0, T, h, p.aligned);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    fragment<E> fk[D / 16], fv[D / 16];
-    EACH (c, D / 16) {
-        load_a<false>(fk[c], tiles + 16 * warp * STRIDE + 16 * c, STRIDE);
-        load_a<false>(fv[c], tiles + (KEYS + 16 * warp) * STRIDE + 16 * c, STRIDE);
-    }
+    fragment<E> fk[HEAD / 16], fv[HEAD / 16];
+    load_rows<HEAD>(fk, tiles + 16 * warp * STRIDE);
+    load_rows<HEAD>(fv, tiles + (KEYS + 16 * warp) * STRIDE);
     __syncthreads();
 
-    auto load_rows = [&](int r0, int stage) {
+    auto load = [&](int r0, int stage) {
         E *tile = tiles + stage * 2 * ROWS * STRIDE;
-        load_tile<ROWS, D, 128>(
-            tile, [=](int r) { return packed.query(qkv, r0 + r, Q, h); }, h, aligned);
-        load_tile<ROWS, D, 128>(
-            tile + ROWS * STRIDE, [=](int r) { return packed.output(dout, r0 + r, h); }, h, aligned);
+        float *lse = stats + stage * 2 * ROWS, *delta = lse + ROWS;
+        load_queries<ROWS, HEAD, 128>(tile, rows, p.qkv, r0, p.aligned);
+        load_outputs<ROWS, HEAD, 128>(tile + ROWS * STRIDE, rows, p.dout, r0, p.aligned);
         for (int r = threadIdx.x; r < ROWS; r += 128) {
-            size_t at = packed.at(r0 + r < rows ? r0 + r : 0);
-            stats[(2 * stage) * ROWS + r] = lse[at] * LOG2E, stats[(2 * stage + 1) * ROWS + r] = delta[at];
+            size_t index = rows.index(r0 + r < rows.count ? r0 + r : 0);
+            lse[r] = p.lse[index] * LOG2E;
+            delta[r] = p.delta[index];
         }
     };
-    float dk[D / 8][4] = {}, dv[D / 8][4] = {}, root = 1.0f / sqrtf((float)h), scale = LOG2E * root;
-    int key = u0 + 16 * warp + lane / 4, from = u0 * packed.group / ROWS * ROWS;
-    load_rows(from, 0);
+    float dk[HEAD / 8][4] = {}, dv[HEAD / 8][4] = {}, inverse_root = 1.0f / sqrtf((float)h);
+    int from = u0 * rows.group / ROWS * ROWS; // the first row that sees a key, rounded down
+    load(from, 0);
     cp_async_commit();
-    for (int r0 = from, stage = 0; r0 < rows; r0 += ROWS, stage ^= 1) {
-        if (r0 + ROWS < rows) load_rows(r0 + ROWS, stage ^ 1);
+    for (int r0 = from, stage = 0; r0 < rows.count; r0 += ROWS, stage ^= 1) {
+        if (r0 + ROWS < rows.count) load(r0 + ROWS, stage ^ 1);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
         const E *q_tile = tiles + stage * 2 * ROWS * STRIDE, *do_tile = q_tile + ROWS * STRIDE;
-        const float *lse_row = stats + 2 * stage * ROWS, *delta_row = lse_row + ROWS;
-        // (1) scores and dP, both turned: (keys, rows)
-        float p[ROWS / 8][4] = {}, ds[ROWS / 8][4] = {};
-        EACH (c, D / 16)
-            EACH (j, ROWS / 16) {
-                fragment<E> fq, fo;
-                load_b<false>(fq, q_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                load_b<false>(fo, do_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                multiply(&p[2 * j], fk[c], fq);
-                multiply(&ds[2 * j], fv[c], fo);
-            }
-        // (2) P again, from the log-sum-exp; dS. A key is seen by a row if key <= row / group.
-        bool edge = (u0 + KEYS - 1) * packed.group > r0 || r0 + ROWS > rows;
-        EACH (j, ROWS / 8)
-            EACH (e, 4) {
-                int r = 8 * j + lane % 4 * 2 + e % 2;
-                bool seen = !edge || ((key + e / 2 * 8) * packed.group <= r0 + r && r0 + r < rows);
-                float x = exp2f(p[j][e] * scale - lse_row[r]);
-                p[j][e] = seen ? x : 0.0f;
-                ds[j][e] = seen ? x * (ds[j][e] - delta_row[r]) * root : 0.0f;
-            }
-        // (3) the tile's share of dV and dK
-        EACH (j, ROWS / 16) {
-            fragment<E> fp, fds, fq, fo;
-            as_factor(fp, &p[2 * j]), as_factor(fds, &ds[2 * j]);
-            EACH (c, D / 16) {
-                load_b<true>(fo, do_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                load_b<true>(fq, q_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                multiply(&dv[2 * c], fp, fo);
-                multiply(&dk[2 * c], fds, fq);
-            }
-        }
+        const float *lse = stats + stage * 2 * ROWS, *delta = lse + ROWS;
+        float s[ROWS / 8][4] = {}, ds[ROWS / 8][4] = {};
+        multiply_two<ROWS, HEAD>(s, ds, fk, fv, q_tile, do_tile); // (1) S and dP, transposed
+        bool edge = (u0 + KEYS - 1) * rows.group > r0 || r0 + ROWS > rows.count;
+        transposed_gradient<ROWS>(s, ds, rows, key, r0, inverse_root, lse, delta, edge); // (2)
+        add_to_keys_and_values<ROWS, HEAD>(dk, dv, s, ds, q_tile, do_tile); // (3)
         __syncthreads();
     }
     cp_async_wait<0>();
     EACH (i, 2)
-        EACH (c, D / 8) {
-            size_t column = 8 * c + lane % 4 * 2;
-            if (key + 8 * i >= (int)T || column >= h) continue;
-            E *to = dqkv + (b * T + key + 8 * i) * Q + (H + g) * h + column;
-            store2(to, dk[c][2 * i], dk[c][2 * i + 1]), store2(to + G * h, dv[c][2 * i], dv[c][2 * i + 1]);
+        if (key + 8 * i < T) {
+            E *to = p.dqkv + (b * shape.T + key + 8 * i) * Q + (shape.H + g) * h;
+            store_gradient<HEAD>(to, dk, i, h);
+            store_gradient<HEAD>(to + shape.G * h, dv, i, h);
         }
 }
 
-// dQ = dS·K: a block for 64 rows of queries, going over the keys they see. It makes P and dS a second time: the price of sums without
-// atomics.
-template <typename E, int D>
-__global__ void __launch_bounds__(128)
-    attention_backward_q_kernel(E *dqkv, const E *dout, const E *qkv, const float *lse, const float *delta, size_t B, size_t T, size_t H,
-                                size_t G, size_t h, bool aligned) {
-    constexpr int ROWS = 64, KEYS = key_tile<E>(), STRIDE = tile_stride<E>(D);
-    DYN_SMEM(E, tiles); // [2][keys, values], at first queries and dout
-    unsigned pair = blockIdx.x % (unsigned)(B * G), count = gridDim.x / (unsigned)(B * G);
-    size_t b = pair / G, g = pair % G, Q = (H + 2 * G) * h;
-    packed_rows packed(b, g, T, H, G);
-    int rows = packed.count, row0 = (int)(count - 1 - blockIdx.x / (unsigned)(B * G)) * ROWS, lane = threadIdx.x % 32,
-        warp = threadIdx.x / 32;
-    int end = packed.token(int_min(row0 + ROWS, rows) - 1) + 1;
-    const E *k = qkv + b * T * Q + (H + g) * h, *v = k + G * h;
+// dQ. One block per (64 packed rows, key/value head, sequence). Each of its four warps has 16 of
+// the rows. As forward does, it goes over the keys in tiles; q and dout stay in registers.
 
-    load_tile<ROWS, D, 128>(
-        tiles, [=](int r) { return packed.query(qkv, row0 + r, Q, h); }, h, aligned);
-    load_tile<ROWS, D, 128>(
-        tiles + ROWS * STRIDE, [=](int r) { return packed.output(dout, row0 + r, h); }, h, aligned);
+// (2) dS from scores and dP, in ds. base and delta: lse·LOG2E and δ of the lane's two rows.
+template <int KEYS>
+DEVICE void score_gradient(float (&ds)[KEYS / 8][4], const float (&s)[KEYS / 8][4], int u0,
+                           const int (&last_key)[2], const float (&base)[2],
+                           const float (&delta)[2], float inverse_root) {
+    float scale = LOG2E * inverse_root;
+    int column = threadIdx.x % 4 * 2;
+    EACH (j, KEYS / 8)
+        EACH (e, 4) {
+            bool seen = u0 + 8 * j + column + e % 2 <= last_key[e / 2];
+            float p = exp2f(s[j][e] * scale - base[e / 2]);
+            ds[j][e] = seen ? p * (ds[j][e] - delta[e / 2]) * inverse_root : 0.0f;
+        }
+}
+
+template <typename E, int HEAD>
+__global__ void __launch_bounds__(128) attention_backward_q_kernel(attention_gradient<E> p) {
+    constexpr int ROWS = 64, KEYS = KEY_TILE<E>, STRIDE = tile_stride<E>(HEAD);
+    DYN_SMEM(E, tiles); // [2] of a tile of k, then one of v; at first q and dout
+    const attention_shape &shape = p.shape;
+    unsigned pairs = (unsigned)(shape.B * shape.G), pair = blockIdx.x % pairs;
+    unsigned row_tiles = gridDim.x / pairs;
+    size_t b = pair / shape.G, g = pair % shape.G, h = shape.h, Q = shape.Q();
+    packed_rows rows(b, g, shape);
+    int row0 = (int)(row_tiles - 1 - blockIdx.x / pairs) * ROWS; // the longest first
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int end = rows.token(int_min(row0 + ROWS, rows.count) - 1) + 1;
+    const E *k = p.qkv + b * shape.T * Q + (shape.H + g) * h, *v = k + shape.G * h;
+
+    load_queries<ROWS, HEAD, 128>(tiles, rows, p.qkv, row0, p.aligned);
+    load_outputs<ROWS, HEAD, 128>(tiles + ROWS * STRIDE, rows, p.dout, row0, p.aligned);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
-    fragment<E> fq[D / 16], fo[D / 16];
-    EACH (c, D / 16) {
-        load_a<false>(fq[c], tiles + 16 * warp * STRIDE + 16 * c, STRIDE);
-        load_a<false>(fo[c], tiles + (ROWS + 16 * warp) * STRIDE + 16 * c, STRIDE);
-    }
+    fragment<E> fq[HEAD / 16], fo[HEAD / 16];
+    load_rows<HEAD>(fq, tiles + 16 * warp * STRIDE);
+    load_rows<HEAD>(fo, tiles + (ROWS + 16 * warp) * STRIDE);
     __syncthreads();
 
-    auto load_kv = [&](int u0, int stage) {
+    auto load = [&](int u0, int stage) {
         E *tile = tiles + stage * 2 * KEYS * STRIDE;
-        auto at = [=](const E *x) { return [=](int r) { return u0 + r < end ? x + (u0 + r) * Q : (const E *)nullptr; }; };
-        load_tile<KEYS, D, 128>(tile, at(k), h, aligned);
-        load_tile<KEYS, D, 128>(tile + KEYS * STRIDE, at(v), h, aligned);
+        load_keys<KEYS, HEAD, 128>(tile, k, Q, u0, end, h, p.aligned);
+        load_keys<KEYS, HEAD, 128>(tile + KEYS * STRIDE, v, Q, u0, end, h, p.aligned);
     };
-    float dq[D / 8][4] = {}, base[2], mean[2], root = 1.0f / sqrtf((float)h), scale = LOG2E * root;
-    int sees[2], first = row0 + 16 * warp + lane / 4; // the lane's first row
+    float dq[1][HEAD / 8][4] = {}, base[2], delta[2], inverse_root = 1.0f / sqrtf((float)h);
+    int last_key[2], first = row0 + 16 * warp + lane / 4; // the first of the lane's two rows
     EACH (i, 2) {
-        int r = int_min(first + 8 * i, rows - 1);
-        size_t at = packed.at(r);
-        base[i] = lse[at] * LOG2E, mean[i] = delta[at], sees[i] = packed.token(r);
+        int r = int_min(first + 8 * i, rows.count - 1);
+        base[i] = p.lse[rows.index(r)] * LOG2E;
+        delta[i] = p.delta[rows.index(r)];
+        last_key[i] = rows.token(r);
     }
-    load_kv(0, 0);
+    load(0, 0);
     cp_async_commit();
     for (int u0 = 0, stage = 0; u0 < end; u0 += KEYS, stage ^= 1) {
-        if (u0 + KEYS < end) load_kv(u0 + KEYS, stage ^ 1);
+        if (u0 + KEYS < end) load(u0 + KEYS, stage ^ 1);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
         const E *k_tile = tiles + stage * 2 * KEYS * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
-        // (1) scores and dP
-        float p[KEYS / 8][4] = {}, ds[KEYS / 8][4] = {};
-        EACH (c, D / 16)
-            EACH (j, KEYS / 16) {
-                fragment<E> fk, fv;
-                load_b<false>(fk, k_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                load_b<false>(fv, v_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                multiply(&p[2 * j], fq[c], fk);
-                multiply(&ds[2 * j], fo[c], fv);
-            }
-        // (2) dS
-        EACH (j, KEYS / 8)
-            EACH (e, 4) {
-                bool seen = u0 + 8 * j + lane % 4 * 2 + e % 2 <= sees[e / 2];
-                ds[j][e] = seen ? exp2f(p[j][e] * scale - base[e / 2]) * (ds[j][e] - mean[e / 2]) * root : 0.0f;
-            }
-        // (3) the tile's share of dQ
-        EACH (j, KEYS / 16) {
-            fragment<E> fds, fk;
-            as_factor(fds, &ds[2 * j]);
-            EACH (c, D / 16) {
-                load_b<true>(fk, k_tile + 16 * j * STRIDE + 16 * c, STRIDE);
-                multiply(&dq[2 * c], fds, fk);
-            }
-        }
+        float s[KEYS / 8][4] = {}, ds[1][KEYS / 8][4] = {};
+        multiply_two<KEYS, HEAD>(s, ds[0], fq, fo, k_tile, v_tile); // (1) S and dP
+        score_gradient<KEYS>(ds[0], s, u0, last_key, base, delta, inverse_root); // (2)
+        multiply_by_values<KEYS, HEAD>(dq, ds, k_tile); // (3) dQ += dS·K
         __syncthreads();
     }
     cp_async_wait<0>();
     EACH (i, 2)
-        EACH (c, D / 8) {
-            int r = first + 8 * i;
-            size_t column = 8 * c + lane % 4 * 2;
-            if (r < rows && column < h) store2(const_cast<E *>(packed.query(dqkv, r, Q, h)) + column, dq[c][2 * i], dq[c][2 * i + 1]);
-        }
+        if (first + 8 * i < rows.count)
+            store_gradient<HEAD>(rows.query(p.dqkv, first + 8 * i), dq[0], i, h);
 }
 
-template <typename E, int D>
-static void attend_backward(E *dqkv, float *delta, const E *dout, const E *qkv, const E *out, const float *lse, size_t B, size_t T,
-                            size_t H, size_t G, size_t h) {
-    constexpr size_t row = tile_stride<E>(D) * sizeof(E), kv_bytes = 4 * (sizeof(E) == 2 && D <= 64 ? 64 : 32) * row;
-    constexpr size_t q_bytes = 4 * (size_t)key_tile<E>() * row;
+template <int HEAD, typename E>
+static void attend_backward(attention_gradient<E> p, float *delta, const E *out) {
+    const attention_shape s = p.shape;
+    auto kv_kernel = attention_backward_kv_kernel<E, HEAD>;
+    auto q_kernel = attention_backward_q_kernel<E, HEAD>;
+    constexpr size_t ROW_BYTES = tile_stride<E>(HEAD) * sizeof(E);
+    constexpr size_t KV_BYTES = 4 * BACKWARD_ROW_TILE<E, HEAD> * ROW_BYTES;
+    constexpr size_t Q_BYTES = 4 * KEY_TILE<E> * ROW_BYTES;
     static bool allowed;
-    if (!allowed)
-        allow_shared(attention_backward_kv_kernel<E, D>, kv_bytes), allow_shared(attention_backward_q_kernel<E, D>, q_bytes),
-            allowed = true;
-    bool aligned = ((uintptr_t)qkv | (uintptr_t)dout | h * sizeof(E)) % 16 == 0;
-    LAUNCH(attention_delta_kernel<E>, ceil_of(B * T * H, THREADS / 32), THREADS, 0, delta, dout, out, B * T * H, h);
-    LAUNCH((attention_backward_kv_kernel<E, D>), ceil_of(T, 64) * B * G, 128, kv_bytes, dqkv, dout, qkv, lse, delta, B, T, H, G, h,
-           aligned);
-    LAUNCH((attention_backward_q_kernel<E, D>), ceil_of(T * (H / G), 64) * B * G, 128, q_bytes, dqkv, dout, qkv, lse, delta, B, T, H, G, h,
-           aligned);
+    if (!allowed) {
+        allow_shared_memory(kv_kernel, KV_BYTES);
+        allow_shared_memory(q_kernel, Q_BYTES);
+    }
+    allowed = true;
+    p.delta = delta;
+    p.aligned = ((uintptr_t)p.qkv | (uintptr_t)p.dout | s.h * sizeof(E)) % 16 == 0;
+    size_t count = s.B * s.T * s.H, rows = s.T * (s.H / s.G);
+    LAUNCH(attention_delta_kernel<E>, ceil_of(count, THREADS / 32), THREADS, 0, delta, p.dout, out,
+           count, s.h);
+    launch("attention_backward_kv_kernel", kv_kernel, ceil_of(s.T, 64) * s.B * s.G, 128, KV_BYTES,
+           p);
+    launch("attention_backward_q_kernel", q_kernel, ceil_of(rows, 64) * s.B * s.G, 128, Q_BYTES, p);
 }
 
 template <typename E>
-static void attention_backward(act *dqkv, float *delta, const act *dout, const act *qkv, const act *out, const float *lse, size_t B,
-                               size_t T, size_t H, size_t G, size_t h) {
-    BY_HEAD_SIZE(h, attend_backward, (E *)dqkv, delta, (const E *)dout, (const E *)qkv, (const E *)out, lse, B, T, H, G, h);
+static void attention_backward(act *dqkv, float *delta, const act *dout, const act *qkv,
+                               const act *out, const float *lse, size_t B, size_t T, size_t H,
+                               size_t G, size_t h) {
+    attention_gradient<E> p = {};
+    p.dqkv = (E *)dqkv;
+    p.dout = (const E *)dout;
+    p.qkv = (const E *)qkv;
+    p.lse = lse;
+    p.shape = {B, T, H, G, h};
+    if (h <= 32) attend_backward<32>(p, delta, (const E *)out);
+    else if (h <= 64) attend_backward<64>(p, delta, (const E *)out);
+    else attend_backward<128>(p, delta, (const E *)out);
 }
 
-// ---- SwiGLU -------------------------------------------------------------------------------------------------------------------------
-template <typename E> __global__ void swiglu_forward_kernel(E *out, const E *gate_up, size_t N, size_t F) {
-    size_t c, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (F + 7) / 8, c);
+// ---- SwiGLU: y = silu(g)·u, silu(g) = g·σ(g), σ(g) = 1/(1 + e^-g) ------------------------------
+// One thread per eight columns of a row.
+template <typename E>
+__global__ void swiglu_forward_kernel(E *out, const E *gate_up, size_t N, size_t F) {
+    size_t c;
+    size_t n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (F + 7) / 8, c);
     if (n >= N) return;
     c *= 8;
     float gate[8], up[8];
-    load8(gate, gate_up + n * 2 * F + c, F - c), load8(up, gate_up + n * 2 * F + F + c, F - c);
+    load8(gate, gate_up + n * 2 * F + c, F - c);
+    load8(up, gate_up + n * 2 * F + F + c, F - c);
     for (int j = 0; j < 8; j++) up[j] *= gate[j] / (1.0f + expf(-gate[j]));
     store8(out + n * F + c, up, F - c);
 }
 
 template <typename E> static void swiglu_forward(act *out, const act *gate_up, size_t N, size_t F) {
-    LAUNCH(swiglu_forward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0, (E *)out, (const E *)gate_up, N, F);
+    LAUNCH(swiglu_forward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0, (E *)out,
+           (const E *)gate_up, N, F);
 }
 
-template <typename E> __global__ void swiglu_backward_kernel(E *dgate_up, E *out, const E *dout, const E *gate_up, size_t N, size_t F) {
-    size_t c, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (F + 7) / 8, c);
+// Backward: dg = dy·u·σ(g)·(1 + g·(1 - σ(g))), du = dy·silu(g), and y again. Threads as above.
+template <typename E>
+__global__ void swiglu_backward_kernel(E *dgate_up, E *out, const E *dout, const E *gate_up,
+                                       size_t N, size_t F) {
+    size_t c;
+    size_t n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (F + 7) / 8, c);
     if (n >= N) return;
     c *= 8;
     float gate[8], up[8], dy[8], dgate[8], dup[8];
-    load8(gate, gate_up + n * 2 * F + c, F - c), load8(up, gate_up + n * 2 * F + F + c, F - c), load8(dy, dout + n * F + c, F - c);
+    load8(gate, gate_up + n * 2 * F + c, F - c);
+    load8(up, gate_up + n * 2 * F + F + c, F - c);
+    load8(dy, dout + n * F + c, F - c);
     for (int j = 0; j < 8; j++) {
         float sigma = 1.0f / (1.0f + expf(-gate[j]));
         dgate[j] = dy[j] * up[j] * sigma * (1.0f + gate[j] * (1.0f - sigma));
         dup[j] = dy[j] * gate[j] * sigma;
         up[j] *= gate[j] * sigma;
     }
-    store8(dgate_up + n * 2 * F + c, dgate, F - c), store8(dgate_up + n * 2 * F + F + c, dup, F - c), store8(out + n * F + c, up, F - c);
+    store8(dgate_up + n * 2 * F + c, dgate, F - c);
+    store8(dgate_up + n * 2 * F + F + c, dup, F - c);
+    store8(out + n * F + c, up, F - c);
 }
 
-template <typename E> static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N, size_t F) {
-    LAUNCH(swiglu_backward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0, (E *)dgate_up, (E *)out, (const E *)dout, (const E *)gate_up,
-           N, F);
+template <typename E>
+static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act *gate_up, size_t N,
+                            size_t F) {
+    LAUNCH(swiglu_backward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0,
+           (E *)dgate_up, (E *)out, (const E *)dout, (const E *)gate_up, N, F);
 }
 
-// ---- Cross-entropy: a block for every row, which it reads once for maximum and sum together and once for the gradient --------------
-template <typename E> __global__ void cross_entropy_kernel(float *losses, E *logits, const int32_t *labels, size_t V, float scale) {
+// ---- Cross-entropy: loss = log Σ_v e^(z_v) - z_label, dz = scale·(softmax(z) - onehot) ---------
+// One block per row. It reads the row once for the maximum and the sum, and once for the gradient.
+// Each thread keeps a maximum m and a sum of e^(z - m), as attention does.
+
+// Adds eight logits to a thread's maximum and sum.
+DEVICE void add_logits(const float *z, size_t left, float &max, float &sum) {
+    float new_max = max, more = 0;
+    for (int i = 0; i < 8; i++) new_max = (size_t)i < left ? fmaxf(new_max, z[i]) : new_max;
+    for (int i = 0; i < 8; i++) more += (size_t)i < left ? expf(z[i] - new_max) : 0.0f;
+    sum = (max == -INFINITY ? 0.0f : sum * expf(max - new_max)) + more;
+    max = new_max;
+}
+
+template <typename E>
+__global__ void cross_entropy_kernel(float *losses, E *logits, const int32_t *labels, size_t V,
+                                     float scale) {
     E *row = logits + blockIdx.x * V;
-    int32_t label = labels[blockIdx.x];
-    float z[8], largest = -INFINITY, sum = 0, target = label >= 0 ? to_float(row[label]) : 0.0f;
+    int32_t label = labels[blockIdx.x]; // negative: nothing to predict
+    float z[8], own_max = -INFINITY, own_sum = 0;
+    float target = label >= 0 ? to_float(row[label]) : 0.0f;
     for (size_t v = 8 * threadIdx.x; v < V && label >= 0; v += 8 * THREADS) {
         load8(z, row + v, V - v);
-        float top = largest, more = 0;
-        for (int i = 0; i < 8; i++) top = v + i < V ? fmaxf(top, z[i]) : top;
-        for (int i = 0; i < 8; i++) more += v + i < V ? expf(z[i] - top) : 0.0f;
-        sum = (largest == -INFINITY ? 0.0f : sum * expf(largest - top)) + more, largest = top;
+        add_logits(z, V - v, own_max, own_sum);
     }
-    float top = block_largest(largest);
-    sum = block_sum(largest == -INFINITY && sum == 0 ? 0.0f : sum * expf(largest - top));
-    if (threadIdx.x == 0) losses[blockIdx.x] = label >= 0 ? logf(sum) + top - target : 0.0f;
+    float max = block_max(own_max);
+    bool none = own_max == -INFINITY && own_sum == 0; // this thread had no logits
+    float sum = block_sum(none ? 0.0f : own_sum * expf(own_max - max));
+    if (threadIdx.x == 0) losses[blockIdx.x] = label >= 0 ? logf(sum) + max - target : 0.0f;
     if (scale == 0) return;
     for (size_t v = 8 * threadIdx.x; v < V; v += 8 * THREADS) {
         load8(z, row + v, V - v);
-        for (int i = 0; i < 8; i++) z[i] = label < 0 ? 0.0f : scale / sum * expf(z[i] - top) - (v + i == (size_t)label ? scale : 0.0f);
+        for (int i = 0; i < 8; i++) {
+            float onehot = v + i == (size_t)label ? scale : 0.0f;
+            z[i] = label < 0 ? 0.0f : scale / sum * expf(z[i] - max) - onehot;
+        }
         store8(row + v, z, V - v);
     }
 }
 
-template <typename E> static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V, float scale) {
+template <typename E>
+static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V,
+                          float scale) {
     LAUNCH(cross_entropy_kernel<E>, N, THREADS, 0, losses, (E *)logits, labels, V, scale);
 }
 
-// ---- Elementwise --------------------------------------------------------------------------------------------------------------------
+// ---- Elementwise -------------------------------------------------------------------------------
+// cast: out = (act) x. One thread per eight elements.
 template <typename E> __global__ void cast_kernel(E *out, const float *x, size_t n) {
     size_t i = first_of8();
     if (i >= n) return;
@@ -1313,11 +2022,13 @@ template <typename E> static void cast(act *out, const float *x, size_t n) {
     LAUNCH(cast_kernel<E>, blocks_of8(n), THREADS, 0, (E *)out, x, n);
 }
 
+// add: x = keep·x + y. One thread per eight elements.
 __global__ void add_kernel(float *x, const float *y, size_t n, float keep) {
     size_t i = first_of8();
     if (i >= n) return;
     float a[8], b[8];
-    load8(a, x + i, n - i), load8(b, y + i, n - i);
+    load8(a, x + i, n - i);
+    load8(b, y + i, n - i);
     for (int j = 0; j < 8; j++) a[j] = keep * a[j] + b[j];
     store8(x + i, a, n - i);
 }
@@ -1326,65 +2037,110 @@ template <typename E> static void add(float *x, const float *y, size_t n, float 
     LAUNCH(add_kernel, blocks_of8(n), THREADS, 0, x, y, n, keep);
 }
 
-__global__ void state_init_kernel(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
-    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x, c, t, n = divide(i, d, c), b = divide(n, T, t);
+// state_init: s = σ·normal(hash(seed, b, past[b] + t), column). One thread per element.
+__global__ void state_init_kernel(float *s, const int32_t *past, size_t B, size_t T, size_t d,
+                                  float sigma, uint64_t seed) {
+    size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x, c, t;
+    size_t n = divide(i, d, c), b = divide(n, T, t);
     if (n >= B * T) return;
-    uint64_t key = retrofit_hash(retrofit_hash(seed, b), (past ? (uint64_t)past[b] : 0) + t);
+    uint64_t position = (past ? (uint64_t)past[b] : 0) + t;
+    uint64_t key = retrofit_hash(retrofit_hash(seed, b), position);
     s[i] = sigma == 0 ? 0.0f : sigma * retrofit_hash_normal(key, c);
 }
 
-template <typename E> static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, uint64_t seed) {
-    LAUNCH(state_init_kernel, ceil_of(B * T * d, THREADS), THREADS, 0, s, past, B, T, d, sigma, seed);
+template <typename E>
+static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma,
+                       uint64_t seed) {
+    LAUNCH(state_init_kernel, ceil_of(B * T * d, THREADS), THREADS, 0, s, past, B, T, d, sigma,
+           seed);
 }
 
-// ---- KV cache -----------------------------------------------------------------------------------------------------------------------
+// ---- KV cache ----------------------------------------------------------------------------------
+// kv_store: keys, values (B,capacity,G·h) at past[b] + t become k and v of row b·T + t of qkv.
+// One thread per eight columns of a row.
 template <typename E>
-__global__ void kv_store_kernel(E *keys, E *values, const E *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,
-                                size_t G, size_t h) {
-    size_t width = G * h, c, t, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (width + 7) / 8, c), b = divide(n, T, t);
-    if (n >= B * T) return;
-    const E *k = qkv + n * (H + 2 * G) * h + H * h + (c *= 8);
+__global__ void kv_store_kernel(E *keys, E *values, const E *qkv, const int32_t *past,
+                                attention_shape s, size_t capacity) {
+    size_t width = s.G * s.h, c, t;
+    size_t n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (width + 7) / 8, c);
+    size_t b = divide(n, s.T, t);
+    if (n >= s.B * s.T) return;
+    c *= 8;
+    const E *k = qkv + n * s.Q() + s.H * s.h + c;
     size_t at = (b * capacity + (size_t)past[b] + t) * width + c;
     float x[8];
-    load8(x, k, width - c), store8(keys + at, x, width - c);
-    load8(x, k + width, width - c), store8(values + at, x, width - c);
+    load8(x, k, width - c);
+    store8(keys + at, x, width - c);
+    load8(x, k + width, width - c);
+    store8(values + at, x, width - c);
 }
 
 template <typename E>
-static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G,
-                     size_t h, retrofit_type) {
-    LAUNCH(kv_store_kernel<E>, ceil_of(B * T * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys, (E *)values, (const E *)qkv, past, B, T,
-           capacity, H, G, h);
+static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B,
+                     size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type) {
+    attention_shape s = {B, T, H, G, h};
+    LAUNCH(kv_store_kernel<E>, ceil_of(B * T * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys,
+           (E *)values, (const E *)qkv, past, s, capacity);
 }
 
+// attention_cached: as attention_forward, over the keys of a cache.
 template <typename E>
-static void attention_cached(act *out, const act *qkv, const act *keys, const act *values, const int32_t *past, size_t B, size_t T,
-                             size_t capacity, size_t H, size_t G, size_t h, retrofit_type) {
-    BY_HEAD_SIZE(h, attend, (E *)out, NULL, (const E *)qkv, (const E *)keys, (const E *)values, G * h, capacity * G * h, past, capacity, B,
-                 T, H, G, h);
+static void attention_cached(act *out, const act *qkv, const act *keys, const act *values,
+                             const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,
+                             size_t G, size_t h, retrofit_type) {
+    attention_problem<E> p = {};
+    p.shape = {B, T, H, G, h};
+    p.out = (E *)out;
+    p.q = (const E *)qkv;
+    p.k = (const E *)keys;
+    p.v = (const E *)values;
+    p.kv_row = G * h;
+    p.kv_batch = capacity * G * h;
+    p.past = past;
+    attend_by_head_size(p, capacity);
 }
 
+// kv_backfill: a token that stopped after used[b] recurrences copies what the last of them stored,
+// in slot used[b] - 1, to the slots used[b] … S - 1. Slot i, layer j is layer i·C + j of the cache.
+// One thread per eight columns of a layer of a sequence.
+struct cache_shape {
+    size_t S, C, stride, B, capacity, width; // stride: elements of a layer; width: G·h
+};
+
 template <typename E>
-__global__ void kv_lend_kernel(E *keys, E *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
-                               size_t capacity, size_t width) {
-    size_t c, j, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (width + 7) / 8, c), b = divide(n, C, j);
-    if (b >= B) return;
-    size_t slot = (size_t)used[b], in_layer = (b * capacity + (size_t)past[b]) * width + (c *= 8);
+__global__ void kv_backfill_kernel(E *keys, E *values, const int32_t *past, const int32_t *used,
+                                   cache_shape s) {
+    size_t c, j;
+    size_t n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (s.width + 7) / 8, c);
+    size_t b = divide(n, s.C, j);
+    if (b >= s.B) return;
+    c *= 8;
+    size_t slot = (size_t)used[b], in_layer = (b * s.capacity + (size_t)past[b]) * s.width + c;
+    size_t from = ((slot - 1) * s.C + j) * s.stride + in_layer;
     float k[8], v[8];
-    load8(k, keys + ((slot - 1) * C + j) * stride + in_layer, width - c),
-        load8(v, values + ((slot - 1) * C + j) * stride + in_layer, width - c);
-    for (; slot < S; slot++)
-        store8(keys + (slot * C + j) * stride + in_layer, k, width - c), store8(values + (slot * C + j) * stride + in_layer, v, width - c);
+    load8(k, keys + from, s.width - c);
+    load8(v, values + from, s.width - c);
+    for (; slot < s.S; slot++) {
+        size_t to = (slot * s.C + j) * s.stride + in_layer;
+        store8(keys + to, k, s.width - c);
+        store8(values + to, v, s.width - c);
+    }
 }
 
 template <typename E>
-static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, size_t C, size_t stride, size_t B,
-                    size_t capacity, size_t G, size_t h, retrofit_type) {
-    LAUNCH(kv_lend_kernel<E>, ceil_of(B * C * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys, (E *)values, past, used, S, C, stride, B,
-           capacity, G * h);
+static void kv_backfill(act *keys, act *values, const int32_t *past, const int32_t *used, size_t S,
+                        size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h,
+                        retrofit_type) {
+    cache_shape s = {S, C, stride, B, capacity, G * h};
+    LAUNCH(kv_backfill_kernel<E>, ceil_of(B * C * ceil_of(G * h, 8), THREADS), THREADS, 0,
+           (E *)keys, (E *)values, past, used, s);
 }
 
-// ---- Optimizers ---------------------------------------------------------------------------------------------------------------------
+// ---- Optimizers --------------------------------------------------------------------------------
+// The formulas of retrofit.h, section 5. One thread per eight elements, unless said otherwise.
+
+// sum_squares: *sum += Σ x². At most 2048 blocks, each of which leaves its sum in the workspace;
+// one more block adds these up. Eight squares are added in fp32, all else in fp64.
 __global__ void sum_squares_kernel(double *sums, const float *x, size_t n) {
     double sum = 0;
     for (size_t i = first_of8(); i < n; i += 8 * THREADS * (size_t)gridDim.x) {
@@ -1404,48 +2160,73 @@ __global__ void add_sums_kernel(double *sum, const double *sums, unsigned count)
     if (threadIdx.x == 0) *sum += x;
 }
 
-template <typename E> static void sum_squares(double *sum, const float *x, size_t n) {
-    size_t blocks = least_of(blocks_of8(n), 2048);
-    LAUNCH(sum_squares_kernel, blocks, THREADS, 0, (double *)workspace, x, n);
-    LAUNCH(add_sums_kernel, blocks > 0, THREADS, 0, sum, (const double *)workspace, (unsigned)blocks);
+static size_t sum_blocks(size_t n) { return retrofit_min(blocks_of8(n), 2048); }
+static void add_sums(double *sum, const double *sums, size_t count) {
+    if (count > 0) LAUNCH(add_sums_kernel, 1, THREADS, 0, sum, sums, (unsigned)count);
 }
 
-__global__ void adamw_kernel(float *w, float *m, float *v, const float *g, size_t n, float scale, float step, float keep, float beta1,
-                             float beta2, float root, float eps) {
+template <typename E> static void sum_squares(double *sum, const float *x, size_t n) {
+    double *sums = (double *)workspace;
+    LAUNCH(sum_squares_kernel, sum_blocks(n), THREADS, 0, sums, x, n);
+    add_sums(sum, sums, sum_blocks(n));
+}
+
+// AdamW:   m += (1 - β1)·(x - m)   v = β2·v + (1 - β2)·x²   with x = scale·g
+//          w = keep·w - step·m/(√v/root + eps)
+// with step = lr/bias1, root = √bias2, keep = 1 - lr·decay.
+struct adamw_numbers { float scale, step, keep, beta1, beta2, root, eps; };
+
+DEVICE void update_moments(float &m, float &v, float x, float beta1, float beta2) {
+    m += (1.0f - beta1) * (x - m);
+    v = beta2 * v + (1.0f - beta2) * x * x;
+}
+
+__global__ void adamw_kernel(float *w, float *m, float *v, const float *g, size_t n,
+                             adamw_numbers a) {
     size_t i = first_of8();
     if (i >= n) return;
     float wi[8], mi[8], vi[8], gi[8];
-    load8(wi, w + i, n - i), load8(mi, m + i, n - i), load8(vi, v + i, n - i), load8(gi, g + i, n - i);
+    load8(wi, w + i, n - i);
+    load8(mi, m + i, n - i);
+    load8(vi, v + i, n - i);
+    load8(gi, g + i, n - i);
     for (int j = 0; j < 8; j++) {
-        float x = gi[j] * scale;
-        mi[j] += (1.0f - beta1) * (x - mi[j]);
-        vi[j] = beta2 * vi[j] + (1.0f - beta2) * x * x;
-        wi[j] = wi[j] * keep - step * mi[j] / (sqrtf(vi[j]) / root + eps);
+        update_moments(mi[j], vi[j], gi[j] * a.scale, a.beta1, a.beta2);
+        wi[j] = wi[j] * a.keep - a.step * mi[j] / (sqrtf(vi[j]) / a.root + a.eps);
     }
-    store8(w + i, wi, n - i), store8(m + i, mi, n - i), store8(v + i, vi, n - i);
+    store8(w + i, wi, n - i);
+    store8(m + i, mi, n - i);
+    store8(v + i, vi, n - i);
 }
 
 template <typename E>
-static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale, float lr, float beta1, float beta2,
-                         double bias1, double bias2, float eps, float decay) {
-    LAUNCH(adamw_kernel, blocks_of8(n), THREADS, 0, w, m, v, g, n, scale, (float)(lr / bias1), 1.0f - lr * decay, beta1, beta2,
-           (float)sqrt(bias2), eps);
+static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale,
+                         float lr, float beta1, float beta2, double bias1, double bias2, float eps,
+                         float decay) {
+    float step = (float)(lr / bias1), keep = 1.0f - lr * decay, root = (float)sqrt(bias2);
+    adamw_numbers a = {scale, step, keep, beta1, beta2, root, eps};
+    LAUNCH(adamw_kernel, blocks_of8(n), THREADS, 0, w, m, v, g, n, a);
 }
 
-__global__ void ellisadam_moments_kernel(float *m, float *v, double *sums, const float *g, size_t n, float scale, float beta1, float beta2,
-                                         float eps) {
+// AdamW*, the moments: as above, but v is never below eps²; also *sum += Σ x²/v, as in sum_squares.
+struct ellisadam_numbers { float scale, beta1, beta2, eps; };
+
+__global__ void ellisadam_moments_kernel(float *m, float *v, double *sums, const float *g, size_t n,
+                                         ellisadam_numbers a) {
     double sum = 0;
     for (size_t i = first_of8(); i < n; i += 8 * THREADS * (size_t)gridDim.x) {
         float mi[8], vi[8], gi[8], ratio = 0;
-        load8(mi, m + i, n - i), load8(vi, v + i, n - i), load8(gi, g + i, n - i);
+        load8(mi, m + i, n - i);
+        load8(vi, v + i, n - i);
+        load8(gi, g + i, n - i);
         for (int j = 0; j < 8; j++) {
-            float x = gi[j] * scale;
-            mi[j] += (1.0f - beta1) * (x - mi[j]);
-            vi[j] = beta2 * vi[j] + (1.0f - beta2) * x * x;
-            if (vi[j] < eps * eps) vi[j] = eps * eps;
+            float x = gi[j] * a.scale;
+            update_moments(mi[j], vi[j], x, a.beta1, a.beta2);
+            if (vi[j] < a.eps * a.eps) vi[j] = a.eps * a.eps;
             ratio += x * x / vi[j];
         }
-        store8(m + i, mi, n - i), store8(v + i, vi, n - i);
+        store8(m + i, mi, n - i);
+        store8(v + i, vi, n - i);
         sum += (double)ratio;
     }
     sum = block_sum(sum);
@@ -1453,70 +2234,113 @@ __global__ void ellisadam_moments_kernel(float *m, float *v, double *sums, const
 }
 
 template <typename E>
-static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n, float scale, float beta1, float beta2, float eps) {
-    size_t blocks = least_of(blocks_of8(n), 2048);
-    LAUNCH(ellisadam_moments_kernel, blocks, THREADS, 0, m, v, (double *)workspace, g, n, scale, beta1, beta2, eps);
-    LAUNCH(add_sums_kernel, blocks > 0, THREADS, 0, sum, (const double *)workspace, (unsigned)blocks);
+static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n,
+                              float scale, float beta1, float beta2, float eps) {
+    double *sums = (double *)workspace;
+    ellisadam_numbers a = {scale, beta1, beta2, eps};
+    LAUNCH(ellisadam_moments_kernel, sum_blocks(n), THREADS, 0, m, v, sums, g, n, a);
+    add_sums(sum, sums, sum_blocks(n));
 }
 
-__global__ void ellisadam_update_kernel(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1,
-                                        float root, float keep) {
+// AdamW*, the step: w = keep·w - step·atan2(m, √v/root), step = lr/bias1/max(1, √(sum/n)),
+// root = √bias2, keep = 1 - decay.
+struct ellisadam_step {
+    double bias1;
+    float lr, root, keep;
+};
+
+__global__ void ellisadam_update_kernel(float *w, const float *m, const float *v, const double *sum,
+                                        size_t n, ellisadam_step a) {
     size_t i = first_of8();
     if (i >= n) return;
-    float wi[8], mi[8], vi[8], step = (float)(lr / bias1 / fmax(1.0, sqrt(*sum / (double)n)));
-    load8(wi, w + i, n - i), load8(mi, m + i, n - i), load8(vi, v + i, n - i);
-    for (int j = 0; j < 8; j++) wi[j] = wi[j] * keep - step * atan2f(mi[j], sqrtf(vi[j]) / root);
+    float step = (float)(a.lr / a.bias1 / fmax(1.0, sqrt(*sum / (double)n)));
+    float wi[8], mi[8], vi[8];
+    load8(wi, w + i, n - i);
+    load8(mi, m + i, n - i);
+    load8(vi, v + i, n - i);
+    for (int j = 0; j < 8; j++)
+        wi[j] = wi[j] * a.keep - step * atan2f(mi[j], sqrtf(vi[j]) / a.root);
     store8(w + i, wi, n - i);
 }
 
 template <typename E>
-static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n, float lr, double bias1, double bias2,
-                             float decay) {
-    LAUNCH(ellisadam_update_kernel, blocks_of8(n), THREADS, 0, w, m, v, sum, n, lr, bias1, (float)sqrt(bias2), 1.0f - decay);
+static void ellisadam_update(float *w, const float *m, const float *v, const double *sum, size_t n,
+                             float lr, double bias1, double bias2, float decay) {
+    ellisadam_step a = {bias1, lr, (float)sqrt(bias2), 1.0f - decay};
+    LAUNCH(ellisadam_update_kernel, blocks_of8(n), THREADS, 0, w, m, v, sum, n, a);
 }
 
-__global__ void muon_momentum_kernel(float *u, float *m, const float *g, size_t n, float scale, float momentum) {
+// Muon, the momentum: m += (1 - μ)·(x - m), u = x + μ·(m - x), with x = scale·g.
+__global__ void muon_momentum_kernel(float *u, float *m, const float *g, size_t n, float scale,
+                                     float momentum) {
     size_t i = first_of8();
     if (i >= n) return;
     float mi[8], gi[8];
-    load8(mi, m + i, n - i), load8(gi, g + i, n - i);
+    load8(mi, m + i, n - i);
+    load8(gi, g + i, n - i);
     for (int j = 0; j < 8; j++) {
         float x = gi[j] * scale;
         mi[j] += (1.0f - momentum) * (x - mi[j]);
         gi[j] = x + momentum * (mi[j] - x);
     }
-    store8(m + i, mi, n - i), store8(u + i, gi, n - i);
+    store8(m + i, mi, n - i);
+    store8(u + i, gi, n - i);
 }
 
-template <typename E> static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale, float momentum) {
+template <typename E>
+static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale,
+                          float momentum) {
     LAUNCH(muon_momentum_kernel, blocks_of8(n), THREADS, 0, u, m, g, n, scale, momentum);
 }
 
-// A block for 32x32 of u, which pass through shared memory so that rows are read and, transposed or not, rows are written.
-template <typename E> __global__ void muon_load_kernel(E *x, const float *u, const double *squares, size_t rows, size_t cols) {
-    SMEM(float, tile, 32 * 33);
-    size_t across = (cols + 31) / 32, r0 = blockIdx.x / across * 32, c0 = blockIdx.x % across * 32, i = threadIdx.x % 32;
+// muon_load and muon_update: x (rows,cols), or x (cols,rows) if rows > cols: then it is transposed.
+// One block per square of 32x32 of u or w. A transposed square passes through shared memory, so
+// that neighbouring threads read neighbours of one matrix and write neighbours of the other.
+struct square {
+    size_t r0, c0; // its first row and column
+    __device__ square(size_t cols) {
+        size_t across = (cols + 31) / 32;
+        r0 = blockIdx.x / across * 32;
+        c0 = blockIdx.x % across * 32;
+    }
+};
+enum { SQUARE_STRIDE = 33 }; // rows and columns both lie in 32 different banks
+
+// muon_load: x = u/(‖u‖ + 1e-7), *squares = ‖u‖²
+template <typename E>
+__global__ void muon_load_kernel(E *x, const float *u, const double *squares, size_t rows,
+                                 size_t cols) {
+    SMEM(float, tile, 32 * SQUARE_STRIDE);
+    square at(cols);
+    size_t i = threadIdx.x % 32, first = threadIdx.x / 32;
     float scale = (float)(1 / (sqrt(*squares) + 1e-7));
-    for (size_t j = threadIdx.x / 32; j < 32; j += THREADS / 32)
-        if (r0 + j < rows && c0 + i < cols) {
-            float y = u[(r0 + j) * cols + c0 + i] * scale;
-            tile[j * 33 + i] = y;
-            if (rows <= cols) from_float(x[(r0 + j) * cols + c0 + i], y);
-        }
+    for (size_t j = first; j < 32; j += THREADS / 32) {
+        size_t r = at.r0 + j, c = at.c0 + i;
+        if (r >= rows || c >= cols) continue;
+        float y = u[r * cols + c] * scale;
+        tile[j * SQUARE_STRIDE + i] = y;
+        if (rows <= cols) from_float(x[r * cols + c], y);
+    }
     __syncthreads();
-    for (size_t j = threadIdx.x / 32; j < 32 && rows > cols; j += THREADS / 32)
-        if (r0 + i < rows && c0 + j < cols) from_float(x[(c0 + j) * rows + r0 + i], tile[i * 33 + j]);
+    for (size_t j = first; j < 32 && rows > cols; j += THREADS / 32) {
+        size_t r = at.r0 + i, c = at.c0 + j;
+        if (r < rows && c < cols) from_float(x[c * rows + r], tile[i * SQUARE_STRIDE + j]);
+    }
 }
 
-template <typename E> static void muon_load(act *x, const float *u, const double *squares, size_t rows, size_t cols) {
-    LAUNCH(muon_load_kernel<E>, ceil_of(rows, 32) * ceil_of(cols, 32), THREADS, 0, (E *)x, u, squares, rows, cols);
+template <typename E>
+static void muon_load(act *x, const float *u, const double *squares, size_t rows, size_t cols) {
+    LAUNCH(muon_load_kernel<E>, ceil_of(rows, 32) * ceil_of(cols, 32), THREADS, 0, (E *)x, u,
+           squares, rows, cols);
 }
 
+// axpby: y = a·x + b·y
 template <typename E> __global__ void axpby_kernel(E *y, const E *x, size_t n, float a, float b) {
     size_t i = first_of8();
     if (i >= n) return;
     float xi[8], yi[8];
-    load8(xi, x + i, n - i), load8(yi, y + i, n - i);
+    load8(xi, x + i, n - i);
+    load8(yi, y + i, n - i);
     for (int j = 0; j < 8; j++) yi[j] = a * xi[j] + b * yi[j];
     store8(y + i, yi, n - i);
 }
@@ -1525,39 +2349,52 @@ template <typename E> static void axpby(act *y, const act *x, size_t n, float a,
     LAUNCH(axpby_kernel<E>, blocks_of8(n), THREADS, 0, (E *)y, (const E *)x, n, a, b);
 }
 
-template <typename E> __global__ void muon_update_kernel(float *w, const E *x, size_t rows, size_t cols, float keep, float step) {
-    SMEM(float, tile, 32 * 33);
-    size_t across = (cols + 31) / 32, r0 = blockIdx.x / across * 32, c0 = blockIdx.x % across * 32, i = threadIdx.x % 32;
-    for (size_t j = threadIdx.x / 32; j < 32 && rows > cols; j += THREADS / 32)
-        if (r0 + i < rows && c0 + j < cols) tile[i * 33 + j] = to_float(x[(c0 + j) * rows + r0 + i]);
+// muon_update: w = keep·w - step·x, with keep = 1 - lr·decay, step = lr·scale
+template <typename E>
+__global__ void muon_update_kernel(float *w, const E *x, size_t rows, size_t cols, float keep,
+                                   float step) {
+    SMEM(float, tile, 32 * SQUARE_STRIDE);
+    square at(cols);
+    size_t i = threadIdx.x % 32, first = threadIdx.x / 32;
+    for (size_t j = first; j < 32 && rows > cols; j += THREADS / 32) {
+        size_t r = at.r0 + i, c = at.c0 + j;
+        if (r < rows && c < cols) tile[i * SQUARE_STRIDE + j] = to_float(x[c * rows + r]);
+    }
     __syncthreads();
-    for (size_t j = threadIdx.x / 32; j < 32; j += THREADS / 32)
-        if (r0 + j < rows && c0 + i < cols) {
-            size_t at = (r0 + j) * cols + c0 + i;
-            w[at] = w[at] * keep - step * (rows > cols ? tile[j * 33 + i] : to_float(x[at]));
-        }
+    for (size_t j = first; j < 32; j += THREADS / 32) {
+        size_t r = at.r0 + j, c = at.c0 + i, k = r * cols + c;
+        if (r >= rows || c >= cols) continue;
+        w[k] = w[k] * keep - step * (rows > cols ? tile[j * SQUARE_STRIDE + i] : to_float(x[k]));
+    }
 }
 
-template <typename E> static void muon_update(float *w, const act *x, size_t rows, size_t cols, float lr, float scale, float decay) {
-    LAUNCH(muon_update_kernel<E>, ceil_of(rows, 32) * ceil_of(cols, 32), THREADS, 0, w, (const E *)x, rows, cols, 1.0f - lr * decay,
-           lr * scale);
+template <typename E>
+static void muon_update(float *w, const act *x, size_t rows, size_t cols, float lr, float scale,
+                        float decay) {
+    LAUNCH(muon_update_kernel<E>, ceil_of(rows, 32) * ceil_of(cols, 32), THREADS, 0, w,
+           (const E *)x, rows, cols, 1.0f - lr * decay, lr * scale);
 }
 
-// =====================================================================================================================
-// 4  The tables
-// =====================================================================================================================
+// =================================================================================================
+// 5  The tables
+// =================================================================================================
 
-const retrofit_ops retrofit_cuda = {"cuda",         RETROFIT_BF16, 128,         start,         peak_bf16, room,
-                                    cuda_alloc,     cuda_free,     cuda_upload, cuda_download, cuda_copy, cuda_zero,
-                                    cuda_record,    cuda_recorded, cuda_replay, cuda_forget,
+// The entries that both tables share, in the order of retrofit_ops.
+#define CUDA_DEVICE(peak_flops) \
+    128, cuda_start, peak_flops, cuda_free_memory, cuda_alloc, cuda_free, cuda_upload, \
+    cuda_download, cuda_copy, cuda_zero, cuda_record_begin, cuda_record_end, cuda_replay, \
+    cuda_record_free
+
+const retrofit_ops retrofit_cuda = {
+    "cuda", RETROFIT_BF16, CUDA_DEVICE(cuda_peak_bf16),
 #define X(name, parameters) name<bf16>,
-                                    RETROFIT_OPS(X)
+    RETROFIT_OPS(X)
 #undef X
 };
-const retrofit_ops retrofit_cuda_fp32 = {"cuda-fp32",    RETROFIT_F32,  128,         start,         peak_fp32, room,
-                                         cuda_alloc,     cuda_free,     cuda_upload, cuda_download, cuda_copy, cuda_zero,
-                                         cuda_record,    cuda_recorded, cuda_replay, cuda_forget,
+
+const retrofit_ops retrofit_cuda_fp32 = {
+    "cuda-fp32", RETROFIT_F32, CUDA_DEVICE(cuda_peak_fp32),
 #define X(name, parameters) name<float>,
-                                         RETROFIT_OPS(X)
+    RETROFIT_OPS(X)
 #undef X
 };

@@ -1,5 +1,6 @@
-// infer's ways to generate and evaluate, run as a user would: JSON, stop strings, batches, conversations, tasks; each against what
-// --logits, the tokenizer and a prompt alone say.
+// infer's ways to generate and evaluate, run as a user would: JSON, stop strings, batches,
+// conversations, tasks, exits. Each is compared with what --logits, the tokenizer and a prompt
+// alone say.
 #include "run.h"
 #include <ctype.h>
 
@@ -9,734 +10,1195 @@ static const char *const styles[] = {"llama2_style", "llama3_style", "smollm_sty
 #define RANDOM "infer --model random --state-init zero --recurrences 3 "
 #define BASE "infer --model f/lookup/base "
 
-static retrofit_json *parsed; // what the last call of json() read
-static const retrofit_json *json(const char *text, size_t size, const char *what) {
+// ---- JSON that infer wrote --------------------------------------------------------------------
+
+static retrofit_json *parsed; // what the last call of parse_json() read
+
+static const retrofit_json *parse_json(const char *text, size_t size, const char *what) {
     retrofit_json_free(parsed);
-    return parsed = retrofit_json_parse(text, size, what), need(parsed != NULL, text), parsed;
-}
-static double number_of(const retrofit_json *j, const char *key) {
-    const retrofit_json *n = retrofit_json_get(j, key);
-    return check(n && n->type == RETROFIT_JSON_NUMBER, "JSON: no number %s", key) ? n->number : NAN;
-}
-static const retrofit_json *string(const retrofit_json *j, const char *key) {
-    const retrofit_json *s = retrofit_json_get(j, key);
-    return need(s && s->type == RETROFIT_JSON_STRING, key), s;
-}
-static size_t numbers(const retrofit_json *j, const char *key, double *to, size_t most) {
-    const retrofit_json *l = retrofit_json_get(j, key);
-    need(l && l->type == RETROFIT_JSON_ARRAY && l->count <= most, key);
-    for (l = l->child; l; l = l->next) *to++ = l->number;
-    return retrofit_json_get(j, key)->count;
+    parsed = retrofit_json_parse(text, size, what);
+    need(parsed != NULL, text);
+    return parsed;
 }
 
-static double log_probability(const float *logits, size_t v, size_t id) {
+static double get_number(const retrofit_json *json, const char *key) {
+    const retrofit_json *number = retrofit_json_get(json, key);
+    bool ok = number && number->type == RETROFIT_JSON_NUMBER;
+    check(ok, "JSON: no number %s", key);
+    return ok ? number->number : NAN;
+}
+
+static const retrofit_json *get_string(const retrofit_json *json, const char *key) {
+    const retrofit_json *string = retrofit_json_get(json, key);
+    need(string && string->type == RETROFIT_JSON_STRING, key);
+    return string;
+}
+
+// Copies a list of at most `max` numbers; returns how many there are.
+static size_t get_numbers(const retrofit_json *json, const char *key, double *numbers, size_t max) {
+    const retrofit_json *list = retrofit_json_get(json, key);
+    need(list && list->type == RETROFIT_JSON_ARRAY && list->count <= max, key);
+    const retrofit_json *item = list->child;
+    for (; item; item = item->next) *numbers++ = item->number;
+    return list->count;
+}
+
+static bool is_text(const retrofit_json *string, const char *text, size_t size) {
+    return string->length == size && !memcmp(string->string, text, size);
+}
+
+static bool finish_reason_is(const retrofit_json *json, const char *reason) {
+    return !strcmp(get_string(json, "finish_reason")->string, reason);
+}
+
+// log softmax(logits)[id]
+static double log_probability(const float *logits, size_t id) {
     double sum = 0;
-    for (size_t i = 0; i < v; i++) sum += exp((double)logits[i] - (double)logits[id]);
+    for (size_t i = 0; i < V; i++) sum += exp((double)logits[i] - (double)logits[id]);
     return -log(sum);
 }
 
-// What is said of each token is what --logits says of it; and what random tokens make, control characters and halves of characters
-// too, is JSON, and the text that comes without --json.
-static void json_of_a_prompt(const char *style) {
+// ---- One prompt -------------------------------------------------------------------------------
+
+// Each token's log-probability is that of --logits for the prompt and the tokens before it.
+static void check_logprobs(const retrofit_json *json, const char *style, const int32_t *ids,
+                           size_t prompt) {
     double tokens[64], logprobs[64], recurrences[64];
+    int32_t all[128];
+    size_t n = get_numbers(json, "tokens", tokens, 64);
+    size_t n_logprobs = get_numbers(json, "logprobs", logprobs, 64);
+    size_t n_recurrences = get_numbers(json, "recurrences", recurrences, 64);
+    check(n_logprobs == n && n_recurrences == n, "--json: lists of unequal length: %s", out);
+    check(finish_reason_is(json, n == 40 ? "length" : "stop"),
+          "--json: %zu tokens, finish_reason %s", n, get_string(json, "finish_reason")->string);
+
+    for (size_t i = 0; i < prompt; i++) all[i] = ids[i];
+    for (size_t i = 0; i < n; i++) all[prompt + i] = (int32_t)tokens[i];
+    float *logits = logits_of("random", all, prompt + n, V, "--recurrences 3 --state-init zero");
+    for (size_t i = 0; i < n; i++) {
+        double expected = log_probability(logits + (prompt + i - 1) * V, (size_t)tokens[i]);
+        check(fabs(logprobs[i] - expected) < 1e-4 && recurrences[i] == 3,
+              "%s: token %zu: logprob %g, not %g, or %g recurrences", style, i, logprobs[i],
+              expected, recurrences[i]);
+    }
+    free(logits);
+}
+
+// What random tokens make, control characters and halves of characters too, is JSON, and the text
+// that comes without --json.
+static void json_of_a_prompt(const char *style) {
+    static const char prompt_text[] = "Once \"upon\"\n";
     char path[128], options[256];
     snprintf(path, sizeof path, "f/tokenizers/%s", style);
-    retrofit_tokenizer *t = retrofit_tokenizer_load(path);
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(path);
     for (int seed = 1; seed <= 2; seed++) {
-        snprintf(options, sizeof options, "--tokenizer %s --prompt 'Once \"upon\"\n' --max-tokens 40 --temperature 1.2 --seed %d", path,
-                 seed);
+        snprintf(options, sizeof options,
+                 "--tokenizer %s --prompt '%s' --max-tokens 40 --temperature 1.2 --seed %d", path,
+                 prompt_text, seed);
         works(RANDOM "%s", options);
         char *text = strdup(out);
         works(RANDOM "%s --json", options);
-        const retrofit_json *j = json(out, out_size, "--json");
-        size_t n = numbers(j, "tokens", tokens, 64), prompt = 0, size = string(j, "text")->length;
-        int32_t *ids = retrofit_encode(t, "Once \"upon\"\n", 12, true, &prompt), all[128];
-        check(numbers(j, "logprobs", logprobs, 64) == n && numbers(j, "recurrences", recurrences, 64) == n,
-              "--json: lists of unequal length: %s", out);
-        check(number_of(j, "prompt_tokens") == (double)prompt, "--json: %g tokens of prompt, not %zu", number_of(j, "prompt_tokens"),
-              prompt);
-        check(number_of(j, "prompt_seconds") >= 0 && number_of(j, "generation_seconds") >= 0, "--json: no times: %s", out);
-        check(!strcmp(string(j, "finish_reason")->string, n == 40 ? "length" : "stop"), "--json: %zu tokens, finish_reason %s", n,
-              string(j, "finish_reason")->string);
-        check(size + 1 == strlen(text) && !memcmp(string(j, "text")->string, text, size), "%s: --json's text is not '%s' but %s", style,
-              text, out);
-        for (size_t i = 0; i < prompt + n; i++) all[i] = i < prompt ? ids[i] : (int32_t)tokens[i - prompt];
-        float *x = logits_of("random", all, prompt + n, V, "--recurrences 3 --state-init zero");
-        for (size_t i = 0; i < n; i++) {
-            double expected = log_probability(x + (prompt + i - 1) * V, V, (size_t)tokens[i]);
-            check(fabs(logprobs[i] - expected) < 1e-4 && recurrences[i] == 3, "%s: token %zu: logprob %g, not %g, or %g recurrences", style,
-                  i, logprobs[i], expected, recurrences[i]);
-        }
-        free(text), free(x), free(ids);
+        const retrofit_json *json = parse_json(out, out_size, "--json");
+        size_t prompt = 0;
+        int32_t *ids = retrofit_encode(tokenizer, prompt_text, strlen(prompt_text), true, &prompt);
+        double prompt_tokens = get_number(json, "prompt_tokens");
+        check(prompt_tokens == (double)prompt, "--json: %g tokens of prompt, not %zu",
+              prompt_tokens, prompt);
+        bool times = get_number(json, "prompt_seconds") >= 0;
+        times = get_number(json, "generation_seconds") >= 0 && times;
+        check(times, "--json: no times: %s", out);
+        check(is_text(get_string(json, "text"), text, strlen(text) - 1),
+              "%s: --json's text is not '%s' but %s", style, text, out);
+        check_logprobs(json, style, ids, prompt);
+        free(text);
+        free(ids);
     }
-    retrofit_tokenizer_free(t);
+    retrofit_tokenizer_free(tokenizer);
 }
 
-// A prompt's newline, a byte token where the tokenizer is of SentencePiece's kind, is no part of the text behind it; a first space is.
+// A prompt's newline, a byte token where the tokenizer is of SentencePiece's kind, is no part of
+// the text behind it; a first space is.
 static void text_behind_a_newline(void) {
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load("f/tokenizers/llama2_style");
     for (int seed = 1; seed < 6; seed++) {
         double tokens[8];
-        size_t size, n;
-        works(RANDOM "--tokenizer f/tokenizers/llama2_style --prompt 'Once\n' --max-tokens 6 --temperature 1 --json --seed %d", seed);
-        const retrofit_json *j = json(out, out_size, "--json");
-        retrofit_tokenizer *t = retrofit_tokenizer_load("f/tokenizers/llama2_style");
-        int32_t ids[8] = {retrofit_tokenizer_id(t, "\xe2\x96\x81the")};
-        n = numbers(j, "tokens", tokens, 7);
+        size_t size;
+        works(RANDOM "--tokenizer f/tokenizers/llama2_style --prompt 'Once\n' --max-tokens 6 "
+                     "--temperature 1 --json --seed %d", seed);
+        const retrofit_json *json = parse_json(out, out_size, "--json");
+        int32_t ids[8] = {retrofit_tokenizer_id(tokenizer, "\xe2\x96\x81the")};
+        size_t n = get_numbers(json, "tokens", tokens, 7);
         for (size_t i = 0; i < n; i++) ids[i + 1] = (int32_t)tokens[i];
-        char *text = retrofit_decode(t, ids, n + 1, true, &size);
+        char *text = retrofit_decode(tokenizer, ids, n + 1, true, &size);
         need(text && size >= 3, "decoded");
-        check(string(j, "text")->length == size - 3 && !memcmp(string(j, "text")->string, text + 3, size - 3),
-              "behind a newline: %s, not '%s'", out, text + 3);
-        free(text), retrofit_tokenizer_free(t);
+        const char *behind = text + strlen("the");
+        check(is_text(get_string(json, "text"), behind, size - 3), "behind a newline: %s, not '%s'",
+              out, behind);
+        free(text);
     }
+    retrofit_tokenizer_free(tokenizer);
 }
 
-// About n bytes of text from about `at`, whole characters; returns how many.
-static size_t characters(const char *text, size_t at, size_t n, char *to) {
+// ---- Stop strings -----------------------------------------------------------------------------
+
+// Copies about n bytes of text from about `at`, whole characters; returns how many.
+static size_t copy_characters(const char *text, size_t at, size_t n, char *to) {
     while ((text[at] & 0xc0) == 0x80) at++;
     while ((text[at + n] & 0xc0) == 0x80) n++;
-    return memcpy(to, text + at, n), to[n] = 0, n;
+    memcpy(to, text + at, n);
+    to[n] = 0;
+    return n;
 }
 
-static void escaped(char *to, const char *text, size_t size) { // as --stop in single quotes
-    for (size_t i = 0; i < size; i++)
-        if (text[i] == '\'') to += sprintf(to, "'\\''");
-        else
-            to += sprintf(to,
-                          text[i] == '\n'                     ? "\\n"
-                          : text[i] == '\t'                   ? "\\t"
-                          : text[i] == '\\' || text[i] == '|' ? "\\%c"
-                                                              : "%c",
-                          text[i]);
+// text as --stop takes it in single quotes.
+static void escape_stop(char *to, const char *text) {
+    for (; *text; text++) {
+        if (*text == '\'') to += sprintf(to, "'\\''");
+        else if (*text == '\n') to += sprintf(to, "\\n");
+        else if (*text == '\t') to += sprintf(to, "\\t");
+        else if (*text == '\\' || *text == '|') to += sprintf(to, "\\%c", *text);
+        else to += sprintf(to, "%c", *text);
+    }
     *to = 0;
 }
 
-// The text ends before the first of the stop strings in it, wherever tokens begin and end, and whatever only begins like one is shown.
+// The text ends before the first of the stop strings in it, wherever tokens begin and end, and
+// whatever only begins like one is shown.
 static void stop_strings(void) {
-    static const char command[] = RANDOM "--tokenizer f/tokenizers/llama3_style --prompt 'a b' --max-tokens 60 --temperature 1 --seed 5";
+    static const char command[] = RANDOM "--tokenizer f/tokenizers/llama3_style --prompt 'a b' "
+                                         "--max-tokens 60 --temperature 1 --seed 5";
     works("%s", command);
     char *text = strdup(out), a[64], b[64], never[64];
     size_t size = strlen(text) - 1;
     need(size > 100, "text to stop");
     for (size_t i = 0; i < 8; i++) {
-        size_t at = i * size / 9, n = 1 + i % 7, other = size / 2 + i;
         char first[16] = {0}, second[16] = {0};
-        size_t like = characters(text, at / 2, 4, never); // begins like something in the text
-        never[like] = 1, never[like + 1] = 0;
-        escaped(a, first, characters(text, at, n, first)), escaped(b, second, characters(text, other, 5, second));
-        size_t end = (size_t)(strstr(text, first) - text), end2 = (size_t)(strstr(text, second) - text);
-        if (end2 < end) end = end2;
+        size_t at = i * size / 9;
+        size_t begins = copy_characters(text, at / 2, 4, never);
+        strcpy(never + begins, "\1"); // begins like something in the text, and goes on otherwise
+        copy_characters(text, at, 1 + i % 7, first);
+        copy_characters(text, size / 2 + i, 5, second);
+        escape_stop(a, first);
+        escape_stop(b, second);
+        size_t end = retrofit_min((size_t)(strstr(text, first) - text),
+                                  (size_t)(strstr(text, second) - text));
         works("%s --stop '%s|%s|%s'", command, never, b, a);
-        check(out_size == end + 1 && !memcmp(out, text, end) && out[end] == '\n', "--stop '%s|%s|%s': '%s' of '%s'", never, b, a, out,
-              text);
+        check(out_size == end + 1 && !memcmp(out, text, end) && out[end] == '\n',
+              "--stop '%s|%s|%s': '%s' of '%s'", never, b, a, out, text);
         works("%s --stop '%s|%s|%s' --json", command, never, b, a);
-        const retrofit_json *j = json(out, out_size, "--stop"), *s = string(j, "text");
-        check(s->length == end && !memcmp(s->string, text, end) && !strcmp(string(j, "finish_reason")->string, "stop"),
+        const retrofit_json *json = parse_json(out, out_size, "--stop");
+        check(is_text(get_string(json, "text"), text, end) && finish_reason_is(json, "stop"),
               "--stop with --json: %s", out);
     }
     works("%s --stop '%s'", command, never);
-    check(!strcmp(out, text), "a stop string that does not come changes the text: '%s', not '%s'", out, text), free(text);
+    check(!strcmp(out, text), "a stop string that does not come changes the text: '%s', not '%s'",
+          out, text);
+    free(text);
+}
+
+static void stop_strings_of_base(void) {
     works(BASE "--prompt 'a=1 b=a | b' --max-tokens 9 --stop '1='");
     check(!strcmp(out, "=\n"), "--stop over two tokens: '%s'", out);
     works(BASE "--prompt 'a=1 b=a | b' --max-tokens 2 --stop '=1=1=2'");
     check(!strcmp(out, "=1=1\n"), "half a stop string at the end of the text: '%s'", out);
     works(BASE "--prompt 'q=2 h=q' --max-tokens 40 --stop ' \\| |\\\\'");
     check(out_size > 1 && !strchr(out, '|'), "--stop at a bar: '%s'", out);
-    fails(2, "--stop", BASE "--prompt a --stop ''"), fails(2, "--stop", BASE "--prompt a --stop 'a|'"),
-        fails(2, "--stop", BASE "--prompt a --stop 'a\\x'");
-    fails(2, "--stop", BASE "--prompt a --stop 'a\\'"), fails(2, "UTF-8", BASE "--prompt a --stop '\xe2\x96'"),
-        fails(2, "--stop", BASE "--prompt a --stop '%s'", "a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a");
+    fails(2, "--stop", BASE "--prompt a --stop ''");
+    fails(2, "--stop", BASE "--prompt a --stop 'a|'");
+    fails(2, "--stop", BASE "--prompt a --stop 'a\\x'");
+    fails(2, "--stop", BASE "--prompt a --stop 'a\\'");
+    fails(2, "UTF-8", BASE "--prompt a --stop '\xe2\x96'");
+    fails(2, "--stop", BASE "--prompt a --stop '%s'", "a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a|a");
 }
 
-// Prompts of many lengths, some of which fill the context of 128 or end at a stop string: in a batch of any size each gets the text that it
-// gets alone, in the order of the file, with its id. Draws are a prompt's own too.
+// ---- Many prompts -----------------------------------------------------------------------------
+
 #define BATCH RANDOM "--tokenizer f/tokenizers/smollm_style --stop 'ans|Source' "
-static void batches(void) {
-    enum { N = 11 };
-    static const char *const ids[] = {"", "\"id\":-1.50,", "\"id\":\"\\u000a\\\"x\","};
-    char *texts[N], *drawn = NULL, prompt[1024], *end;
-    size_t stopped = 0, full = 0, sizes[] = {1, 3, 8, 100};
-    FILE *f = fopen("batch.jsonl", "w");
-    need(f != NULL, "batch.jsonl");
-    for (size_t i = 0; i < N; i++) {
-        *prompt = 0;
+enum { PROMPTS = 11 };
+static const char *const batch_ids[] = {"", "\"id\":-1.50,", "\"id\":\"\\u000a\\\"x\","};
+
+// Writes batch.jsonl, prompts of many lengths; texts: what each gets alone.
+static void write_batch(char *texts[PROMPTS]) {
+    FILE *file = fopen("batch.jsonl", "w");
+    need(file != NULL, "batch.jsonl");
+    for (size_t i = 0; i < PROMPTS; i++) {
+        char prompt[1024] = "";
         for (size_t j = 0; j < 1 + i * 37 % 120; j++) strcat(prompt, j % 3 ? " of" : " a");
         works(BATCH "--prompt '%s'", prompt);
-        texts[i] = strdup(out), out[out_size - 1] = 0;
-        fprintf(f, "%s{%s\"prompt\":\"%s\"}\n", i % 2 ? "\n" : "", ids[i % 3], prompt);
+        texts[i] = strdup(out);
+        texts[i][out_size - 1] = 0;
+        fprintf(file, "%s{%s\"prompt\":\"%s\"}\n", i % 2 ? "\n" : "", batch_ids[i % 3], prompt);
     }
-    fclose(f);
+    fclose(file);
+}
+
+// Prompts, some of which fill the context of 128 or end at a stop string: in a batch of any size
+// each gets the text that it gets alone, in the order of the file, with its id. Draws are a
+// prompt's own too.
+static void batches(void) {
+    static const size_t sizes[] = {1, 3, 8, 100};
+    char *texts[PROMPTS], *drawn = NULL, *end;
+    size_t stopped = 0, full = 0;
+    write_batch(texts);
     for (size_t b = 0; b < 4; b++) {
         works(BATCH "--batch batch.jsonl --batch-size %zu", sizes[b]);
         char *line = out;
-        for (size_t i = 0; i < N && (end = strchr(line, '\n')); i++, line = end + 1) {
-            const retrofit_json *j = json(line, (size_t)(end - line), "--batch"), *s = string(j, "text");
-            check(s->length + 1 == strlen(texts[i]) && !memcmp(s->string, texts[i], s->length), "--batch-size %zu: %.*s, not '%s'",
-                  sizes[b], (int)(end - line), line, texts[i]);
-            check(strncmp(line + 1, ids[i % 3], strlen(ids[i % 3])) == 0 && !retrofit_json_get(j, "id") == (i % 3 == 0),
-                  "--batch: no id %s: %.30s", ids[i % 3], line);
-            bool stop = !strcmp(string(j, "finish_reason")->string, "stop");
-            stopped += stop, full += !stop && number_of(j, "prompt_tokens") + (double)retrofit_json_get(j, "tokens")->count == 128;
+        for (size_t i = 0; i < PROMPTS && (end = strchr(line, '\n')); i++) {
+            const retrofit_json *json = parse_json(line, (size_t)(end - line), "--batch");
+            const char *id = batch_ids[i % 3];
+            check(is_text(get_string(json, "text"), texts[i], strlen(texts[i])),
+                  "--batch-size %zu: %.*s, not '%s'", sizes[b], (int)(end - line), line, texts[i]);
+            bool has_id = retrofit_json_get(json, "id");
+            bool begins = !strncmp(line + 1, id, strlen(id));
+            check(begins && has_id == (i % 3 != 0), "--batch: no id %s: %.30s", id, line);
+            double tokens = get_number(json, "prompt_tokens");
+            tokens += (double)retrofit_json_get(json, "tokens")->count;
+            bool stop = finish_reason_is(json, "stop");
+            stopped += stop;
+            full += !stop && tokens == 128;
+            line = end + 1;
         }
-        check(line == out + out_size, "--batch-size %zu: more than %d lines: %s", sizes[b], N, line);
-        works(BATCH "--batch batch.jsonl --batch-size %zu --temperature 1 --max-tokens 9 | sed 's/\"logprobs.*//'", sizes[b]);
+        check(line == out + out_size, "--batch-size %zu: more than %d lines: %s", sizes[b], PROMPTS,
+              line);
+        works(BATCH "--batch batch.jsonl --batch-size %zu --temperature 1 --max-tokens 9 | "
+                    "sed 's/\"logprobs.*//'", sizes[b]);
         if (b == 0) drawn = strdup(out);
         check(!strcmp(drawn, out), "--batch-size %zu draws '%s', not '%s'", sizes[b], out, drawn);
     }
     need(stopped >= 4 && full >= 4, "prompts that stop, and that fill the context");
-    for (size_t i = 0; i < N; i++) free(texts[i]);
+    for (size_t i = 0; i < PROMPTS; i++) free(texts[i]);
     free(drawn);
-    static const struct { const char *what, *line; } bad[] = {
-        {"line 2", "{\"prompt\":1}"}, {"line 2", "{\"prompt\":\"\"}"}, {"line 2", "{\"prompt\":\"a\",\"id\":null}"}, {"line 2: byte 2", "{"}, {"line 2", "[]"}};
+}
+
+static void bad_batches(void) {
+    static const struct {
+        const char *what, *line;
+    } bad[] = {
+        {"line 2", "{\"prompt\":1}"},
+        {"line 2", "{\"prompt\":\"\"}"},
+        {"line 2", "{\"prompt\":\"a\",\"id\":null}"},
+        {"line 2: byte 2", "{"},
+        {"line 2", "[]"},
+    };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         works("printf '%%s\\n' '{\"prompt\":\"a\"}' '%s' >lines", bad[i].line);
         fails(1, bad[i].what, BATCH "--batch lines");
     }
-    works("(echo; printf '{\"prompt\":\"'; seq -s ' ' 100; echo '\"}') | tr -d '\\n' | sed 's/}/}\\n/' >lines");
+    works("(echo; printf '{\"prompt\":\"'; seq -s ' ' 100; echo '\"}') | tr -d '\\n' | "
+          "sed 's/}/}\\n/' >lines");
     fails(1, "line 1: the prompt has", BATCH "--batch lines");
-    fails(1, "no prompts", BATCH "--batch /dev/null"), fails(1, "No such file", BATCH "--batch missing"),
-        fails(1, "Is a directory", BATCH "--batch .");
-    fails(2, "--batch-size", BATCH "--batch lines --batch-size 0"), fails(2, "--prompt", BATCH "--batch lines --prompt a");
+    fails(1, "no prompts", BATCH "--batch /dev/null");
+    fails(1, "No such file", BATCH "--batch missing");
+    fails(1, "Is a directory", BATCH "--batch .");
+    fails(2, "--batch-size", BATCH "--batch lines --batch-size 0");
+    fails(2, "--prompt", BATCH "--batch lines --prompt a");
 }
 
-// ---- Chat --------------------------------------------------------------------------------------------------------------------
-// What Hugging Face's apply_chat_template made (Jinja2, trim_blocks, lstrip_blocks) of the templates of Llama-3-8B-Instruct,
-// SmolLM2-135M-Instruct and TinyLlama-1.1B-Chat, in parts: BOS, before a role, behind it, behind a text.
-static const struct { const char *style, *begin, *open, *close, *end, *stop; bool trims; } chats[] = {
-    {"llama3", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>", true},
+// ---- Chat -------------------------------------------------------------------------------------
+
+// What Hugging Face's apply_chat_template made (Jinja2, trim_blocks, lstrip_blocks) of the
+// templates of Llama-3-8B-Instruct, SmolLM2-135M-Instruct and TinyLlama-1.1B-Chat, in parts: BOS,
+// before a role, behind it, behind a text.
+typedef struct {
+    const char *style, *begin, *open, *close, *end;
+    const char *stop; // ends a turn
+    bool trims;       // texts lose white space at both ends
+} chat;
+static const chat chats[] = {
+    {"llama3", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>",
+     "<|eot_id|>", true},
     {"smollm", "", "<|im_start|>", "\n", "<|im_end|>\n", "<|im_end|>", false},
-    {"llama2", "<s>", "<|", "|>\n", "</s>\n", "</s>", false}};
+    {"llama2", "<s>", "<|", "|>\n", "</s>\n", "</s>", false},
+};
 #define TALK "infer --model talk --state-init zero --recurrences 3 --tokenizer chat/%s "
 
-static void text_file(const char *path, const char *text) { write_bytes(path, text, strlen(text)); }
-
-static void chat_tokenizers(void) {
-    shell(
-        "mkdir chat && cp -rL f/tokenizers chat/f && cd chat && mv f/llama3_style llama3 && mv f/llama2_style llama2 && mv f/smollm_style smollm && "
-        "sed -i 's/\"added_tokens\": \\[/&{\"id\":800,\"content\":\"<|start_header_id|>\",\"special\":true},{\"id\":801,\"content\":\"<|end_header_id|>\","
-        "\"special\":true},{\"id\":802,\"content\":\"<|eot_id|>\",\"special\":true},/' llama3/tokenizer.json && "
-        "sed -i 's/{/{\"chat_template\":\"{% if 1 %}<|user|>{% endif %}\",/' llama2/tokenizer_config.json && "
-        "cp -r llama3 dated && cp -r llama3 today && cp -r smollm named && cp -r smollm qwen");
-    // What matters of the templates of Llama-3.1, Llama-3.2, SmolLM2 (its newlines are newlines) and Qwen2.5 (its are \n, and more comes before)
-    text_file("chat/dated/chat_template.jinja",
-              "{{- \"Cutting Knowledge Date: December 2023\\n\" }}{{- \"Today Date: \" + date_string + \"\\n\\n\" }}");
-    text_file("chat/today/chat_template.jinja",
-              "{%- set date_string = strftime_now(\"%d %b %Y\") %}{{- \"Cutting Knowledge Date: December 2023\\n\" }}");
-    text_file("chat/named/tokenizer_config.json", "{\"chat_template\": \"{{ '<|im_start|>system\\nBe nice.<|im_end|>\\n' }}\"}");
-    text_file(
-        "chat/qwen/tokenizer_config.json",
-        "{\"chat_template\": [{\"name\": \"tools\", \"template\": \"\"}, {\"name\": \"default\", \"template\": "
-        "\"{{- '<|im_start|>system\\\\n' }}{{- '<|im_start|>system\\\\n' + x + '<|im_end|>\\\\n' }}{{- '<|im_start|>system\\\\nBe nice.<|im_end|>\\\\n' }}\"}]}");
-    shell("sed 's/131/1000/;s/128/1300/' f/tiny/recurrent/config.json >talk.json && convert --random talk.json --to talk --seed 5 >ls");
+static void write_text(const char *path, const char *text) {
+    write_bytes(path, text, strlen(text));
 }
 
-static void same_ids(const char *what, const char *tokenizer, const char *text) { // those printed, and text's
+// Tokenizers with a chat template in chat/, and `talk`, a model for long conversations.
+static void chat_tokenizers(void) {
+    shell("mkdir chat && cp -rL f/tokenizers chat/f && cd chat && "
+          "mv f/llama3_style llama3 && mv f/llama2_style llama2 && mv f/smollm_style smollm");
+    shell("sed -i 's/\"added_tokens\": \\[/&"
+          "{\"id\":800,\"content\":\"<|start_header_id|>\",\"special\":true},"
+          "{\"id\":801,\"content\":\"<|end_header_id|>\",\"special\":true},"
+          "{\"id\":802,\"content\":\"<|eot_id|>\",\"special\":true},/' chat/llama3/tokenizer.json");
+    shell("sed -i 's/{/{\"chat_template\":\"{% if 1 %}<|user|>{% endif %}\",/' "
+          "chat/llama2/tokenizer_config.json");
+    shell("cd chat && cp -r llama3 dated && cp -r llama3 today && cp -r smollm named && "
+          "cp -r smollm qwen");
+
+    // What matters of the templates of Llama-3.1, Llama-3.2, SmolLM2 (its newlines are newlines)
+    // and Qwen2.5 (its are \n, and more comes before).
+    write_text("chat/dated/chat_template.jinja",
+               "{{- \"Cutting Knowledge Date: December 2023\\n\" }}"
+               "{{- \"Today Date: \" + date_string + \"\\n\\n\" }}");
+    write_text("chat/today/chat_template.jinja",
+               "{%- set date_string = strftime_now(\"%d %b %Y\") %}"
+               "{{- \"Cutting Knowledge Date: December 2023\\n\" }}");
+    write_text("chat/named/tokenizer_config.json",
+               "{\"chat_template\": \"{{ '<|im_start|>system\\nBe nice.<|im_end|>\\n' }}\"}");
+    write_text("chat/qwen/tokenizer_config.json",
+               "{\"chat_template\": [{\"name\": \"tools\", \"template\": \"\"}, "
+               "{\"name\": \"default\", \"template\": \"{{- '<|im_start|>system\\\\n' }}"
+               "{{- '<|im_start|>system\\\\n' + x + '<|im_end|>\\\\n' }}"
+               "{{- '<|im_start|>system\\\\nBe nice.<|im_end|>\\\\n' }}\"}]}");
+    shell("sed 's/131/1000/;s/128/1300/' f/tiny/recurrent/config.json >talk.json && "
+          "convert --random talk.json --to talk --seed 5 >ls");
+}
+
+// --print-tokens printed the ids of text, in which BOS is written out.
+static void check_ids(const char *what, const char *tokenizer_name, const char *text) {
     char directory[64], expected[8192] = {0};
     size_t n = 0, at = 0;
-    snprintf(directory, sizeof directory, "chat/%s", tokenizer);
-    retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
-    need(t != NULL, directory);
-    int32_t *ids = retrofit_encode(t, text, strlen(text), false, &n); // BOS is in the text
-    for (size_t i = 0; i < n; i++) at += (size_t)sprintf(expected + at, i + 1 < n ? "%d " : "%d\n", (int)ids[i]);
-    check(!strcmp(out, expected), "%s: %s is '%s', not '%s'", tokenizer, what, out, expected);
-    free(ids), retrofit_tokenizer_free(t);
+    snprintf(directory, sizeof directory, "chat/%s", tokenizer_name);
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    need(tokenizer != NULL, directory);
+    int32_t *ids = retrofit_encode(tokenizer, text, strlen(text), false, &n);
+    for (size_t i = 0; i < n; i++)
+        at += (size_t)sprintf(expected + at, i + 1 < n ? "%d " : "%d\n", (int)ids[i]);
+    check(!strcmp(out, expected), "%s: %s is '%s', not '%s'", tokenizer_name, what, out, expected);
+    free(ids);
+    retrofit_tokenizer_free(tokenizer);
 }
 
 static void templates(void) {
-    char text[1024], date[64];
+    char text[1024], user[256];
     for (size_t i = 0; i < 3; i++) {
-        const char *begin = chats[i].begin, *open = chats[i].open, *close = chats[i].close, *end = chats[i].end,
-                   *said = chats[i].trims ? "hi <unk>" : " hi <unk>\n";
-        works("infer --tokenizer chat/%s --print-tokens --chat --prompt ' hi <unk>\n'", chats[i].style);
-        snprintf(text, sizeof text, "%s%suser%s%s%s%sassistant%s", begin, open, close, said, end, open, close);
-        same_ids("a prompt", chats[i].style, text);
-        works("printf ' hi <unk>\\n' | infer --tokenizer chat/%s --print-tokens --chat --prompt - --system 'Be <|im_end|> kind.'",
-              chats[i].style);
-        snprintf(text, sizeof text, "%s%ssystem%sBe <|im_end|> kind.%s%suser%s%s%s%sassistant%s", begin, open, close, end, open, close,
-                 said, end, open, close);
-        same_ids("a prompt and a system message", chats[i].style, text);
+        const chat *c = &chats[i];
+        snprintf(user, sizeof user, "%suser%s%s%s%sassistant%s", c->open, c->close,
+                 c->trims ? "hi <unk>" : " hi <unk>\n", c->end, c->open, c->close);
+        works("infer --tokenizer chat/%s --print-tokens --chat --prompt ' hi <unk>\n'", c->style);
+        snprintf(text, sizeof text, "%s%s", c->begin, user);
+        check_ids("a prompt", c->style, text);
+        works("printf ' hi <unk>\\n' | infer --tokenizer chat/%s --print-tokens --chat --prompt - "
+              "--system 'Be <|im_end|> kind.'", c->style);
+        snprintf(text, sizeof text, "%s%ssystem%sBe <|im_end|> kind.%s%s", c->begin, c->open,
+                 c->close, c->end, user);
+        check_ids("a prompt and a system message", c->style, text);
     }
-    works("LC_ALL=C date '+%%d %%b %%Y'");
-    snprintf(date, sizeof date, "%.20s", strtok(out, "\n"));
-    for (int today = 0; today < 2; today++)
-        for (int system = 0; system < 2; system++) {
-            works("infer --tokenizer chat/%s --print-tokens --chat --prompt hi%s", today ? "today" : "dated",
-                  system ? " --system 'Be brief. '" : "");
-            snprintf(
-                text, sizeof text,
-                "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: %s\n\n%s<|eot_id|>"
-                "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-                today ? date : "26 Jul 2024", system ? "Be brief." : "");
-            same_ids("Llama-3.1's and Llama-3.2's beginning", today ? "today" : "dated", text);
-        }
     for (int qwen = 0; qwen < 2; qwen++) {
-        works("infer --tokenizer chat/%s --print-tokens --chat --prompt hi", qwen ? "qwen" : "named");
-        same_ids("the template's own system message", qwen ? "qwen" : "named",
-                 "<|im_start|>system\nBe nice.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
-    }
-    text_file(
-        "dated.jsonl",
-        "{\"messages\":[{\"role\":\"system\",\"content\":\"a\"},{\"role\":\"user\",\"content\":\"hi\"}]}\n{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}\n"
-        "{\"prompt\":\"hi\"}\n");
-    works(TALK "--chat --batch dated.jsonl --max-tokens 0 --system a", "dated");
-    char *line = out, *after;
-    for (double first = 0; (after = strchr(line, '\n')); line = after + 1) { // three ways to say the same
-        double count = number_of(json(line, (size_t)(after - line), "--batch"), "prompt_tokens");
-        check(count > 40 && (first == 0 || count == first), "a system message in --batch: %s", out), first = count;
-    }
-    // A turn ends where the family says, not only at the end of text.
-    for (int seed = 1; seed < 6; seed++) {
-        works(TALK "--chat --prompt hi --temperature 40 --max-tokens 1200 --seed %d --json", "llama3", seed);
-        double tokens[1300];
-        for (size_t n = numbers(json(out, out_size, "--json"), "tokens", tokens, 1300); n--;)
-            check(tokens[n] != 802, "the text goes on behind <|eot_id|>");
+        const char *name = qwen ? "qwen" : "named";
+        works("infer --tokenizer chat/%s --print-tokens --chat --prompt hi", name);
+        check_ids("the template's own system message", name,
+                  "<|im_start|>system\nBe nice.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+                  "<|im_start|>assistant\n");
     }
     works("infer --tokenizer chat/named --print-tokens --chat --prompt hi --system a");
-    same_ids("another system message", "named", "<|im_start|>system\na<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
+    check_ids("another system message", "named",
+              "<|im_start|>system\na<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+              "<|im_start|>assistant\n");
+}
+
+// Llama-3.1's and Llama-3.2's templates begin with dates.
+static void dated_templates(void) {
+    char text[1024], date[64];
+    works("LC_ALL=C date '+%%d %%b %%Y'");
+    snprintf(date, sizeof date, "%.20s", strtok(out, "\n"));
+    for (int i = 0; i < 4; i++) {
+        bool today = i / 2, system = i % 2;
+        const char *name = today ? "today" : "dated";
+        works("infer --tokenizer chat/%s --print-tokens --chat --prompt hi%s", name,
+              system ? " --system 'Be brief. '" : "");
+        snprintf(text, sizeof text,
+                 "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+                 "Cutting Knowledge Date: December 2023\nToday Date: %s\n\n%s<|eot_id|>"
+                 "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+                 "<|start_header_id|>assistant<|end_header_id|>\n\n",
+                 today ? date : "26 Jul 2024", system ? "Be brief." : "");
+        check_ids("Llama-3.1's and Llama-3.2's beginning", name, text);
+    }
+
+    // Three ways to give the same system message.
+    write_text("dated.jsonl", "{\"messages\":[{\"role\":\"system\",\"content\":\"a\"},"
+                              "{\"role\":\"user\",\"content\":\"hi\"}]}\n"
+                              "{\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]}\n"
+                              "{\"prompt\":\"hi\"}\n");
+    works(TALK "--chat --batch dated.jsonl --max-tokens 0 --system a", "dated");
+    double first = 0;
+    char *line = out, *end;
+    while ((end = strchr(line, '\n'))) {
+        const retrofit_json *json = parse_json(line, (size_t)(end - line), "--batch");
+        double count = get_number(json, "prompt_tokens");
+        check(count > 40 && (first == 0 || count == first), "a system message in --batch: %s", out);
+        first = count;
+        line = end + 1;
+    }
+}
+
+// A turn ends where the family says, not only at the end of text.
+static void ends_of_turns(void) {
+    for (int seed = 1; seed < 6; seed++) {
+        double tokens[1300];
+        works(TALK "--chat --prompt hi --temperature 40 --max-tokens 1200 --seed %d --json",
+              "llama3", seed);
+        const retrofit_json *json = parse_json(out, out_size, "--json");
+        size_t n = get_numbers(json, "tokens", tokens, 1300);
+        for (size_t i = 0; i < n; i++)
+            check(tokens[i] != 802, "the text goes on behind <|eot_id|>");
+    }
+}
+
+static void bad_chats(void) {
     fails(1, "Llama-3, ChatML, Zephyr", BASE "--chat --prompt a");
-    fails(2, "--chat", BASE "--system a --prompt a"), fails(2, "--chat", BASE "--interactive"),
-        fails(2, "--prompt", BASE "--chat --interactive --prompt a");
-    fails(2, "at a time", BASE "--chat --interactive --batch a"), fails(2, "--eval", BASE "--chat --eval f");
-    fails(2, "--max-tokens", TALK "--chat --interactive --max-tokens 0 </dev/null", "llama3"),
-        fails(2, "context of 1300", TALK "--chat --interactive --seq-len 1301", "llama3");
+    fails(2, "--chat", BASE "--system a --prompt a");
+    fails(2, "--chat", BASE "--interactive");
+    fails(2, "--prompt", BASE "--chat --interactive --prompt a");
+    fails(2, "at a time", BASE "--chat --interactive --batch a");
+    fails(2, "--eval", BASE "--chat --eval f");
+    fails(2, "--max-tokens", TALK "--chat --interactive --max-tokens 0 </dev/null", "llama3");
+    fails(2, "context of 1300", TALK "--chat --interactive --seq-len 1301", "llama3");
     shell("tr '\\n' ' ' <talk.json >long");
     fails(1, "room for 20", TALK "--chat --interactive --seq-len 20 <long", "smollm");
 }
 
-// The prompt that the JSON is about has these ids: by their number, and by what --logits says of the first token said behind them.
-static void answers(const retrofit_json *j, const int32_t *ids, size_t n, const char *what) {
-    double tokens[600], logprobs[600];
-    check(number_of(j, "prompt_tokens") == (double)n, "%s: %g tokens before it, not %zu", what, number_of(j, "prompt_tokens"), n);
-    if (numbers(j, "tokens", tokens, 600) == 0) return;
-    float *x = logits_of("talk", ids, n, V, "--recurrences 3 --state-init zero");
-    double expected = log_probability(x + (n - 1) * V, V, (size_t)tokens[0]);
-    numbers(j, "logprobs", logprobs, 600);
-    check(fabs(logprobs[0] - expected) < 1e-4, "%s: logprob %g, of the whole text's ids %g", what, logprobs[0], expected), free(x);
+// The prompt that the JSON is about has these ids: by their number, and by what --logits says of
+// the first token generated behind them.
+static void check_answer(const retrofit_json *json, const int32_t *ids, size_t n,
+                         const char *what) {
+    double tokens[600], logprobs[600], prompt_tokens = get_number(json, "prompt_tokens");
+    check(prompt_tokens == (double)n, "%s: %g tokens before it, not %zu", what, prompt_tokens, n);
+    if (get_numbers(json, "tokens", tokens, 600) == 0) return;
+    get_numbers(json, "logprobs", logprobs, 600);
+    float *logits = logits_of("talk", ids, n, V, "--recurrences 3 --state-init zero");
+    double expected = log_probability(logits + (n - 1) * V, (size_t)tokens[0]);
+    check(fabs(logprobs[0] - expected) < 1e-4, "%s: logprob %g, of the whole text's ids %g", what,
+          logprobs[0], expected);
+    free(logits);
 }
 
-// Three turns. Each is answered as if all before had been encoded at once: the templates' text, and the tokens that were said; and where
-// those are the tokens of their text, the text of the whole conversation, by --batch with its messages too.
-static void conversations(size_t which) {
-    static const char *const users[] = {" One  two ", "the \"fox\"", "of 12"}, *const options[] = {
-                                                                                   "--max-tokens 1", "--temperature 40 --max-tokens 120",
-                                                                                   "--max-tokens 40 --temperature 1 --stop 'e|a'"};
-    const char *begin = chats[which].begin, *open = chats[which].open, *close = chats[which].close, *end = chats[which].end,
-               *style = chats[which].style;
-    char directory[64], begun[256], turn[1024], whole[16384], messages[16384], *line, *after;
-    static size_t ended;
-    size_t alike = 0;
-    snprintf(directory, sizeof directory, "chat/%s", style);
-    retrofit_tokenizer *t = retrofit_tokenizer_load(directory);
-    int32_t stop = t ? retrofit_tokenizer_id(t, chats[which].stop) : -1;
-    need(stop >= 0, directory);
-    text_file("users", " One  two \n\nthe \"fox\"\nof 12");
-    for (int k = 0; k < 6; k++) {
-        works(TALK "--chat --interactive --json %s --system %d --seed %d <users", style, options[k % 3], k, k + 1);
-        int32_t ids[1024];
-        size_t n = 0, count, turns = 0;
-        bool canonical = true;
-        snprintf(begun, sizeof begun, "%s%ssystem%s%d%s", begin, open, close, k, end), strcpy(whole, begun);
-        size_t at = (size_t)snprintf(messages, sizeof messages, "{\"messages\":[{\"role\":\"system\",\"content\":\"%d\"}", k);
-        char *transcript = strdup(out);
-        for (line = transcript; (after = strchr(line, '\n')) && turns < 3; line = after + 1, turns++) {
-            const char *user = users[turns];
-            size_t length = strlen(user) - (chats[which].trims && turns == 0 ? 2 : 0);
-            snprintf(turn, sizeof turn, "%s%suser%s%.*s%s%sassistant%s", turns ? end : begun, open, close, (int)length,
-                     user + (length < strlen(user)), end, open, close);
-            int32_t *new = retrofit_encode(t, turn, strlen(turn), false, &count);
-            memcpy(ids + n, new, count * sizeof *new), n += count, free(new);
-            strcat(whole, turns ? turn : turn + strlen(begun));
-            int32_t *all = retrofit_encode(t, whole, strlen(whole), false, &count);
-            canonical = canonical && count == n && !memcmp(all, ids, n * sizeof *ids), free(all);
-            const retrofit_json *j = json(line, (size_t)(after - line), "--interactive"), *text = string(j, "text");
-            answers(j, ids, n, style);
-            double tokens[600];
-            size_t said = numbers(j, "tokens", tokens, 600);
-            at += (size_t)sprintf(messages + at, ",{\"role\":\"user\",\"content\":\"%s\"}", turns == 1 ? "the \\\"fox\\\"" : user);
-            if (canonical && turns) {
-                FILE *f = fopen("talk.jsonl", "w");
-                need(f && fprintf(f, "%s]}\n", messages) > 0 && fclose(f) == 0, "talk.jsonl");
-                works(TALK "--chat --batch talk.jsonl --max-tokens 1", style);
-                parsed = NULL; // keeps j
-                answers(json(out, out_size, "--batch"), ids, n, "--batch with messages");
-                retrofit_json_free(parsed), parsed = (retrofit_json *)(uintptr_t)j, alike++;
-            }
-            for (size_t i = 0; i < said; i++) {
-                ids[n++] = (int32_t)tokens[i];
-                check(ids[n - 1] != stop, "%s: goes on behind %s", style, chats[which].stop);
-            }
-            ended += k % 3 == 1 && said < 120;
-            canonical = canonical && !memchr(text->string, 0, text->length) && text->length < 1000 && !strpbrk(text->string, "\"\\\n\t") &&
-                        k % 3 == 0;
-            strncat(whole, text->string, 1000);
-            at += (size_t)snprintf(messages + at, 1100, ",{\"role\":\"assistant\",\"content\":\"%.1000s\"}", text->string);
-        }
-        check(turns == 3 && *line == 0, "%s: %zu turns of 3: %s", style, turns, transcript), free(transcript);
-        if (k) continue;
-        works(TALK "--chat --interactive %s --system 0 <users && ! grep . stderr", style, options[0]);
+// ---- Conversations ----------------------------------------------------------------------------
+
+// A conversation of three turns, as it should be.
+typedef struct {
+    const chat *chat;
+    retrofit_tokenizer *tokenizer;
+    int32_t ids[1024];     // so far: the templates' text and the tokens that were generated
+    size_t n;
+    char beginning[256];   // BOS and the system message
+    char text[16384];      // so far
+    bool canonical;        // ids are those of text
+    char messages[16384];  // of --batch, but for the closing brackets
+    size_t messages_size;
+    size_t equal_to_batch; // turns that --batch repeated
+} conversation;
+
+static const char *const users[] = {" One  two ", "the \"fox\"", "of 12"};
+static const char *const users_json[] = {" One  two ", "the \\\"fox\\\"", "of 12"};
+
+static void begin_conversation(conversation *c, int system) {
+    c->n = 0;
+    c->canonical = true;
+    snprintf(c->beginning, sizeof c->beginning, "%s%ssystem%s%d%s", c->chat->begin, c->chat->open,
+             c->chat->close, system, c->chat->end);
+    strcpy(c->text, c->beginning);
+    c->messages_size =
+        (size_t)snprintf(c->messages, sizeof c->messages,
+                         "{\"messages\":[{\"role\":\"system\",\"content\":\"%d\"}", system);
+}
+
+// Adds the ids and the text of what the user says in a turn.
+static void add_user(conversation *c, size_t turn) {
+    const chat *chat = c->chat;
+    const char *beginning = turn ? chat->end : c->beginning, *user = users[turn];
+    char text[1024];
+    size_t length = strlen(user), count;
+    if (chat->trims && turn == 0) { // its spaces
+        user++;
+        length -= 2;
     }
-    check(alike > 0, "%s: no conversation whose tokens are those of its text", style);
-    check(which < 2 || ended > 0, "no turn ended by itself");
-    retrofit_tokenizer_free(t);
+    snprintf(text, sizeof text, "%s%suser%s%.*s%s%sassistant%s", beginning, chat->open, chat->close,
+             (int)length, user, chat->end, chat->open, chat->close);
+    int32_t *ids = retrofit_encode(c->tokenizer, text, strlen(text), false, &count);
+    memcpy(c->ids + c->n, ids, count * sizeof *ids);
+    c->n += count;
+    free(ids);
+
+    strcat(c->text, turn ? text : text + strlen(beginning));
+    ids = retrofit_encode(c->tokenizer, c->text, strlen(c->text), false, &count);
+    if (count != c->n || memcmp(ids, c->ids, count * sizeof *ids)) c->canonical = false;
+    free(ids);
+    c->messages_size +=
+        (size_t)sprintf(c->messages + c->messages_size,
+                        ",{\"role\":\"user\",\"content\":\"%s\"}", users_json[turn]);
 }
 
-// ---- Tasks -------------------------------------------------------------------------------------------------------------------
+// Where the ids are those of the conversation's text, --batch with its messages answers the same.
+static void check_messages(conversation *c) {
+    retrofit_json *kept = parsed;
+    FILE *file = fopen("talk.jsonl", "w");
+    need(file && fprintf(file, "%s]}\n", c->messages) > 0 && fclose(file) == 0, "talk.jsonl");
+    works(TALK "--chat --batch talk.jsonl --max-tokens 1", c->chat->style);
+    parsed = NULL;
+    check_answer(parse_json(out, out_size, "--batch"), c->ids, c->n, "--batch with messages");
+    retrofit_json_free(parsed);
+    parsed = kept;
+    c->equal_to_batch++;
+}
+
+// Adds what the model answered; returns the number of its tokens.
+static size_t add_answer(conversation *c, const retrofit_json *json, int32_t stop) {
+    double tokens[600];
+    size_t count = get_numbers(json, "tokens", tokens, 600);
+    for (size_t i = 0; i < count; i++) {
+        c->ids[c->n++] = (int32_t)tokens[i];
+        check(c->ids[c->n - 1] != stop, "%s: goes on behind %s", c->chat->style, c->chat->stop);
+    }
+    const retrofit_json *text = get_string(json, "text");
+    if (memchr(text->string, 0, text->length) || strpbrk(text->string, "\"\\\n\t"))
+        c->canonical = false;
+    if (text->length >= 1000) c->canonical = false;
+    strncat(c->text, text->string, 1000);
+    c->messages_size +=
+        (size_t)snprintf(c->messages + c->messages_size, 1100,
+                         ",{\"role\":\"assistant\",\"content\":\"%.1000s\"}", text->string);
+    return count;
+}
+
+// Each turn is answered as if all before had been encoded at once: the templates' text, and the
+// tokens that were generated; and where those are the tokens of their text, the text of the whole
+// conversation, by --batch with its messages too.
+static void conversations(const chat *chat) {
+    static const char *const options[] = {"--max-tokens 1", "--temperature 40 --max-tokens 120",
+                                          "--max-tokens 40 --temperature 1 --stop 'e|a'"};
+    static conversation c;
+    static size_t ended;
+    char directory[64], *line, *end;
+    c.chat = chat;
+    c.equal_to_batch = 0;
+    snprintf(directory, sizeof directory, "chat/%s", chat->style);
+    c.tokenizer = retrofit_tokenizer_load(directory);
+    int32_t stop = c.tokenizer ? retrofit_tokenizer_id(c.tokenizer, chat->stop) : -1;
+    need(stop >= 0, directory);
+    write_text("users", " One  two \n\nthe \"fox\"\nof 12");
+    for (int k = 0; k < 6; k++) {
+        works(TALK "--chat --interactive --json %s --system %d --seed %d <users", chat->style,
+              options[k % 3], k, k + 1);
+        char *transcript = strdup(out);
+        size_t turns = 0;
+        begin_conversation(&c, k);
+        for (line = transcript; (end = strchr(line, '\n')) && turns < 3; line = end + 1) {
+            add_user(&c, turns);
+            const retrofit_json *json = parse_json(line, (size_t)(end - line), "--interactive");
+            check_answer(json, c.ids, c.n, chat->style);
+            if (c.canonical && turns > 0) check_messages(&c);
+            size_t count = add_answer(&c, json, stop);
+            if (k % 3 != 0) c.canonical = false; // a stop string cuts text off, not tokens
+            ended += k % 3 == 1 && count < 120;
+            turns++;
+        }
+        check(turns == 3 && *line == 0, "%s: %zu turns of 3: %s", chat->style, turns, transcript);
+        free(transcript);
+    }
+    works(TALK "--chat --interactive %s --system 0 <users && ! grep . stderr", chat->style,
+          options[0]);
+    check(c.equal_to_batch > 0, "%s: no conversation whose tokens are those of its text",
+          chat->style);
+    check(chat < &chats[2] || ended > 0, "no turn ended by itself");
+    retrofit_tokenizer_free(c.tokenizer);
+}
+
+// ---- Tasks ------------------------------------------------------------------------------------
+
 #define TASKS "infer --model random --tokenizer f/tokenizers/llama3_style --state-init zero "
 
-// The results of --json: the one at r, a member of it.
-static double result(const retrofit_json *all, double r, const char *key) {
-    for (const retrofit_json *j = retrofit_json_get(all, "results")->child; j; j = j->next)
-        if (number_of(j, "recurrences") == r) return number_of(j, key);
-    return check(false, "no result at %g recurrences", r), NAN;
+// A member of --json's result at r recurrences.
+static double get_result(const retrofit_json *all, double r, const char *key) {
+    const retrofit_json *result = retrofit_json_get(all, "results")->child;
+    for (; result; result = result->next) {
+        if (get_number(result, "recurrences") == r) return get_number(result, key);
+    }
+    check(false, "no result at %g recurrences", r);
+    return NAN;
+}
+
+enum { CHOICE_TASKS = 14 };
+static const char *const choice_prompts[] = {"The fox", "One, two", "Once upon a time there was",
+                                             "1 + 1 ="};
+
+static const char *get_choice(int i, int j) {
+    static const char *const texts[] = {
+        " jumps", " three four five six", " 2", " a", "ox and the dog", " lazy", ".",
+        " over the lazy dog. And then",
+    };
+    static const char *const short_texts[] = {".",  "?",  ",",  "1",  "e",  "s",
+                                              " b", " c", " s", " t", " w", " p"};
+    return i < 8 ? texts[(i + 3 * j) % 8] : short_texts[(i + j) % 6 + j / 2 * 6];
+}
+
+static int right_choice(int i) { return i * i % 3; }
+
+static void write_choices(void) {
+    FILE *file = fopen("choices.jsonl", "w");
+    need(file != NULL, "choices.jsonl");
+    for (int i = 0; i < CHOICE_TASKS; i++) {
+        fprintf(file, "{\"prompt\":\"%s\",\"choices\":[\"%s\",\"%s\",\"%s\"],",
+                choice_prompts[i % 4], get_choice(i, 0), get_choice(i, 1), get_choice(i, 2));
+        fprintf(file, "\"answer\":%d,\"hops\":%d}\n", right_choice(i), i % 2);
+    }
+    fclose(file);
+}
+
+// The log-likelihood of choice j behind prompt i, by --logits of both; *count: its tokens.
+static double choice_likelihood(const retrofit_tokenizer *tokenizer, int i, int j, int r,
+                                size_t *count) {
+    char text[256], options[64];
+    const char *prompt = choice_prompts[i % 4];
+    size_t n, begin;
+    snprintf(text, sizeof text, "%s%s", prompt, get_choice(i, j));
+    snprintf(options, sizeof options, "--state-init zero --recurrences %d", r);
+    int32_t *alone = retrofit_encode(tokenizer, prompt, strlen(prompt), true, &begin);
+    int32_t *ids = retrofit_encode(tokenizer, text, strlen(text), true, &n);
+    float *logits = logits_of("random", ids, n, V, options);
+    // A choice may change the prompt's last tokens: "One, two" and "ox".
+    for (size_t p = 0; p < begin; p++) {
+        if (ids[p] != alone[p]) begin = p;
+    }
+    double sum = 0;
+    for (size_t p = begin; p < n; p++)
+        sum += log_probability(logits + (p - 1) * V, (size_t)ids[p]);
+    *count = n - begin;
+    free(alone);
+    free(ids);
+    free(logits);
+    return sum;
+}
+
+static int index_of_max(const double x[3]) {
+    int best = 0;
+    for (int j = 1; j < 3; j++) {
+        if (x[j] > x[best]) best = j;
+    }
+    return best;
+}
+
+// What choices give at one r; apart and spaces: cases that tell the ways to compare apart.
+typedef struct {
+    double accuracy, accuracy_per_byte, loss;
+    size_t apart, spaces;
+} choice_result;
+
+static choice_result expect_choices(const retrofit_tokenizer *tokenizer, int r) {
+    enum { N = CHOICE_TASKS };
+    double right = 0, per_byte = 0;
+    choice_result result = {0};
+    for (int i = 0; i < N; i++) {
+        double sum[3], by_bytes[3], by_bytes_and_space[3];
+        for (int j = 0; j < 3; j++) {
+            size_t count, size = strlen(get_choice(i, j));
+            sum[j] = choice_likelihood(tokenizer, i, j, r, &count);
+            by_bytes[j] = sum[j] / (double)(size - (*get_choice(i, j) == ' '));
+            by_bytes_and_space[j] = sum[j] / (double)size;
+            if (j == right_choice(i)) result.loss -= sum[j] / (double)count / N;
+        }
+        int best = index_of_max(sum), best_per_byte = index_of_max(by_bytes);
+        bool is_right = best_per_byte == right_choice(i);
+        right += best == right_choice(i);
+        per_byte += is_right;
+        result.apart += best != best_per_byte;
+        result.spaces += (index_of_max(by_bytes_and_space) == right_choice(i)) != is_right;
+    }
+    result.accuracy = right / N;
+    result.accuracy_per_byte = per_byte / N;
+    return result;
 }
 
 // The likelihood of each choice, from --logits of prompt and choice.
 static void choices(void) {
-    enum { N = 14 };
-    static const char *const prompts[] = {"The fox", "One, two", "Once upon a time there was", "1 + 1 ="};
-    static const char *const texts[] = {" jumps", " three four five six",        " 2", " a", "ox and the dog", " lazy",
-                                        ".",      " over the lazy dog. And then"},
-                             *c[N][3], *const short_ones[] = {".", "?", ",", "1", "e", "s", " b", " c", " s", " t", " w", " p"};
-    FILE *f = fopen("choices.jsonl", "w");
-    need(f != NULL, "choices.jsonl");
-    for (int i = 0; i < N; i++) {
-        for (int j = 0; j < 3; j++) c[i][j] = i < 8 ? texts[(i + 3 * j) % 8] : short_ones[(i + j) % 6 + j / 2 * 6];
-        fprintf(f, "{\"prompt\":\"%s\",\"choices\":[\"%s\",\"%s\",\"%s\"],\"answer\":%d,\"hops\":%d}\n", prompts[i % 4], c[i][0], c[i][1],
-                c[i][2], i * i % 3, i % 2);
-    }
-    fclose(f);
+    enum { N = CHOICE_TASKS };
+    write_choices();
     works(TASKS "--tasks choices.jsonl --recurrences 1,3 --json");
     retrofit_json *all = retrofit_json_parse(out, out_size, "--tasks --json");
     works(TASKS "--tasks choices.jsonl --recurrences 1,3");
-    char *table = strdup(out), row[128], options[64];
-    retrofit_tokenizer *t = retrofit_tokenizer_load("f/tokenizers/llama3_style");
+    char *table = strdup(out), row[128];
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load("f/tokenizers/llama3_style");
     size_t apart = 0, spaces = 0;
     for (int r = 1; r <= 3; r += 2) {
-        double right = 0, per_byte = 0, loss = 0;
-        for (int i = 0; i < N; i++) {
-            double sum[3], norm[3], raw[3];
-            int best = 0, best_norm = 0, best_raw = 0;
-            for (int j = 0; j < 3; j++) {
-                char text[256];
-                size_t n, begin, bytes = strlen(c[i][j]) - (*c[i][j] == ' ');
-                snprintf(text, sizeof text, "%s%s", prompts[i % 4], c[i][j]),
-                    snprintf(options, sizeof options, "--state-init zero --recurrences %d", r);
-                int32_t *alone = retrofit_encode(t, prompts[i % 4], strlen(prompts[i % 4]), true, &begin),
-                        *ids = retrofit_encode(t, text, strlen(text), true, &n);
-                float *x = logits_of("random", ids, n, V, options);
-                for (size_t p = 0; p < begin; p++) // a choice may change the prompt's last tokens: "One, two" and "ox"
-                    if (ids[p] != alone[p]) begin = p;
-                sum[j] = 0, free(alone);
-                for (size_t p = begin; p < n; p++) sum[j] += log_probability(x + (p - 1) * V, V, (size_t)ids[p]);
-                norm[j] = sum[j] / (double)bytes, raw[j] = sum[j] / (double)strlen(c[i][j]);
-                if (raw[j] > raw[best_raw]) best_raw = j;
-                if (sum[j] > sum[best]) best = j;
-                if (norm[j] > norm[best_norm]) best_norm = j;
-                if (j == i * i % 3) loss -= sum[j] / (double)(n - begin) / N;
-                free(ids), free(x);
-            }
-            right += best == i * i % 3, per_byte += best_norm == i * i % 3, apart += best != best_norm,
-                spaces += (best_raw == i * i % 3) != (best_norm == i * i % 3);
-        }
-        double p = right / N, q = per_byte / N;
-        check(fabs(result(all, r, "acc") - p) < 1e-6 && fabs(result(all, r, "acc_norm") - q) < 1e-6 &&
-                  fabs(result(all, r, "loss") - loss) < 1e-4,
-              "choices, r=%d: acc %g, acc_norm %g, loss %g, not %g, %g, %g", r, result(all, r, "acc"), result(all, r, "acc_norm"),
-              result(all, r, "loss"), p, q, loss);
-        check(fabs(result(all, r, "acc_stderr") - sqrt(p * (1 - p) / N)) < 1e-6 &&
-                  fabs(result(all, r, "acc_norm_stderr") - sqrt(q * (1 - q) / N)) < 1e-6,
+        choice_result expected = expect_choices(tokenizer, r);
+        double p = expected.accuracy, q = expected.accuracy_per_byte, loss = expected.loss;
+        double p_error = sqrt(p * (1 - p) / N), q_error = sqrt(q * (1 - q) / N);
+        double acc = get_result(all, r, "acc"), acc_norm = get_result(all, r, "acc_norm");
+        double got_loss = get_result(all, r, "loss");
+        check(fabs(acc - p) < 1e-6 && fabs(acc_norm - q) < 1e-6 && fabs(got_loss - loss) < 1e-4,
+              "choices, r=%d: acc %g, acc_norm %g, loss %g, not %g, %g, %g", r, acc, acc_norm,
+              got_loss, p, q, loss);
+        check(fabs(get_result(all, r, "acc_stderr") - p_error) < 1e-6 &&
+                  fabs(get_result(all, r, "acc_norm_stderr") - q_error) < 1e-6,
               "choices, r=%d: standard errors", r);
-        snprintf(row, sizeof row, "%.3f ± %.3f  %.3f ± %.3f ", p, sqrt(p * (1 - p) / N), q, sqrt(q * (1 - q) / N));
+        snprintf(row, sizeof row, "%.3f ± %.3f  %.3f ± %.3f ", p, p_error, q, q_error);
         check(strstr(table, row) != NULL, "choices, r=%d: no %s in %s", r, row, table);
+        apart += expected.apart;
+        spaces += expected.spaces;
     }
-    check(apart > 0 && spaces > 0, "no choice the likeliest, and another per byte: %zu; or per byte with a space before it: %zu", apart,
-          spaces);
-    retrofit_json_free(all), retrofit_tokenizer_free(t), free(table);
+    check(apart > 0 && spaces > 0,
+          "no choice the likeliest, and another per byte: %zu; or per byte with a space before it: "
+          "%zu", apart, spaces);
+    retrofit_json_free(all);
+    retrofit_tokenizer_free(tokenizer);
+    free(table);
 }
 
-// What follows from the last place in text where an expression matches: by hand, for two expressions.
-static void last_match(const char *text, bool numbers_too, char answer[64]) {
-    size_t n = strlen(text), begin, count = 0;
+// Group 1 of the last match of ([a-m])[n-z] in text, found by hand.
+static void find_letter(const char *text, char answer[64]) {
+    size_t n = strlen(text);
     *answer = 0;
-    if (!numbers_too) { // ([a-m])[n-z]
-        for (size_t i = 0; i + 1 < n; i++)
-            if (text[i] >= 'a' && text[i] <= 'm' && text[i + 1] >= 'n' && text[i + 1] <= 'z') answer[0] = text[i], answer[1] = 0;
-        return;
+    for (size_t i = 0; i + 1 < n; i++) {
+        bool match = text[i] >= 'a' && text[i] <= 'm' && text[i + 1] >= 'n' && text[i + 1] <= 'z';
+        if (!match) continue;
+        answer[0] = text[i];
+        answer[1] = 0;
     }
-    while (n && text[n - 1] != ',' && text[n - 1] != '.') n--; // ([0-9a-z,]*[,.])
-    for (begin = n ? n - 1 : 0;
-         begin && (text[begin - 1] == ',' || isalnum((unsigned char)text[begin - 1])) && !isupper((unsigned char)text[begin - 1]);)
-        begin--;
-    for (size_t i = begin; i < n && count < 63; i++)
+}
+
+// The same for ([0-9a-z,]*[,.]), without commas and dots.
+static void find_word(const char *text, char answer[64]) {
+    size_t end = strlen(text), count = 0;
+    while (end && text[end - 1] != ',' && text[end - 1] != '.') end--;
+    size_t begin = end ? end - 1 : 0;
+    for (; begin; begin--) {
+        unsigned char before = (unsigned char)text[begin - 1];
+        if (isupper(before) || (before != ',' && !isalnum(before))) break;
+    }
+    for (size_t i = begin; i < end && count < 63; i++) {
         if (text[i] != ',' && text[i] != '.') answer[count++] = text[i];
+    }
     answer[count] = 0;
 }
 
+enum { TARGETS = 50 };
+#define TARGET_OPTIONS "--temperature 1 --max-tokens 50 --stop 'ing|th'"
+
+static const char *target_prompt(int i) { return i % 3 ? "one " : "The fox jumps over the "; }
+
+// The answers in what --batch generates for all prompts at r recurrences; returns how many have
+// one.
+static size_t find_answers(int r, bool words, char answers[TARGETS][64]) {
+    size_t found = 0;
+    works(TASKS "--batch prompts.jsonl --batch-size 7 --recurrences %d " TARGET_OPTIONS, r);
+    char *line = out, *end;
+    for (int i = 0; i < TARGETS && (end = strchr(line, '\n')); i++) {
+        const retrofit_json *json = parse_json(line, (size_t)(end - line), "--batch");
+        const char *text = get_string(json, "text")->string;
+        if (words) find_word(text, answers[i]);
+        else find_letter(text, answers[i]);
+        found += *answers[i] != 0;
+        line = end + 1;
+    }
+    need(line == out + out_size, "lines of --batch");
+    return found;
+}
+
 // Answers in generated text: --batch generates the same, at one r.
-static void targets(bool numbers_too) {
-    enum { N = 50 };
-    const char *e = numbers_too ? "([0-9a-z,]*[,.])" : "([a-m])[n-z]", *options = "--temperature 1 --max-tokens 50 --stop 'ing|th'";
-    char said[2][N][64], *end;
-    size_t matched = 0, expected[2] = {0, 0};
-    FILE *f = fopen("prompts.jsonl", "w");
-    for (int i = 0; i < N; i++) fprintf(f, "{\"prompt\":\"%s%d\"}\n", i % 3 ? "one " : "The fox jumps over the ", i);
-    need(fclose(f) == 0, "prompts.jsonl");
-    for (int r = 0; r < 2; r++) {
-        works(TASKS "--batch prompts.jsonl --batch-size 7 --recurrences %d %s", 1 + 2 * r, options);
-        char *line = out;
-        for (int i = 0; i < N && (end = strchr(line, '\n')); i++, line = end + 1) {
-            const retrofit_json *j = json(line, (size_t)(end - line), "--batch"), *text = string(j, "text");
-            last_match(text->string, numbers_too, said[r][i]), matched += *said[r][i] != 0;
-        }
-        need(line == out + out_size, "lines of --batch");
+static void targets(bool words) {
+    const char *regex = words ? "([0-9a-z,]*[,.])" : "([a-m])[n-z]";
+    char answers[2][TARGETS][64];
+    size_t found = 0, expected[2] = {0, 0};
+    FILE *file = fopen("prompts.jsonl", "w");
+    for (int i = 0; i < TARGETS; i++)
+        fprintf(file, "{\"prompt\":\"%s%d\"}\n", target_prompt(i), i);
+    need(fclose(file) == 0, "prompts.jsonl");
+    for (int j = 0; j < 2; j++) found += find_answers(1 + 2 * j, words, answers[j]);
+    need(found >= 8, "texts with an answer");
+
+    file = fopen("targets.jsonl", "w");
+    for (int i = 0; i < TARGETS; i++) {
+        const char *target = *answers[i % 2][i] ? answers[i % 2][i] : "none";
+        for (int j = 0; j < 2; j++) expected[j] += !strcmp(answers[j][i], target);
+        fprintf(file, "{\"prompt\":\"%s%d\",\"target\":\",%s%s\"}\n", target_prompt(i), i, target,
+                i % 4 ? "." : "");
     }
-    need(matched >= 8, "texts with an answer");
-    f = fopen("targets.jsonl", "w");
-    for (int i = 0; i < N; i++) {
-        const char *target = *said[i % 2][i] ? said[i % 2][i] : "none";
-        for (int r = 0; r < 2; r++) expected[r] += !strcmp(said[r][i], target);
-        fprintf(f, "{\"prompt\":\"%s%d\",\"target\":\",%s%s\"}\n", i % 3 ? "one " : "The fox jumps over the ", i, target, i % 4 ? "." : "");
-    }
-    need(fclose(f) == 0, "targets.jsonl");
-    check(expected[0] != expected[1] && expected[0] > 0 && expected[1] > 0, "targets: %zu and %zu right tell little", expected[0],
-          expected[1]);
+    need(fclose(file) == 0, "targets.jsonl");
+    check(expected[0] != expected[1] && expected[0] > 0 && expected[1] > 0,
+          "targets: %zu and %zu right tell little", expected[0], expected[1]);
     for (int b = 1; b <= 9; b += 4) {
-        works(TASKS "--tasks targets.jsonl --answer-regex '%s' --recurrences 1,3 --batch-size %d --json %s", e, b, options);
-        const retrofit_json *j = json(out, out_size, "--tasks --json");
-        for (int r = 0; r < 2; r++)
-            check(fabs(result(j, 1 + 2 * r, "acc") - (double)expected[r] / N) < 1e-6, "targets, %s, r=%d: %g, not %zu of %d", e, 1 + 2 * r,
-                  result(j, 1 + 2 * r, "acc"), expected[r], N);
+        works(TASKS "--tasks targets.jsonl --answer-regex '%s' --recurrences 1,3 --batch-size %d "
+                    "--json " TARGET_OPTIONS, regex, b);
+        const retrofit_json *json = parse_json(out, out_size, "--tasks --json");
+        for (int j = 0; j < 2; j++) {
+            double acc = get_result(json, 1 + 2 * j, "acc");
+            check(fabs(acc - (double)expected[j] / TARGETS) < 1e-6,
+                  "targets, %s, r=%d: %g, not %zu of %d", regex, 1 + 2 * j, acc, expected[j],
+                  TARGETS);
+        }
     }
 }
 
+// Files of two lines; without a second line the first stands twice.
 static void bad_tasks(void) {
-    static const struct { int code; const char *what, *first, *second, *options;
-    } bad[] = {{1, "line 2: another kind", "\"answer\":\" b\"", "\"choices\":[\" a\",\" b\"],\"answer\":1", ""},
-               {1, "line 2: another kind", "\"target\":\"b\"", "\"answer\":\" b\"", "--answer-regex '(b)'"},
-               {1, "line 1: needs at least two", "\"choices\":[\" a\"],\"answer\":0", "", ""},
-               {1, "line 1: needs at least two", "\"choices\":\" a\",\"answer\":0", "", ""},
-               {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":2", "", ""},
-               {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":-1", "", ""},
-               {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":\" a\"", "", ""},
-               {1, "line 1: a choice", "\"choices\":[\" a\",\"\"],\"answer\":0", "", ""},
-               {1, "line 1: a choice", "\"choices\":[\" a\",\" \"],\"answer\":0", "", ""},
-               {1, "line 1: a choice", "\"choices\":[\" a\",7],\"answer\":0", "", ""},
-               {1, "line 1: \"target\"", "\"target\":\"\"", "", ""},
-               {1, "line 1: \"target\"", "\"target\":7", "", ""},
-               {2, "--answer-regex", "\"target\":\"b\"", "", ""},
-               {2, "--answer-regex", "\"answer\":\" b\"", "", "--answer-regex '(b)'"},
-               {2, "parentheses", "\"target\":\"b\"", "", "--answer-regex b"},
-               {2, "--answer-regex", "\"target\":\"b\"", "", "--answer-regex '(b'"},
-               {2, "--chat", "\"answer\":\" b\"", "", "--chat --tokenizer chat/smollm"},
-               {1, "line 1: \"hops\"", "\"answer\":\" b\",\"hops\":16", "", ""},
-               {1, "line 1: needs", "\"answer\":\"\"", "", ""}};
+    static const struct {
+        int code;
+        const char *what, *first, *second, *options;
+    } bad[] = {
+        {1, "line 2: another kind", "\"answer\":\" b\"",
+         "\"choices\":[\" a\",\" b\"],\"answer\":1", ""},
+        {1, "line 2: another kind", "\"target\":\"b\"", "\"answer\":\" b\"",
+         "--answer-regex '(b)'"},
+        {1, "line 1: needs at least two", "\"choices\":[\" a\"],\"answer\":0", "", ""},
+        {1, "line 1: needs at least two", "\"choices\":\" a\",\"answer\":0", "", ""},
+        {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":2", "", ""},
+        {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":-1", "", ""},
+        {1, "line 1: needs at least two", "\"choices\":[\" a\",\" b\"],\"answer\":\" a\"", "", ""},
+        {1, "line 1: a choice", "\"choices\":[\" a\",\"\"],\"answer\":0", "", ""},
+        {1, "line 1: a choice", "\"choices\":[\" a\",\" \"],\"answer\":0", "", ""},
+        {1, "line 1: a choice", "\"choices\":[\" a\",7],\"answer\":0", "", ""},
+        {1, "line 1: \"target\"", "\"target\":\"\"", "", ""},
+        {1, "line 1: \"target\"", "\"target\":7", "", ""},
+        {2, "--answer-regex", "\"target\":\"b\"", "", ""},
+        {2, "--answer-regex", "\"answer\":\" b\"", "", "--answer-regex '(b)'"},
+        {2, "parentheses", "\"target\":\"b\"", "", "--answer-regex b"},
+        {2, "--answer-regex", "\"target\":\"b\"", "", "--answer-regex '(b'"},
+        {2, "--chat", "\"answer\":\" b\"", "", "--chat --tokenizer chat/smollm"},
+        {1, "line 1: \"hops\"", "\"answer\":\" b\",\"hops\":16", "", ""},
+        {1, "line 1: needs", "\"answer\":\"\"", "", ""},
+    };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        works("printf '%%s\\n' '{\"prompt\":\"a\",%s}' '{\"prompt\":\"a\",%s}' >lines", bad[i].first,
-              *bad[i].second ? bad[i].second : bad[i].first);
+        const char *first = bad[i].first, *second = *bad[i].second ? bad[i].second : first;
+        works("printf '%%s\\n' '{\"prompt\":\"a\",%s}' '{\"prompt\":\"a\",%s}' >lines", first,
+              second);
         fails(bad[i].code, bad[i].what, TASKS "--tasks lines %s", bad[i].options);
     }
-    fails(2, "--answer-regex", TASKS "--prompt a --answer-regex '(b)'"), fails(2, "--json", TASKS "--prompt a --print-tokens --json");
-    works(
-        TASKS
-        "--tasks lines --rows 1 --recurrences 1 --json 2>ls || infer --model f/lookup/base --tasks f/lookup/tasks.jsonl --json --rows 512");
-    check(number_of(json(out, out_size, "--rows"), "count") == 512, "--rows 512: %s", out);
+    fails(2, "--answer-regex", TASKS "--prompt a --answer-regex '(b)'");
+    fails(2, "--json", TASKS "--prompt a --print-tokens --json");
+}
+
+static void tasks_of_base(void) {
+    works(TASKS "--tasks lines --rows 1 --recurrences 1 --json 2>ls || "
+          BASE "--tasks f/lookup/tasks.jsonl --json --rows 512");
+    check(get_number(parse_json(out, out_size, "--rows"), "count") == 512, "--rows 512: %s", out);
     works(BASE "--tasks f/lookup/tasks.jsonl --json");
-    const retrofit_json *j = json(out, out_size, "--json");
-    check(fabs(result(j, 0, "acc") - .608398) < 1e-4 && retrofit_json_get(retrofit_json_get(j, "results")->child, "hops")->count == 8,
-          "--tasks --json: %s", out);
+    const retrofit_json *json = parse_json(out, out_size, "--json");
+    const retrofit_json *result = retrofit_json_get(json, "results")->child;
+    bool right = fabs(get_result(json, 0, "acc") - .608398) < 1e-4;
+    check(right && retrofit_json_get(result, "hops")->count == 8, "--tasks --json: %s", out);
 }
 
-// A prompt that is fed in pieces.
+// A prompt that is fed in chunks.
 static void long_prompt(void) {
-    int32_t ids[1100];
-    size_t n = 0;
-    FILE *f = fopen("prompt", "w");
-    for (size_t i = 0; i < 1050; i++) fputs(i % 7 ? " a" : " of", f);
-    need(fclose(f) == 0, "prompt");
-    retrofit_tokenizer *t = retrofit_tokenizer_load("chat/smollm");
-    size_t size;
+    size_t n = 0, size;
+    FILE *file = fopen("prompt", "w");
+    for (size_t i = 0; i < 1050; i++) fputs(i % 7 ? " a" : " of", file);
+    need(fclose(file) == 0, "prompt");
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load("chat/smollm");
     char *text = slurp("prompt", &size);
-    int32_t *encoded = retrofit_encode(t, text, size, true, &n);
+    int32_t *ids = retrofit_encode(tokenizer, text, size, true, &n);
     need(n > 1024 && n <= 1100, "a long prompt");
-    memcpy(ids, encoded, n * sizeof *ids), free(encoded), free(text), retrofit_tokenizer_free(t);
     works(TALK "--prompt - --max-tokens 2 --json <prompt", "smollm");
-    answers(json(out, out_size, "--json"), ids, n, "a long prompt");
+    check_answer(parse_json(out, out_size, "--json"), ids, n, "a long prompt");
+    free(ids);
+    free(text);
+    retrofit_tokenizer_free(tokenizer);
 }
 
-// ---- Thinking: what changes no text changes none, what is told of recurrences, and what each of them makes of a token -------------------
-#define DEEP "infer --model random --tokenizer f/tokenizers/smollm_style --prompt 'Once upon' --recurrences 5 --max-tokens 24 "
-static void same_text(void) {
-    static const char *const same[] = {"--exit kl --exit-threshold 0",
-                                       "--exit minp-kl --exit-threshold 0 --kv-cache latest",
-                                       "--exit argmax-stability --exit-threshold 1e9",
-                                       "--exit latent-diff --exit-threshold 0 --kv-cache shared:5",
-                                       "--kv-cache full",
-                                       "--kv-cache shared:7",
-                                       "--kv-cache grouped:1",
-                                       "--speculative 2,4",
-                                       "--speculative 4,8",
-                                       "--speculative 1,1",
-                                       "--noise 0 --noise-type line"};
-    double tokens[32], logprobs[32], other[32], recurrences[32];
-    works(DEEP "--json");
-    const retrofit_json *j = json(out, out_size, "--json");
-    size_t n = numbers(j, "tokens", tokens, 32);
-    check(n == 24 && numbers(j, "logprobs", logprobs, 32) == n, "%zu tokens of 24", n);
+// ---- Exits, caches, drafts, noise -------------------------------------------------------------
+
+#define PLAIN "infer --model random --tokenizer f/tokenizers/smollm_style --recurrences 5 "
+#define DEEP PLAIN "--prompt 'Once upon' --max-tokens 24 "
+
+// Options that leave the text as it is, and what is told of recurrences and drafts.
+static void same_text(const double tokens[24], const double logprobs[24]) {
+    static const char *const same[] = {
+        "--exit kl --exit-threshold 0",
+        "--exit minp-kl --exit-threshold 0 --kv-cache latest",
+        "--exit argmax-stability --exit-threshold 1e9",
+        "--exit latent-diff --exit-threshold 0 --kv-cache shared:5",
+        "--kv-cache full",
+        "--kv-cache shared:7",
+        "--kv-cache grouped:1",
+        "--speculative 2,4",
+        "--speculative 4,8",
+        "--speculative 1,1",
+        "--noise 0 --noise-type line",
+    };
+    static const char full_depth[] = "recurrences per token: 5.00 on average of at most 5:  5: 24; "
+                                     "24 of 24 tokens are those of full depth";
+    double other[32], recurrences[32];
     for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
         works(DEEP "--json %s", same[i]);
-        j = json(out, out_size, "--json");
-        check(numbers(j, "tokens", other, 32) == n && !memcmp(tokens, other, n * sizeof *tokens), "%s: other tokens: %s", same[i], out);
-        check(numbers(j, "recurrences", recurrences, 32) == n && numbers(j, "logprobs", other, 32) == n, "%s: lists of unequal length",
-              same[i]);
-        for (size_t k = 0; k < n; k++)
-            check(recurrences[k] == 5 && fabs(other[k] - logprobs[k]) < 1e-4, "%s: token %zu took %g recurrences, logprob %g, plainly %g",
-                  same[i], k, recurrences[k], other[k], logprobs[k]);
-        bool exit = strstr(same[i], "--exit"), drafts = strstr(same[i], "--spec");
-        check(!exit == !strstr(err, "recurrences per token: 5.00 on average of at most 5:  5: 24; 24 of 24 tokens are those of full depth"),
-              "%s: %s", same[i], err);
-        check(!drafts == !strstr(err, "tokens a round; "), "%s: %s", same[i], err);
+        const retrofit_json *json = parse_json(out, out_size, "--json");
+        size_t n = get_numbers(json, "tokens", other, 32);
+        check(n == 24 && !memcmp(tokens, other, 24 * sizeof *tokens), "%s: other tokens: %s",
+              same[i], out);
+        size_t n_recurrences = get_numbers(json, "recurrences", recurrences, 32);
+        size_t n_logprobs = get_numbers(json, "logprobs", other, 32);
+        check(n_recurrences == 24 && n_logprobs == 24, "%s: lists of unequal length", same[i]);
+        for (size_t j = 0; j < 24; j++)
+            check(recurrences[j] == 5 && fabs(other[j] - logprobs[j]) < 1e-4,
+                  "%s: token %zu took %g recurrences, logprob %g, plainly %g", same[i], j,
+                  recurrences[j], other[j], logprobs[j]);
+        bool exit = strstr(same[i], "--exit"), told = strstr(err, full_depth);
+        check(exit == told, "%s: %s", same[i], err);
+        bool drafts = strstr(same[i], "--spec"), rounds = strstr(err, "tokens a round; ");
+        check(drafts == rounds, "%s: %s", same[i], err);
     }
-    // The first token follows the prompt, which thinks as deep as it may; the others stop at once.
+}
+
+// What changes the text, does; and its seed repeats it.
+static void other_text(const double tokens[24]) {
+    static const char *const other[] = {
+        "--continuous",
+        "--noise 3000",
+        "--noise 3000 --noise-type chi",
+        "--kv-cache shared:1 --state-init zero --continuous",
+    };
+    double once[32], again[32];
+    for (size_t i = 0; i < sizeof other / sizeof *other; i++) {
+        works(DEEP "--json %s", other[i]);
+        get_numbers(parse_json(out, out_size, "--json"), "tokens", once, 32);
+        check(memcmp(tokens, once, 24 * sizeof *tokens) != 0, "%s: the same text", other[i]);
+        works(DEEP "--json %s", other[i]);
+        get_numbers(parse_json(out, out_size, "--json"), "tokens", again, 32);
+        check(!memcmp(again, once, 24 * sizeof *tokens), "%s: another text the second time",
+              other[i]);
+    }
+}
+
+static void exits_and_caches(void) {
+    double tokens[32], logprobs[32], recurrences[32];
+    works(DEEP "--json");
+    const retrofit_json *json = parse_json(out, out_size, "--json");
+    size_t n = get_numbers(json, "tokens", tokens, 32);
+    size_t n_logprobs = get_numbers(json, "logprobs", logprobs, 32);
+    check(n == 24 && n_logprobs == 24, "%zu tokens of 24", n);
+    same_text(tokens, logprobs);
+    other_text(tokens);
+
+    // The first token follows the prompt, which takes all recurrences; the others stop at once.
     works(DEEP "--json --exit entropy-diff --exit-threshold 1e9");
-    n = numbers(json(out, out_size, "--json"), "recurrences", recurrences, 32);
-    for (size_t k = 0; k < n; k++)
-        check(recurrences[k] == (k ? 1 : 5), "an exit that always fires: token %zu took %g recurrences", k, recurrences[k]);
-    check(strstr(err, "1.17 on average of at most 5:  1: 23  5: 1;") != NULL, "an exit that always fires: %s", err);
-    // What changes the text, does; and its seed repeats it.
-    static const char *const other_text[] = {"--continuous", "--noise 3000", "--noise 3000 --noise-type chi",
-                                             "--kv-cache shared:1 --state-init zero --continuous"};
-    for (size_t i = 0; i < sizeof other_text / sizeof *other_text; i++) {
-        works(DEEP "--json %s", other_text[i]);
-        numbers(json(out, out_size, "--json"), "tokens", other, 32);
-        check(memcmp(tokens, other, 24 * sizeof *tokens) != 0, "%s: the same text", other_text[i]);
-        works(DEEP "--json %s", other_text[i]);
-        numbers(json(out, out_size, "--json"), "tokens", recurrences, 32);
-        check(!memcmp(recurrences, other, 24 * sizeof *tokens), "%s: another text the second time", other_text[i]);
-    }
-    works(
-        DEEP
-        "--kv-cache shared:2 --temperature 1"); // slots of 5 layers of prelude and coda and 3·2 of the core, 2 kv heads of 8, keys and values of 4 bytes
+    n = get_numbers(parse_json(out, out_size, "--json"), "recurrences", recurrences, 32);
+    for (size_t i = 0; i < n; i++)
+        check(recurrences[i] == (i ? 1 : 5),
+              "an exit that always fires: token %zu took %g recurrences", i, recurrences[i]);
+    check(strstr(err, "1.17 on average of at most 5:  1: 23  5: 1;") != NULL,
+          "an exit that always fires: %s", err);
+
+    works(DEEP "--kv-cache shared:2 --temperature 1");
     check(strstr(err, "KV cache ") != NULL, "no size of the KV cache: %s", err);
-    works(DEEP "--speculative 2,4 --temperature 1.3 --top-k 40 --seed 3 && " DEEP
-               "--speculative 2,4 --temperature 1.3 --top-k 40 --seed 3");
-    check(out_size % 2 == 0 && !memcmp(out, out + out_size / 2, out_size / 2), "drawn drafts of one seed: two texts: %s", out);
+    works(DEEP "--speculative 2,4 --temperature 1.3 --top-k 40 --seed 3 && "
+          DEEP "--speculative 2,4 --temperature 1.3 --top-k 40 --seed 3");
+    check(out_size % 2 == 0 && !memcmp(out, out + out_size / 2, out_size / 2),
+          "drawn drafts of one seed: two texts: %s", out);
 }
 
 // Drafts in a conversation: a turn that ends amid them leaves nothing behind its end in the cache.
 static void drafted_conversation(void) {
+#define TURNS TALK "--chat --interactive --recurrences 30 --max-tokens %d --stop 'e|a' <users "
     shell("printf 'Once\\nupon\\na time\\nthere\\nwas\\n' >users");
-    for (int limit = 6; limit < 16; limit++) {
-        works(TALK "--chat --interactive --recurrences 30 --max-tokens %d --stop 'e|a' <users >plain && " TALK
-                   "--chat --interactive --recurrences 30 --max-tokens %d --stop 'e|a' --speculative 29,6 "
-                   "<users >drafted && cmp plain drafted",
-              "smollm", limit, "smollm", limit);
+    for (int limit = 6; limit < 16; limit++)
+        works(TURNS ">plain && " TURNS ">drafted --speculative 29,6 && cmp plain drafted", "smollm",
+              limit, "smollm", limit);
+}
+
+// A line of --eval's table for decoding.
+typedef struct {
+    size_t r, bytes;
+    double loss, full_loss, recurrences;
+} decoding;
+
+#define LOSSES \
+    "infer --model random --eval numbers.bin --seq-len 20 --rows 5 --batch-size 2 --recurrences 4 "
+
+static decoding eval_decoding(const char *options) {
+    decoding d;
+    works(LOSSES "%s", options);
+    int fields = sscanf(out, "%*[^\n] %zu %lf %*f %lf %lf %zu", &d.r, &d.loss, &d.full_loss,
+                        &d.recurrences, &d.bytes);
+    check(fields == 5 && d.r == 4, "%s: no table: %s", options, out);
+    return d;
+}
+
+// Noise without a KV cache: its strength may be drawn, for which a cache's positions are no help.
+static void noisy_losses(void) {
+    static const char *const kinds[] = {"fixed", "geom", "sqrt", "line", "chi"};
+    double quiet, noisy;
+    works(LOSSES);
+    check(sscanf(out, "%*[^\n] %*u %lf", &quiet) == 1, "no table: %s", out);
+    for (int i = 0; i < 5; i++) {
+        works(LOSSES "--noise 3 --noise-type %s", kinds[i]);
+        check(sscanf(out, "%*[^\n] %*u %lf", &noisy) == 1, "%s: no table: %s", kinds[i], out);
+        check(noisy != quiet && isfinite(noisy), "%s noise: loss %g, without %g", kinds[i], noisy,
+              quiet);
     }
 }
 
 static void cached_losses(void) {
-    double loss[3], full[3], used[3];
-    size_t r, bytes, plain_bytes = 0;
-    shell(
-        "printf '{\"text\":\"%s\"}\\n' \"$(seq 1 90 | tr '\\n' ' ')\" >numbers.jsonl && convert --tokenize numbers.jsonl --tokenizer f/tokenizers/smollm_style --to numbers.bin >ls");
-#define LOSSES "infer --model random --eval numbers.bin --seq-len 20 --rows 5 --batch-size 2 --recurrences 4 "
+    static const char *const options[] = {
+        "--kv-cache shared:1",
+        "--exit latent-diff --exit-threshold 1e9",
+        "--kv-bf16",
+        "--exit kl --exit-threshold 1e9 --kv-cache grouped:2",
+    };
+    double plain_loss = 0;
+    shell("printf '{\"text\":\"%s\"}\\n' \"$(seq 1 90 | tr '\\n' ' ')\" >numbers.jsonl && "
+          "convert --tokenize numbers.jsonl --tokenizer f/tokenizers/smollm_style --to numbers.bin "
+          ">ls");
     works(LOSSES);
-    sscanf(out, "%*[^\n] 4 %lf", &loss[0]);
-    static const char *const options[] = {"--kv-cache full", "--kv-cache shared:1", "--exit latent-diff --exit-threshold 1e9", "--kv-bf16",
-                                          "--exit kl --exit-threshold 1e9 --kv-cache grouped:2"};
-    for (size_t i = 0; i < 5; i++) {
-        works(LOSSES "%s", options[i]);
-        check(sscanf(out, "%*[^\n] %zu %lf %*f %lf %lf %zu", &r, &loss[1], &full[1], &used[1], &bytes) == 5 && r == 4, "%s: no table: %s",
-              options[i], out);
-        check(fabs(full[1] - loss[0]) < 2e-3, "%s: by full pass %g, --eval alone says %g", options[i], full[1],
-              loss[0]); // start states of other rows
+    sscanf(out, "%*[^\n] 4 %lf", &plain_loss);
+    decoding plain = eval_decoding("--kv-cache full"), d[4];
+    check(plain.recurrences == 4, "--kv-cache full: %g recurrences on average", plain.recurrences);
+    check(fabs(plain.loss - plain.full_loss) < 1.01e-4, "decoding's loss %g, the full pass's %g",
+          plain.loss, plain.full_loss);
+    check(fabs(plain.full_loss - plain_loss) < 2e-3, "by full pass %g, --eval alone says %g",
+          plain.full_loss, plain_loss); // whose rows have other start states
+    for (size_t i = 0; i < 4; i++) {
+        d[i] = eval_decoding(options[i]);
+        check(fabs(d[i].full_loss - plain_loss) < 2e-3, "%s: by full pass %g, --eval alone says %g",
+              options[i], d[i].full_loss, plain_loss);
         bool early = strstr(options[i], "--exit");
-        check(early ? fabs(used[1] - (4 + 19) / 20.0) < 0.006 : used[1] == 4, "%s: %g recurrences on average", options[i], used[1]);
-        if (i == 0)
-            plain_bytes = bytes, check(fabs(loss[1] - full[1]) < 1.01e-4, "decoding's loss %g, the full pass's %g", loss[1], full[1]);
-        else if (i < 3) check(loss[1] != full[1], "%s: the loss is the full pass's", options[i]);
-        if (i == 3) check(bytes * 2 == plain_bytes, "--kv-bf16: %zu bytes per token, not half of %zu", bytes, plain_bytes);
-        if (i == 1 || i == 4) check(bytes < plain_bytes, "%s: %zu bytes per token, full %zu", options[i], bytes, plain_bytes);
+        double mean = (4 + 19) / 20.0; // the first token of a row never stops early
+        check(early ? fabs(d[i].recurrences - mean) < 0.006 : d[i].recurrences == 4,
+              "%s: %g recurrences on average", options[i], d[i].recurrences);
+        if (i < 2)
+            check(d[i].loss != d[i].full_loss, "%s: the loss is the full pass's", options[i]);
+        if (i == 0 || i == 3)
+            check(d[i].bytes < plain.bytes, "%s: %zu bytes per token, full %zu", options[i],
+                  d[i].bytes, plain.bytes);
     }
+    check(d[2].bytes * 2 == plain.bytes, "--kv-bf16: %zu bytes per token, not half of %zu",
+          d[2].bytes, plain.bytes);
 }
 
-// Entropies and likeliest tokens are those of --logits at every r, the picture has a line a token.
+// ---- --trace ----------------------------------------------------------------------------------
+
+// One token after recurrence r: entropy and the likeliest token are those of its logits.
+static void check_trace_entry(const retrofit_json *entry, const float *logits, size_t known,
+                              size_t position, size_t r) {
+    double entropy = 0, total = 0;
+    for (size_t v = 0; v < known; v++) total += exp((double)logits[v]);
+    for (size_t v = 0; v < known; v++) {
+        double p = exp((double)logits[v]) / total;
+        entropy -= p * log(p);
+    }
+    double found = get_number(entry, "entropy");
+    check(get_number(entry, "r") == (double)r && fabs(found - entropy) < 1e-4 * entropy,
+          "trace: token %zu, r %zu: entropy %g, not %g", position, r, found, entropy);
+
+    const retrofit_json *top = retrofit_json_get(entry, "top");
+    int32_t best = retrofit_argmax(logits, known);
+    bool ok = get_number(entry, "change") > 0 && top && top->count == 3;
+    ok = ok && get_number(top->child, "token") == best;
+    ok = ok && fabs(get_number(top->child, "p") - exp((double)logits[best]) / total) < 1e-4;
+    ok = ok && get_number(top->child->next, "p") <= get_number(top->child, "p");
+    check(ok, "trace: token %zu, r %zu: another likeliest token, or no change", position, r);
+}
+
+// Entropies and likeliest tokens are those of --logits at every r; the picture has a line a token.
 static void traces(void) {
-    size_t size, position = 0, lines = 0;
-    works(
-        "infer --model random --tokenizer f/tokenizers/smollm_style --prompt 'Once upon\na' --recurrences 4 --max-tokens 5 --state-init zero --trace trace.jsonl");
-    char *text = slurp("trace.jsonl", &size), *end, *picture = strdup(err);
+    size_t size, position = 0, lines = 0, shown = 0;
     int32_t ids[64];
-    for (char *line = text; (end = strchr(line, '\n')); line = end + 1)
-        ids[lines++] = (int32_t)number_of(json(line, (size_t)(end - line), "trace"), "token");
     float *logits[4];
-    for (int r = 0; r < 4; r++) {
+    works("infer --model random --tokenizer f/tokenizers/smollm_style --prompt 'Once upon\na' "
+          "--recurrences 4 --max-tokens 5 --state-init zero --trace trace.jsonl");
+    char *text = slurp("trace.jsonl", &size), *picture = strdup(err), *end;
+    for (char *line = text; (end = strchr(line, '\n')); line = end + 1) {
+        const retrofit_json *json = parse_json(line, (size_t)(end - line), "trace");
+        ids[lines++] = (int32_t)get_number(json, "token");
+    }
+    for (int i = 0; i < 4; i++) {
         char options[64];
-        snprintf(options, sizeof options, "--recurrences %d --state-init zero", r + 1);
-        logits[r] = logits_of("random", ids, lines, V, options);
+        snprintf(options, sizeof options, "--recurrences %d --state-init zero", i + 1);
+        logits[i] = logits_of("random", ids, lines, V, options);
     }
-    retrofit_tokenizer *t = retrofit_tokenizer_load("f/tokenizers/smollm_style");
-    size_t known = retrofit_tokenizer_size(t);
-    for (char *line = text; (end = strchr(line, '\n')); line = end + 1, position++) {
-        const retrofit_json *j = json(line, (size_t)(end - line), "trace"), *list = retrofit_json_get(j, "recurrences"),
-                            *e = list ? list->child : NULL;
-        check(number_of(j, "position") == (double)position && list && list->count == 4, "trace: %.*s", (int)(end - line), line);
-        for (size_t r = 0; e && r < 4; r++, e = e->next) {
-            const float *z = logits[r] + position * V;
-            double entropy = 0, total = 0;
-            for (size_t v = 0; v < known; v++) total += exp((double)z[v]);
-            for (size_t v = 0; v < known; v++) entropy -= exp((double)z[v]) / total * log(exp((double)z[v]) / total);
-            const retrofit_json *top = retrofit_json_get(e, "top");
-            check(number_of(e, "r") == (double)(r + 1) && fabs(number_of(e, "entropy") - entropy) < 1e-4 * entropy,
-                  "trace: token %zu, r %zu: entropy %g, not %g", position, r + 1, number_of(e, "entropy"), entropy);
-            check(number_of(e, "change") > 0 && top && top->count == 3 && number_of(top->child, "token") == retrofit_argmax(z, known) &&
-                      fabs(number_of(top->child, "p") - exp((double)z[retrofit_argmax(z, known)]) / total) < 1e-4 &&
-                      number_of(top->child->next, "p") <= number_of(top->child, "p"),
-                  "trace: token %zu, r %zu: %.*s", position, r + 1, (int)(end - line), line);
+
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load("f/tokenizers/smollm_style");
+    size_t known = retrofit_tokenizer_size(tokenizer);
+    for (char *line = text; (end = strchr(line, '\n')); line = end + 1) {
+        const retrofit_json *json = parse_json(line, (size_t)(end - line), "trace");
+        const retrofit_json *list = retrofit_json_get(json, "recurrences");
+        const retrofit_json *entry = list ? list->child : NULL;
+        check(get_number(json, "position") == (double)position && list && list->count == 4,
+              "trace: %.*s", (int)(end - line), line);
+        for (size_t i = 0; entry && i < 4; i++) {
+            check_trace_entry(entry, logits[i] + position * V, known, position, i + 1);
+            entry = entry->next;
         }
+        position++;
     }
-    size_t shown = 0;
-    for (char *p = picture; (p = strchr(p, '\n')); p++) shown++;
-    check(shown == lines + 3, "the picture has %zu lines of %zu tokens: %s", shown, lines,
-          picture); // its two lines of head, and how long it took
-    for (int r = 0; r < 4; r++) free(logits[r]);
-    free(text), free(picture), retrofit_tokenizer_free(t);
+    for (char *p = strchr(picture, '\n'); p; p = strchr(p + 1, '\n')) shown++;
+    check(shown == lines + 3, // its two lines of head, and how long it took
+          "the picture has %zu lines of %zu tokens: %s", shown, lines, picture);
+    for (int i = 0; i < 4; i++) free(logits[i]);
+    free(text);
+    free(picture);
+    retrofit_tokenizer_free(tokenizer);
 }
 
-static void bad_thinking(void) {
-    static const struct { const char *what, *options; } bad[] = {
-        {"latest, shared:M or grouped:M", "--exit kl --kv-cache full"}, {"--kv-cache is full, latest", "--kv-cache half"}, {"positive numbers", "--kv-cache shared:0"},
-        {"positive numbers", "--kv-cache grouped:x"}, {"goes with --exit", "--exit-threshold 1"}, {"none|entropy-diff", "--exit never"}, {"R,N like 4,5", "--speculative 4"},
-        {"R,N like 4,5", "--speculative 4,99"}, {"does not go with --exit", "--speculative 2,3 --exit kl"}, {"does not go with --continuous", "--speculative 2,3 --continuous"},
-        {"does not go with --noise", "--speculative 2,3 --noise 1"}, {"does not go with --kv-cache", "--speculative 2,3 --kv-cache shared:2"}, {"--noise", "--noise=-1"},
-        {"plain Llama", "--model f/lookup/base --tokenizer f/lookup/base --exit kl"}, {"plain Llama", "--model f/lookup/base --tokenizer f/lookup/base --trace bad"}};
+static void bad_recurrences(void) {
+    static const struct {
+        const char *what, *options;
+    } bad[] = {
+        {"latest, shared:M or grouped:M", "--exit kl --kv-cache full"},
+        {"--kv-cache is full, latest", "--kv-cache half"},
+        {"positive numbers", "--kv-cache shared:0"},
+        {"positive numbers", "--kv-cache grouped:x"},
+        {"goes with --exit", "--exit-threshold 1"},
+        {"none|entropy-diff", "--exit never"},
+        {"R,N like 4,5", "--speculative 4"},
+        {"R,N like 4,5", "--speculative 4,99"},
+        {"does not go with --exit", "--speculative 2,3 --exit kl"},
+        {"does not go with --continuous", "--speculative 2,3 --continuous"},
+        {"does not go with --noise", "--speculative 2,3 --noise 1"},
+        {"does not go with --kv-cache", "--speculative 2,3 --kv-cache shared:2"},
+        {"--noise", "--noise=-1"},
+    };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
-        fails(2, bad[i].what, "infer --model random --tokenizer f/tokenizers/smollm_style --prompt 'Once upon' --max-tokens 24 %s %s",
-              strstr(bad[i].options, "--model") ? "" : "--recurrences 5", bad[i].options);
-    fails(2, "--exit does not go with --logits", "infer --model random --tokens 1,2 --logits bad --exit kl");
-    fails(2, "--speculative does not go with --eval", "infer --model random --eval numbers.bin --speculative 2,3");
-    fails(2, "but for a \"target\"", "infer --model f/lookup/base --tasks f/lookup/tasks.jsonl --kv-cache shared:2");
+        fails(2, bad[i].what, DEEP "%s", bad[i].options);
+    fails(2, "plain Llama", BASE "--prompt 'Once upon' --exit kl");
+    fails(2, "plain Llama", BASE "--prompt 'Once upon' --trace bad");
+    fails(2, "--exit does not go with --logits",
+          "infer --model random --tokens 1,2 --logits bad --exit kl");
+    fails(2, "--speculative does not go with --eval",
+          "infer --model random --eval numbers.bin --speculative 2,3");
+    fails(2, "but for a \"target\"", BASE "--tasks f/lookup/tasks.jsonl --kv-cache shared:2");
     fails(2, "--trace goes with --prompt", "infer --model random --eval numbers.bin --trace bad");
     works("! " DEEP "--speculative 5,3 2>said && grep '^infer: --speculative: a draft of 5' said");
     works("! " DEEP "--trace no/where 2>said && grep '^infer: no/where: No such file' said");
+}
+
+// Rows that stop at different times get in a batch what they get alone, from random start states
+// too.
+static void exits_in_batches(void) {
+#define WITHOUT_TIMES "sed 's/\"prompt_sec.*//; s/\"logprobs.*\"recur/\"recur/'"
+#define EARLY PLAIN "--batch two.jsonl --exit kl --exit-threshold .02 --max-tokens 20 "
     shell("printf '{\"prompt\":\"Once\"}\\n{\"prompt\":\"upon a time\"}\\n' >two.jsonl");
-    fails(1, "full KV cache",
-          "infer --model random --tokenizer f/tokenizers/smollm_style --recurrences 5 --batch two.jsonl --exit kl --kv-cache shared:2");
-    // Rows that stop at different times say in a batch what they say alone, from random start states too.
-    works(
-        "infer --model random --tokenizer f/tokenizers/smollm_style --recurrences 5 --batch two.jsonl --exit kl --exit-threshold .02 --max-tokens 20 | sed 's/\"prompt_sec.*//; s/\"logprobs.*\"recur/\"recur/' >together && "
-        "infer --model random --tokenizer f/tokenizers/smollm_style --recurrences 5 --batch two.jsonl --batch-size 1 --exit kl --exit-threshold .02 --max-tokens 20 | sed 's/\"prompt_sec.*//; s/\"logprobs.*\"recur/\"recur/' "
-        ">alone && cmp together alone && grep -v '\"recurrences\":\\[5[5,]*\\]' alone");
+    fails(1, "full KV cache", PLAIN "--batch two.jsonl --exit kl --kv-cache shared:2");
+    works(EARLY "| " WITHOUT_TIMES " >together && "
+          EARLY "--batch-size 1 | " WITHOUT_TIMES " >alone && cmp together alone && "
+          "grep -v '\"recurrences\":\\[5[5,]*\\]' alone");
 }
 
 int main(void) {
     enter("infer");
-    shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && convert --random random.json --to random >ls");
+    shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && "
+          "convert --random random.json --to random >ls");
     for (size_t i = 0; i < 3; i++) json_of_a_prompt(styles[i]);
-    text_behind_a_newline(), stop_strings(), batches();
-    chat_tokenizers(), templates();
-    for (size_t i = 0; i < 3; i++) conversations(i);
-    same_text(), drafted_conversation(), cached_losses(), traces(), bad_thinking();
-    long_prompt(), choices(), targets(false), targets(true), bad_tasks();
+    text_behind_a_newline();
+    stop_strings();
+    stop_strings_of_base();
+    batches();
+    bad_batches();
+
+    chat_tokenizers();
+    templates();
+    dated_templates();
+    ends_of_turns();
+    bad_chats();
+    for (size_t i = 0; i < 3; i++) conversations(&chats[i]);
+
+    exits_and_caches();
+    drafted_conversation();
+    cached_losses();
+    noisy_losses();
+    traces();
+    bad_recurrences();
+    exits_in_batches();
+
+    long_prompt();
+    choices();
+    targets(false);
+    targets(true);
+    bad_tasks();
+    tasks_of_base();
     retrofit_json_free(parsed);
     return leave("infer");
 }

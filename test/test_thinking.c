@@ -1,5 +1,6 @@
-// What a recurrent model can do at test time: exits per token, KV caches that hold less, drafts that the whole depth verifies, continuous
-// thinking, noise; on random prompts, against plain decoding, the full pass and definitions written out.
+// What a recurrent model can do at test time: exits per token, KV caches that hold less, drafts
+// that full depth verifies, continuous thinking, noise; on random prompts, against plain decoding,
+// the full pass and definitions written out.
 #include "test.h"
 
 static const char *const models[] = {"tiny/recurrent", "llama3/recurrent", "head64/recurrent"};
@@ -8,599 +9,1082 @@ enum { PROMPTS = 25 };
 #else
 enum { PROMPTS = 334 }; // 1,002 with three models
 #endif
-enum { MODELS = 3, REST = 7, DEEPEST = 9 }; // tokens behind each prompt; recurrences at most
+// Tokens of a prompt and behind it, at most; positions in a cache; recurrences at most.
+enum { MODELS = 3, PROMPT = 12, REST = 7, CAPACITY = 32, DEEPEST = 9 };
 
 static uint64_t random_state;
-static size_t any(size_t lo, size_t hi) { return lo + (size_t)(retrofit_hash(1, random_state++) % (hi - lo + 1)); }
+static size_t random_between(size_t low, size_t high) {
+    return low + (size_t)(retrofit_hash(1, random_state++) % (high - low + 1));
+}
 
 static retrofit_model *load(size_t which) {
     char path[256];
     snprintf(path, sizeof path, FIXTURES "%s", models[which]);
-    retrofit_model *m = retrofit_load(path, &retrofit_cpu, RETROFIT_INFERENCE);
-    need(m != NULL, path);
-    return m;
+    retrofit_model *model = retrofit_load(path, &retrofit_cpu, RETROFIT_INFERENCE);
+    need(model != NULL, path);
+    return model;
 }
 
-static retrofit_buffers *with_cache(const retrofit_model *m, size_t B, retrofit_cache_kind kind, size_t M, bool bf16) {
-    retrofit_buffers *a = retrofit_buffers_new(m, B, 12, 0, RETROFIT_KEEP_NOTHING, &(retrofit_kv_cache){32, DEEPEST, kind, M, bf16});
-    need(a != NULL, "activations with a cache");
-    return a;
+static void *allocate(size_t count, size_t size) {
+    void *p = retrofit_allocate(count, size);
+    need(p != NULL, "memory");
+    return p;
 }
 
-static const float *feed(retrofit_buffers *a, const int32_t *tokens, size_t b, size_t t, const retrofit_recurrence_options *how) {
-    const float *logits = retrofit_next_logits(a, tokens, b, t, NULL, how);
+static retrofit_buffers *with_cache(const retrofit_model *model, size_t B, retrofit_cache_kind kind,
+                                    size_t M, bool bf16) {
+    retrofit_kv_cache cache = {CAPACITY, DEEPEST, kind, M, bf16};
+    retrofit_buffers *buffers =
+        retrofit_buffers_new(model, B, PROMPT, 0, RETROFIT_KEEP_NOTHING, &cache);
+    need(buffers != NULL, "buffers with a cache");
+    return buffers;
+}
+
+static retrofit_buffers *with_full_cache(const retrofit_model *model, size_t B) {
+    return with_cache(model, B, RETROFIT_CACHE_FULL, 0, false);
+}
+
+static retrofit_buffers *without_cache(const retrofit_model *model, size_t T) {
+    retrofit_buffers *buffers = retrofit_buffers_new(model, 1, T, 0, RETROFIT_KEEP_NOTHING, NULL);
+    need(buffers != NULL, "buffers without a cache");
+    return buffers;
+}
+
+static const float *feed(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
+                         const retrofit_recurrence_options *options) {
+    const float *logits = retrofit_next_logits(buffers, tokens, b, t, NULL, options);
     need(logits != NULL, "feed");
     return logits;
 }
 
-// A start state that matters, and a prompt of one's own.
-static retrofit_recurrence_options random_prompt(int32_t *tokens, size_t *n, size_t V) {
-    *n = any(1, 12);
-    for (size_t i = 0; i < 12 + REST; i++) tokens[i] = (int32_t)any(0, V - 1);
-    return (retrofit_recurrence_options){.recurrences = any(1, DEEPEST - 1), .sigma = any(0, 1) ? 0.3f : 0, .seed = any(1, 99), .threshold = -1};
+static bool same(const float *x, const float *y, size_t n) { return !memcmp(x, y, n * sizeof *x); }
+
+// A prompt, what follows it, and a start state that matters for half of the prompts.
+typedef struct {
+    int32_t tokens[PROMPT + REST];
+    size_t n; // tokens of the prompt
+    retrofit_recurrence_options options;
+} random_prompt;
+
+static random_prompt draw_prompt(size_t V) {
+    random_prompt prompt = {.n = random_between(1, PROMPT)};
+    for (size_t i = 0; i < PROMPT + REST; i++) prompt.tokens[i] = (int32_t)random_between(0, V - 1);
+    prompt.options.recurrences = random_between(1, DEEPEST - 1);
+    prompt.options.sigma = random_between(0, 1) ? 0.3f : 0;
+    prompt.options.seed = random_between(1, 99);
+    prompt.options.threshold = -1;
+    return prompt;
 }
 
-// ---- What should equal plain decoding, to the bit: caches large enough, exits that never fire; and r = 1, those that always do ----------
-static void equal_to_plain(size_t which) {
-    retrofit_model *m = load(which);
-    size_t V = m->config.vocab, worst_latest = 0;
-    enum { PLAIN, SHARED, GROUPED, NEVER, ALWAYS, ONE, KINDS };
-    static const char *const names[] = {
-        "plain", "shared by as many", "grouped one by one", "an exit that never fires", "one that always fires", "one recurrence"};
-    retrofit_buffers *a[KINDS], *whole = retrofit_buffers_new(m, 1, 12 + REST, 0, RETROFIT_KEEP_NOTHING, NULL);
-    float *logits = (float *)retrofit_allocate(REST * V, 4);
-    need(whole && logits, "activations");
-    for (int k = 0; k < KINDS; k++)
-        a[k] = with_cache(m, 1,
-                          k == SHARED    ? RETROFIT_CACHE_SHARED
-                          : k == GROUPED ? RETROFIT_CACHE_GROUPED
-                                         : RETROFIT_CACHE_FULL,
-                          k == SHARED ? DEEPEST : 1, false);
-    for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
-        int32_t tokens[12 + REST];
-        size_t n;
-        retrofit_recurrence_options how = random_prompt(tokens, &n, V), ways[KINDS] = {how, how, how, how, how, how};
-        ways[NEVER].exit = ways[ALWAYS].exit = (retrofit_exit)(1 + prompt % 5);
-        bool stable = ways[NEVER].exit == RETROFIT_EXIT_ARGMAX_STABILITY;
-        ways[NEVER].threshold = stable ? 1e9f : 0, ways[ALWAYS].threshold = stable ? 0 : 1e30f;
-        for (int k = 0; k < KINDS; k++) retrofit_clear_cache(a[k]), feed(a[k], tokens, 1, n, &ways[k]);
-        ways[ONE].recurrences = 1; // the prompt thought as deep as the others
-        need(retrofit_forward(whole, tokens, 1, n + REST, how.sigma, how.seed, how.recurrences, 0), "forward");
-        retrofit_logits(whole, n, REST, logits);
-        for (size_t i = n; i < n + REST; i++) {
-            const float *plain = feed(a[PLAIN], tokens + i, 1, 1, &ways[PLAIN]);
-            double apart = relative_error(plain, logits + (i - n) * V, V); // roundings add up with the depth; 1e-5 at 4, as in test_decode
-            check(apart < 2.5e-6 * fmax(4, (double)how.recurrences), "%s, prompt %zu, r %zu: token %zu is %.2e off the full pass",
-                  models[which], prompt, how.recurrences, i, apart);
-            for (int k = SHARED; k <= NEVER; k++)
-                check(!memcmp(feed(a[k], tokens + i, 1, 1, &ways[k]), plain, V * 4) && a[k]->decoder->used[0] == (int32_t)how.recurrences,
-                      "%s, prompt %zu: %s, r %zu: token %zu differs", models[which], prompt, names[k], how.recurrences, i);
-            const float *one = feed(a[ONE], tokens + i, 1, 1, &ways[ONE]);
-            check(!memcmp(feed(a[ALWAYS], tokens + i, 1, 1, &ways[ALWAYS]), one, V * 4) && a[ALWAYS]->decoder->used[0] == 1,
-                  "%s, prompt %zu: %s, token %zu differs from r = 1", models[which], prompt, names[ALWAYS], i);
-        }
-        worst_latest += memcmp(a[ONE]->decoder->next, a[PLAIN]->decoder->next, V * 4) != 0;
+// ---- What should equal plain decoding, to the bit -----------------------------------------------
+// Caches that are large enough and exits that never fire; and exits that always do, equal to r = 1.
+
+enum { PLAIN, SHARED, GROUPED, NEVER, ALWAYS, ONE, WAYS };
+static const char *const way_names[WAYS] = {
+    "plain",
+    "shared by as many",
+    "grouped one by one",
+    "an exit that never fires",
+    "one that always fires",
+    "one recurrence",
+};
+
+static void begin_ways(retrofit_buffers **ways, retrofit_recurrence_options *options,
+                       const random_prompt *prompt, retrofit_exit exit) {
+    bool stability = exit == RETROFIT_EXIT_ARGMAX_STABILITY;
+    for (int way = 0; way < WAYS; way++) options[way] = prompt->options;
+    options[NEVER].exit = exit;
+    options[NEVER].threshold = stability ? 1e9f : 0;
+    options[ALWAYS].exit = exit;
+    options[ALWAYS].threshold = stability ? 0 : 1e30f;
+    for (int way = 0; way < WAYS; way++) {
+        retrofit_clear_cache(ways[way]);
+        feed(ways[way], prompt->tokens, 1, prompt->n, &options[way]);
     }
-    check(worst_latest > PROMPTS / 2, "%s: r = 1 and r agree: nothing was tested", models[which]);
-    for (int k = 0; k < KINDS; k++) retrofit_buffers_free(a[k]);
-    free(logits), retrofit_buffers_free(whole), retrofit_free(m);
+    options[ONE].recurrences = 1; // the prompt went as deep as the others
 }
 
-// ---- Exits: the recurrence at which each criterion, written out, stops; and what a token that stopped leaves in the cache ---------------
-static void probabilities(double *p, const float *z, size_t V) {
-    double top = -INFINITY, sum = 0;
-    for (size_t v = 0; v < V; v++) top = fmax(top, (double)z[v]);
-    for (size_t v = 0; v < V; v++) sum += p[v] = exp((double)z[v] - top);
+// One token all the ways; full: the full pass's logits behind it.
+static void compare_ways(retrofit_buffers **ways, const retrofit_recurrence_options *options,
+                         const int32_t *token, const float *full, const char *where) {
+    size_t V = ways[PLAIN]->model->config.vocab, r = options[PLAIN].recurrences;
+    const float *plain = feed(ways[PLAIN], token, 1, 1, &options[PLAIN]);
+    // roundings add up with the depth; 1e-5 at 4, as in test_decode
+    double error = relative_error(plain, full, V);
+    check(error < 2.5e-6 * fmax(4, (double)r), "%s, r %zu: %.2e off the full pass", where, r,
+          error);
+    for (int way = SHARED; way <= NEVER; way++) {
+        const float *logits = feed(ways[way], token, 1, 1, &options[way]);
+        check(same(logits, plain, V) && ways[way]->decoder->used[0] == (int32_t)r,
+              "%s, r %zu: %s differs", where, r, way_names[way]);
+    }
+    const float *one = feed(ways[ONE], token, 1, 1, &options[ONE]);
+    const float *always = feed(ways[ALWAYS], token, 1, 1, &options[ALWAYS]);
+    check(same(always, one, V) && ways[ALWAYS]->decoder->used[0] == 1, "%s: %s differs from r = 1",
+          where, way_names[ALWAYS]);
+}
+
+static void equal_to_plain(size_t which) {
+    retrofit_model *model = load(which);
+    size_t V = model->config.vocab, shallow_differs = 0;
+    retrofit_buffers *ways[WAYS], *whole = without_cache(model, PROMPT + REST);
+    float *full = allocate(REST * V, sizeof *full);
+    for (int way = 0; way < WAYS; way++) ways[way] = with_full_cache(model, 1);
+    retrofit_buffers_free(ways[SHARED]);
+    retrofit_buffers_free(ways[GROUPED]);
+    ways[SHARED] = with_cache(model, 1, RETROFIT_CACHE_SHARED, DEEPEST, false);
+    ways[GROUPED] = with_cache(model, 1, RETROFIT_CACHE_GROUPED, 1, false);
+    for (size_t i = 0; i < PROMPTS; i++) {
+        random_prompt prompt = draw_prompt(V);
+        retrofit_recurrence_options options[WAYS];
+        begin_ways(ways, options, &prompt, (retrofit_exit)(1 + i % 5));
+        need(retrofit_forward(whole, prompt.tokens, 1, prompt.n + REST, prompt.options.sigma,
+                              prompt.options.seed, prompt.options.recurrences, 0),
+             "forward");
+        retrofit_logits(whole, prompt.n, REST, full);
+        for (size_t j = 0; j < REST; j++) {
+            char where[64];
+            snprintf(where, sizeof where, "%s, prompt %zu, token %zu", models[which], i, j);
+            compare_ways(ways, options, &prompt.tokens[prompt.n + j], full + j * V, where);
+        }
+        shallow_differs += !same(ways[ONE]->decoder->next, ways[PLAIN]->decoder->next, V);
+    }
+    check(shallow_differs > PROMPTS / 2, "%s: r = 1 and r agree: nothing was tested",
+          models[which]);
+    for (int way = 0; way < WAYS; way++) retrofit_buffers_free(ways[way]);
+    free(full);
+    retrofit_buffers_free(whole);
+    retrofit_free(model);
+}
+
+// ---- Exits: the criteria written out ------------------------------------------------------------
+
+static void softmax(double *p, const float *z, size_t V) {
+    double max = -INFINITY, sum = 0;
+    for (size_t v = 0; v < V; v++) max = fmax(max, (double)z[v]);
+    for (size_t v = 0; v < V; v++) {
+        p[v] = exp((double)z[v] - max);
+        sum += p[v];
+    }
     for (size_t v = 0; v < V; v++) p[v] /= sum;
 }
+
 static double entropy_of(const double *p, size_t V) {
     double h = 0;
-    for (size_t v = 0; v < V; v++) h -= p[v] > 0 ? p[v] * log(p[v]) : 0;
+    for (size_t v = 0; v < V; v++)
+        if (p[v] > 0) h -= p[v] * log(p[v]);
     return h;
 }
-static void cut_below(double *p, size_t V) { // min-p: what is below a tenth of the largest becomes 1/V, then the sum 1 again
-    double top = 0, sum = 0;
-    for (size_t v = 0; v < V; v++) top = fmax(top, p[v]);
-    for (size_t v = 0; v < V; v++) sum += p[v] = p[v] < 0.1 * top ? 1 / (double)V : p[v];
+
+static double kl_of(const double *q, const double *p, size_t V) {
+    double sum = 0;
+    for (size_t v = 0; v < V; v++)
+        if (q[v] > 0) sum += q[v] * log(q[v] / p[v]);
+    return sum;
+}
+
+// min-p: what is below a tenth of the largest becomes 1/V, then the sum 1 again.
+static void cut_below(double *p, size_t V) {
+    double max = 0, sum = 0;
+    for (size_t v = 0; v < V; v++) max = fmax(max, p[v]);
+    for (size_t v = 0; v < V; v++) {
+        if (p[v] < 0.1 * max) p[v] = 1 / (double)V;
+        sum += p[v];
+    }
     for (size_t v = 0; v < V; v++) p[v] /= sum;
 }
 
-// What a criterion compares after recurrences 1, 2, …, R of a token behind those that `a` holds: each by plain decoding so deep, of the same token.
-static void measure(double value[DEEPEST + 1], retrofit_buffers *a, retrofit_exit exit, int32_t token, const retrofit_recurrence_options *how) {
-    const retrofit_model *m = a->model;
-    size_t V = m->config.vocab, d = m->config.n_embd, same = 0;
-    double *p = (double *)retrofit_allocate(V, 8), *q = (double *)retrofit_allocate(V, 8), entropy = 100;
-    float *s = (float *)retrofit_allocate(d, 4);
-    int32_t likeliest = -1, n = a->decoder->seen[0];
-    for (size_t v = 0; v < V; v++) q[v] = 1 / (double)V;
-    need(set_batch(a, &token, 1, 1), "batch");
-    m->ops->upload(a->past, a->decoder->seen, 4), retrofit_init_state(a, how->sigma, how->seed), memcpy(s, a->state, d * 4);
+static double distance(const float *x, const float *y, size_t d) {
+    double sum = 0;
+    for (size_t c = 0; c < d; c++) sum += pow((double)x[c] - y[c], 2);
+    return sqrt(sum);
+}
+
+// values[i]: what a criterion compares after recurrence i = 1 … DEEPEST of a token behind those
+// that `buffers` holds, from plain decoding of the same token at each depth.
+static void measure(double *values, retrofit_buffers *buffers, retrofit_exit exit, int32_t token,
+                    const retrofit_recurrence_options *options) {
+    size_t V = buffers->model->config.vocab, d = buffers->model->config.n_embd, repeats = 0;
+    double *p = allocate(V, sizeof *p), *before = allocate(V, sizeof *before);
+    float *state = allocate(d, sizeof *state), *zero = allocate(d, sizeof *zero);
+    int32_t likeliest = -1, *seen = buffers->decoder->seen, n = *seen;
+    retrofit_recurrence_options plain = {.sigma = options->sigma, .seed = options->seed};
+    need(set_batch(buffers, &token, 1, 1), "batch");
+    memcpy(buffers->past, seen, sizeof *seen);
+    retrofit_init_state(buffers, options->sigma, options->seed);
+    memcpy(state, buffers->state, d * sizeof *state);
+    for (size_t v = 0; v < V; v++) before[v] = 1 / (double)V;
     for (size_t i = 1; i <= DEEPEST; i++) {
-        double change = 0, size = 0;
-        retrofit_recurrence_options plain = {.recurrences = i, .sigma = how->sigma, .seed = how->seed};
-        const float *z = feed(a, &token, 1, 1, &plain);
-        a->decoder->seen[0] = n;
-        for (size_t c = 0; c < d; c++) change += pow((double)a->state[c] - s[c], 2), size += pow(a->state[c], 2);
-        memcpy(s, a->state, d * 4);
-        probabilities(p, z, V);
-        if (exit == RETROFIT_EXIT_ENTROPY_DIFF) value[i] = fabs(entropy_of(p, V) - entropy), entropy = entropy_of(p, V);
-        if (exit == RETROFIT_EXIT_LATENT_DIFF) value[i] = sqrt(change / size);
+        plain.recurrences = i;
+        const float *logits = feed(buffers, &token, 1, 1, &plain);
+        *seen = n;
+        int32_t now = retrofit_argmax(logits, V);
+        repeats = now == likeliest ? repeats + 1 : 0;
+        likeliest = now;
+        softmax(p, logits, V);
         if (exit == RETROFIT_EXIT_MINP_KL) cut_below(p, V);
-        if (exit == RETROFIT_EXIT_KL || exit == RETROFIT_EXIT_MINP_KL) {
-            value[i] = 0;
-            for (size_t v = 0; v < V; v++) value[i] += q[v] > 0 ? q[v] * log(q[v] / p[v]) : 0;
-        }
-        if (exit == RETROFIT_EXIT_ARGMAX_STABILITY) {
-            int32_t now = retrofit_argmax(z, V);
-            same = now == likeliest ? same + 1 : 0, likeliest = now, value[i] = (double)same;
-        }
-        memcpy(q, p, V * 8);
+        if (exit == RETROFIT_EXIT_ENTROPY_DIFF)
+            values[i] = fabs(entropy_of(p, V) - (i > 1 ? entropy_of(before, V) : 100));
+        else if (exit == RETROFIT_EXIT_LATENT_DIFF)
+            values[i] = distance(buffers->state, state, d) / distance(buffers->state, zero, d);
+        else if (exit == RETROFIT_EXIT_ARGMAX_STABILITY) values[i] = (double)repeats;
+        else values[i] = kl_of(before, p, V);
+        memcpy(state, buffers->state, d * sizeof *state);
+        memcpy(before, p, V * sizeof *p);
     }
-    free(p), free(q), free(s);
+    free(p);
+    free(before);
+    free(state);
+    free(zero);
+}
+
+// A threshold that lies just beyond what recurrence `pick` has, so that it or an earlier one stops;
+// the recurrence that stops; and whether only rounding decides which.
+typedef struct {
+    double threshold;
+    size_t due;
+    bool close;
+} exit_case;
+
+static exit_case choose_threshold(const double *values, retrofit_exit exit, size_t r) {
+    bool stability = exit == RETROFIT_EXIT_ARGMAX_STABILITY;
+    size_t pick = random_between(1, r);
+    exit_case chosen = {.due = r};
+    double limit = stability ? values[pick] : (double)(float)(values[pick] * 1.001);
+    chosen.threshold = limit;
+    for (size_t i = r; i-- > 1;)
+        if (stability ? values[i] >= limit : values[i] < limit) chosen.due = i;
+    for (size_t i = 1; i < DEEPEST && !stability; i++)
+        if (fabs(values[i] - limit) < 1e-4 * limit + 1e-7) chosen.close = true;
+    return chosen;
+}
+
+// Fills the slots that the token at position `at` has not reached, after `used` recurrences, with
+// the entries of the last one it has.
+static void fill_slots(retrofit_buffers *buffers, size_t used, size_t at) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t P = c->prelude, C = c->core, M = decoder->cache.M, reached = used;
+    size_t entry = c->n_kv_heads * c->head_dim * (decoder->cache.bf16 ? 2 : 4);
+    size_t stride = C * CAPACITY * entry; // from one recurrence to the next
+    if (decoder->cache.kind == RETROFIT_CACHE_SHARED) reached = retrofit_min(used, M);
+    if (decoder->cache.kind == RETROFIT_CACHE_GROUPED) reached = (used - 1) / M + 1;
+    for (size_t i = reached; P + i * C + c->coda < decoder->slots; i++) {
+        for (size_t j = 0; j < C; j++) {
+            size_t offset = ((P + j) * CAPACITY + at) * entry;
+            char *keys = (char *)decoder->keys + offset, *values = (char *)decoder->values + offset;
+            memcpy(keys + i * stride, keys + (reached - 1) * stride, entry);
+            memcpy(values + i * stride, values + (reached - 1) * stride, entry);
+        }
+    }
+}
+
+// A token of `buffers` that may exit, against `plain`, which decodes as deep as it did. Returns
+// whether it stopped early.
+static bool check_exit(retrofit_buffers *buffers, retrofit_buffers *plain, random_prompt *prompt,
+                       retrofit_exit exit, size_t r, const char *where) {
+    size_t V = buffers->model->config.vocab, n = prompt->n;
+    const int32_t *tokens = prompt->tokens;
+    retrofit_recurrence_options options = prompt->options, deep = prompt->options;
+    double values[DEEPEST + 1];
+    deep.recurrences = DEEPEST;
+    retrofit_recurrence_options prompt_options = deep;
+    prompt_options.exit = exit;
+    prompt_options.threshold = 1e30f;
+    retrofit_clear_cache(buffers);
+    retrofit_clear_cache(plain);
+    feed(buffers, tokens, 1, n, &prompt_options);
+    feed(plain, tokens, 1, n, &deep);
+    check(buffers->decoder->used[0] == DEEPEST, "%s: a prompt stopped early", where);
+
+    measure(values, plain, exit, tokens[n], &options);
+    exit_case chosen = choose_threshold(values, exit, r);
+    options.exit = exit;
+    options.recurrences = r;
+    options.threshold = (float)chosen.threshold;
+    const float *logits = feed(buffers, tokens + n, 1, 1, &options);
+    size_t used = (size_t)buffers->decoder->used[0];
+    check(chosen.close || used == chosen.due, "%s at %g stops after %zu recurrences, not %zu",
+          where, chosen.threshold, used, chosen.due);
+
+    // The logits are those of so many recurrences; the slots not reached hold the last one's
+    // entries; the next token, all the way down, reads them.
+    options = deep;
+    options.recurrences = used;
+    check(same(logits, feed(plain, tokens + n, 1, 1, &options), V), "%s after %zu: other logits",
+          where, used);
+    fill_slots(plain, used, n);
+    logits = feed(buffers, tokens + n + 1, 1, 1, &deep);
+    check(same(logits, feed(plain, tokens + n + 1, 1, 1, &deep), V),
+          "%s: the token behind reads something else", where);
+    return used < r;
 }
 
 static void exits(size_t which) {
-    retrofit_model *m = load(which);
-    size_t V = m->config.vocab, C = m->config.core, fired[6] = {0}, early[6] = {0}, width = m->config.n_kv_heads * m->config.head_dim;
-    static const retrofit_kv_cache kinds[] = {
-        {0}, {.kind = RETROFIT_CACHE_SHARED, .M = 4}, {.kind = RETROFIT_CACHE_GROUPED, .M = 2}, {.bf16 = true}};
-    retrofit_buffers *pair[4][2], *a, *b;
-    for (size_t i = 0; i < 8; i++) pair[i / 2][i % 2] = with_cache(m, 1, kinds[i / 2].kind, kinds[i / 2].M, kinds[i / 2].bf16);
-    for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
-        int32_t tokens[12 + REST];
-        size_t n, R = prompt % 3 ? DEEPEST : any(2, DEEPEST), entry = width * (prompt / 5 % 4 == 3 ? 2 : 4);
-        double value[DEEPEST + 1];
-        retrofit_recurrence_options how = random_prompt(tokens, &n, V), plain = how;
-        a = pair[prompt / 5 % 4][0], b = pair[prompt / 5 % 4][1];
-        how.exit = (retrofit_exit)(1 + prompt % 5), how.recurrences = R, plain.recurrences = DEEPEST;
-        retrofit_clear_cache(a), retrofit_clear_cache(b);
-        feed(a, tokens, 1, n, &plain), feed(b, tokens, 1, n, &plain);
-        check(a->decoder->used[0] == DEEPEST, "a prompt stopped early, after %d", (int)a->decoder->used[0]);
-        measure(value, b, how.exit, tokens[n], &how);
-        bool stable = how.exit == RETROFIT_EXIT_ARGMAX_STABILITY;
-        size_t pick = any(1, R), due = 0; // a threshold just beyond what some recurrence has, so that it or an earlier one stops
-        double limit = stable ? value[pick] : value[pick] * 1.001;
-        how.threshold = (float)limit;
-        for (size_t i = 1; i <= R && !due; i++)
-            if (i == R || (stable ? value[i] >= limit : value[i] < (double)how.threshold)) due = i;
-        bool close = false; // of a threshold only rounding decides about
-        for (size_t i = 1; i < DEEPEST && !stable; i++)
-            close |= fabs(value[i] - (double)how.threshold) < 1e-4 * (double)how.threshold + 1e-7;
-        const float *z = feed(a, tokens + n, 1, 1, &how);
-        fired[how.exit]++, early[how.exit] += (size_t)a->decoder->used[0] < R;
-        if (!close)
-            check((size_t)a->decoder->used[0] == due, "%s, prompt %zu: exit %d at %g stops after %d recurrences, not %zu (there %g, before %g)",
-                  models[which], prompt, (int)how.exit, limit, (int)a->decoder->used[0], due, value[due], due > 1 ? value[due - 1] : 0);
-        // The logits are those of so many recurrences; the slots not reached hold the last one's entries; the next token, all the way down, reads them.
-        plain.recurrences = (size_t)a->decoder->used[0];
-        check(!memcmp(z, feed(b, tokens + n, 1, 1, &plain), V * 4), "%s, prompt %zu: exit %d after %d: other logits", models[which], prompt,
-              (int)how.exit, (int)a->decoder->used[0]);
-        size_t M = b->decoder->cache.M, reached = prompt / 5 % 4 == 1   ? retrofit_min(plain.recurrences, M)
-                                         : prompt / 5 % 4 == 2 ? (plain.recurrences - 1) / M + 1
-                                                               : plain.recurrences;
-        for (size_t i = reached; m->config.prelude + i * C + m->config.coda < b->decoder->slots; i++)
-            for (size_t j = 0; j < C; j++)
-                for (int values = 0; values < 2; values++) {
-                    char *layer = (char *)(values ? b->decoder->values : b->decoder->keys) + ((m->config.prelude + j) * 32 + n) * entry;
-                    memcpy(layer + i * C * 32 * entry, layer + (reached - 1) * C * 32 * entry, entry);
-                }
-        plain.recurrences = DEEPEST;
-        z = feed(a, tokens + n + 1, 1, 1, &plain);
-        check(!memcmp(z, feed(b, tokens + n + 1, 1, 1, &plain), V * 4), "%s, prompt %zu: exit %d: the token behind reads something else",
-              models[which], prompt, (int)how.exit);
+    retrofit_model *model = load(which);
+    size_t V = model->config.vocab, fired[6] = {0}, early[6] = {0};
+    static const retrofit_kv_cache kinds[4] = {
+        {.kind = RETROFIT_CACHE_FULL},
+        {.kind = RETROFIT_CACHE_SHARED, .M = 4},
+        {.kind = RETROFIT_CACHE_GROUPED, .M = 2},
+        {.bf16 = true},
+    };
+    retrofit_buffers *buffers[4], *plain[4];
+    for (size_t k = 0; k < 4; k++) {
+        buffers[k] = with_cache(model, 1, kinds[k].kind, kinds[k].M, kinds[k].bf16);
+        plain[k] = with_cache(model, 1, kinds[k].kind, kinds[k].M, kinds[k].bf16);
+    }
+    for (size_t i = 0; i < PROMPTS; i++) {
+        char where[64];
+        size_t r = i % 3 ? DEEPEST : random_between(2, DEEPEST), k = i / 5 % 4;
+        random_prompt prompt = draw_prompt(V);
+        retrofit_exit exit = (retrofit_exit)(1 + i % 5);
+        snprintf(where, sizeof where, "%s, prompt %zu, exit %d", models[which], i, (int)exit);
+        early[exit] += check_exit(buffers[k], plain[k], &prompt, exit, r, where);
+        fired[exit]++;
     }
     for (int exit = 1; exit < 6; exit++)
-        check(early[exit] > fired[exit] / 3, "%s: exit %d stopped %zu of %zu tokens early", models[which], exit, early[exit], fired[exit]);
-    // The authors' thresholds are the defaults.
-    a = pair[0][0];
-    static const float usual[] = {0, 1e-3f, 0.03f, 5e-4f, 1e-6f, 5};
-    for (int exit = 1; exit < 6; exit++)
-        for (int i = 0; i < 20; i++) {
-            int32_t tokens[12 + REST], used[2];
-            size_t n;
-            retrofit_recurrence_options how = random_prompt(tokens, &n, V);
-            how.recurrences = DEEPEST, how.exit = (retrofit_exit)exit;
-            for (int named = 0; named < 2; named++) {
-                how.threshold = named ? usual[exit] : -1;
-                retrofit_clear_cache(a), feed(a, tokens, 1, n, &how), feed(a, tokens + n, 1, 1, &how), used[named] = a->decoder->used[0];
-            }
-            check(used[0] == used[1], "exit %d: %d recurrences by default, %d at %g", exit, (int)used[0], (int)used[1],
-                  (double)usual[exit]);
-        }
-    for (size_t i = 0; i < 8; i++) retrofit_buffers_free(pair[i / 2][i % 2]);
-    retrofit_free(m);
+        check(early[exit] > fired[exit] / 3, "%s: exit %d stopped %zu of %zu tokens early",
+              models[which], exit, early[exit], fired[exit]);
+    for (size_t k = 0; k < 4; k++) {
+        retrofit_buffers_free(buffers[k]);
+        retrofit_buffers_free(plain[k]);
+    }
+    retrofit_free(model);
 }
 
-// The thresholds of the criteria that compare distributions: a tenth below stops, a tenth above does not.
+// The authors' thresholds are the defaults.
+static void default_thresholds(size_t which) {
+    static const float authors[] = {0, 1e-3f, 0.03f, 5e-4f, 1e-6f, 5};
+    retrofit_model *model = load(which);
+    retrofit_buffers *buffers = with_full_cache(model, 1);
+    for (int i = 0; i < 100; i++) {
+        int exit = 1 + i % 5, used[2];
+        random_prompt prompt = draw_prompt(model->config.vocab);
+        prompt.options.recurrences = DEEPEST;
+        prompt.options.exit = (retrofit_exit)exit;
+        for (int named = 0; named < 2; named++) {
+            prompt.options.threshold = named ? authors[exit] : -1;
+            retrofit_clear_cache(buffers);
+            feed(buffers, prompt.tokens, 1, prompt.n, &prompt.options);
+            feed(buffers, prompt.tokens + prompt.n, 1, 1, &prompt.options);
+            used[named] = buffers->decoder->used[0];
+        }
+        check(used[0] == used[1], "exit %d: %d recurrences by default, %d at %g", exit, used[0],
+              used[1], (double)authors[exit]);
+    }
+    retrofit_buffers_free(buffers);
+    retrofit_free(model);
+}
+
+enum { SMALL_V = 8 }; // tokens of a vocabulary
+
+// Logits a step away from z.
+static void step_away(float *next, const float *z, double step) {
+    for (int v = 0; v < SMALL_V; v++) next[v] = z[v] + (float)((v % 3 - 1) * step);
+}
+
+// What a criterion compares between logits z and next.
+static double compared(int exit, const float *z, const float *next) {
+    double p[SMALL_V], q[SMALL_V];
+    softmax(q, z, SMALL_V);
+    softmax(p, next, SMALL_V);
+    if (exit == RETROFIT_EXIT_ENTROPY_DIFF) return fabs(entropy_of(p, SMALL_V) - entropy_of(q, SMALL_V));
+    if (exit == RETROFIT_EXIT_MINP_KL) {
+        cut_below(q, SMALL_V);
+        cut_below(p, SMALL_V);
+    }
+    return kl_of(q, p, SMALL_V);
+}
+
+// The thresholds of the criteria that compare distributions: a tenth below stops, a tenth above
+// does not.
 static void thresholds(void) {
-    enum { V = 8 };
-    static const float z[V] = {1.2f, 0.4f, -0.7f, 0.9f, 0.1f, -3, -4, 1.6f};
-    static const double limit[] = {0, 1e-3, 0, 5e-4, 1e-6};
-    for (int exit = 1; exit < 5; exit++)
-        for (int above = 0; above < 2 && exit != RETROFIT_EXIT_LATENT_DIFF; above++) {
-            float next[V];
-            double p[V], q[V], was[V] = {0}, low = 0, high = 1, target = limit[exit] * (above ? 1.1 : 0.9);
-            for (int i = 0; i < 60; i++) { // a step of the logits that changes so much
-                double value = 0, step = (low + high) / 2;
-                for (int v = 0; v < V; v++) next[v] = z[v] + (float)((v % 3 - 1) * step);
-                probabilities(q, z, V), probabilities(p, next, V);
-                if (exit == RETROFIT_EXIT_MINP_KL) cut_below(q, V), cut_below(p, V);
-                for (int v = 0; v < V; v++) value += q[v] * log(q[v] / p[v]);
-                if (exit == RETROFIT_EXIT_ENTROPY_DIFF) value = fabs(entropy_of(p, V) - entropy_of(q, V));
-                *(value < target ? &low : &high) = step;
-            }
-            retrofit_recurrence_options how = {.exit = (retrofit_exit)exit, .threshold = -1};
-            check(!should_exit(&how, 1, z, V, was) && should_exit(&how, 2, next, V, was) == !above, "exit %d: %g %s", exit, target,
-                  above ? "stops" : "does not stop");
+    static const float z[SMALL_V] = {1.2f, 0.4f, -0.7f, 0.9f, 0.1f, -3, -4, 1.6f};
+    static const double authors[] = {0, 1e-3, 0, 5e-4, 1e-6};
+    for (int i = 0; i < 8; i++) {
+        int exit = 1 + i / 2;
+        bool above = i % 2;
+        float next[SMALL_V];
+        double noted[SMALL_V] = {0}, low = 0, high = 1, target = authors[exit] * (above ? 1.1 : 0.9);
+        if (exit == RETROFIT_EXIT_LATENT_DIFF) continue;
+        for (int halving = 0; halving < 60; halving++) { // the step that changes so much
+            double step = (low + high) / 2;
+            step_away(next, z, step);
+            if (compared(exit, z, next) < target) low = step;
+            else high = step;
         }
+        retrofit_recurrence_options options = {.exit = (retrofit_exit)exit, .threshold = -1};
+        recurrence_result first = {.i = 1, .V = SMALL_V, .logits = z, .noted = noted};
+        recurrence_result second = {.i = 2, .V = SMALL_V, .logits = next, .noted = noted};
+        check(!should_exit(&options, &first), "exit %d stops after the first recurrence", exit);
+        check(should_exit(&options, &second) == !above, "exit %d: %g %s", exit, target,
+              above ? "stops" : "does not stop");
+    }
 }
 
-// Rows of a batch that stop at different times think what they think alone. With slots that are written more than once that would not hold.
+// ---- Rows of a batch that stop at different times -----------------------------------------------
+
+enum { ROWS = 4, STEPS = 6 };
+
+// Each row alone: logits (STEPS,ROWS,V) and the recurrences used.
+static void run_alone(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                      int32_t tokens[STEPS][ROWS], float *logits, int32_t used[STEPS][ROWS]) {
+    size_t V = buffers->model->config.vocab;
+    for (size_t row = 0; row < ROWS; row++) {
+        retrofit_clear_cache(buffers);
+        for (size_t i = 0; i < STEPS; i++) {
+            tokens[i][row] = (int32_t)random_between(0, V - 1);
+            memcpy(logits + (i * ROWS + row) * V, feed(buffers, &tokens[i][row], 1, 1, options),
+                   V * sizeof *logits);
+            used[i][row] = buffers->decoder->used[0];
+        }
+    }
+}
+
+// Rows think what they think alone. With slots that are written more than once that would not hold.
 static void exits_together(size_t which) {
-    retrofit_model *m = load(which);
-    enum { B = 4 };
-    size_t V = m->config.vocab, apart = 0;
-    retrofit_buffers *a = with_cache(m, B, RETROFIT_CACHE_FULL, 0, false), *shared = with_cache(m, B, RETROFIT_CACHE_SHARED, 2, false);
-    int32_t tokens[B][6], together[B * 6];
+    retrofit_model *model = load(which);
+    size_t V = model->config.vocab, apart = 0;
+    retrofit_buffers *buffers = with_full_cache(model, ROWS);
+    retrofit_buffers *shared = with_cache(model, ROWS, RETROFIT_CACHE_SHARED, 2, false);
+    float *alone = allocate(STEPS * ROWS * V, sizeof *alone);
     for (int round = 0; round < 40; round++) {
-        retrofit_recurrence_options how = {.recurrences = DEEPEST,
-                                 .exit = (retrofit_exit)(1 + round % 5),
-                                 .threshold = round % 5 == 4 ? 1 : 0.05f,
-                                 .continuous = round % 3 == 0};
-        float *alone = (float *)retrofit_allocate(6 * B * V, 4); // start state 0: rows are alike
-        int32_t used[6][B];
-        for (size_t b = 0; b < B; b++) {
-            retrofit_clear_cache(a);
-            for (int i = 0; i < 6; i++) {
-                tokens[b][i] = (int32_t)any(0, V - 1);
-                memcpy(alone + ((size_t)i * B + b) * V, feed(a, &tokens[b][i], 1, 1, &how), V * 4), used[i][b] = a->decoder->used[0];
+        int32_t tokens[STEPS][ROWS], used[STEPS][ROWS];
+        retrofit_recurrence_options options = {.recurrences = DEEPEST, // s_0 = 0: rows are alike
+                                               .exit = (retrofit_exit)(1 + round % 5),
+                                               .threshold = round % 5 == 4 ? 1 : 0.05f,
+                                               .continuous = round % 3 == 0};
+        run_alone(buffers, &options, tokens, alone, used);
+        retrofit_clear_cache(buffers);
+        for (size_t i = 0; i < STEPS; i++) {
+            const float *logits = feed(buffers, tokens[i], ROWS, 1, &options);
+            for (size_t row = 0; row < ROWS; row++) {
+                int32_t together = buffers->decoder->used[row];
+                apart += used[i][row] != used[i][0];
+                check(same(logits + row * V, alone + (i * ROWS + row) * V, V) &&
+                          together == used[i][row],
+                      "%s, exit %d: row %zu of a batch takes %d, alone %d recurrences",
+                      models[which], (int)options.exit, row, (int)together, (int)used[i][row]);
             }
         }
-        retrofit_clear_cache(a);
-        for (size_t i = 0; i < 6; i++) {
-            for (size_t b = 0; b < B; b++) together[b] = tokens[b][i], apart += used[i][b] != used[i][0];
-            const float *z = feed(a, together, B, 1, &how);
-            for (size_t b = 0; b < B; b++)
-                check(!memcmp(z + b * V, alone + (i * B + b) * V, V * 4) && a->decoder->used[b] == used[i][b],
-                      "%s, exit %d: row %zu of a batch thinks %d, alone %d recurrences", models[which], (int)how.exit, b, (int)a->decoder->used[b],
-                      (int)used[i][b]);
-        }
-        check(!retrofit_next_logits(shared, together, B, 1, NULL, &how) && strstr(retrofit_error(), "full KV cache"),
+        check(!retrofit_next_logits(shared, tokens[0], ROWS, 1, NULL, &options) &&
+                  strstr(retrofit_error(), "full KV cache"),
               "exits of a batch with shared slots are accepted");
-        free(alone);
     }
     check(apart > 50, "%s: the rows stopped at the same times: nothing was tested", models[which]);
-    retrofit_buffers_free(a), retrofit_buffers_free(shared), retrofit_free(m);
+    free(alone);
+    retrofit_buffers_free(buffers);
+    retrofit_buffers_free(shared);
+    retrofit_free(model);
 }
 
-// ---- Caches that hold less: which recurrence's entries a later token meets ------------------------------------------------------------
+// ---- Caches that hold less: which recurrence's entries a later token meets ----------------------
+
+// After one token: slot s holds what the newest recurrence that belongs there left, as does the
+// slot of that recurrence in the full cache.
+static void check_slots(const retrofit_buffers *buffers, const retrofit_buffers *full,
+                        size_t slots) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_decoder *decoder = buffers->decoder;
+    retrofit_cache_kind kind = decoder->cache.kind;
+    size_t M = decoder->cache.M, width = c->n_kv_heads * c->head_dim;
+    const float *keys = decoder->keys, *full_keys = full->decoder->keys;
+    const float *values = decoder->values, *full_values = full->decoder->values;
+    for (size_t s = 0; s < slots; s++) {
+        size_t newest = s;
+        for (size_t i = 0; i < DEEPEST; i++) {
+            if (kind == RETROFIT_CACHE_SHARED && i % M == s) newest = i;
+            if (kind == RETROFIT_CACHE_GROUPED && i / M == s) newest = i;
+        }
+        for (size_t j = 0; j < c->core; j++) {
+            size_t at = (c->prelude + s * c->core + j) * CAPACITY * width;
+            size_t full_at = (c->prelude + newest * c->core + j) * CAPACITY * width;
+            check(same(keys + at, full_keys + full_at, width) &&
+                      same(values + at, full_values + full_at, width),
+                  "kind %d of %zu: slot %zu does not hold recurrence %zu", (int)kind, M, s, newest);
+        }
+    }
+}
+
+// The first layer's keys and values, which depend on no other's, are the same rounded.
+static void check_bf16(const retrofit_buffers *half, const retrofit_buffers *buffers,
+                       size_t count) {
+    const uint16_t *half_keys = half->decoder->keys, *half_values = half->decoder->values;
+    const float *keys = buffers->decoder->keys, *values = buffers->decoder->values;
+    for (size_t i = 0; i < count; i++)
+        check(half_keys[i] == retrofit_float_to_bf16(keys[i]) &&
+                  half_values[i] == retrofit_float_to_bf16(values[i]),
+              "key or value %zu is not the same in bf16", i);
+}
+
+// slots: what a core layer should need for DEEPEST recurrences.
+static void check_cache(const retrofit_model *model, retrofit_cache_kind kind, size_t M,
+                        size_t slots) {
+    const retrofit_config *c = &model->config;
+    size_t V = c->vocab, width = c->n_kv_heads * c->head_dim;
+    size_t all = c->prelude + slots * c->core + c->coda;
+    retrofit_buffers *buffers = with_cache(model, 1, kind, M, false);
+    retrofit_buffers *full = with_full_cache(model, 1), *half = with_cache(model, 1, kind, M, true);
+    check(buffers->decoder->slots == all, "kind %d of %zu: %zu slots", (int)kind, M,
+          buffers->decoder->slots);
+    check(retrofit_cache_bytes(buffers) == 2 * all * width * 4 &&
+              retrofit_cache_bytes(half) == 2 * all * width * 2,
+          "bytes per token: %zu", retrofit_cache_bytes(buffers));
+    random_prompt prompt = draw_prompt(V);
+    retrofit_recurrence_options *options = &prompt.options;
+    options->recurrences = DEEPEST;
+
+    // One token alone attends to itself only: the same in every cache.
+    const float *logits = feed(buffers, prompt.tokens, 1, 1, options);
+    check(same(logits, feed(full, prompt.tokens, 1, 1, options), V),
+          "a first token differs, kind %d of %zu", (int)kind, M);
+    check_slots(buffers, full, slots);
+
+    retrofit_clear_cache(buffers);
+    logits = feed(buffers, prompt.tokens, 1, prompt.n, options);
+    const float *rounded = feed(half, prompt.tokens, 1, prompt.n, options);
+    check(relative_error(rounded, logits, V) > 0,
+          "kind %d of %zu: keys and values in bf16 change nothing", (int)kind, M);
+    check_bf16(half, buffers, prompt.n * width);
+    retrofit_buffers_free(buffers);
+    retrofit_buffers_free(full);
+    retrofit_buffers_free(half);
+}
+
 static void caches(size_t which) {
-    retrofit_model *m = load(which);
-    size_t V = m->config.vocab, P = m->config.prelude, C = m->config.core, D = m->config.coda,
-           width = m->config.n_kv_heads * m->config.head_dim;
-    static const struct { retrofit_cache_kind kind; size_t M, slots;
-    } kinds[] = {{RETROFIT_CACHE_FULL, 0, DEEPEST},     {RETROFIT_CACHE_SHARED, 1, 1},  {RETROFIT_CACHE_SHARED, 4, 4},
-                 {RETROFIT_CACHE_SHARED, 100, DEEPEST}, {RETROFIT_CACHE_GROUPED, 2, 5}, {RETROFIT_CACHE_GROUPED, 4, 3},
-                 {RETROFIT_CACHE_GROUPED, 100, 1}};
-    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-        retrofit_buffers *a = with_cache(m, 1, kinds[k].kind, kinds[k].M, false),
-                             *full = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false),
-                             *half = with_cache(m, 1, kinds[k].kind, kinds[k].M, true);
-        check(a->decoder->slots == P + kinds[k].slots * C + D, "kind %d of %zu: %zu slots", (int)kinds[k].kind, kinds[k].M, a->decoder->slots);
-        check(retrofit_cache_bytes(a) == 2 * a->decoder->slots * width * 4 && retrofit_cache_bytes(half) == 2 * a->decoder->slots * width * 2,
-              "bytes per token: %zu", retrofit_cache_bytes(a));
-        int32_t tokens[12 + REST];
-        size_t n;
-        retrofit_recurrence_options how = random_prompt(tokens, &n, V);
-        how.recurrences = DEEPEST;
-        // One token alone attends to itself only: the same in every cache. What it leaves in slot s is the newest recurrence's that belongs there.
-        const float *z = feed(a, tokens, 1, 1, &how);
-        check(!memcmp(z, feed(full, tokens, 1, 1, &how), V * 4), "a first token differs, kind %d of %zu", (int)kinds[k].kind, kinds[k].M);
-        for (size_t s = 0; s < kinds[k].slots; s++) {
-            size_t newest = s;
-            for (size_t i = 0; i < DEEPEST; i++)
-                if (kinds[k].kind == RETROFIT_CACHE_SHARED    ? i % kinds[k].M == s
-                    : kinds[k].kind == RETROFIT_CACHE_GROUPED ? i / kinds[k].M == s
-                                                              : i == s)
-                    newest = i;
-            for (size_t j = 0; j < C; j++)
-                check(!memcmp((float *)a->decoder->keys + (P + s * C + j) * 32 * width, (float *)full->decoder->keys + (P + newest * C + j) * 32 * width,
-                              width * 4) &&
-                          !memcmp((float *)a->decoder->values + (P + s * C + j) * 32 * width,
-                                  (float *)full->decoder->values + (P + newest * C + j) * 32 * width, width * 4),
-                      "kind %d of %zu: slot %zu does not hold recurrence %zu", (int)kinds[k].kind, kinds[k].M, s, newest);
-        }
-        // In bf16 the first layer's, which depend on no other's, are the same rounded; and the rest feels it.
-        retrofit_clear_cache(a);
-        double apart = relative_error(feed(half, tokens, 1, n, &how), feed(a, tokens, 1, n, &how), V);
-        check(apart > 0, "kind %d of %zu: keys and values in bf16 change nothing", (int)kinds[k].kind, kinds[k].M);
-        for (size_t i = 0; i < n * width; i++)
-            check(((uint16_t *)half->decoder->keys)[i] == retrofit_float_to_bf16(((float *)a->decoder->keys)[i]) &&
-                      ((uint16_t *)half->decoder->values)[i] == retrofit_float_to_bf16(((float *)a->decoder->values)[i]),
-                  "key or value %zu is not the same in bf16", i);
-        retrofit_buffers_free(a), retrofit_buffers_free(full), retrofit_buffers_free(half);
-    }
-    for (int kind = RETROFIT_CACHE_SHARED; kind <= RETROFIT_CACHE_GROUPED; kind++)
-        check(!retrofit_buffers_new(m, 1, 4, 0, RETROFIT_KEEP_NOTHING, &(retrofit_kv_cache){8, 4, (retrofit_cache_kind)kind, 0, false}),
+    retrofit_model *model = load(which);
+    check_cache(model, RETROFIT_CACHE_FULL, 0, DEEPEST);
+    check_cache(model, RETROFIT_CACHE_SHARED, 1, 1);
+    check_cache(model, RETROFIT_CACHE_SHARED, 4, 4);
+    check_cache(model, RETROFIT_CACHE_SHARED, 100, DEEPEST);
+    check_cache(model, RETROFIT_CACHE_GROUPED, 2, 5);
+    check_cache(model, RETROFIT_CACHE_GROUPED, 4, 3);
+    check_cache(model, RETROFIT_CACHE_GROUPED, 100, 1);
+    for (int kind = RETROFIT_CACHE_SHARED; kind <= RETROFIT_CACHE_GROUPED; kind++) {
+        retrofit_kv_cache none = {8, 4, (retrofit_cache_kind)kind, 0, false};
+        check(!retrofit_buffers_new(model, 1, 4, 0, RETROFIT_KEEP_NOTHING, &none),
               "a cache without slots");
-    retrofit_free(m);
-}
-
-// ---- Self-speculation -------------------------------------------------------------------------------------------------------------------
-static void speculation(size_t which) {
-    retrofit_model *m = load(which);
-    size_t V = m->config.vocab, kept = 0, drafted = 0;
-    retrofit_buffers *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false), *plain = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    float *scratch = (float *)retrofit_allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, 4);
-    for (size_t prompt = 0; prompt < PROMPTS; prompt++) {
-        int32_t tokens[12 + REST], text[64], out[RETROFIT_LOOKAHEAD];
-        size_t n, L = any(1, 8), made = 0, wanted = 0,
-                  fed = 0; // up to 8 rows a product's rows don't depend on each other, so even bits are equal
-        retrofit_recurrence_options how = random_prompt(tokens, &n, V);
-        how.recurrences++;
-        size_t draft = prompt % 2 ? any(1, how.recurrences - 1) : how.recurrences - 1;
-        retrofit_sampling greedy = {0, 0, 1, 0, 1};
-        retrofit_clear_cache(a), retrofit_clear_cache(plain);
-        text[0] = retrofit_argmax(feed(plain, tokens, 1, n, &how), V);
-        int32_t next = retrofit_argmax(feed(a, tokens, 1, n, &how), V);
-        check(next == text[0], "first token");
-        while (n + wanted < 31) wanted++, text[wanted] = retrofit_argmax(feed(plain, &text[wanted - 1], 1, 1, &how), V);
-        while (made < wanted && n + made + L <= 32) {
-            size_t count = retrofit_speculate(a, next, draft, L, &how, &greedy, V, out, scratch);
-            need(count > 0 && count <= L, "speculate");
-            for (size_t i = 0; i < count && made < wanted; i++)
-                made++, check(out[i] == text[made], "%s, prompt %zu, draft %zu of %zu, %zu ahead: token %zu is %d, plainly %d",
-                              models[which], prompt, draft, how.recurrences, L, made, (int)out[i], (int)text[made]);
-            kept += count - 1, drafted += L, next = out[count - 1];
-            fed += count, check((size_t)a->decoder->seen[0] == n + fed && a->decoder->used[0] == (int32_t)how.recurrences, "the cache holds %d tokens of %zu",
-                                (int)a->decoder->seen[0], n + fed);
-        }
-        // What is in the cache now is what plain decoding has there: the next logits are the same to the bit.
-        if (n + made < 31 && made < wanted) {
-            size_t at = (size_t)a->decoder->seen[0];
-            plain->decoder->seen[0] = (int32_t)at;
-            const float *z = feed(a, &next, 1, 1, &how);
-            check(!memcmp(z, feed(plain, &next, 1, 1, &how), V * 4), "%s, prompt %zu: the cache is another one after drafts", models[which],
-                  prompt);
-        }
     }
-    check(4 * kept > PROMPTS, "%s: of %zu drafted tokens only %zu were kept: little was tested", models[which], drafted, kept);
-    printf("%s: %zu of %zu drafted tokens kept\n", models[which], kept, drafted);
-    // refusals
-    int32_t out[RETROFIT_LOOKAHEAD + 1];
-    retrofit_sampling s = {0, 0, 1, 0, 1};
-    retrofit_recurrence_options how = {.recurrences = 4}, exit = {.recurrences = 4, .exit = RETROFIT_EXIT_KL}, noise = {.recurrences = 4, .noise = 1},
-                      goes_on = {.recurrences = 4, .continuous = true};
-    retrofit_buffers *shared = with_cache(m, 1, RETROFIT_CACHE_SHARED, 2, false);
-    retrofit_clear_cache(a);
-    check(!retrofit_speculate(a, 1, 4, 2, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 0, 2, &how, &s, V, out, scratch),
-          "a draft as deep as the whole, or of nothing");
-    check(!retrofit_speculate(a, 1, 2, 0, &how, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 13, &how, &s, V, out, scratch),
-          "no lookahead, or too much");
-    check(!retrofit_speculate(a, 1, 2, 2, &exit, &s, V, out, scratch) && !retrofit_speculate(a, 1, 2, 2, &noise, &s, V, out, scratch) &&
-              !retrofit_speculate(a, 1, 2, 2, &goes_on, &s, V, out, scratch) &&
-              !retrofit_speculate(shared, 1, 2, 2, &how, &s, V, out, scratch),
-          "drafts with what does not go with them");
-    a->decoder->seen[0] = 31;
-    check(!retrofit_speculate(a, 1, 2, 2, &how, &s, V, out, scratch) && a->decoder->seen[0] == 31, "more drafts than the context holds");
-    free(scratch), retrofit_buffers_free(a), retrofit_buffers_free(plain), retrofit_buffers_free(shared), retrofit_free(m);
+    retrofit_free(model);
 }
 
-// The rule's outcome has the whole depth's distribution, whatever the draft's: against p by χ², five deviations and what its tail is longer than a normal one.
+// ---- Self-speculative decoding ------------------------------------------------------------------
+
+static float *speculation_scratch(size_t V) {
+    return allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, sizeof(float));
+}
+
+static int32_t greedy_token(retrofit_buffers *buffers, const int32_t *tokens, size_t t,
+                            const retrofit_recurrence_options *options) {
+    return retrofit_argmax(feed(buffers, tokens, 1, t, options), buffers->model->config.vocab);
+}
+
+// Greedy text with drafts of `depth` recurrences, `lookahead` at a time, against plain decoding's.
+// Up to 8 rows, a matrix product's rows don't depend on each other, so even bits are equal. Adds to
+// *kept the drafts that stayed, to *drafted all.
+static void compare_drafts(retrofit_buffers *buffers, retrofit_buffers *plain, float *scratch,
+                           size_t depth, const random_prompt *prompt, size_t *kept, size_t *drafted,
+                           const char *where) {
+    const retrofit_recurrence_options *options = &prompt->options;
+    int32_t text[64], out[RETROFIT_LOOKAHEAD];
+    size_t V = buffers->model->config.vocab, n = prompt->n, lookahead = random_between(1, 8);
+    size_t made = 0, wanted = 0, fed = 0, r = options->recurrences;
+    retrofit_sampling greedy = {0, 0, 1, 0, 1};
+    retrofit_clear_cache(buffers);
+    retrofit_clear_cache(plain);
+    text[0] = greedy_token(plain, prompt->tokens, n, options);
+    int32_t next = greedy_token(buffers, prompt->tokens, n, options);
+    check(next == text[0], "%s: first token", where);
+    for (; n + wanted < CAPACITY - 1; wanted++)
+        text[wanted + 1] = greedy_token(plain, &text[wanted], 1, options);
+
+    while (made < wanted && n + made + lookahead <= CAPACITY) {
+        size_t count =
+            retrofit_speculate(buffers, next, depth, lookahead, options, &greedy, V, out, scratch);
+        need(count > 0 && count <= lookahead, "speculate");
+        for (size_t i = 0; i < count && made < wanted; i++) {
+            made++;
+            check(out[i] == text[made], "%s, draft %zu of %zu, %zu ahead: token %zu is %d, not %d",
+                  where, depth, r, lookahead, made, (int)out[i], (int)text[made]);
+        }
+        *kept += count - 1;
+        *drafted += lookahead;
+        next = out[count - 1];
+        fed += count;
+        check(
+            (size_t)buffers->decoder->seen[0] == n + fed && buffers->decoder->used[0] == (int32_t)r,
+            "%s: the cache holds %d tokens of %zu", where, (int)buffers->decoder->seen[0], n + fed);
+    }
+
+    // What is in the cache now is what plain decoding has there: the next logits are the same.
+    if (n + made >= CAPACITY - 1 || made >= wanted) return;
+    plain->decoder->seen[0] = buffers->decoder->seen[0];
+    const float *logits = feed(buffers, &next, 1, 1, options);
+    check(same(logits, feed(plain, &next, 1, 1, options), V),
+          "%s: the cache is another one after drafts", where);
+}
+
+static void refuse_drafts(const retrofit_model *model, retrofit_buffers *buffers, float *scratch) {
+    static const struct {
+        const char *what;
+        size_t depth, lookahead;
+        retrofit_recurrence_options options;
+    } cases[] = {
+        {"a draft as deep as the whole", 4, 2, {.recurrences = 4}},
+        {"a draft of nothing", 0, 2, {.recurrences = 4}},
+        {"no lookahead", 2, 0, {.recurrences = 4}},
+        {"more lookahead than the buffers hold", 2, PROMPT + 1, {.recurrences = 4}},
+        {"drafts with an exit", 2, 2, {.recurrences = 4, .exit = RETROFIT_EXIT_KL}},
+        {"drafts with noise", 2, 2, {.recurrences = 4, .noise = 1}},
+        {"drafts that go on", 2, 2, {.recurrences = 4, .continuous = true}},
+    };
+    size_t V = model->config.vocab;
+    int32_t out[RETROFIT_LOOKAHEAD + 1];
+    retrofit_sampling greedy = {0, 0, 1, 0, 1};
+    retrofit_buffers *shared = with_cache(model, 1, RETROFIT_CACHE_SHARED, 2, false);
+    retrofit_clear_cache(buffers);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check(!retrofit_speculate(buffers, 1, cases[i].depth, cases[i].lookahead, &cases[i].options,
+                                  &greedy, V, out, scratch),
+              "%s", cases[i].what);
+    const retrofit_recurrence_options *plain = &cases[0].options;
+    check(!retrofit_speculate(shared, 1, 2, 2, plain, &greedy, V, out, scratch),
+          "drafts with shared slots");
+    buffers->decoder->seen[0] = CAPACITY - 1;
+    check(!retrofit_speculate(buffers, 1, 2, 2, plain, &greedy, V, out, scratch) &&
+              buffers->decoder->seen[0] == CAPACITY - 1,
+          "more drafts than the context holds");
+    retrofit_buffers_free(shared);
+}
+
+static void speculation(size_t which) {
+    retrofit_model *model = load(which);
+    size_t V = model->config.vocab, kept = 0, drafted = 0;
+    retrofit_buffers *buffers = with_full_cache(model, 1), *plain = with_full_cache(model, 1);
+    float *scratch = speculation_scratch(V);
+    for (size_t i = 0; i < PROMPTS; i++) {
+        char where[64];
+        random_prompt prompt = draw_prompt(V);
+        size_t r = ++prompt.options.recurrences;
+        size_t depth = i % 2 ? random_between(1, r - 1) : r - 1;
+        snprintf(where, sizeof where, "%s, prompt %zu", models[which], i);
+        compare_drafts(buffers, plain, scratch, depth, &prompt, &kept, &drafted, where);
+    }
+    check(4 * kept > PROMPTS, "%s: of %zu drafted tokens only %zu were kept: little was tested",
+          models[which], drafted, kept);
+    printf("%s: %zu of %zu drafted tokens kept\n", models[which], kept, drafted);
+    refuse_drafts(model, buffers, scratch);
+    free(scratch);
+    retrofit_buffers_free(buffers);
+    retrofit_buffers_free(plain);
+    retrofit_free(model);
+}
+
+// χ² of counts against `draws` draws from p; its degrees of freedom; draws of what p excludes.
+typedef struct {
+    double chi, freedom;
+    size_t strays;
+} goodness;
+
+static goodness compare_counts(const size_t *count, const double *p, size_t n, size_t draws) {
+    goodness fit = {0, -1, 0};
+    for (size_t v = 0; v < n; v++) {
+        double due = (double)draws * p[v];
+        if (p[v] == 0) {
+            fit.strays += count[v];
+            continue;
+        }
+        fit.freedom++;
+        fit.chi += ((double)count[v] - due) * ((double)count[v] - due) / due;
+    }
+    return fit;
+}
+
+// p (V): what the filters leave, as probabilities.
+static void filtered(double *p, const float *logits, size_t V, const retrofit_sampling *sampling,
+                     candidate *scratch) {
+    token_distribution left = apply_filters(logits, V, sampling, scratch);
+    memset(p, 0, V * sizeof *p);
+    for (size_t i = 0; i < left.n; i++) p[scratch[i].id] = (double)scratch[i].p / left.total;
+}
+
+// The rule's outcome has full depth's distribution, whatever the draft's: against p by χ², five
+// deviations and what its tail is longer than a normal one.
 static void acceptance(void) {
     enum { V = 9, DRAWS = 60000 };
     for (int round = 0; round < 60; round++) {
         float shallow[V], deep[V], q[V];
-        candidate c[V];
-        double p[V], total, chi = 0, freedom = -1;
-        size_t count[V] = {0}, n, strays = 0;
-        retrofit_sampling s = {round % 3 ? 1 : 0.6f, round % 4 == 1 ? 4 : 0, round % 5 == 2 ? 0.8f : 1, round % 7 == 3 ? 0.2f : 0,
-                               (uint64_t)round};
-        for (int v = 0; v < V; v++) shallow[v] = (float)any(0, 30) / 10, deep[v] = round % 6 ? (float)any(0, 30) / 10 : shallow[v];
-        n = apply_filters(deep, V, &s, c, &total), memset(p, 0, sizeof p);
-        for (size_t i = 0; i < n; i++) p[c[i].id] = (double)c[i].p / total;
-        n = apply_filters(shallow, V, &s, c, &total), memset(q, 0, sizeof q);
-        for (size_t i = 0; i < n; i++) q[c[i].id] = (float)(c[i].p / total);
-        for (size_t i = 0; i < DRAWS; i++) {
-            candidate d[V];
-            int32_t y = draw_filtered(shallow, V, &s, d, &n, &total);
-            count[accept_or_resample(y, q, deep, V, &s, d)]++;
+        candidate scratch[V];
+        double p[V], draft[V];
+        size_t count[V] = {0};
+        retrofit_sampling sampling = {round % 3 ? 1 : 0.6f, round % 4 == 1 ? 4 : 0,
+                                      round % 5 == 2 ? 0.8f : 1, round % 7 == 3 ? 0.2f : 0,
+                                      (uint64_t)round};
+        for (int v = 0; v < V; v++) {
+            shallow[v] = (float)random_between(0, 30) / 10;
+            deep[v] = round % 6 ? (float)random_between(0, 30) / 10 : shallow[v];
         }
-        for (size_t v = 0; v < V; v++)
-            if (p[v] == 0) strays += count[v];
-            else freedom++, chi += ((double)count[v] - DRAWS * p[v]) * ((double)count[v] - DRAWS * p[v]) / (DRAWS * p[v]);
-        check(strays == 0 && chi < freedom + 5 * sqrt(2 * freedom) + 10, "round %d: χ² %.1f with %g degrees of freedom, %zu strays", round,
-              chi, freedom, strays);
+        filtered(p, deep, V, &sampling, scratch);
+        filtered(draft, shallow, V, &sampling, scratch);
+        for (int v = 0; v < V; v++) q[v] = (float)draft[v];
+        for (size_t i = 0; i < DRAWS; i++) {
+            int32_t y = retrofit_sample(shallow, V, &sampling, scratch);
+            count[accept_or_resample(y, q, deep, V, &sampling, scratch)]++;
+        }
+        goodness fit = compare_counts(count, p, V, DRAWS);
+        check(fit.strays == 0 && fit.chi < fit.freedom + 5 * sqrt(2 * fit.freedom) + 10,
+              "round %d: χ² %.1f with %g degrees of freedom, %zu strays", round, fit.chi,
+              fit.freedom, fit.strays);
     }
 }
 
-// Sampled text through drafts: pairs of tokens behind a prompt as often as plain decoding's probabilities say.
-static void sampled_drafts(void) {
-    retrofit_model *m = load(0);
-    enum { ROUNDS = 12000 };
-    size_t V = m->config.vocab, tops = 0;
-    retrofit_buffers *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    float *scratch = (float *)retrofit_allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, 4);
-    double *first = (double *)retrofit_allocate(V, 8), *second = (double *)retrofit_allocate(V * V, 8), chi = 0;
-    retrofit_recurrence_options how = {.recurrences = 4};
-    retrofit_sampling s = {0.5f, 4, 1, 0, 5};
-    int32_t prompt[] = {5, 77, 31}, token = 9, out[RETROFIT_LOOKAHEAD];
-    size_t *count = (size_t *)retrofit_allocate(V * V, sizeof *count), freedom = 0;
-    feed(a, prompt, 1, 3, &how);
-    double total;
-    candidate *c = (candidate *)(void *)scratch;
-    size_t n = apply_filters(feed(a, &token, 1, 1, &how), V, &s, c, &total);
-    for (size_t i = 0; i < n; i++) first[c[i].id] = (double)c[i].p / total;
+// pairs (V,V): probabilities of the two tokens behind `token`, at position 3, by plain decoding.
+static void pair_probabilities(double *pairs, retrofit_buffers *buffers, int32_t token,
+                               const retrofit_recurrence_options *options,
+                               const retrofit_sampling *sampling, candidate *scratch) {
+    size_t V = buffers->model->config.vocab, tops = 0;
+    double *first = allocate(V, sizeof *first);
+    filtered(first, feed(buffers, &token, 1, 1, options), V, sampling, scratch);
     for (size_t v = 0; v < V; v++) {
         int32_t id = (int32_t)v;
         if (first[v] == 0) continue;
-        a->decoder->seen[0] = 4, n = apply_filters(feed(a, &id, 1, 1, &how), V, &s, c, &total), tops++;
-        for (size_t i = 0; i < n; i++) second[v * V + (size_t)c[i].id] = first[v] * (double)c[i].p / total;
+        buffers->decoder->seen[0] = 4;
+        filtered(pairs + v * V, feed(buffers, &id, 1, 1, options), V, sampling, scratch);
+        for (size_t u = 0; u < V; u++) pairs[v * V + u] *= first[v];
+        tops++;
     }
-    for (int i = 0; i < ROUNDS; i++) {
-        int32_t pair[2];
-        size_t have = 0;
-        a->decoder->seen[0] = 3;
-        for (int32_t next = token; have < 2; next = pair[have - 1]) {
-            size_t got = retrofit_speculate(a, next, 1 + (size_t)i % 3, 1 + (size_t)i % 4, &how, &s, V, out, scratch);
+    check(tops == 4, "%zu tokens may follow, not top-k's 4", tops);
+    free(first);
+}
+
+// Sampled text through drafts: pairs of tokens behind a prompt as often as plain decoding's
+// probabilities say.
+static void sampled_drafts(void) {
+    enum { ROUNDS = 12000 };
+    retrofit_model *model = load(0);
+    size_t V = model->config.vocab;
+    retrofit_buffers *buffers = with_full_cache(model, 1);
+    float *scratch = speculation_scratch(V);
+    double *pairs = allocate(V * V, sizeof *pairs);
+    size_t *count = allocate(V * V, sizeof *count);
+    retrofit_recurrence_options options = {.recurrences = 4};
+    retrofit_sampling sampling = {0.5f, 4, 1, 0, 5};
+    int32_t prompt[] = {5, 77, 31}, token = 9, out[RETROFIT_LOOKAHEAD];
+    feed(buffers, prompt, 1, 3, &options);
+    pair_probabilities(pairs, buffers, token, &options, &sampling, (void *)scratch);
+    for (size_t i = 0; i < ROUNDS; i++) {
+        int32_t text[3] = {token};
+        size_t have = 1;
+        buffers->decoder->seen[0] = 3;
+        while (have < 3) {
+            size_t got = retrofit_speculate(buffers, text[have - 1], 1 + i % 3, 1 + i % 4, &options,
+                                            &sampling, V, out, scratch);
             need(got > 0, "speculate");
-            for (size_t j = 0; j < got && have < 2; j++) pair[have++] = out[j];
+            for (size_t j = 0; j < got && have < 3; j++) text[have++] = out[j];
         }
-        count[(size_t)pair[0] * V + (size_t)pair[1]]++;
+        count[(size_t)text[1] * V + (size_t)text[2]]++;
     }
-    for (size_t v = 0; v < V * V; v++) {
-        if (second[v] == 0) check(count[v] == 0, "a pair that cannot be came %zu times", count[v]);
-        else freedom++, chi += ((double)count[v] - ROUNDS * second[v]) * ((double)count[v] - ROUNDS * second[v]) / (ROUNDS * second[v]);
-    }
-    check(tops == 4 && chi < (double)freedom + 5 * sqrt(2 * (double)freedom),
-          "pairs of drafted tokens: χ² %.1f with %zu degrees of freedom", chi, freedom);
-    free(scratch), free(first), free(second), free(count), retrofit_buffers_free(a), retrofit_free(m);
+    goodness fit = compare_counts(count, pairs, V * V, ROUNDS);
+    check(fit.strays == 0, "pairs that cannot be came %zu times", fit.strays);
+    check(fit.chi < fit.freedom + 1 + 5 * sqrt(2 * (fit.freedom + 1)),
+          "pairs of drafted tokens: χ² %.1f with %g degrees of freedom", fit.chi, fit.freedom);
+    free(scratch);
+    free(pairs);
+    free(count);
+    retrofit_buffers_free(buffers);
+    retrofit_free(model);
 }
 
-// ---- Continuous thinking: the state goes on from token to token ---------------------------------------------------------------------
+// ---- Continuous thinking: the state goes on from token to token ---------------------------------
+
+// One token for each of two rows by hand, from `state` (2,d), which then is the last one: prelude,
+// the state put in place, the recurrences, the coda.
+static void step_by_hand(retrofit_buffers *buffers, const int32_t *tokens, size_t r, float *state,
+                         float *logits) {
+    size_t bytes = 2 * buffers->model->config.n_embd * sizeof *state;
+    int32_t *seen = buffers->decoder->seen;
+    need(set_batch(buffers, tokens, 2, 1), "batch");
+    memcpy(buffers->past, seen, 2 * sizeof *seen);
+    prelude_forward(buffers);
+    memcpy(buffers->state, state, bytes);
+    retrofit_recur(buffers, r, 0);
+    memcpy(state, buffers->state, bytes);
+    retrofit_coda(buffers);
+    retrofit_logits(buffers, 0, 2, logits);
+    seen[0]++;
+    seen[1]++;
+}
+
+// Two prompts of different lengths, then three tokens each.
+static void continue_prompts(retrofit_buffers *buffers, retrofit_buffers *hand, const char *name) {
+    size_t V = buffers->model->config.vocab, d = buffers->model->config.n_embd;
+    float *state = allocate(2 * d, sizeof *state), *logits = allocate(2 * V, sizeof *logits);
+    int32_t prompts[2 * 5], lengths[2] = {(int32_t)random_between(1, 5), 5};
+    retrofit_recurrence_options plain = {
+        .recurrences = random_between(1, DEEPEST), .sigma = 0.3f, .seed = 5};
+    retrofit_recurrence_options options = plain;
+    options.continuous = true;
+    for (size_t i = 0; i < 10; i++) prompts[i] = (int32_t)random_between(0, V - 1);
+    retrofit_clear_cache(buffers);
+    retrofit_clear_cache(hand);
+    need(retrofit_next_logits(buffers, prompts, 2, 5, lengths, &options) &&
+             retrofit_next_logits(hand, prompts, 2, 5, lengths, &plain),
+         "prompts");
+    check(same(buffers->decoder->next, hand->decoder->next, 2 * V),
+          "%s: a prompt does not start from s_0", name);
+    for (size_t row = 0; row < 2; row++) {
+        size_t last = row * 5 + (size_t)lengths[row] - 1;
+        memcpy(state + row * d, hand->state + last * d, d * sizeof *state);
+    }
+    for (size_t i = 0; i < 3; i++) {
+        int32_t tokens[2] = {(int32_t)random_between(0, V - 1), (int32_t)random_between(0, V - 1)};
+        const float *got = feed(buffers, tokens, 2, 1, &options);
+        step_by_hand(hand, tokens, options.recurrences, state, logits);
+        check(same(got, logits, 2 * V), "%s: token %zu does not start from the last state", name,
+              i);
+    }
+    free(state);
+    free(logits);
+}
+
 static void continuous(size_t which) {
-    retrofit_model *m = load(which);
-    size_t V = m->config.vocab, d = m->config.n_embd;
-    retrofit_buffers *a = with_cache(m, 2, RETROFIT_CACHE_FULL, 0, false), *b = with_cache(m, 2, RETROFIT_CACHE_FULL, 0, false);
-    float *state = (float *)retrofit_allocate(2 * d, 4), *z = (float *)retrofit_allocate(2 * V, 4);
-    for (int round = 0; round < 30; round++) {
-        int32_t tokens[2][8], some[16], lengths[2] = {(int32_t)any(1, 5), 5};
-        for (size_t i = 0; i < 16; i++) tokens[i / 8][i % 8] = (int32_t)any(0, V - 1);
-        for (size_t i = 0; i < 10; i++) some[i] = tokens[i / 5][i % 5];
-        retrofit_recurrence_options how = {.recurrences = any(1, DEEPEST), .sigma = 0.3f, .seed = 5, .continuous = true}, plain = how;
-        plain.continuous = false;
-        retrofit_clear_cache(a), retrofit_clear_cache(b);
-        need(retrofit_next_logits(a, some, 2, 5, lengths, &how) && retrofit_next_logits(b, some, 2, 5, lengths, &plain), "prompts");
-        check(!memcmp(a->decoder->next, b->decoder->next, 2 * V * 4), "%s: a prompt's logits differ", models[which]); // it starts from s_0 as ever
-        for (size_t row = 0; row < 2; row++) memcpy(state + row * d, b->state + (row * 5 + (size_t)lengths[row] - 1) * d, d * 4);
-        for (size_t i = 5; i < 8; i++) { // by hand: prelude, the state put in place, the loop, the coda
-            some[0] = tokens[0][i], some[1] = tokens[1][i];
-            const float *got = feed(a, some, 2, 1, &how);
-            need(set_batch(b, some, 2, 1), "batch");
-            m->ops->upload(b->past, b->decoder->seen, 2 * 4);
-            prelude_forward(b), memcpy(b->state, state, 2 * d * 4), retrofit_recur(b, how.recurrences, 0), retrofit_coda(b),
-                retrofit_logits(b, 0, 2, z);
-            memcpy(state, b->state, 2 * d * 4), b->decoder->seen[0]++, b->decoder->seen[1]++;
-            check(!memcmp(got, z, 2 * V * 4), "%s: token %zu does not start from the last state", models[which], i);
-        }
-    }
-    retrofit_clear_cache(a), retrofit_clear_cache(b); // forgets
-    int32_t some[] = {3, 9};
-    retrofit_recurrence_options how = {.recurrences = 2, .sigma = 0.3f, .seed = 5, .continuous = true},
-                      plain = {.recurrences = 2, .sigma = 0.3f, .seed = 5};
-    check(!memcmp(feed(a, some, 1, 1, &how), feed(b, some, 1, 1, &plain), V * 4), "%s: a first token does not start from s_0",
-          models[which]);
-    check(!memcmp(feed(a, some, 2, 1, &how), feed(b, some, 2, 1, &plain), 2 * V * 4), "%s: a row more does not start from s_0",
-          models[which]);
-    check(!memcmp(feed(a, some, 1, 2, &how), feed(b, some, 1, 2, &plain), V * 4), "%s: two tokens at a time do not start from s_0",
-          models[which]);
-    free(state), free(z), retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_free(m);
+    retrofit_model *model = load(which);
+    const char *name = models[which];
+    size_t V = model->config.vocab;
+    retrofit_buffers *a = with_full_cache(model, 2), *b = with_full_cache(model, 2);
+    for (int round = 0; round < 30; round++) continue_prompts(a, b, name);
+
+    retrofit_clear_cache(a); // forgets the states
+    retrofit_clear_cache(b);
+    int32_t tokens[] = {3, 9};
+    retrofit_recurrence_options plain = {.recurrences = 2, .sigma = 0.3f, .seed = 5};
+    retrofit_recurrence_options options = plain;
+    options.continuous = true;
+    const float *logits = feed(a, tokens, 1, 1, &options);
+    check(same(logits, feed(b, tokens, 1, 1, &plain), V), "%s: a first token, not from s_0", name);
+    logits = feed(a, tokens, 2, 1, &options);
+    check(same(logits, feed(b, tokens, 2, 1, &plain), 2 * V), "%s: a row more, not from s_0", name);
+    logits = feed(a, tokens, 1, 2, &options);
+    check(same(logits, feed(b, tokens, 1, 2, &plain), V), "%s: two tokens, not from s_0", name);
+    retrofit_buffers_free(a);
+    retrofit_buffers_free(b);
+    retrofit_free(model);
 }
 
-// ---- Noise: the formula of each kind, by hand; the same seed the same noise, cached or not ------------------------------------------------
+// ---- Noise --------------------------------------------------------------------------------------
+
+enum { NOISY = 6 }; // tokens
+static const int32_t noisy_tokens[NOISY] = {1, 5, 9, 90, 3, 8};
+
+static void begin_noisy(retrofit_buffers *buffers, const retrofit_recurrence_options *options) {
+    need(retrofit_prelude(buffers, noisy_tokens, 1, NOISY), "prelude");
+    retrofit_init_state(buffers, options->sigma, options->seed);
+}
+
+static double strength_by_definition(int kind, double y, size_t i, size_t r) {
+    if (kind == RETROFIT_NOISE_GEOM) return y / (double)i;
+    if (kind == RETROFIT_NOISE_SQRT) return y / sqrt((double)i);
+    if (kind == RETROFIT_NOISE_LINE) return fmax(y, 1 - (double)(i - 1) / (double)r);
+    return y;
+}
+
+// What is added is x·z, z cut at three deviations: found by taking the rest away.
+static void check_strengths(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                            const char *name) {
+    size_t count = NOISY * buffers->model->config.n_embd;
+    int kind = options->noise_kind;
+    float *before = allocate(count, sizeof *before);
+    begin_noisy(buffers, options);
+    memcpy(before, buffers->state, count * sizeof *before);
+    for (size_t i = 1; i <= options->recurrences; i++) {
+        double y = (double)options->noise * RETROFIT_STATE_STD, squares = 0, largest = 0;
+        double x = strength_by_definition(kind, y, i, options->recurrences);
+        buffers->n = i - 1;
+        add_noise(buffers, options);
+        for (size_t c = 0; c < count; c++) {
+            double z = ((double)buffers->state[c] - (1 - x) * before[c]) / x;
+            squares += z * z / (double)count;
+            largest = fmax(largest, fabs(z));
+        }
+        check(largest < 3.01 && fabs(squares - 0.973) < 10 / sqrt((double)count),
+              "%s, noise %d, recurrence %zu: z has a mean square of %g, at most %g", name, kind, i,
+              squares, largest);
+        memcpy(buffers->state, before, count * sizeof *before); // for the next one
+    }
+    free(before);
+}
+
+// The noise comes before each recurrence. The logits of the last token go to `logits`.
+static void check_order(retrofit_buffers *a, retrofit_buffers *b,
+                        const retrofit_recurrence_options *options, float *logits,
+                        const char *name) {
+    size_t count = NOISY * a->model->config.n_embd;
+    begin_noisy(a, options);
+    begin_noisy(b, options);
+    retrofit_recur_noisy(b, options, options->recurrences);
+    while (a->n < options->recurrences) {
+        add_noise(a, options);
+        retrofit_recur(a, 1, 0);
+    }
+    check(same(a->state, b->state, count), "%s: noise %d is not before each recurrence", name,
+          (int)options->noise_kind);
+    retrofit_coda(b);
+    retrofit_logits(b, NOISY - 1, 1, logits);
+}
+
+static const float *feed_one_by_one(retrofit_buffers *buffers,
+                                    const retrofit_recurrence_options *options) {
+    const float *logits = NULL;
+    retrofit_clear_cache(buffers);
+    for (size_t i = 0; i < NOISY; i++) logits = feed(buffers, &noisy_tokens[i], 1, 1, options);
+    return logits;
+}
+
+// The same seed, the same noise, cached or not; one by one, behind a prompt, with an exit that
+// never fires.
+static void check_cached_noise(retrofit_buffers *buffers,
+                               const retrofit_recurrence_options *options, const float *full,
+                               const char *name) {
+    size_t V = buffers->model->config.vocab;
+    int kind = options->noise_kind;
+    retrofit_recurrence_options never = *options, none = *options;
+    never.exit = RETROFIT_EXIT_KL;
+    never.threshold = 0;
+    none.noise = 0;
+    double apart = relative_error(feed_one_by_one(buffers, options), full, V);
+    check(apart < 1e-5, "%s: noise %d: cached %.2e off the full pass", name, kind, apart);
+    retrofit_clear_cache(buffers);
+    feed(buffers, noisy_tokens, 1, NOISY - 1, options);
+    apart = relative_error(feed(buffers, &noisy_tokens[NOISY - 1], 1, 1, &never), full, V);
+    check(apart < 1e-5, "%s: noise %d: a prompt or an exit is %.2e off the full pass", name, kind,
+          apart);
+    apart = relative_error(feed_one_by_one(buffers, &none), full, V);
+    check(apart > 1e-4, "%s: noise %d changes nothing", name, kind);
+}
+
 static void noise(size_t which) {
-    retrofit_model *m = load(which);
-    size_t V = m->config.vocab, d = m->config.n_embd, n = 6;
-    retrofit_buffers *a = retrofit_buffers_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL),
-                         *b = retrofit_buffers_new(m, 1, n, 0, RETROFIT_KEEP_NOTHING, NULL);
-    retrofit_buffers *cached = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    need(a && b, "activations");
-    float *z = (float *)retrofit_allocate(V, 4), *noisy = (float *)retrofit_allocate(n * d, 4);
-    int32_t tokens[] = {1, 5, 9, 90, 3, 8};
+    retrofit_model *model = load(which);
+    retrofit_buffers *a = without_cache(model, NOISY), *b = without_cache(model, NOISY);
+    retrofit_buffers *cached = with_full_cache(model, 1);
+    float *logits = allocate(model->config.vocab, sizeof *logits);
     for (int kind = RETROFIT_NOISE_FIXED; kind <= RETROFIT_NOISE_CHI; kind++) {
-        retrofit_recurrence_options how = {.recurrences = 4, .sigma = 0.3f, .seed = 9, .noise = 20, .noise_kind = (retrofit_noise)kind};
-        double y = 20 * RETROFIT_STATE_STD, sizes[5] = {0};
-        need(retrofit_prelude(a, tokens, 1, n) && retrofit_prelude(b, tokens, 1, n), "prelude");
-        retrofit_init_state(a, how.sigma, how.seed), retrofit_init_state(b, how.sigma, how.seed);
-        for (size_t i = 1; i <= 4; i++) {
-            double x = kind == RETROFIT_NOISE_GEOM   ? y / (double)i
-                       : kind == RETROFIT_NOISE_SQRT ? y / sqrt((double)i)
-                       : kind == RETROFIT_NOISE_LINE ? fmax(y, 1 - (double)(i - 1) / 4)
-                                                     : y;
-            // what is added is x·z, z cut at three deviations: found by taking the rest away
-            memcpy(noisy, a->state, n * d * 4);
-            add_noise(a, &how);
-            double squares = 0, largest_z = 0;
-            if (kind == RETROFIT_NOISE_CHI) continue;
-            for (size_t c = 0; c < n * d; c++) {
-                double zc = ((double)a->state[c] - (1 - x) * noisy[c]) / x;
-                squares += zc * zc, largest_z = fmax(largest_z, fabs(zc));
-            }
-            sizes[i] = squares / (double)(n * d);
-            check(largest_z < 3.01 && fabs(sizes[i] - 0.973) < 10 / sqrt((double)(n * d)),
-                  "%s, noise %d, recurrence %zu: z has a mean square of %g, at most %g", models[which], kind, i, sizes[i], largest_z);
-            memcpy(a->state, noisy, n * d * 4), a->n = i; // the next one's
-        }
-        retrofit_recur_noisy(b, &how, 4); // the noise comes before the recurrence
-        for (retrofit_init_state(a, how.sigma, how.seed), a->n = 0; a->n < 4;) add_noise(a, &how), retrofit_recur(a, 1, 0);
-        check(!memcmp(a->state, b->state, n * d * 4), "%s: noise %d is not before each recurrence", models[which], kind);
-        retrofit_coda(b), retrofit_logits(b, n - 1, 1, z);
-        if (kind == RETROFIT_NOISE_CHI) continue; // its strength is drawn anew for every pass
-        retrofit_clear_cache(cached);
-        for (size_t i = 0; i + 1 < n; i++) feed(cached, tokens + i, 1, 1, &how);
-        double apart = relative_error(feed(cached, tokens + n - 1, 1, 1, &how), z, V);
-        check(apart < 1e-5, "%s: noise %d: cached %.2e off the full pass", models[which], kind, apart);
-        retrofit_recurrence_options never = how; // the prompt as a whole, and behind it an exit that never fires
-        never.exit = RETROFIT_EXIT_KL, never.threshold = 0;
-        retrofit_clear_cache(cached), feed(cached, tokens, 1, n - 1, &how);
-        apart = relative_error(feed(cached, tokens + n - 1, 1, 1, &never), z, V);
-        check(apart < 1e-5, "%s: noise %d: a prompt or an exit is %.2e off the full pass", models[which], kind, apart);
-        how.noise = 0, retrofit_clear_cache(cached);
-        for (size_t i = 0; i + 1 < n; i++) feed(cached, tokens + i, 1, 1, &how);
-        check(relative_error(feed(cached, tokens + n - 1, 1, 1, &how), z, V) > 1e-4, "%s: noise %d changes nothing", models[which], kind);
+        retrofit_recurrence_options options = {.recurrences = 4,
+                                               .sigma = 0.3f,
+                                               .seed = 9,
+                                               .noise = 20,
+                                               .noise_kind = (retrofit_noise)kind};
+        bool fixed = kind != RETROFIT_NOISE_CHI; // its strength is drawn anew for every pass
+        if (fixed) check_strengths(a, &options, models[which]);
+        check_order(a, b, &options, logits, models[which]);
+        if (fixed) check_cached_noise(cached, &options, logits, models[which]);
     }
-    free(z), free(noisy), retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_buffers_free(cached), retrofit_free(m);
+    free(logits);
+    retrofit_buffers_free(a);
+    retrofit_buffers_free(b);
+    retrofit_buffers_free(cached);
+    retrofit_free(model);
 }
 
-// Every recurrence and seed has a z of its own; CHI a strength of its own at every position, twice a uniform one.
+static double product(const float *x, const float *y, size_t d) {
+    double sum = 0;
+    for (size_t c = 0; c < d; c++) sum += (double)x[c] * y[c];
+    return sum;
+}
+
+// Every recurrence and seed has a z of its own.
 static void noise_draws(void) {
-    retrofit_model *m = load(0);
-    size_t d = m->config.n_embd;
-    retrofit_buffers *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    float *z = (float *)retrofit_allocate(5 * d, 4);
-    retrofit_recurrence_options how = {.recurrences = 4, .seed = 9, .noise = 20};
+    retrofit_model *model = load(0);
+    size_t d = model->config.n_embd;
+    retrofit_buffers *buffers = with_full_cache(model, 1);
+    float *z = allocate(5 * d, sizeof *z);
     int32_t token = 1;
-    need(set_batch(a, &token, 1, 1), "batch");
-    for (size_t i = 0; i < 5; i++) { // start state, two recurrences, another seed, the first recurrence again
-        retrofit_init_state(a, i ? 0 : 20 * m->config.state_std, 9);
-        a->n = i == 2, how.seed = i == 3 ? 8 : 9;
-        if (i) add_noise(a, &how);
-        memcpy(z + i * d, a->state, d * 4);
-        for (size_t j = 0; j < i && i < 4; j++) {
-            double along = 0, size = 0;
-            for (size_t c = 0; c < d; c++) along += (double)z[i * d + c] * z[j * d + c], size += (double)z[j * d + c] * z[j * d + c];
+    need(set_batch(buffers, &token, 1, 1), "batch");
+    // the start state, two recurrences, another seed, the first recurrence again
+    for (size_t i = 0; i < 5; i++) {
+        retrofit_recurrence_options options = {
+            .recurrences = 4, .seed = i == 3 ? 8 : 9, .noise = 20};
+        retrofit_init_state(buffers, i ? 0 : 20 * model->config.state_std, 9);
+        buffers->n = i == 2;
+        if (i > 0) add_noise(buffers, &options);
+        memcpy(z + i * d, buffers->state, d * sizeof *z);
+    }
+    for (size_t i = 0; i < 4; i++) {
+        for (size_t j = 0; j < i; j++) {
+            double along = product(z + i * d, z + j * d, d);
+            double size = product(z + j * d, z + j * d, d);
             check(fabs(along) < 0.8 * size, "noise %zu is noise %zu: %g of it", i, j, along / size);
         }
     }
-    check(!memcmp(z + d, z + 4 * d, d * 4), "the same seed and recurrence have another noise");
-    double sum = 0, least_u = 2, most_u = 0;
-    how.noise_kind = RETROFIT_NOISE_CHI;
-    for (a->decoder->seen[0] = 0; a->decoder->seen[0] < 32; a->decoder->seen[0]++) {
-        double size = 0;
-        retrofit_init_state(a, 0, 9), a->n = 0, add_noise(a, &how);
-        for (size_t c = 0; c < d; c++) size += (double)a->state[c] * a->state[c] / (double)d;
-        double u = sqrt(size) / (20 * (double)m->config.state_std);
-        sum += u / 32, least_u = fmin(least_u, u), most_u = fmax(most_u, u);
-    }
-    check(fabs(sum - 1) < 0.4 && least_u < 0.5 && most_u > 1.5, "chi noise: strengths from %g to %g, %g on average", least_u, most_u, sum);
-    free(z), retrofit_buffers_free(a), retrofit_free(m);
+    check(same(z + d, z + 4 * d, d), "the same seed and recurrence have another noise");
+    free(z);
+    retrofit_buffers_free(buffers);
+    retrofit_free(model);
 }
 
-// A plain Llama has no recurrence to stop, whatever it is asked.
+// CHI has a strength of its own at every position: twice a uniform number.
+static void chi_strengths(void) {
+    retrofit_model *model = load(0);
+    size_t d = model->config.n_embd;
+    retrofit_buffers *buffers = with_full_cache(model, 1);
+    retrofit_recurrence_options options = {
+        .recurrences = 4, .seed = 9, .noise = 20, .noise_kind = RETROFIT_NOISE_CHI};
+    double mean = 0, min = 2, max = 0;
+    int32_t token = 1;
+    need(set_batch(buffers, &token, 1, 1), "batch");
+    for (int32_t position = 0; position < CAPACITY; position++) {
+        buffers->decoder->seen[0] = position;
+        buffers->n = 0;
+        retrofit_init_state(buffers, 0, 9);
+        add_noise(buffers, &options);
+        double size = sqrt(product(buffers->state, buffers->state, d) / (double)d);
+        double strength = size / (20 * (double)model->config.state_std);
+        mean += strength / CAPACITY;
+        min = fmin(min, strength);
+        max = fmax(max, strength);
+    }
+    check(fabs(mean - 1) < 0.4 && min < 0.5 && max > 1.5,
+          "chi noise: strengths from %g to %g, %g on average", min, max, mean);
+    retrofit_buffers_free(buffers);
+    retrofit_free(model);
+}
+
+// ---- A plain Llama has no recurrence to stop, whatever it is asked ------------------------------
 static void plain_model(void) {
-    retrofit_model *m = retrofit_load(FIXTURES "tiny/base", &retrofit_cpu, RETROFIT_INFERENCE);
-    need(m != NULL, "a plain model");
-    retrofit_buffers *a = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false), *b = with_cache(m, 1, RETROFIT_CACHE_FULL, 0, false);
-    retrofit_recurrence_options how = {.recurrences = 3, .exit = RETROFIT_EXIT_KL, .threshold = -1, .continuous = true, .noise = 1}, none = {0};
-    for (int32_t token = 1; token < 9; token++)
-        check(!memcmp(feed(a, &token, 1, 1, &how), feed(b, &token, 1, 1, &none), m->config.vocab * 4) && a->decoder->used[0] == 0,
+    retrofit_model *model = retrofit_load(FIXTURES "tiny/base", &retrofit_cpu, RETROFIT_INFERENCE);
+    need(model != NULL, "a plain model");
+    retrofit_buffers *a = with_full_cache(model, 1), *b = with_full_cache(model, 1);
+    retrofit_recurrence_options none = {0}, options = {.recurrences = 3, .noise = 1};
+    options.exit = RETROFIT_EXIT_KL;
+    options.threshold = -1;
+    options.continuous = true;
+    for (int32_t token = 1; token < 9; token++) {
+        const float *logits = feed(a, &token, 1, 1, &options);
+        check(same(logits, feed(b, &token, 1, 1, &none), model->config.vocab) &&
+                  a->decoder->used[0] == 0,
               "a plain model thinks %d recurrences", (int)a->decoder->used[0]);
-    retrofit_buffers_free(a), retrofit_buffers_free(b), retrofit_free(m);
+    }
+    retrofit_buffers_free(a);
+    retrofit_buffers_free(b);
+    retrofit_free(model);
 }
 
 int main(void) {
-    for (size_t which = 0; which < MODELS; which++)
-        equal_to_plain(which), exits(which), exits_together(which), caches(which), speculation(which), continuous(which), noise(which);
-    thresholds(), noise_draws(), plain_model(), acceptance(), sampled_drafts();
+    for (size_t which = 0; which < MODELS; which++) {
+        equal_to_plain(which);
+        exits(which);
+        default_thresholds(which);
+        exits_together(which);
+        caches(which);
+        speculation(which);
+        continuous(which);
+        noise(which);
+    }
+    thresholds();
+    noise_draws();
+    chi_strengths();
+    plain_model();
+    acceptance();
+    sampled_drafts();
     return finish("thinking");
 }
