@@ -878,7 +878,7 @@ static void test_attention_backward(void) {
 // ---- KV cache ----------------------------------------------------------------------------------
 // What keys and values may be on this device.
 static retrofit_type pick_kv_type(void) {
-    return ops == &retrofit_cpu && trial % 2 ? RETROFIT_BF16 : ops->act_type;
+    return on_cpu && trial % 2 ? RETROFIT_BF16 : ops->act_type;
 }
 
 static void test_kv_store(void) {
