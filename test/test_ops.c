@@ -272,25 +272,25 @@ static void check_sum(const double *sum, double want, double error) {
 
 // Σ weights·(upper - lower).
 static double lower[1 << 15];
-static double weighted_change(const double *upper, const double *weights, size_t m) {
+static double weighted_change(const double *upper, const double *weights, size_t count) {
     double sum = 0;
-    for (size_t i = 0; i < m; i++) sum += weights[i] * (upper[i] - lower[i]);
+    for (size_t i = 0; i < count; i++) sum += weights[i] * (upper[i] - lower[i]);
     return sum;
 }
 
-// out[i] += ∂(weights·y)/∂x[i] by central differences, (y(x + δ) - y(x - δ)) / 2δ, for x (n) and
-// y (m), which the statement `forward` computes from x. In double the error is about 1e-9. It is a
-// macro so that `forward` can be any call, with whatever arguments the operation has.
-#define DIFFERENCES(out, x, n, forward, y, weights, m)                        \
-    for (size_t i_ = 0; !replay && i_ < (n); i_++) {                          \
-        double kept_ = (x)[i_], below_ = kept_ - 1e-5, above_ = kept_ + 1e-5; \
-        (x)[i_] = below_;                                                     \
-        forward;                                                              \
-        memcpy(lower, y, (m) * sizeof *lower);                                \
-        (x)[i_] = above_;                                                     \
-        forward;                                                              \
-        (x)[i_] = kept_;                                                      \
-        (out)[i_] += weighted_change(y, weights, m) / (above_ - below_);      \
+// out[i] += ∂(weights·y)/∂x[i] by central differences, (y(x + δ) - y(x - δ)) / 2δ, where the
+// statement `forward` computes y from x. In double the error is about 1e-9. It is a macro so that
+// `forward` can be any call, with whatever arguments the operation has.
+#define DIFFERENCES(out, x, x_count, forward, y, weights, y_count)             \
+    for (size_t i_ = 0; !replay && i_ < (x_count); i_++) {                     \
+        double kept_ = (x)[i_], below_ = kept_ - 1e-5, above_ = kept_ + 1e-5;  \
+        (x)[i_] = below_;                                                      \
+        forward;                                                               \
+        memcpy(lower, y, (y_count) * sizeof *lower);                           \
+        (x)[i_] = above_;                                                      \
+        forward;                                                               \
+        (x)[i_] = kept_;                                                       \
+        (out)[i_] += weighted_change(y, weights, y_count) / (above_ - below_); \
     }
 
 // ---- Embedding ---------------------------------------------------------------------------------
@@ -440,63 +440,63 @@ typedef struct {
     bool large, with_nan;
     array inp, dout, w;
     retrofit_weight weight; // w as operations take it
-} matmul;
+} matmul_case;
 
-static matmul pick_matmul_sizes(void) {
+static matmul_case pick_matmul_sizes(void) {
     // Each longer than any tile in some direction.
     static const size_t large[][3] = {{9, 773, 5},   {3, 18500, 6}, {13, 390, 401},
                                       {500, 33, 17}, {12, 30, 800}, {1200, 24, 136}};
-    matmul m = {.large = trial >= 2 && trial < 8, .with_nan = trial % 4 == 3};
-    if (m.large) {
-        m.N = large[trial - 2][0];
-        m.I = large[trial - 2][1];
-        m.O = large[trial - 2][2];
+    matmul_case matmul = {.large = trial >= 2 && trial < 8, .with_nan = trial % 4 == 3};
+    if (matmul.large) {
+        matmul.N = large[trial - 2][0];
+        matmul.I = large[trial - 2][1];
+        matmul.O = large[trial - 2][2];
     } else {
-        m.N = pick_size(1, 70);
-        m.I = pick_size(1, 100);
-        m.O = pick_size(1, 100);
+        matmul.N = pick_size(1, 70);
+        matmul.I = pick_size(1, 100);
+        matmul.O = pick_size(1, 100);
     }
 
     // Models' rows are multiples of 16 bytes: a GPU has other kernels for these.
-    bool aligned = !m.large && trial % 2;
+    bool aligned = !matmul.large && trial % 2;
     if (aligned) {
-        m.I = (m.I + 7) / 8 * 8;
-        m.O = (m.O + 7) / 8 * 8;
+        matmul.I = (matmul.I + 7) / 8 * 8;
+        matmul.O = (matmul.O + 7) / 8 * 8;
     }
     // Decoding multiplies few tokens, here by long rows now and then.
-    bool decoding = !m.large && trial % 3 == 2;
-    if (decoding) m.N = random_between(1, 10);
-    if (decoding && trial % 4 == 0) m.I *= 8;
-    m.stride = m.I;
-    if (trial % 3) m.stride += aligned ? 8 * random_between(0, 2) : random_between(1, 9);
-    return m;
+    bool decoding = !matmul.large && trial % 3 == 2;
+    if (decoding) matmul.N = random_between(1, 10);
+    if (decoding && trial % 4 == 0) matmul.I *= 8;
+    matmul.stride = matmul.I;
+    if (trial % 3) matmul.stride += aligned ? 8 * random_between(0, 2) : random_between(1, 9);
+    return matmul;
 }
 
-static matmul pick_matmul(void) {
-    matmul m = pick_matmul_sizes();
+static matmul_case pick_matmul(void) {
+    matmul_case matmul = pick_matmul_sizes();
     retrofit_type type = ops->act_type;
     if (on_cpu) type = trial % 2 ? RETROFIT_BF16 : RETROFIT_F32;
-    describe("N %zu I %zu O %zu stride %zu, w %s%s", m.N, m.I, m.O, m.stride,
-             type == RETROFIT_BF16 ? "bf16" : "f32", m.with_nan ? ", with NaN" : "");
-    m.inp = random_act(m.N * m.I, 1);
-    m.dout = random_act(m.N * m.O, 1);
-    m.w = random_matrix(type, m.O, m.I, m.stride);
-    m.weight = (retrofit_weight){m.w.data, type, m.stride};
-    return m;
+    describe("N %zu I %zu O %zu stride %zu, w %s%s", matmul.N, matmul.I, matmul.O, matmul.stride,
+             type == RETROFIT_BF16 ? "bf16" : "f32", matmul.with_nan ? ", with NaN" : "");
+    matmul.inp = random_act(matmul.N * matmul.I, 1);
+    matmul.dout = random_act(matmul.N * matmul.O, 1);
+    matmul.w = random_matrix(type, matmul.O, matmul.I, matmul.stride);
+    matmul.weight = (retrofit_weight){matmul.w.data, type, matmul.stride};
+    return matmul;
 }
 
 // A NaN in the weight, in its last row, or in the middle row of what is multiplied by it.
-static void set_nan_in_operand(const matmul *m, array operand, size_t width) {
-    if (!m->with_nan) return;
-    if (trial & 8) set_nan(m->w, (m->O - 1) * m->stride + m->I / 2);
-    else set_nan(operand, m->N / 2 * width);
+static void set_nan_in_operand(const matmul_case *matmul, array operand, size_t width) {
+    if (!matmul->with_nan) return;
+    if (trial & 8) set_nan(matmul->w, (matmul->O - 1) * matmul->stride + matmul->I / 2);
+    else set_nan(operand, matmul->N / 2 * width);
 }
 
 typedef enum { PLAIN, NO_RESIDUAL, RESIDUAL_APART, RESIDUAL_IN_PLACE } matmul_form;
 
-static void check_forward(const matmul *m, matmul_form form) {
+static void check_forward(const matmul_case *matmul, matmul_form form) {
     static const char *const names[] = {"out", "out", "out with residual", "out on its residual"};
-    size_t N = m->N, I = m->I, O = m->O;
+    size_t N = matmul->N, I = matmul->I, O = matmul->O;
     array out = form == PLAIN ? unset_act(N * O) : unset_f32(N * O);
     array residual = random_f32(N * O);
     double *want = zeros(N * O);
@@ -508,76 +508,80 @@ static void check_forward(const matmul *m, matmul_form form) {
         residual = out;
     }
     double *terms = magnitudes(want, N * O);
-    add_product(want, terms, O, N, O, I, by_rows(m->inp.host, I), by_columns(m->w.host, m->stride));
+    add_product(want, terms, O, N, O, I, by_rows(matmul->inp.host, I),
+                by_columns(matmul->w.host, matmul->stride));
 
     float *added = form == NO_RESIDUAL ? NULL : residual.f32;
-    if (form == PLAIN) ops->matmul_forward(out.data, m->inp.data, m->weight, N, I, O);
-    else ops->matmul_residual_forward(out.f32, added, m->inp.data, m->weight, N, I, O);
+    if (form == PLAIN) ops->matmul_forward(out.data, matmul->inp.data, matmul->weight, N, I, O);
+    else ops->matmul_residual_forward(out.f32, added, matmul->inp.data, matmul->weight, N, I, O);
     check_near(names[form], out, want, terms, sum_error(I));
 }
 
 static void test_matmul_forward(void) {
-    matmul m = pick_matmul();
-    set_nan_in_operand(&m, m.inp, m.I);
-    check_forward(&m, PLAIN);
+    matmul_case matmul = pick_matmul();
+    set_nan_in_operand(&matmul, matmul.inp, matmul.I);
+    check_forward(&matmul, PLAIN);
 }
 
 static void test_matmul_residual_forward(void) {
-    matmul m = pick_matmul();
-    set_nan_in_operand(&m, m.inp, m.I);
-    check_forward(&m, NO_RESIDUAL);
-    check_forward(&m, RESIDUAL_APART);
-    check_forward(&m, RESIDUAL_IN_PLACE);
+    matmul_case matmul = pick_matmul();
+    set_nan_in_operand(&matmul, matmul.inp, matmul.I);
+    check_forward(&matmul, NO_RESIDUAL);
+    check_forward(&matmul, RESIDUAL_APART);
+    check_forward(&matmul, RESIDUAL_IN_PLACE);
 }
 
-static void check_dinp(const matmul *m, array dinp) {
-    size_t N = m->N, I = m->I, O = m->O;
+static void check_dinp(const matmul_case *matmul, array dinp) {
+    size_t N = matmul->N, I = matmul->I, O = matmul->O;
     double *want = zeros(N * I), *terms = zeros(N * I), *differences = zeros(N * I), *y = zeros(O);
-    add_product(want, terms, I, N, I, O, by_rows(m->dout.host, O), by_rows(m->w.host, m->stride));
+    add_product(want, terms, I, N, I, O, by_rows(matmul->dout.host, O),
+                by_rows(matmul->w.host, matmul->stride));
     check_near("dinp", dinp, want, terms, sum_error(O));
-    if (m->large || m->with_nan) return;
+    if (matmul->large || matmul->with_nan) return;
 
     for (size_t n = 0; n < N; n++) {
-        double *row = m->inp.host + n * I;
+        double *row = matmul->inp.host + n * I;
         DIFFERENCES(differences + n * I, row, I,
-                    reference_matmul(y, row, m->w.host, m->stride, 1, I, O), y,
-                    m->dout.host + n * O, O);
+                    reference_matmul(y, row, matmul->w.host, matmul->stride, 1, I, O), y,
+                    matmul->dout.host + n * O, O);
     }
     check_near("dinp by differences", dinp, differences, terms, sum_error(O));
 }
 
 static void test_matmul_backward_input(void) {
-    matmul m = pick_matmul();
-    set_nan_in_operand(&m, m.dout, m.O);
-    array dinp = unset_act(m.N * m.I);
-    ops->matmul_backward_input(dinp.data, m.dout.data, m.weight, m.N, m.I, m.O);
-    check_dinp(&m, dinp);
+    matmul_case matmul = pick_matmul();
+    set_nan_in_operand(&matmul, matmul.dout, matmul.O);
+    array dinp = unset_act(matmul.N * matmul.I);
+    ops->matmul_backward_input(dinp.data, matmul.dout.data, matmul.weight, matmul.N, matmul.I,
+                               matmul.O);
+    check_dinp(&matmul, dinp);
 }
 
 static void test_matmul_residual_backward_input(void) {
-    matmul m = pick_matmul();
-    set_nan_in_operand(&m, m.dout, m.O);
-    array dinp = unset_f32(m.N * m.I);
-    ops->matmul_residual_backward_input(dinp.f32, m.dout.data, m.weight, m.N, m.I, m.O);
-    check_dinp(&m, dinp);
+    matmul_case matmul = pick_matmul();
+    set_nan_in_operand(&matmul, matmul.dout, matmul.O);
+    array dinp = unset_f32(matmul.N * matmul.I);
+    ops->matmul_residual_backward_input(dinp.f32, matmul.dout.data, matmul.weight, matmul.N,
+                                        matmul.I, matmul.O);
+    check_dinp(&matmul, dinp);
 }
 
 static void test_matmul_backward_weight(void) {
-    matmul m = pick_matmul();
-    size_t N = m.N, I = m.I, O = m.O, stride = m.stride;
-    double *inp = m.inp.host, *dout = m.dout.host, *w = m.w.host;
-    if (m.with_nan && trial & 8) set_nan(m.inp, I / 2);
-    if (m.with_nan && !(trial & 8)) {
-        set_nan(m.dout, N / 2 * O);
-        set_nan(m.dout, O / 2);
+    matmul_case matmul = pick_matmul();
+    size_t N = matmul.N, I = matmul.I, O = matmul.O, stride = matmul.stride;
+    double *inp = matmul.inp.host, *dout = matmul.dout.host, *w = matmul.w.host;
+    if (matmul.with_nan && trial & 8) set_nan(matmul.inp, I / 2);
+    if (matmul.with_nan && !(trial & 8)) {
+        set_nan(matmul.dout, N / 2 * O);
+        set_nan(matmul.dout, O / 2);
     }
     // The gradient adds to random contents, and the NaN between its rows must stay.
     array dw = random_matrix(RETROFIT_F32, O, I, stride);
     double *want = copy_of(dw.host, dw.n), *terms = magnitudes(dw.host, dw.n);
     add_product(want, terms, stride, O, I, N, by_columns(dout, O), by_rows(inp, I));
-    ops->matmul_backward_weight(dw.f32, stride, m.dout.data, m.inp.data, N, I, O);
+    ops->matmul_backward_weight(dw.f32, stride, matmul.dout.data, matmul.inp.data, N, I, O);
     check_near("dw", dw, want, terms, sum_error(N));
-    if (m.large || m.with_nan) return;
+    if (matmul.large || matmul.with_nan) return;
 
     double *differences = copy_of(dw.host, dw.n), *y = zeros(N), *dy = zeros(N);
     for (size_t o = 0; o < O; o++) { // a row of w makes one column of out
@@ -908,77 +912,83 @@ typedef struct {
     retrofit_type type;
     double *qkv, *want, *terms;
     array past, keys, values;
-} cache;
+} cache_case;
 
-static cache pick_cache(attention_shape s) {
+static cache_case pick_cache(attention_shape s) {
     size_t S = trial < 2 ? 1 + 240 * trial : random_between(2, 240), d = s.H * s.h;
-    cache c = {.S = S, .capacity = S + trial % 4 * 7, .width = s.G * s.h, .type = pick_kv_type()};
+    cache_case cache = {
+        .S = S, .capacity = S + trial % 4 * 7, .width = s.G * s.h, .type = pick_kv_type()};
     s.T = S;
-    c.qkv = copy_of(random_act(s.B * S * s.Q, 1).host, s.B * S * s.Q);
+    cache.qkv = copy_of(random_act(s.B * S * s.Q, 1).host, s.B * S * s.Q);
     for (size_t i = 0; i < s.B * S * s.Q; i++) { // keys and values that their type can hold
-        if (i % s.Q < d || c.type != RETROFIT_BF16) continue;
-        c.qkv[i] = retrofit_bf16_to_float(retrofit_float_to_bf16((float)c.qkv[i]));
+        if (i % s.Q < d || cache.type != RETROFIT_BF16) continue;
+        cache.qkv[i] = retrofit_bf16_to_float(retrofit_float_to_bf16((float)cache.qkv[i]));
     }
-    c.want = zeros(s.B * S * d);
-    c.terms = zeros(s.B * S * d);
+    cache.want = zeros(s.B * S * d);
+    cache.terms = zeros(s.B * S * d);
     double *lse = zeros(s.B * S * s.H), *lse_terms = zeros(s.B * S * s.H);
-    reference_attention(c.want, lse, c.terms, lse_terms, c.qkv, s);
-    c.past = array_of(RETROFIT_I32, s.B, zeros(s.B));
-    c.keys = unset(c.type, s.B * c.capacity * c.width);
-    c.values = unset(c.type, s.B * c.capacity * c.width);
-    return c;
+    reference_attention(cache.want, lse, cache.terms, lse_terms, cache.qkv, s);
+    cache.past = array_of(RETROFIT_I32, s.B, zeros(s.B));
+    cache.keys = unset(cache.type, s.B * cache.capacity * cache.width);
+    cache.values = unset(cache.type, s.B * cache.capacity * cache.width);
+    return cache;
 }
 
 // The next T tokens of each row, `width` numbers each, from `all` S of them.
-static double *next_tokens(const cache *c, const double *all, size_t width, attention_shape s) {
+static double *next_tokens(const cache_case *cache, const double *all, size_t width,
+                           attention_shape s) {
     double *out = zeros(s.B * s.T * width);
     for (size_t n = 0; n < s.B * s.T; n++) {
-        size_t b = n / s.T, position = (size_t)c->past.host[b] + n % s.T;
-        memcpy(out + n * width, all + (b * c->S + position) * width, width * sizeof *out);
+        size_t b = n / s.T, position = (size_t)cache->past.host[b] + n % s.T;
+        memcpy(out + n * width, all + (b * cache->S + position) * width, width * sizeof *out);
     }
     return out;
 }
 
 // The tokens that are left in the row that has gone furthest.
-static size_t tokens_left(const cache *c, size_t B) {
-    size_t left = c->S;
-    for (size_t b = 0; b < B; b++) left = retrofit_min(left, c->S - (size_t)c->past.host[b]);
+static size_t tokens_left(const cache_case *cache, size_t B) {
+    size_t left = cache->S;
+    for (size_t b = 0; b < B; b++)
+        left = retrofit_min(left, cache->S - (size_t)cache->past.host[b]);
     return left;
 }
 
 static void test_attention_cached(void) {
     attention_shape s = pick_attention(1);
     size_t d = s.H * s.h;
-    cache c = pick_cache(s);
+    cache_case cache = pick_cache(s);
     for (size_t step = 0; step < 6; step++) {
-        size_t left = tokens_left(&c, s.B);
+        size_t left = tokens_left(&cache, s.B);
         if (!left) break;
         s.T = step % 2 ? 1 : random_between(1, left);
-        describe("B %zu T %zu past %g.. capacity %zu H %zu G %zu h %zu", s.B, s.T, c.past.host[0],
-                 c.capacity, s.H, s.G, s.h);
+        describe("B %zu T %zu past %g.. capacity %zu H %zu G %zu h %zu", s.B, s.T,
+                 cache.past.host[0], cache.capacity, s.H, s.G, s.h);
         array out = unset_act(s.B * s.T * d);
-        array qkv = array_of(ops->act_type, s.B * s.T * s.Q, next_tokens(&c, c.qkv, s.Q, s));
-        upload(c.past);
-        ops->kv_store(c.keys.data, c.values.data, qkv.data, c.past.i32, s.B, s.T, c.capacity, s.H,
-                      s.G, s.h, c.type);
-        ops->attention_cached(out.data, qkv.data, c.keys.data, c.values.data, c.past.i32, s.B, s.T,
-                              c.capacity, s.H, s.G, s.h, c.type);
-        check_near("out", out, next_tokens(&c, c.want, d, s), next_tokens(&c, c.terms, d, s), 1);
+        array qkv =
+            array_of(ops->act_type, s.B * s.T * s.Q, next_tokens(&cache, cache.qkv, s.Q, s));
+        upload(cache.past);
+        ops->kv_store(cache.keys.data, cache.values.data, qkv.data, cache.past.i32, s.B, s.T,
+                      cache.capacity, s.H, s.G, s.h, cache.type);
+        ops->attention_cached(out.data, qkv.data, cache.keys.data, cache.values.data,
+                              cache.past.i32, s.B, s.T, cache.capacity, s.H, s.G, s.h, cache.type);
+        check_near("out", out, next_tokens(&cache, cache.want, d, s),
+                   next_tokens(&cache, cache.terms, d, s), 1);
 
         // After the first step some rows keep less than what they were fed, so that they are of
         // unequal length. What lies behind a row's end is NaN again.
-        c.keys.host = download(c.keys);
-        c.values.host = download(c.values);
+        cache.keys.host = download(cache.keys);
+        cache.values.host = download(cache.values);
         for (size_t b = 0; b < s.B; b++)
-            c.past.host[b] += (double)(step ? s.T : random_between(1, s.T));
-        for (size_t i = 0; i < c.keys.n; i++) {
-            size_t b = i / c.width / c.capacity, position = i / c.width % c.capacity;
-            if (position < (size_t)c.past.host[b]) continue;
-            c.keys.host[i] = NAN;
-            c.values.host[i] = NAN;
+            cache.past.host[b] += (double)(step ? s.T : random_between(1, s.T));
+        for (size_t i = 0; i < cache.keys.n; i++) {
+            size_t b = i / cache.width / cache.capacity,
+                   position = i / cache.width % cache.capacity;
+            if (position < (size_t)cache.past.host[b]) continue;
+            cache.keys.host[i] = NAN;
+            cache.values.host[i] = NAN;
         }
-        upload(c.keys);
-        upload(c.values);
+        upload(cache.keys);
+        upload(cache.values);
     }
 }
 
@@ -1189,10 +1199,10 @@ static void test_axpby(void) {
 // ---- s_0 ---------------------------------------------------------------------------------------
 static double *states(const double *past, size_t B, size_t T, size_t d, float sigma,
                       uint64_t seed) {
-    array s = unset_f32(B * T * d);
+    array state = unset_f32(B * T * d);
     int32_t *starts = past ? array_of(RETROFIT_I32, B, copy_of(past, B)).i32 : NULL;
-    ops->state_init(s.f32, starts, B, T, d, sigma, seed);
-    return download(s);
+    ops->state_init(state.f32, starts, B, T, d, sigma, seed);
+    return download(state);
 }
 
 // In standard deviations of what independent numbers show.
