@@ -84,7 +84,7 @@
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1265
        Newton-Schulz                                   newton_schulz                     1168
        the operations: rmsnorm, rope, attention …      embedding_forward                 1303
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2145
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2142
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -1423,20 +1423,17 @@ static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, siz
 }
 
 // ---- Attention ---------------------------------------------------------------------------------
-// For every query head, over the tokens u ≤ t:
-//     s_tu = q_t·k_u/√h             dv_u  = Σ_t p_tu·dy_t
-//     p_tu = e^{s_tu - lse_t}       dp_tu = dy_t·v_u
-//     lse_t = log Σ_u e^{s_tu}      ds_tu = p_tu·(dp_tu - δ_t)      δ_t = Σ_u p_tu·dp_tu = dy_t·y_t
-//     y_t = Σ_u p_tu·v_u            dq_t  = Σ_u ds_tu·k_u/√h         dk_u = Σ_t ds_tu·q_t/√h
-//
-// p is the softmax of s; lse (log-sum-exp) is the one number per query and head that forward keeps,
-// and from which backward finds p again. δ comes from the softmax's denominator; it needs no p,
-// since Σ_u p_tu·(dy_t·v_u) = dy_t·Σ_u p_tu·v_u. p (T,T) is never whole in memory: section 10 works
-// on tiles of TILE queries by TILE keys.
-//
-// Grouped queries: head j of the H query heads reads key/value head j/(H/G), whose dk and dv
-// therefore are sums over H/G query heads. Attention crosses the borders of documents inside a row.
-// attention_forward and attention_backward stand with their tiles in section 10.
+// For every query head, with sums over the tokens u ≤ t that token t sees, or t ≥ u that see u:
+//     s_tu = q_t·k_u/√h           dv_u = Σ_t p_tu·dy_t       dp_tu = dy_t·v_u
+//     lse_t = log Σ_u e^{s_tu}    δ_t = Σ_u p_tu·dp_tu       ds_tu = p_tu·(dp_tu - δ_t)
+//     p_tu = e^{s_tu - lse_t}     dq_t = Σ_u ds_tu·k_u/√h
+//     y_t = Σ_u p_tu·v_u          dk_u = Σ_t ds_tu·q_t/√h
+// p is the softmax of s. Kept for backward are qkv after RoPE, y, and lse (log-sum-exp), one number
+// per query and head, from which p is found again. δ needs neither p nor dp, since
+// Σ_u p_tu·(dy_t·v_u) = dy_t·Σ_u p_tu·v_u = dy_t·y_t. Attention crosses the borders of documents
+// inside a row. Query head j reads key/value head j/(H/G), whose dk and dv therefore are sums over
+// H/G query heads. attention_forward and attention_backward stand in section 10, which works in
+// tiles: s and p (T,T) are never whole.
 
 // ---- SwiGLU ------------------------------------------------------------------------------------
 //     y = silu(g)∘u                 dg = dy∘u∘σ(g)∘(1 + g∘(1 - σ(g)))
@@ -4690,9 +4687,9 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
 // =================================================================================================
 
 // ---- Sums, maxima, exponentials ----------------------------------------------------------------
-// A compiler must not reorder a floating-point sum, and in a single running sum each addition waits
-// for the one before. So element i is added to lane i mod LANES, which vectorises; the lanes are
-// then added in pairs. The n mod LANES last elements, the tail, make a sum of their own.
+// In a single running sum each addition waits for the one before, and a compiler must not reorder
+// floating-point sums. So we do: element i is added to lane i mod LANES, which vectorises, and the
+// lanes are added in pairs. The n mod LANES last elements, the tail, make a sum of their own.
 enum { LANES = 16 };
 
 static float sum_lanes(const float *lanes) {
@@ -4719,14 +4716,14 @@ static float weighted_dot(const float *a, const float *weight, const float *b, s
     return sum_lanes(lanes) + tail;
 }
 
-// start + Σ x_i.
-static float add_up(float start, const float *x, size_t n) {
+// start·factor + Σ x_i.
+static float add_up(float start, float factor, const float *x, size_t n) {
     float lanes[LANES] = {0}, tail = 0;
     size_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int l = 0; l < LANES; l++) lanes[l] += x[i + l];
     for (; i < n; i++) tail += x[i];
-    return start + sum_lanes(lanes) + tail;
+    return start * factor + sum_lanes(lanes) + tail;
 }
 
 // NaN is passed over: it shows in the sum of exponentials that follows.
@@ -4741,8 +4738,8 @@ static float max_element(const float *x, size_t n) {
     return max;
 }
 
-// e^x to 1 part in 10^7, in arithmetic that vectorises: e^x = 2^n·e^r with n = round(x/log 2),
-// where e^r is a polynomial in r, |r| ≤ log(2)/2, and 2^n is n added to the exponent's bits.
+// e^x to 1 part in 10^7, in arithmetic that vectorises: e^x = 2^n·e^r with n = round(x/log 2). For
+// |r| ≤ log(2)/2 a polynomial is e^r, and 2^n is n added to the exponent's bits.
 static inline float fast_exp(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
@@ -4764,8 +4761,8 @@ static inline float fast_exp(float x) {
     return p + (x - x); // NaN stays NaN, whatever its bits
 }
 
-// Σ e^{x_i - max}. The terms are stored too unless `terms` is NULL; it may be x. Vocabularies are
-// large: blocks are summed in fp32, and the blocks' sums in double.
+// Σ e^{x_i - max}. Also stores the terms, unless `terms` is NULL; it may be x. Vocabularies are
+// large: blocks are summed in fp32, and the sums of blocks in double.
 static double sum_exp(float *terms, const float *x, size_t n, float max) {
     enum { BLOCK = 4096 };
     float e[BLOCK];
@@ -4773,74 +4770,73 @@ static double sum_exp(float *terms, const float *x, size_t n, float max) {
     for (size_t first = 0; first < n; first += BLOCK) {
         size_t count = retrofit_min(n - first, BLOCK), whole = count / LANES * LANES;
         for (size_t i = 0; i < count; i++) e[i] = fast_exp(x[first + i] - max);
-        sum += (double)add_up(0, e, whole) + add_up(0, e + whole, count - whole);
+        sum += (double)add_up(0, 1, e, whole) + add_up(0, 1, e + whole, count - whole);
         if (terms) memcpy(terms + first, e, count * sizeof *e);
     }
     return sum;
 }
 
 // ---- Matrix products: C = D + A·B --------------------------------------------------------------
-// The loops are those of BLIS (Van Zee, van de Geijn: BLIS, a framework for rapidly instantiating
-// BLAS functionality, 2015), outermost first:
+// By the loops of BLIS (Van Zee and van de Geijn, ACM TOMS 41, 2015), outermost first:
 //
-//     jc        strips of NC columns of B and C
-//     pc          blocks of KC terms of each sum. B's part (KC,NC), packed, stays in the L2 cache
-//     ir            MR rows of A and C. A's part (MR,KC) is packed and stays in the L1 cache
-//     jr              panels of NR columns
-//                       micro-kernel: C's part (MR,NR) stays in registers
+//     jc      strips of NC columns of B and C
+//     pc        blocks of KC terms of the sums: B's part (KC,NC) is packed and stays in the L2
+//     ir          MR rows of A and C: A's part (MR,KC) is packed and stays in the L1 cache
+//     jr            panels of NR columns
+//                     micro-kernel: C's part (MR,NR) stays in registers
 //
 //                 K                          N                            N
-//          ┌────┬────┬────┐       ┌────┬────┬────┬────┐        ┌────┬────┬────┬────┐
-//       MR │▒▒▒▒│    │    │    KC │▒▒▒▒│▒▒▒▒│    │    │     MR │████│    │    │    │
-//          ├────┴────┴────┤       ├────┴────┼────┴────┤        ├────┘    │         │
-//        M │              │   ·   │         │         │ K  =   │         │         │ M
-//          │              │       │         │         │        │         │         │
-//          └──────────────┘       └─────────┴─────────┘        └─────────┴─────────┘
-//            KC                     NR   NR                      NR
-//                                  └── NC ───┘                  └── NC ───┘
+//          ┌────┬─────────┐       ┌────┬────┬─────────┐        ┌────┬──────────────┐
+//       MR │▒▒▒▒│         │    KC │▒▒▒▒│▒▒▒▒│         │     MR │████│              │
+//          ├────┘         │       ├────┴────┘         │        ├────┘              │
+//        M │              │   ·   │                   │ K  =   │                   │ M
+//          │              │       │                   │        │                   │
+//          └──────────────┘       └───────────────────┘        └───────────────────┘
+//            KC                     NR   NR = NC                 NR
 //
-// For every k of its block the micro-kernel adds the outer product of a column of A (MR) and a row
-// of B (NR): MR + NR numbers are loaded for MR·NR multiply-adds, so that arithmetic is the
-// bottleneck and not loading. All else serves to keep it fed from the caches. "Packed" means copied
-// into a thread's own buffer in the very order in which the micro-kernel reads. (BLIS has one loop
-// more, over MC rows of A: with B's part in L2 instead of L3, MC = MR is enough.)
+// For every k the micro-kernel adds the outer product of a column of A (MR) and a row of B (NR): it
+// loads MR + NR numbers for MR·NR multiply-adds, so that arithmetic is the bottleneck, not loading.
+// All else serves to keep it fed from the caches. "Packed" means copied to a buffer of the thread,
+// in the very order in which the micro-kernel reads. (BLIS has one loop more, over MC rows of A:
+// with B's part in L2 instead of L3, MC = MR is enough.)
 //
-// A product with few rows (decoding a few tokens) needs every weight only a few times: reading B is
-// all the cost, and packing would double it. If B has k contiguous, as a weight matrix in x·wᵀ has,
-// it is read in place: see few_rows.
+// A few rows (decoding some tokens) need every weight only a few times: reading B is all the cost,
+// and packing would double it. If B has k contiguous, as wᵀ in y = x·wᵀ has, few_rows reads it in
+// place.
 //
-// The threads divide C among them. Every element of C is summed over k by one thread, in an order
-// that depends on K alone, so that its bits depend neither on the number of threads nor on the
-// strips.
+// The threads divide C among them. Each element is summed up by one thread, in an order that
+// depends on nothing but K and whether the rows are few: the bits don't depend on the number of
+// threads.
 
+// VECTOR is the number of floats in a register. The micro-kernel's part of C takes 3·MR registers:
+// 24 of AVX-512's 32, or 12 of 16.
 #if defined __AVX512F__
-enum { VECTOR = 16, MR = 8 }; // VECTOR: floats in a register. C takes 24 of the 32 registers,
+enum { VECTOR = 16, MR = 8 };
 #elif defined __AVX2__ && defined __FMA__
-enum { VECTOR = 8, MR = 4 }; // 12 of 16,
+enum { VECTOR = 8, MR = 4 };
 #else
-enum { VECTOR = 4, MR = 4 }; // 12 of 16.
+enum { VECTOR = 4, MR = 4 };
 #endif
 enum {
     NR = 3 * VECTOR,
-    KC = 512,                   // at most; NC is as much as the buffer then holds
-    B_BUFFER = (KC + 1) * 288,  // floats: 577 KiB
-    FEW = 8,                    // rows up to which few_rows is the faster way
+    KC = 512,                  // at most; NC is as much as packed_b then holds
+    B_PACKED = (KC + 1) * 288, // floats: 577 KiB
+    FEW = 8                    // rows up to which few_rows is the faster way
 };
 static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MR * KC];
-static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[B_BUFFER];
+static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[B_PACKED];
 
-// Without this the micro-kernel would be a call for each of its constant arguments' values.
+// Inlined even where a compiler finds it too large: its constant arguments must become constants.
 #define INLINE static inline __attribute__((always_inline))
-// A loop of constant length over registers, which have no index: only unrolled can they be the
-// elements of an array.
+// A loop over registers. These have no index: an array of them exists only if the loop is unrolled.
 #ifdef __clang__
 #define UNROLL(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
 #else
 #define UNROLL(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
 #endif
 
-// What a register holds, and the same in memory (_at): aligned like its elements only, and free to
-// alias them. A quad is what can be transposed on every machine.
+// A register, and the same in memory (_at): aligned like its elements only, and free to alias them.
+// A quad is what can be transposed on every machine.
 typedef float vector __attribute__((vector_size(4 * VECTOR)));
 typedef float vector_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
 typedef uint32_t vector_bits __attribute__((vector_size(4 * VECTOR)));
@@ -4879,7 +4875,9 @@ typedef struct {
 } matrix_product;
 
 // M rows from row i, and N columns from column j.
-INLINE matrix_product product_part(matrix_product p, size_t i, size_t M, size_t j, size_t N) {
+static matrix_product product_part(const matrix_product *product, size_t i, size_t M, size_t j,
+                                   size_t N) {
+    matrix_product p = *product;
     p.M = M;
     p.N = N;
     p.A = view_part(p.A, i, 0);
@@ -4890,7 +4888,8 @@ INLINE matrix_product product_part(matrix_product p, size_t i, size_t M, size_t 
 }
 
 // Terms k … end - 1 of the sums; those before are in C already.
-static matrix_product product_terms(matrix_product p, size_t k, size_t end) {
+static matrix_product product_terms(const matrix_product *product, size_t k, size_t end) {
+    matrix_product p = *product;
     p.K = end - k;
     p.A = view_part(p.A, 0, k);
     p.B = view_part(p.B, k, 0);
@@ -4946,19 +4945,19 @@ INLINE void pack_4x4(float *panel, size_t width, matrix_view V, retrofit_type ty
 INLINE void pack_row(float *row, size_t width, matrix_view V, retrofit_type type, size_t i,
                      size_t count, size_t k) {
     if (V.row == 1) {
-        const size_t at = k * V.col;
+        size_t at = k * V.col;
         for (; i + VECTOR <= count; i += VECTOR)
             *(vector_at *)(row + i) = load_vector(V.data, type, at + i);
         for (; i + 4 <= count; i += 4) *(quad_at *)(row + i) = load_quad(V.data, type, at + i);
     }
-    for (; i < count; i++) row[i] = load_one(V.data, type, i * V.row + k * V.col);
-    for (; i < width; i++) row[i] = 0;
+    for (; i < width; i++)
+        row[i] = i < count ? load_one(V.data, type, i * V.row + k * V.col) : 0;
 }
 
-// panel[k·width + i] = V(i, k) for k < depth and i < count, and 0 for count ≤ i < width. V is A, or
-// B transposed. What has k contiguous goes in blocks of 4x4, along k by whole cache lines: rows a
-// power of two apart compete for the same few places in the cache, and would be gone when we came
-// back.
+// panel[k·width + i] = V(i, k) for k < depth and i < count, and 0 for count ≤ i < width; V is A or
+// Bᵀ. What has k contiguous goes in blocks of 4x4, along k by whole cache lines: rows a power of
+// two apart compete for the same few places in the cache, and would be gone when we came back for
+// more.
 INLINE void pack_as(retrofit_type type, float *panel, size_t width, matrix_view V, size_t count,
                     size_t depth) {
     enum { LINE = 16 };
@@ -4984,66 +4983,72 @@ INLINE void copy_floats(void *to, const void *from, size_t n) {
     else memcpy(to, from, n * sizeof(float));
 }
 
-// C(i, j …) = D(i, j …) + sum.
-INLINE void store_vector(matrix_product p, size_t i, size_t j, vector sum) {
-    vector start = {0};
-    if (p.d) copy_floats(&start, p.d + i * p.d_row + j, p.N - j);
-    start += sum;
-    copy_floats(p.c + i * p.c_row + j, &start, p.N - j);
-}
-
-// C = D + A·B for a tile of MR rows and `vectors` registers of columns, from column j on. All MR
-// rows of A can be read; of C those rows and columns are stored that exist.
-INLINE void micro_kernel(size_t vectors, matrix_product p, size_t j) {
-    const float *a = p.A.data, *b = packed_b + j * p.K;
+// C = D + A·B for MR rows from i on and `vectors` registers of columns from j on, as far as they
+// exist. rows: those of A; all MR can be read.
+INLINE void micro_kernel(size_t vectors, const matrix_product *p, matrix_view rows, size_t i,
+                         size_t j) {
+    const float *a = rows.data, *b = packed_b + j * p->K;
     vector sum[MR][3] = {{{0}}};
-    for (size_t k = 0; k < p.K; k++) {
-        UNROLL(i, MR) UNROLL(v, vectors)
-            sum[i][v] += a[i * p.A.row] * *(const vector_at *)(b + v * VECTOR);
-        a += p.A.col;
+    for (size_t k = 0; k < p->K; k++) {
+        UNROLL(r, MR) UNROLL(v, vectors)
+            sum[r][v] += a[r * rows.row] * *(const vector_at *)(b + v * VECTOR);
+        a += rows.col;
         b += vectors * VECTOR;
     }
-    UNROLL(v, vectors) {
-        UNROLL(i, MR) if (i < p.M && j < p.N) store_vector(p, i, j, sum[i][v]);
-        j += VECTOR;
+    float *c = p->c + i * p->c_row + j;
+    const float *d = p->d ? p->d + i * p->d_row + j : NULL;
+    size_t m = p->M - i, n = p->N - j;
+    UNROLL(r, MR) UNROLL(v, vectors) {
+        size_t s = v * VECTOR;
+        if (r >= m || s >= n) continue;
+        vector start = {0};
+        if (d) copy_floats(&start, d + r * p->d_row + s, n - s);
+        start += sum[r][v];
+        copy_floats(c + r * p->c_row + s, &start, n - s);
     }
 }
 
-// Loop jr: MR rows meet the panels of a packed strip of B. Not inlined: in a larger function gcc
+// Loop jr: MR rows of A meet the packed panels of B. Not inlined, because in a larger function gcc
 // runs out of registers for the micro-kernel's addresses.
-static void multiply_panels(matrix_product p) {
+static __attribute__((noinline)) void multiply_panels(const matrix_product *product,
+                                                      matrix_view rows, size_t i) {
+    const matrix_product p = *product; // a copy that C surely does not alias
     for (size_t j = 0; j < p.N; j += NR) {
-        if (p.N - j > 2 * VECTOR) micro_kernel(3, p, j);
-        else if (p.N - j > VECTOR) micro_kernel(2, p, j);
-        else micro_kernel(1, p, j);
+        if (p.N - j > 2 * VECTOR) micro_kernel(3, &p, rows, i, j);
+        else if (p.N - j > VECTOR) micro_kernel(2, &p, rows, i, j);
+        else micro_kernel(1, &p, rows, i, j);
     }
 }
 
-// Loop ir: one block of terms of one strip. A is packed unless all MR rows are there and so few
-// panels that reading them in place costs no more.
-static __attribute__((noinline)) void multiply_strip(matrix_product p) {
-    for (size_t j = 0; j < p.N; j += NR) {
-        size_t n = retrofit_min(NR, p.N - j), width = ceil_of(n, VECTOR) * VECTOR;
-        pack(packed_b + j * p.K, width, transposed(view_part(p.B, 0, j)), n, p.K);
+// Loop ir, for one strip and one block of terms. If only one or two panels read the rows of A,
+// packing these would cost more than it saves.
+static void multiply_strip(const matrix_product *p) {
+    for (size_t j = 0; j < p->N; j += NR) {
+        size_t n = retrofit_min(NR, p->N - j), width = ceil_of(n, VECTOR) * VECTOR;
+        pack(packed_b + j * p->K, width, transposed(view_part(p->B, 0, j)), n, p->K);
     }
-    for (size_t i = 0; i < p.M; i += MR) {
-        matrix_product rows = product_part(p, i, retrofit_min(MR, p.M - i), 0, p.N);
-        if (rows.M < MR || p.N > 2 * NR || p.A.type != RETROFIT_F32) {
-            pack(packed_a, MR, rows.A, rows.M, p.K);
-            rows.A = view_transposed(packed_a, MR);
+    for (size_t i = 0; i < p->M; i += MR) {
+        size_t m = retrofit_min(MR, p->M - i);
+        matrix_view rows = view_part(p->A, i, 0);
+        if (m < MR || p->N > 2 * NR || p->A.type != RETROFIT_F32) {
+            pack(packed_a, MR, rows, m, p->K);
+            rows = view_transposed(packed_a, MR);
         }
-        multiply_panels(rows);
+        multiply_panels(p, rows, i);
     }
 }
 
 // Loops jc and pc.
-static void many_rows(matrix_product p) {
-    size_t blocks = p.K ? ceil_of(p.K, KC) : 1;
-    size_t NC = B_BUFFER / (p.K / blocks + 1) / VECTOR * VECTOR;
-    for (size_t j = 0; j < p.N; j += NC) {
-        matrix_product strip = product_part(p, 0, p.M, j, retrofit_min(NC, p.N - j));
-        for (size_t block = 0; block < blocks; block++)
-            multiply_strip(product_terms(strip, block * p.K / blocks, (block + 1) * p.K / blocks));
+static void many_rows(const matrix_product *p) {
+    size_t blocks = p->K ? ceil_of(p->K, KC) : 1;
+    size_t NC = B_PACKED / (p->K / blocks + 1) / VECTOR * VECTOR;
+    for (size_t j = 0; j < p->N; j += NC) {
+        matrix_product strip = product_part(p, 0, p->M, j, retrofit_min(NC, p->N - j));
+        for (size_t block = 0; block < blocks; block++) {
+            size_t k = block * p->K / blocks, end = (block + 1) * p->K / blocks;
+            matrix_product terms = product_terms(&strip, k, end);
+            multiply_strip(&terms);
+        }
     }
 }
 
@@ -5061,24 +5066,24 @@ INLINE quad add_lanes(const vector sum[4]) {
     return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// Up to `rows` rows of C, from row i on, and up to 4 columns from j on. A is packed row by row, and
-// B is read in place.
-INLINE void dots(size_t rows, retrofit_type type, matrix_product p, size_t i, size_t j) {
-    const float *a = packed_b + i * p.K;
+// C = D + A·B for `rows` rows from i on and 4 columns from j on, as far as they exist. A is packed
+// row by row, and B is read in place.
+INLINE void dots(size_t rows, retrofit_type type, const matrix_product *p, size_t i, size_t j) {
+    const float *a = packed_b + i * p->K;
     vector sum[4][4] = {{{0}}}; // of each row and column, a partial sum in every lane
     size_t column[4], k = 0;
-    UNROLL(s, 4) column[s] = retrofit_min(j + s, p.N - 1) * p.B.col; // past the end: the last again
-    for (; k + VECTOR <= p.K; k += VECTOR) {
+    UNROLL(s, 4) column[s] = retrofit_min(j + s, p->N - 1) * p->B.col; // past the end: the last
+    for (; k + VECTOR <= p->K; k += VECTOR) {
         vector w[4];
         UNROLL(s, 4) {
-            // A column is too short for the processor to find out by itself what to fetch ahead. We
-            // ask for the one 8 columns on; asking for what does not exist does no harm.
-            size_t ahead = (column[s] + 8 * p.B.col + k) * (type == RETROFIT_F32 ? 4 : 2);
-            __builtin_prefetch((const char *)p.B.data + ahead, 0, 2);
-            w[s] = load_vector(p.B.data, type, column[s] + k);
+            // A column is too short for the processor to find out by itself what to fetch next, so
+            // we ask for what is 8 columns on. Asking for what does not exist does no harm.
+            size_t ahead = (column[s] + 8 * p->B.col + k) * (type == RETROFIT_F32 ? 4 : 2);
+            __builtin_prefetch((const char *)p->B.data + ahead, 0, 2);
+            w[s] = load_vector(p->B.data, type, column[s] + k);
         }
         UNROLL(r, rows) {
-            vector x = *(const vector_at *)(a + r * p.K + k);
+            vector x = *(const vector_at *)(a + r * p->K + k);
 #ifdef __x86_64__
             __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
 #endif
@@ -5087,40 +5092,40 @@ INLINE void dots(size_t rows, retrofit_type type, matrix_product p, size_t i, si
     }
     UNROLL(r, rows) {
         quad lanes = add_lanes(sum[r]);
-        for (size_t s = 0; s < retrofit_min(4, p.N - j) && r < p.M - i; s++) {
+        for (size_t s = 0; s < retrofit_min(4, p->N - j) && r < p->M - i; s++) {
             float total = lanes[s];
-            for (size_t l = k; l < p.K; l++)
-                total += a[r * p.K + l] * load_one(p.B.data, type, column[s] + l);
-            float start = p.d ? p.d[(i + r) * p.d_row + j + s] : 0;
-            p.c[(i + r) * p.c_row + j + s] = start + total;
+            for (size_t l = k; l < p->K; l++)
+                total += a[r * p->K + l] * load_one(p->B.data, type, column[s] + l);
+            float start = p->d ? p->d[(i + r) * p->d_row + j + s] : 0;
+            p->c[(i + r) * p->c_row + j + s] = start + total;
         }
     }
 }
 
-// The dot products of all rows of A with all columns of B, whose elements are contiguous.
-INLINE void few_rows_as(size_t rows, retrofit_type type, matrix_product p) {
-    for (size_t j = 0; j < p.N; j += 4)
-        for (size_t i = 0; i < p.M; i += rows) dots(rows, type, p, i, j);
+INLINE void few_rows_as(size_t rows, retrofit_type type, const matrix_product *p) {
+    for (size_t j = 0; j < p->N; j += 4)
+        for (size_t i = 0; i < p->M; i += rows) dots(rows, type, p, i, j);
 }
 
-static void few_rows(matrix_product p) {
+static void few_rows(const matrix_product *product) {
+    const matrix_product p = *product;
     pack(packed_b, p.K, transposed(p.A), p.K, p.M); // A, row by row
-    if (p.M == 1 && p.B.type == RETROFIT_F32) few_rows_as(1, RETROFIT_F32, p);
-    else if (p.M == 1) few_rows_as(1, RETROFIT_BF16, p);
-    else if (p.B.type == RETROFIT_F32) few_rows_as(MR / 2, RETROFIT_F32, p);
-    else few_rows_as(MR / 2, RETROFIT_BF16, p);
+    if (p.M == 1 && p.B.type == RETROFIT_F32) few_rows_as(1, RETROFIT_F32, &p);
+    else if (p.M == 1) few_rows_as(1, RETROFIT_BF16, &p);
+    else if (p.B.type == RETROFIT_F32) few_rows_as(MR / 2, RETROFIT_F32, &p);
+    else few_rows_as(MR / 2, RETROFIT_BF16, &p);
 }
 
 // ---- The whole product -------------------------------------------------------------------------
 
-static void multiply(matrix_product p) {
-    if (p.M <= FEW && p.B.row == 1 && p.K <= B_BUFFER / FEW) few_rows(p);
+static void multiply(const matrix_product *p) {
+    if (p->M <= FEW && p->B.row == 1 && p->K <= B_PACKED / FEW) few_rows(p);
     else many_rows(p);
 }
 
 static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c,
                         size_t c_row, const float *d, size_t d_row) {
-    multiply((matrix_product){M, N, K, A, B, c, d, c_row, d_row});
+    multiply(&(matrix_product){M, N, K, A, B, c, d, c_row, d_row});
 }
 
 // How many threads are worth waking for so many multiply-adds.
@@ -5137,14 +5142,14 @@ static size_t part_begin(size_t index, size_t units, size_t parts, size_t size) 
     return index * units / parts * size;
 }
 
-// C is cut into a grid, `down` x `across` parts that are about square rather than wide. None is so
-// low that it would go the way of few rows if C as a whole does not: at least 3·MR rows.
+// C is cut into a grid of parts that are about square, not wide. None is so low that it would go
+// few_rows's way if C as a whole does not: each has more than 2·MR rows.
 static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
                  const float *d, size_t d_row) {
     matrix_product p = {M, N, K, A, B, c, d, c_row, d_row};
     size_t threads = gemm_threads(M * N * K);
     if (threads == 1) {
-        multiply(p);
+        multiply(&p);
         return;
     }
     size_t rows = ceil_of(M, MR), columns = ceil_of(N, VECTOR), down = 1;
@@ -5158,26 +5163,27 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
         size_t i_end = retrofit_min(M, part_begin(t / across + 1, rows, down, MR));
         size_t j = part_begin(t % across, columns, across, VECTOR);
         size_t j_end = retrofit_min(N, part_begin(t % across + 1, columns, across, VECTOR));
-        multiply(product_part(p, i, i_end - i, j, j_end - j));
+        matrix_product part = product_part(&p, i, i_end - i, j, j_end - j);
+        multiply(&part);
     }
 }
 
 // ---- Attention in tiles ------------------------------------------------------------------------
-// FlashAttention-2 (Dao, arXiv 2307.08691). Of the scores of T queries and T keys one tile exists
-// at a time, and those above the diagonal never do:
+// FlashAttention-2 (Dao, arXiv 2307.08691). Of the scores (T,T) one tile exists at a time, and what
+// lies above the diagonal never does:
 //
-//                     keys u
-//                 ┌────┬────┬────┐
-//                 │ ◣  │    │    │      forward: a task is a row of tiles, from left to right
-//       queries t ├────┼────┼────┤
-//                 │ ██ │ ◣  │    │      backward: a task is all tiles of the query heads sharing a
-//                 ├────┼────┼────┤      key/value head, whose dk and dv it adds up in a fixed order
-//                 │ ██ │ ██ │ ◣  │
-//                 └────┴────┴────┘
+//                    keys u
+//                ┌────┬────┬────┐
+//                │ ◣  │    │    │    forward: a task is a row of tiles, from left to right
+//      queries t ├────┼────┼────┤
+//                │ ██ │ ◣  │    │    backward: a task is all tiles of the query heads that share a
+//                ├────┼────┼────┤    key/value head, whose dk and dv it adds up in a fixed order
+//                │ ██ │ ██ │ ◣  │
+//                └────┴────┴────┘
 //
-// Forward keeps for each query the maximum m of the scores so far, l = Σ e^{s - m} and o = Σ e^{s -
-// m}·v. A tile that raises the maximum to m' first scales l and o by e^{m - m'}. At the end y =
-// o/l, and lse = m + log l. The products are gemm_serial's: the threads have a task each.
+// Forward keeps the maximum m of a query's scores so far, l = Σ e^{s - m}, and y = Σ e^{s - m}·v.
+// If a tile raises the maximum to m', l and y are first multiplied by e^{m - m'}. At the end y is
+// divided by l, and lse = m + log l.
 
 // One head of one sequence.
 typedef struct {
@@ -5187,23 +5193,23 @@ typedef struct {
     float *dq, *dk, *dv;      // (T,h), rows Q apart; added to
 } attention_head;
 
-// A tile's row of scores becomes e^{(score - max)·scale} for the first `seen` keys, which the query
-// may see, and 0 for the rest. Updates its maximum and sum; returns the factor by which to scale
-// what was summed up under the old maximum. The sum ends at `seen`, not at the tile's width: a
-// query's bits do not depend on how many others come with it.
+// Turns a query's q·k into e^{q·k/√h - m}, for the `seen` keys that it may see, and 0 for the rest.
+// scale is 1/√h, and *max is m without it. Updates *max and the sum l; returns e^{m - m'}. The sum
+// goes to `seen` and not to the tile's width: a query's bits must not depend on how many others
+// come with it.
 static float softmax_row(float *p, size_t seen, size_t width, float scale, float *max, float *sum) {
-    float tile_max = max_element(p, seen), new_max = tile_max > *max ? tile_max : *max;
+    float tile_max = max_element(p, seen);
+    float new_max = tile_max > *max ? tile_max : *max;
     float shrink = fast_exp((*max - new_max) * scale);
     for (size_t u = 0; u < seen; u++) p[u] = fast_exp((p[u] - new_max) * scale);
     memset(p + seen, 0, (width - seen) * sizeof *p);
-    *sum = add_up(*sum * shrink, p, seen);
+    *sum = add_up(*sum, shrink, p, seen);
     *max = new_max;
     return shrink;
 }
 
-// One row of tiles: y (rows,h) and, unless NULL, lse, each with rows y_row and lse_row apart. q
-// (rows,h) begins at its first query, which sees `before` keys besides its own; k and v begin at
-// key 0.
+// One row of tiles: y (rows,h), whose rows are y_row apart, and lse, NULL or with elements lse_row
+// apart. q begins at its first query, k and v at key 0; query i sees before + i + 1 keys.
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
                    matrix_view v, size_t rows, size_t before, size_t h) {
     float s[TILE * TILE], max[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
@@ -5211,21 +5217,22 @@ static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_vi
     for (size_t i = 0; i < rows; i++) {
         max[i] = -INFINITY;
         sum[i] = 0;
-        memset(y + i * y_row, 0, h * sizeof *y);
     }
     for (size_t u = 0; u < keys; u += TILE) {
         size_t width = retrofit_min(keys - u, TILE);
         // (1) the tile's scores, q·kᵀ
         gemm_serial(rows, width, h, q, transposed(view_part(k, u, 0)), s, TILE, NULL, 0);
-        // (2) e^{s - m}, and what was summed up so far under the new maximum
+        // (2) e^{s - m}; what was summed up under another maximum is scaled
         for (size_t i = 0; i < rows; i++) {
             size_t end = before + i + 1; // of the keys that query i sees
             size_t seen = end > u ? retrofit_min(end - u, width) : 0;
             float shrink = softmax_row(s + i * TILE, seen, width, scale, &max[i], &sum[i]);
+            if (u == 0) continue;
             for (size_t c = 0; c < h; c++) y[i * y_row + c] *= shrink;
         }
         // (3) the tile's share of the output
-        gemm_serial(rows, h, width, view(s, TILE), view_part(v, u, 0), y, y_row, y, y_row);
+        gemm_serial(rows, h, width, view(s, TILE), view_part(v, u, 0), y, y_row, u ? y : NULL,
+                    y_row);
     }
     for (size_t i = 0; i < rows; i++) {
         for (size_t c = 0; c < h; c++) y[i * y_row + c] /= sum[i];
@@ -5233,8 +5240,8 @@ static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_vi
     }
 }
 
-// p = e^{s·scale - lse} and ds = p·(dp - delta)·scale in place of s and dp, for the keys that the
-// query sees; 0 for the rest.
+// Turns a query's q·k into p = e^{q·k/√h - lse}, and its dp into ds/√h = p·(dp - δ)/√h, for the
+// keys that it sees; 0 for the rest.
 static void softmax_backward_row(float *p, float *ds, size_t seen, size_t width, float scale,
                                  float lse, float delta) {
     for (size_t u = 0; u < seen; u++) p[u] = fast_exp(p[u] * scale - lse);
@@ -5243,7 +5250,7 @@ static void softmax_backward_row(float *p, float *ds, size_t seen, size_t width,
     memset(ds + seen, 0, (width - seen) * sizeof *ds);
 }
 
-// What queries t … and keys u … of a tile add to dq, dk and dv.
+// What the tile at (t, u) adds to dq, dk and dv.
 static void attend_backward_tile(const attention_head *a, size_t t, size_t u) {
     float p[TILE * TILE], ds[TILE * TILE], scale = 1.0f / sqrtf((float)a->h);
     size_t rows = retrofit_min(a->T - t, TILE), width = retrofit_min(t + rows - u, TILE);
