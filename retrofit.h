@@ -24,13 +24,13 @@
 
        e      = prelude(wte[tokens])                                                (N,d)
        s_0    ~ N(0, σ²), what lies beyond ±3σ drawn again                          (N,d)
-       y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e     i = 1 … r,  A = [A_s | A_e]  (d,2d)
+       y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e     i = 1 … r            (N,d)
        s_i    = core(y_i)                                                           (N,d)
        logits = lm_head·RMSNorm_f(coda(s_r))                                        (N,V)
        L      = mean cross-entropy of the labels
 
-   The adapter has no bias. Apart from RMSNorm_f the only norms are those inside the blocks.
-   Formulas are for one token, a column; gradients of weights are sums over the N tokens.
+   A = [A_s | A_e] (d,2d), without a bias. Apart from RMSNorm_f the only norms are those inside the
+   blocks. Formulas are for one token, a column; gradients of weights are sums over the N tokens.
 
    The gradient. Write dX for ∂L/∂X, and coreᵀ for the derivative of the core, at y_i, applied to a
    gradient. Backward through head and coda gives ds_r. Then, for i = r, r - 1, …
@@ -50,11 +50,11 @@
    wte. s_0 is drawn, not learned, and needs no gradient.
 
    Truncation. Only the last k recurrences are followed back: the sums run over i = n + 1 … n + k,
-   and ds_n is set to zero, as if s_n were a constant like s_0. What is left out is every term of i
-   ≤ n, through the state and through e: in dA_s, dA_e, the core's gradient, de and so the prelude's
-   and wte's. Head, final norm and coda have their exact gradients; with n = 0 all have. The terms
-   left out have come back through k cores or more. Where states converge, which is what the
-   training brings about, each core makes them smaller, so they matter little; and the n first
+   and ds_n is taken as zero, as if s_n were a constant like s_0. What is left out is every term of
+   i ≤ n, through the state and through e: in dA_s, dA_e, the core's gradient, de and so the
+   prelude's and wte's. Head, final norm and coda have their exact gradients; with n = 0 all have.
+   The terms left out have come back through k cores or more. Where states converge, which is what
+   the training brings about, each core makes them smaller, so they matter little; and the n first
    recurrences need to store nothing: memory grows with k, not with r.
 
    Surgery (convert.c) makes the parts from the source's layers. The paper takes the first for the
@@ -62,29 +62,30 @@
    TinyLlama's 22; 0-3, 6-11, 12-15, or 0-1, 10-13, 14-15, of Llama-3.2-1B's 16. Any list may be
    given. Layers in no part are dropped for good. wte, final norm and head are copied; a head that
    shared wte becomes a matrix of its own. The adapter is new. As PyTorch's uniform of ±1/√(2d), the
-   authors' choice, it throws the pretrained signal away, which a long training heals. As [0 | I],
-   y_i = e at every i: the model starts as the source without the dropped layers, whatever r is,
-   until A_s has grown. In a short training this choice decides everything.
+   authors' choice, it throws the pretrained signal away, which a long training heals: y_1 is a
+   random mixture that the core has never seen, and more recurrences do not help it. As [0 | I], y_i
+   = e at every i: the model starts as the source without the dropped layers, whatever r is, until
+   A_s has grown. In a short training this choice decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   683
-       s_0                                             retrofit_init_state               706
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            711
-       s_i, without and with gradient                  retrofit_recur                    747
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               576
-       its gradient                                    block_backward                    608
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     759
-       L                                               retrofit_loss                     813
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               836
-       dA_e, de                                        injection_backward                854
-       floating-point operations                       retrofit_flops_per_token          887
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         950
-       the curriculum r̄(t)                             retrofit_curriculum               985
-       a training step                                 retrofit_training_step            1054
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   685
+       s_0                                             retrofit_init_state               708
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            713
+       s_i, without and with gradient                  retrofit_recur                    749
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               578
+       its gradient                                    block_backward                    610
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     761
+       L                                               retrofit_loss                     815
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               838
+       dA_e, de                                        injection_backward                856
+       floating-point operations                       retrofit_flops_per_token          889
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         952
+       the curriculum r̄(t)                             retrofit_curriculum               987
+       a training step                                 retrofit_training_step            1056
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1265
        Newton-Schulz                                   newton_schulz                     1168
        the operations: rmsnorm, rope, attention …      embedding_forward                 1303
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2142
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2143
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -202,13 +203,13 @@ typedef struct {
 } retrofit_model;
 
 // ---- Operations --------------------------------------------------------------------------------
-// The model is written once, over this table. The CPU's rows are in section 6, a GPU's, under the
-// same names and in the same order, in retrofit_cuda.cu. One contract holds for all of them:
-// arguments are outputs, inputs, sizes. Gradients of parameters add (+=), gradients of activations
-// are set (=), except the residual stream's, dx of rmsnorm_backward, which adds. Nothing allocates.
-// Every sum has a fixed order, so a run repeats bit for bit. The residual stream, states,
-// parameters and their gradients are fp32, `act` is the table's type. The formulas stand at the
-// definitions.
+// The model is written once, over this table. The CPU's rows are in sections 5, 6, 7 and, where
+// they have no formula, in 10; a GPU's, under the same names and in the same order, in
+// retrofit_cuda.cu. One contract holds for all of them: arguments are outputs, inputs, sizes.
+// Gradients of parameters add (+=), gradients of activations are set (=), except the residual
+// stream's, dx of rmsnorm_backward, which adds. Nothing allocates. Every sum has a fixed order, so
+// a run repeats bit for bit. The residual stream, states, parameters and their gradients are fp32,
+// `act` is the table's type. The formulas stand at the definitions.
 //   embedding         x (N,d) from wte (V,d)
 //   rmsnorm           out (N,d), rstd (N); dweight may be NULL
 //   matmul            out (N,O) = inp (N,I)·wᵀ, w (O,I); dinp (N,I); dw (O,I), rows `stride` apart
@@ -217,12 +218,12 @@ typedef struct {
 //                     begins at position past[b], or at 0 if past is NULL
 //   attention         out (N,d), lse (N,H) from qkv (N,Q); dqkv (N,Q), delta (N,H)
 //   swiglu            out (N,F) from gate_up (N,2F); backward gives out again
-//   cross_entropy     losses (N), 0 where a label is negative; unless scale is 0 the logits (N,V)
+//   cross_entropy     losses (N), 0 where a label is -100; unless scale is 0 the logits (N,V)
 //                     are replaced by their gradient
 //   cast, add, axpby  out = (act) x; x = keep·x + y; y = a·x + b·y
 //   state_init        s (B,T,d), a function of (seed, b, past[b] + t, column) alone
 //   kv_store …        keys, values (B,capacity,G·h) of `type`: section 7
-//   sum_squares …     *sum += Σ x², in double, on the device; and the optimizers': section 5
+//   sum_squares …     *sum += Σ x², by 256 in fp32, then in double; and the optimizers': section 5
 #define RETROFIT_OPS(X) \
     X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, \
       size_t d)) \
@@ -439,7 +440,7 @@ extern const retrofit_training retrofit_paper_training;
 
 // What one step does; a plain Llama has mean = depth = 0.
 typedef struct {
-    size_t mean, depth; // the mean of the draws, r̄(t); how many recurrences get gradients
+    size_t mean, depth; // of the draws: r̄(t), and how many recurrences get gradients at most
     float lr, muon_lr;
 } retrofit_plan;
 
@@ -499,7 +500,7 @@ static void mt19937_seed(mt19937 *generator, uint32_t seed);
 static double mt19937_normal(mt19937 *generator);
 static size_t mt19937_poisson(mt19937 *generator, double rate);
 
-// The operations: an optimizer's are in section 5, a CPU's in 6, the KV cache's in 7, sums in 10.
+// The operations of a CPU: sections 5, 6, 7 and 10.
 #define X(name, parameters) static void name parameters;
 RETROFIT_OPS(X)
 #undef X
@@ -571,8 +572,9 @@ void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t 
 // 2F)·c for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token
 // and layer. The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again.
 // With RETROFIT_KEEP_INPUTS only out, the next block's input, is kept, 4d bytes (8 KB), and the
-// rest is computed again as well: about a third more work. Each of the k recurrences also keeps
-// y_i, 4d. slot: where the layer's keys and values go in the KV cache, if there is one.
+// rest is computed again as well: a quarter more work. Each of the k recurrences keeps its C blocks
+// and y_i, the n nothing: memory grows with P + D + k·C.
+// slot: where the layer's keys and values go in the KV cache, if there is one.
 static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
                                 retrofit_block *block, const float *x, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
@@ -788,7 +790,7 @@ bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b
 // The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A
 // step accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has,
 // so a step's loss is the mean of its micro-batches' means, not that of all its tokens. A
-// micro-batch without a label has the loss NaN, and its step changes nothing.
+// micro-batch without a label has the loss NaN, and its step changes no parameter.
 
 // The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place
 // and goes on to the head and to dfinal before the next chunk is computed.
@@ -943,10 +945,10 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 // The draw depends on m, r̄ and K alone; m counts on over steps and epochs. Every device of a run,
 // and a run that was resumed, makes the same one, so no device waits for another that thinks
 // longer. The generator is PyTorch's, seeded anew for each draw as the authors do: 514229 (a
-// Fibonacci number) plus m, modulo 2³¹ - 1. Two uniforms of 53 bits give a normal number,
-// √(-2·log(1 - u₂))·cos(2πu₁). The Poisson number is how many uniforms can be multiplied before the
-// product falls to e^-rate; from a rate of 10 on it is Hörmann's PTRS (section 12). The rate is
-// rounded to fp32, as torch's is.
+// Fibonacci number) plus m, modulo 2³¹ - 1. The low 53 bits of two words, the first one high, make
+// a uniform, two uniforms a normal number, √(-2·log(1 - u₂))·cos(2πu₁). The Poisson number is how
+// many uniforms can be multiplied before the product falls to e^-rate; from a rate of 10 on it is
+// Hörmann's PTRS (section 12). The rate is rounded to fp32, as torch's is.
 void retrofit_draw_recurrences(uint64_t m, size_t mean, size_t K, size_t *n, size_t *k,
                                float *rate) {
     const double sigma = 0.5;
@@ -1009,8 +1011,8 @@ double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min
 
 // ---- The training ------------------------------------------------------------------------------
 // The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
-// tokens. (The authors' 4 to 64 GPUs make the same draw at a time; here each of the 128 has its
-// own.)
+// tokens. (The authors' 4 to 64 GPUs run as many micro-batches at a time with the same m and draw;
+// here the 128 of a step run one after another, each with an m of its own.)
 const retrofit_training retrofit_paper_training = {
     .steps = 50000, .accumulate = 128, .seed = 1, .sigma = (float)RETROFIT_STATE_STD,
     .mean_recurrence = 32, .curriculum = RETROFIT_CURRICULUM_1_SQRT, .curriculum_warmup = 0.75,
@@ -1088,10 +1090,8 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 // 5  Optimizers: AdamW, Muon, AdamW*
 // =================================================================================================
 // g below is the accumulated gradient times min(1, clip / (‖g‖ + 1e-6)), ‖g‖ the 2-norm over all
-// parameters that are trained, summed in double. The updates hardly depend on the gradient's scale;
-// clipping keeps one large gradient from ruling the moments for many steps. t counts updates from
-// 1. By --optimizer:
-//
+// parameters that are trained. The updates hardly depend on the gradient's scale; clipping keeps
+// one large gradient from ruling the moments for many steps. t counts updates from 1.
 //     parameter                      updated by   learning rate   weight decay   eps
 //     muon       w_qkv w_out         Muon         1e-3            1e-4
 //                w_gate_up w_down A
@@ -1133,16 +1133,16 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
 // of them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without U and
 // V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
 // coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 to 1 to
-// between .68 and 1.21; it does not converge to 1. The last factor, √(Q/d) for w_qkv, √(2F/d) for
+// between .68 and 1.20; it does not converge to 1. The last factor, √(Q/d) for w_qkv, √(2F/d) for
 // w_gate_up, 1 for the others, makes a tall matrix's step change its output as much as a wide
 // one's.
 //
 // w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The
-// step's size stays the same, thanks to the last factor, but it is shared out differently: where
-// the gradients of two stacked matrices have a direction of the input in common, with singular
-// values s₁ and s₂, their steps along it are s₁ and s₂ over √(s₁² + s₂²) instead of 1 each. The
-// authors' models are fused like ours. Their baseline is Hugging Face's Llama, whose q, k, v, gate
-// and up are matrices of their own; ours has them fused there too.
+// step's size stays the same, thanks to the last factor, but it is shared out differently: if two
+// stacked gradients both have the input direction x, with singular values s₁ and s₂, the stack has
+// it once, with √(s₁² + s₂²), and their steps along x are s₁ and s₂ over that instead of 1 each.
+// The authors' models are fused like ours. Their baseline is Hugging Face's Llama, whose q, k, v,
+// gate and up are matrices of their own; ours has them fused there too.
 static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale,
                           float momentum) {
     PARALLEL_FOR(n)
@@ -1199,12 +1199,12 @@ static void muon_step(retrofit_model *model, const retrofit_parameter *p,
 //     step = lr / bias1 / max(1, √mean(g²/v))      a tensor whose gradient is larger than v expects
 //                                                  takes a smaller step
 //     w ← w·(1 - decay·lr/peak_lr) - step·atan2(m, √(v / bias2))
-// atan2(m, √v) is about m/√v where that is small and never above π/2: it needs no eps. The weight
-// decay follows the schedule, not the size of the learning rate. The bias corrections stay although
-// the moments do not start at 0: the first step is 2.2·lr long.
+// atan2(m, √v) is about m/√v where that is small and never above π/2: eps is only the floor of √v.
+// The weight decay follows the schedule, not the size of the learning rate. The bias corrections
+// stay although the moments do not start at 0: the first step is 2.2·lr long.
 static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n,
                               float scale, float beta1, float beta2, float eps) {
-    enum { BLOCK = 1 << 12, BLOCKS = 256 }; // as in sum_squares
+    enum { BLOCK = 1 << 12, BLOCKS = 256 }; // summed side by side, added in order
     double total = 0;
     for (size_t at = 0; at < n; at += (size_t)BLOCK * BLOCKS) {
         double sums[BLOCKS] = {0};
@@ -1469,7 +1469,8 @@ static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act 
 // ---- Cross-entropy -----------------------------------------------------------------------------
 //     loss = log Σ_v e^{z_v} - z_label               dz = scale·(softmax(z) - onehot(label))
 //          = log Σ_v e^{z_v - max} + max - z_label
-// The second form, because e^{z_v} itself may overflow. A negative label counts for nothing.
+// The second form, because e^{z_v} itself may overflow. A label of -100 counts for nothing. scale
+// is 1/(micro-batches of the step · labels of this one).
 static void cross_entropy(float *losses, act *logits, const int32_t *labels, size_t N, size_t V,
                           float scale) {
     PARALLEL_FOR(N * V)

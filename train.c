@@ -138,7 +138,7 @@ static const retrofit_option option_table[] = {
     {"precision", RETROFIT_CHOICE, &options.precision, "bf16|fp32",
      "of matrices and activations on a GPU; masters and sums are fp32 (bf16)"},
     {"recompute", RETROFIT_FLAG, &options.recompute, NULL,
-     "keep a sixth of the activations and compute the rest again: a third more work"},
+     "keep a sixth of the activations and compute the rest again: a quarter more work"},
 };
 
 // The choices by their indices.
