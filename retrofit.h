@@ -23,14 +23,14 @@
              prelude, core, coda   r = n + k recurrences, n without and k with gradient
 
        e      = prelude(wte[tokens])                                                (N,d)
-       s_0    ~ N(0, σ²), cut at ±3σ                                                (N,d)
+       s_0    ~ N(0, σ²), what lies beyond ±3σ drawn again                          (N,d)
        y_i    = A·concat(s_{i-1}, e) = A_s·s_{i-1} + A_e·e     i = 1 … r,  A = [A_s | A_e]  (d,2d)
        s_i    = core(y_i)                                                           (N,d)
        logits = lm_head·RMSNorm_f(coda(s_r))                                        (N,V)
        L      = mean cross-entropy of the labels
 
-   The adapter has no bias, and there is no norm before, between or after the recurrences, only
-   those inside the blocks.
+   The adapter has no bias. Apart from RMSNorm_f the only norms are those inside the blocks.
+   Formulas are for one token, a column; gradients of weights are sums over the N tokens.
 
    The gradient. Write dX for ∂L/∂X, and coreᵀ for the derivative of the core, at y_i, applied to a
    gradient. Backward through head and coda gives ds_r. Then, for i = r, r - 1, …
@@ -51,45 +51,43 @@
 
    Truncation. Only the last k recurrences are followed back: the sums run over i = n + 1 … n + k,
    and ds_n is set to zero, as if s_n were a constant like s_0. What is left out is every term of i
-   ≤ n: in dA_s, in dA_e, in the core's gradient, in de and so in the prelude's and wte's. Head,
-   final norm and coda have their exact gradients; with n = 0 all have. The terms left out have come
-   back through k cores or more. Where states converge, which is what the training brings about,
-   each core makes them smaller, so they matter little; and the n first recurrences need to store
-   nothing: memory grows with k, not with r.
+   ≤ n, through the state and through e: in dA_s, dA_e, the core's gradient, de and so the prelude's
+   and wte's. Head, final norm and coda have their exact gradients; with n = 0 all have. The terms
+   left out have come back through k cores or more. Where states converge, which is what the
+   training brings about, each core makes them smaller, so they matter little; and the n first
+   recurrences need to store nothing: memory grows with k, not with r.
 
    Surgery (convert.c) makes the parts from the source's layers. The paper takes the first for the
    prelude, the last for the coda and the last before those for the core: 0-3, 10-17, 18-21 of
    TinyLlama's 22; 0-3, 6-11, 12-15, or 0-1, 10-13, 14-15, of Llama-3.2-1B's 16. Any list may be
    given. Layers in no part are dropped for good. wte, final norm and head are copied; a head that
    shared wte becomes a matrix of its own. The adapter is new. As PyTorch's uniform of ±1/√(2d), the
-   authors' choice, it throws the pretrained signal away, which a long training heals. As [0 | I]
-   the model starts as the source without the dropped layers, the same at every r, for the state is
-   ignored until A_s has grown: in a short training that decides everything.
+   authors' choice, it throws the pretrained signal away, which a long training heals. As [0 | I],
+   y_i = e at every i: the model starts as the source without the dropped layers, whatever r is,
+   until A_s has grown. In a short training this choice decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   692
-       s_0                                             retrofit_init_state               715
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            720
-       s_i, without and with gradient                  retrofit_recur                    756
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               585
-       its gradient                                    block_backward                    617
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     768
-       L                                               retrofit_loss                     821
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               844
-       dA_e, de                                        injection_backward                862
-       floating-point operations                       retrofit_flops_per_token          894
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         955
-       the curriculum r̄(t)                             retrofit_curriculum               987
-       a training step                                 retrofit_training_step            1055
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   683
+       s_0                                             retrofit_init_state               706
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            711
+       s_i, without and with gradient                  retrofit_recur                    747
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               576
+       its gradient                                    block_backward                    608
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     759
+       L                                               retrofit_loss                     813
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               836
+       dA_e, de                                        injection_backward                854
+       floating-point operations                       retrofit_flops_per_token          887
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         950
+       the curriculum r̄(t)                             retrofit_curriculum               985
+       a training step                                 retrofit_training_step            1054
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1265
-       Newton-Schulz                                   newton_schulz                     1169
+       Newton-Schulz                                   newton_schulz                     1168
        the operations: rmsnorm, rope, attention …      embedding_forward                 1303
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2144
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2145
 
-   Usage: in ONE C file, before any other header,
-       #define RETROFIT_IMPLEMENTATION
-       #include "retrofit.h"
-   and plain #include "retrofit.h" elsewhere, in C11 or C++17. Compile with -O3 -march=native
+   Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
+   file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
    -ffp-contract=fast, and -fopenmp for threads; link with -lm. License: MIT. */
 #ifndef RETROFIT_H
 #define RETROFIT_H
@@ -314,7 +312,7 @@ typedef enum {
     RETROFIT_INFERENCE, RETROFIT_TRAINING, RETROFIT_TRAINING_CORE, RETROFIT_TRAINING_ADAPTER
 } retrofit_mode;
 // What a forward pass keeps for backward: nothing (blocks run in place), all that retrofit_block
-// lists, or each block's input alone, from which backward computes the rest again (--recompute).
+// lists, or each block's output alone, from which backward computes the rest (--recompute).
 typedef enum { RETROFIT_KEEP_NOTHING, RETROFIT_KEEP_ALL, RETROFIT_KEEP_INPUTS } retrofit_keep;
 
 // What backward needs of one block.
@@ -358,7 +356,6 @@ typedef struct {
     retrofit_keep keep;
     void *arena;
     size_t bytes;
-
     size_t b, t, N;           // of the current batch: rows, columns, b·t
     size_t n, k;              // recurrences it has run without and with gradient
     int32_t *tokens, *labels; // (N)
@@ -453,9 +450,9 @@ typedef struct {
     size_t n, k; // of the last micro-batch
 } retrofit_step;
 
-// n and k of micro-batch m = 1, 2, 3, … for mean recurrence r and depth K; *rate: NULL, or the
-// draw.
-void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate);
+// n and k of micro-batch m = 1, 2, 3, … for the mean r̄ and the depth K; *rate: NULL, or the draw.
+void retrofit_draw_recurrences(uint64_t m, size_t mean, size_t K, size_t *n, size_t *k,
+                               float *rate);
 // Schedules at step t (from 0) of S: the mean recurrence before it is rounded up, a value that
 // grows linearly from start·base to base (the depth), the learning rate. w, c: shares of S.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R);
@@ -479,10 +476,7 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 
 // ---- What the method needs besides operations, from Part III -----------------------------------
 // Records an error, one line, and returns false, so that a caller can return it.
-#ifdef __GNUC__
-__attribute__((format(printf, 1, 2)))
-#endif
-bool retrofit_fail(const char *format, ...);
+__attribute__((format(printf, 1, 2))) bool retrofit_fail(const char *format, ...);
 size_t retrofit_type_size(retrofit_type type); // bytes of an element
 static inline size_t retrofit_min(size_t a, size_t b) { return a < b ? a : b; }
 static inline size_t retrofit_max(size_t a, size_t b) { return a > b ? a : b; }
@@ -563,25 +557,22 @@ void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t 
 // 2  A block, forward and backward
 // =================================================================================================
 // Llama's block, on the residual stream x (N,d):
-//
 //     a   = attention(rope(W_qkv·RMSNorm_1(x)))          mid = x + W_out·a
 //     s   = swiglu(W_gate_up·RMSNorm_2(mid))             out = mid + W_down·s
-//
 // Backward has dx, the gradient of out, and turns it into that of x. Each branch adds to the
 // stream, so the stream's gradient passes unchanged and the branch's is added to it:
 //
 //     ds   = W_downᵀ·dx       dW_down    += dx·sᵀ        dx += RMSNorm_2ᵀ(W_gate_upᵀ·swigluᵀ(ds))
 //     da   = W_outᵀ·dx        dW_out     += dx·aᵀ        dx += RMSNorm_1ᵀ(W_qkvᵀ·ropeᵀ(attnᵀ(da)))
-//
 // where fᵀ(dy) is the derivative of f applied to dy, and dW_gate_up, dW_qkv are the products of
-// what came in from behind with the norms' outputs.
+// their outputs' gradients with the norms' outputs.
 //
 // What is kept for that: with c bytes for an element of act, 8 + 4H for rstd and lse, (Q + d +
 // 2F)·c for qkv, attention and gate_up, 8d for mid and out; for TinyLlama in bf16 48 KB per token
 // and layer. The norms' outputs and swiglu's, 2d + F elements, are cheap and are computed again.
-// With RETROFIT_KEEP_INPUTS only out is kept, 4d bytes (8 KB), and the rest is computed again as
-// well: about a third more work.
-// slot: where the layer's keys and values go in the KV cache, if there is one.
+// With RETROFIT_KEEP_INPUTS only out, the next block's input, is kept, 4d bytes (8 KB), and the
+// rest is computed again as well: about a third more work. Each of the k recurrences also keeps
+// y_i, 4d. slot: where the layer's keys and values go in the KV cache, if there is one.
 static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
                                 retrofit_block *block, const float *x, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
@@ -708,10 +699,10 @@ bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b
 }
 
 // ---- Recurrence: s_i = core(A_s·s_{i-1} + A_e·e) -----------------------------------------------
-// s_0 ~ N(0, σ²), cut at ±3σ, in training and at test time, drawn anew for every micro-batch: the
-// model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests. Each number is a
-// function of (seed, row, position, column); the authors' are drawn by torch for the whole batch at
-// once, so that in their module a row's logits depend on what comes with it. Ours do not.
+// The same distribution in training and at test time (σ: RETROFIT_STATE_STD), drawn anew for every
+// micro-batch: the model learns to reach its answer from anywhere. σ = 0 gives s_0 = 0, for tests.
+// Each number is a function of (seed, row, position, column); the authors' are drawn by torch for
+// the whole batch at once, so that in their module a row's logits depend on what comes with it.
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed) {
     draw_states(buffers, buffers->state, sigma, seed);
 }
@@ -796,7 +787,8 @@ bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b
 // ---- Loss --------------------------------------------------------------------------------------
 // The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A
 // step accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has,
-// so a step's loss is the mean of its micro-batches' means, not that of all its tokens.
+// so a step's loss is the mean of its micro-batches' means, not that of all its tokens. A
+// micro-batch without a label has the loss NaN, and its step changes nothing.
 
 // The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place
 // and goes on to the head and to dfinal before the next chunk is computed.
@@ -858,7 +850,7 @@ static void recurrence_backward(retrofit_buffers *buffers) {
     }
 }
 
-// dA_e = (Σ dY_i)·eᵀ and, unless the prelude is frozen, de = A_eᵀ·(Σ dY_i) into dx.
+// dA_e = (Σ dY_i)·eᵀ and, unless the prelude is frozen, de = A_eᵀ·(Σ dY_i), which overwrites dx.
 static void injection_backward(retrofit_buffers *buffers) {
     retrofit_model *model = (retrofit_model *)buffers->model;
     const retrofit_ops *ops = model->ops;
@@ -890,7 +882,8 @@ void retrofit_backward(retrofit_buffers *buffers) {
 // A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
 // costs 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless
 // they are frozen. Recurrences without gradient cost 1. A_e·e and its gradients are computed once,
-// whatever r is. (The ds of the first recurrence with gradient, which truncation saves, counts.)
+// whatever r is. (A_sᵀ·dY_{n+1}, which truncation never computes, is counted all the same.)
+// TinyLlama (4,8,4) with n = 25, k = 8 costs 6 times as much as the 22 layers of its source.
 double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
                                 size_t n, size_t k) {
     static const int passes[4][5] = { // over prelude, A_e, core, A_s, coda with head
@@ -926,8 +919,8 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 // ---- The sampler -------------------------------------------------------------------------------
 // How often the core runs is drawn anew for every micro-batch m = 1, 2, 3, …:
 //
-//     rate ~ LogNormal(ln r - σ²/2, σ),  σ = 1/2          its mean is r
-//     p    ~ Poisson(rate) + 1                            recurrences
+//     rate ~ LogNormal(ln r̄ - σ²/2, σ),  σ = 1/2         its mean is r̄, the plan's
+//     p    ~ Poisson(rate) + 1                            recurrences, section 0's r
 //     n = max(p - K, 0) without gradient, then k = min(p, K) with
 //
 // A model trained at one depth is good at that depth alone. A Poisson draw varies depth, but too
@@ -935,28 +928,31 @@ double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, s
 // model must still be right three or four times as deep as usual, and becomes stable there. The
 // rows of a micro-batch share a draw, for they go through the core together. The mean of a
 // log-normal number is e^{μ + σ²/2}: hence the -σ²/2. A Poisson draw can be 0, and a model must run
-// its core once: hence the + 1, and hence the mean of n + k is r + 1. A hundred thousand draws for
-// r = K = 8 have the mean 8.98 and the deviation 5.1; the largest is 77:
+// its core once: hence the + 1, and hence the mean of n + k is r̄ + 1. A hundred thousand draws for
+// r̄ = K = 8 have the mean 8.98 and the deviation 5.1; the largest is 77:
 //
 //     recurrences   1 –  4   █████████                17.0 %
 //                   5 –  8   ███████████████████      37.5 %
 //                   9 – 16   ███████████████████      37.5 %
 //                  17 – 77   ████                      8.1 %
 //
-// In place of r the code has max(r, K): the authors write ln(max(r - K, 0) + K), so that a mean
+// In place of r̄ the code has max(r̄, K): the authors write ln(max(r̄ - K, 0) + K), so that a mean
 // below K draws like K. Without the max such draws would differ from theirs. A training never sees
-// it, because its plan lowers K to r first.
+// it, because its plan lowers K to r̄ first.
 //
-// The draw depends on m alone, which counts on over steps and epochs. Every device of a run, and a
-// run that was resumed, makes the same one, so no device waits for another that thinks longer. The
-// generator is PyTorch's, seeded anew for each draw as the authors do: 514229 (a Fibonacci number)
-// plus m, modulo 2³¹ - 1. A normal number takes two uniforms (Box and Muller); the Poisson number
-// counts a product of uniforms below a rate of 10, from there on it is Hörmann's PTRS: section 12.
-void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t *k, float *rate) {
+// The draw depends on m, r̄ and K alone; m counts on over steps and epochs. Every device of a run,
+// and a run that was resumed, makes the same one, so no device waits for another that thinks
+// longer. The generator is PyTorch's, seeded anew for each draw as the authors do: 514229 (a
+// Fibonacci number) plus m, modulo 2³¹ - 1. Two uniforms of 53 bits give a normal number,
+// √(-2·log(1 - u₂))·cos(2πu₁). The Poisson number is how many uniforms can be multiplied before the
+// product falls to e^-rate; from a rate of 10 on it is Hörmann's PTRS (section 12). The rate is
+// rounded to fp32, as torch's is.
+void retrofit_draw_recurrences(uint64_t m, size_t mean, size_t K, size_t *n, size_t *k,
+                               float *rate) {
     const double sigma = 0.5;
     mt19937 generator;
     mt19937_seed(&generator, (uint32_t)((514229 + m) % 0x7fffffffu));
-    double mu = log((double)retrofit_max(r, K)) - sigma * sigma / 2;
+    double mu = log((double)retrofit_max(mean, K)) - sigma * sigma / 2;
     float drawn = (float)exp(mu + sigma * mt19937_normal(&generator));
     size_t p = mt19937_poisson(&generator, (double)drawn) + 1;
     *n = p > K ? p - K : 0;
@@ -965,15 +961,16 @@ void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t
 }
 
 // ---- Schedules ---------------------------------------------------------------------------------
-// All of them are functions of the step t = 0 … S - 1; w and c are shares of the S steps.
+// All of them are functions of the step t = 0 … S - 1. w and c are shares of the S steps; each
+// schedule has its own w.
 //
 //     curriculum     r̄(t) = ceil(R·f(t / ceil(w·S))),  f(x) = x or 1 - √(1 - x);  0 becomes 1
 //     depth          K(t) = ceil(K·(a + (1 - a)·t / ceil(w·S))),  a = start/K, and at most r̄(t)
 //     learning rate  lr·(a + (1 - a)·t / ceil(w·S)),  a = min_lr_ratio, then lr, and over the last
-//                    ceil(c·S) steps  lr·(a + (1 - a)·(1 + cos(π·x))/2),  x from 0 to 1
+//                    u = ceil(c·S) steps  lr·(a + (1 - a)·(1 + cos(π·x))/2),  x = (t - (S - u))/u
 //
 // The curriculum lets most of the training happen where recurrences are cheap. In the paper's runs,
-// R = 32, K = 8, S = 50,000, w = .75 and 1 - √(1 - x), which stays low long and rises late:
+// R = 32, K = 8, S = 50,000, its w = .75 and 1 - √(1 - x), which stays low long and rises late:
 //
 //     step t                  0   3,750   9,375   18,750   28,125   33,750   37,500 …
 //     r̄(t)                    1       2       5       10       16       22       32
@@ -981,9 +978,10 @@ void retrofit_draw_recurrences(uint64_t m, size_t r, size_t K, size_t *n, size_t
 //
 // After its warm-up the curriculum stays at R, the depth at K (in the paper's runs from the
 // beginning), the learning rate at lr until it falls; a warm-up that reaches into the fall goes
-// first. At t = S, one step past the end, the authors' schedules return to their starting value:
-// the curriculum to 0, the depth to its start, the learning rate to min_lr_ratio·lr, where its
-// cosine ends anyway. Ours do the same, since the fixtures include that step; no training takes it.
+// first, then the rate jumps onto the cosine. At t = S, one step past the end, the authors'
+// schedules return to their starting value: the curriculum to 0, the depth to its start, the rate
+// to a·lr, where its cosine ends anyway. Ours do the same, since the fixtures include that step; no
+// training takes it.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
     double warmup = ceil(w * (double)S);
     if (kind == RETROFIT_CURRICULUM_NONE) return R;
@@ -1011,7 +1009,8 @@ double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min
 
 // ---- The training ------------------------------------------------------------------------------
 // The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
-// tokens. (The authors' 4 to 64 GPUs draw once for a micro-batch on each of them.)
+// tokens. (The authors' 4 to 64 GPUs make the same draw at a time; here each of the 128 has its
+// own.)
 const retrofit_training retrofit_paper_training = {
     .steps = 50000, .accumulate = 128, .seed = 1, .sigma = (float)RETROFIT_STATE_STD,
     .mean_recurrence = 32, .curriculum = RETROFIT_CURRICULUM_1_SQRT, .curriculum_warmup = 0.75,
@@ -1100,17 +1099,16 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
 //     adamw      all                 AdamW        5e-5            1e-4           1e-8
 //     ellisadam  all                 AdamW*       5e-5            1e-4           1e-6
 //
-// 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam which the Muon package brings along
-// for what is no matrix. Weight decay is on every parameter, norms and embeddings too, and shrinks
-// with the learning rate. Learning rates are peaks; all follow the same schedule (section 4).
-// throttle divides those of adapter and core by the step's mean k, for their gradients are sums
-// over k recurrences.
-
+// β₁ = .9 and β₂ = .95 for all three. 1e-8 is PyTorch's default for AdamW, 1e-10 that of the Adam
+// which the Muon package brings along for what is no matrix. Weight decay is on every parameter,
+// norms and embeddings too. Learning rates are peaks; all follow one schedule (section 4), and the
+// decay with them. throttle divides those of adapter and core by the step's mean k: what runs k
+// times moves the output k times as far.
 // ---- AdamW -------------------------------------------------------------------------------------
 //     m ← m + (1 - β₁)·(g - m)             m̂ = m / (1 - β₁ᵗ)
 //     v ← β₂·v + (1 - β₂)·g²               v̂ = v / (1 - β₂ᵗ)
 //     w ← w·(1 - lr·decay) - lr·m̂ / (√v̂ + eps)
-// bias1 and bias2 are the two denominators.
+// m and v start at 0; bias1 and bias2 are the two denominators.
 static void adamw_update(float *w, float *m, float *v, const float *g, size_t n, float scale,
                          float lr, float beta1, float beta2, double bias1, double bias2, float eps,
                          float decay) {
@@ -1127,16 +1125,17 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
 // ---- Muon --------------------------------------------------------------------------------------
 //     m ← m + (1 - μ)·(g - m)                      momentum, μ = .95
 //     u = g + μ·(m - g)                            Nesterov's look ahead
-//     X = u / (‖u‖ + 1e-7), transposed if it has more rows than columns
-//     five times:  X ← a·X + (b·A + c·A²)·X,  A = X·Xᵀ,  (a, b, c) = (3.4445, -4.7750, 2.0315)
+//     X = u / (‖u‖ + 1e-7), ‖u‖² = Σ u_ij², transposed if it has more rows than columns
+//     five times:  X ← a·X + (b·M + c·M²)·X,  M = X·Xᵀ,  (a, b, c) = (3.4445, -4.7750, 2.0315)
 //     w ← w·(1 - lr·decay) - lr·√max(1, rows/cols)·X
 //
 // Adam steps along a matrix's few strongest directions; Muon takes an equally long step along all
 // of them. With u = U·diag(s)·Vᵀ that step would be U·Vᵀ. The iteration comes close without U and
 // V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
 // coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 to 1 to
-// between .68 and 1.14; it does not converge to 1. √max(1, rows/cols), which is 1 for w_out, w_down
-// and A, makes a tall matrix's step change its output as much as a wide one's.
+// between .68 and 1.21; it does not converge to 1. The last factor, √(Q/d) for w_qkv, √(2F/d) for
+// w_gate_up, 1 for the others, makes a tall matrix's step change its output as much as a wide
+// one's.
 //
 // w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The
 // step's size stays the same, thanks to the last factor, but it is shared out differently: where
@@ -1169,12 +1168,12 @@ static void muon_update(float *w, const act *x_, size_t rows, size_t cols, float
 static void newton_schulz(retrofit_model *model, size_t rows, size_t cols) {
     const retrofit_ops *ops = model->ops;
     size_t r = retrofit_min(rows, cols), c = retrofit_max(rows, cols);
-    act *X = model->muon_x, *Y = model->muon_y, *A = model->muon_a, *B = model->muon_b;
-    retrofit_weight x = {X, ops->act_type, c}, a = {A, ops->act_type, r};
+    act *X = model->muon_x, *Y = model->muon_y, *M = model->muon_a, *B = model->muon_b;
+    retrofit_weight x = {X, ops->act_type, c}, m = {M, ops->act_type, r};
     for (int i = 0; i < 5; i++) {
-        ops->matmul_forward(A, X, x, r, c, r);               // A = X·Xᵀ
-        ops->matmul_forward(B, A, a, r, r, r);               // B = A·Aᵀ = A², A being symmetric
-        ops->axpby(B, A, r * r, -4.7750f, 2.0315f);          // B = b·A + c·A²
+        ops->matmul_forward(M, X, x, r, c, r);               // M = X·Xᵀ
+        ops->matmul_forward(B, M, m, r, r, r);               // B = M·Mᵀ = M², M being symmetric
+        ops->axpby(B, M, r * r, -4.7750f, 2.0315f);          // B = b·M + c·M²
         ops->matmul_backward_input(Y, B, x, r, c, r);        // Y = B·X
         ops->axpby(X, Y, r * c, 1, 3.4445f);                 // X = Y + a·X
     }
@@ -1201,7 +1200,8 @@ static void muon_step(retrofit_model *model, const retrofit_parameter *p,
 //                                                  takes a smaller step
 //     w ← w·(1 - decay·lr/peak_lr) - step·atan2(m, √(v / bias2))
 // atan2(m, √v) is about m/√v where that is small and never above π/2: it needs no eps. The weight
-// decay follows the schedule, not the size of the learning rate.
+// decay follows the schedule, not the size of the learning rate. The bias corrections stay although
+// the moments do not start at 0: the first step is 2.2·lr long.
 static void ellisadam_moments(float *m, float *v, double *sum, const float *g, size_t n,
                               float scale, float beta1, float beta2, float eps) {
     enum { BLOCK = 1 << 12, BLOCKS = 256 }; // as in sum_squares
@@ -1324,7 +1324,8 @@ static void embedding_backward(float *dwte, const int32_t *tokens, const float *
 // ---- RMSNorm -----------------------------------------------------------------------------------
 //     y = ρ·x∘w                     dx += ρ·(g - ρ²·mean(g∘x)·x)     with g = dy∘w
 //     ρ = 1/√(mean(x²) + ε)         dw += Σ_n ρ_n·dy_n∘x_n
-// The second term of dx is ρ's own derivative, ∂ρ/∂x = -ρ³·x/d.
+// The second term of dx is ρ's own derivative, ∂ρ/∂x = -ρ³·x/d. Where act is bf16, y alone is
+// rounded.
 static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
                             size_t d, float eps) {
     float *y = out;
@@ -1389,7 +1390,7 @@ static void matmul_backward_weight(float *dw, size_t stride, const act *dout, co
 
 // ---- RoPE --------------------------------------------------------------------------------------
 // Elements i and i + h/2 of a head of q or k are a point (a, b) of the plane. At position t it
-// turns by the angle φ = t·θ_i:
+// turns by the angle φ = t·ω_i, ω_i = θ^{-2i/h} (Llama-3.2 rescales the slow ones: rope_frequency):
 //     a' = a·cos φ - b·sin φ        b' = b·cos φ + a·sin φ
 // so that q·k depends on the distance of their positions alone. The gradient turns back, by -φ.
 static void rotate(float *qkv, const float *table, const int32_t *past, size_t B, size_t T,
@@ -4825,7 +4826,8 @@ enum {
     B_BUFFER = (KC + 1) * 288,  // floats: 577 KiB
     FEW = 8,                    // rows up to which few_rows is the faster way
 };
-static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MR * KC], packed_b[B_BUFFER];
+static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MR * KC];
+static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[B_BUFFER];
 
 // Without this the micro-kernel would be a call for each of its constant arguments' values.
 #define INLINE static inline __attribute__((always_inline))

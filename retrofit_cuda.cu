@@ -1711,11 +1711,11 @@ DEVICE void transposed_gradient(float (&p)[ROWS / 8][4], float (&ds)[ROWS / 8][4
     EACH (j, ROWS / 8)
         EACH (e, 4) {
             int r = 8 * j + column + e % 2;
-            bool seen = (key + e / 2 * 8) * rows.group <= r0 + r && r0 + r < rows.count;
-            bool counts = !edge || seen;
+            int first = (key + e / 2 * 8) * rows.group; // the first row that sees the key
+            bool seen = !edge || (first <= r0 + r && r0 + r < rows.count);
             float x = exp2f(p[j][e] * scale - lse[r]);
-            p[j][e] = counts ? x : 0.0f;
-            ds[j][e] = counts ? x * (ds[j][e] - delta[r]) * inverse_root : 0.0f;
+            p[j][e] = seen ? x : 0.0f;
+            ds[j][e] = seen ? x * (ds[j][e] - delta[r]) * inverse_root : 0.0f;
         }
 }
 

@@ -32,7 +32,7 @@ for program in convert train infer; do
 done
 
 # What stands in `code` elsewhere: an option of one of the three. Those with _ or . are the authors'.
-grep -vE '^ {4}|huggingface-cli' "$work/text" | grep -oE '`[^`]*`' | grep -oE -- '--[a-z][A-Za-z0-9_.-]*' |
+grep -vE '^ {4}|huggingface-cli|pytorch_peer' "$work/text" | grep -oE '`[^`]*`' | grep -oE -- '--[a-z][A-Za-z0-9_.-]*' |
     grep -v '[_.]' | sed 's/^--//; s/-$//' | sort -u >"$work/used"
 while read -r option; do
     check "option --$option" "$(grep -cx -- "$option" "$work/all" | sed 's/^[1-9].*/there/')" there
@@ -54,19 +54,25 @@ check "the example's token" "$("$OUT/example" test/fixtures/lookup/base "$prompt
 "$OUT/example" nowhere "$prompt" 1 >/dev/null
 check "the example's exit code without a model" $? 1
 
-# ---- Sizes, in lines ------------------------------------------------------------------------------
-number() { printf '%s' "$1" | tr -d ,; }
-for file in retrofit.h train.c infer.c convert.c retrofit_cuda.cu; do
-    said=$(grep -F "\`$file\`" README.md | grep '^|' | head -n 1 | awk -F '|' '{ print $3 }' | tr -d ' ')
-    is=$(wc -l <$file | tr -d ' ')
-    if [ $file = retrofit.h ]; then
-        all=$(grep -F '`retrofit.h`, Part I' README.md | sed 's/.*the rest of the file, \([0-9,]*\) in all.*/\1/')
-        check "lines of retrofit.h in the README" "$(number "$all")" "$is"
-        is=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
-    fi
-    check "lines of $file in the README" "$(number "$said")" "$is"
+# ---- Sizes, in lines: FIX=1 corrects them ---------------------------------------------------------
+part=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
+size() { wc -l <"$1" | tr -d ' '; }
+if [ -n "$FIX" ]; then
+    for file in train.c infer.c convert.c retrofit_cuda.cu; do
+        sed "s/^| \`$file\` | [^|]* |/| \`$file\` | $(size $file) |/" README.md >README.new
+        mv README.new README.md
+    done
+    sed "s/^\(| \`retrofit.h\`, Part I |\) [^|]* |\(.*the rest of the file,\) [^ ]* in all/\1 $part |\2 $(size retrofit.h) in all/" \
+        README.md >README.new
+    mv README.new README.md
+fi
+check "lines of Part I in the README" "$(grep -c "^| \`retrofit.h\`, Part I | $part |" README.md)" 1
+check "lines of retrofit.h in the README" \
+    "$(grep -c "the rest of the file, $(size retrofit.h) in all" README.md)" 1
+for file in train.c infer.c convert.c retrofit_cuda.cu; do
+    check "lines of $file in the README" "$(grep -c "^| \`$file\` | $(size $file) |" README.md)" 1
 done
-check "README.md of $(wc -l <README.md) lines" "$([ "$(wc -l <README.md)" -le 130 ] && echo short)" short
+check "README.md of $(size README.md) lines" "$([ "$(size README.md)" -le 130 ] && echo short)" short
 
 # ---- Commands -------------------------------------------------------------------------------------
 # A stand-in for the downloaded model: a Llama of 30 layers, made of the shipped one's.
