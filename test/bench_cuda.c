@@ -65,12 +65,12 @@ static const char *share(double x, double whole) {
 
 // ---- Tables ------------------------------------------------------------------------------------
 
-enum { TEXT = 512, COLUMNS = 16 };
-static int widths[COLUMNS]; // of the columns of the current table, as printf takes them
+enum { LINE_LENGTH = 512, MAX_COLUMNS = 16 };
+static int widths[MAX_COLUMNS]; // of the columns of the current table, as printf takes them
 
 // A line between tables.
 __attribute__((format(printf, 1, 2))) static void print_line(const char *format, ...) {
-    char text[TEXT];
+    char text[LINE_LENGTH];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
@@ -81,7 +81,7 @@ __attribute__((format(printf, 1, 2))) static void print_line(const char *format,
 }
 
 // Cuts a text at every '|'; returns the number of cells.
-static size_t split_cells(char *text, char *cells[COLUMNS]) {
+static size_t split_cells(char *text, char *cells[MAX_COLUMNS]) {
     size_t count = 0;
     for (char *cell = text; cell; count++) {
         char *end = strchr(cell, '|');
@@ -104,7 +104,7 @@ static void print_cells(char *const *cells, size_t count) {
 // The head of a table, its cells divided by '|'. They are as wide as their columns; the columns of
 // those that begin with a space stand on the right.
 __attribute__((format(printf, 1, 2))) static void print_head(const char *format, ...) {
-    char text[TEXT], *cells[COLUMNS];
+    char text[LINE_LENGTH], *cells[MAX_COLUMNS];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
@@ -121,7 +121,7 @@ __attribute__((format(printf, 1, 2))) static void print_head(const char *format,
 }
 
 __attribute__((format(printf, 1, 2))) static void print_row(const char *format, ...) {
-    char text[TEXT], *cells[COLUMNS];
+    char text[LINE_LENGTH], *cells[MAX_COLUMNS];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);

@@ -108,14 +108,14 @@ static void same_masters_and_moments(const retrofit_model *a, const retrofit_mod
 // ---- The authors' tables -----------------------------------------------------------------------
 
 // A table of fixtures/tables, after its line of titles.
-static FILE *open_table(const char *path) {
+static FILE *open_tsv(const char *path) {
     FILE *f = fopen(path, "r");
     need(f && fscanf(f, "%*[^\n]") == 0, path);
     return f;
 }
 
 static void sampler(void) {
-    FILE *f = open_table(FIXTURES "tables/sampler.tsv");
+    FILE *f = open_tsv(FIXTURES "tables/sampler.tsv");
     size_t m, r, K, n, k, count = 0;
     double rate;
     while (fscanf(f, "%zu %zu %zu %lf %zu %zu", &m, &r, &K, &rate, &n, &k) == 6) {
@@ -157,7 +157,7 @@ static double our_schedule(const schedule_row *row) {
 }
 
 static void schedules(void) {
-    FILE *f = open_table(FIXTURES "tables/schedules.tsv");
+    FILE *f = open_tsv(FIXTURES "tables/schedules.tsv");
     schedule_row row;
     size_t count = 0;
     while (read_schedule_row(f, &row)) {
@@ -609,9 +609,9 @@ static void impossible_passes(void) {
     retrofit_free(model);
 }
 
-enum { UNROLLED = 3, LAYER_PARAMETERS = 6 }; // recurrences of the unrolled model
+enum { UNROLLED = 3, LAYER_TENSORS = 6 }; // recurrences of the unrolled model
 
-static void parameters_of(retrofit_layer *layer, retrofit_parameter *list[LAYER_PARAMETERS]) {
+static void parameters_of(retrofit_layer *layer, retrofit_parameter *list[LAYER_TENSORS]) {
     list[0] = &layer->norm_1;
     list[1] = &layer->w_qkv;
     list[2] = &layer->w_out;
@@ -625,10 +625,10 @@ static void copy_master(retrofit_parameter *to, const retrofit_parameter *from) 
 }
 
 static void copy_layer(retrofit_layer *to, retrofit_layer *from) {
-    retrofit_parameter *targets[LAYER_PARAMETERS], *sources[LAYER_PARAMETERS];
+    retrofit_parameter *targets[LAYER_TENSORS], *sources[LAYER_TENSORS];
     parameters_of(to, targets);
     parameters_of(from, sources);
-    for (int i = 0; i < LAYER_PARAMETERS; i++) copy_master(targets[i], sources[i]);
+    for (int i = 0; i < LAYER_TENSORS; i++) copy_master(targets[i], sources[i]);
 }
 
 // The model as a plain stack of P + UNROLLED·C + D layers, in which the core's are repeated.
@@ -655,16 +655,16 @@ static retrofit_model *unroll(retrofit_model *model) {
 // `distance` layers apart.
 static void compare_copies(retrofit_layer *looped, retrofit_layer *copies, size_t count,
                            size_t distance) {
-    retrofit_parameter *ours[LAYER_PARAMETERS], *sums[LAYER_PARAMETERS];
-    retrofit_parameter *copy[LAYER_PARAMETERS];
+    retrofit_parameter *ours[LAYER_TENSORS], *sums[LAYER_TENSORS];
+    retrofit_parameter *copy[LAYER_TENSORS];
     parameters_of(looped, ours);
     parameters_of(copies, sums);
     for (size_t r = 1; r < count; r++) {
         parameters_of(&copies[r * distance], copy);
-        for (int i = 0; i < LAYER_PARAMETERS; i++)
+        for (int i = 0; i < LAYER_TENSORS; i++)
             add(sums[i]->grad, copy[i]->grad, sums[i]->rows * sums[i]->cols, 1);
     }
-    for (int i = 0; i < LAYER_PARAMETERS; i++) {
+    for (int i = 0; i < LAYER_TENSORS; i++) {
         double error = relative_error(ours[i]->grad, sums[i]->grad, ours[i]->rows * ours[i]->cols);
         check(error < 1e-6, "looped and unrolled: gradients of %s %.2e apart",
               ours[i]->source[0].name, error);
@@ -765,7 +765,7 @@ static retrofit_model *train_mode(retrofit_mode mode, retrofit_optimizer_kind ki
     return model;
 }
 
-static bool is_trained(retrofit_mode mode, retrofit_part part) {
+static bool part_is_trained(retrofit_mode mode, retrofit_part part) {
     if (mode == RETROFIT_TRAINING) return true;
     if (part == RETROFIT_PART_ADAPTER) return true;
     return mode == RETROFIT_TRAINING_CORE && part == RETROFIT_PART_CORE;
@@ -777,7 +777,7 @@ static void check_part(const retrofit_parameter *p, const retrofit_parameter *wh
                        retrofit_mode mode) {
     const char *label = p->source[0].name;
     size_t bytes = p->rows * p->cols * sizeof(float);
-    bool trained = is_trained(mode, p->part), right;
+    bool trained = part_is_trained(mode, p->part), right;
     if (trained)
         right = p->grad && p->m && !memcmp(p->grad, whole->grad, bytes) &&
                 !memcmp(p->master, whole->master, bytes);
@@ -813,7 +813,7 @@ static void freeze_parts(retrofit_keep keep, retrofit_optimizer_kind kind) {
         if (!whole) whole = model;
         for (size_t j = 0; j < model->parameter_count; j++) {
             const retrofit_parameter *p = model->parameters[j];
-            if (is_trained(mode, p->part)) sum_squares(&squares, p->grad, p->rows * p->cols);
+            if (part_is_trained(mode, p->part)) sum_squares(&squares, p->grad, p->rows * p->cols);
             check_part(p, whole->parameters[j], start->parameters[j], kind, mode);
         }
         check(fabs(norm - sqrt(squares)) < 1e-6 * norm,
@@ -1599,8 +1599,8 @@ static void write_shard(const char *name, int32_t magic, int32_t version, int32_
     fclose(f);
 }
 
-static retrofit_data *open_shards(const char *pattern, size_t T, size_t vocab, bool shuffle,
-                                  uint64_t seed) {
+static retrofit_data *open_data(const char *pattern, size_t T, size_t vocab, bool shuffle,
+                                uint64_t seed) {
     retrofit_data *data = retrofit_data_open(at("%s", pattern), T, vocab, shuffle, seed);
     need(data != NULL, pattern);
     return data;
@@ -1618,7 +1618,7 @@ static void rows_of_shards(void) {
     write_shard("b_2.bin", RETROFIT_SHARD_MAGIC_16, 1, 12, 12, 65000);
     write_shard("b_0.bin", RETROFIT_SHARD_MAGIC_32, 7, 23, 23, 100000);
     write_shard("b_1.bin", RETROFIT_SHARD_MAGIC_16, 1, 3, 3, 0);
-    retrofit_data *data = open_shards("b_*.bin", T, 131072, false, 0);
+    retrofit_data *data = open_data("b_*.bin", T, 131072, false, 0);
     check(retrofit_data_rows(data) == 6,
           "%zu rows, not 4 of the first shard, none of the second, 2 of the third",
           retrofit_data_rows(data));
@@ -1631,7 +1631,7 @@ static void rows_of_shards(void) {
         check(right, "row %d starts with %d, %d; not %d", (int)i, tokens[0], tokens[1], first);
     }
     retrofit_data_close(data);
-    data = open_shards("b_2.bin", T, 65009, false, 0);
+    data = open_data("b_2.bin", T, 65009, false, 0);
     check(retrofit_data_row(data, 0, tokens, labels), "ids below the vocabulary: %s",
           retrofit_error());
     refused(retrofit_data_row(data, 1, tokens, labels), "b_2.bin", "an id of V");
@@ -1661,8 +1661,8 @@ static void shuffling(void) {
     static int32_t order[4][SHUFFLED]; // three epochs, and another seed's first
     int32_t token, label;
     write_shard("many.bin", RETROFIT_SHARD_MAGIC_32, 7, 2 * SHUFFLED, 2 * SHUFFLED, 0);
-    retrofit_data *data = open_shards("many.bin", 1, 2 * SHUFFLED, true, 5);
-    retrofit_data *other = open_shards("many.bin", 1, 2 * SHUFFLED, true, 6);
+    retrofit_data *data = open_data("many.bin", 1, 2 * SHUFFLED, true, 5);
+    retrofit_data *other = open_data("many.bin", 1, 2 * SHUFFLED, true, 6);
     for (size_t epoch = 0; epoch < 3; epoch++) read_epoch(data, epoch, order[epoch]);
     read_epoch(other, 0, order[3]);
     for (size_t a = 0; a < 4; a++)
@@ -1671,7 +1671,7 @@ static void shuffling(void) {
                   b);
 
     // Backwards, by another reader with the same seed.
-    retrofit_data *again = open_shards("many.bin", 1, 2 * SHUFFLED, true, 5);
+    retrofit_data *again = open_data("many.bin", 1, 2 * SHUFFLED, true, 5);
     bool right = true;
     for (size_t i = 3 * SHUFFLED; right && i-- > 0;) {
         need(retrofit_data_row(again, i, &token, &label), "row");
@@ -1713,7 +1713,7 @@ static void hostile_token_shards(void) {
 static void tokenizers_of_shards(void) {
     int32_t header[256];
     write_shard("made.bin", RETROFIT_SHARD_MAGIC_16, 1, 20, 20, 0);
-    retrofit_data *data = open_shards("made.bin", 4, 99, false, 0);
+    retrofit_data *data = open_data("made.bin", 4, 99, false, 0);
     check(retrofit_data_check(data, 1) && retrofit_data_check(data, 2),
           "a shard that does not name its tokenizer is refused");
     retrofit_data_close(data);
@@ -1724,7 +1724,7 @@ static void tokenizers_of_shards(void) {
     header[3] = -2;
     header[4] = 5;
     need(fwrite(header, sizeof header, 1, f) == 1 && !fclose(f), "made.bin");
-    data = open_shards("made.bin", 4, 99, false, 0);
+    data = open_data("made.bin", 4, 99, false, 0);
     check(retrofit_data_check(data, 5ull << 32 | 0xfffffffe),
           "the tokenizer of a shard is not known again: %s", retrofit_error());
     refused(retrofit_data_check(data, 5), "made.bin", "another tokenizer's shard");
