@@ -1,5 +1,6 @@
-// gemm and gemm_serial against sums in double precision, with the bound that rounding explains, and the
-// bits for any number of threads. The hash of all results must not depend on OMP_NUM_THREADS either.
+// gemm and gemm_serial against sums in double precision, with the bound that rounding explains, and
+// the bits for any number of threads. The hash of all results must not depend on OMP_NUM_THREADS
+// either.
 #include "test.h"
 
 static uint64_t seed = 1, hash = 14695981039346656037u;
@@ -13,9 +14,9 @@ static float uniform(void) {
     return (float)below((size_t)1 << 24) / 8388608 - 1;
 }
 
-// A random matrix in a block of NaN: what is read outside of it shows. Layouts: row-major, column-major,
-// and neither, each with or without a gap between rows. The data start at an odd element, so that
-// nothing is aligned better than its type, and end with the block.
+// A random matrix in a block of NaN: what is read outside of it shows. Layouts: row-major,
+// column-major, and neither, each with or without a gap between rows. The data start at an odd
+// element, so that nothing is aligned better than its type, and end with the block.
 static matrix_view matrix(size_t rows, size_t cols, retrofit_type type, void **block) {
     size_t layout = below(5), gap = below(2) ? 1 + below(20) : 0;
     size_t inner = layout == 4 ? 2 + below(3) : 1, size = retrofit_type_size(type);
@@ -133,8 +134,8 @@ static void compare(size_t M, size_t N, size_t K) {
     free(p.other);
 }
 
-// One NaN or infinity in A or B must spoil its row or column of C (0 times either is NaN), and nothing
-// else.
+// One NaN or infinity in A or B must spoil its row or column of C (0 times either is NaN), and
+// nothing else.
 static void spoil(size_t M, size_t N, size_t K, bool in_a, float value, bool transposed) {
     float *a = retrofit_allocate(M * K, sizeof *a), *b = retrofit_allocate(K * N, sizeof *b);
     float *c = retrofit_allocate(M * N, sizeof *c);

@@ -389,7 +389,8 @@ static double compared(int exit, const float *z, const float *next) {
     double p[SMALL_V], q[SMALL_V];
     softmax(q, z, SMALL_V);
     softmax(p, next, SMALL_V);
-    if (exit == RETROFIT_EXIT_ENTROPY_DIFF) return fabs(entropy_of(p, SMALL_V) - entropy_of(q, SMALL_V));
+    if (exit == RETROFIT_EXIT_ENTROPY_DIFF)
+        return fabs(entropy_of(p, SMALL_V) - entropy_of(q, SMALL_V));
     if (exit == RETROFIT_EXIT_MINP_KL) {
         cut_below(q, SMALL_V);
         cut_below(p, SMALL_V);
@@ -406,7 +407,8 @@ static void thresholds(void) {
         int exit = 1 + i / 2;
         bool above = i % 2;
         float next[SMALL_V];
-        double noted[SMALL_V] = {0}, low = 0, high = 1, target = authors[exit] * (above ? 1.1 : 0.9);
+        double noted[SMALL_V] = {0}, low = 0, high = 1;
+        double target = authors[exit] * (above ? 1.1 : 0.9);
         if (exit == RETROFIT_EXIT_LATENT_DIFF) continue;
         for (int halving = 0; halving < 60; halving++) { // the step that changes so much
             double step = (low + high) / 2;
