@@ -13,7 +13,7 @@ BIN=${BIN:-.} OUT=${OUT:-build}
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 
-# ---- Options --------------------------------------------------------------------------------------
+# ---- Options ------------------------------------------------------------------------------------
 for program in convert train infer; do
     "$BIN/$program" --help | sed -n 's/^  --\([a-z0-9-]*\).*/\1/p' >"$work/$program"
 done
@@ -21,40 +21,46 @@ cat "$work/convert" "$work/train" "$work/infer" | sort -u >"$work/all"
 echo help >>"$work/all"
 
 # Commands of one of our programs, continued lines joined: their options must be that program's.
-cat README.md doc/*.md | sed -e ':join' -e '/\\$/ { N; s/\\\n//; b join' -e '}' >"$work/text"
+is_line() { grep -qx -- "$1" "$2" && echo there; }
+join_lines() { sed -e ':join' -e '/\\$/ { N; s/\\\n//; b join' -e '}'; }
+cat README.md doc/*.md | join_lines >"$work/text"
 for program in convert train infer; do
     grep -E "^ {4}(\\$ )?\./$program " "$work/text" | grep -oE -- '--[a-z][a-z0-9-]+' | sort -u |
         sed 's/^--//' >"$work/used"
-    check "options of $program in the README and doc/" "$([ -s "$work/used" ] && echo some)" some
+    check "options of $program in README and doc/" "$([ -s "$work/used" ] && echo some)" some
     while read -r option; do
-        check "$program --$option" "$(grep -cx -- "$option" "$work/$program" | sed 's/^[1-9].*/there/')" there
+        check "$program --$option" "$(is_line "$option" "$work/$program")" there
     done <"$work/used"
 done
 
-# What stands in `code` elsewhere: an option of one of the three. Those with _ or . are the authors'.
-grep -vE '^ {4}|huggingface-cli|pytorch_peer' "$work/text" | grep -oE '`[^`]*`' | grep -oE -- '--[a-z][A-Za-z0-9_.-]*' |
-    grep -v '[_.]' | sed 's/^--//; s/-$//' | sort -u >"$work/used"
+# What stands in `code` elsewhere is an option of one of the three; with _ or . it is the authors'.
+grep -vE '^ {4}|huggingface-cli|pytorch_peer' "$work/text" | grep -oE '`[^`]*`' |
+    grep -oE -- '--[a-z][A-Za-z0-9_.-]*' | grep -v '[_.]' | sed 's/^--//; s/-$//' |
+    sort -u >"$work/used"
 while read -r option; do
-    check "option --$option" "$(grep -cx -- "$option" "$work/all" | sed 's/^[1-9].*/there/')" there
+    check "option --$option" "$(is_line "$option" "$work/all")" there
 done <"$work/used"
 
 # Targets of make.
-grep -oE 'make [a-z][a-z0-9-]*( [a-z][a-z0-9]*-cuda)*' README.md doc/*.md | sed 's/^[^:]*:make //' |
-    tr ' ' '\n' | sort -u | grep -vxE 'it|finds' >"$work/used"
+grep -oE 'make [a-z][a-z0-9-]*( [a-z][a-z0-9]*-cuda)*' README.md doc/*.md |
+    sed 's/^[^:]*:make //' | tr ' ' '\n' | sort -u | grep -vxE 'it|finds' >"$work/used"
 while read -r target; do
-    check "make $target" "$(grep -cE "^([a-z-]+ )*$target( [a-z-]+)*:" Makefile | sed 's/^[1-9].*/there/')" there
+    rule=$(grep -cE "^([a-z-]+ )*$target( [a-z-]+)*:" Makefile)
+    check "make $target" "$([ "$rule" -gt 0 ] && echo there)" there
 done <"$work/used"
 
-# ---- The program of one's own ---------------------------------------------------------------------
+# ---- The program of one's own -------------------------------------------------------------------
 ours=$(sed -n '/^#include/,$p' test/example.c | sed 's|\.\./retrofit\.h|retrofit.h|')
 theirs=$(sed -n '/^```c/,/^```/p' README.md | sed '1d;$d')
 check "README.md shows test/example.c" "$theirs" "$ours"
-prompt="i=1 j=8 d=9 k=d e=k m=e a=i s=j b=s l=a t=l h=t u=b g=m w=h q=g f=q x=w r=u v=r p=f o=v n=x c=o | s"
-check "the example's token" "$("$OUT/example" test/fixtures/lookup/base "$prompt" 1)" "60 '=8'"
+prompt="i=1 j=8 d=9 k=d e=k m=e a=i s=j b=s l=a t=l h=t u=b g=m w=h q=g f=q x=w r=u v=r p=f o=v n=x"
+prompt="$prompt c=o | s"
+token=$("$OUT/example" test/fixtures/lookup/base "$prompt" 1)
+check "the example's token" "$token" "60 '=8'"
 "$OUT/example" nowhere "$prompt" 1 >/dev/null
 check "the example's exit code without a model" $? 1
 
-# ---- Sizes, in lines: FIX=1 corrects them ---------------------------------------------------------
+# ---- Sizes, in lines: FIX=1 corrects them -------------------------------------------------------
 part=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
 size() { wc -l <"$1" | tr -d ' '; }
 if [ -n "$FIX" ]; then
@@ -62,28 +68,34 @@ if [ -n "$FIX" ]; then
         sed "s/^| \`$file\` | [^|]* |/| \`$file\` | $(size $file) |/" README.md >README.new
         mv README.new README.md
     done
-    sed "s/^\(| \`retrofit.h\`, Part I |\) [^|]* |\(.*the rest of the file,\) [^ ]* in all/\1 $part |\2 $(size retrofit.h) in all/" \
+    sed -e "s/^\(| \`retrofit.h\`, Part I |\) [^|]* |/\1 $part |/" \
+        -e "s/the rest of the file, [^ ]* in all/the rest of the file, $(size retrofit.h) in all/" \
         README.md >README.new
     mv README.new README.md
 fi
-check "lines of Part I in the README" "$(grep -c "^| \`retrofit.h\`, Part I | $part |" README.md)" 1
+check "lines of Part I in the README" \
+    "$(grep -c "^| \`retrofit.h\`, Part I | $part |" README.md)" 1
 check "lines of retrofit.h in the README" \
     "$(grep -c "the rest of the file, $(size retrofit.h) in all" README.md)" 1
 for file in train.c infer.c convert.c retrofit_cuda.cu; do
-    check "lines of $file in the README" "$(grep -c "^| \`$file\` | $(size $file) |" README.md)" 1
+    check "lines of $file in the README" \
+        "$(grep -c "^| \`$file\` | $(size $file) |" README.md)" 1
 done
-check "README.md of $(size README.md) lines" "$([ "$(size README.md)" -le 130 ] && echo short)" short
+check "README.md is one page" "$([ "$(size README.md)" -le 130 ] && echo short)" short
 
-# ---- Commands -------------------------------------------------------------------------------------
+# ---- Commands -----------------------------------------------------------------------------------
 # A stand-in for the downloaded model: a Llama of 30 layers, made of the shipped one's.
 run_commands() {
     "$OUT/stand_in" test/fixtures/lookup/base "$work/smollm2"
     mkdir "$work/text"
     for i in 1 2 3 4 5 6 7 8; do cat test/fixtures/lookup/README.md >"$work/text/$i.txt"; done
     "$OUT/lookup" 2000 1 8x3,6x4 | sed 's/^{"text": "\(.*\)"}$/\1/' >"$work/text/programs.txt"
-    for program in convert train infer; do ln -s "$(realpath "$BIN/$program")" "$work/$program"; done
+    for program in convert train infer; do
+        ln -sf "$(realpath "$BIN/$program")" "$work/$program"
+    done
     ln -s "$(pwd)/test" "$(pwd)/retrofit.h" "$work"
-    sed -n 's/^ \{4\}\(make demo\|\.\/.*\|cc .*\)/\1/p' "$work/text.readme" | sed 's/ *#.*//' >"$work/commands"
+    join_lines <README.md | sed -n 's/^ \{4\}\(make demo\|\.\/.*\|cc .*\)/\1/p' |
+        sed 's/ *#.*//' >"$work/commands"
     while read -r command <&3; do
         case $command in
         "make demo") (eval "$command") >"$work/log" 2>&1 ;;
@@ -94,7 +106,6 @@ run_commands() {
         [ $code -eq 0 ] || tail -n 5 "$work/log"
     done 3<"$work/commands"
 }
-sed -e ':join' -e '/\\$/ { N; s/\\\n//; b join' -e '}' README.md >"$work/text.readme"
 if [ -n "$RUN" ]; then run_commands; fi
 printf '%-24s %d passed, %d failed\n' readme $passed $failed
 [ $failed -eq 0 ]
