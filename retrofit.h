@@ -1403,8 +1403,8 @@ static void rotate(float *qkv, const float *table, const int32_t *past, size_t B
         for (size_t head = 0; head < H + G; head++) {
             float *low = qkv + n * Q + head * h, *high = low + h / 2;
             for (size_t i = 0; i < h / 2; i++) {
-                float a = low[i], b = high[i];
                 float cosine = angles[2 * i], sine = sign * angles[2 * i + 1];
+                float a = low[i], b = high[i];
                 low[i] = a * cosine - b * sine;
                 high[i] = b * cosine + a * sine;
             }
