@@ -68,24 +68,24 @@
    A_s has grown. In a short training this choice decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   685
-       s_0                                             retrofit_init_state               708
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            713
-       s_i, without and with gradient                  retrofit_recur                    749
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               578
-       its gradient                                    block_backward                    610
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     761
-       L                                               retrofit_loss                     815
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               838
-       dA_e, de                                        injection_backward                856
-       floating-point operations                       retrofit_flops_per_token          889
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         952
-       the curriculum r̄(t)                             retrofit_curriculum               987
-       a training step                                 retrofit_training_step            1056
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1265
-       Newton-Schulz                                   newton_schulz                     1168
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1303
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2143
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   686
+       s_0                                             retrofit_init_state               709
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            714
+       s_i, without and with gradient                  retrofit_recur                    750
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               579
+       its gradient                                    block_backward                    611
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     762
+       L                                               retrofit_loss                     816
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               839
+       dA_e, de                                        injection_backward                857
+       floating-point operations                       retrofit_flops_per_token          890
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         953
+       the curriculum r̄(t)                             retrofit_curriculum               988
+       a training step                                 retrofit_training_step            1057
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
+       Newton-Schulz                                   newton_schulz                     1169
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1304
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2144
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -107,6 +107,7 @@ extern "C" {
 #endif
 
 // =================================================================================================
+// PART I  THE METHOD
 // 1  Declarations
 // =================================================================================================
 // Functions that can fail return false, NULL or NaN; retrofit_error() then says in one line what
