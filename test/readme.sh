@@ -86,20 +86,21 @@ check "README.md is one page" "$([ "$(size README.md)" -le 130 ] && echo short)"
 # ---- Commands -----------------------------------------------------------------------------------
 # A stand-in for the downloaded model: a Llama of 30 layers, made of the shipped one's.
 run_commands() {
-    "$OUT/stand_in" test/fixtures/lookup/base "$work/smollm2"
-    mkdir "$work/text"
-    for i in 1 2 3 4 5 6 7 8; do cat test/fixtures/lookup/README.md >"$work/text/$i.txt"; done
-    "$OUT/lookup" 2000 1 8x3,6x4 | sed 's/^{"text": "\(.*\)"}$/\1/' >"$work/text/programs.txt"
+    place=$work/place
+    mkdir "$place" "$place/text"
+    "$OUT/stand_in" test/fixtures/lookup/base "$place/smollm2"
+    for i in 1 2 3 4 5 6 7 8; do cp test/fixtures/lookup/README.md "$place/text/$i.txt"; done
+    "$OUT/lookup" 2000 1 8x3,6x4 | sed 's/^{"text": "\(.*\)"}$/\1/' >"$place/text/programs.txt"
     for program in convert train infer; do
-        ln -sf "$(realpath "$BIN/$program")" "$work/$program"
+        ln -s "$(realpath "$BIN/$program")" "$place/$program"
     done
-    ln -s "$(pwd)/test" "$(pwd)/retrofit.h" "$work"
+    ln -s "$(pwd)/test" "$(pwd)/retrofit.h" "$place"
     join_lines <README.md | sed -n 's/^ \{4\}\(make demo\|\.\/.*\|cc .*\)/\1/p' |
         sed 's/ *#.*//' >"$work/commands"
     while read -r command <&3; do
         case $command in
         "make demo") (eval "$command") >"$work/log" 2>&1 ;;
-        *) (cd "$work" && eval "$command") >"$work/log" 2>&1 ;;
+        *) (cd "$place" && eval "$command") >"$work/log" 2>&1 ;;
         esac
         code=$?
         check "$command" "exit code $code" "exit code 0"
