@@ -797,24 +797,6 @@ static size_t check_text_files(const char *const *files, size_t count) {
     return bytes;
 }
 
-// Whether the tokenizer itself puts this id behind every text. We try one letter; another where the
-// first letter's own ids end in this one.
-static bool adds_at_end(const retrofit_tokenizer *tokenizer, int32_t id) {
-    for (const char *letter = "ab"; *letter; letter++) {
-        size_t own_count, count;
-        int32_t *own = retrofit_encode(tokenizer, letter, 1, false, &own_count);
-        int32_t *ids = retrofit_encode(tokenizer, letter, 1, true, &count);
-        must(own != NULL);
-        must(ids != NULL);
-        bool conclusive = own_count > 0 && own[own_count - 1] != id;
-        bool added = conclusive && ids[count - 1] == id;
-        free(own);
-        free(ids);
-        if (conclusive) return added;
-    }
-    return false;
-}
-
 static void open_tokenizer(shard_writer *writer) {
     char path[RETROFIT_PATH];
     const char *directory = retrofit_model_directory(options.tokenizer, path);
@@ -831,7 +813,7 @@ static void open_tokenizer(shard_writer *writer) {
             "token for the end of a document: add one",
             directory);
     writer->tokenizer = tokenizer;
-    writer->eos = adds_at_end(tokenizer, eos) ? -1 : eos;
+    writer->eos = retrofit_tokenizer_adds_at_end(tokenizer, eos) ? -1 : eos;
     writer->narrow = size <= 65536;
 }
 

@@ -84,8 +84,8 @@
        a training step                                 retrofit_training_step            1057
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
        Newton-Schulz                                   newton_schulz                     1169
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1304
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2144
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1305
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2145
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -196,7 +196,7 @@ typedef struct {
     size_t parameter_count, weight_count;   // entries of that list; numbers in all of them
     void *weights, *masters, *grads, *moments; // arenas; NULL where there is nothing to hold
     size_t grad_bytes, moment_bytes;
-    double *sums;                           // [2] sums of squares: of all gradients; of one tensor
+    double *sum;                            // a sum of squares on the device
     float *muon_u;                          // scratch of Newton-Schulz for the largest matrix
     act *muon_x, *muon_y, *muon_a, *muon_b;
     struct retrofit_map *maps;              // [map_count] files that weights lie in (inference)
@@ -1185,7 +1185,7 @@ static void muon_step(retrofit_model *model, const retrofit_parameter *p,
     const retrofit_ops *ops = model->ops;
     size_t n = p->rows * p->cols;
     float tall = sqrtf(fmaxf(1, (float)p->rows / (float)p->cols));
-    double *squares = model->sums + 1;
+    double *squares = model->sum;
     ops->muon_momentum(model->muon_u, p->m, p->grad, n, scale, optimizer->momentum);
     ops->zero(squares, sizeof *squares);
     ops->sum_squares(squares, model->muon_u, n);
@@ -1239,7 +1239,7 @@ static void ellisadam_step(retrofit_model *model, const retrofit_parameter *p,
                            double bias1, double bias2) {
     const retrofit_ops *ops = model->ops;
     size_t n = p->rows * p->cols;
-    double *sum = model->sums + 1;
+    double *sum = model->sum;
     bool first = t == 1; // with β = 0 the moments become the gradient and its square
     float beta1 = first ? 0 : optimizer->beta1, beta2 = first ? 0 : optimizer->beta2;
     float of_peak = optimizer->peak_lr > 0 ? optimizer->lr / optimizer->peak_lr : 1;
@@ -1250,23 +1250,24 @@ static void ellisadam_step(retrofit_model *model, const retrofit_parameter *p,
 }
 
 // ---- One update of all parameters --------------------------------------------------------------
-static bool by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) {
+bool retrofit_by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind) {
     return kind == RETROFIT_MUON && p->kind == RETROFIT_MATRIX;
 }
 
-static double gradient_norm(retrofit_model *model) {
+double retrofit_sum_squares(const retrofit_model *model, const float *x, size_t n) {
     const retrofit_ops *ops = model->ops;
     double squares;
-    ops->zero(model->sums, sizeof *model->sums);
-    ops->sum_squares(model->sums, model->grads, model->grad_bytes / sizeof(float));
-    ops->download(&squares, model->sums, sizeof squares);
-    return sqrt(squares);
+    ops->zero(model->sum, sizeof *model->sum);
+    ops->sum_squares(model->sum, x, n);
+    ops->download(&squares, model->sum, sizeof squares);
+    return squares;
 }
 
 double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
                                size_t t) {
     const retrofit_optimizer *o = optimizer;
-    double norm = gradient_norm(model);
+    size_t numbers = model->grad_bytes / sizeof(float);
+    double norm = sqrt(retrofit_sum_squares(model, model->grads, numbers));
     if (!isfinite(norm)) return norm;
     float scale = o->clip > 0 ? (float)fmin(1, o->clip / (norm + 1e-6)) : 1;
     double bias1 = 1 - pow(o->beta1, (double)t), bias2 = 1 - pow(o->beta2, (double)t);
@@ -1277,7 +1278,7 @@ double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *
         float slower = repeated && o->throttle > 0 ? o->throttle : 1;
         float lr = o->lr / slower;
         if (p->frozen) continue;
-        if (by_muon(p, o->kind)) muon_step(model, p, o, scale, o->muon_lr / slower);
+        if (retrofit_by_muon(p, o->kind)) muon_step(model, p, o, scale, o->muon_lr / slower);
         else if (o->kind == RETROFIT_ELLISADAM)
             ellisadam_step(model, p, o, scale, lr, t, bias1, bias2);
         else
@@ -2425,6 +2426,8 @@ void retrofit_buffers_free(retrofit_buffers *buffers);
 size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
                               size_t T, size_t K, retrofit_keep keep);
 
+// Whether this kind of optimizer updates p by Muon, which keeps one moment instead of two.
+bool retrofit_by_muon(const retrofit_parameter *p, retrofit_optimizer_kind kind);
 // Memory for the moments and Muon's scratch. false or error.
 bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind);
 // What training a model without memory would take: bytes of weights (with their copies in
@@ -2434,6 +2437,8 @@ void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
                              size_t *moments);
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
+// Σ x² of n numbers on the device, to the host. Needs the optimizer's memory.
+double retrofit_sum_squares(const retrofit_model *model, const float *x, size_t n);
 // Root mean squares of the states s_n … s_{n+k} of a training pass; returns k + 1, their number. If
 // they grow from one recurrence to the next, training is about to fail. Needs the optimizer's
 // memory.
@@ -2611,6 +2616,8 @@ bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t 
 // The ids of beginning and end of text that tokenizer_config.json names; -1 if it names none.
 int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer);
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer);
+// Whether encoding with_special ends every text with this id.
+bool retrofit_tokenizer_adds_at_end(const retrofit_tokenizer *tokenizer, int32_t id);
 // The id of a token spelt as in the file ("▁the"), or -1.
 int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *token);
 // The highest id + 1.
@@ -3119,13 +3126,13 @@ static void lay_out_moments(retrofit_model *model, arena *a, retrofit_optimizer_
         size_t rows = parameter->rows, cols = parameter->cols;
         if (parameter->frozen) continue;
         parameter->m = arena_alloc(a, rows * cols, sizeof(float));
-        if (by_muon(parameter, kind)) {
+        if (retrofit_by_muon(parameter, kind)) {
             parameter->v = NULL;
             max_count = retrofit_max(max_count, rows * cols);
             max_side = retrofit_max(max_side, retrofit_min(rows, cols));
         } else parameter->v = arena_alloc(a, rows * cols, sizeof(float));
     }
-    model->sums = arena_alloc(a, 2, sizeof(double));
+    model->sum = arena_alloc(a, 1, sizeof(double));
     model->muon_u = arena_alloc(a, max_count, sizeof(float));
     model->muon_x = arena_alloc(a, max_count, size);
     model->muon_y = arena_alloc(a, max_count, size);
@@ -3273,14 +3280,9 @@ static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uin
 size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
     const retrofit_model *model = buffers->model;
     size_t count = buffers->N * model->config.n_embd;
-    double *sum = model->sums + 1;
     if (retrofit_is_plain(&model->config)) return 0;
-    for (size_t j = 0; j <= buffers->k; j++) {
-        model->ops->zero(sum, sizeof *sum);
-        model->ops->sum_squares(sum, saved_state(buffers, j), count);
-        model->ops->download(&rms[j], sum, sizeof *rms);
-        rms[j] = sqrt(rms[j] / (double)count);
-    }
+    for (size_t j = 0; j <= buffers->k; j++)
+        rms[j] = sqrt(retrofit_sum_squares(model, saved_state(buffers, j), count) / (double)count);
     return buffers->k + 1;
 }
 
@@ -3418,17 +3420,20 @@ static bool allocate_decoder(retrofit_buffers *buffers, const retrofit_config *c
     return decoder->seen && decoder->used && decoder->next && decoder->measure && decoder->latent;
 }
 
-static bool allocate_on_host(retrofit_buffers *buffers, const retrofit_config *c) {
-    size_t N = buffers->B * buffers->T, K = buffers->K;
-    retrofit_saved *saved = &buffers->saved;
+static bool allocate_saved(retrofit_saved *saved, const retrofit_config *c, size_t K) {
     saved->prelude = retrofit_allocate(c->prelude, sizeof(retrofit_block));
     saved->core = retrofit_allocate(K * c->core, sizeof(retrofit_block));
     saved->coda = retrofit_allocate(c->coda, sizeof(retrofit_block));
     saved->adapted = retrofit_allocate(K, sizeof(float *));
+    return saved->prelude && saved->core && saved->coda && saved->adapted;
+}
+
+static bool allocate_on_host(retrofit_buffers *buffers, const retrofit_config *c) {
+    size_t N = buffers->B * buffers->T;
+    if (!allocate_saved(&buffers->saved, c, buffers->K)) return false;
     buffers->host_tokens = retrofit_allocate(N, sizeof(int32_t));
     buffers->host_labels = retrofit_allocate(N, sizeof(int32_t));
     buffers->host_losses = retrofit_allocate(N, sizeof(float));
-    if (!saved->prelude || !saved->core || !saved->coda || !saved->adapted) return false;
     if (!buffers->host_tokens || !buffers->host_labels || !buffers->host_losses) return false;
     return !buffers->decoder || allocate_decoder(buffers, c);
 }
@@ -3462,13 +3467,8 @@ size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops 
                               size_t T, size_t K, retrofit_keep keep) {
     if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
     retrofit_buffers buffers = {.B = B, .T = T, .K = keep && config->core ? K : 0, .keep = keep};
-    retrofit_saved *saved = &buffers.saved;
     arena a = {NULL, 0};
-    saved->prelude = retrofit_allocate(config->prelude, sizeof(retrofit_block));
-    saved->core = retrofit_allocate(buffers.K * config->core, sizeof(retrofit_block));
-    saved->coda = retrofit_allocate(config->coda, sizeof(retrofit_block));
-    saved->adapted = retrofit_allocate(buffers.K, sizeof(float *));
-    if (saved->prelude && saved->core && saved->coda && saved->adapted)
+    if (allocate_saved(&buffers.saved, config, buffers.K))
         lay_out_buffers(&buffers, &a, config, ops->act_type);
     free_on_host(&buffers);
     return a.used;
@@ -3515,10 +3515,8 @@ static bool place_buffers(retrofit_buffers *buffers) {
     if (a.used == SIZE_MAX)
         return retrofit_fail("a batch of %zu x %zu tokens is larger than memory can be", buffers->B,
                              buffers->T);
-    buffers->arena = model->ops->alloc(a.used);
+    buffers->arena = arena_reserve(&a, model->ops);
     if (!buffers->arena) return false;
-    a.base = (char *)buffers->arena;
-    a.used = 0;
     lay_out_buffers(buffers, &a, c, model->ops->act_type);
     return upload_rope(buffers);
 }
@@ -6492,6 +6490,11 @@ bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t 
 int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer) { return tokenizer->bos; }
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer) { return tokenizer->eos; }
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer) { return tokenizer->size; }
+
+bool retrofit_tokenizer_adds_at_end(const retrofit_tokenizer *tokenizer, int32_t id) {
+    const tok_specials *after = &tokenizer->after;
+    return after->count > 0 && after->ids[after->count - 1] == id;
+}
 
 int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *token) {
     return tok_find(tokenizer, token, strlen(token));

@@ -659,14 +659,10 @@ static bool evaluate(void) {
 // The first parameter whose gradient is not finite, or NULL.
 static const char *find_bad_gradient(void) {
     const retrofit_model *model = run.model;
-    double *sum = model->sums + 1;
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *p = model->parameters[i];
-        double squares;
         if (p->frozen) continue;
-        model->ops->zero(sum, sizeof *sum);
-        model->ops->sum_squares(sum, p->grad, p->rows * p->cols);
-        model->ops->download(&squares, sum, sizeof squares);
+        double squares = retrofit_sum_squares(model, p->grad, p->rows * p->cols);
         if (!isfinite(squares)) return p->source[0].name;
     }
     return NULL;
@@ -933,16 +929,12 @@ static bool list_changes(const char *theirs, const char *ours, char *list, size_
 // ---- Saving ------------------------------------------------------------------------------------
 
 // Whether Muon updates a parameter: then it has one moment, else two.
-static bool is_updated_by_muon(const retrofit_parameter *p) {
-    return p->kind == RETROFIT_MATRIX && options.optimizer == RETROFIT_MUON;
-}
-
 // Of model.safetensors and optimizer.safetensors: fp32, and 1280 bytes for a parameter's headers.
 static double checkpoint_bytes(const retrofit_model *model) {
     double bytes = 4 * (double)model->weight_count;
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *p = model->parameters[i];
-        double moments = is_updated_by_muon(p) ? 4 : 8;
+        double moments = retrofit_by_muon(p, training.optimizer.kind) ? 4 : 8;
         if (p->frozen) moments = 0;
         bytes += moments * (double)(p->rows * p->cols) + 1280;
     }
@@ -1232,7 +1224,7 @@ static void print_parameters(void) {
     size_t table[RETROFIT_PARTS + 1][COLUMNS] = {{0}}; // the last row: all of them
     for (size_t i = 0; i < run.model->parameter_count; i++) {
         const retrofit_parameter *p = run.model->parameters[i];
-        int column = is_updated_by_muon(p) ? BY_MUON : BY_OTHER;
+        int column = retrofit_by_muon(p, training.optimizer.kind) ? BY_MUON : BY_OTHER;
         if (p->frozen) column = FROZEN;
         table[p->part][column] += p->rows * p->cols;
         table[RETROFIT_PARTS][column] += p->rows * p->cols;
