@@ -2481,6 +2481,10 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 
 // ---- Small things that programs need too -------------------------------------------------------
 
+// Says on stderr, in one line that begins with "note: ", what a user may not expect although
+// nothing failed: a key that is not followed, a file that is not used. The same line is said once.
+void retrofit_note(const char *format, ...);
+
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
 #define RETROFIT_PATH 4096 // bytes of a path, its NUL included
@@ -2526,6 +2530,8 @@ void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size);
 // Moves the text's beginning and reduces its size, so that neither end has what Python's str.strip
 // removes.
 void retrofit_strip(const char **text, size_t *size);
+// Moves the text's beginning behind the byte order mark that some editors put there.
+void retrofit_skip_mark(const char **text, size_t *size);
 
 // The first character of text, size > 0, and its length. If it is not valid UTF-8, *code_point is
 // RETROFIT_UTF8_INVALID, and the length is that of the stretch for which Unicode puts one U+FFFD.
@@ -2555,18 +2561,38 @@ struct retrofit_json {
 };
 
 // Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but
-// white space after the value. If members of an object have equal names, all are kept. Copies what
-// it needs from text. Returns the root, freed with retrofit_json_free, or NULL with an error that
-// names `where` (a file, say) and the byte.
+// white space after the value. Members of an object must have different names: with two values of
+// one name readers disagree about which counts. Copies what it needs from text. Returns the root,
+// freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
+// byte, or the name that is there twice.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
 // Frees the tree of a root that retrofit_json_parse returned; root may be NULL.
 void retrofit_json_free(retrofit_json *root);
-// The first member of this name; NULL if there is none or `object` is NULL or not an object.
+// The member of this name; NULL if there is none or `object` is NULL or not an object.
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
 // Whether value is the string `word`. It may be NULL.
 bool retrofit_json_is(const retrofit_json *value, const char *word);
 // Whether value is a whole number from 0 to 2^53, which *out then is. It may be NULL.
 bool retrofit_json_size(const retrofit_json *value, size_t *out);
+// What the keys of a file mean to us. Each file that we read has a table of all that are known, so
+// that none is passed over in silence (doc/checks.md lists them).
+typedef struct {
+    const char *key;     // one that ends in '*' stands for all that begin so
+    const char *neutral; // NULL: the key is used. "*": it changes nothing here, whatever it says.
+                         // Else the values that change nothing, as "false|1.0": what has another
+                         // one is refused. null, false, "", [] and {} never change anything.
+    const char *why;     // what it is about; for a refusal also what to do, or NULL
+} retrofit_key;
+
+// Checks the members of `object` by a table. What is refused, or unknown with a name that speaks of
+// what a model computes, is an error that names key and value; other keys that are unknown are said
+// in a note. `where` is the file. false or error.
+bool retrofit_keys_check(const retrofit_json *object, const retrofit_key *table, size_t count,
+                         const char *where);
+// The same for one key, whose value is written as in the table's `neutral`. *known is set to
+// whether it may be passed over without a note.
+bool retrofit_key_check(const char *key, const char *value, const retrofit_key *table, size_t count,
+                        const char *where, bool *known);
 // Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
 void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
@@ -5446,6 +5472,12 @@ void retrofit_strip(const char **text, size_t *size) {
     }
 }
 
+void retrofit_skip_mark(const char **text, size_t *size) {
+    if (*size < 3 || memcmp(*text, "\xef\xbb\xbf", 3)) return;
+    *text += 3;
+    *size -= 3;
+}
+
 void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
     if (!text->failed && text->size + size >= text->capacity) {
         size_t capacity = text->capacity + text->capacity / 2 + size + 64;
@@ -5570,6 +5602,33 @@ static bool json_number(json_parser *parser, retrofit_json *value) {
 
 static bool json_value(json_parser *parser, retrofit_json *value, int depth);
 
+static int by_key(const void *a, const void *b) {
+    const retrofit_json *x = *(retrofit_json *const *)a, *y = *(retrofit_json *const *)b;
+    size_t shorter = x->key_length < y->key_length ? x->key_length : y->key_length;
+    int order = memcmp(x->key, y->key, shorter);
+    if (order) return order;
+    return x->key_length < y->key_length ? -1 : x->key_length > y->key_length;
+}
+
+// false or error if two members of an object have the same name.
+static bool json_check_names(const json_parser *parser, const retrofit_json *object) {
+    if (object->count < 2) return true;
+    const retrofit_json **members = retrofit_allocate(object->count, sizeof *members);
+    if (!members) return false;
+    size_t count = 0;
+    for (const retrofit_json *member = object->child; member; member = member->next)
+        members[count++] = member;
+    qsort(members, count, sizeof *members, by_key);
+    bool ok = true;
+    for (size_t i = 1; ok && i < count; i++) {
+        if (by_key(&members[i - 1], &members[i])) continue;
+        ok = retrofit_fail("%s: \"%s\" is there twice in one object: remove the one that should "
+                           "not count", parser->where, members[i]->key);
+    }
+    free(members);
+    return ok;
+}
+
 // The children of an array or object, from its opening bracket to its closing one.
 static bool json_children(json_parser *parser, retrofit_json *parent, int depth) {
     bool is_object = parent->type == RETROFIT_JSON_OBJECT;
@@ -5594,7 +5653,7 @@ static bool json_children(json_parser *parser, retrofit_json *parent, int depth)
         if (next != ',' && next != close)
             return json_fail(parser, is_object ? "expected ',' or '}'" : "expected ',' or ']'");
     }
-    return true;
+    return !is_object || json_check_names(parser, parent);
 }
 
 // Any value, into a zeroed node. The limit of the depth bounds the recursion.
@@ -5694,6 +5753,94 @@ void retrofit_json_write_string(FILE *file, const char *text, size_t size) {
         fputc(text[i], file);
     }
     fputc('"', file);
+}
+
+// ---- Keys --------------------------------------------------------------------------------------
+
+// Words in the name of a key that speak of what a model computes. An unknown key with one of them
+// may make the model another one than we would compute.
+static const char *const telling_words[] = {
+    "rope", "rotary", "attn", "attention", "scal", "multiplier", "cap", "bias", "norm", "window",
+    "logit", "expert", "moe", "quant", "clip", "alibi", "sink", "layer", "embed", "head", "state",
+    "recur", "residual", "sparse", "compress", "ratio", "chunk", "position", "pattern", "router",
+};
+
+static bool is_telling(const char *key) {
+    for (size_t i = 0; i < sizeof telling_words / sizeof *telling_words; i++) {
+        if (strcasestr(key, telling_words[i])) return true;
+    }
+    return false;
+}
+
+// Whether value is one of those in a list like "false|1.0". Numbers are compared as numbers.
+static bool is_one_of(const char *value, const char *list) {
+    char *end, *item_end;
+    double number = strtod(value, &end);
+    bool is_number = *value && !*end;
+    for (;;) {
+        size_t length = strcspn(list, "|");
+        if (strlen(value) == length && !strncmp(value, list, length)) return true;
+        double item = strtod(list, &item_end);
+        if (is_number && item_end == list + length && item == number) return true;
+        if (!list[length]) return false;
+        list += length + 1;
+    }
+}
+
+static const retrofit_key *find_key(const char *key, const retrofit_key *table, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        size_t length = strlen(table[i].key);
+        bool open = length > 0 && table[i].key[length - 1] == '*';
+        bool found = open ? !strncmp(key, table[i].key, length - 1) : !strcmp(key, table[i].key);
+        if (found) return &table[i];
+    }
+    return NULL;
+}
+
+bool retrofit_key_check(const char *key, const char *value, const retrofit_key *table, size_t count,
+                        const char *where, bool *known) {
+    const retrofit_key *row = find_key(key, table, count);
+    *known = true;
+    if (is_one_of(value, "null|false||[]|{}")) return true;
+    if (row && (!row->neutral || !strcmp(row->neutral, "*"))) return true;
+    if (row && is_one_of(value, row->neutral)) return true;
+    if (row)
+        return retrofit_fail("%s: \"%s\" is %.80s, which is not supported%s%s", where, key, value,
+                             row->why ? ": " : "", row->why ? row->why : "");
+    *known = false;
+    if (!is_telling(key)) return true;
+    return retrofit_fail("%s: \"%s\" (%.80s) is not known here, and it may change what is "
+                         "computed: remove it if it does not", where, key, value);
+}
+
+// A value as in a table of keys; what has members in it as [...] or {...}.
+static const char *key_value_text(const retrofit_json *value) {
+    switch (value->type) {
+    case RETROFIT_JSON_NULL: return "null";
+    case RETROFIT_JSON_BOOL: return value->number != 0 ? "true" : "false";
+    case RETROFIT_JSON_ARRAY: return value->count ? "[...]" : "[]";
+    case RETROFIT_JSON_OBJECT: return value->count ? "{...}" : "{}";
+    default: return value->string;
+    }
+}
+
+bool retrofit_keys_check(const retrofit_json *object, const retrofit_key *table, size_t count,
+                         const char *where) {
+    retrofit_text unknown = {0};
+    bool ok = true;
+    for (const retrofit_json *member = object->child; ok && member; member = member->next) {
+        bool known;
+        ok = retrofit_key_check(member->key, key_value_text(member), table, count, where, &known);
+        if (known) continue;
+        if (unknown.size) retrofit_text_append(&unknown, ", ", 2);
+        retrofit_text_append(&unknown, member->key, member->key_length);
+    }
+    retrofit_text_append(&unknown, "", 1);
+    if (ok && !unknown.failed && unknown.size > 1)
+        retrofit_note("%s: not known here, and not used: %s", where, unknown.bytes);
+    ok = ok && !unknown.failed;
+    free(unknown.bytes);
+    return ok;
 }
 
 // ---- Tokenizer: its parts ----------------------------------------------------------------------
@@ -7069,6 +7216,24 @@ static void *fail_null(const char *format, ...) {
     record_error(format, args);
     va_end(args);
     return NULL;
+}
+
+// The lines that were said, by their hashes; a table that is full forgets none and says on.
+void retrofit_note(const char *format, ...) {
+    static uint64_t said[256];
+    static size_t count;
+    char kept[sizeof error_text];
+    va_list args;
+    va_start(args, format);
+    memcpy(kept, error_text, sizeof kept);
+    record_error(format, args);
+    va_end(args);
+    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, error_text, strlen(error_text));
+    size_t i = 0;
+    while (i < count && said[i] != hash) i++;
+    if (i == count) fprintf(stderr, "note: %s\n", error_text);
+    if (i == count && count < sizeof said / sizeof *said) said[count++] = hash;
+    memcpy(error_text, kept, sizeof kept);
 }
 
 void *retrofit_allocate(size_t count, size_t size) {
