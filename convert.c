@@ -441,6 +441,8 @@ static void surgery(const retrofit_model *source, tokenizer_source tokenizer) {
         model->parameters[i]->weight = origin[i]->weight;
 
     print_dropped(source, &choice);
+    if (source->config.tied)
+        printf("the source's head is its embedding, tied; here it is a matrix of its own\n\n");
     write_model(model, origin, &choice, tokenizer);
     free(adapter);
     free(origin);
@@ -448,7 +450,6 @@ static void surgery(const retrofit_model *source, tokenizer_source tokenizer) {
 }
 
 static void rewrite(retrofit_model *source, tokenizer_source tokenizer) {
-    source->config.tied = false;
     printf("no layers chosen: the model is only rewritten\n\n");
     write_model(source, (const retrofit_parameter *const *)source->parameters, NULL, tokenizer);
 }
@@ -596,7 +597,6 @@ static void initialise(retrofit_model *model) {
 static void make_random(void) {
     retrofit_config config;
     read_shape(&config);
-    config.tied = false;
     bool recurrence_given =
         options.mean_recurrence != SIZE_MAX || options.backprop_depth != SIZE_MAX;
     if (retrofit_is_plain(&config) && recurrence_given)
@@ -806,7 +806,8 @@ static void open_tokenizer(shard_writer *writer) {
     retrofit_config config;
     size_t size = retrofit_tokenizer_size(tokenizer);
     int32_t eos = retrofit_tokenizer_eos(tokenizer);
-    if (eos < 0 && retrofit_config_read(&config, directory)) eos = config.eos;
+    bool has_config = eos < 0 && retrofit_config_read(&config, directory);
+    if (has_config && config.eos_count) eos = config.eos[0];
     if (eos < 0 || (size_t)eos >= size)
         die(1,
             "%s: neither tokenizer_config.json (eos_token) nor config.json (eos_token_id) names a "
@@ -1309,7 +1310,10 @@ static void gguf_read_config(const gguf_file *gguf, retrofit_config *c) {
     c->norm_eps = gguf_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 0);
     c->rope_theta = (double)gguf_f32(gguf, "llama.rope.freq_base", 10000);
     c->bos = (int32_t)gguf_u32(gguf, "tokenizer.ggml.bos_token_id", NO_TOKEN);
-    c->eos = (int32_t)gguf_u32(gguf, "tokenizer.ggml.eos_token_id", NO_TOKEN);
+    c->pad = (int32_t)gguf_u32(gguf, "tokenizer.ggml.padding_token_id", NO_TOKEN);
+    c->eos[0] = (int32_t)gguf_u32(gguf, "tokenizer.ggml.eos_token_id", NO_TOKEN);
+    c->eos_count = c->eos[0] >= 0;
+    c->tied = !gguf_find_tensor(gguf, "output.weight");
     c->state_std = (float)RETROFIT_STATE_STD;
     c->mean_recurrence = 1;
     c->backprop_depth = 1;
@@ -1393,8 +1397,7 @@ static retrofit_model *gguf_load(const gguf_file *gguf) {
     gguf_load_parameter(gguf, "token_embd.weight", &model->wte);
     for (size_t i = 0; i < config.coda; i++) gguf_load_layer(gguf, &config, i, &model->coda[i]);
     gguf_load_parameter(gguf, "output_norm.weight", &model->ln_f);
-    bool tied = !gguf_find_tensor(gguf, "output.weight");
-    gguf_load_parameter(gguf, tied ? "token_embd.weight" : "output.weight", &model->lm_head);
+    if (!config.tied) gguf_load_parameter(gguf, "output.weight", &model->lm_head);
 
     for (size_t i = 0; i < gguf->tensor_count; i++)
         if (!gguf->tensors[i].used)
@@ -1820,6 +1823,19 @@ static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory) {
 // 8  main
 // =================================================================================================
 
+// Ids that are another model's become the tokenizer's. A tokenizer that we cannot read is copied
+// all the same; that it was not looked at is said.
+static void mend_ids(retrofit_model *source, const char *directory) {
+    char path[RETROFIT_PATH];
+    must(retrofit_path(path, directory, "tokenizer.json"));
+    if (access(path, F_OK)) return;
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    if (tokenizer) retrofit_config_mend_ids(&source->config, tokenizer, directory);
+    else retrofit_note("the tokenizer is copied as it is, since it cannot be read here: %s",
+                       retrofit_error());
+    retrofit_tokenizer_free(tokenizer);
+}
+
 static void convert(int task) {
     struct stat status;
     bool is_file = !stat(options.from, &status) && S_ISREG(status.st_mode);
@@ -1834,7 +1850,9 @@ static void convert(int task) {
     } else {
         source = retrofit_load(options.from, &retrofit_cpu, RETROFIT_INFERENCE);
         must(source != NULL);
+        must(retrofit_check_finite(source));
         tokenizer.directory = retrofit_model_directory(options.from, path);
+        mend_ids(source, tokenizer.directory);
     }
     if (task == SURGERY) surgery(source, tokenizer);
     else rewrite(source, tokenizer);

@@ -103,6 +103,8 @@ static const retrofit_option option_table[] = {
 static retrofit_model *model;         // NULL for --print-tokens
 static retrofit_tokenizer *tokenizer; // NULL for --eval and --tokens
 static char device_name[256];         // what computes
+static int32_t end_tokens[16];        // [end_count] the ids that end a text
+static size_t end_count;
 
 // ---- Small helpers -----------------------------------------------------------------------------
 
@@ -167,6 +169,30 @@ static void show_progress(const char *what, size_t done, size_t total) {
 static void print_json_number(double x) {
     if (isfinite(x)) printf("%.7g", x);
     else fputs("null", stdout);
+}
+
+static bool ends_text(int32_t id) {
+    for (size_t i = 0; i < end_count; i++) {
+        if (end_tokens[i] == id) return true;
+    }
+    return false;
+}
+
+// An id that no token has, -1 too, ends nothing.
+static void add_end_token(int32_t id) {
+    bool room = end_count < sizeof end_tokens / sizeof *end_tokens;
+    if (id >= 0 && room && !ends_text(id)) end_tokens[end_count++] = id;
+}
+
+// Ends the program if a number that the model computed is infinite or no number, and says where in
+// the weights that comes from, if it comes from there.
+static void check_computed(const float *x, size_t count) {
+    size_t i = 0;
+    while (i < count && isfinite(x[i])) i++;
+    if (i == count) return;
+    require(retrofit_check_finite(model));
+    die(1, "%s: the model computes no number (all weights are finite): did its training fail?",
+        options.model);
 }
 
 // The cross-entropy of a token under logits (V), in nats: -log p(id).
@@ -285,7 +311,6 @@ enum { LLAMA3, CHATML, ZEPHYR, FAMILIES };
 
 static int family;                       // the model's, with --chat
 static char *chat_template;              // the Jinja text that comes with it; "" if there is none
-static int32_t end_tokens[2] = {-1, -1}; // end a text: the tokenizer's; with --chat the family's
 
 // tokenizer_config.json has one template or a list of named ones, of which "default" counts.
 static const retrofit_json *find_template(const retrofit_json *config) {
@@ -332,7 +357,7 @@ static void find_family(const char *directory) {
     if (family == FAMILIES)
         die(1, "%s: --chat: the tokenizer is of no family of chat models that is known here: "
                "Llama-3, ChatML, Zephyr", directory);
-    end_tokens[1] = retrofit_tokenizer_id(tokenizer, families[family].end);
+    add_end_token(retrofit_tokenizer_id(tokenizer, families[family].end));
 }
 
 static void append_role(retrofit_text *text, const char *role) {
@@ -756,7 +781,7 @@ static void append_text(struct sequence *sequence) {
 // the text as far as it is final.
 static void append_token(struct batch *batch, struct sequence *sequence, int32_t id,
                          const float *logits, size_t recurrences) {
-    if (id == end_tokens[0] || id == end_tokens[1]) {
+    if (ends_text(id)) {
         sequence->finish = "stop";
     } else {
         size_t n = sequence->produced++;
@@ -788,11 +813,12 @@ static void append_token(struct batch *batch, struct sequence *sequence, int32_t
 // Draws a token for each sequence from its row of logits (count,V). Ids beyond the tokenizer's are
 // padding of the vocabulary.
 static void sample_tokens(struct batch *batch, const float *logits) {
-    size_t known = retrofit_tokenizer_size(tokenizer);
+    size_t known = retrofit_min(retrofit_tokenizer_size(tokenizer), model->config.vocab);
     for (size_t i = 0; i < batch->count; i++) {
         struct sequence *sequence = batch->sequences[i];
         const float *row = logits + i * model->config.vocab;
         if (sequence->finish) continue;
+        check_computed(row, known);
         int32_t id = retrofit_sample(row, known, &sequence->sampling, batch->scratch);
         append_token(batch, sequence, id, row, (size_t)batch->buffers->decoder->used[i]);
     }
@@ -1938,6 +1964,7 @@ static void run_logits(void) {
     float *logits = new_array(T * V, sizeof *logits);
     require(retrofit_forward(buffers, ids, 1, T, start_sigma(), options.seed, r, 0));
     retrofit_logits(buffers, 0, T, logits);
+    check_computed(logits, T * V);
     retrofit_tensor tensor = {"logits", RETROFIT_F32, 2, {T, V, 0, 0}, T * V, logits};
     require(retrofit_safetensors_write(options.logits, &retrofit_cpu, &tensor, 1, RETROFIT_F32,
                                        NULL));
@@ -1961,15 +1988,15 @@ enum { PROMPT, BATCH, INTERACTIVE, EVAL, TASKS, LOGITS, PRINT_TOKENS, MODES };
 // With --tokens no mode needs a tokenizer or a prompt.
 static const struct mode {
     void (*run)(void);
-    bool needs_model, needs_tokenizer, needs_prompt;
+    bool needs_model, needs_tokenizer, needs_prompt, generates;
 } modes[MODES] = {
-    [PROMPT] = {run_prompt, true, true, true},
-    [BATCH] = {run_batch, true, true, false},
-    [INTERACTIVE] = {run_interactive, true, true, false},
-    [EVAL] = {run_eval, true, false, false},
-    [TASKS] = {run_tasks, true, true, false},
-    [LOGITS] = {run_logits, true, true, true},
-    [PRINT_TOKENS] = {run_print_tokens, false, true, true},
+    [PROMPT] = {run_prompt, true, true, true, true},
+    [BATCH] = {run_batch, true, true, false, true},
+    [INTERACTIVE] = {run_interactive, true, true, false, true},
+    [EVAL] = {run_eval, true, false, false, false},
+    [TASKS] = {run_tasks, true, true, false, true},
+    [LOGITS] = {run_logits, true, true, true, false},
+    [PRINT_TOKENS] = {run_print_tokens, false, true, true, false},
 };
 
 static const struct mode *find_mode(void) {
@@ -2094,18 +2121,88 @@ static void load_model(void) {
     model = require_pointer(retrofit_load(options.model, ops, RETROFIT_INFERENCE));
 }
 
-// A tokenizer may name no end of text; then the model's config does.
 static void load_tokenizer(const char *directory) {
     tokenizer = require_pointer(retrofit_tokenizer_load(directory));
-    end_tokens[0] = retrofit_tokenizer_eos(tokenizer);
 }
 
+// What ends a text: the ids of generation_config.json or config.json, as in transformers; where
+// they have none, the tokenizer's end of text.
+static void find_end_tokens(const char *directory) {
+    const retrofit_config *config = &model->config;
+    int32_t own = retrofit_tokenizer_eos(tokenizer);
+    for (size_t i = 0; i < config->eos_count; i++) add_end_token(config->eos[i]);
+    if (end_count == 0) add_end_token(own);
+    if (own >= 0 && !ends_text(own))
+        retrofit_note("%s: text ends at eos_token_id (%d), which is not the tokenizer's eos_token "
+                      "(%d); transformers does the same", directory, (int)end_tokens[0], (int)own);
+    if (end_count == 0)
+        retrofit_note("%s: neither config.json nor the tokenizer names an end of text: text goes "
+                      "on up to --max-tokens", directory);
+}
+
+// How generation_config.json, or an older config.json, would have transformers generate. Values
+// that change nothing are the defaults of transformers.
+static const retrofit_key generation_keys[] = {
+    {"bos_token_id eos_token_id pad_token_id", NULL, "what ends a text"},
+    {"temperature", "1", "--temperature"},
+    {"top_k", "0|50", "--top-k"},
+    {"top_p", "1", "--top-p"},
+    {"min_p", "0", "--min-p"},
+    {"do_sample", "false", "--temperature, --top-k, --top-p, --min-p"},
+    {"max_length max_new_tokens", "*", "--max-tokens"},
+    {"stop_strings", "null", "--stop"},
+    {"typical_p repetition_penalty encoder_repetition_penalty", "1", NULL},
+    {"length_penalty num_beams num_beam_groups num_return_sequences", "1", NULL},
+    {"min_length min_new_tokens no_repeat_ngram_size epsilon_cutoff eta_cutoff", "0", NULL},
+    {"encoder_no_repeat_ngram_size diversity_penalty", "0", NULL},
+    {"transformers_version _from_model_config use_cache cache_*", "*", NULL},
+    {"return_* output_* low_memory disable_compile max_time", "*", NULL},
+    {"is_assistant assistant_* num_assistant_tokens* target_lookbehind", "*", NULL},
+    {"prompt_lookup_num_tokens max_matching_ngram_size prefill_chunk_size", "*", NULL},
+    {"chat_format _commit_hash", "*", NULL},
+};
+
+// Options say how we generate; what a file says beside them is told, not followed.
+static void note_generation_keys(const char *directory, const char *name, bool all_keys) {
+    char path[RETROFIT_PATH];
+    size_t size, count = sizeof generation_keys / sizeof *generation_keys;
+    require(retrofit_path(path, directory, name));
+    if (access(path, F_OK)) return;
+    char *text = require_pointer(retrofit_read_file(path, &size));
+    retrofit_json *json = require_pointer(retrofit_json_parse(text, size, path));
+    retrofit_text found = {0};
+    for (const retrofit_json *member = json->child; member; member = member->next) {
+        bool known = true;
+        bool has_row = retrofit_key_find(member->key, generation_keys, count) != NULL;
+        if (!all_keys && !has_row) continue;
+        bool neutral = retrofit_key_check(member->key, retrofit_json_value_text(member),
+                                          generation_keys, count, path, &known);
+        if (neutral && known) continue;
+        append_string(&found, found.size ? ", " : "");
+        append_string(&found, member->key);
+        append_string(&found, " ");
+        append_string(&found, retrofit_json_value_text(member));
+    }
+    retrofit_text_append(&found, "", 1);
+    require(!found.failed);
+    if (found.size > 1)
+        retrofit_note("%s: generation follows the options of infer, not: %s", path, found.bytes);
+    free(found.bytes);
+    free(text);
+    retrofit_json_free(json);
+}
+
+// A tokenizer may have a few tokens more than the model has embeddings: a [PAD], say, that was
+// added for a training. A prompt that has such an id is refused when it is fed.
 static void check_vocabulary(const char *directory) {
     size_t size = retrofit_tokenizer_size(tokenizer), V = model->config.vocab;
-    if (size > V)
+    size_t excess = size > V ? size - V : 0;
+    if (excess > V / 64 + 16)
         die(1, "the tokenizer of %s has ids up to %zu, the model's vocabulary %zu: "
                "another model's?", directory, size - 1, V);
-    if (end_tokens[0] < 0) end_tokens[0] = model->config.eos;
+    if (excess)
+        retrofit_note("the tokenizer of %s has %zu more ids than the model's vocabulary of %zu: a "
+                      "text that needs one of them is refused", directory, excess, V);
 }
 
 static const char usage[] =
@@ -2135,6 +2232,12 @@ int main(int argc, char **argv) {
     if (mode->needs_tokenizer && !options.tokens) load_tokenizer(directory);
     if (mode->needs_model) load_model();
     if (model && tokenizer) check_vocabulary(directory);
+    if (model && tokenizer) retrofit_config_mend_ids(&model->config, tokenizer, directory);
+    if (mode->generates && tokenizer) {
+        find_end_tokens(directory);
+        note_generation_keys(directory, "generation_config.json", true);
+        note_generation_keys(directory, "config.json", false);
+    }
     if (model) check_recurrent();
     if (options.stop) read_stops();
     if (options.chat) find_family(directory);

@@ -115,8 +115,10 @@ extern "C" {
 const char *retrofit_error(void);
 
 // ---- Configuration: the numbers of config.json -------------------------------------------------
-// Element types of tensors. Files may hold any of them; operations read weights in F32 or BF16.
-typedef enum { RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32 } retrofit_type;
+// Types of elements. Files may hold any of them; operations read weights in F32 or BF16.
+typedef enum {
+    RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32, RETROFIT_F64
+} retrofit_type;
 
 typedef struct {
     size_t n_embd, n_heads, n_kv_heads, head_dim;  // d, H, G, h
@@ -124,12 +126,13 @@ typedef struct {
     size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0
     float norm_eps;
     double rope_theta;
-    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these:
-    double rope_factor, rope_low, rope_high, rope_original_context;
+    bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these;
+    double rope_factor, rope_low, rope_high, rope_original_context; // else all ω_i / factor, 0: 1
     float state_std;                               // σ of s_0
     size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
-    bool tied;                                     // a plain Llama whose file has no lm_head.weight
-    int32_t bos, eos;                              // token ids; -1 if the config has none
+    bool tied;                                     // a plain Llama whose head is its embedding
+    int32_t bos, pad, eos[8];                      // token ids, -1 for none; what ends a text:
+    size_t eos_count;                              // so many ids
 } retrofit_config;
 
 // σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code
@@ -2415,6 +2418,9 @@ bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
 // type; everything else copies them, to fp32 masters for training. NULL or error.
 retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
 void retrofit_free(retrofit_model *model);
+// Whether all numbers in the files that a model was loaded from for inference are finite; loading
+// for training checks it. Reads all of them. false or error, with the tensor's name and the index.
+bool retrofit_check_finite(const retrofit_model *model);
 // Copies masters to where operations read them; needed after masters were changed by hand.
 void retrofit_refresh_weights(retrofit_model *model);
 
@@ -2513,7 +2519,7 @@ double retrofit_seconds(void);
 float retrofit_bf16_to_float(uint16_t x);
 uint16_t retrofit_float_to_bf16(float f); // to nearest, ties to even; NaN stays NaN
 float retrofit_f16_to_float(uint16_t x);
-// n elements of type F32, BF16 or F16, at any address, as fp32.
+// n elements of type F32, BF16, F16 or F64, at any address, as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
 // ---- Text, JSON, tokenizer ---------------------------------------------------------------------
@@ -2577,13 +2583,15 @@ bool retrofit_json_size(const retrofit_json *value, size_t *out);
 // What the keys of a file mean to us. Each file that we read has a table of all that are known, so
 // that none is passed over in silence (doc/checks.md lists them).
 typedef struct {
-    const char *key;     // one that ends in '*' stands for all that begin so
+    const char *key;     // one or several, with spaces between; "name*" is all that begin so
     const char *neutral; // NULL: the key is used. "*": it changes nothing here, whatever it says.
                          // Else the values that change nothing, as "false|1.0": what has another
                          // one is refused. null, false, "", [] and {} never change anything.
     const char *why;     // what it is about; for a refusal also what to do, or NULL
 } retrofit_key;
 
+// The row of a key; NULL if the table has none.
+const retrofit_key *retrofit_key_find(const char *key, const retrofit_key *table, size_t count);
 // Checks the members of `object` by a table. What is refused, or unknown with a name that speaks of
 // what a model computes, is an error that names key and value; other keys that are unknown are said
 // in a note. `where` is the file. false or error.
@@ -2593,6 +2601,8 @@ bool retrofit_keys_check(const retrofit_json *object, const retrofit_key *table,
 // whether it may be passed over without a note.
 bool retrofit_key_check(const char *key, const char *value, const retrofit_key *table, size_t count,
                         const char *where, bool *known);
+// A value as it is written in a table of keys; what has members in it is "[...]" or "{...}".
+const char *retrofit_json_value_text(const retrofit_json *value);
 // Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
 void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
@@ -2702,6 +2712,11 @@ bool retrofit_config_check(const retrofit_config *config, const char *where);
 bool retrofit_config_read(retrofit_config *config, const char *directory);
 // The same of a config.json under any name. false or error.
 bool retrofit_config_read_file(retrofit_config *config, const char *path);
+// Ids of beginning and end of a text that are another model's, Huginn's or beyond the vocabulary,
+// become the tokenizer's, with a note; so do those that the config lacks, without. `where` is the
+// model's directory.
+void retrofit_config_mend_ids(retrofit_config *config, const retrofit_tokenizer *tokenizer,
+                              const char *where);
 // Writes it. type: of the tensors beside it. false or error.
 bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
                            const char *directory);
@@ -2991,6 +3006,16 @@ static void list_layers(retrofit_model *model, retrofit_layer *layers, size_t co
     }
 }
 
+// A tied head is the embedding: it is not in the list, shares wte's master, and its gradient adds
+// to the same matrix. Only what operations read may be a copy, since a head's type is act's.
+static void tie_head(retrofit_model *model) {
+    retrofit_weight weight = model->lm_head.weight;
+    model->lm_head = model->wte;
+    model->lm_head.kind = RETROFIT_HEAD;
+    model->lm_head.part = RETROFIT_PART_HEAD;
+    if (weight.data) model->lm_head.weight = weight;
+}
+
 static void list_model(retrofit_model *model) {
     const retrofit_config *c = &model->config;
     size_t d = c->n_embd, V = c->vocab;
@@ -3008,7 +3033,8 @@ static void list_model(retrofit_model *model) {
     list_layers(model, model->core, c->core, "core_block", RETROFIT_PART_CORE);
     list_layers(model, model->coda, c->coda, "coda", RETROFIT_PART_CODA);
     list_parameter(model, &ln_f, prefix, RETROFIT_PART_NORM);
-    list_parameter(model, &lm_head, "", RETROFIT_PART_HEAD);
+    if (!c->tied) list_parameter(model, &lm_head, "", RETROFIT_PART_HEAD);
+    else tie_head(model);
 }
 
 retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit_ops *ops) {
@@ -3081,6 +3107,7 @@ static void lay_out_masters(retrofit_model *model, arena *a) {
         retrofit_parameter *parameter = model->parameters[i];
         parameter->master = arena_alloc(a, parameter->rows * parameter->cols, sizeof(float));
     }
+    if (model->config.tied) tie_head(model);
 }
 
 static void lay_out_grads(retrofit_model *model, arena *a) {
@@ -3089,12 +3116,23 @@ static void lay_out_grads(retrofit_model *model, arena *a) {
         if (parameter->frozen) parameter->grad = NULL;
         else parameter->grad = arena_alloc(a, parameter->rows * parameter->cols, sizeof(float));
     }
+    if (model->config.tied) tie_head(model);
 }
 
 // The type in which operations read a parameter.
 static retrofit_type compute_type(const retrofit_model *model, retrofit_kind kind) {
     if (kind == RETROFIT_NORM || kind == RETROFIT_EMBEDDING) return RETROFIT_F32;
     return model->ops->act_type;
+}
+
+// The embedding's own weight serves where it has the type in which operations read a head.
+static void lay_out_tied_head(retrofit_model *model, arena *a) {
+    retrofit_weight *weight = &model->lm_head.weight;
+    retrofit_type type = compute_type(model, RETROFIT_HEAD);
+    *weight = model->wte.weight;
+    if (model->ops == &retrofit_cpu || type == weight->type) return;
+    weight->type = type;
+    weight->data = arena_alloc(a, model->wte.rows * model->wte.cols, retrofit_type_size(type));
 }
 
 static void lay_out_weights(retrofit_model *model, arena *a) {
@@ -3106,6 +3144,7 @@ static void lay_out_weights(retrofit_model *model, arena *a) {
         if (type == RETROFIT_F32) parameter->weight.data = parameter->master;
         else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
     }
+    if (model->config.tied) lay_out_tied_head(model, a);
 }
 
 bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode) {
@@ -3133,13 +3172,16 @@ bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode) {
     return true;
 }
 
+static void refresh_weight(const retrofit_model *model, const retrofit_parameter *parameter) {
+    if (parameter->weight.type == RETROFIT_F32) return;
+    act *copy = (act *)parameter->weight.data;
+    model->ops->cast(copy, parameter->master, parameter->rows * parameter->cols);
+}
+
 void retrofit_refresh_weights(retrofit_model *model) {
-    for (size_t i = 0; i < model->parameter_count; i++) {
-        retrofit_parameter *parameter = model->parameters[i];
-        if (parameter->weight.type == RETROFIT_F32) continue;
-        act *copy = (act *)parameter->weight.data;
-        model->ops->cast(copy, parameter->master, parameter->rows * parameter->cols);
-    }
+    for (size_t i = 0; i < model->parameter_count; i++)
+        refresh_weight(model, model->parameters[i]);
+    if (model->config.tied) refresh_weight(model, &model->lm_head);
 }
 
 // Every trained parameter has a first moment m, and with AdamW and AdamW* a second one, v. Those
@@ -3196,16 +3238,17 @@ void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
 //
 //     ω_i = θ^(-2i/h)
 //
-// Llama 3 was first trained on a shorter context, the original one. What counts is how many turns a
-// pair makes there: with more than `high` it keeps its ω_i, with fewer than `low` it becomes
-// `factor` times slower, and in between lies a ramp:
+// Linear scaling makes all pairs `factor` times slower. Llama 3 was first trained on a shorter
+// context, the original one. What counts is how many turns a pair makes there: with more than
+// `high` it keeps its ω_i, with fewer than `low` it becomes `factor` times slower, and in between
+// lies a ramp:
 //
 //     turns_i = original_context·ω_i / 2π
 //     keep_i  = (turns_i - low) / (high - low), cut to [0, 1]
 //     ω_i    ←  ω_i·(keep_i + (1 - keep_i)/factor)
 static float rope_frequency(const retrofit_config *c, size_t i) {
     float frequency = 1.0f / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
-    if (!c->rope_llama3) return frequency;
+    if (!c->rope_llama3) return c->rope_factor > 0 ? frequency / (float)c->rope_factor : frequency;
     double wavelength = 2 * 3.14159265358979323846 / (double)frequency; // in positions
     double turns = c->rope_original_context / wavelength;
     double keep = fmin(1, fmax(0, (turns - c->rope_low) / (c->rope_high - c->rope_low)));
@@ -3588,13 +3631,13 @@ void retrofit_buffers_free(retrofit_buffers *buffers) {
 // We map files into memory and use tensors where they lie, so everything is checked before.
 
 // Types in a file: first those that we read, in the order of retrofit_type. Tensors of the others
-// are checked, too, but are not listed.
+// are checked, too, but are not listed; if a model needs one, it is refused by name.
 static const struct {
     const char *name;
     size_t size;
-} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, // these are ours
-                  {"F64", 8}, {"I64", 8},  {"U64", 8}, {"U32", 4}, {"I16", 2},
-                  {"U16", 2}, {"I8", 1},   {"U8", 1},  {"BOOL", 1}};
+} file_types[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I32", 4}, {"F64", 8}, // ours
+                  {"I64", 8}, {"U64", 8},  {"U32", 4}, {"I16", 2}, {"U16", 2},
+                  {"I8", 1},  {"U8", 1},   {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
 enum { FILE_TYPES = sizeof file_types / sizeof *file_types };
 
 typedef struct {
@@ -3624,7 +3667,7 @@ static const char *tensor_problem(retrofit_tensor *tensor, size_t type, const re
                                   byte_range range, size_t data_bytes) {
     size_t bytes;
     if (type == FILE_TYPES) return "unknown dtype";
-    bool is_shape = read_tensor_shape(tensor, shape) && (type > RETROFIT_I32 || tensor->dims <= 4);
+    bool is_shape = read_tensor_shape(tensor, shape) && (type > RETROFIT_F64 || tensor->dims <= 4);
     if (!is_shape || __builtin_mul_overflow(tensor->count, file_types[type].size, &bytes))
         return "the shape is not at most 4 sizes, or too large";
     if (range.begin > range.end || range.end > data_bytes)
@@ -3657,7 +3700,7 @@ static bool read_tensor_entry(retrofit_map *map, const retrofit_json *entry, con
                              entry->key, dtype->string, range->begin, range->end, data_bytes,
                              problem);
     tensor.data = data + range->begin;
-    if (type <= RETROFIT_I32) map->tensors[map->count++] = tensor;
+    if (type <= RETROFIT_F64) map->tensors[map->count++] = tensor;
     return true;
 }
 
@@ -3881,9 +3924,10 @@ static bool check_config_numbers(const retrofit_config *c, const char *where) {
         return retrofit_fail("%s: norm eps %g is not between 0 and 1", where, (double)c->norm_eps);
     if (!(c->rope_theta > 1 && c->rope_theta < 1e12))
         return retrofit_fail("%s: rope_theta %g is not between 1 and 1e12", where, c->rope_theta);
-    bool scaling = c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low &&
-                   c->rope_original_context > 0;
-    if (c->rope_llama3 && !scaling)
+    bool llama3 = c->rope_factor >= 1 && c->rope_low > 0 && c->rope_high > c->rope_low &&
+                  c->rope_original_context > 0;
+    bool linear = c->rope_factor == 0 || (c->rope_factor >= 1 && c->rope_factor < 1e6);
+    if (c->rope_llama3 ? !llama3 : !linear)
         return retrofit_fail("%s: rope_scaling's numbers make no sense", where);
     if (!(c->state_std >= 0 && c->state_std < 100))
         return retrofit_fail("%s: init_values.std %g is not between 0 and 100", where,
@@ -3912,7 +3956,7 @@ static const struct {
     {"intermediate_size", "intermediate_size", offsetof(retrofit_config, intermediate), true},
     {"vocab_size", "padded_vocab_size", offsetof(retrofit_config, vocab), false},
     {"max_position_embeddings", "max_position_embeddings", offsetof(retrofit_config, context),
-     true},
+     false},
     {NULL, "n_layers_in_prelude", offsetof(retrofit_config, prelude), true},
     {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
     {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
@@ -3947,34 +3991,121 @@ static bool config_is_true(const retrofit_json *json, const char *key) {
     return value && value->type == RETROFIT_JSON_BOOL && value->number != 0;
 }
 
-// What a config may leave out, but must not say otherwise.
-static bool check_config_supported(const retrofit_json *json, const char *where) {
-    static const char *const words[][2] = {{"norm_class_name", "RMSNorm_llama"},
-                                           {"block_class_name", "SandwichBlock"},
-                                           {"hidden_act", "silu"},
-                                           {"nonlin_name", "SiLU"},
-                                           {"injection_type", "linear"}};
-    static const char *const flags[] = {"attention_bias", "mlp_bias", "qk_bias", "bias",
-                                        "tie_embeddings"};
-    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
-        const retrofit_json *word = retrofit_json_get(json, words[i][0]);
-        if (word && !retrofit_json_is(word, words[i][1]))
-            return retrofit_fail("%s: %s is not %s: only Llama's blocks are supported", where,
-                                 words[i][0], words[i][1]);
-    }
-    for (size_t i = 0; i < sizeof flags / sizeof *flags; i++) {
-        if (config_is_true(json, flags[i]))
-            return retrofit_fail("%s: %s is true: such models are not supported", where, flags[i]);
-    }
-    return true;
+// All keys of a config.json that are known: those of transformers' Llama and its base class, those
+// of the authors' models, and some of other families that a Llama would not be with.
+static const retrofit_key config_keys[] = {
+    {"model_type", NULL, "llama or huginn_raven"},
+    {"hidden_size n_embd", NULL, "the width d"},
+    {"num_attention_heads n_heads", NULL, "H"},
+    {"num_key_value_heads", NULL, "G; H without it"},
+    {"head_dim", NULL, "d/H, no other"},
+    {"intermediate_size", NULL, "F"},
+    {"vocab_size padded_vocab_size", NULL, "V; of a recurrent model padded_vocab_size counts"},
+    {"num_hidden_layers n_layers_in_*", NULL, "D of a plain Llama; P, C and D"},
+    {"max_position_embeddings", NULL, "the longest context; 2048 without it"},
+    {"mean_recurrence mean_backprop_depth", NULL, "R and K"},
+    {"rms_norm_eps norm_eps", NULL, "of a plain Llama; of a recurrent model"},
+    {"rope_theta", NULL, "the base of RoPE's frequencies; 10000 without it"},
+    {"rope_scaling rope_parameters", NULL, "see the table of its keys"},
+    {"init_values", NULL, "see the table of its keys"},
+    {"bos_token_id eos_token_id pad_token_id", NULL, "unless generation_config.json has them"},
+    {"tie_word_embeddings", NULL, "the head is the embedding"},
+    {"layer_types", NULL, "all full_attention, no other"},
+    {"attention_dropout", "*", "train does without, and says so"},
+    {"hidden_act", "silu|swish", "the MLP is SwiGLU"},
+    {"nonlin_name", "SiLU", "the MLP is SwiGLU"},
+    {"mlp_class_name", "GatedMLP", "the MLP is SwiGLU"},
+    {"norm_class_name", "RMSNorm_llama", "only Llama's blocks are supported"},
+    {"block_class_name", "SandwichBlock", "only Llama's blocks are supported"},
+    {"architecture_class_name", "RecurrentGPT", "only the authors' model is supported"},
+    {"injection_type", "linear", "only the linear adapter is supported"},
+    {"state_init", "like-init", "s_0 is a normal draw; --state-init zero is an option"},
+    {"initial_state_mode", "random", "s_0 is a normal draw; --state-init zero is an option"},
+    {"sampling_scheme", "poisson-lognormal-filling", "train draws recurrences in no other way"},
+    {"test_time_noise", "0", "infer adds noise by --noise"},
+    {"attention_bias mlp_bias qk_bias bias", "false", "matrices have no bias here"},
+    {"tie_embeddings", "false", "a recurrent model has a head of its own"},
+    {"partial_rotary_factor", "1", "RoPE turns whole heads here"},
+    {"sliding_window", "null", "attention is over the whole context here"},
+    {"use_sliding_window", "false", "attention is over the whole context here"},
+    {"quantization_config compression_config", "null", "take the model before it was quantized"},
+    {"logit_scale logits_scaling", "1", "logits are not scaled here"},
+    {"embedding_multiplier residual_multiplier", "1", "nothing is scaled here"},
+    {"num_experts num_local_experts", "0|1", "a block has one MLP here"},
+    {"is_encoder_decoder add_cross_attention", "false", "only decoders are supported"},
+    {"pruned_heads", "null", "all layers have the same heads here"},
+    {"n_layers effective_expected_depth", "*", "follow from the others"},
+    {"block_size", "*", "max_position_embeddings counts"},
+    {"rope_base", "*", "rope_theta counts"},
+    {"padding_multiple", "*", "the vocabulary is padded already"},
+    {"test_time_noise_type max_window_layers", "*", "of what is off"},
+    {"init_orthogonal init_strategy initializer_range", "*", "of weights from scratch"},
+    {"architectures auto_map tokenizer_class", "*", "names of classes"},
+    {"_name_or_path name_or_path transformers_version unsloth_*", "*", "where it comes from"},
+    {"dtype torch_dtype", "*", "the file's tensors say it"},
+    {"activation_checkpoint_impl use_cache use_bfloat16 pretraining_tp", "*", "how to compute"},
+    {"_attn_implementation* attn_implementation chunk_size_feed_forward", "*", "how to compute"},
+    {"cache_implementation torchscript _flash_attn_2_enabled", "*", "how to compute"},
+    {"return_dict* output_* is_decoder tf_legacy_loss", "*", "of Python's interface"},
+    {"cross_attention_hidden_size tie_encoder_decoder", "*", "of encoders"},
+    {"decoder_start_token_id sep_token_id", "*", "of encoders"},
+    {"finetuning_task id2label label2id problem_type prefix", "*", "of other tasks"},
+    {"task_specific_params transformers.js_config", "*", "of other tasks and programs"},
+    {"max_length min_length do_sample early_stopping num_beams", "*", "infer has options"},
+    {"num_beam_groups diversity_penalty temperature top_k top_p", "*", "infer has options"},
+    {"typical_p repetition_penalty length_penalty", "*", "infer has options"},
+    {"no_repeat_ngram_size encoder_no_repeat_ngram_size", "*", "infer has options"},
+    {"bad_words_ids num_return_sequences forced_* suppress_tokens", "*", "infer has options"},
+    {"begin_suppress_tokens remove_invalid_values", "*", "infer has options"},
+    {"exponential_decay_length_penalty", "*", "infer has options"},
+};
+
+// Keys of rope_scaling, or rope_parameters as transformers 5 calls it.
+static const retrofit_key rope_keys[] = {
+    {"rope_type type", NULL, "default, linear or llama3, no other; type is the older name"},
+    {"factor", NULL, "of linear and llama3"},
+    {"rope_theta", NULL, "transformers 5 has it here"},
+    {"low_freq_factor high_freq_factor original_max_position_embeddings", NULL, "of llama3"},
+    {"partial_rotary_factor", "1", "RoPE turns whole heads here"},
+};
+
+static const retrofit_key init_keys[] = {
+    {"std", NULL, "the standard deviation of s_0"},
+    {"embed_scale", "1", "embeddings are not scaled here"},
+    {"embedding out_proj", "*", "of weights from scratch"},
+};
+#define KEYS(table) table, sizeof table / sizeof *table
+
+// An object that is a member of a config, by its own table.
+static bool check_config_member(const retrofit_json *json, const char *key,
+                                const retrofit_key *table, size_t count, const char *where) {
+    const retrofit_json *member = retrofit_json_get(json, key);
+    char path[RETROFIT_PATH + 64];
+    if (!member || member->type == RETROFIT_JSON_NULL) return true;
+    if (member->type != RETROFIT_JSON_OBJECT)
+        return retrofit_fail("%s: \"%s\" is not an object", where, key);
+    snprintf(path, sizeof path, "%s: %s", where, key);
+    return retrofit_keys_check(member, table, count, path);
 }
 
-// A number, or the first of a list: Llama-3's chat models list several ends of text, and the first
-// one is the document's. Without one, *out stays as it was. false or error if it is something else.
+// Every key is used, changes nothing, or is refused.
+static bool check_config_keys(const retrofit_json *json, const char *where) {
+    const retrofit_json *types = retrofit_json_get(json, "layer_types");
+    for (const retrofit_json *type = types ? types->child : NULL; type; type = type->next) {
+        if (!retrofit_json_is(type, "full_attention"))
+            return retrofit_fail("%s: \"layer_types\" has other layers than full_attention: such "
+                                 "models are not supported", where);
+    }
+    return retrofit_keys_check(json, KEYS(config_keys), where) &&
+           check_config_member(json, "rope_scaling", KEYS(rope_keys), where) &&
+           check_config_member(json, "rope_parameters", KEYS(rope_keys), where) &&
+           check_config_member(json, "init_values", KEYS(init_keys), where);
+}
+
+// Without one, *out stays as it was. false or error if it is something else.
 static bool read_config_number(double *out, const retrofit_json *json, const char *key,
                                const char *where) {
     const retrofit_json *number = retrofit_json_get(json, key);
-    if (number && number->type == RETROFIT_JSON_ARRAY && number->child) number = number->child;
     if (!number || number->type == RETROFIT_JSON_NULL) return true;
     if (number->type != RETROFIT_JSON_NUMBER)
         return retrofit_fail("%s: %s is not a number", where, key);
@@ -3982,19 +4113,34 @@ static bool read_config_number(double *out, const retrofit_json *json, const cha
     return true;
 }
 
-static bool read_config_rope(retrofit_config *c, const retrofit_json *json, const char *where) {
-    const retrofit_json *rope = retrofit_json_get(json, "rope_parameters"); // transformers 5
-    if (!rope) rope = retrofit_json_get(json, "rope_scaling");
-    c->rope_theta = 10000;
-    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
-    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
+// Whether two strings, or two numbers, are equal; b may be NULL.
+static bool same_scalar(const retrofit_json *a, const retrofit_json *b) {
+    if (!b || a->type != b->type) return false;
+    if (a->type == RETROFIT_JSON_STRING) return !strcmp(a->string, b->string);
+    return a->number == b->number;
+}
 
-    const retrofit_json *type = retrofit_json_get(rope, "rope_type");
-    if (!type) type = retrofit_json_get(rope, "type");
-    if (!type) return true;
-    c->rope_llama3 = retrofit_json_is(type, "llama3");
-    if (!c->rope_llama3 && !retrofit_json_is(type, "default"))
-        return retrofit_fail("%s: rope_scaling is not of type llama3: no other is known", where);
+// The object that says how RoPE is scaled, or NULL. transformers 5 calls it rope_parameters, older
+// versions rope_scaling; where a file has both, they must not differ.
+static bool find_config_rope(const retrofit_json **out, const retrofit_json *json,
+                             const char *where) {
+    const retrofit_json *old = retrofit_json_get(json, "rope_scaling");
+    const retrofit_json *new = retrofit_json_get(json, "rope_parameters");
+    if (old && old->count == 0) old = NULL;
+    if (new && new->count == 0) new = NULL;
+    *out = new ? new : old;
+    if (!old || !new) return true;
+    for (const retrofit_json *a = old->child; a; a = a->next) {
+        const char *key = strcmp(a->key, "type") ? a->key : "rope_type";
+        const retrofit_json *b = retrofit_json_get(new, key);
+        if (!same_scalar(a, b))
+            return retrofit_fail("%s: rope_scaling and rope_parameters say different things (%s): "
+                                 "remove one of them", where, a->key);
+    }
+    return true;
+}
+
+static bool read_rope_numbers(retrofit_config *c, const retrofit_json *rope, const char *where) {
     return read_config_number(&c->rope_factor, rope, "factor", where) &&
            read_config_number(&c->rope_low, rope, "low_freq_factor", where) &&
            read_config_number(&c->rope_high, rope, "high_freq_factor", where) &&
@@ -4002,41 +4148,90 @@ static bool read_config_rope(retrofit_config *c, const retrofit_json *json, cons
                               where);
 }
 
+static bool read_config_rope(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *rope;
+    if (!find_config_rope(&rope, json, where)) return false;
+    c->rope_theta = 10000;
+    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
+    double theta = c->rope_theta;
+    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
+    if (c->rope_theta != theta && retrofit_json_get(json, "rope_theta"))
+        return retrofit_fail("%s: rope_theta is %g, and %g in rope_parameters: remove one of them",
+                             where, theta, c->rope_theta);
+
+    const retrofit_json *type = retrofit_json_get(rope, "rope_type");
+    if (!type) type = retrofit_json_get(rope, "type");
+    const retrofit_json *numbers = retrofit_json_get(rope, "factor");
+    if (!type && !numbers) return true;
+    if (!type)
+        return retrofit_fail("%s: rope_scaling has no rope_type: add \"linear\" or \"llama3\", "
+                             "whichever the model was trained with", where);
+    c->rope_llama3 = retrofit_json_is(type, "llama3");
+    if (retrofit_json_is(type, "default")) return true;
+    if (c->rope_llama3) return read_rope_numbers(c, rope, where);
+    if (!retrofit_json_is(type, "linear"))
+        return retrofit_fail("%s: rope_scaling is of type %.40s: only default, linear and llama3 "
+                             "are supported", where, type->string ? type->string : "?");
+    return read_config_number(&c->rope_factor, rope, "factor", where);
+}
+
 static int32_t config_token_id(double number) { return (int32_t)fmax(-1, fmin(1 << 24, number)); }
+
+// Ids of tokens with a role. What ends a text is a number or a list of them.
+static bool read_config_ids(retrofit_config *c, const retrofit_json *json, const char *where) {
+    double bos = c->bos, pad = c->pad;
+    if (!read_config_number(&bos, json, "bos_token_id", where)) return false;
+    if (!read_config_number(&pad, json, "pad_token_id", where)) return false;
+    c->bos = config_token_id(bos);
+    c->pad = config_token_id(pad);
+    const retrofit_json *end = retrofit_json_get(json, "eos_token_id");
+    if (!end || end->type == RETROFIT_JSON_NULL) return true;
+    bool list = end->type == RETROFIT_JSON_ARRAY;
+    c->eos_count = 0;
+    for (end = list ? end->child : end; end; end = list ? end->next : NULL) {
+        size_t id;
+        bool fits = c->eos_count < sizeof c->eos / sizeof *c->eos;
+        if (end->type != RETROFIT_JSON_NUMBER || !fits)
+            return retrofit_fail("%s: eos_token_id is neither a token id nor a list of at most 8",
+                                 where);
+        if (!retrofit_json_size(end, &id)) continue; // -1 means none in older files
+        c->eos[c->eos_count++] = config_token_id((double)id);
+    }
+    return true;
+}
 
 static bool read_config_numbers(retrofit_config *c, const retrofit_json *json, bool plain,
                                 const char *where) {
     const retrofit_json *init = retrofit_json_get(json, "init_values");
-    double head_dim = (double)c->head_dim, scale = 1, eps = plain ? 1e-6 : 0;
-    double std = RETROFIT_STATE_STD, bos = -1, eos = -1;
+    double head_dim = (double)c->head_dim, eps = plain ? 1e-6 : 0, std = RETROFIT_STATE_STD;
     if (!read_config_number(&head_dim, json, "head_dim", where)) return false;
     if (head_dim != (double)c->head_dim)
         return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where,
                              c->n_embd, c->n_heads);
-    if (!read_config_number(&scale, init, "embed_scale", where)) return false;
-    if (scale != 1) return retrofit_fail("%s: init_values.embed_scale is not 1", where);
     if (!read_config_number(&eps, json, plain ? "rms_norm_eps" : "norm_eps", where)) return false;
     if (!read_config_number(&std, init, "std", where)) return false;
-    if (!read_config_number(&bos, json, "bos_token_id", where)) return false;
-    if (!read_config_number(&eos, json, "eos_token_id", where)) return false;
     c->norm_eps = (float)eps;
     c->state_std = (float)std;
-    c->bos = config_token_id(bos);
-    c->eos = config_token_id(eos);
-    return true;
+    return read_config_ids(c, json, where);
 }
 
 static bool config_parse(retrofit_config *c, const retrofit_json *json, const char *where) {
     const retrofit_json *type = retrofit_json_get(json, "model_type");
     bool plain = retrofit_json_is(type, "llama");
     if (!plain && !retrofit_json_is(type, "huginn_raven"))
-        return retrofit_fail("%s: model_type is neither llama nor huginn_raven: no other is known",
-                             where);
+        return retrofit_fail("%s: model_type is %.40s: only llama and huginn_raven are supported",
+                             where, type && type->string ? type->string : "missing");
     memset(c, 0, sizeof *c);
     c->mean_recurrence = 1;
     c->backprop_depth = 1;
-    c->tied = plain && config_is_true(json, "tie_word_embeddings");
-    return read_config_sizes(c, json, plain, where) && check_config_supported(json, where) &&
+    c->bos = -1;
+    c->pad = -1;
+    if (!retrofit_json_get(json, "max_position_embeddings")) c->context = 2048;
+    c->tied = config_is_true(json, "tie_word_embeddings");
+    if (c->tied && !plain)
+        return retrofit_fail("%s: tie_word_embeddings is true: a recurrent model has a head of its "
+                             "own", where);
+    return check_config_keys(json, where) && read_config_sizes(c, json, plain, where) &&
            read_config_rope(c, json, where) && read_config_numbers(c, json, plain, where) &&
            retrofit_config_check(c, where);
 }
@@ -4051,9 +4246,50 @@ bool retrofit_config_read_file(retrofit_config *config, const char *path) {
     return ok;
 }
 
+// generation_config.json's ids count, where it has them; config.json's are for older files. As in
+// transformers.
+static bool read_generation_config(retrofit_config *config, const char *directory) {
+    char path[RETROFIT_PATH];
+    if (!retrofit_path(path, directory, "generation_config.json")) return false;
+    if (access(path, F_OK)) return true;
+    size_t size;
+    char *text = retrofit_read_file(path, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    bool ok = json && read_config_ids(config, json, path);
+    retrofit_json_free(json);
+    free(text);
+    return ok;
+}
+
 bool retrofit_config_read(retrofit_config *config, const char *directory) {
     char path[RETROFIT_PATH];
-    return retrofit_path(path, directory, "config.json") && retrofit_config_read_file(config, path);
+    return retrofit_path(path, directory, "config.json") &&
+           retrofit_config_read_file(config, path) && read_generation_config(config, directory);
+}
+
+// The published checkpoints carry the ids of Huginn's tokenizer, which in theirs are words or none.
+static bool has_huginns_ids(const retrofit_config *c, const retrofit_tokenizer *tokenizer) {
+    bool ids = c->bos == 65504 && c->eos_count == 1 && c->eos[0] == 65505;
+    return ids && retrofit_tokenizer_eos(tokenizer) != 65505;
+}
+
+void retrofit_config_mend_ids(retrofit_config *c, const retrofit_tokenizer *tokenizer,
+                              const char *where) {
+    int32_t bos = retrofit_tokenizer_bos(tokenizer), eos = retrofit_tokenizer_eos(tokenizer);
+    bool huginns = has_huginns_ids(c, tokenizer);
+    if (huginns)
+        retrofit_note("%s: eos_token_id 65505 and bos_token_id 65504 are Huginn's: the tokenizer's "
+                      "%d and %d count", where, (int)eos, (int)bos);
+    size_t count = 0;
+    for (size_t i = 0; i < c->eos_count && !huginns; i++) {
+        if ((size_t)c->eos[i] < c->vocab) c->eos[count++] = c->eos[i];
+        else retrofit_note("%s: eos_token_id %d is beyond the vocabulary of %zu: not used", where,
+                           (int)c->eos[i], c->vocab);
+    }
+    c->eos_count = count;
+    if (count == 0 && eos >= 0) c->eos[c->eos_count++] = eos;
+    if (huginns || c->bos < 0 || (size_t)c->bos >= c->vocab) c->bos = bos;
+    if (huginns || (c->pad >= 0 && (size_t)c->pad >= c->vocab)) c->pad = -1;
 }
 
 // ---- config.json: writing ----------------------------------------------------------------------
@@ -4125,11 +4361,26 @@ static void write_config_recurrent(FILE *file, const retrofit_config *c) {
 
 static void write_config_rope(FILE *file, const retrofit_config *c) {
     char factor[32], high[32], low[32];
+    if (!c->rope_llama3) {
+        fprintf(file, "  \"rope_scaling\": {\"factor\": %s, \"rope_type\": \"linear\"},\n",
+                number_text(c->rope_factor, factor));
+        return;
+    }
     fprintf(file, "  \"rope_scaling\": {\"factor\": %s, \"high_freq_factor\": %s, ",
             number_text(c->rope_factor, factor), number_text(c->rope_high, high));
     fprintf(file, "\"low_freq_factor\": %s, \"original_max_position_embeddings\": %.0f, ",
             number_text(c->rope_low, low), c->rope_original_context);
     fprintf(file, "\"rope_type\": \"llama3\"},\n");
+}
+
+static void write_config_ids(FILE *file, const retrofit_config *c) {
+    if (c->bos >= 0) fprintf(file, "  \"bos_token_id\": %d,\n", (int)c->bos);
+    if (c->pad >= 0) fprintf(file, "  \"pad_token_id\": %d,\n", (int)c->pad);
+    if (c->eos_count == 1) fprintf(file, "  \"eos_token_id\": %d,\n", (int)c->eos[0]);
+    if (c->eos_count < 2) return;
+    fprintf(file, "  \"eos_token_id\": [");
+    for (size_t i = 0; i < c->eos_count; i++) fprintf(file, i ? ", %d" : "%d", (int)c->eos[i]);
+    fprintf(file, "],\n");
 }
 
 bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
@@ -4144,14 +4395,13 @@ bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
     write_config_sizes(file, config, plain);
     if (plain) fputs(config_plain_words, file);
     else write_config_recurrent(file, config);
-    if (config->bos >= 0) fprintf(file, "  \"bos_token_id\": %d,\n", (int)config->bos);
-    if (config->eos >= 0) fprintf(file, "  \"eos_token_id\": %d,\n", (int)config->eos);
-    if (config->rope_llama3) write_config_rope(file, config);
+    write_config_ids(file, config);
+    if (config->rope_llama3 || config->rope_factor > 1) write_config_rope(file, config);
     fprintf(file, "  \"head_dim\": %zu,\n", config->head_dim);
     fprintf(file, "  \"%s\": %s,\n", plain ? "rms_norm_eps" : "norm_eps",
             number_text((double)config->norm_eps, eps));
     fprintf(file, "  \"rope_theta\": %s,\n", number_text(config->rope_theta, theta));
-    fprintf(file, "  \"tie_word_embeddings\": false,\n");
+    fprintf(file, "  \"tie_word_embeddings\": %s,\n", config->tied ? "true" : "false");
     fprintf(file, "  \"torch_dtype\": \"%s\"\n}\n", type == RETROFIT_BF16 ? "bfloat16" : "float32");
     return retrofit_finish_file(file, path, true);
 }
@@ -4209,16 +4459,45 @@ static bool open_maps(retrofit_model *model, const char *directory) {
     if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
     if (access(path, F_OK) == 0) return open_map(model, path);
     if (access(index, F_OK) == 0) return open_shards(model, directory, index);
-    return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json",
-                         directory);
+    if (!retrofit_path(path, directory, "pytorch_model.bin")) return false;
+    const char *pickled = "; pytorch_model.bin is not read: save the model with safetensors";
+    if (access(path, F_OK)) pickled = "";
+    return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json%s",
+                         directory, pickled);
 }
 
-static const retrofit_tensor *find_tensor(const retrofit_model *model, const char *name) {
+static const retrofit_tensor *find_exactly(const retrofit_model *model, const char *name) {
     for (size_t i = 0; i < model->map_count; i++) {
         const retrofit_tensor *tensor = retrofit_safetensors_find(&model->maps[i], name);
         if (tensor) return tensor;
     }
     return NULL;
+}
+
+// Checkpoints that were saved from transformers' AutoModel, the Llama without its head, lack the
+// "model." in front of all names.
+static const retrofit_tensor *find_tensor(const retrofit_model *model, const char *name) {
+    const retrofit_tensor *tensor = find_exactly(model, name);
+    if (tensor || strncmp(name, "model.", 6)) return tensor;
+    return find_exactly(model, name + 6);
+}
+
+// Why a tensor is missing: it has a type that we don't read, or the file is of another kind.
+static const retrofit_tensor *fail_missing(const retrofit_model *model, const char *name,
+                                           const char *where) {
+    for (size_t i = 0; i < model->map_count; i++) {
+        const retrofit_json *entry = retrofit_json_get(model->maps[i].header, name);
+        const retrofit_json *type = retrofit_json_get(entry, "dtype");
+        if (type && type->string)
+            return fail_null("%s: tensor %s is of type %s: weights are read as F32, BF16, F16 or "
+                             "F64; is the model quantized?", where, name, type->string);
+    }
+    if (find_exactly(model, "embed_tokens.weight") && !strcmp(name, "lm_head.weight"))
+        return fail_null("%s: tensor %s is missing: this was saved from AutoModel (LlamaModel), "
+                         "without its head: save it from AutoModelForCausalLM", where, name);
+    const char *first = "none";
+    if (model->map_count && model->maps[0].count) first = model->maps[0].tensors[0].name;
+    return fail_null("%s: tensor %s is missing; the first that is there is %s", where, name, first);
 }
 
 // The tensors of the files that make up a parameter, one below the other.
@@ -4231,9 +4510,7 @@ static const retrofit_tensor *find_source(const retrofit_model *model,
                                           const char *where) {
     const char *name = parameter->source[i].name;
     const retrofit_tensor *tensor = find_tensor(model, name);
-    bool tied = parameter->kind == RETROFIT_HEAD && model->config.tied;
-    if (!tensor && tied) tensor = find_tensor(model, model->wte.source[0].name);
-    if (!tensor) return fail_null("%s: tensor %s is missing", where, name);
+    if (!tensor) return fail_missing(model, name, where);
 
     bool norm = parameter->kind == RETROFIT_NORM;
     size_t rows = norm ? parameter->cols : parameter->source[i].rows;
@@ -4286,6 +4563,7 @@ static void lay_out_loaded(retrofit_model *model, arena *a, const source_tensors
         if (stays_in_file(model, parameter, tensor)) parameter->weight.data = tensor->data;
         else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
     }
+    if (model->config.tied) lay_out_tied_head(model, a);
 }
 
 static bool place_for_inference(retrofit_model *model, const source_tensors *sources) {
@@ -4333,6 +4611,9 @@ static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *
     else if (ok) ok = retrofit_model_allocate(model, mode);
     for (size_t i = 0; ok && i < model->parameter_count; i++)
         upload_parameter(model, model->parameters[i], &sources[i], scratch);
+    bool head_is_copy = ok && model->config.tied && !model->lm_head.master &&
+                        model->lm_head.weight.data != model->wte.weight.data;
+    if (head_is_copy) upload_parameter(model, &model->lm_head, &sources[0], scratch); // of wte
     free(sources);
     free(scratch);
     return ok;
@@ -4346,20 +4627,90 @@ static bool has_place(const retrofit_model *model, const char *name) {
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *parameter = model->parameters[i];
         for (size_t j = 0; j < parameter->sources; j++) {
-            if (!strcmp(name, parameter->source[j].name)) return true;
+            const char *source = parameter->source[j].name;
+            if (!strcmp(name, source)) return true;
+            if (!strncmp(source, "model.", 6) && !strcmp(name, source + 6)) return true;
         }
     }
     return false;
 }
 
 static bool check_all_used(const retrofit_model *model, const retrofit_map *map) {
+    const retrofit_json *entry = map->header->child;
+    for (; entry; entry = entry->next) {
+        if (strcmp(entry->key, "__metadata__") && !has_place(model, entry->key))
+            return retrofit_fail("%s: tensor %s has no place in a model of this config.json",
+                                 map->path, entry->key);
+    }
     for (size_t i = 0; i < map->count; i++) {
         const char *name = map->tensors[i].name;
-        if (!has_place(model, name))
-            return retrofit_fail("%s: tensor %s has no place in a model of this config.json",
-                                 map->path, name);
         if (find_tensor(model, name) != &map->tensors[i])
             return retrofit_fail("%s: tensor %s is there twice", map->path, name);
+    }
+    return true;
+}
+
+// A file may hold a head although the config ties it. Where the two differ, transformers 4 follows
+// the config, and so do we; transformers 5 follows the file.
+static void note_other_head(const retrofit_model *model, const char *where) {
+    const retrofit_tensor *head = find_tensor(model, "lm_head.weight");
+    const retrofit_tensor *wte = find_tensor(model, model->wte.source[0].name);
+    if (!model->config.tied || !head) return;
+    size_t size = retrofit_type_size(wte->type);
+    bool same = head->type == wte->type && head->count == wte->count &&
+                !memcmp(head->data, wte->data, wte->count * size);
+    if (!same)
+        retrofit_note("%s: lm_head.weight is not the embedding, but tie_word_embeddings is true: "
+                      "the embedding is the head, and lm_head.weight is not used", where);
+}
+
+// Files beside the weights that would make another model of them in Python.
+static bool note_beside(const char *directory) {
+    static const char *const names[] = {"adapter_config.json", "adapter_model.safetensors",
+                                        "adapter_model.bin"};
+    char path[RETROFIT_PATH], index[RETROFIT_PATH];
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (!retrofit_path(path, directory, names[i])) return false;
+        if (access(path, F_OK)) continue;
+        retrofit_note("%s: an adapter (LoRA) lies beside the weights and is not applied: merge it "
+                      "into them first (PEFT's merge_and_unload)", path);
+        break;
+    }
+    if (!retrofit_path(path, directory, "model.safetensors")) return false;
+    if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
+    if (!access(path, F_OK) && !access(index, F_OK))
+        retrofit_note("%s: not used, since model.safetensors is there", index);
+    return true;
+}
+
+// The first number of a tensor that is infinite or no number; its count if there is none.
+static size_t first_not_finite(const retrofit_tensor *tensor) {
+    enum { CHUNK = 4096 };
+    float x[CHUNK];
+    const char *data = tensor->data;
+    size_t size = retrofit_type_size(tensor->type);
+    for (size_t i = 0; i < tensor->count; i += CHUNK) {
+        size_t n = retrofit_min(tensor->count - i, CHUNK);
+        retrofit_to_float(x, data + i * size, tensor->type, n);
+        for (size_t j = 0; j < n; j++) {
+            if (!isfinite(x[j])) return i + j;
+        }
+    }
+    return tensor->count;
+}
+
+bool retrofit_check_finite(const retrofit_model *model) {
+    for (size_t i = 0; i < model->map_count; i++) {
+        const retrofit_map *map = &model->maps[i];
+        for (size_t j = 0; j < map->count; j++) {
+            const retrofit_tensor *tensor = &map->tensors[j];
+            if (tensor->type == RETROFIT_I32) continue;
+            size_t at = first_not_finite(tensor);
+            if (at < tensor->count)
+                return retrofit_fail("%s: tensor %s: number %zu is infinite or no number: the file "
+                                     "is damaged, or its training failed", map->path, tensor->name,
+                                     at);
+        }
     }
     return true;
 }
@@ -4370,7 +4721,10 @@ static bool load_files(retrofit_model *model, retrofit_mode mode, const char *di
     for (size_t i = 0; i < model->map_count; i++) {
         if (!check_all_used(model, &model->maps[i])) return false;
     }
+    note_other_head(model, directory);
+    if (!note_beside(directory)) return false;
     if (mode == RETROFIT_INFERENCE) return true;
+    if (!retrofit_check_finite(model)) return false;
     retrofit_refresh_weights(model);
     for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
     model->map_count = 0; // nothing lies in the files any more
@@ -4518,7 +4872,7 @@ static bool copy_companions(const char *from, const char *to) {
     static const char *const names[] = {
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
         "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-        "generation_config.json", "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
+        "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
     char source[RETROFIT_PATH], target[RETROFIT_PATH];
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (!retrofit_path(source, from, names[i])) return false;
@@ -4526,6 +4880,69 @@ static bool copy_companions(const char *from, const char *to) {
         if (access(source, F_OK) == 0 && !copy_file(source, target)) return false;
     }
     return true;
+}
+
+// Writes a value as JSON. The parser's limit of the depth bounds the recursion.
+static void write_json_value(FILE *file, const retrofit_json *value) {
+    bool is_object = value->type == RETROFIT_JSON_OBJECT;
+    if (value->type == RETROFIT_JSON_STRING) {
+        retrofit_json_write_string(file, value->string, value->length);
+        return;
+    }
+    if (!is_object && value->type != RETROFIT_JSON_ARRAY) {
+        fputs(retrofit_json_value_text(value), file);
+        return;
+    }
+    fputc(is_object ? '{' : '[', file);
+    for (const retrofit_json *child = value->child; child; child = child->next) {
+        if (is_object) write_json_key(file, child->key);
+        write_json_value(file, child);
+        if (child->next) fputs(", ", file);
+    }
+    fputc(is_object ? '}' : ']', file);
+}
+
+// What the source's generation_config.json says, but with the model's ids.
+static void write_generation_config(FILE *file, const retrofit_config *config,
+                                    const retrofit_json *source) {
+    const retrofit_json *version = retrofit_json_get(source, "transformers_version");
+    const retrofit_key ours = {"bos_token_id eos_token_id pad_token_id transformers_version", NULL,
+                               "written below"};
+    bool has_version = version && version->type == RETROFIT_JSON_STRING;
+    const char *last = has_version ? version->string : "4.57.1";
+    fprintf(file, "{\n");
+    for (const retrofit_json *member = source->child; member; member = member->next) {
+        if (retrofit_key_find(member->key, &ours, 1)) continue;
+        fprintf(file, "  ");
+        write_json_key(file, member->key);
+        fputc(' ', file);
+        write_json_value(file, member);
+        fprintf(file, ",\n");
+    }
+    write_config_ids(file, config);
+    fprintf(file, "  \"transformers_version\": ");
+    retrofit_json_write_string(file, last, strlen(last));
+    fprintf(file, "\n}\n");
+}
+
+// transformers takes ids from generation_config.json where it is there: it is written anew, since
+// the source's ids may be another model's.
+static bool copy_generation_config(const retrofit_config *config, const char *from,
+                                   const char *to) {
+    char source[RETROFIT_PATH], target[RETROFIT_PATH];
+    if (!retrofit_path(source, from, "generation_config.json")) return false;
+    if (!retrofit_path(target, to, "generation_config.json")) return false;
+    if (access(source, F_OK)) return true;
+    size_t size;
+    char *text = retrofit_read_file(source, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, source) : NULL;
+    FILE *file = json ? fopen(target, "wb") : NULL;
+    if (json && !file) retrofit_fail("%s: %s", target, strerror(errno));
+    if (file) write_generation_config(file, config, json);
+    bool ok = file && retrofit_finish_file(file, target, true);
+    retrofit_json_free(json);
+    free(text);
+    return ok;
 }
 
 bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
@@ -4536,7 +4953,8 @@ bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_
               retrofit_safetensors_write(path, model->ops, list.tensors, list.count, type, NULL);
     tensor_list_free(&list);
     if (!ok || !retrofit_config_write(&model->config, type, directory)) return false;
-    return !tokenizer_from || copy_companions(tokenizer_from, directory);
+    return !tokenizer_from || (copy_companions(tokenizer_from, directory) &&
+                               copy_generation_config(&model->config, tokenizer_from, directory));
 }
 
 bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
@@ -5781,25 +6199,33 @@ static bool is_one_of(const char *value, const char *list) {
         size_t length = strcspn(list, "|");
         if (strlen(value) == length && !strncmp(value, list, length)) return true;
         double item = strtod(list, &item_end);
-        if (is_number && item_end == list + length && item == number) return true;
+        bool is_item = length > 0 && item_end == list + length;
+        if (is_number && is_item && item == number) return true;
         if (!list[length]) return false;
         list += length + 1;
     }
 }
 
-static const retrofit_key *find_key(const char *key, const retrofit_key *table, size_t count) {
+static bool row_has_key(const char *names, const char *key) {
+    while (*names) {
+        size_t length = strcspn(names, " ");
+        bool open = names[length - 1] == '*';
+        if (!strncmp(names, key, length - open) && (open || !key[length])) return true;
+        names += length + (names[length] == ' ');
+    }
+    return false;
+}
+
+const retrofit_key *retrofit_key_find(const char *key, const retrofit_key *table, size_t count) {
     for (size_t i = 0; i < count; i++) {
-        size_t length = strlen(table[i].key);
-        bool open = length > 0 && table[i].key[length - 1] == '*';
-        bool found = open ? !strncmp(key, table[i].key, length - 1) : !strcmp(key, table[i].key);
-        if (found) return &table[i];
+        if (row_has_key(table[i].key, key)) return &table[i];
     }
     return NULL;
 }
 
 bool retrofit_key_check(const char *key, const char *value, const retrofit_key *table, size_t count,
                         const char *where, bool *known) {
-    const retrofit_key *row = find_key(key, table, count);
+    const retrofit_key *row = retrofit_key_find(key, table, count);
     *known = true;
     if (is_one_of(value, "null|false||[]|{}")) return true;
     if (row && (!row->neutral || !strcmp(row->neutral, "*"))) return true;
@@ -5807,14 +6233,13 @@ bool retrofit_key_check(const char *key, const char *value, const retrofit_key *
     if (row)
         return retrofit_fail("%s: \"%s\" is %.80s, which is not supported%s%s", where, key, value,
                              row->why ? ": " : "", row->why ? row->why : "");
-    *known = false;
-    if (!is_telling(key)) return true;
+    *known = !strcmp(value, "0");
+    if (*known || !is_telling(key)) return true;
     return retrofit_fail("%s: \"%s\" (%.80s) is not known here, and it may change what is "
                          "computed: remove it if it does not", where, key, value);
 }
 
-// A value as in a table of keys; what has members in it as [...] or {...}.
-static const char *key_value_text(const retrofit_json *value) {
+const char *retrofit_json_value_text(const retrofit_json *value) {
     switch (value->type) {
     case RETROFIT_JSON_NULL: return "null";
     case RETROFIT_JSON_BOOL: return value->number != 0 ? "true" : "false";
@@ -5830,7 +6255,8 @@ bool retrofit_keys_check(const retrofit_json *object, const retrofit_key *table,
     bool ok = true;
     for (const retrofit_json *member = object->child; ok && member; member = member->next) {
         bool known;
-        ok = retrofit_key_check(member->key, key_value_text(member), table, count, where, &known);
+        ok = retrofit_key_check(member->key, retrofit_json_value_text(member), table, count, where,
+                                &known);
         if (known) continue;
         if (unknown.size) retrofit_text_append(&unknown, ", ", 2);
         retrofit_text_append(&unknown, member->key, member->key_length);
@@ -7252,15 +7678,29 @@ bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *
     return retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
 }
 
+// What Git LFS leaves in place of a large file until it has fetched it: some lines of text. Reads
+// on from the beginning.
+static bool is_lfs_pointer(FILE *file, size_t size) {
+    static const char begin[] = "version https://git-lfs.github.com/spec/";
+    char text[sizeof begin] = {0};
+    if (size < sizeof begin || size > 1024) return false;
+    bool read = fread(text, 1, sizeof begin - 1, file) == sizeof begin - 1;
+    rewind(file);
+    return read && !strcmp(text, begin);
+}
+
 FILE *retrofit_open_file(const char *path, size_t *size) {
     FILE *file = fopen(path, "rbe");
     if (!file) return fail_null("%s: %s", path, strerror(errno));
     struct stat status;
-    if (fstat(fileno(file), &status) == 0 && S_ISREG(status.st_mode)) {
-        *size = (size_t)status.st_size;
-        return file;
-    }
+    bool regular = fstat(fileno(file), &status) == 0 && S_ISREG(status.st_mode);
+    *size = regular ? (size_t)status.st_size : 0;
+    bool pointer = regular && is_lfs_pointer(file, *size);
+    if (regular && !pointer) return file;
     fclose(file);
+    if (pointer)
+        return fail_null("%s: a Git LFS pointer, not the file itself: fetch it with git lfs pull",
+                         path);
     return fail_null("%s: not a regular file", path);
 }
 
@@ -7345,6 +7785,7 @@ double retrofit_seconds(void) {
 //                                                 mantissa·2^-24; exponent 31: infinity and NaN
 
 size_t retrofit_type_size(retrofit_type type) {
+    if (type == RETROFIT_F64) return 8;
     return type == RETROFIT_F32 || type == RETROFIT_I32 ? 4 : 2;
 }
 
@@ -7378,7 +7819,12 @@ void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t 
         memcpy(out, data, n * sizeof(float));
         return;
     }
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n && type == RETROFIT_F64; i++) {
+        double x;
+        memcpy(&x, (const char *)data + 8 * i, 8);
+        out[i] = (float)x;
+    }
+    for (size_t i = 0; i < n && type != RETROFIT_F64; i++) {
         uint16_t x;
         memcpy(&x, (const char *)data + 2 * i, 2); // the address may be odd
         out[i] = type == RETROFIT_BF16 ? retrofit_bf16_to_float(x) : retrofit_f16_to_float(x);

@@ -56,8 +56,8 @@ static const char *last_line(const char *text) {
     return last;
 }
 
-// A failing command writes one line to stderr, the program's name before and `what` in it, nothing
-// to stdout, and leaves nothing behind: what it would make is always called bad. With MIDWAY it
+// A failing command writes one line to stderr, but for notes, the program's name before and `what`
+// in it, nothing to stdout, and leaves nothing behind: what it would make is always called bad. With MIDWAY it
 // exits with 1 after lines of progress; there may be a log then, but no checkpoint.
 enum { MIDWAY = 3 };
 __attribute__((format(printf, 3, 4))) static void fails(int expected, const char *what,
@@ -71,7 +71,9 @@ __attribute__((format(printf, 3, 4))) static void fails(int expected, const char
     unsetenv("ASAN_OPTIONS");
     va_end(args);
 
-    const char *line = midway ? last_line(err) : err, *end = strchr(line, '\n');
+    const char *line = midway ? last_line(err) : err;
+    while (!strncmp(line, "note: ", 6) && strchr(line, '\n')) line = strchr(line, '\n') + 1;
+    const char *end = strchr(line, '\n');
     snprintf(name, sizeof name, "%.5s: ", command);
     check(code == (midway ? 1 : expected), "%.300s: exit code %d, not %d: %s", command, code,
           expected, err);

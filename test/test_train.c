@@ -1022,15 +1022,15 @@ static uint16_t nearest_bf16(float f) {
     return to_low < to_high ? low : high;
 }
 
-// Every field but `tied`: a saved model has a head of its own.
 static void describe(char text[1024], const retrofit_config *c) {
     snprintf(text, 1024,
              "%zu %zu %zu %zu %zu %zu %zu, %zu %zu %zu, eps %a, theta %a, llama3 %d %a %a %a %a, "
-             "std %a, %zu %zu, %d %d",
+             "std %a, %zu %zu, tied %d, bos %d, pad %d, %zu ends, %d %d",
              c->n_embd, c->n_heads, c->n_kv_heads, c->head_dim, c->intermediate, c->vocab,
              c->context, c->prelude, c->core, c->coda, (double)c->norm_eps, c->rope_theta,
              c->rope_llama3, c->rope_factor, c->rope_low, c->rope_high, c->rope_original_context,
-             (double)c->state_std, c->mean_recurrence, c->backprop_depth, c->bos, c->eos);
+             (double)c->state_std, c->mean_recurrence, c->backprop_depth, c->tied, c->bos,
+             c->pad, c->eos_count, c->eos[0], c->eos[1]);
 }
 
 // A model with numbers that are hard to round and to print, in weights and config.
@@ -1042,6 +1042,10 @@ static retrofit_model *load_with_odd_numbers(const char *name) {
     retrofit_config *c = &model->config;
     memcpy(model->wte.master, odd, sizeof odd);
     c->bos = 7;
+    c->pad = 9;
+    c->eos_count = 2;
+    c->eos[0] = 11;
+    c->eos[1] = 3;
     c->norm_eps = 1.2345678e-5f;
     c->rope_theta = 12345.678;
     if (c->core) {
@@ -1456,7 +1460,7 @@ static const field llama[] = {
     {"model_type", "'llama'"},          {"hidden_size", "32"},
     {"num_attention_heads", "4"},       {"intermediate_size", "88"},
     {"num_hidden_layers", "8"},         {"vocab_size", "131"},
-    {"max_position_embeddings", "128"}, {NULL, NULL},
+    {NULL, NULL},
 };
 static const field raven[] = {
     {"model_type", "'huginn_raven'"},
@@ -1467,7 +1471,6 @@ static const field raven[] = {
     {"n_layers_in_recurrent_block", "3"},
     {"n_layers_in_coda", "2"},
     {"vocab_size", "131"},
-    {"max_position_embeddings", "128"},
     {"norm_eps", "1e-5"},
     {NULL, NULL},
 };
@@ -1480,6 +1483,8 @@ static const field bad_llama[] = {
     {"num_hidden_layers", "0"},
     {"intermediate_size", "0"},
     {"max_position_embeddings", "0"},
+    {"max_position_embeddings", "1.5"},
+    {"max_position_embeddings", "'8'"},
     {"num_attention_heads", "3"},
     {"num_attention_heads", "32"},
     {"num_key_value_heads", "3"},
@@ -1499,7 +1504,31 @@ static const field bad_llama[] = {
     {"rope_theta", "[]"},
     {"rope_scaling", "{'rope_type':'yarn','factor':4}"},
     {"rope_scaling", "{'rope_type':'llama3'}"},
-    {"rope_scaling", "{'type':'linear','factor':2}"},
+    {"rope_scaling", "{'type':'linear','factor':.5}"},
+    {"rope_scaling", "{'type':'linear','factor':'4'}"},
+    {"rope_scaling", "{'type':'linear','factor':4,'attention_factor':2}"},
+    {"rope_scaling", "{'factor':4}"},
+    {"rope_scaling", "{'rope_type':'default','partial_rotary_factor':.5}"},
+    {"rope_scaling", "'linear'"},
+    {"rope_parameters", "{'full_attention':{'rope_theta':10000,'rope_type':'default'}}"},
+    {"rope_parameters", "{'rope_type':'dynamic','factor':2}"},
+    {"partial_rotary_factor", "0.5"},
+    {"partial_rotary_factor", "0"},
+    {"sliding_window", "4096"},
+    {"use_sliding_window", "true"},
+    {"layer_types", "['full_attention','sliding_attention']"},
+    {"quantization_config", "{'quant_method':'gptq','bits':4}"},
+    {"logit_scale", "0.5"},
+    {"logits_scaling", "8"},
+    {"embedding_multiplier", "12"},
+    {"residual_multiplier", "0.22"},
+    {"num_local_experts", "8"},
+    {"is_encoder_decoder", "true"},
+    {"pruned_heads", "{'0':[1]}"},
+    {"attn_logit_softcapping", "30"},    // not in the table, but with a word that tells
+    {"query_pre_attn_scalar", "256"},
+    {"no_rope_layers", "[0,1]"},
+    {"use_qk_norm", "true"},
     {"rope_scaling", "{'rope_type':'llama3','factor':32,'low_freq_factor':4,"
                      "'high_freq_factor':1,'original_max_position_embeddings':8192}"},
     {"model_type", "'gpt2'"},
@@ -1528,10 +1557,41 @@ static const field bad_raven[] = {
     {"tie_embeddings", "true"},
     {"norm_class_name", "'RMSNorm'"},
     {"qk_bias", "true"},
+    {"tie_word_embeddings", "true"},
+    {"injection_type", "'add'"},
+    {"state_init", "'zero'"},
+    {"test_time_noise", "0.1"},
+    {"sampling_scheme", "'fixed'"},
+    {"init_values", "{'logit_scale':2}"},
+    {NULL, NULL},
+};
+
+// Values that change nothing, or that are followed.
+static const field good_llama[] = {
+    {"max_position_embeddings", NULL},
+    {"rope_scaling", "null"},
+    {"rope_scaling", "{}"},
+    {"rope_scaling", "{'type':'linear','factor':2}"},
+    {"rope_parameters", "{'rope_theta':10000,'rope_type':'default'}"},
+    {"partial_rotary_factor", "1.0"},
+    {"partial_rotary_factor", "null"},
+    {"sliding_window", "null"},
+    {"use_sliding_window", "false"},
+    {"layer_types", "['full_attention','full_attention']"},
+    {"quantization_config", "null"},
+    {"hidden_act", "'swish'"},
+    {"num_local_experts", "1"},
+    {"attention_dropout", "0.1"},
+    {"pretraining_tp", "2"},
+    {"torch_dtype", "'bfloat16'"},
+    {"unsloth_fixed", "true"},
+    {"final_logit_softcapping", "null"},
+    {"head_dim", "8"},
     {NULL, NULL},
 };
 
 // Reads a config of those fields, where `key` has another value, or is left out if value is NULL.
+static retrofit_config config_read; // by the function below
 static bool read_config(const field *fields, const char *key, const char *value) {
     char text[2048], *end = text + sprintf(text, "{'comment':0");
     for (const field *f = fields; f->key; f++)
@@ -1540,14 +1600,63 @@ static bool read_config(const field *fields, const char *key, const char *value)
     sprintf(end, "}");
     double_quotes(text);
     write_text(at("hostile/config.json"), text);
-    retrofit_config config;
-    return retrofit_config_read(&config, at("hostile"));
+    return retrofit_config_read(&config_read, at("hostile"));
 }
 
 static void refuse_config(const field *fields, const char *key, const char *value) {
     char what[256];
     snprintf(what, sizeof what, "config with %s %s", key, value ? value : "missing");
     refused(read_config(fields, key, value), "config.json", what);
+}
+
+// What the reader makes of settings that it follows.
+static void followed_configs(void) {
+    for (const field *f = good_llama; f->key; f++)
+        check(read_config(llama, f->key, f->value), "%s %s: %s", f->key, f->value ? f->value : "",
+              retrofit_error());
+    const retrofit_config *c = &config_read;
+    check(read_config(llama, "", NULL) && c->context == 2048, "a context of %zu", c->context);
+    read_config(llama, "rope_scaling", "{'type':'linear','factor':4}");
+    check(!c->rope_llama3 && c->rope_factor == 4, "linear scaling by %g", c->rope_factor);
+    read_config(llama, "rope_parameters", "{'rope_theta':5e5,'rope_type':'default'}");
+    check(c->rope_theta == 5e5, "rope_theta %g in rope_parameters", c->rope_theta);
+    read_config(llama, "eos_token_id", "[5, 7, 9]");
+    check(c->eos_count == 3 && c->eos[0] == 5 && c->eos[2] == 9, "%zu ends", c->eos_count);
+    read_config(llama, "eos_token_id", "3");
+    check(c->eos_count == 1 && c->eos[0] == 3, "%zu ends", c->eos_count);
+    read_config(llama, "eos_token_id", "null");
+    check(c->eos_count == 0 && c->bos == -1, "%zu ends", c->eos_count);
+
+    // generation_config.json comes first, where it has an id; what it lacks config.json gives.
+    write_text(at("hostile/generation_config.json"), "{\"eos_token_id\": [2, 4]}");
+    read_config(llama, "eos_token_id", "3");
+    check(c->eos_count == 2 && c->eos[1] == 4, "generation_config.json: %zu ends", c->eos_count);
+    write_text(at("hostile/generation_config.json"), "{\"temperature\": 0.6}");
+    read_config(llama, "eos_token_id", "3");
+    check(c->eos_count == 1 && c->eos[0] == 3, "config.json: %zu ends", c->eos_count);
+    write_text(at("hostile/generation_config.json"), "{\"eos_token_id\": \"x\"}");
+    refused(read_config(llama, "", NULL), "generation_config.json", "a word for an id");
+    remove(at("hostile/generation_config.json"));
+}
+
+// Two places that say how RoPE is scaled must agree.
+static void rope_in_two_places(void) {
+    static const char scaling[] = "'rope_scaling':{'type':'linear','factor':4}";
+    static const struct {
+        const char *parameters;
+        bool fine;
+    } cases[] = {{"null", true}, {"{}", true}, {"{'rope_type':'linear','factor':4}", true},
+                 {"{'rope_type':'linear','factor':2}", false},
+                 {"{'rope_type':'default','rope_theta':10000}", false}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        char value[256];
+        snprintf(value, sizeof value, "%s,%s", cases[i].parameters, scaling);
+        bool read = read_config(llama, "rope_parameters", value);
+        check(read == cases[i].fine, "rope_parameters %s: %s", value, retrofit_error());
+        if (read) check(config_read.rope_factor == 4, "factor %g", config_read.rope_factor);
+    }
+    check(!read_config(llama, "rope_theta", "10000,'rope_parameters':{'rope_theta':500}"),
+          "two values of rope_theta");
 }
 
 static void refuse_configs(const field *fields, const field *bad_fields) {
@@ -1563,6 +1672,8 @@ static void refuse_configs(const field *fields, const field *bad_fields) {
 static void hostile_configs(void) {
     bool good = read_config(llama, "", NULL) && read_config(raven, "", NULL);
     check(good, "the configs these are made from: %s", retrofit_error());
+    followed_configs();
+    rope_in_two_places();
     refuse_configs(llama, bad_llama);
     refuse_configs(raven, bad_raven);
     read_config(llama, "eos_token_id", "[1e300, 2]"); // accepted or not, without an undefined cast
