@@ -195,6 +195,11 @@ static void check_computed(const float *x, size_t count) {
         options.model);
 }
 
+// A loss that is no number stays in the table, unless it comes from the file's weights.
+static void check_loss(double loss) {
+    if (!isfinite(loss)) require(retrofit_check_finite(model));
+}
+
 // The cross-entropy of a token under logits (V), in nats: -log p(id).
 static float token_loss(const float *logits, int32_t id) {
     float loss;
@@ -1350,10 +1355,25 @@ struct evaluation {
     int32_t *tokens, *labels; // (B,T)
 };
 
+// Loss on shards that another tokenizer made means nothing: they are refused, as train does.
+static void check_shards(const retrofit_data *data) {
+    char path[RETROFIT_PATH];
+    const char *directory = options.tokenizer;
+    if (!directory) directory = retrofit_model_directory(options.model, path);
+    retrofit_tokenizer *shards_tokenizer = retrofit_tokenizer_load(directory);
+    if (!shards_tokenizer)
+        retrofit_note("whether the data were made with the model's tokenizer cannot be checked: %s",
+                      retrofit_error());
+    require(retrofit_data_check(data, shards_tokenizer));
+    require(retrofit_data_check_ids(data));
+    retrofit_tokenizer_free(shards_tokenizer);
+}
+
 static struct evaluation open_evaluation(void) {
     size_t T = read_seq_len(1024);
     retrofit_data *data = retrofit_data_open(options.eval, T, model->config.vocab, false, 0);
     require(data != NULL);
+    check_shards(data);
     size_t rows = retrofit_data_rows(data);
     if (options.rows) rows = retrofit_min(options.rows, rows);
     return (struct evaluation){.data = data, .T = T, .rows = rows};
@@ -1443,6 +1463,7 @@ static void evaluate_decoding(void) {
             show_progress("rows", i * rows + at + b, total);
         }
         double n = (double)(rows * T), loss = sums.loss / n;
+        check_loss(loss);
         printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r, loss, exp(loss),
                sums.full_loss / n, sums.recurrences / n, retrofit_cache_bytes(buffers),
                sums.seconds);
@@ -1492,6 +1513,7 @@ static void evaluate_full_pass(void) {
            "seconds", rows, T);
     for (size_t i = 0; i < depths.count; i++) {
         double mean = loss[i] / (double)rows;
+        check_loss(mean);
         printf("%11zu %10.4f %12.3f %9.2f\n", depths.r[i], mean, exp(mean), seconds[i]);
     }
     close_evaluation(&evaluation);
@@ -2225,6 +2247,9 @@ int main(int argc, char **argv) {
     check_cache_use();
     cache_options(1, 1); // ends the program where --kv-cache is wrong, before a model is read
     check_sampling();
+    if (options.trace) require(retrofit_check_writable(options.trace));
+    if (options.logits) require(retrofit_check_writable(options.logits));
+    if (options.stop) read_stops();
 
     char path[RETROFIT_PATH];
     const char *directory = options.tokenizer;
@@ -2239,7 +2264,6 @@ int main(int argc, char **argv) {
         note_generation_keys(directory, "config.json", false);
     }
     if (model) check_recurrent();
-    if (options.stop) read_stops();
     if (options.chat) find_family(directory);
 
     mode->run();

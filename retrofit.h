@@ -2500,6 +2500,12 @@ bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *
 FILE *retrofit_open_file(const char *path, size_t *size);
 // Reads a whole file; a NUL follows its *size bytes. Freed with free(). NULL or error.
 char *retrofit_read_file(const char *path, size_t *size);
+// A hash of a block of memory: of all of it up to 1 MiB, else of its size, its first and last bytes
+// and 64 KiB out of every 64th part. Files that differ have different ones, unless somebody changed
+// a few bytes of a large one.
+uint64_t retrofit_sample_hash(const void *data, size_t size);
+// Whether a file of this name could be written, as far as can be known before. false or error.
+bool retrofit_check_writable(const char *path);
 // Maps a whole file into memory, to be read only; munmap gives it back. NULL or error, also if the
 // file is empty.
 void *retrofit_map_file(const char *path, size_t *size);
@@ -2721,6 +2727,8 @@ void retrofit_config_mend_ids(retrofit_config *config, const retrofit_tokenizer 
 bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
                            const char *directory);
 
+// The newest checkpoint of a training's output directory, as directory/latest says. false or error.
+bool retrofit_latest(const char *directory, char path[RETROFIT_PATH]);
 // Where the model is: in `directory`, or in directory/latest if `directory` has no config.json, as
 // the output of a training. Returns one of the two; the second one is written to `path`.
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
@@ -2742,14 +2750,24 @@ bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const cha
 #define RETROFIT_SHARD_MAGIC_16 20240520 // version 1, uint16
 #define RETROFIT_SHARD_MAGIC_32 20240801 // version 7, uint32
 // Opens every file that the glob matches, in the order of their names, as rows of T + 1 tokens that
-// do not overlap. vocab: ids must be below it. shuffle: rows come in a random order, which differs
-// from epoch to epoch. NULL or error.
+// do not overlap; a file with just that name is taken as it is. Files that are too short for a row
+// are said in a note. vocab: ids must be below it. shuffle: rows come in a random order, which
+// differs from epoch to epoch. NULL or error.
 retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
                                   uint64_t seed);
 void retrofit_data_close(retrofit_data *data);
 size_t retrofit_data_rows(const retrofit_data *data);
-// false or error if a shard was made with a tokenizer of another hash. Shards without a hash pass.
-bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer);
+// false or error if a shard was made with another tokenizer than this one, which may be NULL. What
+// cannot be checked, since the tokenizer or a shard's hash is missing, is said in a note.
+bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *tokenizer);
+// Reads all tokens of all shards. false or error if an id is not below vocab.
+bool retrofit_data_check_ids(const retrofit_data *data);
+// false or error if a shard of `data` is also one of `other`: the same file, or the same contents.
+bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other);
+// What the data are, to find out later whether they are still the same: for each shard a line of
+// its name without directories, its size in bytes and its retrofit_sample_hash. Freed with free().
+// NULL or error.
+char *retrofit_data_describe(const retrofit_data *data);
 // Row `index`, which counts on over the epochs: T tokens, and as labels the token after each. false
 // or error if an id is not below vocab.
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
@@ -4784,11 +4802,29 @@ bool retrofit_directory_commit(const char *temporary, const char *final) {
     return retrofit_sync_directory(parent);
 }
 
+// OUT/latest is a link to the newest checkpoint. Where links cannot be, it is a file that holds
+// that checkpoint's name; a run that was copied without its links has a copy in its place.
+bool retrofit_latest(const char *directory, char path[RETROFIT_PATH]) {
+    struct stat status;
+    char link[RETROFIT_PATH], name[64] = {0};
+    if (!retrofit_path(path, directory, "latest")) return false;
+    if (stat(path, &status) == 0 && S_ISDIR(status.st_mode)) return true;
+    if (stat(path, &status) || !S_ISREG(status.st_mode))
+        return retrofit_fail("%s: there is no checkpoint", path);
+    memcpy(link, path, sizeof link);
+    FILE *file = fopen(link, "rb");
+    bool read = file && fread(name, 1, sizeof name - 1, file) > 0;
+    if (file) fclose(file);
+    name[strcspn(name, "\r\n")] = 0;
+    bool is_name = read && !strncmp(name, "step_", 5) && !strchr(name, '/');
+    if (is_name && retrofit_path(path, directory, name)) return true;
+    return retrofit_fail("%s: not the name of a checkpoint", link);
+}
+
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
     bool model = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
     if (model) return directory;
-    bool run = retrofit_path(path, directory, "latest/config.json") && access(path, F_OK) == 0;
-    return run && retrofit_path(path, directory, "latest") ? path : directory;
+    return retrofit_latest(directory, path) ? path : directory;
 }
 
 // Tensors to write to a file, or to look for in one, with memory for names that have to be made.
@@ -5037,11 +5073,50 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
     return true;
 }
 
+// The name of a file as a pattern that matches it alone. NULL or error.
+static char *escape_pattern(const char *name) {
+    char *pattern = retrofit_allocate(2 * strlen(name) + 1, 1), *out = pattern;
+    if (!pattern) return NULL;
+    for (; *name; name++) {
+        if (strchr("[]?*\\", *name)) *out++ = '\\';
+        *out++ = *name;
+    }
+    return pattern;
+}
+
+// Names may hold what means something in a pattern, as data[1].bin does: a file that is there comes
+// first.
+static bool find_data_files(retrofit_data *data, const char *pattern) {
+    bool is_file = access(pattern, F_OK) == 0;
+    char *escaped = is_file ? escape_pattern(pattern) : NULL;
+    if (is_file && !escaped) return false;
+    int problem = glob(is_file ? escaped : pattern, 0, NULL, &data->files);
+    free(escaped);
+    if (!problem) return true;
+    return retrofit_fail("%s: %s", pattern,
+                         problem == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+}
+
+// Says which files are too short for a row; up to three of them by their names.
+static void note_short_shards(const retrofit_data *data) {
+    retrofit_text names = {0};
+    size_t count = 0;
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        if (data->shards[i].rows > 0) continue;
+        const char *name = count < 3 ? data->files.gl_pathv[i] : "…";
+        if (count <= 3) retrofit_text_append(&names, ", ", count ? 2 : 0);
+        if (count <= 3) retrofit_text_append(&names, name, strlen(name));
+        count++;
+    }
+    retrofit_text_append(&names, "", 1);
+    if (count && !names.failed)
+        retrofit_note("%zu of %zu shards have fewer tokens than one row of %zu and are not used: "
+                      "%s", count, data->files.gl_pathc, data->T + 1, names.bytes);
+    free(names.bytes);
+}
+
 static bool open_data_files(retrofit_data *data, const char *pattern, bool shuffle) {
-    int problem = glob(pattern, 0, NULL, &data->files);
-    if (problem)
-        return retrofit_fail("%s: %s", pattern,
-                             problem == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+    if (!find_data_files(data, pattern)) return false;
     data->shards = retrofit_allocate(data->files.gl_pathc, sizeof *data->shards);
     if (!data->shards) return false;
     for (size_t i = 0; i < data->files.gl_pathc; i++) {
@@ -5049,6 +5124,7 @@ static bool open_data_files(retrofit_data *data, const char *pattern, bool shuff
     }
     if (data->rows == 0)
         return retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, data->T + 1);
+    note_short_shards(data);
     if (shuffle) data->order = retrofit_allocate(data->rows, sizeof *data->order);
     return !shuffle || data->order;
 }
@@ -5079,17 +5155,96 @@ void retrofit_data_close(retrofit_data *data) {
 
 size_t retrofit_data_rows(const retrofit_data *data) { return data->rows; }
 
-bool retrofit_data_check(const retrofit_data *data, uint64_t tokenizer) {
+bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *tokenizer) {
+    uint64_t ours = tokenizer ? retrofit_tokenizer_hash(tokenizer) : 0;
     for (size_t i = 0; i < data->files.gl_pathc; i++) {
         const uint32_t *header = data->shards[i].base;
+        const char *name = data->files.gl_pathv[i];
         uint64_t made_with = header[3] | (uint64_t)header[4] << 32;
-        if (made_with != 0 && made_with != tokenizer)
-            return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's "
-                                 "(%016llx): make it anew, convert --tokenize --tokenizer MODEL",
-                                 data->files.gl_pathv[i], (unsigned long long)made_with,
-                                 (unsigned long long)tokenizer);
+        if (made_with == 0)
+            retrofit_note("%s: does not say which tokenizer made it (llm.c's shards do not): that "
+                          "its ids are this model's cannot be checked", name);
+        if (!ours || !made_with || made_with == ours) continue;
+        return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's "
+                             "(%016llx): make it anew, convert --tokenize --tokenizer MODEL", name,
+                             (unsigned long long)made_with, (unsigned long long)ours);
     }
     return true;
+}
+
+static uint32_t shard_id(const token_shard *shard, size_t i) {
+    uint32_t id = 0;
+    memcpy(&id, (const char *)shard->base + SHARD_HEADER + i * shard->width, shard->width);
+    return id;
+}
+
+static bool fail_id(const retrofit_data *data, size_t shard, size_t i, uint32_t id) {
+    return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: tokenized for "
+                         "another model?", data->files.gl_pathv[shard], i, id, data->vocab);
+}
+
+// The largest id of a shard decides; only if it is too large is the first such one looked for.
+bool retrofit_data_check_ids(const retrofit_data *data) {
+    for (size_t s = 0; s < data->files.gl_pathc; s++) {
+        const token_shard *shard = &data->shards[s];
+        size_t count = (shard->bytes - SHARD_HEADER) / shard->width, i = 0;
+        const uint16_t *narrow = (const void *)((const char *)shard->base + SHARD_HEADER);
+        const uint32_t *wide = (const void *)narrow;
+        uint32_t max = 0;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(max : max) schedule(static)
+#endif
+        for (size_t j = 0; j < count; j++) {
+            uint32_t id = shard->width == 2 ? narrow[j] : wide[j];
+            if (id > max) max = id;
+        }
+        if (max < data->vocab) continue;
+        while (shard_id(shard, i) < data->vocab) i++;
+        return fail_id(data, s, i, shard_id(shard, i));
+    }
+    return true;
+}
+
+// Which file of a file system it is.
+static bool same_file(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other) {
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        const token_shard *a = &data->shards[i];
+        for (size_t j = 0; j < other->files.gl_pathc; j++) {
+            const token_shard *b = &other->shards[j];
+            const char *x = data->files.gl_pathv[i], *y = other->files.gl_pathv[j];
+            bool same = same_file(x, y);
+            if (!same && a->bytes == b->bytes)
+                same = retrofit_sample_hash(a->base, a->bytes) ==
+                       retrofit_sample_hash(b->base, b->bytes);
+            if (same)
+                return retrofit_fail("%s: the same as %s: validation data must not be trained on: "
+                                     "keep them in a place of their own", y, x);
+        }
+    }
+    return true;
+}
+
+char *retrofit_data_describe(const retrofit_data *data) {
+    retrofit_text text = {0};
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        const char *path = data->files.gl_pathv[i], *slash = strrchr(path, '/');
+        const token_shard *shard = &data->shards[i];
+        char line[64];
+        uint64_t hash = retrofit_sample_hash(shard->base, shard->bytes);
+        snprintf(line, sizeof line, " %zu %016llx\n", shard->bytes, (unsigned long long)hash);
+        const char *name = slash ? slash + 1 : path;
+        retrofit_text_append(&text, name, strlen(name));
+        retrofit_text_append(&text, line, strlen(line));
+    }
+    retrofit_text_append(&text, "", 1);
+    if (!text.failed) return text.bytes;
+    free(text.bytes);
+    return NULL;
 }
 
 // The order of an epoch, by Fisher and Yates: a function of the seed and the epoch alone, so that a
@@ -5111,15 +5266,10 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
     if (data->order) row = data->order[row];
     for (; row >= data->shards[s].rows; s++) row -= data->shards[s].rows;
 
-    size_t first = row * (data->T + 1), width = data->shards[s].width;
-    const char *base = (const char *)data->shards[s].base + SHARD_HEADER;
+    size_t first = row * (data->T + 1);
     for (size_t t = 0; t <= data->T; t++) {
-        uint32_t id = 0;
-        memcpy(&id, base + (first + t) * width, width);
-        if (id >= data->vocab)
-            return retrofit_fail("%s: token %zu is %u, but the vocabulary has %zu entries: "
-                                 "tokenized for another model?",
-                                 data->files.gl_pathv[s], first + t, id, data->vocab);
+        uint32_t id = shard_id(&data->shards[s], first + t);
+        if (id >= data->vocab) return fail_id(data, s, first + t, id);
         if (t < data->T) tokens[t] = (int32_t)id;
         if (t > 0) labels[t - 1] = (int32_t)id;
     }
@@ -7727,6 +7877,45 @@ void *retrofit_map_file(const char *path, size_t *size) {
     return base;
 }
 
+// FNV-1a over words of 8 bytes. hash ^= hash >> 32 follows each word, since a product only carries
+// upwards: a change of a word's high bits would otherwise never reach the low ones.
+static uint64_t hash_words(uint64_t hash, const char *data, size_t size) {
+    for (size_t i = 0; i < size; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, data + i, size - i < 8 ? size - i : 8);
+        hash = (hash ^ word) * 0x100000001b3;
+        hash ^= hash >> 32;
+    }
+    return hash;
+}
+
+uint64_t retrofit_sample_hash(const void *data, size_t size) {
+    enum { ALL = 1 << 20, PARTS = 64, SAMPLE = 1 << 16 };
+    uint64_t hash = hash_words(0xcbf29ce484222325, (const char *)&size, sizeof size);
+    if (size <= ALL) return hash_words(hash, data, size);
+    size_t step = (size - SAMPLE) / PARTS; // the last sample ends where the data end
+    for (size_t i = 0; i <= PARTS; i++) {
+        size_t begin = i < PARTS ? i * step : size - SAMPLE;
+        hash = hash_words(hash, (const char *)data + begin, retrofit_min(SAMPLE, size - begin));
+    }
+    return hash;
+}
+
+bool retrofit_check_writable(const char *path) {
+    char parent[RETROFIT_PATH];
+    struct stat status;
+    if (strlen(path) >= sizeof parent)
+        return retrofit_fail("%.60s…: a path longer than %d bytes", path, RETROFIT_PATH - 1);
+    if (stat(path, &status) == 0) {
+        if (S_ISDIR(status.st_mode)) return retrofit_fail("%s: is a directory", path);
+        return access(path, W_OK) == 0 || retrofit_fail("%s: %s", path, strerror(errno));
+    }
+    strcpy(parent, path);
+    retrofit_parent_directory(parent);
+    if (access(parent, W_OK | X_OK) == 0) return true;
+    return retrofit_fail("%s: %s", path, strerror(errno));
+}
+
 bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
     ok = ok && !ferror(file) && !fflush(file) && !fsync(fileno(file));
     int problem = errno;
@@ -8032,8 +8221,10 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         }
         bool dashes = !strncmp(argument, "--", 2);
         if (!dashes && !others) {
-            fprintf(stderr, "%s: '%s' is not an option: options begin with -- (see --help)\n",
-                    program, argument);
+            const char *hint = "options begin with -- (see --help)";
+            if (access(argument, F_OK) == 0)
+                hint = "if the shell made it from a pattern, quote the pattern: '*.bin'";
+            fprintf(stderr, "%s: '%s' is not an option: %s\n", program, argument, hint);
             return 2;
         }
         if (!dashes) {

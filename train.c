@@ -171,8 +171,14 @@ static struct {
     retrofit_buffers *buffers;
     double *state_rms;              // [backprop depth + 1] for the log
     char latest[RETROFIT_PATH];     // OUT/latest
+    char newest[RETROFIT_PATH];     // the checkpoint that it names
+    bool links;                     // whether OUT can hold links
     char log_path[RETROFIT_PATH];   // OUT/log.jsonl
     FILE *log;
+    char *data_shards, *val_shards; // what they are, by retrofit_data_describe; NULL for none
+    uint64_t model_hash;            // of the files of weights of --model
+    uint64_t tokenizer_hash;        // 0: none that can be read
+    bool training;                  // steps are being made: what fails now saves them first
     size_t first_step, saved_step;  // steps done when this program began; when it saved last
     bool evaluated;                 // the evaluation that was due last has been done
     double train_start;             // when training began
@@ -199,15 +205,27 @@ __attribute__((format(printf, 1, 2))) static void message(const char *format, ..
     va_end(args);
 }
 
+static bool save(void);
+
+// The steps that were made since the last checkpoint, in one. Returns what became of them.
+static const char *save_unsaved_steps(void) {
+    if (!run.training || progress.step == run.saved_step) return "";
+    run.training = false; // what fails from here on has had its chance
+    return save() ? "; the steps before it are saved: --resume goes on from there"
+                  : "; the steps before it could not be saved either, the checkpoint before is "
+                    "untouched";
+}
+
 // Ends the program with a line on stderr. Exit code 1: something failed; 2: bad usage.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
+    char text[2048];
     va_list args;
     va_start(args, format);
-    end_live_line();
-    fputs("train: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    const char *saved = save_unsaved_steps();
+    end_live_line();
+    fprintf(stderr, "train: %s%s\n", text, saved);
     exit(code);
 }
 
@@ -224,8 +242,7 @@ static void log_number(const char *format, double x) {
 
 static void flush_log(void) {
     if (!ferror(run.log) && fflush(run.log) == 0) return;
-    die(1, "%s/log.jsonl: writing failed: %s (the checkpoint before is untouched)", options.out,
-        strerror(errno));
+    die(1, "%s/log.jsonl: writing failed: %s", options.out, strerror(errno));
 }
 
 // ---- Reading and checking options --------------------------------------------------------------
@@ -562,7 +579,10 @@ static void open_samples(void) {
     char *text = retrofit_read_file(options.sample_prompts, &size);
     if (text) samples.tokenizer = retrofit_tokenizer_load(run.source);
     if (!samples.tokenizer) die(1, "--sample-prompts: %s", retrofit_error());
-    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) add_prompt(line);
+    const char *begin = text;
+    retrofit_skip_mark(&begin, &size);
+    char *rest = text + (begin - text);
+    for (char *line = strtok(rest, "\r\n"); line; line = strtok(NULL, "\r\n")) add_prompt(line);
     free(text);
     if (!samples.count) die(1, "%s: there is no prompt in it", options.sample_prompts);
 
@@ -694,8 +714,8 @@ static void check_step(const retrofit_step *step) {
     progress.skipped++;
     progress.skipped_in_a_row++;
     if (progress.skipped_in_a_row >= options.max_bad_steps) {
-        die(1, "%s: %zu bad steps in a row; the last checkpoint is untouched: "
-            "--resume-anyway with a lower --lr", what, progress.skipped_in_a_row);
+        die(1, "%s: %zu bad steps in a row: --resume-anyway with a lower --lr", what,
+            progress.skipped_in_a_row);
     }
     message("%s: skipped (%zu in a row, %zu end the run)", what, progress.skipped_in_a_row,
             options.max_bad_steps);
@@ -842,9 +862,11 @@ static void prune(void) {
 static void check_latest(void) {
     char path[RETROFIT_PATH], linked[RETROFIT_PATH] = {0}, error[1024];
     struct dirent **entries;
-    if (check_manifest(run.latest)) return;
+    if (check_manifest(run.newest)) return;
     snprintf(error, sizeof error, "%s", retrofit_error());
-    if (readlink(run.latest, linked, sizeof linked - 1) < 0) die(1, "%s", error);
+    const char *slash = strrchr(run.newest, '/');
+    if (readlink(run.latest, linked, sizeof linked - 1) < 0)
+        snprintf(linked, sizeof linked, "%s", slash ? slash + 1 : run.newest);
 
     int count = scandir(options.out, &entries, is_checkpoint, newest_first);
     for (int i = 0; i < count; i++) {
@@ -870,7 +892,11 @@ __attribute__((format(printf, 2, 3))) static void append(char *text, const char 
     va_end(args);
 }
 
-// As name=value, separated by spaces.
+static unsigned long long hash_of(const char *text) {
+    return text ? retrofit_sample_hash(text, strlen(text)) : 0;
+}
+
+// As name=value, separated by spaces; of data, model and tokenizer a hash.
 static void describe_hyperparameters(char text[HYPERPARAMETERS_SIZE]) {
     const retrofit_training *t = &training;
     text[0] = 0;
@@ -893,6 +919,9 @@ static void describe_hyperparameters(char text[HYPERPARAMETERS_SIZE]) {
            options.seed, options.shuffle);
     append(text, " data-rows=%zu device=%.4s precision=%s", run.data_rows, run.ops->name,
            run.ops->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
+    append(text, " model=%016llx tokenizer=%016llx", (unsigned long long)run.model_hash,
+           (unsigned long long)run.tokenizer_hash);
+    append(text, " data=%016llx val=%016llx", hash_of(run.data_shards), hash_of(run.val_shards));
 }
 
 // Where the pair behind this one begins.
@@ -941,8 +970,8 @@ static double checkpoint_bytes(const retrofit_model *model) {
     return bytes;
 }
 
-// Ends the program if the disk has no room for a checkpoint, before anything is written.
-static void check_disk(void) {
+// Whether the disk has room for a checkpoint, before anything is written. false or error.
+static bool check_disk(void) {
     // Of the files that are copied from the source the large ones.
     const char *names[] = {"tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"};
     char path[RETROFIT_PATH];
@@ -953,11 +982,11 @@ static void check_disk(void) {
         if (retrofit_path(path, run.source, names[i]) && stat(path, &file) == 0)
             need += (double)file.st_size;
     }
-    if (statvfs(options.out, &disk) != 0) return;
+    if (statvfs(options.out, &disk) != 0) return true;
     double available = (double)disk.f_bavail * (double)disk.f_frsize;
-    if (available >= need) return;
-    die(1, "%s: a checkpoint needs %.0f bytes, %.0f are free: make room "
-        "(the checkpoint before is untouched)", options.out, need, available);
+    if (available >= need) return true;
+    return retrofit_fail("%s: a checkpoint needs %.0f bytes, %.0f are free: make room",
+                         options.out, need, available);
 }
 
 // A step's update can overflow though its gradient did not. false or error.
@@ -991,7 +1020,8 @@ static bool save_optimizer(const char *directory) {
     describe_hyperparameters(hyperparameters);
     const char *metadata[] = {
         "step", step, "flops", flops, "skipped", skipped, "bad_in_a_row", in_a_row,
-        "norm", norm, "paper_flops", paper_flops, "recipe", hyperparameters, NULL,
+        "norm", norm, "paper_flops", paper_flops, "recipe", hyperparameters,
+        "data", run.data_shards, run.val_shards ? "val" : NULL, run.val_shards, NULL,
     };
     return retrofit_save_optimizer(run.model, directory, metadata);
 }
@@ -1007,28 +1037,37 @@ static bool write_checkpoint(const char *directory) {
     return true;
 }
 
-// Lets OUT/latest name the checkpoint, in one step.
+// Writes the name of a checkpoint to a file, on file systems that have no links.
+static bool write_name(const char *path, const char *name) {
+    FILE *file = fopen(path, "wb");
+    if (!file) return retrofit_fail("%s: %s", path, strerror(errno));
+    fprintf(file, "%s\n", name);
+    return retrofit_finish_file(file, path, true);
+}
+
+// Lets OUT/latest name the checkpoint, in one step. false or error.
 static bool link_latest(const char *name) {
     char temporary[RETROFIT_PATH];
     if (!retrofit_path(temporary, options.out, "latest.tmp")) return false;
     unlink(temporary);
-    if (symlink(name, temporary) == 0 && rename(temporary, run.latest) == 0) return true;
+    bool made = run.links ? symlink(name, temporary) == 0 : write_name(temporary, name);
+    if (made && rename(temporary, run.latest) == 0)
+        return retrofit_path(run.newest, options.out, name);
     retrofit_fail("%s: %s", run.latest, strerror(errno));
     unlink(temporary);
     return false;
 }
 
 // A kill at any moment leaves the checkpoint before, or this one, whole and linked to: files are
-// written to a temporary directory, it is renamed, the link changes, and older ones go last.
-static void save(void) {
+// written to a temporary directory, it is renamed, the link changes, and older ones go last. false
+// or error; then the checkpoint before is untouched.
+static bool save(void) {
     double begin = retrofit_seconds();
     char name[32], path[RETROFIT_PATH];
     checkpoint_name(name, progress.step);
-    require(retrofit_path(path, options.out, name));
-    check_disk();
-
-    char *temporary = retrofit_directory_begin(path);
-    bool ok = temporary != NULL;
+    bool ok = retrofit_path(path, options.out, name) && check_disk();
+    char *temporary = ok ? retrofit_directory_begin(path) : NULL;
+    ok = temporary != NULL;
     if (ok) {
         retrofit_directory_abandon(path); // of a run that was killed before it could link to it
         ok = write_checkpoint(temporary) && retrofit_directory_commit(temporary, path);
@@ -1037,25 +1076,22 @@ static void save(void) {
         if (!ok) retrofit_directory_abandon(path);
     }
     free(temporary);
-    if (!ok) die(1, "%s (the checkpoint before is untouched)", retrofit_error());
-
-    require(retrofit_sync_directory(options.out));
+    ok = ok && retrofit_sync_directory(options.out);
+    if (!ok) return false;
     prune();
     run.saved_step = progress.step;
     seconds_to_save = retrofit_seconds() - begin;
+    return true;
+}
+
+// Ends the program where a checkpoint cannot be written.
+static void save_or_die(void) {
+    if (save()) return;
+    run.training = false; // to save once more would fail as well
+    die(1, "%s (the checkpoint before is untouched)", retrofit_error());
 }
 
 // ---- Resuming ----------------------------------------------------------------------------------
-
-// Ends the program if the hyperparameters are not those of the checkpoint, or says which are not.
-static void check_hyperparameters(const char *theirs) {
-    char ours[HYPERPARAMETERS_SIZE], list[4 * HYPERPARAMETERS_SIZE];
-    describe_hyperparameters(ours);
-    if (!list_changes(theirs, ours, list, sizeof list)) return;
-    if (!options.resume_anyway)
-        die(1, "--resume: another run: %s (--resume-anyway goes on with these)", list);
-    message("--resume-anyway: %s", list);
-}
 
 static const char *read_metadata(const retrofit_map *file, const char *key) {
     const char *value = retrofit_safetensors_metadata(file, key);
@@ -1063,10 +1099,42 @@ static const char *read_metadata(const retrofit_map *file, const char *key) {
     return value;
 }
 
+// The first shard that is not in both descriptions, as "; NAME differs"; "" if all are.
+static const char *first_changed_shard(const char *theirs, const char *ours, char text[300]) {
+    text[0] = 0;
+    if (!theirs || !ours) return text;
+    while (*theirs && *ours) {
+        size_t n = strcspn(theirs, "\n") + 1, m = strcspn(ours, "\n") + 1;
+        if (n != m || strncmp(theirs, ours, n)) break;
+        theirs += n;
+        ours += m;
+    }
+    const char *line = *ours ? ours : theirs;
+    if (*line)
+        snprintf(text, 300, "; the first shard that differs: %.*s", (int)strcspn(line, "\n"),
+                 line);
+    return text;
+}
+
+// Ends the program if the hyperparameters, the data, the model or the tokenizer are not those of
+// the checkpoint, or says which are not.
+static void check_hyperparameters(const retrofit_map *file) {
+    char ours[HYPERPARAMETERS_SIZE], list[4 * HYPERPARAMETERS_SIZE], data[300], val[300];
+    const char *theirs = read_metadata(file, "recipe");
+    describe_hyperparameters(ours);
+    if (!list_changes(theirs, ours, list, sizeof list)) return;
+    first_changed_shard(retrofit_safetensors_metadata(file, "data"), run.data_shards, data);
+    first_changed_shard(retrofit_safetensors_metadata(file, "val"), run.val_shards, val);
+    if (!options.resume_anyway)
+        die(1, "--resume: another run: %s%s%s (--resume-anyway goes on with these)", list, data,
+            val);
+    message("--resume-anyway: %s%s%s", list, data, val);
+}
+
 static void read_progress(void) {
     char path[RETROFIT_PATH];
     retrofit_map file;
-    require(retrofit_path(path, run.latest, "optimizer.safetensors"));
+    require(retrofit_path(path, run.newest, "optimizer.safetensors"));
     require(retrofit_safetensors_open(&file, path));
     progress.step = strtoul(read_metadata(&file, "step"), NULL, 10);
     progress.flops = strtod(read_metadata(&file, "flops"), NULL);
@@ -1074,7 +1142,7 @@ static void read_progress(void) {
     progress.skipped_in_a_row = strtoul(read_metadata(&file, "bad_in_a_row"), NULL, 10);
     progress.mean_norm = strtod(read_metadata(&file, "norm"), NULL);
     progress.paper_flops = strtod(read_metadata(&file, "paper_flops"), NULL);
-    check_hyperparameters(read_metadata(&file, "recipe"));
+    check_hyperparameters(&file);
     retrofit_safetensors_close(&file);
 }
 
@@ -1105,13 +1173,12 @@ static bool cut_log(void) {
     return evaluated;
 }
 
-// Takes up the progress and the moments of OUT/latest.
+// Takes up the progress and the moments of the newest checkpoint.
 static void resume(void) {
     retrofit_map file;
     read_progress();
-    require(retrofit_load_optimizer(run.model, &file, run.latest));
+    require(retrofit_load_optimizer(run.model, &file, run.newest));
     retrofit_safetensors_close(&file);
-    prune();
     run.evaluated = cut_log();
 }
 
@@ -1439,14 +1506,54 @@ static void choose_device(void) {
     require(run.model);
 }
 
-// Shards that another tokenizer made are refused, where the model has a tokenizer that we can read.
+// Shards that another tokenizer made are refused; where the model has no tokenizer that we can
+// read, that is said.
 static void check_tokenizer(void) {
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(run.source);
-    if (!tokenizer) return;
-    uint64_t hash = retrofit_tokenizer_hash(tokenizer);
-    require(retrofit_data_check(run.data, hash));
-    if (run.val) require(retrofit_data_check(run.val, hash));
+    if (tokenizer) {
+        run.tokenizer_hash = retrofit_tokenizer_hash(tokenizer);
+        retrofit_config_mend_ids(&run.config, tokenizer, run.source);
+    } else {
+        retrofit_note("whether the data were made with the model's tokenizer cannot be checked: %s",
+                      retrofit_error());
+    }
+    require(retrofit_data_check(run.data, tokenizer));
+    if (run.val) require(retrofit_data_check(run.val, tokenizer));
     retrofit_tokenizer_free(tokenizer);
+}
+
+// All that could stop the run at some later step.
+static void check_data(void) {
+    check_tokenizer();
+    require(retrofit_data_check_ids(run.data));
+    run.data_shards = retrofit_data_describe(run.data);
+    require(run.data_shards);
+    if (!run.val) return;
+    require(retrofit_data_check_ids(run.val));
+    require(retrofit_data_check_apart(run.data, run.val));
+    run.val_shards = retrofit_data_describe(run.val);
+    require(run.val_shards);
+}
+
+static int is_weights(const struct dirent *entry) {
+    const char *name = entry->d_name, *end = strrchr(name, '.');
+    return !strncmp(name, "model", 5) && end && !strcmp(end, ".safetensors");
+}
+
+// A hash of the files of weights of --model, by samples.
+static void hash_model(void) {
+    char path[RETROFIT_PATH];
+    struct dirent **entries;
+    int count = scandir(run.source, &entries, is_weights, alphasort);
+    for (int i = 0; i < count; i++) {
+        size_t size;
+        require(retrofit_path(path, run.source, entries[i]->d_name));
+        void *data = retrofit_map_file(path, &size);
+        require(data);
+        run.model_hash = retrofit_hash(run.model_hash, retrofit_sample_hash(data, size));
+        munmap(data, size);
+    }
+    free_entries(entries, count);
 }
 
 // A dry run needs no --data.
@@ -1461,12 +1568,45 @@ static void open_data(void) {
         run.val = retrofit_data_open(options.val, T, V, false, 0);
         require(run.val);
     }
-    if (run.data) check_tokenizer();
+    if (run.data) check_data();
+    hash_model();
+}
+
+// Training settings of config.json that transformers would obey.
+static void note_dropout(void) {
+    char path[RETROFIT_PATH];
+    size_t size;
+    require(retrofit_path(path, run.source, "config.json"));
+    char *text = retrofit_read_file(path, &size);
+    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    require(json);
+    for (const retrofit_json *member = json->child; member; member = member->next) {
+        if (strstr(member->key, "drop") && member->number > 0)
+            retrofit_note("%s: %s is %s: train does without dropout, as the authors do", path,
+                          member->key, member->string);
+    }
+    retrofit_json_free(json);
+    free(text);
 }
 
 static bool is_there(const char *path) {
     struct stat status;
     return lstat(path, &status) == 0;
+}
+
+// A run that was copied by a program that leaves links out still has its checkpoints.
+__attribute__((noreturn)) static void die_without_latest(void) {
+    struct dirent **entries;
+    char path[RETROFIT_PATH];
+    int count = scandir(options.out, &entries, is_checkpoint, newest_first);
+    for (int i = 0; i < count; i++) {
+        const char *name = entries[i]->d_name;
+        if (is_temporary(name) || !retrofit_path(path, options.out, name)) continue;
+        if (check_manifest(path))
+            die(1, "--resume: %s is missing, but %s is intact: ln -s %s %s, then --resume",
+                run.latest, path, name, run.latest);
+    }
+    die(2, "--resume: there is no checkpoint in %s", options.out);
 }
 
 // Ends the program unless OUT is new, or holds a run and --resume is given. A new directory is made
@@ -1478,21 +1618,26 @@ static void check_output(void) {
     if (is_there(run.latest) && !options.resume)
         die(2, "%s holds a run already: give --resume to go on with it, or another --out",
             options.out);
-    if (!is_there(run.latest) && options.resume)
-        die(2, "--resume: there is no checkpoint in %s", options.out);
-    if (options.resume) check_latest();
+    if (!is_there(run.latest) && options.resume) die_without_latest();
+    if (!options.resume) return;
+    require(retrofit_latest(options.out, run.newest));
+    check_latest();
 }
 
 // The model in memory, as it begins or as OUT/latest has it.
 static void load_model(void) {
     check_memory();
     retrofit_free(run.model);
-    if (options.resume) run.source = run.latest;
+    if (options.resume) run.source = run.newest;
     run.model = retrofit_load(run.source, run.ops, training.mode);
     require(run.model && retrofit_optimizer_init(run.model, training.optimizer.kind));
 
     retrofit_config *config = &run.model->config;
     training.sigma = options.state_init ? 0 : config->state_std;
+    memcpy(config->eos, run.config.eos, sizeof config->eos);
+    config->eos_count = run.config.eos_count;
+    config->bos = run.config.bos;
+    config->pad = run.config.pad;
     run.evaluated = true;
     if (options.resume) resume();
     run.first_step = progress.step;
@@ -1510,6 +1655,32 @@ static void allocate_buffers(void) {
     require(run.state_rms);
 }
 
+// Tries what a checkpoint will need at the end: to write in OUT, and whether OUT can hold a link.
+static void try_output(void) {
+    char path[RETROFIT_PATH];
+    require(retrofit_path(path, options.out, "latest.tmp"));
+    unlink(path);
+    run.links = symlink("latest", path) == 0;
+    if (!run.links) require(write_name(path, "latest"));
+    if (!run.links)
+        retrofit_note("%s: this file system has no symbolic links: OUT/latest will be a file with "
+                      "the name of the newest checkpoint", options.out);
+    unlink(path);
+}
+
+// In a run that was copied without its links OUT/latest is a directory, a copy of the newest
+// checkpoint. It becomes what it stands for, so that the next checkpoint can take its place.
+static void mend_latest(void) {
+    struct stat status;
+    char name[32], path[RETROFIT_PATH];
+    if (lstat(run.latest, &status) || !S_ISDIR(status.st_mode)) return;
+    checkpoint_name(name, progress.step);
+    require(retrofit_path(path, options.out, name));
+    retrofit_directory_abandon(path); // the same once more
+    if (rename(run.latest, path)) die(1, "%s: %s", run.latest, strerror(errno));
+    require(link_latest(name));
+}
+
 static void open_output(void) {
     char out[RETROFIT_PATH];
     snprintf(out, sizeof out, "%s", options.out);
@@ -1518,6 +1689,10 @@ static void open_output(void) {
     if (!options.resume && is_there(run.latest)) {
         die(2, "%s holds a run already, begun after this one: give another --out", options.out);
     }
+    try_output();
+    if (options.resume) mend_latest();
+    if (options.resume) prune();
+    run.source = options.resume ? run.newest : run.source;
     // A run that ended before its first checkpoint begins anew.
     run.log = fopen(run.log_path, options.resume ? "ab" : "wb");
     if (!run.log) die(1, "%s: %s", run.log_path, strerror(errno));
@@ -1535,7 +1710,7 @@ static void begin_training(void) {
     fprintf(stderr, "%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s\n",
             run.model->weight_count, run.data_rows, options.seq_len, training.steps,
             options.batch_size * options.seq_len, run.planned_flops, run.device);
-    if (!finished()) check_disk();
+    if (!finished()) require(check_disk());
     if (evaluation_due() && !run.evaluated) run.evaluated = evaluate();
 }
 
@@ -1567,10 +1742,10 @@ static void train(void) {
         next_flops = cost_of_steps(progress.step, progress.step + 1).flops;
         bool save_now = finished() || should_stop(next_flops);
         if (options.save_every && progress.step % options.save_every == 0) save_now = true;
-        if (save_now) save();
+        if (save_now) save_or_die();
         if (evaluation_due()) run.evaluated = !should_stop(0) && evaluate();
     }
-    if (run.saved_step != progress.step) save(); // the run was stopped while it validated
+    if (run.saved_step != progress.step) save_or_die(); // the run was stopped while it validated
 }
 
 static void report(void) {
@@ -1595,6 +1770,8 @@ static void close_run(void) {
     retrofit_free(run.model);
     retrofit_data_close(run.data);
     retrofit_data_close(run.val);
+    free(run.data_shards);
+    free(run.val_shards);
 }
 
 int main(int argc, char **argv) {
@@ -1607,6 +1784,7 @@ int main(int argc, char **argv) {
     check_options();
     fill_training();
     choose_device();
+    note_dropout();
 
     if (options.dry_run == DRY_RUN_SCHEDULE) {
         print_micro_batches();
@@ -1628,7 +1806,9 @@ int main(int argc, char **argv) {
     open_output();
 
     begin_training();
+    run.training = true;
     train();
+    run.training = false;
     report();
     close_run();
     return 0;

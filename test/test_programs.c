@@ -452,7 +452,7 @@ static void samples(void) {
         const char *directory, *train_options, *end, *infer_options;
     } cases[] = {
         {"sampled.0", "--seed 7", "sampled", " --seed 7"},
-        {"sampled.1", "--val low.bin --eval-rows 1 --state-init zero", "val", " --state-init zero"},
+        {"sampled.1", "--val two.bin --eval-rows 1 --state-init zero", "val", " --state-init zero"},
     };
     for (int i = 0; i < 2; i++) {
         char command[512];

@@ -1823,23 +1823,80 @@ static void hostile_token_shards(void) {
 // A shard's header may say which tokenizer made it.
 static void tokenizers_of_shards(void) {
     int32_t header[256];
+    retrofit_tokenizer *maker = retrofit_tokenizer_load(FIXTURES "lookup/base");
+    retrofit_tokenizer *other = retrofit_tokenizer_load(FIXTURES "tokenizers/llama2_style");
+    need(maker && other, "tokenizers");
     write_shard("made.bin", RETROFIT_SHARD_MAGIC_16, 1, 20, 20, 0);
     retrofit_data *data = open_data("made.bin", 4, 99, false, 0);
-    check(retrofit_data_check(data, 1) && retrofit_data_check(data, 2),
+    check(retrofit_data_check(data, maker) && retrofit_data_check(data, other),
           "a shard that does not name its tokenizer is refused");
     retrofit_data_close(data);
 
     FILE *f = fopen(at("made.bin"), "r+b");
     need(f && fread(header, sizeof header, 1, f) == 1, "made.bin");
     rewind(f);
-    header[3] = -2;
-    header[4] = 5;
+    uint64_t hash = retrofit_tokenizer_hash(maker);
+    header[3] = (int32_t)(uint32_t)hash;
+    header[4] = (int32_t)(uint32_t)(hash >> 32);
     need(fwrite(header, sizeof header, 1, f) == 1 && !fclose(f), "made.bin");
     data = open_data("made.bin", 4, 99, false, 0);
-    check(retrofit_data_check(data, 5ull << 32 | 0xfffffffe),
-          "the tokenizer of a shard is not known again: %s", retrofit_error());
-    refused(retrofit_data_check(data, 5), "made.bin", "another tokenizer's shard");
+    check(retrofit_data_check(data, maker), "the tokenizer of a shard is not known again: %s",
+          retrofit_error());
+    check(retrofit_data_check(data, NULL), "without a tokenizer it is refused");
+    refused(retrofit_data_check(data, other), "made.bin", "another tokenizer's shard");
     retrofit_data_close(data);
+    retrofit_tokenizer_free(maker);
+    retrofit_tokenizer_free(other);
+}
+
+// What a run remembers of its data, and what it tells apart.
+static void identity_of_data(void) {
+    write_shard("i_0.bin", RETROFIT_SHARD_MAGIC_16, 1, 20, 20, 0);
+    write_shard("i_1.bin", RETROFIT_SHARD_MAGIC_16, 1, 20, 20, 1);
+    write_shard("j_0.bin", RETROFIT_SHARD_MAGIC_16, 1, 20, 20, 1);
+    write_shard("k[1].bin", RETROFIT_SHARD_MAGIC_16, 1, 20, 20, 2);
+    retrofit_data *both = open_data("i_*.bin", 4, 99, false, 0);
+    retrofit_data *copy = open_data("j_0.bin", 4, 99, false, 0);
+    retrofit_data *brackets = open_data("k[1].bin", 4, 99, false, 0);
+    char *before = retrofit_data_describe(both);
+    check(!strncmp(before, "i_0.bin 1064 ", 13) && strstr(before, "\ni_1.bin 1064 "), "%s", before);
+    refused(retrofit_data_check_apart(both, copy), "j_0.bin", "the same contents twice");
+    check(retrofit_data_check_apart(both, brackets), "%s", retrofit_error());
+    refused(retrofit_data_check_apart(both, both), "i_0.bin", "the same file twice");
+    retrofit_data_close(copy);
+    retrofit_data_close(both);
+
+    write_shard("i_1.bin", RETROFIT_SHARD_MAGIC_16, 1, 20, 20, 3);
+    both = open_data("i_*.bin", 4, 99, false, 0);
+    char *after = retrofit_data_describe(both);
+    check(strcmp(before, after) != 0, "other tokens, the same description: %s", after);
+    free(before);
+    free(after);
+    check(retrofit_data_check_ids(both), "%s", retrofit_error());
+    retrofit_data_close(both);
+    both = open_data("i_*.bin", 4, 22, false, 0); // the last id is 22, in the last token
+    refused(retrofit_data_check_ids(both), "i_1.bin: token 19 is 22", "an id of V at the end");
+    retrofit_data_close(both);
+    retrofit_data_close(brackets);
+}
+
+// Large blocks are sampled: a change at either end shows, and so does a shift.
+static void hashes_of_samples(void) {
+    size_t size = 5000003;
+    char *data = retrofit_allocate(size + 1, 1);
+    need(data != NULL, "memory");
+    for (size_t i = 0; i < size; i++) data[i] = (char)retrofit_hash(3, i);
+    uint64_t hash = retrofit_sample_hash(data, size);
+    check(hash == retrofit_sample_hash(data, size), "the same block twice");
+    check(hash != retrofit_sample_hash(data + 1, size), "a block moved by one byte");
+    check(hash != retrofit_sample_hash(data, size - 1), "a block without its last byte");
+    for (size_t i = 0; i < 2; i++) {
+        size_t at = i * (size - 1);
+        data[at] ^= 1;
+        check(hash != retrofit_sample_hash(data, size), "a bit changed at %zu", at);
+        data[at] ^= 1;
+    }
+    free(data);
 }
 
 // ---- All of it ---------------------------------------------------------------------------------
@@ -1901,6 +1958,8 @@ int main(void) {
     shuffling();
     hostile_token_shards();
     tokenizers_of_shards();
+    identity_of_data();
+    hashes_of_samples();
     retrofit_json_free(recipe);
     retrofit_safetensors_close(&fixtures);
     return finish("train");
