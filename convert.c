@@ -59,13 +59,15 @@
 static struct {
     const char *from, *to, *prelude, *core, *coda, *random, *tokenizer, *field;
     int preset, adapter_init, dtype;              // which of the alternatives; -1: not given
+    int encoding_errors;                          // the same
     size_t mean_recurrence, backprop_depth, seed; // SIZE_MAX: not given
     bool tokenize;
-} options = {.preset = -1, .adapter_init = -1, .dtype = -1,
+} options = {.preset = -1, .adapter_init = -1, .dtype = -1, .encoding_errors = -1,
              .mean_recurrence = SIZE_MAX, .backprop_depth = SIZE_MAX, .seed = SIZE_MAX};
 
 enum { ADAPTER_DEFAULT, ADAPTER_IDENTITY }; // --adapter-init
 enum { DTYPE_F32, DTYPE_BF16 };             // --dtype
+enum { ERRORS_STRICT, ERRORS_REPLACE };     // --encoding-errors
 
 static const retrofit_option option_table[] = {
     {"Surgery", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -98,13 +100,15 @@ static const retrofit_option option_table[] = {
      "where tokenizer.json is; with --random: to be carried along"},
     {"field", RETROFIT_STRING, &options.field, "NAME",
      "the member of a line that is the text (text)"},
+    {"encoding-errors", RETROFIT_CHOICE, &options.encoding_errors, "strict|replace",
+     "text that is not UTF-8 is refused (strict), or what is wrong in it becomes U+FFFD"},
 };
 
 static const char usage[] =
     "convert --from DIR|FILE.gguf --to DIR --preset NAME | --prelude LAYERS --core LAYERS "
     "--coda LAYERS [options]\n"
     "convert --random CONFIG.json --to DIR [options]\n"
-    "convert --tokenize FILE... --tokenizer DIR --to OUT.bin [--field NAME]\n"
+    "convert --tokenize FILE... --tokenizer DIR --to OUT.bin [options]\n"
     "Cuts a plain Llama into a recurrent model, makes a random one, or turns text into token "
     "shards.\n";
 
@@ -176,6 +180,7 @@ static void check_options_fit(int task) {
         {"seed", options.seed != SIZE_MAX, SURGERY | RANDOM},
         {"tokenizer", options.tokenizer, RANDOM | TOKENIZE},
         {"field", options.field, TOKENIZE},
+        {"encoding-errors", options.encoding_errors >= 0, TOKENIZE},
     };
     const char *task_name = task == TOKENIZE ? "tokenize" : task == RANDOM ? "random" : "from";
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
@@ -623,62 +628,243 @@ static void make_random(void) {
 // files and lines. A shard is llm.c's .bin: 256 int32 of header, then the ids, as uint16 if the
 // tokenizer has at most 65,536 of them, else as uint32.
 
+// What may be lost of a text. None of it stops the work, all of it is counted and said.
+enum { LOST_EMPTY, LOST_NULL, LOST_MEMBER, LOST_HALF, LOST_BYTES, LOST_NUL, LOSSES };
+static const char *const loss_texts[LOSSES] = {
+    "empty documents were skipped",
+    "lines whose text is null were skipped",
+    "lines without the member that is the text were skipped",
+    "halves of surrogate pairs (as \\ud800) became U+FFFD",
+    "stretches that are not UTF-8 became U+FFFD",
+    "NUL characters are in the text",
+};
+
+typedef struct {
+    size_t counts[LOSSES];
+    size_t lines[LOSSES]; // the first with it, from 1; of a whole file 0
+    size_t members;       // lines that have the member, be it null or empty
+    size_t documents;     // that have text
+    size_t last_line;
+} text_report;
+
 typedef struct {
     FILE *file;
     retrofit_tokenizer *tokenizer;
     int32_t eos;                              // to add to each document; -1: the tokenizer adds it
     bool narrow;                              // ids are written as uint16
-    size_t documents, empty, tokens;          // so far; empty documents are skipped
+    size_t documents, tokens;                 // so far
     size_t text_bytes, read_bytes, all_bytes; // of stripped text; of the files, so far and in all
     double start, shown;                      // seconds: when this began, and showed progress last
+    size_t files;                             // in all
+    text_report report;                       // on the file that is read
+    size_t lost[LOSSES];                      // in all files
 } shard_writer;
 
 typedef struct {
     char *raw;         // the file, or a line of it
     size_t size, line; // of raw in bytes; from 1, or 0 for a whole file
+    bool has_member;   // whether the line has the member that is the text
     size_t text_bytes; // of the stripped text
     int32_t *ids;      // [count] of it, NULL if it is empty
     size_t count;
+    size_t lost[LOSSES];
     char *error; // what was wrong with it, or NULL
 } document;
 
+// ---- Text that is not UTF-8 ---------------------------------------------------------------------
+
+// Where text is first not UTF-8: from `begin` on; `size` if nowhere.
+static size_t find_invalid(const char *text, size_t begin, size_t size) {
+    uint32_t code_point;
+    size_t length = 1;
+    for (size_t i = begin; i < size; i += length) {
+        length = 1;
+        if (!(text[i] & 0x80)) continue;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        if (code_point == RETROFIT_UTF8_INVALID) return i;
+    }
+    return size;
+}
+
+// Copies text with U+FFFD for each invalid stretch. Returns the number of stretches.
+static size_t replace_invalid(retrofit_text *out, const char *text, size_t size) {
+    size_t count = 0, begin = 0;
+    for (;;) {
+        size_t end = find_invalid(text, begin, size);
+        retrofit_text_append(out, text + begin, end - begin);
+        if (end == size) return count;
+        uint32_t code_point;
+        retrofit_text_append(out, "\xef\xbf\xbd", 3);
+        begin = end + retrofit_utf8_next(text + end, size - end, &code_point);
+        count++;
+    }
+}
+
+// Files that are no UTF-8 text, by how they begin.
+static const struct {
+    const char *begin;
+    size_t at, length;
+    const char *kind, *advice;
+} foreign_kinds[] = {
+    {"\xff\xfe\0\0", 0, 4, "UTF-32 text", "convert it first: iconv -f UTF-32 -t UTF-8"},
+    {"\0\0\xfe\xff", 0, 4, "UTF-32 text", "convert it first: iconv -f UTF-32 -t UTF-8"},
+    {"\xff\xfe", 0, 2, "UTF-16 text", "convert it first: iconv -f UTF-16 -t UTF-8"},
+    {"\xfe\xff", 0, 2, "UTF-16 text", "convert it first: iconv -f UTF-16 -t UTF-8"},
+    {"\x1f\x8b", 0, 2, "compressed with gzip", "decompress it first: gzip -d"},
+    {"\x28\xb5\x2f\xfd", 0, 4, "compressed with zstd", "decompress it first: zstd -d"},
+    {"\xfd" "7zXZ", 0, 5, "compressed with xz", "decompress it first: xz -d"},
+    {"\x04\x22\x4d\x18", 0, 4, "compressed with lz4", "decompress it first: lz4 -d"},
+    {"1AY&SY", 4, 6, "compressed with bzip2", "decompress it first: bzip2 -d"},
+    {"7z\xbc\xaf\x27\x1c", 0, 6, "a 7z archive", "unpack it first"},
+    {"PK\3\4", 0, 4, "a zip archive (or an Office document)", "unpack it first"},
+    {"ustar", 257, 5, "a tar archive", "unpack it first"},
+    {"PAR1", 0, 4, "a Parquet file", "write its text as .jsonl first"},
+    {"ARROW1", 0, 6, "an Arrow file", "write its text as .jsonl first"},
+    {"SQLite format 3", 0, 15, "a database", "write its text as .jsonl first"},
+    {"%PDF-", 0, 5, "a PDF file", "extract its text first"},
+    {"{\\rtf", 0, 5, "an RTF file", "extract its text first"},
+    {"\xd0\xcf\x11\xe0", 0, 4, "an Office document", "extract its text first"},
+    {"version https://git-lfs.github.com/spec", 0, 39, "a Git LFS pointer, not the file itself",
+     "git lfs pull"},
+};
+
+// What is not text would mostly be refused where it is not UTF-8, but only once it is reached, and
+// nobody would learn from the byte what the file is.
+static void check_kind(const char *path) {
+    char begin[4096];
+    FILE *file = fopen(path, "rb");
+    if (!file) die(1, "%s: %s", path, strerror(errno));
+    size_t size = fread(begin, 1, sizeof begin, file), nuls = 0;
+    fclose(file);
+    for (size_t i = 0; i < sizeof foreign_kinds / sizeof *foreign_kinds; i++) {
+        size_t at = foreign_kinds[i].at, length = foreign_kinds[i].length;
+        if (size >= at + length && !memcmp(begin + at, foreign_kinds[i].begin, length))
+            die(1, "%s: this is %s: %s", path, foreign_kinds[i].kind, foreign_kinds[i].advice);
+    }
+    // Latin letters in UTF-16 are half NULs.
+    for (size_t i = 0; i < size; i++) nuls += begin[i] == 0;
+    if (nuls > 1 && nuls >= size / 4)
+        die(1, "%s: %zu of its first %zu bytes are NUL, so it is UTF-16 text without a byte order "
+               "mark (convert it first: iconv -f UTF-16LE -t UTF-8), or no text", path, nuls, size);
+}
+
 // ---- One document -------------------------------------------------------------------------------
 
-// Parses a line of a .jsonl file and finds its text, which lies within the tree that is returned.
-// NULL or error.
-static retrofit_json *parse_line(const char *where, const char **text, size_t *size) {
+// The UTF-16 code unit that \uXXXX at text stands for; 0 if there is none. A NUL ends the text.
+static uint32_t code_unit_at(const char *text) {
+    if (text[0] != '\\' || text[1] != 'u') return 0;
+    if (strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
+    char digits[5] = {text[2], text[3], text[4], text[5], 0};
+    return (uint32_t)strtoul(digits, NULL, 16);
+}
+
+// Of an escape in a string, which begins at text: makes half of a surrogate pair \ufffd and counts
+// it. Returns how many bytes to go on.
+static size_t mend_escape(char *text, size_t *halves) {
+    uint32_t high = code_unit_at(text);
+    if (high < 0xd800 || high > 0xdfff) return 2;
+    uint32_t low = high < 0xdc00 ? code_unit_at(text + 6) : 0;
+    if (low >= 0xdc00 && low <= 0xdfff) return 12;
+    memcpy(text + 2, "fffd", 4);
+    (*halves)++;
+    return 6;
+}
+
+// Python's json writes what is no JSON, and people have such files. This makes JSON of it in place:
+// half of a surrogate pair, which is no character, becomes U+FFFD; NaN, which pandas puts where
+// nothing is, an empty string; Infinity null. Returns the number of halves. A NUL follows the line.
+static size_t mend_line(char *line, size_t size) {
+    size_t halves = 0, step;
+    bool in_string = false;
+    for (size_t i = 0; i < size; i += step) {
+        step = 1;
+        if (line[i] == '"') in_string = !in_string;
+        if (in_string) {
+            if (line[i] == '\\') step = mend_escape(line + i, &halves);
+            continue;
+        }
+        if (!strncmp(line + i, "NaN", 3)) memcpy(line + i, "\"\" ", 3);
+        if (!strncmp(line + i, "-Infinity", 9)) memcpy(line + i, "null     ", 9);
+        if (!strncmp(line + i, "Infinity", 8)) memcpy(line + i, "null    ", 8);
+    }
+    return halves;
+}
+
+static const char *json_kind(const retrofit_json *value) {
+    static const char *const kinds[] = {"null", "a truth value", "a number", "a string", "an array",
+                                        "an object"};
+    return kinds[value->type];
+}
+
+// Parses a line of a .jsonl file and finds its text, which lies within the tree that is returned;
+// it is empty where the member is null or not there, as datasets has it. NULL or error.
+static retrofit_json *parse_line(document *document, const char *where, const char **text,
+                                 size_t *size) {
     retrofit_json *line = retrofit_json_parse(*text, *size, where);
+    if (!line && **text == '[')
+        retrofit_fail("%s: a JSON array: each line of a .jsonl file has an object of its own; "
+                      "jq -c '.[]' makes such lines", where);
     if (!line) return NULL;
     const retrofit_json *member = retrofit_json_get(line, options.field);
-    if (!member || member->type != RETROFIT_JSON_STRING) {
+    bool missing = !member || member->type == RETROFIT_JSON_NULL;
+    bool ok = true;
+    if (line->type != RETROFIT_JSON_OBJECT)
+        ok = retrofit_fail("%s: %s, not an object with a \"%s\"", where, json_kind(line),
+                           options.field);
+    else if (!missing && member->type != RETROFIT_JSON_STRING)
+        ok = retrofit_fail("%s: \"%s\" is %s, not a string: name another with --field", where,
+                           options.field, json_kind(member));
+    if (!ok) {
         retrofit_json_free(line);
-        retrofit_fail("%s: no string \"%s\" in it: name another with --field", where,
-                      options.field);
         return NULL;
     }
-    *text = member->string;
-    *size = member->length;
+    document->has_member = member != NULL;
+    document->lost[LOST_MEMBER] = !member;
+    document->lost[LOST_NULL] = member && missing;
+    *text = missing ? "" : member->string;
+    *size = missing ? 0 : member->length;
     return line;
+}
+
+// Encodes the text of a document, which is UTF-8. false or error.
+static bool encode_text(const retrofit_tokenizer *tokenizer, document *document, const char *where,
+                        const char *text, size_t size) {
+    retrofit_json *line = NULL;
+    retrofit_skip_mark(&text, &size);
+    retrofit_strip(&text, &size);
+    if (document->line > 0 && size > 0) {
+        line = parse_line(document, where, &text, &size);
+        if (!line) return false;
+        retrofit_strip(&text, &size);
+    }
+    document->text_bytes = size;
+    for (size_t i = 0; i < size; i++) document->lost[LOST_NUL] += text[i] == 0;
+    if (size > 0) document->ids = retrofit_encode(tokenizer, text, size, true, &document->count);
+    else document->lost[LOST_EMPTY] = !document->lost[LOST_MEMBER] && !document->lost[LOST_NULL];
+    retrofit_json_free(line);
+    return size == 0 || document->ids;
 }
 
 // Several threads do this at a time. false or error.
 static bool encode_document(const retrofit_tokenizer *tokenizer, document *document,
                             const char *path) {
+    char where[RETROFIT_PATH + 32];
     const char *text = document->raw;
-    size_t size = document->size;
-    retrofit_json *line = NULL;
-    retrofit_strip(&text, &size);
-    if (document->line > 0 && size > 0) {
-        char where[RETROFIT_PATH + 32];
-        snprintf(where, sizeof where, "%s: line %zu", path, document->line);
-        line = parse_line(where, &text, &size);
-        if (!line) return false;
-        retrofit_strip(&text, &size);
-    }
-    document->text_bytes = size;
-    if (size > 0) document->ids = retrofit_encode(tokenizer, text, size, true, &document->count);
-    retrofit_json_free(line);
-    return size == 0 || document->ids;
+    size_t size = document->size, invalid = find_invalid(text, 0, size);
+    if (document->line == 0) snprintf(where, sizeof where, "%s", path);
+    else snprintf(where, sizeof where, "%s: line %zu", path, document->line);
+    if (document->line > 0) document->lost[LOST_HALF] = mend_line(document->raw, size);
+    if (invalid == size) return encode_text(tokenizer, document, where, text, size);
+
+    if (options.encoding_errors != ERRORS_REPLACE)
+        return retrofit_fail("%s: byte %zu: not UTF-8 (%02X): convert it first, e.g. iconv -f "
+                             "WINDOWS-1252 -t UTF-8, or --encoding-errors replace", where, invalid,
+                             (unsigned char)text[invalid]);
+    retrofit_text valid = {0};
+    document->lost[LOST_BYTES] = replace_invalid(&valid, text, size);
+    bool ok = !valid.failed && encode_text(tokenizer, document, where, valid.bytes, valid.size);
+    free(valid.bytes);
+    return ok;
 }
 
 static void write_id(shard_writer *writer, int32_t id) {
@@ -691,14 +877,23 @@ static void write_id(shard_writer *writer, int32_t id) {
         die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
 }
 
+// Adds what was lost of a document to what its file lost.
+static void add_losses(text_report *report, const document *document) {
+    report->last_line = document->line;
+    report->members += document->has_member;
+    report->documents += document->text_bytes > 0;
+    for (int i = 0; i < LOSSES; i++) {
+        if (document->lost[i] && !report->counts[i]) report->lines[i] = document->line;
+        report->counts[i] += document->lost[i];
+    }
+}
+
 static void write_document(shard_writer *writer, const document *document) {
     if (document->error) die(1, "%s", document->error);
+    add_losses(&writer->report, document);
     writer->read_bytes += document->size;
     writer->text_bytes += document->text_bytes;
-    if (document->text_bytes == 0) {
-        writer->empty++;
-        return;
-    }
+    if (document->text_bytes == 0) return;
     for (size_t i = 0; i < document->count; i++) write_id(writer, document->ids[i]);
     if (writer->eos >= 0) write_id(writer, writer->eos);
     writer->documents++;
@@ -716,6 +911,28 @@ static void show_progress(shard_writer *writer) {
     fprintf(stderr, "%s%.1f of %.1f MB, %zu documents, %zu tokens, %.1f MB/s, ETA %.0f s%s",
             terminal ? "\r" : "", read / 1e6, all / 1e6, writer->documents, writer->tokens,
             read / 1e6 / elapsed, (all - read) * elapsed / read, terminal ? "\033[K" : "\n");
+}
+
+static void clear_progress(const shard_writer *writer) {
+    if (isatty(STDERR_FILENO) && writer->shown > writer->start) fputs("\r\033[K", stderr);
+}
+
+// Says what was lost of a file, after its last line. Empty documents are counted only in the end:
+// mostly they are empty lines.
+static void report_file(shard_writer *writer, const char *path) {
+    const text_report *report = &writer->report;
+    clear_progress(writer);
+    for (int i = 0; i < LOSSES; i++) {
+        size_t count = report->counts[i], line = report->lines[i];
+        writer->lost[i] += count;
+        char where[48] = "";
+        if (i == LOST_EMPTY || !count) continue;
+        if (line) snprintf(where, sizeof where, ", the first in line %zu", line);
+        retrofit_note("%s: %zu %s%s", path, count, loss_texts[i], where);
+    }
+    // That there is none in any file is an error, said in the end.
+    if (!report->documents && writer->files > 1) retrofit_note("%s: there is no text in it", path);
+    memset(&writer->report, 0, sizeof writer->report);
 }
 
 // Encodes documents in parallel and writes them in their order.
@@ -748,6 +965,13 @@ static bool read_line(FILE *file, const char *path, document *document) {
     return true;
 }
 
+// A line without the text is skipped. Where no line up to now has one, the text has another name.
+static void check_member(const text_report *report, const char *path) {
+    if (report->counts[LOST_MEMBER] && !report->members)
+        die(1, "%s: line %zu: no \"%s\" in it, nor in any other up to line %zu: name another with "
+               "--field", path, report->lines[LOST_MEMBER], options.field, report->last_line);
+}
+
 // .jsonl: a document in each line.
 static void tokenize_lines(shard_writer *writer, const char *path) {
     enum { BATCH_DOCUMENTS = 1024, BATCH_BYTES = 1 << 24 };
@@ -765,11 +989,13 @@ static void tokenize_lines(shard_writer *writer, const char *path) {
         }
         if (count == BATCH_DOCUMENTS || bytes > BATCH_BYTES || !more) {
             write_batch(writer, batch, count, path);
+            check_member(&writer->report, path);
             count = 0;
             bytes = 0;
         }
     }
     fclose(file);
+    report_file(writer, path);
 }
 
 // .txt: the file is a document.
@@ -778,22 +1004,77 @@ static void tokenize_whole(shard_writer *writer, const char *path) {
     document.raw = retrofit_read_file(path, &document.size);
     must(document.raw != NULL);
     write_batch(writer, &document, 1, path);
+    report_file(writer, path);
 }
 
 // ---- One shard ----------------------------------------------------------------------------------
 
-// The names and sizes of all files are checked before hours are spent on the first.
+typedef struct {
+    dev_t device;
+    ino_t inode;
+    const char *path;
+} file_identity;
+
+static int compare_identities(const void *a, const void *b) {
+    const file_identity *x = a, *y = b;
+    if (x->device != y->device) return x->device < y->device ? -1 : 1;
+    return (x->inode > y->inode) - (x->inode < y->inode);
+}
+
+static void check_name(const char *path) {
+    struct stat status;
+    if (!ends_with(path, ".txt") && !ends_with(path, ".jsonl"))
+        die(2, "%s: the name ends neither in .txt nor in .jsonl, the kinds that are known", path);
+    if (!stat(path, &status)) {
+        if (!S_ISREG(status.st_mode)) die(1, "%s: not a regular file", path);
+        return;
+    }
+    if (errno == ENOENT && strpbrk(path, "*?["))
+        die(1, "%s: No such file: the shell found none of this pattern, or it was in quotes", path);
+    die(1, "%s: %s", path, strerror(errno));
+}
+
+// The output is made beside its final place and moved there at the end, which must be possible.
+static void check_output(const file_identity *files, size_t count) {
+    struct stat status;
+    if (!stat(options.to, &status)) {
+        if (!S_ISREG(status.st_mode)) die(1, "--to %s: there already, and no file", options.to);
+        for (size_t i = 0; i < count; i++)
+            if (files[i].device == status.st_dev && files[i].inode == status.st_ino)
+                die(1, "--to %s: this is the input %s: choose another name", options.to,
+                    files[i].path);
+        retrofit_note("%s is there already and will be replaced", options.to);
+        return;
+    }
+    char parent[RETROFIT_PATH];
+    int length = snprintf(parent, sizeof parent, "%s", options.to);
+    if (length >= RETROFIT_PATH) die(1, "--to: the path is too long");
+    retrofit_parent_directory(parent);
+    if (errno != ENOENT || access(parent, W_OK | X_OK))
+        die(1, "--to %s: %s: %s", options.to, parent, strerror(errno));
+}
+
+// The names and sizes of all files, and how they begin, are checked before hours are spent on the
+// first. Returns the sum of the sizes.
 static size_t check_text_files(const char *const *files, size_t count) {
     size_t bytes = 0;
+    file_identity *identities = allocate_or_die(count, sizeof *identities);
     for (size_t i = 0; i < count; i++) {
         struct stat status;
-        if (!ends_with(files[i], ".txt") && !ends_with(files[i], ".jsonl"))
-            die(2, "%s: the name ends neither in .txt nor in .jsonl, the kinds that are known",
-                files[i]);
+        check_name(files[i]);
+        check_kind(files[i]);
         if (stat(files[i], &status)) die(1, "%s: %s", files[i], strerror(errno));
-        if (!S_ISREG(status.st_mode)) die(1, "%s: not a regular file", files[i]);
+        identities[i] = (file_identity){status.st_dev, status.st_ino, files[i]};
         bytes += (size_t)status.st_size;
     }
+    check_output(identities, count);
+    qsort(identities, count, sizeof *identities, compare_identities);
+    for (size_t i = 1; i < count; i++) {
+        if (compare_identities(&identities[i - 1], &identities[i])) continue;
+        retrofit_note("%s and %s are the same file: its text will be there twice",
+                      identities[i - 1].path, identities[i].path);
+    }
+    free(identities);
     return bytes;
 }
 
@@ -853,7 +1134,7 @@ static void finish_shard(shard_writer *writer) {
 }
 
 static void tokenize(const char *const *files, size_t count) {
-    shard_writer writer = {.all_bytes = check_text_files(files, count)};
+    shard_writer writer = {.all_bytes = check_text_files(files, count), .files = count};
     open_tokenizer(&writer);
     create_shard(&writer);
     writer.start = retrofit_seconds();
@@ -862,7 +1143,6 @@ static void tokenize(const char *const *files, size_t count) {
         if (ends_with(files[i], ".txt")) tokenize_whole(&writer, files[i]);
         else tokenize_lines(&writer, files[i]);
     }
-    if (isatty(STDERR_FILENO) && writer.shown > writer.start) fputs("\r\033[K", stderr);
     if (!writer.documents)
         die(1, "there is no text in %s%s", files[0], count > 1 ? " and the others" : "");
     finish_shard(&writer);
@@ -870,7 +1150,8 @@ static void tokenize(const char *const *files, size_t count) {
     printf("%s: %zu documents, %zu tokens of %d bits, %.2f bytes of text per token, %.1f s\n",
            options.to, writer.documents, writer.tokens, writer.narrow ? 16 : 32,
            (double)writer.text_bytes / (double)writer.tokens, retrofit_seconds() - writer.start);
-    if (writer.empty) printf("%zu empty documents were skipped\n", writer.empty);
+    for (int i = 0; i < LOSSES; i++)
+        if (writer.lost[i]) printf("%zu %s\n", writer.lost[i], loss_texts[i]);
     retrofit_tokenizer_free(writer.tokenizer);
 }
 
