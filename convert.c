@@ -59,13 +59,15 @@
 static struct {
     const char *from, *to, *prelude, *core, *coda, *random, *tokenizer, *field;
     int preset, adapter_init, dtype;              // which of the alternatives; -1: not given
+    int encoding_errors;                          // the same
     size_t mean_recurrence, backprop_depth, seed; // SIZE_MAX: not given
     bool tokenize;
-} options = {.preset = -1, .adapter_init = -1, .dtype = -1,
+} options = {.preset = -1, .adapter_init = -1, .dtype = -1, .encoding_errors = -1,
              .mean_recurrence = SIZE_MAX, .backprop_depth = SIZE_MAX, .seed = SIZE_MAX};
 
 enum { ADAPTER_DEFAULT, ADAPTER_IDENTITY }; // --adapter-init
 enum { DTYPE_F32, DTYPE_BF16 };             // --dtype
+enum { ERRORS_STRICT, ERRORS_REPLACE };     // --encoding-errors
 
 static const retrofit_option option_table[] = {
     {"Surgery", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -98,13 +100,15 @@ static const retrofit_option option_table[] = {
      "where tokenizer.json is; with --random: to be carried along"},
     {"field", RETROFIT_STRING, &options.field, "NAME",
      "the member of a line that is the text (text)"},
+    {"encoding-errors", RETROFIT_CHOICE, &options.encoding_errors, "strict|replace",
+     "text that is not UTF-8 is refused (strict), or what is wrong in it becomes U+FFFD"},
 };
 
 static const char usage[] =
     "convert --from DIR|FILE.gguf --to DIR --preset NAME | --prelude LAYERS --core LAYERS "
     "--coda LAYERS [options]\n"
     "convert --random CONFIG.json --to DIR [options]\n"
-    "convert --tokenize FILE... --tokenizer DIR --to OUT.bin [--field NAME]\n"
+    "convert --tokenize FILE... --tokenizer DIR --to OUT.bin [options]\n"
     "Cuts a plain Llama into a recurrent model, makes a random one, or turns text into token "
     "shards.\n";
 
@@ -176,6 +180,7 @@ static void check_options_fit(int task) {
         {"seed", options.seed != SIZE_MAX, SURGERY | RANDOM},
         {"tokenizer", options.tokenizer, RANDOM | TOKENIZE},
         {"field", options.field, TOKENIZE},
+        {"encoding-errors", options.encoding_errors >= 0, TOKENIZE},
     };
     const char *task_name = task == TOKENIZE ? "tokenize" : task == RANDOM ? "random" : "from";
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
@@ -623,62 +628,249 @@ static void make_random(void) {
 // files and lines. A shard is llm.c's .bin: 256 int32 of header, then the ids, as uint16 if the
 // tokenizer has at most 65,536 of them, else as uint32.
 
+// What may be lost of a text. None of it stops the work, all of it is counted and said.
+enum { LOST_EMPTY, LOST_NULL, LOST_MEMBER, LOST_HALF, LOST_BYTES, LOST_NUL, LOSSES };
+static const char *const loss_texts[LOSSES] = {
+    "empty documents were skipped",
+    "lines whose text is null were skipped",
+    "lines without the member that is the text were skipped",
+    "halves of surrogate pairs (as \\ud800) became U+FFFD",
+    "stretches that are not UTF-8 became U+FFFD",
+    "NUL characters are in the text",
+};
+
+typedef struct {
+    size_t counts[LOSSES];
+    size_t lines[LOSSES]; // the first with it, from 1; of a whole file 0
+    size_t members;       // lines that have the member, be it null or empty
+    size_t documents;     // that have text
+    size_t last_line;
+} text_report;
+
 typedef struct {
     FILE *file;
     retrofit_tokenizer *tokenizer;
     int32_t eos;                              // to add to each document; -1: the tokenizer adds it
     bool narrow;                              // ids are written as uint16
-    size_t documents, empty, tokens;          // so far; empty documents are skipped
+    size_t documents, tokens;                 // so far
     size_t text_bytes, read_bytes, all_bytes; // of stripped text; of the files, so far and in all
     double start, shown;                      // seconds: when this began, and showed progress last
+    size_t files;                             // in all
+    text_report report;                       // on the file that is read
+    size_t lost[LOSSES];                      // in all files
 } shard_writer;
 
 typedef struct {
     char *raw;         // the file, or a line of it
     size_t size, line; // of raw in bytes; from 1, or 0 for a whole file
+    bool has_member;   // whether the line has the member that is the text
     size_t text_bytes; // of the stripped text
     int32_t *ids;      // [count] of it, NULL if it is empty
     size_t count;
+    size_t lost[LOSSES];
     char *error; // what was wrong with it, or NULL
 } document;
 
+// ---- Text that is not UTF-8 ---------------------------------------------------------------------
+
+// Where text is first not UTF-8: from `begin` on; `size` if nowhere.
+static size_t find_invalid(const char *text, size_t begin, size_t size) {
+    uint32_t code_point;
+    size_t length = 1;
+    for (size_t i = begin; i < size; i += length) {
+        length = 1;
+        if (!(text[i] & 0x80)) continue;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        if (code_point == RETROFIT_UTF8_INVALID) return i;
+    }
+    return size;
+}
+
+// Copies text with U+FFFD for each invalid stretch. Returns the number of stretches.
+static size_t replace_invalid(retrofit_text *out, const char *text, size_t size) {
+    size_t count = 0, begin = 0;
+    for (;;) {
+        size_t end = find_invalid(text, begin, size);
+        retrofit_text_append(out, text + begin, end - begin);
+        if (end == size) return count;
+        uint32_t code_point;
+        retrofit_text_append(out, "\xef\xbf\xbd", 3);
+        begin = end + retrofit_utf8_next(text + end, size - end, &code_point);
+        count++;
+    }
+}
+
+// Files that are no UTF-8 text, by how they begin.
+static const struct {
+    const char *begin;
+    size_t at, length;
+    const char *kind, *advice;
+} foreign_kinds[] = {
+    {"\xff\xfe\0\0", 0, 4, "UTF-32 text", "convert it first: iconv -f UTF-32 -t UTF-8"},
+    {"\0\0\xfe\xff", 0, 4, "UTF-32 text", "convert it first: iconv -f UTF-32 -t UTF-8"},
+    {"\xff\xfe", 0, 2, "UTF-16 text", "convert it first: iconv -f UTF-16 -t UTF-8"},
+    {"\xfe\xff", 0, 2, "UTF-16 text", "convert it first: iconv -f UTF-16 -t UTF-8"},
+    {"\x1f\x8b", 0, 2, "compressed with gzip", "decompress it first: gzip -d"},
+    {"\x28\xb5\x2f\xfd", 0, 4, "compressed with zstd", "decompress it first: zstd -d"},
+    {"\xfd" "7zXZ", 0, 5, "compressed with xz", "decompress it first: xz -d"},
+    {"\x04\x22\x4d\x18", 0, 4, "compressed with lz4", "decompress it first: lz4 -d"},
+    {"1AY&SY", 4, 6, "compressed with bzip2", "decompress it first: bzip2 -d"},
+    {"7z\xbc\xaf\x27\x1c", 0, 6, "a 7z archive", "unpack it first"},
+    {"PK\3\4", 0, 4, "a zip archive (or an Office document)", "unpack it first"},
+    {"ustar", 257, 5, "a tar archive", "unpack it first"},
+    {"PAR1", 0, 4, "a Parquet file", "write its text as .jsonl first"},
+    {"ARROW1", 0, 6, "an Arrow file", "write its text as .jsonl first"},
+    {"SQLite format 3", 0, 15, "a database", "write its text as .jsonl first"},
+    {"%PDF-", 0, 5, "a PDF file", "extract its text first"},
+    {"{\\rtf", 0, 5, "an RTF file", "extract its text first"},
+    {"\xd0\xcf\x11\xe0", 0, 4, "an Office document", "extract its text first"},
+    {"version https://git-lfs.github.com/spec", 0, 39, "a Git LFS pointer, not the file itself",
+     "git lfs pull"},
+};
+
+// What is not text would mostly be refused where it is not UTF-8, but only once it is reached, and
+// nobody would learn from the byte what the file is.
+static void check_kind(const char *path) {
+    char begin[4096];
+    FILE *file = fopen(path, "rb");
+    if (!file) die(1, "%s: %s", path, strerror(errno));
+    size_t size = fread(begin, 1, sizeof begin, file), nuls = 0;
+    fclose(file);
+    for (size_t i = 0; i < sizeof foreign_kinds / sizeof *foreign_kinds; i++) {
+        size_t at = foreign_kinds[i].at, length = foreign_kinds[i].length;
+        if (size >= at + length && !memcmp(begin + at, foreign_kinds[i].begin, length))
+            die(1, "%s: this is %s: %s", path, foreign_kinds[i].kind, foreign_kinds[i].advice);
+    }
+    // Latin letters in UTF-16 are half NULs.
+    for (size_t i = 0; i < size; i++) nuls += begin[i] == 0;
+    if (nuls > 1 && nuls >= size / 4)
+        die(1, "%s: %zu of its first %zu bytes are NUL, so it is UTF-16 text without a byte order "
+               "mark (convert it first: iconv -f UTF-16LE -t UTF-8), or no text", path, nuls, size);
+}
+
 // ---- One document -------------------------------------------------------------------------------
 
-// Parses a line of a .jsonl file and finds its text, which lies within the tree that is returned.
-// NULL or error.
-static retrofit_json *parse_line(const char *where, const char **text, size_t *size) {
+// The UTF-16 code unit that \uXXXX at text stands for; 0 if there is none. A NUL ends the text.
+static uint32_t code_unit_at(const char *text) {
+    if (text[0] != '\\' || text[1] != 'u') return 0;
+    if (strspn(text + 2, "0123456789abcdefABCDEF") < 4) return 0;
+    char digits[5] = {text[2], text[3], text[4], text[5], 0};
+    return (uint32_t)strtoul(digits, NULL, 16);
+}
+
+// Of an escape in a string, which begins at text: makes half of a surrogate pair \ufffd and counts
+// it. Returns how many bytes to go on.
+static size_t mend_escape(char *text, size_t *halves) {
+    uint32_t high = code_unit_at(text);
+    if (high < 0xd800 || high > 0xdfff) return 2;
+    uint32_t low = high < 0xdc00 ? code_unit_at(text + 6) : 0;
+    if (low >= 0xdc00 && low <= 0xdfff) return 12;
+    memcpy(text + 2, "fffd", 4);
+    (*halves)++;
+    return 6;
+}
+
+// Python's json writes what is no JSON, and people have such files. This makes JSON of it in place:
+// half of a surrogate pair, which is no character, becomes U+FFFD; NaN, which pandas puts where
+// nothing is, an empty string; Infinity null. Returns the number of halves. A NUL follows the line.
+static size_t mend_line(char *line, size_t size) {
+    static const struct {
+        const char *word, *json; // of the same length
+    } words[] = {{"NaN", "\"\" "}, {"-Infinity", "null     "}, {"Infinity", "null    "}};
+    size_t halves = 0, step;
+    bool in_string = false;
+    for (size_t i = 0; i < size; i += step) {
+        step = 1;
+        if (line[i] == '"') in_string = !in_string;
+        if (in_string) {
+            if (line[i] == '\\') step = mend_escape(line + i, &halves);
+            continue;
+        }
+        for (size_t j = 0; j < sizeof words / sizeof *words; j++) {
+            size_t length = strlen(words[j].word);
+            if (strncmp(line + i, words[j].word, length)) continue;
+            memcpy(line + i, words[j].json, length);
+            step = length;
+        }
+    }
+    return halves;
+}
+
+static const char *json_kind(const retrofit_json *value) {
+    static const char *const kinds[] = {"null", "a truth value", "a number", "a string", "an array",
+                                        "an object"};
+    return kinds[value->type];
+}
+
+// Parses a line of a .jsonl file and finds its text, which lies within the tree that is returned;
+// it is empty where the member is null or not there, as datasets has it. NULL or error.
+static retrofit_json *parse_line(document *document, const char *where, const char **text,
+                                 size_t *size) {
     retrofit_json *line = retrofit_json_parse(*text, *size, where);
+    if (!line && **text == '[')
+        retrofit_fail("%s: a JSON array: each line of a .jsonl file has an object of its own; "
+                      "jq -c '.[]' makes such lines", where);
     if (!line) return NULL;
     const retrofit_json *member = retrofit_json_get(line, options.field);
-    if (!member || member->type != RETROFIT_JSON_STRING) {
+    bool missing = !member || member->type == RETROFIT_JSON_NULL;
+    bool ok = true;
+    if (line->type != RETROFIT_JSON_OBJECT)
+        ok = retrofit_fail("%s: %s, not an object with a \"%s\"", where, json_kind(line),
+                           options.field);
+    else if (!missing && member->type != RETROFIT_JSON_STRING)
+        ok = retrofit_fail("%s: \"%s\" is %s, not a string: name another with --field", where,
+                           options.field, json_kind(member));
+    if (!ok) {
         retrofit_json_free(line);
-        retrofit_fail("%s: no string \"%s\" in it: name another with --field", where,
-                      options.field);
         return NULL;
     }
-    *text = member->string;
-    *size = member->length;
+    document->has_member = member != NULL;
+    document->lost[LOST_MEMBER] = !member;
+    document->lost[LOST_NULL] = member && missing;
+    *text = missing ? "" : member->string;
+    *size = missing ? 0 : member->length;
     return line;
+}
+
+// Encodes the text of a document, which is UTF-8. false or error.
+static bool encode_text(const retrofit_tokenizer *tokenizer, document *document, const char *where,
+                        const char *text, size_t size) {
+    retrofit_json *line = NULL;
+    retrofit_skip_mark(&text, &size);
+    retrofit_strip(&text, &size);
+    if (document->line > 0 && size > 0) {
+        line = parse_line(document, where, &text, &size);
+        if (!line) return false;
+        retrofit_strip(&text, &size);
+    }
+    document->text_bytes = size;
+    for (size_t i = 0; i < size; i++) document->lost[LOST_NUL] += text[i] == 0;
+    if (size > 0) document->ids = retrofit_encode(tokenizer, text, size, true, &document->count);
+    else document->lost[LOST_EMPTY] = !document->lost[LOST_MEMBER] && !document->lost[LOST_NULL];
+    retrofit_json_free(line);
+    return size == 0 || document->ids;
 }
 
 // Several threads do this at a time. false or error.
 static bool encode_document(const retrofit_tokenizer *tokenizer, document *document,
                             const char *path) {
+    char where[RETROFIT_PATH + 32];
     const char *text = document->raw;
-    size_t size = document->size;
-    retrofit_json *line = NULL;
-    retrofit_strip(&text, &size);
-    if (document->line > 0 && size > 0) {
-        char where[RETROFIT_PATH + 32];
-        snprintf(where, sizeof where, "%s: line %zu", path, document->line);
-        line = parse_line(where, &text, &size);
-        if (!line) return false;
-        retrofit_strip(&text, &size);
-    }
-    document->text_bytes = size;
-    if (size > 0) document->ids = retrofit_encode(tokenizer, text, size, true, &document->count);
-    retrofit_json_free(line);
-    return size == 0 || document->ids;
+    size_t size = document->size, invalid = find_invalid(text, 0, size);
+    if (document->line == 0) snprintf(where, sizeof where, "%s", path);
+    else snprintf(where, sizeof where, "%s: line %zu", path, document->line);
+    if (document->line > 0) document->lost[LOST_HALF] = mend_line(document->raw, size);
+    if (invalid == size) return encode_text(tokenizer, document, where, text, size);
+
+    if (options.encoding_errors != ERRORS_REPLACE)
+        return retrofit_fail("%s: byte %zu: not UTF-8 (%02X): convert it first, e.g. iconv -f "
+                             "WINDOWS-1252 -t UTF-8, or --encoding-errors replace", where, invalid,
+                             (unsigned char)text[invalid]);
+    retrofit_text valid = {0};
+    document->lost[LOST_BYTES] = replace_invalid(&valid, text, size);
+    bool ok = !valid.failed && encode_text(tokenizer, document, where, valid.bytes, valid.size);
+    free(valid.bytes);
+    return ok;
 }
 
 static void write_id(shard_writer *writer, int32_t id) {
@@ -691,14 +883,23 @@ static void write_id(shard_writer *writer, int32_t id) {
         die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
 }
 
+// Adds what was lost of a document to what its file lost.
+static void add_losses(text_report *report, const document *document) {
+    report->last_line = document->line;
+    report->members += document->has_member;
+    report->documents += document->text_bytes > 0;
+    for (int i = 0; i < LOSSES; i++) {
+        if (document->lost[i] && !report->counts[i]) report->lines[i] = document->line;
+        report->counts[i] += document->lost[i];
+    }
+}
+
 static void write_document(shard_writer *writer, const document *document) {
     if (document->error) die(1, "%s", document->error);
+    add_losses(&writer->report, document);
     writer->read_bytes += document->size;
     writer->text_bytes += document->text_bytes;
-    if (document->text_bytes == 0) {
-        writer->empty++;
-        return;
-    }
+    if (document->text_bytes == 0) return;
     for (size_t i = 0; i < document->count; i++) write_id(writer, document->ids[i]);
     if (writer->eos >= 0) write_id(writer, writer->eos);
     writer->documents++;
@@ -716,6 +917,28 @@ static void show_progress(shard_writer *writer) {
     fprintf(stderr, "%s%.1f of %.1f MB, %zu documents, %zu tokens, %.1f MB/s, ETA %.0f s%s",
             terminal ? "\r" : "", read / 1e6, all / 1e6, writer->documents, writer->tokens,
             read / 1e6 / elapsed, (all - read) * elapsed / read, terminal ? "\033[K" : "\n");
+}
+
+static void clear_progress(const shard_writer *writer) {
+    if (isatty(STDERR_FILENO) && writer->shown > writer->start) fputs("\r\033[K", stderr);
+}
+
+// Says what was lost of a file, after its last line. Empty documents are counted only in the end:
+// mostly they are empty lines.
+static void report_file(shard_writer *writer, const char *path) {
+    const text_report *report = &writer->report;
+    clear_progress(writer);
+    for (int i = 0; i < LOSSES; i++) {
+        size_t count = report->counts[i], line = report->lines[i];
+        writer->lost[i] += count;
+        char where[48] = "";
+        if (i == LOST_EMPTY || !count) continue;
+        if (line) snprintf(where, sizeof where, ", the first in line %zu", line);
+        retrofit_note("%s: %zu %s%s", path, count, loss_texts[i], where);
+    }
+    // That there is none in any file is an error, said in the end.
+    if (!report->documents && writer->files > 1) retrofit_note("%s: there is no text in it", path);
+    memset(&writer->report, 0, sizeof writer->report);
 }
 
 // Encodes documents in parallel and writes them in their order.
@@ -748,6 +971,13 @@ static bool read_line(FILE *file, const char *path, document *document) {
     return true;
 }
 
+// A line without the text is skipped. Where no line up to now has one, the text has another name.
+static void check_member(const text_report *report, const char *path) {
+    if (report->counts[LOST_MEMBER] && !report->members)
+        die(1, "%s: line %zu: no \"%s\" in it, nor in any other up to line %zu: name another with "
+               "--field", path, report->lines[LOST_MEMBER], options.field, report->last_line);
+}
+
 // .jsonl: a document in each line.
 static void tokenize_lines(shard_writer *writer, const char *path) {
     enum { BATCH_DOCUMENTS = 1024, BATCH_BYTES = 1 << 24 };
@@ -765,11 +995,13 @@ static void tokenize_lines(shard_writer *writer, const char *path) {
         }
         if (count == BATCH_DOCUMENTS || bytes > BATCH_BYTES || !more) {
             write_batch(writer, batch, count, path);
+            check_member(&writer->report, path);
             count = 0;
             bytes = 0;
         }
     }
     fclose(file);
+    report_file(writer, path);
 }
 
 // .txt: the file is a document.
@@ -778,22 +1010,77 @@ static void tokenize_whole(shard_writer *writer, const char *path) {
     document.raw = retrofit_read_file(path, &document.size);
     must(document.raw != NULL);
     write_batch(writer, &document, 1, path);
+    report_file(writer, path);
 }
 
 // ---- One shard ----------------------------------------------------------------------------------
 
-// The names and sizes of all files are checked before hours are spent on the first.
+typedef struct {
+    dev_t device;
+    ino_t inode;
+    const char *path;
+} file_identity;
+
+static int compare_identities(const void *a, const void *b) {
+    const file_identity *x = a, *y = b;
+    if (x->device != y->device) return x->device < y->device ? -1 : 1;
+    return (x->inode > y->inode) - (x->inode < y->inode);
+}
+
+static void check_name(const char *path) {
+    struct stat status;
+    if (!ends_with(path, ".txt") && !ends_with(path, ".jsonl"))
+        die(2, "%s: the name ends neither in .txt nor in .jsonl, the kinds that are known", path);
+    if (!stat(path, &status)) {
+        if (!S_ISREG(status.st_mode)) die(1, "%s: not a regular file", path);
+        return;
+    }
+    if (errno == ENOENT && strpbrk(path, "*?["))
+        die(1, "%s: No such file: the shell found none of this pattern, or it was in quotes", path);
+    die(1, "%s: %s", path, strerror(errno));
+}
+
+// The output is made beside its final place and moved there at the end, which must be possible.
+static void check_output(const file_identity *files, size_t count) {
+    struct stat status;
+    if (!stat(options.to, &status)) {
+        if (!S_ISREG(status.st_mode)) die(1, "--to %s: there already, and no file", options.to);
+        for (size_t i = 0; i < count; i++)
+            if (files[i].device == status.st_dev && files[i].inode == status.st_ino)
+                die(1, "--to %s: this is the input %s: choose another name", options.to,
+                    files[i].path);
+        retrofit_note("%s is there already and will be replaced", options.to);
+        return;
+    }
+    char parent[RETROFIT_PATH];
+    int length = snprintf(parent, sizeof parent, "%s", options.to);
+    if (length >= RETROFIT_PATH) die(1, "--to: the path is too long");
+    retrofit_parent_directory(parent);
+    if (errno != ENOENT || access(parent, W_OK | X_OK))
+        die(1, "--to %s: %s: %s", options.to, parent, strerror(errno));
+}
+
+// The names and sizes of all files, and how they begin, are checked before hours are spent on the
+// first. Returns the sum of the sizes.
 static size_t check_text_files(const char *const *files, size_t count) {
     size_t bytes = 0;
+    file_identity *identities = allocate_or_die(count, sizeof *identities);
     for (size_t i = 0; i < count; i++) {
         struct stat status;
-        if (!ends_with(files[i], ".txt") && !ends_with(files[i], ".jsonl"))
-            die(2, "%s: the name ends neither in .txt nor in .jsonl, the kinds that are known",
-                files[i]);
+        check_name(files[i]);
+        check_kind(files[i]);
         if (stat(files[i], &status)) die(1, "%s: %s", files[i], strerror(errno));
-        if (!S_ISREG(status.st_mode)) die(1, "%s: not a regular file", files[i]);
+        identities[i] = (file_identity){status.st_dev, status.st_ino, files[i]};
         bytes += (size_t)status.st_size;
     }
+    check_output(identities, count);
+    qsort(identities, count, sizeof *identities, compare_identities);
+    for (size_t i = 1; i < count; i++) {
+        if (compare_identities(&identities[i - 1], &identities[i])) continue;
+        retrofit_note("%s and %s are the same file: its text will be there twice",
+                      identities[i - 1].path, identities[i].path);
+    }
+    free(identities);
     return bytes;
 }
 
@@ -854,7 +1141,7 @@ static void finish_shard(shard_writer *writer) {
 }
 
 static void tokenize(const char *const *files, size_t count) {
-    shard_writer writer = {.all_bytes = check_text_files(files, count)};
+    shard_writer writer = {.all_bytes = check_text_files(files, count), .files = count};
     open_tokenizer(&writer);
     create_shard(&writer);
     writer.start = retrofit_seconds();
@@ -863,7 +1150,6 @@ static void tokenize(const char *const *files, size_t count) {
         if (ends_with(files[i], ".txt")) tokenize_whole(&writer, files[i]);
         else tokenize_lines(&writer, files[i]);
     }
-    if (isatty(STDERR_FILENO) && writer.shown > writer.start) fputs("\r\033[K", stderr);
     if (!writer.documents)
         die(1, "there is no text in %s%s", files[0], count > 1 ? " and the others" : "");
     finish_shard(&writer);
@@ -871,7 +1157,8 @@ static void tokenize(const char *const *files, size_t count) {
     printf("%s: %zu documents, %zu tokens of %d bits, %.2f bytes of text per token, %.1f s\n",
            options.to, writer.documents, writer.tokens, writer.narrow ? 16 : 32,
            (double)writer.text_bytes / (double)writer.tokens, retrofit_seconds() - writer.start);
-    if (writer.empty) printf("%zu empty documents were skipped\n", writer.empty);
+    for (int i = 0; i < LOSSES; i++)
+        if (writer.lost[i]) printf("%zu %s\n", writer.lost[i], loss_texts[i]);
     retrofit_tokenizer_free(writer.tokenizer);
 }
 
@@ -899,8 +1186,10 @@ typedef struct {
 } gguf_string;
 #define GGUF_SHOW(string) (int)retrofit_min((string).length, 80), (string).text // for printf's %.*s
 
-// Types of metadata.
-enum { GGUF_U32 = 4, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY };
+// Types of metadata, as numbered in files.
+enum { GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING,
+       GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64, GGUF_TYPES };
+static const uint8_t gguf_sizes[GGUF_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8}; // bytes
 typedef struct {
     gguf_string key;
     uint32_t type, element_type; // the same unless type is GGUF_ARRAY
@@ -908,8 +1197,9 @@ typedef struct {
     const char *data;
 } gguf_value;
 
+enum { GGUF_MAX_NAME = 64, GGUF_MAX_KEY = 255 }; // bytes that we read; keys may have 65535
 typedef struct {
-    char name[65];
+    char name[GGUF_MAX_NAME + 1];
     uint32_t type;
     size_t rows, cols; // cols is the fastest dimension, rows the product of the others
     size_t offset, bytes;
@@ -926,6 +1216,7 @@ struct gguf_file {
     size_t value_count;
     gguf_tensor *tensors;
     size_t tensor_count;
+    retrofit_text unknown; // keys of metadata that are not known, for a note
 };
 
 #define DAMAGED "damaged, fetch it again"
@@ -1048,18 +1339,28 @@ static gguf_string gguf_read_string(gguf_file *gguf) {
     return (gguf_string){gguf_read_bytes(gguf, length), (size_t)length};
 }
 
+// A name, which has no control characters: with a NUL in it, it might pass for another.
+static gguf_string gguf_read_name(gguf_file *gguf, size_t max) {
+    gguf_string name = gguf_read_string(gguf);
+    if (name.length > max)
+        gguf_die(gguf, "the name %.*s… is longer than %zu bytes: " DAMAGED, GGUF_SHOW(name), max);
+    for (size_t i = 0; i < name.length; i++)
+        if ((unsigned char)name.text[i] < ' ')
+            gguf_die(gguf, "the name %.*s has control characters in it: " DAMAGED,
+                     GGUF_SHOW(name));
+    return name;
+}
+
 static void gguf_read_value(gguf_file *gguf, gguf_value *value) {
-    // Of an element of types 0, 1, …: u8 i8 u16 i16 u32 i32 f32 bool string array u64 i64 f64.
-    static const uint8_t sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
     uint64_t count = 1;
-    value->key = gguf_read_string(gguf);
+    value->key = gguf_read_name(gguf, GGUF_MAX_KEY);
     value->type = (uint32_t)gguf_read_number(gguf, 4);
     value->element_type = value->type;
     if (value->type == GGUF_ARRAY) {
         value->element_type = (uint32_t)gguf_read_number(gguf, 4);
         count = gguf_read_number(gguf, 8);
     }
-    if (value->element_type >= sizeof sizes || value->element_type == GGUF_ARRAY ||
+    if (value->element_type >= GGUF_TYPES || value->element_type == GGUF_ARRAY ||
         count > gguf->size)
         gguf_die(gguf,
                  "metadata %.*s: %llu values of type %u: unknown, an array of arrays, or damaged",
@@ -1068,7 +1369,7 @@ static void gguf_read_value(gguf_file *gguf, gguf_value *value) {
     value->data = gguf->bytes + gguf->position;
     if (value->element_type == GGUF_STRING)
         for (uint64_t i = 0; i < count; i++) gguf_read_string(gguf);
-    gguf_read_bytes(gguf, count * sizes[value->element_type]);
+    gguf_read_bytes(gguf, count * gguf_sizes[value->element_type]);
 }
 
 // rows and cols. No product of a tensor's sizes overflows, not even times the 4 bytes of a float.
@@ -1089,8 +1390,8 @@ static void gguf_read_shape(gguf_file *gguf, gguf_tensor *tensor) {
 }
 
 static void gguf_read_tensor(gguf_file *gguf, gguf_tensor *tensor) {
-    gguf_string name = gguf_read_string(gguf);
-    snprintf(tensor->name, sizeof tensor->name, "%.*s", GGUF_SHOW(name)); // a Llama's all fit
+    gguf_string name = gguf_read_name(gguf, GGUF_MAX_NAME);
+    memcpy(tensor->name, name.text, name.length);
     gguf_read_shape(gguf, tensor);
     tensor->type = (uint32_t)gguf_read_number(gguf, 4);
     tensor->offset = (size_t)gguf_read_number(gguf, 8);
@@ -1102,6 +1403,35 @@ static void gguf_read_tensor(gguf_file *gguf, gguf_tensor *tensor) {
         gguf_die(gguf, "tensor %s: rows of %zu are no blocks of %zu: " DAMAGED, tensor->name,
                  tensor->cols, type->values);
     tensor->bytes = tensor->rows * (tensor->cols / type->values) * type->bytes;
+}
+
+static int compare_names(const void *a, const void *b) {
+    const gguf_string *x = a, *y = b;
+    int order = memcmp(x->text, y->text, retrofit_min(x->length, y->length));
+    return order ? order : (x->length > y->length) - (x->length < y->length);
+}
+
+// Of two entries of one name readers take one or the other.
+static void gguf_check_twice(const gguf_file *gguf, gguf_string *names, size_t count,
+                             const char *what) {
+    if (count) qsort(names, count, sizeof *names, compare_names);
+    for (size_t i = 1; i < count; i++)
+        if (!compare_names(&names[i - 1], &names[i]))
+            gguf_die(gguf, "%s %.*s is there twice: remove the one that should not count", what,
+                     GGUF_SHOW(names[i]));
+}
+
+static void gguf_check_names(const gguf_file *gguf) {
+    size_t most = retrofit_max(gguf->value_count, gguf->tensor_count);
+    gguf_string *names = allocate_or_die(most, sizeof *names);
+    for (size_t i = 0; i < gguf->value_count; i++) names[i] = gguf->values[i].key;
+    gguf_check_twice(gguf, names, gguf->value_count, "metadata");
+    for (size_t i = 0; i < gguf->tensor_count; i++) {
+        const char *name = gguf->tensors[i].name;
+        names[i] = (gguf_string){name, strlen(name)};
+    }
+    gguf_check_twice(gguf, names, gguf->tensor_count, "tensor");
+    free(names);
 }
 
 static void gguf_read_header(gguf_file *gguf) {
@@ -1121,6 +1451,7 @@ static void gguf_read_header(gguf_file *gguf) {
     gguf->tensors = allocate_or_die(gguf->tensor_count, sizeof *gguf->tensors);
     for (size_t i = 0; i < gguf->value_count; i++) gguf_read_value(gguf, &gguf->values[i]);
     for (size_t i = 0; i < gguf->tensor_count; i++) gguf_read_tensor(gguf, &gguf->tensors[i]);
+    gguf_check_names(gguf);
 }
 
 static uint32_t gguf_u32(const gguf_file *gguf, const char *key, uint32_t otherwise);
@@ -1152,47 +1483,73 @@ static void gguf_close(gguf_file *gguf) {
     munmap(gguf->bytes, gguf->size);
     free(gguf->values);
     free(gguf->tensors);
+    free(gguf->unknown.bytes);
 }
 
 // ---- Metadata -----------------------------------------------------------------------------------
 
-// The entry of this key, which must be of this type, or an array of such elements. NULL if there is
-// none.
+// The entry of this key; NULL if there is none.
+static const gguf_value *gguf_entry(const gguf_file *gguf, const char *key) {
+    for (size_t i = 0; i < gguf->value_count; i++)
+        if (gguf_string_is(gguf->values[i].key, key)) return &gguf->values[i];
+    return NULL;
+}
+
+// The same, of an entry that must be of this type, or an array of such elements.
 static const gguf_value *gguf_find(const gguf_file *gguf, const char *key, uint32_t type,
                                    bool is_array) {
-    for (size_t i = 0; i < gguf->value_count; i++) {
-        const gguf_value *value = &gguf->values[i];
-        if (!gguf_string_is(value->key, key)) continue;
-        if (value->element_type != type || (value->type == GGUF_ARRAY) != is_array)
-            gguf_die(gguf, "metadata %s has another type than %u", key, type);
-        return value;
-    }
-    return NULL;
+    const gguf_value *value = gguf_entry(gguf, key);
+    if (value && (value->element_type != type || (value->type == GGUF_ARRAY) != is_array))
+        gguf_die(gguf, "metadata %s has another type than %u", key, type);
+    return value;
+}
+
+__attribute__((noreturn)) static void gguf_die_missing(const gguf_file *gguf, const char *key) {
+    gguf_die(gguf, "metadata %s is missing: convert the model again with a newer llama.cpp", key);
 }
 
 static const gguf_value *gguf_need(const gguf_file *gguf, const char *key, uint32_t type,
                                    bool is_array) {
     const gguf_value *value = gguf_find(gguf, key, type, is_array);
-    if (!value)
-        gguf_die(gguf, "metadata %s is missing: convert the model again with a newer llama.cpp",
-                 key);
+    if (!value) gguf_die_missing(gguf, key);
     return value;
 }
 
+// A value that is a single whole number: sets its bits, with the sign carried up to the highest.
+static bool gguf_whole(const gguf_value *value, uint64_t *bits, bool *is_signed) {
+    uint32_t type = value->type;
+    if (type > GGUF_I32 && type != GGUF_U64 && type != GGUF_I64) return false;
+    *is_signed = type == GGUF_I8 || type == GGUF_I16 || type == GGUF_I32 || type == GGUF_I64;
+    size_t size = gguf_sizes[type];
+    *bits = 0;
+    memcpy(bits, value->data, size);
+    bool negative = *is_signed && *bits >> (8 * size - 1) & 1;
+    if (negative && size < 8) *bits |= UINT64_MAX << (8 * size);
+    return true;
+}
+
+// Counts and sizes are u32 in most files; the specification has them u64, and allows both.
 static uint32_t gguf_u32(const gguf_file *gguf, const char *key, uint32_t otherwise) {
-    const gguf_value *value = gguf_find(gguf, key, GGUF_U32, false);
-    if (value) memcpy(&otherwise, value->data, sizeof otherwise);
-    return otherwise;
+    const gguf_value *value = gguf_entry(gguf, key);
+    uint64_t bits;
+    bool is_signed;
+    if (!value) return otherwise;
+    if (value->type == GGUF_ARRAY)
+        gguf_die(gguf, "metadata %s is an array: layers that differ in it are not supported", key);
+    if (!gguf_whole(value, &bits, &is_signed) || bits > UINT32_MAX)
+        gguf_die(gguf, "metadata %s is no whole number from 0 to %u", key, UINT32_MAX);
+    return (uint32_t)bits;
 }
 
 static uint32_t gguf_need_u32(const gguf_file *gguf, const char *key) {
-    gguf_need(gguf, key, GGUF_U32, false);
+    if (!gguf_entry(gguf, key)) gguf_die_missing(gguf, key);
     return gguf_u32(gguf, key, 0);
 }
 
 static float gguf_f32(const gguf_file *gguf, const char *key, float otherwise) {
     const gguf_value *value = gguf_find(gguf, key, GGUF_F32, false);
     if (value) memcpy(&otherwise, value->data, sizeof otherwise);
+    if (!isfinite(otherwise)) gguf_die(gguf, "metadata %s is not finite: " DAMAGED, key);
     return otherwise;
 }
 
@@ -1228,6 +1585,181 @@ static gguf_string *gguf_need_strings(const gguf_file *gguf, const char *key, si
     }
     *count = value->count;
     return strings;
+}
+
+// ---- What the metadata mean ---------------------------------------------------------------------
+
+// All keys that llama.cpp's converter writes for a Llama, and those of the specification. The first
+// row that fits counts.
+static const retrofit_key gguf_keys[] = {
+    {"general.architecture", NULL, NULL},
+    {"general.alignment", NULL, NULL},
+    {"general.type", "model", "only models are read: an adapter must be merged into its model"},
+    {"general.quantization_version", "2", "its blocks of numbers are of an older format: convert "
+                                          "the model again with a newer llama.cpp"},
+    {"general.*", "*", "says where the file comes from"},
+    {"split.count", "0|1", "a part of a model: llama-gguf-split --merge makes one file of all"},
+    {"split.*", "*", "says which tensors are in the other parts"},
+    {"adapter.*", "", "an adapter must be merged into its model first"},
+    {"clip.*", "", "an encoder of images or sound"},
+    {"diffusion.*", "", "not a model that predicts the next token"},
+    {"xielu.*", "", "another activation than a Llama's"},
+    {"imatrix.*", "*", "says how the model was quantised"},
+    {"quantize.*", "*", "says how the model was quantised"},
+    {"training.*", "", "a checkpoint of a training: export the model"},
+
+    {"llama.vocab_size", NULL, NULL},
+    {"llama.context_length", NULL, NULL},
+    {"llama.embedding_length", NULL, NULL},
+    {"llama.block_count", NULL, NULL},
+    {"llama.feed_forward_length", NULL, NULL},
+    {"llama.attention.head_count", NULL, NULL},
+    {"llama.attention.head_count_kv", NULL, NULL},
+    {"llama.attention.key_length", NULL, NULL},
+    {"llama.attention.value_length", NULL, NULL},
+    {"llama.attention.layer_norm_rms_epsilon", NULL, NULL},
+    {"llama.attention.causal", NULL, NULL},
+    {"llama.attention.sliding_window", NULL, NULL},
+    {"llama.attention.layer_norm_epsilon", "0", "a Llama has RMS norms"},
+    {"llama.attention.clamp_kqv", "0", NULL},
+    {"llama.attention.max_alibi_bias", "0", NULL},
+    {"llama.attention.scale", "0", "another scale than 1/√head size"},
+    {"llama.attention.*", "0", "another attention than a Llama's"},
+    {"llama.rope.dimension_count", NULL, NULL},
+    {"llama.rope.freq_base", NULL, NULL},
+    {"llama.rope.scaling.type", NULL, NULL},
+    {"llama.rope.scaling.factor", NULL, NULL},
+    {"llama.rope.scale_linear", NULL, NULL},
+    {"llama.rope.scaling.original_context_length", "*", "only of scaling that is refused"},
+    {"llama.rope.scaling.finetuned", "*", "only of scaling that is refused"},
+    {"llama.rope.scaling.yarn_beta_*", "*", "only of scaling that is refused"},
+    {"llama.rope.scaling.attn_factor", "1", "it scales the scores of attention"},
+    {"llama.rope.scaling.yarn_attn_factor", "1", "it scales the scores of attention"},
+    {"llama.rope.scaling.yarn_ext_factor", "0|-1", "it mixes in YaRN's scaling"},
+    {"llama.rope.*", "0", "another rotation than a Llama's"},
+    {"llama.expert_count", "0", "a mixture of experts: only dense Llamas are supported"},
+    {"llama.expert_*", "*", "only of a mixture of experts"},
+    {"llama.leading_dense_block_count", "*", "only of a mixture of experts"},
+    {"llama.use_parallel_residual", "false", NULL},
+    {"llama.tensor_data_layout", "reference|Meta AI original pth",
+     "its numbers stand in another order"},
+    {"llama.logit_scale", "0|1", NULL},
+    {"llama.embedding_scale", "0|1", NULL},
+    {"llama.residual_scale", "0|1", NULL},
+    {"llama.attn_logit_softcapping", "0", NULL},
+    {"llama.final_logit_softcapping", "0", NULL},
+    {"llama.pooling_type", "*", "only of a model that embeds texts"},
+    {"llama.*", "0", "not known here, and it may change what is computed"},
+
+    {"tokenizer.ggml.model", NULL, NULL},
+    {"tokenizer.ggml.pre", NULL, NULL},
+    {"tokenizer.ggml.tokens", NULL, NULL},
+    {"tokenizer.ggml.token_type", NULL, NULL},
+    {"tokenizer.ggml.scores", NULL, NULL},
+    {"tokenizer.ggml.merges", NULL, NULL},
+    {"tokenizer.ggml.bos_token_id", NULL, NULL},
+    {"tokenizer.ggml.eos_token_id", NULL, NULL},
+    {"tokenizer.ggml.eot_token_id", NULL, NULL},
+    {"tokenizer.ggml.eom_token_id", NULL, NULL},
+    {"tokenizer.ggml.unknown_token_id", NULL, NULL},
+    {"tokenizer.ggml.padding_token_id", NULL, NULL},
+    {"tokenizer.ggml.add_bos_token", NULL, NULL},
+    {"tokenizer.ggml.add_eos_token", NULL, NULL},
+    {"tokenizer.ggml.add_space_prefix", NULL, NULL},
+    {"tokenizer.ggml.add_sep_token", "false", "it adds a token to each text"},
+    {"tokenizer.ggml.remove_extra_whitespaces", "false", "it changes the text"},
+    {"tokenizer.ggml.precompiled_charsmap", "", "it changes the text"},
+    {"tokenizer.ggml.seperator_token_id", "*", "a name for a token; the format spells it so"},
+    {"tokenizer.ggml.mask_token_id", "*", "a name for a token"},
+    {"tokenizer.ggml.cls_token_id", "*", "a name for a token"},
+    {"tokenizer.ggml.fim_*", "*", "a name for a token"},
+    {"tokenizer.ggml.prefix_token_id", "*", "a name for a token"},
+    {"tokenizer.ggml.suffix_token_id", "*", "a name for a token"},
+    {"tokenizer.ggml.middle_token_id", "*", "a name for a token"},
+    {"tokenizer.ggml.token_type_count", "*", "of BERT"},
+    {"tokenizer.ggml.*", "", "it may change the ids of a text"},
+    {"tokenizer.chat_template*", NULL, NULL},
+    {"tokenizer.huggingface.json", "*", "the same tokenizer once more"},
+    {"tokenizer.rwkv.world", "*", "the same tokenizer once more"},
+};
+
+// A value as in that table.
+static void gguf_value_text(const gguf_file *gguf, const gguf_value *value, char text[100]) {
+    uint64_t bits;
+    bool is_signed;
+    float narrow;
+    double wide;
+    if (value->type == GGUF_ARRAY) strcpy(text, value->count ? "[...]" : "[]");
+    else if (value->type == GGUF_STRING)
+        snprintf(text, 100, "%.*s", GGUF_SHOW(gguf_string_at(value->data)));
+    else if (value->type == GGUF_BOOL) {
+        if ((unsigned char)*value->data > 1)
+            gguf_die(gguf, "metadata %.*s is neither true nor false: " DAMAGED,
+                     GGUF_SHOW(value->key));
+        strcpy(text, *value->data ? "true" : "false");
+    } else if (gguf_whole(value, &bits, &is_signed)) {
+        if (is_signed) snprintf(text, 100, "%lld", (long long)bits);
+        else snprintf(text, 100, "%llu", (unsigned long long)bits);
+    } else if (value->type == GGUF_F32) {
+        memcpy(&narrow, value->data, sizeof narrow);
+        snprintf(text, 100, "%.9g", (double)narrow);
+    } else {
+        memcpy(&wide, value->data, sizeof wide);
+        snprintf(text, 100, "%.17g", wide);
+    }
+}
+
+// Ends the program where a key says what we would not do. What is not known at all is kept for a
+// note.
+static void gguf_check_keys(gguf_file *gguf) {
+    for (size_t i = 0; i < gguf->value_count; i++) {
+        const gguf_value *value = &gguf->values[i];
+        char key[GGUF_MAX_KEY + 1], text[100];
+        bool known;
+        snprintf(key, sizeof key, "%.*s", (int)value->key.length, value->key.text);
+        gguf_value_text(gguf, value, text);
+        must(retrofit_key_check(key, text, gguf_keys, sizeof gguf_keys / sizeof *gguf_keys,
+                                gguf->path, &known));
+        if (known) continue;
+        if (gguf->unknown.size) retrofit_text_append(&gguf->unknown, ", ", 2);
+        retrofit_text_append(&gguf->unknown, key, strlen(key));
+    }
+    retrofit_text_append(&gguf->unknown, "", 1);
+    must(!gguf->unknown.failed);
+}
+
+// RoPE may rotate more slowly, for longer texts. Without a type llama.cpp takes the factor for a
+// linear one, which divides positions; older files have it under another name.
+static void gguf_check_rope_scaling(const gguf_file *gguf) {
+    const char *type_key = "llama.rope.scaling.type", *key = "llama.rope.scaling.factor";
+    gguf_string type = gguf_optional_string(gguf, type_key);
+    if (gguf_string_is(type, "none")) return;
+    if (type.length && !gguf_string_is(type, "linear"))
+        gguf_die(gguf, "%s is %.*s: only Llama 3's scaling, rope_freqs.weight, is supported",
+                 type_key, GGUF_SHOW(type));
+    if (!gguf_entry(gguf, key)) key = "llama.rope.scale_linear";
+    float factor = gguf_f32(gguf, key, 1);
+    if (factor != 1 && factor != 0)
+        gguf_die(gguf, "%s is %g: linear scaling of RoPE is not supported, only Llama 3's, which "
+                       "is rope_freqs.weight", key, (double)factor);
+}
+
+// Heads whose keys, values and rotated parts differ in size are not supported.
+static void gguf_check_head_size(const gguf_file *gguf, const char *key, uint32_t otherwise,
+                                 size_t head_dim) {
+    uint32_t size = gguf_u32(gguf, key, otherwise);
+    if (size != head_dim)
+        gguf_die(gguf, "%s is %u, but heads have %zu: not supported", key, size, head_dim);
+}
+
+static void gguf_check_attention(const gguf_file *gguf, const retrofit_config *c) {
+    uint32_t window = gguf_u32(gguf, "llama.attention.sliding_window", 0);
+    if (!gguf_bool(gguf, "llama.attention.causal", true))
+        gguf_die(gguf, "llama.attention.causal is false: a model that sees what comes is not "
+                       "supported");
+    if (window && window < c->context)
+        gguf_die(gguf, "llama.attention.sliding_window is %u of a context of %zu: not supported",
+                 window, c->context);
 }
 
 // ---- The model ----------------------------------------------------------------------------------
@@ -1275,21 +1807,20 @@ static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
     free(divisors);
 }
 
-static void gguf_check_architecture(const gguf_file *gguf) {
-    gguf_string architecture = gguf_need_string(gguf, "general.architecture");
-    gguf_string scaling = gguf_optional_string(gguf, "llama.rope.scaling.type");
-    if (!gguf_string_is(architecture, "llama"))
+// The architecture comes first, since it begins the names of most keys; a file without one may be a
+// part of a model, or none, which the keys tell.
+static void gguf_check_architecture(gguf_file *gguf) {
+    gguf_string architecture = gguf_optional_string(gguf, "general.architecture");
+    if (architecture.length && !gguf_string_is(architecture, "llama"))
         gguf_die(gguf, "the architecture is %.*s; only llama is read", GGUF_SHOW(architecture));
-    if (scaling.length && !gguf_string_is(scaling, "none"))
-        gguf_die(gguf,
-                 "llama.rope.scaling.type is set: only Llama 3's rope_freqs.weight is supported");
-    if (gguf_u32(gguf, "llama.expert_count", 0))
-        gguf_die(gguf, "a mixture of experts: only dense Llamas are supported");
+    gguf_check_keys(gguf);
+    if (!architecture.length) gguf_die_missing(gguf, "general.architecture");
+    gguf_check_rope_scaling(gguf);
 }
 
 #define NO_TOKEN UINT32_MAX // -1 in a retrofit_config
 
-static void gguf_read_config(const gguf_file *gguf, retrofit_config *c) {
+static void gguf_read_config(gguf_file *gguf, retrofit_config *c) {
     gguf_check_architecture(gguf);
     memset(c, 0, sizeof *c);
     c->n_embd = gguf_need_u32(gguf, "llama.embedding_length");
@@ -1301,10 +1832,9 @@ static void gguf_read_config(const gguf_file *gguf, retrofit_config *c) {
 
     uint32_t head_dim = c->n_heads ? (uint32_t)(c->n_embd / c->n_heads) : 0;
     c->head_dim = gguf_u32(gguf, "llama.attention.key_length", head_dim);
-    if (gguf_u32(gguf, "llama.attention.value_length", head_dim) != c->head_dim ||
-        gguf_u32(gguf, "llama.rope.dimension_count", head_dim) != c->head_dim)
-        gguf_die(gguf,
-                 "heads whose keys, values and rotated parts differ in size are not supported");
+    gguf_check_head_size(gguf, "llama.attention.value_length", head_dim, c->head_dim);
+    gguf_check_head_size(gguf, "llama.rope.dimension_count", (uint32_t)c->head_dim, c->head_dim);
+    gguf_check_attention(gguf, c);
 
     gguf_need(gguf, "llama.attention.layer_norm_rms_epsilon", GGUF_F32, false);
     c->norm_eps = gguf_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 0);
@@ -1318,7 +1848,12 @@ static void gguf_read_config(const gguf_file *gguf, retrofit_config *c) {
     c->mean_recurrence = 1;
     c->backprop_depth = 1;
     const gguf_tensor *embedding = gguf_find_tensor(gguf, "token_embd.weight");
-    c->vocab = embedding ? embedding->rows : 0;
+    if (!embedding)
+        gguf_die(gguf, "tensor token_embd.weight is missing: is it a vocabulary alone?");
+    c->vocab = embedding->rows;
+    if (gguf_u32(gguf, "llama.vocab_size", (uint32_t)c->vocab) != c->vocab)
+        gguf_die(gguf, "llama.vocab_size is %u, but token_embd.weight has %zu rows: " DAMAGED,
+                 gguf_u32(gguf, "llama.vocab_size", 0), c->vocab);
     must(retrofit_config_check(c, gguf->path));
     gguf_read_rope(gguf, c);
 }
@@ -1387,7 +1922,7 @@ static void gguf_load_layer(const gguf_file *gguf, const retrofit_config *c, siz
     }
 }
 
-static retrofit_model *gguf_load(const gguf_file *gguf) {
+static retrofit_model *gguf_load(gguf_file *gguf) {
     retrofit_config config;
     gguf_read_config(gguf, &config);
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
@@ -1403,6 +1938,8 @@ static retrofit_model *gguf_load(const gguf_file *gguf) {
         if (!gguf->tensors[i].used)
             gguf_die(gguf, "tensor %s has no place in a Llama of these metadata "
                            "(biases, say, are not supported)", gguf->tensors[i].name);
+    if (gguf->unknown.size > 1)
+        retrofit_note("%s: not known here, and not used: %s", gguf->path, gguf->unknown.bytes);
     return model;
 }
 
@@ -1755,8 +2292,54 @@ static void print_tokenizer(FILE *f, const gguf_vocabulary *v, const merge_list 
     print_json(f, "}\n");
 }
 
+// The name of a chat template that is not the default one: what stands behind the key's last dot.
+static bool is_named_template(const gguf_value *value, gguf_string *name) {
+    static const char begin[] = "tokenizer.chat_template.";
+    size_t length = sizeof begin - 1;
+    bool is_named = value->type == GGUF_STRING && value->key.length > length &&
+                    !memcmp(value->key.text, begin, length);
+    if (is_named)
+        *name = (gguf_string){value->key.text + length, value->key.length - length};
+    return is_named;
+}
+
+static void print_named_template(FILE *f, gguf_string name, gguf_string template,
+                                 const char *separator) {
+    print_json(f, "%s    {'name': ", separator);
+    retrofit_json_write_string(f, name.text, name.length);
+    print_json(f, ", 'template': ");
+    retrofit_json_write_string(f, template.text, template.length);
+    print_json(f, "}");
+}
+
+// A string where there is one chat template, a list of names and templates where others have names.
+static void print_chat_templates(FILE *f, const gguf_vocabulary *v) {
+    const gguf_file *gguf = v->gguf;
+    gguf_string chat = gguf_optional_string(gguf, "tokenizer.chat_template"), name;
+    size_t named = 0;
+    for (size_t i = 0; i < gguf->value_count; i++)
+        named += is_named_template(&gguf->values[i], &name);
+    if (!named && !chat.length) return;
+    print_json(f, "  'chat_template': ");
+    if (!named) {
+        retrofit_json_write_string(f, chat.text, chat.length);
+        print_json(f, ",\n");
+        return;
+    }
+    const char *separator = "[\n";
+    if (chat.length) {
+        print_named_template(f, (gguf_string){"default", 7}, chat, separator);
+        separator = ",\n";
+    }
+    for (size_t i = 0; i < gguf->value_count; i++) {
+        if (!is_named_template(&gguf->values[i], &name)) continue;
+        print_named_template(f, name, gguf_string_at(gguf->values[i].data), separator);
+        separator = ",\n";
+    }
+    print_json(f, "\n  ],\n");
+}
+
 static void print_tokenizer_config(FILE *f, const gguf_vocabulary *v) {
-    gguf_string chat = gguf_optional_string(v->gguf, "tokenizer.chat_template");
     print_json(f, "{\n  'tokenizer_class': 'PreTrainedTokenizerFast',\n");
     print_json(f, "  'clean_up_tokenization_spaces': false,\n");
     for (int i = 0; i < ROLES; i++) {
@@ -1765,11 +2348,7 @@ static void print_tokenizer_config(FILE *f, const gguf_vocabulary *v) {
         print_token(f, v, v->ids[i]);
         print_json(f, ",\n");
     }
-    if (chat.length) {
-        print_json(f, "  'chat_template': ");
-        retrofit_json_write_string(f, chat.text, chat.length);
-        print_json(f, ",\n");
-    }
+    print_chat_templates(f, v);
     print_json(f, "  'add_bos_token': %s,\n", true_or_false(v->added[BOS]));
     print_json(f, "  'add_eos_token': %s\n}\n", true_or_false(v->added[EOS]));
 }
@@ -1786,6 +2365,32 @@ static void write_tokenizer_config(const gguf_vocabulary *v, const char *directo
     char path[RETROFIT_PATH];
     FILE *f = create_file(path, directory, "tokenizer_config.json");
     print_tokenizer_config(f, v);
+    must(retrofit_finish_file(f, path, true));
+}
+
+// llama.cpp ends a generation at the end of a turn and of a message too. Hugging Face has such ids
+// beside the end of the text in generation_config.json.
+static void write_generation_config(const gguf_vocabulary *v, const char *directory) {
+    static const char *const keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
+                                       "tokenizer.ggml.eom_token_id"};
+    uint32_t ids[3];
+    size_t count = 0;
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        uint32_t id = gguf_u32(v->gguf, keys[i], NO_TOKEN);
+        if (id == NO_TOKEN) continue;
+        if (id >= v->count) gguf_die(v->gguf, "%s is %u of %zu tokens", keys[i], id, v->count);
+        bool is_new = true;
+        for (size_t j = 0; j < count; j++) is_new = is_new && ids[j] != id;
+        if (is_new) ids[count++] = id;
+    }
+    if (count < 2) return; // config.json has it
+    char path[RETROFIT_PATH];
+    FILE *f = create_file(path, directory, "generation_config.json");
+    print_json(f, "{\n");
+    if (v->ids[BOS] != NO_TOKEN) print_json(f, "  'bos_token_id': %u,\n", v->ids[BOS]);
+    print_json(f, "  'eos_token_id': [");
+    for (size_t i = 0; i < count; i++) print_json(f, i ? ", %u" : "%u", ids[i]);
+    print_json(f, "]\n}\n");
     must(retrofit_finish_file(f, path, true));
 }
 
@@ -1808,6 +2413,7 @@ static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory) {
     merge_list derived = {0};
     read_vocabulary(&vocabulary, gguf);
     write_tokenizer_config(&vocabulary, directory);
+    write_generation_config(&vocabulary, directory);
     retrofit_tokenizer *tokenizer = write_tokenizer(&vocabulary, directory, &derived);
     if (vocabulary.sentencepiece) {
         derived = derive_merges(&vocabulary, tokenizer);

@@ -48,6 +48,26 @@ static void works(const char *format, ...) {
     free(err);
 }
 
+// What the last run of convert said, on stdout and stderr.
+static bool said(const char *what) {
+    char *out = read_text(in_work("out")), *err = read_text(in_work("err"));
+    bool found = strstr(out, what) || strstr(err, what);
+    free(out);
+    free(err);
+    return found;
+}
+
+// Works, and has nothing to say on stderr.
+static void works_quietly(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    int code = run_arguments(format, args);
+    va_end(args);
+    char *err = read_text(in_work("err"));
+    check(code == 0 && !err[0], "%s: exit code %d, on stderr: '%s'", format, code, err);
+    free(err);
+}
+
 // Whether there is a temporary file or directory, or the output that must not be.
 static bool left_behind(void) {
     glob_t found;
@@ -466,18 +486,188 @@ static void tokenizing_details(void) {
     same_shard("EOS from config.json", in_work("eos.bin"), &(id_list){small_ids, 5}, 2);
 }
 
+// ---- Text as people have it ---------------------------------------------------------------------
+
+static const char smollm[] = "--tokenizer " FIXTURES "tokenizers/smollm_style";
+
+typedef struct {
+    const char *text;
+    size_t size;
+} bytes;
+#define BYTES(literal) {literal, sizeof literal - 1}
+
+// Tokenizes a file of this name and content with an option or none, and compares with documents.
+static void same_documents(const char *name, bytes content, const char *option,
+                           const bytes *documents, size_t count) {
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(FIXTURES "tokenizers/smollm_style");
+    need(tokenizer != NULL, "smollm_style");
+    id_list expected = {NULL, 0};
+    for (size_t i = 0; i < count; i++)
+        append(&expected, tokenizer, documents[i].text, documents[i].size);
+    char path[256];
+    strcpy(path, in_work("%s", name));
+    write_text(path, content.text, content.size);
+    works("--tokenize %s %s --to %s.bin %s", path, smollm, path, option);
+    same_shard(name, in_work("%s.bin", name), &expected, 2);
+    free(expected.ids);
+    retrofit_tokenizer_free(tokenizer);
+}
+
+static void text_not_utf8(void) {
+    static const bytes latin1 = BYTES("caf\xe9 na\xefve \xfc" "ber\n");
+    static const bytes lines = BYTES("{\"text\":\"a\"}\n{\"text\":\"\xe9\xe8\"}\n");
+    static const bytes replaced = BYTES("caf\xef\xbf\xbd na\xef\xbf\xbdve \xef\xbf\xbd" "ber");
+    static const bytes replaced_lines[] = {BYTES("a"), BYTES("\xef\xbf\xbd\xef\xbf\xbd")};
+    same_documents("latin1.txt", latin1, "--encoding-errors replace", &replaced, 1);
+    check(said("latin1.txt: 3 stretches that are not UTF-8") && said("\n3 stretches"),
+          "what was replaced is counted");
+    same_documents("latin1.jsonl", lines, "--encoding-errors=replace", replaced_lines, 2);
+    check(said("latin1.jsonl: 2 stretches") && said("line 2"), "the same in lines");
+    char bad[256];
+    strcpy(bad, in_work("bad.bin"));
+    fails(1, "latin1.txt: byte 3: not UTF-8 (E9)", "--tokenize %s %s --to %s",
+          in_work("latin1.txt"), smollm, bad);
+    fails(1, "latin1.jsonl: line 2: byte 9: not UTF-8 (E9)", "--tokenize %s %s --to %s",
+          in_work("latin1.jsonl"), smollm, bad);
+    fails(2, "is one of", "--tokenize %s %s --to %s --encoding-errors ignore",
+          in_work("latin1.txt"), smollm, bad);
+}
+
+// Files with text's names that are none, by how they begin.
+static void files_not_text(void) {
+    static const struct {
+        bytes content;
+        const char *what;
+    } files[] = {
+        {BYTES("\xff\xfet\0h\0e\0"), "UTF-16"},
+        {BYTES("\xfe\xff\0t\0h\0e"), "UTF-16"},
+        {BYTES("t\0h\0e\0 \0"), "UTF-16"},
+        {BYTES("\xff\xfe\0\0t\0\0\0"), "UTF-32"},
+        {BYTES("\x1f\x8b\x08\0\0\0\0\0"), "gzip"},
+        {BYTES("\x28\xb5\x2f\xfd\x04\0"), "zstd"},
+        {BYTES("PK\3\4\x14"), "zip"},
+        {BYTES("PAR1\x15\x04"), "Parquet"},
+        {BYTES("%PDF-1.4\n"), "PDF"},
+        {BYTES("BZh91AY&SY"), "bzip2"},
+        {BYTES("version https://git-lfs.github.com/spec/v1\noid sha256:1\n"), "git lfs pull"},
+    };
+    static const char *const endings[] = {"txt", "jsonl"};
+    for (size_t i = 0; i < 2 * sizeof files / sizeof *files; i++) {
+        char path[256];
+        strcpy(path, in_work("kind.%s", endings[i % 2]));
+        write_text(path, files[i / 2].content.text, files[i / 2].content.size);
+        fails(1, files[i / 2].what, "--tokenize %s %s --to %s --encoding-errors %s", path, smollm,
+              in_work("bad.bin"), i % 4 < 2 ? "strict" : "replace");
+    }
+}
+
+static void text_marks_and_lines(void) {
+    static const bytes text = BYTES("\xef\xbb\xbfthe cat\r\nsat"), cat = BYTES("the cat\r\nsat");
+    static const bytes lines = BYTES("\xef\xbb\xbf{\"text\":\"a\\r\\nb\"}\r\n\r\n{\"text\":\"c\"}");
+    static const bytes documents[] = {BYTES("a\r\nb"), BYTES("c")};
+    same_documents("mark.txt", text, "", &cat, 1);
+    same_documents("mark.jsonl", lines, "", documents, 2);
+    static const bytes nul = BYTES("a NUL\0 in a text"), empty = BYTES("");
+    same_documents("nul.txt", nul, "", &nul, 1);
+    check(said("nul.txt: 1 NUL"), "NUL characters are counted");
+    write_text(in_work("empty.jsonl"), empty.text, empty.size);
+    works("--tokenize %s %s %s --to %s", in_work("empty.jsonl"), in_work("nul.txt"), smollm,
+          in_work("nul.bin"));
+    check(said("empty.jsonl: there is no text"), "a file without text is named");
+}
+
+// What Python's json writes and datasets reads.
+static void lines_of_python(void) {
+    static const bytes lines = BYTES("{\"text\":\"x\\ud800y\"}\n"
+                                     "{\"text\":\"\\\\ud800 \\ud83d\\ude00 \\udc00\"}\n"
+                                     "{\"score\":NaN,\"a\":[-Infinity,Infinity],\"text\":\"NaN\"}\n"
+                                     "{\"text\":null}\n{\"other\":1}\n{\"text\":NaN}\n"
+                                     "{\"text\":\"last\"}\n");
+    static const bytes documents[] = {
+        BYTES("x\xef\xbf\xbdy"), BYTES("\\ud800 \xf0\x9f\x98\x80 \xef\xbf\xbd"), BYTES("NaN"),
+        BYTES("last")};
+    same_documents("python.jsonl", lines, "", documents, 4);
+    check(said("2 halves of surrogate pairs (as \\ud800) became U+FFFD, the first in line 1"),
+          "halves are counted");
+    check(said("1 lines whose text is null were skipped, the first in line 4"), "null is counted");
+    check(said("1 lines without the member that is the text were skipped, the first in line 5"),
+          "lines without text are counted");
+    check(said("\n1 empty documents"), "NaN is empty");
+    static const struct {
+        const char *line, *what;
+    } bad[] = {
+        {"{\"text\":[\"a\"]}", "x.jsonl: line 2: \"text\" is an array"},
+        {"{\"text\":{\"a\":1}}", "x.jsonl: line 2: \"text\" is an object"},
+        {"{\"text\":1}", "x.jsonl: line 2: \"text\" is a number"},
+        {"{\"text\":true}", "x.jsonl: line 2: \"text\" is a truth value"},
+        {"\"text\"", "x.jsonl: line 2: a string, not an object"},
+        {"[", "x.jsonl: line 2: a JSON array"},
+        {"{\"text\":\"a\",\"text\":\"b\"}", "\"text\" is there twice"},
+        {"{\"text\":\"a", "x.jsonl: line 2: byte"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        char text[128];
+        snprintf(text, sizeof text, "{\"text\":\"a\"}\n%s\n{\"text\":\"b\"}\n", bad[i].line);
+        write_string(in_work("x.jsonl"), text);
+        fails(1, bad[i].what, "--tokenize %s %s --to %s", in_work("x.jsonl"), smollm,
+              in_work("bad.bin"));
+    }
+    write_string(in_work("x.jsonl"), "\n{\"content\":\"a\"}\n{\"content\":\"b\"}\n");
+    fails(1, "x.jsonl: line 2: no \"text\" in it, nor in any other up to line 3",
+          "--tokenize %s %s --to %s", in_work("x.jsonl"), smollm, in_work("bad.bin"));
+}
+
+// Names, in and out.
+static void text_files(void) {
+    char brackets[256], shard[256], one[256];
+    strcpy(brackets, in_work("a[1] b.txt"));
+    strcpy(shard, in_work("names.bin"));
+    strcpy(one, in_work("one.txt"));
+    write_string(brackets, "text");
+    write_string(one, "text");
+    works_quietly("--tokenize '%s' %s --to %s", brackets, smollm, shard);
+    works("--tokenize %s '%s' %s/./one.txt %s --to %s", one, brackets, work, smollm, shard);
+    check(said("are the same file") && said("names.bin is there already") && said("3 documents"),
+          "the same file twice, and an output that is there");
+    fails(1, "the shell found none", "--tokenize '%s/*.none.txt' %s --to %s", work, smollm,
+          in_work("bad.bin"));
+    mkdir(in_work("directory.bin"), 0777);
+    fails(1, "no file", "--tokenize %s %s --to %s", one, smollm, in_work("directory.bin"));
+    need(link(one, in_work("linked.bin")) == 0, "link");
+    fails(1, "this is the input", "--tokenize %s %s --to %s", one, smollm, in_work("linked.bin"));
+
+    FILE *f = fopen(in_work("long.txt"), "wb");
+    for (int i = 0; i < 20000; i++) fprintf(f, "%d ", i);
+    fclose(f);
+    char *whole = program;
+    need(asprintf(&program, "trap '' XFSZ; ulimit -f 8; %s", whole) > 0, "memory");
+    fails(1, "writing failed", "--tokenize %s %s --to %s", in_work("long.txt"), smollm,
+          in_work("bad.bin"));
+    free(program);
+    program = whole;
+}
+
 // =================================================================================================
 // GGUF
 // =================================================================================================
 
 enum { GGML_F32 = 0, GGML_F16 = 1, GGML_Q4_0 = 2, GGML_Q4_1 = 3, GGML_Q8_0 = 8, GGML_Q4_K = 12,
        GGML_BF16 = 30 };
-enum { META_U32 = 4, META_I32 = 5, META_F32 = 6, META_BOOL = 7, META_STRING = 8, META_ARRAY = 9,
-       META_U64 = 10 };
+enum { META_U16 = 2, META_U32 = 4, META_I32 = 5, META_F32 = 6, META_BOOL = 7, META_STRING = 8,
+       META_ARRAY = 9, META_U64 = 10, META_F64 = 12 };
 
 // What is wrong with a file.
 enum { GOOD, BAD_TYPE, EXTRA_TENSOR, NO_TENSOR, BAD_ARCHITECTURE, BAD_OFFSET, NOT_FINITE, BAD_PRE,
-       FEW_ROWS, BAD_ROPE, BAD_VERSION };
+       FEW_ROWS, BAD_ROPE, BAD_VERSION, TENSOR_TWICE };
+
+// A further entry of the metadata. Of an array, `text` is the only element; there is none if it is
+// NULL.
+typedef struct {
+    const char *key;
+    uint32_t type;
+    double number;
+    const char *text;
+} gguf_entry;
 
 typedef struct {
     const char *name;
@@ -485,6 +675,9 @@ typedef struct {
     const char *style; // of its tokenizer
     bool tied, llama3;
     int flaw;
+    bool wide; // counts are u64
+    const gguf_entry *entries;
+    size_t entry_count;
 } gguf_case;
 
 // A part of a file that grows in memory.
@@ -535,6 +728,11 @@ static void put_bool(section *m, const char *key, bool b) {
     put_number(m->file, b, 1);
 }
 
+static void put_u64(section *m, const char *key, uint64_t n) {
+    put_key(m, key, META_U64);
+    put_number(m->file, n, 8);
+}
+
 static void put_text(section *m, const char *key, const char *text) {
     put_key(m, key, META_STRING);
     put_string(m->file, text);
@@ -545,6 +743,25 @@ static void put_array(section *m, const char *key, uint32_t type, size_t n) {
     put_key(m, key, META_ARRAY);
     put_number(m->file, type, 4);
     put_number(m->file, n, 8);
+}
+
+static void put_entry(section *m, const gguf_entry *e) {
+    uint64_t whole = (uint64_t)(int64_t)e->number;
+    if (e->type == META_STRING) put_text(m, e->key, e->text);
+    else if (e->type == META_F32) put_f32(m, e->key, (float)e->number);
+    else if (e->type == META_BOOL) put_bool(m, e->key, e->number != 0);
+    else if (e->type == META_U64) put_u64(m, e->key, whole);
+    else if (e->type == META_F64) {
+        put_key(m, e->key, META_F64);
+        fwrite(&e->number, 8, 1, m->file);
+    }
+    else if (e->type == META_ARRAY) {
+        put_array(m, e->key, META_STRING, e->text != NULL);
+        if (e->text) put_string(m->file, e->text);
+    } else {
+        put_key(m, e->key, e->type);
+        put_number(m->file, whole, e->type == META_U16 ? 2 : 4);
+    }
 }
 
 typedef struct {
@@ -597,7 +814,8 @@ static void put_merges(section *m, const retrofit_json *merges) {
 }
 
 // The metadata llama.cpp would write for a tokenizer.json.
-static void put_tokenizer(section *m, const char *style) {
+static void put_tokenizer(section *m, const gguf_case *file) {
+    const char *style = file->style;
     char directory[256], path[512];
     snprintf(directory, sizeof directory, FIXTURES "tokenizers/%s", style);
     snprintf(path, sizeof path, "%s/tokenizer.json", directory);
@@ -609,8 +827,9 @@ static void put_tokenizer(section *m, const char *style) {
     token_table t = list_tokens(root, tokenizer, sentencepiece);
 
     put_text(m, "tokenizer.ggml.model", sentencepiece ? "llama" : "gpt2");
-    if (!sentencepiece)
-        put_text(m, "tokenizer.ggml.pre", !strcmp(style, "llama3_style") ? "llama-bpe" : "smollm");
+    const char *pattern = !strcmp(style, "llama3_style") ? "llama-bpe" : "smollm";
+    if (file->flaw == BAD_PRE) pattern = "qwen2";
+    if (!sentencepiece) put_text(m, "tokenizer.ggml.pre", pattern);
     put_array(m, "tokenizer.ggml.tokens", META_STRING, t.count);
     for (size_t i = 0; i < t.count; i++) put_string(m->file, t.tokens[i]);
     put_array(m, "tokenizer.ggml.token_type", META_I32, t.count);
@@ -632,22 +851,27 @@ static void put_tokenizer(section *m, const char *style) {
 }
 
 static void put_metadata(section *m, const retrofit_config *c, const gguf_case *file) {
+    const struct {
+        const char *key;
+        size_t value;
+    } counts[] = {
+        {"llama.embedding_length", c->n_embd},
+        {"llama.feed_forward_length", c->intermediate},
+        {"llama.block_count", c->coda},
+        {"llama.attention.head_count", c->n_heads},
+        {"llama.attention.head_count_kv", c->n_kv_heads},
+        {"llama.context_length", c->context},
+        {"llama.vocab_size", c->vocab},
+    };
     put_text(m, "general.architecture", file->flaw == BAD_ARCHITECTURE ? "gemma" : "llama");
-    put_u32(m, "llama.embedding_length", (uint32_t)c->n_embd);
-    put_u32(m, "llama.feed_forward_length", (uint32_t)c->intermediate);
-    put_u32(m, "llama.block_count", (uint32_t)c->coda);
-    put_u32(m, "llama.attention.head_count", (uint32_t)c->n_heads);
-    put_u32(m, "llama.attention.head_count_kv", (uint32_t)c->n_kv_heads);
-    put_u32(m, "llama.context_length", (uint32_t)c->context);
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        if (file->wide) put_u64(m, counts[i].key, counts[i].value);
+        else put_u32(m, counts[i].key, (uint32_t)counts[i].value);
+    }
     put_f32(m, "llama.attention.layer_norm_rms_epsilon", c->norm_eps);
-    put_u32(m, "llama.rope.dimension_count", (uint32_t)c->head_dim);
     if (file->llama3) put_f32(m, "llama.rope.freq_base", (float)c->rope_theta);
-    put_bool(m, "some.flag", true);
-    put_array(m, "some.numbers", META_U64, 2);
-    put_number(m->file, 1, 8);
-    put_number(m->file, 2, 8);
-    if (file->flaw == BAD_PRE) put_text(m, "tokenizer.ggml.pre", "qwen2"); // the first counts
-    put_tokenizer(m, file->style);
+    for (size_t i = 0; i < file->entry_count; i++) put_entry(m, &file->entries[i]);
+    put_tokenizer(m, file);
 }
 
 // ---- Tensors ------------------------------------------------------------------------------------
@@ -825,6 +1049,7 @@ static retrofit_model *write_gguf(const char *path, const gguf_case *file) {
     for (size_t i = 0; i < model->parameter_count; i++) put_parameter(&w, model, i, file);
     if (file->llama3) put_rope_divisors(&w, &config, file->flaw == BAD_ROPE);
     if (file->flaw == EXTRA_TENSOR) put_bias(&w);
+    if (file->flaw == TENSOR_TWICE) put_tensor(&w, "output_norm.weight", GGML_F32, 0, 32);
     fclose(w.metadata.file);
     fclose(w.tensors.file);
     fclose(w.data.file);
@@ -903,7 +1128,8 @@ static void good_gguf(const gguf_case *file) {
 }
 
 static void flawed_gguf(int flaw, const char *what) {
-    gguf_case file = {"flaw", GGML_F32, "llama2_style", false, flaw == BAD_ROPE, flaw};
+    gguf_case file = {.name = "flaw", .style = "llama2_style", .llama3 = flaw == BAD_ROPE,
+                      .flaw = flaw};
     if (flaw == BAD_PRE) file.style = "llama3_style";
     retrofit_free(write_gguf(in_work("flaw.gguf"), &file));
     fails(1, what, "--from %s --to %s", in_work("flaw.gguf"), in_work("bad"));
@@ -911,7 +1137,7 @@ static void flawed_gguf(int flaw, const char *what) {
 
 // A good file whose metadata ask for other shapes, and one cut off anywhere.
 static void damaged_gguf(void) {
-    static const gguf_case file = {"damaged", GGML_Q8_0, "smollm_style", true, false, GOOD};
+    static const gguf_case file = {.type = GGML_Q8_0, .style = "smollm_style", .tied = true};
     static const double parts[] = {0, .00002, .0001, .001, .01, .1, .3, .5, .9, .999};
     static const char key[] = "llama.feed_forward_length";
     size_t size;
@@ -927,17 +1153,149 @@ static void damaged_gguf(void) {
     entry[strlen(key) + 4] = 32; // behind the type; 64 before
     write_text(in_work("shape.gguf"), bytes, size);
     fails(1, "metadata ask for", "--from %s --to %s", in_work("shape.gguf"), in_work("bad"));
+    entry[strlen(key) - 1] = 0; // what is named with a NUL is not passed over
+    write_text(in_work("nul.gguf"), bytes, size);
+    fails(1, "control characters", "--from %s --to %s", in_work("nul.gguf"), in_work("bad"));
     free(bytes);
+}
+
+// Entries without effect: the model is the same with them, and nobody is told.
+static void neutral_metadata(void) {
+    static const gguf_entry entries[] = {
+        {"general.name", META_STRING, 0, "a name"},
+        {"general.type", META_STRING, 0, "model"},
+        {"general.quantization_version", META_U32, 2, NULL},
+        {"general.file_type", META_U32, 7, NULL},
+        {"general.tags", META_ARRAY, 0, "a tag"},
+        {"split.count", META_U16, 1, NULL},
+        {"quantize.imatrix.chunks_count", META_I32, 40, NULL},
+        {"llama.attention.key_length", META_U32, 8, NULL},
+        {"llama.attention.value_length", META_U32, 8, NULL},
+        {"llama.attention.causal", META_BOOL, 1, NULL},
+        {"llama.attention.sliding_window", META_U32, 512, NULL},
+        {"llama.attention.clamp_kqv", META_F32, 0, NULL},
+        {"llama.rope.dimension_count", META_U64, 8, NULL},
+        {"llama.rope.scaling.type", META_STRING, 0, "none"},
+        {"llama.rope.scaling.factor", META_F32, 4, NULL},
+        {"llama.rope.scaling.original_context_length", META_U32, 64, NULL},
+        {"llama.rope.scaling.finetuned", META_BOOL, 1, NULL},
+        {"llama.rope.scaling.attn_factor", META_F32, 1, NULL},
+        {"llama.expert_count", META_U32, 0, NULL},
+        {"llama.use_parallel_residual", META_BOOL, 0, NULL},
+        {"llama.tensor_data_layout", META_STRING, 0, "Meta AI original pth"},
+        {"llama.logit_scale", META_F32, 1, NULL},
+        {"tokenizer.ggml.fim_pre_token_id", META_U32, 4, NULL},
+        {"tokenizer.ggml.mask_token_id", META_U32, 4, NULL},
+        {"tokenizer.ggml.remove_extra_whitespaces", META_BOOL, 0, NULL},
+        {"tokenizer.ggml.precompiled_charsmap", META_ARRAY, 0, NULL},
+    };
+    gguf_case file = {.name = "neutral", .style = "llama2_style", .wide = true, .entries = entries,
+                      .entry_count = sizeof entries / sizeof *entries};
+    good_gguf(&file);
+    works_quietly("--from %s --to %s", in_work("neutral.gguf"), in_work("neutral"));
+
+    static const gguf_entry unknown[] = {{"some.flag", META_BOOL, 1, NULL},
+                                         {"some.numbers", META_ARRAY, 0, "1"}};
+    file = (gguf_case){.name = "noted", .style = "llama2_style", .entries = unknown,
+                       .entry_count = 2};
+    retrofit_free(write_gguf(in_work("noted.gguf"), &file));
+    works("--from %s --to %s", in_work("noted.gguf"), in_work("noted"));
+    check(said("noted.gguf: not known here, and not used: some.flag, some.numbers\n"),
+          "keys that are not known are named");
+}
+
+// Entries that ask for what is not done: each is refused by its name.
+static void refused_metadata(void) {
+    static const gguf_entry entries[] = {
+        {"general.type", META_STRING, 0, "adapter"},
+        {"adapter.type", META_STRING, 0, "lora"},
+        {"general.quantization_version", META_U32, 1, NULL},
+        {"split.count", META_U16, 3, NULL},
+        {"llama.vocab_size", META_U32, 900, NULL},
+        {"llama.block_count", META_U32, 2, NULL},
+        {"llama.attention.key_length", META_I32, -8, NULL},
+        {"llama.attention.key_length", META_ARRAY, 0, "8"},
+        {"llama.attention.value_length", META_U32, 16, NULL},
+        {"llama.attention.causal", META_BOOL, 0, NULL},
+        {"llama.attention.sliding_window", META_U32, 128, NULL},
+        {"llama.attention.clamp_kqv", META_F32, 8, NULL},
+        {"llama.attention.max_alibi_bias", META_F32, 8, NULL},
+        {"llama.attention.scale", META_F32, .5, NULL},
+        {"llama.attention.layer_norm_epsilon", META_F32, 1e-5, NULL},
+        {"llama.attention.temperature_scale", META_F32, .1, NULL},
+        {"llama.rope.dimension_count", META_U32, 4, NULL},
+        {"llama.rope.dimension_sections", META_ARRAY, 0, "1"},
+        {"llama.rope.freq_base", META_F64, 1e4, NULL},
+        {"llama.rope.freq_base", META_F32, INFINITY, NULL},
+        {"llama.rope.scale_linear", META_F32, 4, NULL},
+        {"llama.rope.scaling.factor", META_F32, 2, NULL},
+        {"llama.rope.scaling.type", META_STRING, 0, "yarn"},
+        {"llama.rope.scaling.attn_factor", META_F32, 2, NULL},
+        {"llama.rope.scaling.yarn_ext_factor", META_F32, 1, NULL},
+        {"llama.rope.scale", META_F32, 2, NULL},
+        {"llama.expert_count", META_U32, 8, NULL},
+        {"llama.use_parallel_residual", META_BOOL, 1, NULL},
+        {"llama.tensor_data_layout", META_STRING, 0, "jploski"},
+        {"llama.logit_scale", META_F32, .25, NULL},
+        {"llama.embedding_scale", META_F32, 12, NULL},
+        {"llama.residual_scale", META_F32, .22f, NULL},
+        {"llama.final_logit_softcapping", META_F32, 30, NULL},
+        {"llama.swin_norm", META_BOOL, 1, NULL},
+        {"llama.what_comes_next", META_U32, 1, NULL},
+        {"mistral.attention.sliding_window", META_U32, 64, NULL},
+        {"tokenizer.ggml.add_sep_token", META_BOOL, 1, NULL},
+        {"tokenizer.ggml.remove_extra_whitespaces", META_BOOL, 1, NULL},
+        {"tokenizer.ggml.precompiled_charsmap", META_ARRAY, 0, "x"},
+        {"tokenizer.ggml.eot_token_id", META_U32, 5000, NULL},
+        {"tokenizer.ggml.lowercase", META_BOOL, 1, NULL},
+    };
+    for (size_t i = 0; i < sizeof entries / sizeof *entries; i++) {
+        gguf_case file = {.name = "refused", .style = "llama2_style", .entries = &entries[i],
+                          .entry_count = 1};
+        retrofit_free(write_gguf(in_work("refused.gguf"), &file));
+        fails(1, entries[i].key, "--from %s --to %s", in_work("refused.gguf"), in_work("bad"));
+    }
+    static const gguf_entry linear[] = {{"llama.rope.scaling.type", META_STRING, 0, "linear"},
+                                        {"llama.rope.scaling.factor", META_F32, 1, NULL},
+                                        {"llama.rope.scale_linear", META_F32, 2, NULL}};
+    gguf_case file = {.name = "linear", .style = "llama2_style", .entries = linear,
+                      .entry_count = 3};
+    good_gguf(&file); // the old name of the factor counts only without the new one
+}
+
+// Chat templates that have names, and what else ends a generation.
+static void gguf_chat(void) {
+    static const gguf_entry entries[] = {
+        {"tokenizer.chat_template.tool_use", META_STRING, 0, "{{ 'tools' }}"},
+        {"tokenizer.chat_templates", META_ARRAY, 0, "tool_use"},
+        {"tokenizer.ggml.eot_token_id", META_U32, 7, NULL},
+        {"tokenizer.ggml.eom_token_id", META_U32, 2, NULL}, // the end of the text
+    };
+    gguf_case file = {.name = "chat", .style = "llama2_style", .entries = entries,
+                      .entry_count = 4};
+    retrofit_free(write_gguf(in_work("chat.gguf"), &file));
+    works_quietly("--from %s --to %s", in_work("chat.gguf"), in_work("chat"));
+    char *config = read_text(in_work("chat/tokenizer_config.json"));
+    static const char templates[] =
+        "\"chat_template\": [\n"
+        "    {\"name\": \"default\", \"template\": \"{{ \\\"quoted\\\" }}\\u000a\"},\n"
+        "    {\"name\": \"tool_use\", \"template\": \"{{ 'tools' }}\"}\n  ],\n";
+    check(strstr(config, templates) != NULL, "chat templates with names: %s", config);
+    char *generation = read_text(in_work("chat/generation_config.json"));
+    check(!strcmp(generation, "{\n  \"bos_token_id\": 1,\n  \"eos_token_id\": [2, 7]\n}\n"),
+          "ends of a generation: %s", generation);
+    free(config);
+    free(generation);
 }
 
 static void gguf_files(void) {
     static const gguf_case files[] = {
-        {"f32", GGML_F32, "llama2_style", false, false, GOOD},
-        {"f16", GGML_F16, "llama3_style", false, true, GOOD},
-        {"bf16", GGML_BF16, "smollm_style", true, false, GOOD},
-        {"q8_0", GGML_Q8_0, "llama2_style", true, false, GOOD},
-        {"q4_0", GGML_Q4_0, "llama3_style", true, true, GOOD},
-        {"q4_1", GGML_Q4_1, "smollm_style", false, false, GOOD},
+        {.name = "f32", .type = GGML_F32, .style = "llama2_style"},
+        {.name = "f16", .type = GGML_F16, .style = "llama3_style", .llama3 = true},
+        {.name = "bf16", .type = GGML_BF16, .style = "smollm_style", .tied = true},
+        {.name = "q8_0", .type = GGML_Q8_0, .style = "llama2_style", .tied = true},
+        {.name = "q4_0", .type = GGML_Q4_0, .style = "llama3_style", .tied = true, .llama3 = true},
+        {.name = "q4_1", .type = GGML_Q4_1, .style = "smollm_style"},
     };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) good_gguf(&files[i]);
     flawed_gguf(BAD_TYPE, "type 12");
@@ -950,6 +1308,10 @@ static void gguf_files(void) {
     flawed_gguf(FEW_ROWS, "fewer embeddings");
     flawed_gguf(BAD_ROPE, "rope_freqs");
     flawed_gguf(BAD_VERSION, "version 1");
+    flawed_gguf(TENSOR_TWICE, "tensor output_norm.weight is there twice");
+    neutral_metadata();
+    refused_metadata();
+    gguf_chat();
     damaged_gguf();
 }
 
@@ -1082,6 +1444,11 @@ int main(void) {
     tokenizing("llama3_style");
     tokenizing("smollm_style");
     tokenizing_details();
+    text_not_utf8();
+    files_not_text();
+    text_marks_and_lines();
+    lines_of_python();
+    text_files();
     gguf_files();
     bad_usage();
     bad_layers();
