@@ -1729,19 +1729,20 @@ static void gguf_check_keys(gguf_file *gguf) {
 }
 
 // RoPE may rotate more slowly, for longer texts. Without a type llama.cpp takes the factor for a
-// linear one, which divides positions; older files have it under another name.
-static void gguf_check_rope_scaling(const gguf_file *gguf) {
+// linear one, which divides positions; older files have it under another name. 0: no scaling.
+static double gguf_linear_factor(const gguf_file *gguf) {
     const char *type_key = "llama.rope.scaling.type", *key = "llama.rope.scaling.factor";
     gguf_string type = gguf_optional_string(gguf, type_key);
-    if (gguf_string_is(type, "none")) return;
+    if (gguf_string_is(type, "none")) return 0;
     if (type.length && !gguf_string_is(type, "linear"))
-        gguf_die(gguf, "%s is %.*s: only Llama 3's scaling, rope_freqs.weight, is supported",
-                 type_key, GGUF_SHOW(type));
+        gguf_die(gguf, "%s is %.*s: only linear scaling and Llama 3's, rope_freqs.weight, are "
+                       "supported", type_key, GGUF_SHOW(type));
     if (!gguf_entry(gguf, key)) key = "llama.rope.scale_linear";
     float factor = gguf_f32(gguf, key, 1);
-    if (factor != 1 && factor != 0)
-        gguf_die(gguf, "%s is %g: linear scaling of RoPE is not supported, only Llama 3's, which "
-                       "is rope_freqs.weight", key, (double)factor);
+    bool none = factor == 0 || factor == 1;
+    if (!none && !(factor > 1 && factor < 1e6f))
+        gguf_die(gguf, "%s is %g, not a factor above 1", key, (double)factor);
+    return none ? 0 : (double)factor;
 }
 
 // Heads whose keys, values and rotated parts differ in size are not supported.
@@ -1791,7 +1792,11 @@ static bool is_llama3_scaling(const retrofit_config *c, const float *divisors) {
 
 static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
     gguf_tensor *tensor = gguf_find_tensor(gguf, "rope_freqs.weight");
+    c->rope_factor = gguf_linear_factor(gguf);
     if (!tensor) return;
+    if (c->rope_factor > 0)
+        gguf_die(gguf, "RoPE is scaled twice, by rope_freqs.weight and by llama.rope.scaling or "
+                       "llama.rope.scale_linear: not supported");
     tensor->used = true;
     float *divisors = allocate_or_die(tensor->rows * tensor->cols, sizeof *divisors);
     gguf_read_numbers(gguf, tensor, divisors);
@@ -1815,7 +1820,6 @@ static void gguf_check_architecture(gguf_file *gguf) {
         gguf_die(gguf, "the architecture is %.*s; only llama is read", GGUF_SHOW(architecture));
     gguf_check_keys(gguf);
     if (!architecture.length) gguf_die_missing(gguf, "general.architecture");
-    gguf_check_rope_scaling(gguf);
 }
 
 #define NO_TOKEN UINT32_MAX // -1 in a retrofit_config

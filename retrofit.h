@@ -4939,7 +4939,7 @@ static void write_json_value(FILE *file, const retrofit_json *value) {
 }
 
 // What the source's generation_config.json says, but with the model's ids.
-static void write_generation_config(FILE *file, const retrofit_config *config,
+static void write_generation_json(FILE *file, const retrofit_config *config,
                                     const retrofit_json *source) {
     const retrofit_json *version = retrofit_json_get(source, "transformers_version");
     const retrofit_key ours = {"bos_token_id eos_token_id pad_token_id transformers_version", NULL,
@@ -4974,7 +4974,7 @@ static bool copy_generation_config(const retrofit_config *config, const char *fr
     retrofit_json *json = text ? retrofit_json_parse(text, size, source) : NULL;
     FILE *file = json ? fopen(target, "wb") : NULL;
     if (json && !file) retrofit_fail("%s: %s", target, strerror(errno));
-    if (file) write_generation_config(file, config, json);
+    if (file) write_generation_json(file, config, json);
     bool ok = file && retrofit_finish_file(file, target, true);
     retrofit_json_free(json);
     free(text);
