@@ -9,6 +9,8 @@
 
 // ---- Command line ------------------------------------------------------------------------------
 
+enum { NOT_GIVEN = -1 }; // a choice that the command line leaves open
+
 static struct {
     const char *model, *prompt, *batch, *system, *recurrences, *stop, *eval, *tasks, *answer_regex;
     const char *tokens, *logits, *tokenizer, *kv_cache, *speculative, *trace;
@@ -16,7 +18,8 @@ static struct {
     double temperature, top_p, min_p, exit_threshold, noise;
     int state_init, device, precision, exit, noise_kind;
     bool chat, interactive, json, print_tokens, kv_bf16, continuous;
-} options = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = -1};
+} options = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = -1,
+             .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN};
 
 static const retrofit_option option_table[] = {
     {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -257,7 +260,7 @@ static retrofit_recurrence_options recurrence_options(size_t r) {
         .threshold = (float)options.exit_threshold,
         .continuous = options.continuous,
         .noise = (float)options.noise,
-        .noise_kind = (retrofit_noise)options.noise_kind,
+        .noise_kind = (retrofit_noise)(options.noise_kind == NOT_GIVEN ? 0 : options.noise_kind),
     };
 }
 
@@ -580,6 +583,9 @@ static struct sequence new_sequence(const char *where, int32_t *ids, size_t coun
         die(1, "%s%sthe prompt has %zu tokens, the model's context %zu: shorten it", where,
             in_file ? ": " : "", past + count, capacity);
     size_t limit = retrofit_min(options.max_tokens, capacity - past - count);
+    if (limit < options.max_tokens)
+        retrofit_note("the model's context of %zu has room for %zu tokens behind %zu, not for "
+                      "--max-tokens %zu", capacity, limit, past + count, options.max_tokens);
     return (struct sequence){.ids = ids, .count = count, .limit = limit, .number = number};
 }
 
@@ -2052,8 +2058,11 @@ static void check_mode(const struct mode *mode) {
     given += options.tasks != NULL;
     given += options.logits != NULL;
     bool no_prompt = options.batch || options.interactive || options.eval || options.tasks;
+    bool draws = options.top_k != 0 || options.top_p != 1 || options.min_p != 0;
     char noise[64];
     snprintf(noise, sizeof noise, "--noise %g: at least 0", options.noise);
+    if (options.noise_kind != NOT_GIVEN && options.noise == 0)
+        retrofit_note("--noise-type has no effect without --noise");
     check_rules((struct rule[]){
         {options.tokens && !options.logits, "--tokens goes with --logits"},
         {given > 1, "one of --batch, --interactive, --eval, --tasks, --logits, --print-tokens "
@@ -2077,6 +2086,9 @@ static void check_mode(const struct mode *mode) {
          "--prompt does not go with --batch, --interactive, --eval or --tasks"},
         {options.exit_threshold != -1 && !options.exit, "--exit-threshold goes with --exit"},
         {options.noise < 0 || options.noise > 1e6, noise},
+        {draws && options.temperature == 0,
+         "--top-k, --top-p and --min-p go with --temperature: without it the likeliest token is "
+         "taken"},
         {options.trace && !options.prompt, "--trace goes with --prompt"},
         {false, NULL},
     });
@@ -2138,8 +2150,10 @@ static void check_recurrent(void) {
 
 static void load_model(void) {
     const retrofit_ops *ops =
-        retrofit_device((retrofit_place)options.device, options.precision, device_name);
+        retrofit_device((retrofit_place)options.device, options.precision == 1, device_name);
     require(ops != NULL);
+    if (options.precision != NOT_GIVEN && ops == &retrofit_cpu)
+        retrofit_note("--precision has no effect on a CPU, which computes in fp32");
     model = require_pointer(retrofit_load(options.model, ops, RETROFIT_INFERENCE));
 }
 

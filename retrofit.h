@@ -7769,13 +7769,19 @@ static RETROFIT_THREAD_LOCAL char error_text[1024];
 
 const char *retrofit_error(void) { return error_text; }
 
-// An error is one line, even if names that come from files are not: control characters turn into
-// question marks.
-static void record_error(const char *format, va_list args) {
-    vsnprintf(error_text, sizeof error_text, format, args);
-    for (char *c = error_text; *c; c++) {
+// What is said is one line, even if names that come from files are not: control characters turn
+// into question marks.
+static void format_line(char line[1024], const char *format, va_list args) {
+    vsnprintf(line, 1024, format, args);
+    for (char *c = line; *c; c++) {
         if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
     }
+}
+
+static void record_error(const char *format, va_list args) {
+    char line[1024]; // the arguments may be the error before
+    format_line(line, format, args);
+    memcpy(error_text, line, sizeof error_text);
 }
 
 bool retrofit_fail(const char *format, ...) {
@@ -7794,22 +7800,21 @@ static void *fail_null(const char *format, ...) {
     return NULL;
 }
 
-// The lines that were said, by their hashes; a table that is full forgets none and says on.
+// The lines that were said are known by their hashes; behind the 256th a line may be said again.
 void retrofit_note(const char *format, ...) {
     static uint64_t said[256];
     static size_t count;
-    char kept[sizeof error_text];
+    char line[1024];
     va_list args;
     va_start(args, format);
-    memcpy(kept, error_text, sizeof kept);
-    record_error(format, args);
+    format_line(line, format, args);
     va_end(args);
-    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, error_text, strlen(error_text));
+    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, line, strlen(line));
     size_t i = 0;
     while (i < count && said[i] != hash) i++;
-    if (i == count) fprintf(stderr, "note: %s\n", error_text);
-    if (i == count && count < sizeof said / sizeof *said) said[count++] = hash;
-    memcpy(error_text, kept, sizeof kept);
+    if (i < count) return;
+    fprintf(stderr, "note: %s\n", line);
+    if (count < sizeof said / sizeof *said) said[count++] = hash;
 }
 
 void *retrofit_allocate(size_t count, size_t size) {
@@ -7912,7 +7917,8 @@ bool retrofit_check_writable(const char *path) {
     }
     strcpy(parent, path);
     retrofit_parent_directory(parent);
-    if (access(parent, W_OK | X_OK) == 0) return true;
+    if (stat(parent, &status) == 0 && !S_ISDIR(status.st_mode)) errno = ENOTDIR;
+    else if (access(parent, W_OK | X_OK) == 0) return true;
     return retrofit_fail("%s: %s", path, strerror(errno));
 }
 
@@ -7924,7 +7930,8 @@ bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
         problem = errno;
     }
     if (ok) return true;
-    remove(path);
+    struct stat status; // a device, /dev/full say, is not ours to remove
+    if (lstat(path, &status) == 0 && S_ISREG(status.st_mode)) remove(path);
     return retrofit_fail("%s: writing failed: %s", path, strerror(problem ? problem : EIO));
 }
 
@@ -8210,6 +8217,15 @@ static const char *nearest_option(const retrofit_option *table, size_t count, co
     return nearest;
 }
 
+// Whether an argument before the i-th names the same option.
+static bool is_given_before(char **argv, int i) {
+    size_t length = strcspn(argv[i], "=");
+    for (int j = 1; j < i; j++) {
+        if (strcspn(argv[j], "=") == length && !strncmp(argv[j], argv[i], length)) return true;
+    }
+    return false;
+}
+
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
                      const char *usage, const char **others, size_t *other_count) {
     const char *slash = strrchr(argv[0], '/'), *program = slash ? slash + 1 : argv[0];
@@ -8232,6 +8248,9 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
             continue;
         }
         const retrofit_option *option = find_option(table, count, name);
+        if (option && is_given_before(argv, i))
+            retrofit_note("%.*s is given twice: the last value counts", (int)strcspn(argument, "="),
+                          argument);
         bool alone = !option || option->type == RETROFIT_FLAG || option->type == RETROFIT_SWITCH;
         if (value) value++;
         else if (!alone && i + 1 < argc) value = argv[++i];

@@ -10,6 +10,7 @@
 // ---- Options -----------------------------------------------------------------------------------
 
 enum { MAX_EVALS = 32, MAX_RECURRENCES = 1 << 16, MAX_BATCH_SIZE = 1 << 24 };
+enum { NOT_GIVEN = -1 };           // a choice that the command line leaves open
 enum { DRY_RUN_SCHEDULE = 2 }; // options.dry_run for --dry-run=schedule; 1 for --dry-run alone
 
 // What the command line says. Numbers of the method itself go into `training` instead, at once or,
@@ -32,6 +33,7 @@ static struct {
     .sample_tokens = 32,
     .max_bad_steps = 5,
     .save_before = 5,
+    .precision = NOT_GIVEN,
 };
 
 // The training that is to be done: the paper's, changed by the options.
@@ -356,6 +358,34 @@ static void check_batches(void) {
             run.config.context);
     if (training.mean_recurrence > MAX_RECURRENCES || training.backprop_depth > MAX_RECURRENCES)
         die(2, "--mean-recurrence and --backprop-depth are at most %d", MAX_RECURRENCES);
+}
+
+// Options that were given, but have no effect beside the others. A value that is the default counts
+// as not given.
+static void note_idle_options(void) {
+    const retrofit_training *usual = &retrofit_paper_training;
+    bool plain = retrofit_is_plain(&run.config), evaluates = options.val || options.sample_prompts;
+    const struct {
+        bool idle;
+        const char *option, *why;
+    } cases[] = {
+        {options.eval_every && !evaluates, "eval-every", "without --val or --sample-prompts"},
+        {options.eval_rows != 64 && !options.val, "eval-rows", "without --val"},
+        {options.sample_tokens != 32 && !options.sample_prompts, "sample-tokens",
+         "without --sample-prompts"},
+        {training.muon_lr != usual->muon_lr && options.optimizer != RETROFIT_MUON, "muon-lr",
+         "but with --optimizer muon"},
+        {training.mean_recurrence && plain, "mean-recurrence", "on a plain Llama"},
+        {training.backprop_depth && plain, "backprop-depth", "on a plain Llama"},
+        {options.curriculum != (int)usual->curriculum && plain, "curriculum", "on a plain Llama"},
+        {training.depth_warmup != usual->depth_warmup && plain, "depth-warmup",
+         "on a plain Llama"},
+        {training.throttle && plain, "throttle", "on a plain Llama"},
+        {options.save_before != 5 && !options.time_limit, "save-before", "without --time-limit"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        if (cases[i].idle) retrofit_note("--%s has no effect %s", cases[i].option, cases[i].why);
+    }
 }
 
 static void check_options(void) {
@@ -1499,8 +1529,11 @@ static void log_step(const retrofit_step *step, double seconds) {
 
 // The device, and on it the model without memory.
 static void choose_device(void) {
-    run.ops = retrofit_device((retrofit_place)options.device, options.precision, run.device);
+    bool fp32 = options.precision == 1;
+    run.ops = retrofit_device((retrofit_place)options.device, fp32, run.device);
     require(run.ops);
+    if (options.precision != NOT_GIVEN && run.ops == &retrofit_cpu)
+        retrofit_note("--precision has no effect on a CPU, which computes in fp32");
     run.keep = options.recompute ? RETROFIT_KEEP_INPUTS : RETROFIT_KEEP_ALL;
     run.model = retrofit_model_new(&run.config, run.ops);
     require(run.model);
@@ -1655,17 +1688,23 @@ static void allocate_buffers(void) {
     require(run.state_rms);
 }
 
+static void remove_or_die(const char *path) {
+    if (unlink(path) && errno != ENOENT) die(1, "%s: %s", path, strerror(errno));
+}
+
 // Tries what a checkpoint will need at the end: to write in OUT, and whether OUT can hold a link.
 static void try_output(void) {
     char path[RETROFIT_PATH];
     require(retrofit_path(path, options.out, "latest.tmp"));
-    unlink(path);
+    remove_or_die(path);
     run.links = symlink("latest", path) == 0;
+    bool unknown = errno == EPERM || errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL;
+    if (!run.links && !unknown) die(1, "%s: %s", path, strerror(errno));
     if (!run.links) require(write_name(path, "latest"));
     if (!run.links)
         retrofit_note("%s: this file system has no symbolic links: OUT/latest will be a file with "
                       "the name of the newest checkpoint", options.out);
-    unlink(path);
+    remove_or_die(path);
 }
 
 // In a run that was copied without its links OUT/latest is a directory, a copy of the newest
@@ -1710,7 +1749,8 @@ static void begin_training(void) {
     fprintf(stderr, "%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s\n",
             run.model->weight_count, run.data_rows, options.seq_len, training.steps,
             options.batch_size * options.seq_len, run.planned_flops, run.device);
-    if (!finished()) require(check_disk());
+    if (finished()) message("all steps are done already: nothing is left to train");
+    else require(check_disk());
     if (evaluation_due() && !run.evaluated) run.evaluated = evaluate();
 }
 
@@ -1780,6 +1820,7 @@ int main(int argc, char **argv) {
     int code = read_options(argc, argv);
     if (code >= 0) return code;
     read_config();
+    note_idle_options();
     complete_options();
     check_options();
     fill_training();

@@ -20,10 +20,11 @@ close() { # tolerance, log, log
         awk -v t="$1" 'NF != 2 || ($1 - $2) ^ 2 > (t * $2) ^ 2 { print; bad = 1 } END { exit bad }'
 }
 shard >"$work/shard.bin"
+other=2 shard >"$work/val.bin"
 run() { # out, options
     out=$1
     shift
-    exec "$train" --model $tiny --data "$work/shard.bin" --val "$work/shard.bin" \
+    exec "$train" --model $tiny --data "$work/shard.bin" --val "$work/val.bin" \
         --out "$work/$out" --steps 3 --seq-len 16 --micro-batch-size 2 --batch-size 4 \
         --mean-recurrence 4 --eval-recurrences 1,3 --eval-rows 4 --lr 1e-3 "$@"
 }

@@ -21,7 +21,8 @@ train() { # model, options
         --steps 12 --seq-len 16 --micro-batch-size 2 "$@"
 }
 shard >"$work/shard.bin"
-check "a run" train recurrent --mean-recurrence 4 --val "$work/shard.bin" --eval-every 3 \
+other=2 shard >"$work/val.bin"
+check "a run" train recurrent --mean-recurrence 4 --val "$work/val.bin" --eval-every 3 \
     --eval-recurrences 1,2,4,16 --eval-rows 2
 cp "$run/log.jsonl" "$work/whole.jsonl"
 
@@ -136,7 +137,7 @@ run=$odd
 check "odd names" drawn 1
 title="100% &lt;a &amp; 'b_c' \"d: 1 steps, 32 tokens, 1e+09 FLOPs"
 check "in the title" grep -q ">[^<]*$title<" "$run/plot.svg"
-check "the baseline" train base --optimizer adamw --val "$work/shard.bin" --eval-rows 2
+check "the baseline" train base --optimizer adamw --val "$work/val.bin" --eval-rows 2
 check "the baseline, drawn" drawn 2
 check "the baseline: its curves" named 'each step,smoothed,no recurrence,lr,norm,'
 printf '%-24s %d passed, %d failed\n' "make plot" $passed $failed

@@ -5,7 +5,7 @@
 //     SHIM_DO=kill      the process is killed in the middle of the call,
 //             signal    it gets a SIGTERM,
 //             short     a write writes half, and from then on the disk is full,
-//             ENOSPC    the call fails with this errno; EIO likewise.
+//             ENOSPC    the call fails with this errno; EIO and EPERM likewise.
 //     SHIM_COUNT=FILE   gets the number of calls when the program ends.
 //     SHIM_FREE=BYTES   is what statvfs says is free.
 // The C library's streams write by calls of its own that nothing can step before. So fopen gives
@@ -58,6 +58,7 @@ static int fault(void) {
     if (action_is("signal")) raise(SIGTERM);
     if (action_is("ENOSPC")) return ENOSPC;
     if (action_is("EIO")) return EIO;
+    if (action_is("EPERM")) return EPERM;
     return 0;
 }
 

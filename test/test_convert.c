@@ -1227,8 +1227,8 @@ static void refused_metadata(void) {
         {"llama.rope.dimension_sections", META_ARRAY, 0, "1"},
         {"llama.rope.freq_base", META_F64, 1e4, NULL},
         {"llama.rope.freq_base", META_F32, INFINITY, NULL},
-        {"llama.rope.scale_linear", META_F32, 4, NULL},
-        {"llama.rope.scaling.factor", META_F32, 2, NULL},
+        {"llama.rope.scale_linear", META_F32, -4, NULL},
+        {"llama.rope.scaling.factor", META_F32, .5, NULL},
         {"llama.rope.scaling.type", META_STRING, 0, "yarn"},
         {"llama.rope.scaling.attn_factor", META_F32, 2, NULL},
         {"llama.rope.scaling.yarn_ext_factor", META_F32, 1, NULL},
@@ -1261,6 +1261,23 @@ static void refused_metadata(void) {
     gguf_case file = {.name = "linear", .style = "llama2_style", .entries = linear,
                       .entry_count = 3};
     good_gguf(&file); // the old name of the factor counts only without the new one
+}
+
+// Positions are divided by a factor that either key may give.
+static void gguf_linear_scaling(void) {
+    static const gguf_entry entries[] = {{"llama.rope.scaling.factor", META_F32, 2, NULL},
+                                         {"llama.rope.scale_linear", META_F32, 4, NULL}};
+    for (size_t i = 0; i < 2; i++) {
+        gguf_case file = {.name = "scaled", .style = "llama2_style", .entries = &entries[i],
+                          .entry_count = 1};
+        retrofit_free(write_gguf(in_work("scaled.gguf"), &file));
+        works("--from %s --to %s", in_work("scaled.gguf"), in_work("scaled%zu", i));
+        retrofit_model *model = load(in_work("scaled%zu", i));
+        const retrofit_config *c = &model->config;
+        check(!c->rope_llama3 && c->rope_factor == entries[i].number, "%s: a factor of %g",
+              entries[i].key, c->rope_factor);
+        retrofit_free(model);
+    }
 }
 
 // Chat templates that have names, and what else ends a generation.
@@ -1312,6 +1329,7 @@ static void gguf_files(void) {
     neutral_metadata();
     refused_metadata();
     gguf_chat();
+    gguf_linear_scaling();
     damaged_gguf();
 }
 
