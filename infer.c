@@ -1576,7 +1576,10 @@ static int32_t *encode_open_text(const char *text, size_t size, bool with_specia
     int32_t *ids = require_pointer(retrofit_encode(tokenizer, text, size, with_special, count));
     bool ended = with_special && *count > 0 &&
                  retrofit_tokenizer_adds_at_end(tokenizer, ids[*count - 1]);
-    if (ended) --*count;
+    if (!ended) return ids;
+    retrofit_note("%s: the end of text that the tokenizer puts behind every text is left out",
+                  options.tasks);
+    --*count;
     return ids;
 }
 
