@@ -930,8 +930,8 @@ static void equal_choices(void) {
             int i = order ? 59 - k : k;
             const char *a = texts[i % 3], *b = texts[(i + 1) % 3];
             const char *prompt = choice_prompts[i % 4];
-            fprintf(file, "{\"prompt\":\"%s %d\",\"choices\":[\"%s\",\"%s\",\"%s\"],\"answer\":0}\n",
-                    prompt, i, a, a, a);
+            fprintf(file, "{\"prompt\":\"%s %d\",\"choices\":[\"%s\",\"%s\"],", prompt, i, a, a);
+            fprintf(file, "\"answer\":0}\n");
             fprintf(both, "{\"prompt\":\"%s %d\",\"choices\":[\"%s\",\"%s\"],\"answer\":%d}\n",
                     prompt, i, order ? a : b, order ? b : a, order);
         }
@@ -953,6 +953,25 @@ static void equal_choices(void) {
           "the second of equal choices: %s%s", err, last);
     check(strstr(last, "\"acc_stderr\":null") != NULL, "the standard error of one task: %s", last);
     free(last);
+}
+
+// What a row begins from does not depend on the rows beside it: the loss of two tasks is the mean of
+// what each has alone.
+static void same_start_states(void) {
+    static const char *const lines[] = {
+        "{\"prompt\":\"The fox jumps over\",\"answer\":\" the lazy dog\"}",
+        "{\"prompt\":\"One, two\",\"answer\":\" three\"}",
+    };
+    double loss[3];
+    for (int i = 0; i < 3; i++) {
+        works("printf '%%s\\n' '%s' '%s' | head -n %d | tail -n %d >lines", lines[0], lines[1],
+              i == 1 ? 2 : 1 + i / 2, 1 + i / 2);
+        works("infer --model random --tokenizer f/tokenizers/llama3_style --tasks lines "
+              "--recurrences 1 --json");
+        loss[i] = get_result(parse_json(out, out_size, "a task"), 1, "loss");
+    }
+    check(fabs(loss[2] - (loss[0] + loss[1]) / 2) < 1e-5, "tasks alone: %g and %g, together: %g",
+          loss[0], loss[1], loss[2]);
 }
 
 // Lines as editors write them, members that nothing reads, answers that begin inside a token.
@@ -1434,6 +1453,7 @@ int main(void) {
     tasks_of_base();
     ends_and_beginnings_of_prompts();
     equal_choices();
+    same_start_states();
     lines_of_tasks();
     answer_regexes();
     bad_answer_regexes();
