@@ -80,7 +80,7 @@ static const retrofit_option option_table[] = {
     {"tasks", RETROFIT_STRING, &options.tasks, "FILE.jsonl",
      "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
     {"answer-regex", RETROFIT_STRING, &options.answer_regex, "ERE",
-     "generates; a target is compared with group 1 of the last match in the text"},
+     "generates; a target is compared with the group that matched last in the text"},
 
     {"Look inside", RETROFIT_HEADING, NULL, NULL, NULL},
     {"trace", RETROFIT_STRING, &options.trace, "OUT.jsonl",
