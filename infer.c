@@ -5,6 +5,7 @@
 // tasks, logits, token ids; and which options go together.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
+#include <ctype.h>
 #include <regex.h>
 
 // ---- Command line ------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ static const retrofit_option option_table[] = {
     {"tasks", RETROFIT_STRING, &options.tasks, "FILE.jsonl",
      "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
     {"answer-regex", RETROFIT_STRING, &options.answer_regex, "ERE",
-     "generates; a target is compared with group 1 of the last match in the text"},
+     "generates; a target is compared with the group that matched last in the text"},
 
     {"Look inside", RETROFIT_HEADING, NULL, NULL, NULL},
     {"trace", RETROFIT_STRING, &options.trace, "OUT.jsonl",
@@ -535,19 +536,43 @@ static void close_lines(struct json_lines *lines) {
     fclose(lines->file);
 }
 
-// The next line that is not empty; NULL at the end.
+// The next line that has more than white space; NULL at the end. Lines may end in CR LF, and a byte
+// order mark may stand before the first.
 static retrofit_json *next_line(struct json_lines *lines) {
-    ssize_t size;
+    const char *text;
+    size_t size, filled;
     do {
         errno = 0;
-        size = getline(&lines->line, &lines->capacity, lines->file);
-        if (size < 0 && feof(lines->file)) return NULL;
-        if (size < 0)
+        ssize_t got = getline(&lines->line, &lines->capacity, lines->file);
+        if (got < 0 && feof(lines->file)) return NULL;
+        if (got < 0)
             die(1, "%s: behind line %zu: %s", lines->path, lines->number, strerror(errno));
-        lines->number++;
-    } while (size == 1);
+        text = lines->line;
+        size = (size_t)got;
+        if (lines->number++ == 0) retrofit_skip_mark(&text, &size);
+        filled = size;
+        retrofit_strip(&(const char *){text}, &filled);
+    } while (filled == 0);
     snprintf(lines->where, sizeof lines->where, "%s: line %zu", lines->path, lines->number);
-    return require_pointer(retrofit_json_parse(lines->line, (size_t)size, lines->where));
+    return require_pointer(retrofit_json_parse(text, size, lines->where));
+}
+
+// Says, once for each name, which members of a file's lines are not read. names: those that are, up
+// to a NULL.
+static void note_unread(const retrofit_json *line, const char *path, const char *const *names) {
+    const retrofit_json *member = line->type == RETROFIT_JSON_OBJECT ? line->child : NULL;
+    for (; member; member = member->next) {
+        const char *const *name = names;
+        while (*name && strcmp(*name, member->key)) name++;
+        if (!*name) retrofit_note("%s: \"%.60s\" in a line is not read here", path, member->key);
+    }
+}
+
+// The same for a line that a prompt comes from; more: what else is read of it, or NULL.
+static void note_unread_of_prompt(const retrofit_json *line, const char *path, const char *more) {
+    bool conversation = options.chat && retrofit_json_get(line, "messages");
+    note_unread(line, path,
+                (const char *[]){conversation ? "messages" : "prompt", "id", more, NULL});
 }
 
 // ---- Sequences: a prompt and its text ----------------------------------------------------------
@@ -1242,6 +1267,7 @@ static struct sequence *read_batch(size_t *count) {
     for (;;) {
         retrofit_json *line = next_line(&lines);
         if (!line) break;
+        note_unread_of_prompt(line, options.batch, NULL);
         sequences = grow_array(sequences, *count, sizeof *sequences);
         sequences[*count] = read_sequence(line, lines.where, *count);
         ++*count;
@@ -1533,11 +1559,13 @@ static void run_eval(void) {
 }
 
 // ---- Mode: tasks -------------------------------------------------------------------------------
+// As lm-evaluation-harness 0.4.13 does them; doc/inference.md says which format is which of its
+// tasks, and what differs.
 
 // One a line, all of one kind:
 //   {"prompt", "answer"[, "hops"]}       does greedy decoding give the answer exactly?
 //   {"prompt", "choices", "answer": 1}   is this choice the likeliest of all, as it is (acc) and
-//                                        per byte (acc_norm)?
+//                                        per character (acc_norm)?
 //   {"prompt", "target"}                 is the target where --answer-regex finds an answer?
 enum task_kind { EXACT, CHOICE, TARGET };
 enum { MAX_HOPS = 15 };
@@ -1546,7 +1574,8 @@ enum { MAX_HOPS = 15 };
 struct continuation {
     int32_t *ids;         // [count] of both
     size_t count, prompt; // prompt: ids before the first one of what follows
-    size_t bytes;         // of what follows, without a space between the two
+    size_t characters;    // of what follows, without a space between the two
+    size_t measured;      // which of the likelihoods is its own: equal ones share theirs
 };
 
 struct task {
@@ -1562,42 +1591,109 @@ static struct {
     struct sequence *targets;           // [count]
     struct continuation *continuations; // [continuation_count] of all tasks
     size_t continuation_count;
-    size_t by_hops[MAX_HOPS + 1];       // tasks of so many hops
+    size_t merged;                // of them those that begin inside a token of the prompt
+    size_t by_hops[MAX_HOPS + 1]; // tasks of so many hops
     size_t max_hops;
 } task_set;
 
 // Sums over all tasks at one r.
 struct score {
     double loss;                  // per token of the right answers, over the number of tasks
-    size_t right, right_per_byte;
+    size_t right, right_per_character;
     size_t hops[MAX_HOPS + 1];    // right ones of so many hops
+    size_t cut;                   // generated texts that --max-tokens or the context cut off
 };
 
 static bool is_filled(const retrofit_json *json) {
     return json && json->type == RETROFIT_JSON_STRING && json->length > 0;
 }
 
+// The token that an empty prompt stands for; -1 if there is none.
+static int32_t first_token(void) {
+    int32_t bos = retrofit_tokenizer_bos(tokenizer);
+    return bos >= 0 ? bos : end_tokens[0];
+}
+
+// Whether text begins with that token, written out: then the tokenizer is not to add it again.
+static bool has_first_token(const char *text, size_t size) {
+    size_t length;
+    int32_t id = first_token();
+    if (id < 0) return false;
+    char *token = require_pointer(retrofit_decode(tokenizer, &id, 1, false, &length));
+    bool found = length > 0 && length <= size && !memcmp(text, token, length);
+    free(token);
+    return found;
+}
+
+// The ids of a text that others may follow: without an end of text.
+static int32_t *encode_open_text(const char *text, size_t size, bool with_special, size_t *count) {
+    int32_t *ids = require_pointer(retrofit_encode(tokenizer, text, size, with_special, count));
+    bool ended = with_special && *count > 0 &&
+                 retrofit_tokenizer_adds_at_end(tokenizer, ids[*count - 1]);
+    if (!ended) return ids;
+    retrofit_note("%s: the end of text that the tokenizer puts behind every text is left out",
+                  options.tasks);
+    --*count;
+    return ids;
+}
+
+static size_t size_without_space_at_end(const char *text, size_t size) {
+    const char *begin = text;
+    retrofit_strip(&begin, &size);
+    return size ? (size_t)(begin - text) + size : 0;
+}
+
+static size_t count_characters(const char *text, size_t size) {
+    size_t count = 0;
+    uint32_t character;
+    for (size_t at = 0; at < size; at += retrofit_utf8_next(text + at, size - at, &character))
+        count++;
+    return count;
+}
+
+// Puts the token of an empty prompt before the ids, if it is not there.
+static void begin_with_first_token(struct continuation *both, const char *where) {
+    int32_t id = first_token();
+    both->prompt = 1;
+    if (both->count > 0 && both->ids[0] == id) return;
+    if (id < 0)
+        die(1, "%s: the prompt is empty, and the tokenizer names no token that begins or ends a "
+               "text and could stand for it", where);
+    int32_t *ids = new_array(both->count + 1, sizeof *ids);
+    ids[0] = id;
+    memcpy(ids + 1, both->ids, both->count * sizeof *ids);
+    free(both->ids);
+    both->ids = ids;
+    both->count++;
+}
+
+// Prompt and answer are encoded together, and what is behind as many ids as the prompt alone has is
+// the answer's. White space at the prompt's end is the answer's too: a tokenizer puts a space and
+// the word behind it into one token.
 static void read_continuation(const retrofit_json *prompt, const retrofit_json *answer,
                               const char *where) {
-    size_t prompt_count, size = prompt->length + answer->length, context = model->config.context;
+    size_t size = prompt->length + answer->length, context = model->config.context;
     char *text = new_array(size, 1);
     memcpy(text, prompt->string, prompt->length);
     memcpy(text + prompt->length, answer->string, answer->length);
-    bool space = answer->string[0] == ' ';
-    struct continuation both = {.bytes = answer->length - space};
-    both.ids = require_pointer(retrofit_encode(tokenizer, text, size, true, &both.count));
+    bool space = answer->string[0] == ' ', special = !has_first_token(text, size);
+    struct continuation both = {0};
+    both.characters = count_characters(answer->string + space, answer->length - space);
+    both.ids = encode_open_text(text, size, special, &both.count);
 
-    // The answer begins where the ids are no longer the prompt's: it may begin inside a token.
-    int32_t *alone = retrofit_encode(tokenizer, text, prompt->length, true, &prompt_count);
-    require(alone != NULL);
-    size_t common = retrofit_min(prompt_count, both.count);
-    while (both.prompt < common && both.ids[both.prompt] == alone[both.prompt]) both.prompt++;
+    size_t prompt_size = size_without_space_at_end(text, prompt->length);
+    int32_t *alone = encode_open_text(text, prompt_size, special, &both.prompt);
+    size_t common = retrofit_min(both.prompt, both.count);
+    task_set.merged += memcmp(alone, both.ids, common * sizeof *alone) != 0;
+    if (both.prompt == 0) begin_with_first_token(&both, where);
     free(alone);
     free(text);
-    if (both.prompt == 0 || both.prompt == both.count)
-        die(1, "%s: no token of the answer follows one of the prompt", where);
-    if (both.count > context)
-        die(1, "%s: a task of %zu tokens, the model's context is %zu", where, both.count, context);
+    if (both.prompt >= both.count)
+        die(1, "%s: no token of the answer follows those of the prompt: it becomes part of the "
+               "prompt's last token; begin it with a space, or end the prompt with one", where);
+    if (both.count - 1 > context) // the last token is not fed
+        die(1, "%s: a task of %zu tokens, the model's context is %zu: shorten the prompt", where,
+            both.count, context);
 
     size_t n = task_set.continuation_count++;
     task_set.continuations = grow_array(task_set.continuations, n, sizeof both);
@@ -1637,6 +1733,7 @@ static void read_answer(const retrofit_json *line, const char *where, enum task_
         die(1, "%s: \"hops\" is not a number from 0 to %d", where, MAX_HOPS);
     if (kind == CHOICE) read_choices(line, where, &task);
     else read_continuation(prompt, answer, where);
+    if (kind == EXACT) task.choices = 1;
 
     size_t n = task_set.count++;
     task_set.tasks = grow_array(task_set.tasks, n, sizeof task);
@@ -1645,24 +1742,80 @@ static void read_answer(const retrofit_json *line, const char *where, enum task_
     task_set.max_hops = retrofit_max(task_set.max_hops, task.hops);
 }
 
-// Takes the line.
-static void read_task(retrofit_json *line, const char *where) {
-    enum task_kind kind = EXACT;
-    if (retrofit_json_get(line, "target")) kind = TARGET;
-    if (retrofit_json_get(line, "choices")) kind = CHOICE;
-    if (task_set.count > 0 && kind != task_set.kind)
-        die(1, "%s: another kind of task than in the lines before: a file has one", where);
-    task_set.kind = kind;
-    if (kind != TARGET) {
-        read_answer(line, where, kind);
-        retrofit_json_free(line);
-        return;
+// What the harness' gsm8k compares: without white space around it, without commas and dollars, with
+// nothing up to the last "#### ", without a dot at the end, in small letters.
+static retrofit_text normalize_answer(const char *text, size_t size) {
+    retrofit_text answer = {0};
+    retrofit_strip(&text, &size);
+    for (size_t i = 0; i < size; i++) {
+        char c = (char)tolower((unsigned char)text[i]);
+        if (c != ',' && c != '$') retrofit_text_append(&answer, &c, 1);
+        bool marked = answer.size >= 5 && !memcmp(answer.bytes + answer.size - 5, "#### ", 5);
+        if (marked) answer.size = 0;
     }
-    if (!is_filled(retrofit_json_get(line, "target")))
-        die(1, "%s: \"target\" is no string, or empty", where);
+    if (answer.size > 0 && answer.bytes[answer.size - 1] == '.') answer.size--;
+    require(!answer.failed);
+    return answer;
+}
+
+// A task with a target; takes the line.
+static void read_target(retrofit_json *line, const char *where) {
+    const retrofit_json *target = retrofit_json_get(line, "target");
+    if (!is_filled(target)) die(1, "%s: \"target\" is no string, or empty", where);
+    retrofit_text normal = normalize_answer(target->string, target->length);
+    if (normal.size == 0)
+        die(1, "%s: nothing is left of \"target\" to compare answers with", where);
+    free(normal.bytes);
     size_t n = task_set.count++;
     task_set.targets = grow_array(task_set.targets, n, sizeof *task_set.targets);
     task_set.targets[n] = read_sequence(line, where, n);
+    const struct sequence *sequence = &task_set.targets[n];
+    bool twice = sequence->count > 1 && sequence->ids[0] == sequence->ids[1] &&
+                 sequence->ids[0] == retrofit_tokenizer_bos(tokenizer);
+    if (twice)
+        retrofit_note("%s: prompts begin with the token that begins a text, which the tokenizer "
+                      "adds once more: leave it out", options.tasks);
+}
+
+// Takes the line.
+static void read_task(retrofit_json *line, const char *where) {
+    enum task_kind kind = EXACT;
+    bool target = retrofit_json_get(line, "target"), choices = retrofit_json_get(line, "choices");
+    if (target) kind = TARGET;
+    if (choices) kind = CHOICE;
+    if (target && choices)
+        die(1, "%s: \"choices\" or a \"target\", not both: a task is of one kind", where);
+    if (task_set.count > 0 && kind != task_set.kind)
+        die(1, "%s: another kind of task than in the lines before: a file has one", where);
+    task_set.kind = kind;
+    if (kind == TARGET) {
+        note_unread_of_prompt(line, options.tasks, "target");
+        read_target(line, where);
+        return;
+    }
+    note_unread(line, options.tasks,
+                (const char *[]){"prompt", "answer", "hops", "id", choices ? "choices" : NULL,
+                                 NULL});
+    read_answer(line, where, kind);
+    retrofit_json_free(line);
+}
+
+// What belongs to generated text does nothing for tasks in which none is generated.
+static void check_task_options(void) {
+    bool target = task_set.kind == TARGET;
+    bool drawn = options.temperature > 0 || options.top_k > 0 || options.top_p < 1 ||
+                 options.min_p > 0;
+    if (target && !options.answer_regex)
+        die(2, "%s: a \"target\" is looked for with --answer-regex", options.tasks);
+    if (!target && options.answer_regex)
+        die(2, "%s: --answer-regex goes with a \"target\"", options.tasks);
+    if (!target && options.chat)
+        die(2, "%s: --chat goes with a \"target\", not with these tasks", options.tasks);
+    if (!target && options.stop)
+        die(2, "%s: --stop goes with a \"target\", not with these tasks", options.tasks);
+    if (!target && drawn)
+        die(2, "%s: --temperature, --top-k, --top-p and --min-p go with a \"target\", not with "
+               "these tasks", options.tasks);
 }
 
 static void read_tasks(void) {
@@ -1673,15 +1826,13 @@ static void read_tasks(void) {
         read_task(line, lines.where);
     }
     close_lines(&lines);
-
-    bool target = task_set.kind == TARGET;
     if (task_set.count == 0) die(1, "%s: no tasks in it", options.tasks);
-    if (target && !options.answer_regex)
-        die(2, "%s: a \"target\" is looked for with --answer-regex", options.tasks);
-    if (!target && options.answer_regex)
-        die(2, "%s: --answer-regex goes with a \"target\"", options.tasks);
-    if (!target && options.chat)
-        die(2, "%s: --chat goes with a \"target\", not with these tasks", options.tasks);
+    check_task_options();
+    if (task_set.merged)
+        retrofit_note("%s: %zu of %zu answers or choices begin inside a token of the prompt, of "
+                      "which the likelihood says nothing: begin them with a space, or end the "
+                      "prompt with one", options.tasks, task_set.merged,
+                      task_set.continuation_count);
 }
 
 static void free_tasks(void) {
@@ -1716,21 +1867,56 @@ static struct likelihood measure_likelihood(retrofit_buffers *buffers,
         if (retrofit_argmax(logits + i * V, V) != id) result.likeliest = false;
         result.loss += token_loss(logits + i * V, id);
     }
+    if (!isfinite(result.loss))
+        die(1, "%s: the model's logits are not finite, so no answer is likelier than another",
+            options.model);
     return result;
 }
 
-static size_t longest_continuation(const struct continuation *continuations, size_t count) {
-    size_t longest = 0;
-    for (size_t i = 0; i < count; i++) longest = retrofit_max(longest, continuations[i].count);
-    return longest;
+// The longest first, and equal ones side by side.
+static int compare_continuations(const void *x, const void *y) {
+    const struct continuation *a = *(struct continuation *const *)x;
+    const struct continuation *b = *(struct continuation *const *)y;
+    if (a->count != b->count) return a->count < b->count ? 1 : -1;
+    if (a->prompt != b->prompt) return a->prompt < b->prompt ? -1 : 1;
+    return memcmp(a->ids, b->ids, a->count * sizeof *a->ids);
 }
 
-// The likelihoods (depths,n) of all n continuations, to be freed.
-static struct likelihood *measure_all(const struct depth_list *depths) {
-    size_t n = task_set.continuation_count, b;
-    size_t T = longest_continuation(task_set.continuations, n), B = retrofit_min(n, 1 + 4096 / T);
+// Different continuations (*count), to be freed, in an order that is not that of the file. Sums
+// round differently in batches of other shapes, and equal choices must be equally likely to the
+// last bit wherever they stand: so they are measured once.
+static struct continuation **different_continuations(size_t *count) {
+    size_t n = task_set.continuation_count;
+    struct continuation **order = new_array(n, sizeof *order);
+    for (size_t i = 0; i < n; i++) order[i] = &task_set.continuations[i];
+    qsort(order, n, sizeof *order, compare_continuations);
+    *count = 0;
+    for (size_t i = 0; i < n; i++) {
+        bool again = *count > 0 && !compare_continuations(&order[*count - 1], &order[i]);
+        struct continuation *continuation = order[i];
+        if (!again) order[(*count)++] = continuation;
+        continuation->measured = *count - 1;
+    }
+    return order;
+}
+
+// Rows of a batch: all tokens but each one's last, which nothing follows. What is behind a row's
+// end is padding, and no earlier token sees it.
+static void fill_rows(int32_t *tokens, struct continuation *const *batch, size_t b,
+                      size_t columns) {
+    memset(tokens, 0, b * columns * sizeof *tokens);
+    for (size_t i = 0; i < b; i++)
+        memcpy(tokens + i * columns, batch[i]->ids, (batch[i]->count - 1) * sizeof *tokens);
+}
+
+// The likelihoods (depths,n) of the n different continuations, to be freed. All rows begin from the
+// same states: others for each row would favour some choices by chance.
+static struct likelihood *measure_all(const struct depth_list *depths, size_t *count) {
+    struct continuation **different = different_continuations(count);
+    size_t n = *count, T = different[0]->count - 1, B = retrofit_min(n, 1 + 4096 / T), b;
     const size_t *r = depths->r;
     retrofit_buffers *buffers = new_buffers(B, T, NULL);
+    buffers->alike = true;
     retrofit_recurrence_options recurrence = recurrence_options(r[depths->count - 1]);
     int32_t *tokens = new_array(B * T, sizeof *tokens);
     float *logits = new_array(T * model->config.vocab, sizeof *logits);
@@ -1738,12 +1924,10 @@ static struct likelihood *measure_all(const struct depth_list *depths) {
 
     show_progress("texts", 0, n);
     for (size_t at = 0; at < n; at += b) {
-        const struct continuation *batch = task_set.continuations + at;
+        struct continuation *const *batch = different + at;
         b = retrofit_min(B, n - at);
-        size_t columns = longest_continuation(batch, b);
-        memset(tokens, 0, B * T * sizeof *tokens); // padding on the right: no earlier token sees it
-        for (size_t i = 0; i < b; i++)
-            memcpy(tokens + i * columns, batch[i].ids, batch[i].count * sizeof *tokens);
+        size_t columns = batch[0]->count - 1; // the longest is the first
+        fill_rows(tokens, batch, b, columns);
         require(retrofit_prelude(buffers, tokens, b, columns));
         if (r[0] > 0) retrofit_init_state(buffers, start_sigma(), options.seed);
         for (size_t j = 0; j < depths->count; j++) {
@@ -1751,102 +1935,457 @@ static struct likelihood *measure_all(const struct depth_list *depths) {
             retrofit_recur_noisy(buffers, &recurrence, r[j] - (j ? r[j - 1] : 0));
             retrofit_coda(buffers);
             for (size_t i = 0; i < b; i++)
-                to[i] = measure_likelihood(buffers, &batch[i], i, columns, logits);
+                to[i] = measure_likelihood(buffers, batch[i], i, columns, logits);
         }
         show_progress("texts", at + b, n);
     }
+    free(different);
     free(tokens);
     free(logits);
     retrofit_buffers_free(buffers);
     return likelihoods;
 }
 
-// Which choice has the least loss, in all or per byte; the first of equals.
-static size_t best_choice(const struct task *task, const struct likelihood *choices,
-                          bool per_byte) {
-    const struct continuation *continuations = task_set.continuations + task->first;
+// Which choice has the least loss, in all or per character; the first of equals. likelihoods: at
+// one r.
+static size_t best_choice(const struct task *task, const struct likelihood *likelihoods,
+                          bool per_character) {
+    const struct continuation *choices = task_set.continuations + task->first;
     size_t best = 0;
-    double min = 0;
+    double min = INFINITY;
     for (size_t i = 0; i < task->choices; i++) {
-        double loss = choices[i].loss;
-        if (per_byte) loss /= (double)continuations[i].bytes;
-        if (i > 0 && !(loss < min)) continue;
+        double loss = likelihoods[choices[i].measured].loss;
+        if (per_character) loss /= (double)choices[i].characters;
+        if (!(loss < min)) continue;
         best = i;
         min = loss;
     }
     return best;
 }
 
-// Adds a task; choices: the likelihoods of its continuations.
-static void score_task(const struct task *task, const struct likelihood *choices,
+// Adds a task; likelihoods: at one r.
+static void score_task(const struct task *task, const struct likelihood *likelihoods,
                        struct score *score) {
     const struct continuation *answer = &task_set.continuations[task->first + task->answer];
+    const struct likelihood *likelihood = &likelihoods[answer->measured];
     double tokens = (double)(answer->count - answer->prompt);
-    bool right = choices[0].likeliest;
-    if (task_set.kind == CHOICE) right = best_choice(task, choices, false) == task->answer;
+    bool right = likelihood->likeliest;
+    if (task_set.kind == CHOICE) right = best_choice(task, likelihoods, false) == task->answer;
     score->right += right;
     score->hops[task->hops] += right;
-    score->right_per_byte += best_choice(task, choices, true) == task->answer;
-    score->loss += choices[task->answer].loss / tokens / (double)task_set.count;
+    score->right_per_character += best_choice(task, likelihoods, true) == task->answer;
+    score->loss += likelihood->loss / tokens / (double)task_set.count;
+}
+
+// Of equal choices the first counts, so that a right one behind another like it cannot win.
+static void note_equal_choices(void) {
+    size_t hopeless = 0;
+    for (size_t i = 0; i < task_set.count; i++) {
+        const struct task *task = &task_set.tasks[i];
+        const struct continuation *choices = task_set.continuations + task->first;
+        size_t first = 0;
+        while (choices[first].measured != choices[task->answer].measured) first++;
+        hopeless += first < task->answer;
+    }
+    if (hopeless)
+        retrofit_note("%s: in %zu of %zu tasks the right choice equals one before it, which "
+                      "counts instead", options.tasks, hopeless, task_set.count);
 }
 
 static void score_answers(const struct depth_list *depths, struct score *scores) {
-    struct likelihood *likelihoods = measure_all(depths);
+    size_t different;
+    struct likelihood *likelihoods = measure_all(depths, &different);
+    note_equal_choices();
     for (size_t j = 0; j < depths->count; j++) {
-        const struct likelihood *at_depth = likelihoods + j * task_set.continuation_count;
-        for (size_t i = 0; i < task_set.count; i++) {
-            const struct task *task = &task_set.tasks[i];
-            score_task(task, at_depth + task->first, &scores[j]);
-        }
+        for (size_t i = 0; i < task_set.count; i++)
+            score_task(&task_set.tasks[i], likelihoods + j * different, &scores[j]);
     }
     free(likelihoods);
 }
 
+// ---- Regular expressions: --answer-regex -------------------------------------------------------
+// The harness' are Python's, ours are done by POSIX: what both have is translated so that it means
+// what it means there, what POSIX has not is refused. POSIX functions compare bytes, so a character
+// beyond ASCII becomes a group. One difference stays: of alternatives that match at one place
+// POSIX takes the longest, Python the first.
+
+struct translation {
+    const char *at;       // what is left to translate
+    retrofit_text posix;  // what it is for regcomp
+    retrofit_text groups; // for each group of posix whether it is one of the user's
+    size_t depth;         // groups that are open
+    bool quantifiable;    // whether a quantifier may follow
+};
+
+// Characters of which one matches.
+struct character_set {
+    bool ascii[128];
+    bool others;         // all beyond ASCII
+    retrofit_text words; // those of them that are named, each behind a |
+};
+
+static struct {
+    regex_t regex;
+    retrofit_text groups; // as in a translation
+    regmatch_t *match;    // the whole match, and each group
+} answer_regex;
+
+__attribute__((noreturn)) static void refuse_regex(const struct translation *translation,
+                                                   const char *what) {
+    die(2, "--answer-regex: %s: '%.32s'", what, translation->at);
+}
+
+static void append_group(struct translation *translation, bool users) {
+    append_string(&translation->posix, "(");
+    retrofit_text_append(&translation->groups, users ? "\1" : "\0", 1);
+}
+
+// [...] of bytes. A ] must come first in it, a - first or last, a ^ not first.
+static void append_bytes(retrofit_text *text, const bool bytes[256]) {
+    size_t count = 0;
+    for (size_t i = 0; i < 256; i++) count += bytes[i];
+    if (count == 1 && bytes['^']) {
+        append_string(text, "\\^");
+        return;
+    }
+    append_string(text, "[");
+    if (bytes[']']) append_string(text, "]");
+    else if (bytes['-']) append_string(text, "-");
+    for (size_t i = 1; i < 256; i++) {
+        bool special = i == ']' || i == '-' || i == '^' || i == '[';
+        if (bytes[i] && !special) retrofit_text_append(text, &(char){(char)i}, 1);
+    }
+    if (bytes['[']) append_string(text, "[");
+    if (bytes['^']) append_string(text, "^");
+    if (bytes[']'] && bytes['-']) append_string(text, "-");
+    append_string(text, "]");
+}
+
+// What matches one character of the set. UTF-8 has a character beyond ASCII as a byte from c2 to f4
+// with others from 80 to bf behind it; of these all are taken, since nothing else begins with one.
+static void append_set(struct translation *translation, const struct character_set *set) {
+    retrofit_text *posix = &translation->posix;
+    bool ascii[256] = {false}, leading[256] = {false}, following[256] = {false}, any = false;
+    for (size_t i = 1; i < 128; i++) {
+        ascii[i] = set->ascii[i];
+        any = any || ascii[i];
+    }
+    for (size_t i = 0x80; i < 0x100; i++) {
+        leading[i] = i >= 0xc2 && i <= 0xf4;
+        following[i] = i < 0xc0;
+    }
+    bool group = set->others || set->words.size;
+    if (!any && !group) refuse_regex(translation, "a set with no character in it before");
+    if (group) append_group(translation, false);
+    if (any) append_bytes(posix, ascii);
+    if (any && set->others) append_string(posix, "|");
+    if (set->others) {
+        append_bytes(posix, leading);
+        append_bytes(posix, following);
+        append_string(posix, "+");
+    } else if (group) {
+        size_t skip = !any; // the first |
+        retrofit_text_append(posix, set->words.bytes + skip, set->words.size - skip);
+    }
+    if (group) append_string(posix, ")");
+}
+
+// Characters of ASCII for which `is` holds, or with `not` all for which it does not.
+static void add_class(struct character_set *set, int (*is)(int), bool not) {
+    for (int i = 1; i < 128; i++) {
+        if (!is(i) == not) set->ascii[i] = true;
+    }
+    set->others = set->others || not;
+}
+
+static int is_word(int c) { return isalnum(c) || c == '_'; }
+
+// Takes \d \D \s \S \w or \W; false if something else comes.
+static bool add_escaped_class(struct translation *translation, struct character_set *set) {
+    if (translation->at[0] != '\\') return false;
+    char name = translation->at[1];
+    if (name == 'd' || name == 'D') add_class(set, isdigit, name == 'D');
+    else if (name == 's' || name == 'S') add_class(set, isspace, name == 'S');
+    else if (name == 'w' || name == 'W') add_class(set, is_word, name == 'W');
+    else return false;
+    translation->at += 2;
+    return true;
+}
+
+// Takes a class of POSIX like [:digit:], inside brackets; false if something else comes.
+static bool add_named_class(struct translation *translation, struct character_set *set) {
+    static const struct {
+        const char *name;
+        int (*is)(int);
+    } classes[] = {
+        {"[:alnum:]", isalnum}, {"[:alpha:]", isalpha}, {"[:blank:]", isblank},
+        {"[:cntrl:]", iscntrl}, {"[:digit:]", isdigit}, {"[:graph:]", isgraph},
+        {"[:lower:]", islower}, {"[:print:]", isprint}, {"[:punct:]", ispunct},
+        {"[:space:]", isspace}, {"[:upper:]", isupper}, {"[:xdigit:]", isxdigit},
+    };
+    for (size_t i = 0; i < sizeof classes / sizeof *classes; i++) {
+        size_t length = strlen(classes[i].name);
+        if (strncmp(translation->at, classes[i].name, length)) continue;
+        translation->at += length;
+        add_class(set, classes[i].is, false);
+        return true;
+    }
+    return false;
+}
+
+// Takes a character, be it escaped or not.
+static uint32_t read_character(struct translation *translation) {
+    static const char names[] = "ntrfva", values[] = "\n\t\r\f\v\a";
+    const char *at = translation->at;
+    uint32_t character;
+    if (*at != '\\') {
+        size_t length = retrofit_utf8_next(at, strlen(at), &character);
+        if (character == RETROFIT_UTF8_INVALID) refuse_regex(translation, "not UTF-8");
+        translation->at += length;
+        return character;
+    }
+    unsigned char escaped = (unsigned char)at[1];
+    const char *name = escaped ? strchr(names, escaped) : NULL;
+    if (isdigit(escaped)) refuse_regex(translation, "references to groups are not supported");
+    if (!name && !ispunct(escaped) && escaped != ' ')
+        refuse_regex(translation, "not supported behind a \\");
+    translation->at += 2;
+    return (unsigned char)(name ? values[name - names] : escaped);
+}
+
+// Takes what stands in brackets for one or more characters.
+static void add_members(struct translation *translation, struct character_set *set) {
+    if (add_escaped_class(translation, set) || add_named_class(translation, set)) return;
+    const char *begin = translation->at;
+    uint32_t from = read_character(translation), to = from;
+    size_t length = (size_t)(translation->at - begin);
+    if (from >= 128) {
+        append_string(&set->words, "|");
+        retrofit_text_append(&set->words, begin, length);
+    }
+    bool range = translation->at[0] == '-' && translation->at[1] && translation->at[1] != ']';
+    if (range) {
+        translation->at++;
+        to = read_character(translation);
+        if (from >= 128 || to >= 128 || from > to) {
+            translation->at = begin;
+            refuse_regex(translation, "a range that falls or leaves ASCII");
+        }
+    }
+    for (uint32_t i = from; i <= to && i < 128; i++) set->ascii[i] = true;
+}
+
+// [...] or [^...]
+static void translate_brackets(struct translation *translation) {
+    struct character_set set = {0};
+    const char *begin = translation->at++;
+    bool negated = *translation->at == '^';
+    translation->at += negated;
+    const char *first = translation->at;
+    while (translation->at == first || *translation->at != ']') {
+        if (*translation->at) {
+            add_members(translation, &set);
+            continue;
+        }
+        translation->at = begin;
+        refuse_regex(translation, "a [ without its ]");
+    }
+    translation->at++;
+    if (negated && set.words.size) {
+        translation->at = begin;
+        refuse_regex(translation, "[^...] with characters beyond ASCII is not supported");
+    }
+    for (size_t i = 1; negated && i < 128; i++) set.ascii[i] = !set.ascii[i];
+    if (negated) set.others = !set.others;
+    append_set(translation, &set);
+    free(set.words.bytes);
+}
+
+// ( or (?:
+static void translate_group(struct translation *translation) {
+    bool counts = translation->at[1] != '?';
+    if (!counts && translation->at[2] != ':')
+        refuse_regex(translation, "of the groups with a ? only (?:...) is supported");
+    append_group(translation, counts);
+    translation->at += counts ? 1 : 3;
+    translation->depth++;
+}
+
+// How many bytes a quantifier has: *, +, ?, {m}, {m,}, {,n}, {m,n}; 0 if it is none.
+static size_t quantifier_size(const char *at) {
+    static const char digits[] = "0123456789";
+    if (*at == '*' || *at == '+' || *at == '?') return 1;
+    if (*at != '{' || at[1] == '}') return 0;
+    size_t size = 1 + strspn(at + 1, digits);
+    if (at[size] == ',') size += 1 + strspn(at + size + 1, digits);
+    return at[size] == '}' ? size + 1 : 0;
+}
+
+static void translate_quantifier(struct translation *translation, size_t size) {
+    const char *at = translation->at;
+    if (!translation->quantifiable) refuse_regex(translation, "nothing to repeat before");
+    if (quantifier_size(at + size)) {
+        bool lazy = at[size] == '?', possessive = at[size] == '+';
+        if (lazy) refuse_regex(translation, "no lazy quantifiers: for (.*?)x say ([^x]*)x");
+        refuse_regex(translation, possessive ? "no possessive quantifiers" : "two quantifiers");
+    }
+    bool from_zero = at[0] == '{' && at[1] == ',';
+    if (from_zero) append_string(&translation->posix, "{0");
+    retrofit_text_append(&translation->posix, at + from_zero, size - from_zero);
+    translation->at += size;
+    translation->quantifiable = false;
+}
+
+// What stands for itself.
+static void translate_character(struct translation *translation) {
+    const char *begin = translation->at;
+    uint32_t character = read_character(translation);
+    if (character >= 128) {
+        append_group(translation, false);
+        retrofit_text_append(&translation->posix, begin, (size_t)(translation->at - begin));
+        append_string(&translation->posix, ")");
+        return;
+    }
+    char byte = (char)character;
+    if (strchr(".[\\()*+?{|^$", byte)) append_string(&translation->posix, "\\");
+    retrofit_text_append(&translation->posix, &byte, 1);
+}
+
+// Takes one part of the expression.
+static void translate_part(struct translation *translation) {
+    struct character_set set = {0};
+    char c = *translation->at;
+    size_t size = quantifier_size(translation->at);
+    if (size) {
+        translate_quantifier(translation, size);
+        return;
+    }
+    translation->quantifiable = !strchr("(|^$", c);
+    if (c == '[') {
+        translate_brackets(translation);
+    } else if (c == '(') {
+        translate_group(translation);
+    } else if (add_escaped_class(translation, &set)) {
+        append_set(translation, &set);
+    } else if (c == '.') { // no newline
+        add_class(&set, iscntrl, false);
+        add_class(&set, iscntrl, true);
+        set.ascii['\n'] = false;
+        append_set(translation, &set);
+        translation->at++;
+    } else if (c == ')' || c == '|' || c == '^' || c == '$') {
+        if (c == ')' && translation->depth-- == 0) refuse_regex(translation, "a ) without its (");
+        if (c == '$') append_string(&translation->posix, "\n?"); // a newline may end the text
+        retrofit_text_append(&translation->posix, &c, 1);
+        translation->at++;
+    } else {
+        translate_character(translation);
+    }
+}
+
+static struct translation translate_regex(const char *regex) {
+    struct translation translation = {.at = regex};
+    while (*translation.at) translate_part(&translation);
+    if (translation.depth) {
+        translation.at = regex;
+        refuse_regex(&translation, "a ( without its )");
+    }
+    retrofit_text_append(&translation.posix, "", 1);
+    require(!translation.posix.failed && !translation.groups.failed);
+    return translation;
+}
+
+static void compile_answer_regex(void) {
+    char why[256];
+    struct translation translation = translate_regex(options.answer_regex);
+    regex_t *regex = &answer_regex.regex;
+    int error = regcomp(regex, translation.posix.bytes, REG_EXTENDED);
+    if (error) {
+        regerror(error, regex, why, sizeof why);
+        die(2, "--answer-regex: %s", why);
+    }
+    size_t groups = 0;
+    for (size_t i = 0; i < translation.groups.size; i++) groups += translation.groups.bytes[i] != 0;
+    if (groups == 0) die(2, "--answer-regex: put what is the answer into parentheses");
+    if (!regexec(regex, "", 0, NULL, REG_NOTBOL))
+        die(2, "--answer-regex: it matches an empty text, so that is its last match in every text");
+    answer_regex.groups = translation.groups;
+    answer_regex.match = new_array(translation.groups.size + 1, sizeof *answer_regex.match);
+    free(translation.posix.bytes);
+}
+
+static void free_answer_regex(void) {
+    regfree(&answer_regex.regex);
+    free(answer_regex.groups.bytes);
+    free(answer_regex.match);
+}
+
 // ---- Tasks with a target in generated text -----------------------------------------------------
 
-// Answers are compared as GSM8K's are: without commas, and without a dot at the end.
-static char *normalize_answer(const char *text, size_t size) {
-    char *answer = new_array(size + 1, 1);
-    size_t length = 0;
-    for (size_t i = 0; i < size; i++) {
-        if (text[i] != ',') answer[length++] = text[i];
+// The first group of a match that is not empty; if there is none, it is.
+static regmatch_t matched_group(void) {
+    for (size_t i = 0; i < answer_regex.groups.size; i++) {
+        regmatch_t group = answer_regex.match[i + 1];
+        bool filled = group.rm_so >= 0 && group.rm_eo > group.rm_so;
+        if (answer_regex.groups.bytes[i] && filled) return group;
     }
-    if (length > 0 && answer[length - 1] == '.') answer[length - 1] = 0;
-    return answer;
+    return (regmatch_t){0};
 }
 
-// Group 1 of the last match that has one, normalised; NULL if there is none. A NUL ends the text.
-static char *find_answer(const regex_t *regex, const char *text) {
-    char *answer = NULL;
-    const char *at = text;
-    regmatch_t match[2]; // the whole, group 1
-    while (!regexec(regex, at, 2, match, at > text ? REG_NOTBOL : 0)) {
-        if (match[1].rm_so >= 0) {
-            free(answer);
-            size_t size = (size_t)(match[1].rm_eo - match[1].rm_so);
-            answer = normalize_answer(at + match[1].rm_so, size);
-        }
-        bool empty = match[0].rm_eo == match[0].rm_so;
-        at += match[0].rm_eo;
-        if (!*at) break;
-        if (empty) at++;
+// The answer in a text: of the last match. Its size is 0 if there is none.
+static retrofit_text find_answer(const char *text) {
+    const char *at = text, *answer = text;
+    size_t size = 0, groups = answer_regex.groups.size + 1;
+    for (;;) {
+        int error = regexec(&answer_regex.regex, at, groups, answer_regex.match,
+                            at > text ? REG_NOTBOL : 0);
+        if (error == REG_NOMATCH) break;
+        if (error) die(1, "--answer-regex: out of memory");
+        regmatch_t whole = answer_regex.match[0], group = matched_group();
+        answer = at + group.rm_so;
+        size = (size_t)(group.rm_eo - group.rm_so);
+        bool empty = whole.rm_eo == whole.rm_so;
+        at += whole.rm_eo;
+        uint32_t character;
+        if (empty && !*at) break;
+        if (empty) at += retrofit_utf8_next(at, strlen(at), &character);
     }
-    return answer;
+    return normalize_answer(answer, size);
 }
 
-static bool has_target(const struct sequence *sequence, const regex_t *regex) {
+static bool has_target(struct sequence *sequence) {
     const retrofit_json *target = retrofit_json_get(sequence->line, "target");
-    if (!sequence->text.bytes) return false;
-    char *expected = normalize_answer(target->string, target->length);
-    char *answer = find_answer(regex, sequence->text.bytes);
-    bool right = answer && !strcmp(answer, expected);
-    free(expected);
-    free(answer);
+    char *text = sequence->text.bytes;
+    if (!text) return false;
+    for (size_t i = 0; i < sequence->text.size; i++) {
+        if (text[i] == 0) text[i] = 1; // for regexec a NUL would end the text
+    }
+    retrofit_text expected = normalize_answer(target->string, target->length);
+    retrofit_text answer = find_answer(text);
+    bool right = answer.size == expected.size && !memcmp(answer.bytes, expected.bytes, answer.size);
+    free(expected.bytes);
+    free(answer.bytes);
     return right;
 }
 
-static void score_targets(const struct depth_list *depths, const regex_t *regex,
-                          struct score *scores) {
+static void score_target(struct sequence *sequence, struct score *score) {
+    for (size_t i = 0; i < sequence->produced; i++) {
+        if (!isfinite(sequence->logprobs[i]))
+            die(1, "%s: the model's logits are not finite, and what it generates means nothing",
+                options.model);
+    }
+    score->right += has_target(sequence);
+    score->cut += !strcmp(sequence->finish, "length");
+}
+
+static void note_cut_answers(size_t r, size_t cut) {
+    if (cut)
+        retrofit_note("%s: %zu of %zu answers at %zu recurrences were cut off by --max-tokens %zu "
+                      "or the model's context, and are judged as they stand", options.tasks, cut,
+                      task_set.count, r, options.max_tokens);
+}
+
+static void score_targets(const struct depth_list *depths, struct score *scores) {
     struct sequence *targets = task_set.targets;
     size_t count = task_set.count, total = depths->count * count, b;
     size_t B = retrofit_min(options.batch_size, count);
@@ -1858,23 +2397,27 @@ static void score_targets(const struct depth_list *depths, const regex_t *regex,
             retrofit_clear_cache(buffers);
             generate(buffers, targets + at, b, depths->r[j], false);
             for (size_t i = at; i < at + b; i++) {
-                scores[j].right += has_target(&targets[i], regex);
+                score_target(&targets[i], &scores[j]);
                 free_text(&targets[i]);
             }
             show_progress("answers", j * count + at + b, total);
         }
+        note_cut_answers(depths->r[j], scores[j].cut);
     }
     retrofit_buffers_free(buffers);
 }
 
 // ---- What tasks show ---------------------------------------------------------------------------
 
-// A share of all tasks, p = right/n, and its standard error, √(p·(1 - p)/n).
+// A share of all tasks, p = right/n.
 static double share(size_t right) { return (double)right / (double)task_set.count; }
 
+// Its standard error, of a mean whose variance is estimated from the sample: √(p·(1 - p)/(n - 1)).
+// One task has none.
 static double share_error(size_t right) {
     double p = share(right);
-    return sqrt(p * (1 - p) / (double)task_set.count);
+    if (task_set.count < 2) return NAN;
+    return sqrt(p * (1 - p) / (double)(task_set.count - 1));
 }
 
 static void print_table_head(void) {
@@ -1887,12 +2430,16 @@ static void print_table_head(void) {
     printf("\n");
 }
 
+static void print_share(size_t right) {
+    if (task_set.count > 1) printf("  %.3f ± %.3f", share(right), share_error(right));
+    else printf("  %.3f ± N/A  ", share(right));
+}
+
 static void print_table_line(size_t r, const struct score *score) {
-    size_t right = score->right, per_byte = score->right_per_byte;
     printf("%11zu", r);
     if (task_set.kind != TARGET) printf(" %7.4f", score->loss);
-    printf("  %.3f ± %.3f", share(right), share_error(right));
-    if (task_set.kind == CHOICE) printf("  %.3f ± %.3f", share(per_byte), share_error(per_byte));
+    print_share(score->right);
+    if (task_set.kind == CHOICE) print_share(score->right_per_character);
     printf("  ");
     for (size_t hops = 0; task_set.max_hops > 0 && hops <= task_set.max_hops; hops++) {
         double count = (double)task_set.by_hops[hops];
@@ -1900,22 +2447,25 @@ static void print_table_line(size_t r, const struct score *score) {
         else printf(hops ? " %4.2f" : "   %4.2f", (double)score->hops[hops] / count);
     }
     printf("  ");
-    int bars = (int)(share(right) * 30 + 0.5);
+    int bars = (int)(share(score->right) * 30 + 0.5);
     for (int i = 0; i < bars; i++) printf("█");
     printf("\n");
 }
 
+static void print_share_json(const char *name, size_t right) {
+    printf(",\"%s\":%.7g,\"%s_stderr\":", name, share(right), name);
+    print_json_number(share_error(right));
+}
+
 static void print_score_json(size_t r, const struct score *score) {
-    size_t right = score->right, per_byte = score->right_per_byte;
     printf("{\"recurrences\":%zu", r);
     if (task_set.kind != TARGET) {
         printf(",\"loss\":");
         print_json_number(score->loss);
     }
-    printf(",\"acc\":%.7g,\"acc_stderr\":%.7g", share(right), share_error(right));
-    if (task_set.kind == CHOICE)
-        printf(",\"acc_norm\":%.7g,\"acc_norm_stderr\":%.7g", share(per_byte),
-               share_error(per_byte));
+    print_share_json("acc", score->right);
+    if (task_set.kind == CHOICE) print_share_json("acc_norm", score->right_per_character);
+    if (task_set.kind == TARGET) printf(",\"cut\":%zu", score->cut);
     for (size_t hops = 0; task_set.max_hops > 0 && hops <= task_set.max_hops; hops++) {
         printf(hops ? "," : ",\"hops\":[");
         print_json_number((double)score->hops[hops] / (double)task_set.by_hops[hops]);
@@ -1939,26 +2489,15 @@ static void print_scores(const struct depth_list *depths, const struct score *sc
     printf("]}\n");
 }
 
-static void compile_answer_regex(regex_t *regex) {
-    char why[256];
-    int error = regcomp(regex, options.answer_regex, REG_EXTENDED);
-    if (error) {
-        regerror(error, regex, why, sizeof why);
-        die(2, "--answer-regex: %s", why);
-    }
-    if (regex->re_nsub < 1) die(2, "--answer-regex: put what is the answer into parentheses");
-}
-
 static void run_tasks(void) {
     struct depth_list depths = read_depths(MAX_DEPTHS, "1,2,4,8,16");
     struct score scores[MAX_DEPTHS] = {{0}};
-    regex_t regex;
-    if (options.answer_regex) compile_answer_regex(&regex);
+    if (options.answer_regex) compile_answer_regex();
     read_tasks();
-    if (task_set.kind == TARGET) score_targets(&depths, &regex, scores);
+    if (task_set.kind == TARGET) score_targets(&depths, scores);
     else score_answers(&depths, scores);
     print_scores(&depths, scores);
-    if (options.answer_regex) regfree(&regex);
+    if (options.answer_regex) free_answer_regex();
     free_tasks();
 }
 

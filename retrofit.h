@@ -372,11 +372,11 @@ typedef struct {
     float *state;             // (N,d)   s_0 at first, then s_n
     float *x;                 // (N,d)   the coda's stream when nothing is kept
     const float *last;        // (N,d)   the coda's output
-    float *rstd_f;            // (N)
+    float *rstd_f, *losses;   // (N)
     act *final;               // (N,d)   RMSNorm_f of it: what the head reads
     act *norm, *swiglu;       // (N,d), (N,F) of the block at work; backward computes them again
     retrofit_block scratch;   // shared by blocks that keep nothing
-    float *losses;            // (N)
+    bool alike;               // states are drawn for each row as if it were the only one
     act *logits;              // (chunk,V)
     size_t chunk;             // rows of logits that exist at a time
     float *wide_logits;       // (rows,V) in fp32, for the host
@@ -1712,16 +1712,20 @@ static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, si
 }
 
 // Normal numbers, cut at ±3, times sigma, for every state of the batch. Decoding draws each row's
-// as if it were the only one, so that a text does not depend on those beside it.
+// as if it were the only one, so that a text does not depend on those beside it; with `alike` so
+// does a pass without a cache, whose rows are to be compared.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed) {
     const retrofit_ops *ops = buffers->model->ops;
     size_t b = buffers->b, t = buffers->t, d = buffers->model->config.n_embd;
-    if (!buffers->decoder) {
+    bool decoding = buffers->decoder != NULL;
+    if (!decoding && !buffers->alike) {
         ops->state_init(states, NULL, b, t, d, sigma, seed);
         return;
     }
-    for (size_t row = 0; row < b; row++)
-        ops->state_init(states + row * t * d, buffers->past + row, 1, t, d, sigma, seed);
+    for (size_t row = 0; row < b; row++) {
+        const int32_t *past = decoding ? buffers->past + row : NULL;
+        ops->state_init(states + row * t * d, past, 1, t, d, sigma, seed);
+    }
 }
 
 // ---- What a new token needs of the old ones ----------------------------------------------------

@@ -619,7 +619,7 @@ static const char *const choice_prompts[] = {"The fox", "One, two", "Once upon a
 
 static const char *get_choice(int i, int j) {
     static const char *const texts[] = {
-        " jumps", " three four five six", " 2", " a", "ox and the dog", " lazy", ".",
+        " jumps", " three four five six", " 2", " \xc3\xa9\xc3\xa9", "ox and the dog", " lazy", ".",
         " over the lazy dog. And then",
     };
     static const char *const short_texts[] = {".",  "?",  ",",  "1",  "e",  "s",
@@ -628,6 +628,12 @@ static const char *get_choice(int i, int j) {
 }
 
 static int right_choice(int i) { return i * i % 3; }
+
+static size_t count_characters(const char *text) {
+    size_t count = 0;
+    for (; *text; text++) count += (*text & 0xc0) != 0x80;
+    return count;
+}
 
 static void write_choices(void) {
     FILE *file = fopen("choices.jsonl", "w");
@@ -651,10 +657,6 @@ static double choice_likelihood(const retrofit_tokenizer *tokenizer, int i, int 
     int32_t *alone = retrofit_encode(tokenizer, prompt, strlen(prompt), true, &begin);
     int32_t *ids = retrofit_encode(tokenizer, text, strlen(text), true, &n);
     float *logits = logits_of("random", ids, n, V, options);
-    // A choice may change the prompt's last tokens: "One, two" and "ox".
-    for (size_t p = 0; p < begin; p++) {
-        if (ids[p] != alone[p]) begin = p;
-    }
     double sum = 0;
     for (size_t p = begin; p < n; p++)
         sum += log_probability(logits + (p - 1) * V, (size_t)ids[p]);
@@ -675,32 +677,32 @@ static int index_of_max(const double x[3]) {
 
 // What choices give at one r; apart and spaces: cases that tell the ways to compare apart.
 typedef struct {
-    double accuracy, accuracy_per_byte, loss;
+    double accuracy, accuracy_per_character, loss;
     size_t apart, spaces;
 } choice_result;
 
 static choice_result expect_choices(const retrofit_tokenizer *tokenizer, int r) {
     enum { N = CHOICE_TASKS };
-    double right = 0, per_byte = 0;
+    double right = 0, per_character = 0;
     choice_result result = {0};
     for (int i = 0; i < N; i++) {
-        double sum[3], by_bytes[3], by_bytes_and_space[3];
+        double sum[3], by_characters[3], with_space[3];
         for (int j = 0; j < 3; j++) {
-            size_t count, size = strlen(get_choice(i, j));
+            size_t count, size = count_characters(get_choice(i, j));
             sum[j] = choice_likelihood(tokenizer, i, j, r, &count);
-            by_bytes[j] = sum[j] / (double)(size - (*get_choice(i, j) == ' '));
-            by_bytes_and_space[j] = sum[j] / (double)size;
+            by_characters[j] = sum[j] / (double)(size - (*get_choice(i, j) == ' '));
+            with_space[j] = sum[j] / (double)size;
             if (j == right_choice(i)) result.loss -= sum[j] / (double)count / N;
         }
-        int best = index_of_max(sum), best_per_byte = index_of_max(by_bytes);
-        bool is_right = best_per_byte == right_choice(i);
+        int best = index_of_max(sum), best_per_character = index_of_max(by_characters);
+        bool is_right = best_per_character == right_choice(i);
         right += best == right_choice(i);
-        per_byte += is_right;
-        result.apart += best != best_per_byte;
-        result.spaces += (index_of_max(by_bytes_and_space) == right_choice(i)) != is_right;
+        per_character += is_right;
+        result.apart += best != best_per_character;
+        result.spaces += (index_of_max(with_space) == right_choice(i)) != is_right;
     }
     result.accuracy = right / N;
-    result.accuracy_per_byte = per_byte / N;
+    result.accuracy_per_character = per_character / N;
     return result;
 }
 
@@ -716,8 +718,8 @@ static void choices(void) {
     size_t apart = 0, spaces = 0;
     for (int r = 1; r <= 3; r += 2) {
         choice_result expected = expect_choices(tokenizer, r);
-        double p = expected.accuracy, q = expected.accuracy_per_byte, loss = expected.loss;
-        double p_error = sqrt(p * (1 - p) / N), q_error = sqrt(q * (1 - q) / N);
+        double p = expected.accuracy, q = expected.accuracy_per_character, loss = expected.loss;
+        double p_error = sqrt(p * (1 - p) / (N - 1)), q_error = sqrt(q * (1 - q) / (N - 1));
         double acc = get_result(all, r, "acc"), acc_norm = get_result(all, r, "acc_norm");
         double got_loss = get_result(all, r, "loss");
         check(fabs(acc - p) < 1e-6 && fabs(acc_norm - q) < 1e-6 && fabs(got_loss - loss) < 1e-4,
@@ -732,16 +734,15 @@ static void choices(void) {
         spaces += expected.spaces;
     }
     check(apart > 0 && spaces > 0,
-          "no choice the likeliest, and another per byte: %zu; or per byte with a space before it: "
-          "%zu", apart, spaces);
+          "no choice the likeliest, and another per character: %zu; or per character with a space "
+          "before it: %zu", apart, spaces);
     retrofit_json_free(all);
     retrofit_tokenizer_free(tokenizer);
     free(table);
 }
 
 // Group 1 of the last match of ([a-m])[n-z] in text, found by hand.
-static void find_letter(const char *text, char answer[64]) {
-    size_t n = strlen(text);
+static void find_letter(const char *text, size_t n, char answer[64]) {
     *answer = 0;
     for (size_t i = 0; i + 1 < n; i++) {
         bool match = text[i] >= 'a' && text[i] <= 'm' && text[i + 1] >= 'n' && text[i + 1] <= 'z';
@@ -752,8 +753,8 @@ static void find_letter(const char *text, char answer[64]) {
 }
 
 // The same for ([0-9a-z,]*[,.]), without commas and dots.
-static void find_word(const char *text, char answer[64]) {
-    size_t end = strlen(text), count = 0;
+static void find_word(const char *text, size_t end, char answer[64]) {
+    size_t count = 0;
     while (end && text[end - 1] != ',' && text[end - 1] != '.') end--;
     size_t begin = end ? end - 1 : 0;
     for (; begin; begin--) {
@@ -779,9 +780,9 @@ static size_t find_answers(int r, bool words, char answers[TARGETS][64]) {
     char *line = out, *end;
     for (int i = 0; i < TARGETS && (end = strchr(line, '\n')); i++) {
         const retrofit_json *json = parse_json(line, (size_t)(end - line), "--batch");
-        const char *text = get_string(json, "text")->string;
-        if (words) find_word(text, answers[i]);
-        else find_letter(text, answers[i]);
+        const retrofit_json *text = get_string(json, "text");
+        if (words) find_word(text->string, text->length, answers[i]);
+        else find_letter(text->string, text->length, answers[i]);
         found += *answers[i] != 0;
         line = end + 1;
     }
@@ -803,7 +804,7 @@ static void targets(bool words) {
 
     file = fopen("targets.jsonl", "w");
     for (int i = 0; i < TARGETS; i++) {
-        const char *target = *answers[i % 2][i] ? answers[i % 2][i] : "none";
+        const char *answer = answers[i % 3 == 1][i], *target = *answer ? answer : "none";
         for (int j = 0; j < 2; j++) expected[j] += !strcmp(answers[j][i], target);
         fprintf(file, "{\"prompt\":\"%s%d\",\"target\":\",%s%s\"}\n", target_prompt(i), i, target,
                 i % 4 ? "." : "");
@@ -849,6 +850,11 @@ static void bad_tasks(void) {
         {2, "parentheses", "\"target\":\"b\"", "", "--answer-regex b"},
         {2, "--answer-regex", "\"target\":\"b\"", "", "--answer-regex '(b'"},
         {2, "--chat", "\"answer\":\" b\"", "", "--chat --tokenizer chat/smollm"},
+        {2, "--stop", "\"answer\":\" b\"", "", "--stop b"},
+        {2, "--temperature", "\"answer\":\" b\"", "", "--top-k 3"},
+        {1, "line 1: \"choices\" or", "\"choices\":[\" a\",\" b\"],\"target\":\"b\"", "",
+         ""},
+        {1, "line 1: nothing is left", "\"target\":\" $.\"", "", "--answer-regex '(b)'"},
         {1, "line 1: \"hops\"", "\"answer\":\" b\",\"hops\":16", "", ""},
         {1, "line 1: needs", "\"answer\":\"\"", "", ""},
     };
@@ -871,6 +877,252 @@ static void tasks_of_base(void) {
     const retrofit_json *result = retrofit_json_get(json, "results")->child;
     bool right = fabs(get_result(json, 0, "acc") - .608398) < 1e-4;
     check(right && retrofit_json_get(result, "hops")->count == 8, "--tasks --json: %s", out);
+}
+
+// ---- Tasks as the harness does them -----------------------------------------------------------
+
+// The results of choices behind a prompt; answer: the right one.
+static char *run_choices(const char *options, const char *prompt, const char *choices, int answer) {
+    FILE *file = fopen("lines", "w");
+    fprintf(file, "{\"prompt\":\"%s\",\"choices\":[%s],\"answer\":%d}\n", prompt, choices, answer);
+    need(fclose(file) == 0, "lines");
+    works("infer --model random --recurrences 1,3 --tasks lines --json %s", options);
+    return strdup(out);
+}
+
+static void same_choices(const char *style, const char *prompt, const char *choices,
+                         const char *other_prompt, const char *other_choices) {
+    char options[64];
+    snprintf(options, sizeof options, "--tokenizer f/tokenizers/%s", style);
+    char *one = run_choices(options, prompt, choices, 1);
+    char *other = run_choices(options, other_prompt, other_choices, 1);
+    check(!strcmp(one, other), "'%s' and %s: %s, but '%s' and %s: %s", prompt, choices, one,
+          other_prompt, other_choices, other);
+    free(one);
+    free(other);
+}
+
+// White space at a prompt's end, an empty prompt, a BOS that is written out.
+static void ends_and_beginnings_of_prompts(void) {
+    for (size_t i = 0; i < 3; i++) {
+        const char *style = styles[i];
+        same_choices(style, "The fox ", "\"jumps\",\"2\",\"lazy\"", "The fox",
+                     "\" jumps\",\" 2\",\" lazy\"");
+        same_choices(style, "Q:\\n\\t", "\"ab\",\"bc\"", "Q:",
+                     "\"\\n\\tab\",\"\\n\\tbc\"");
+    }
+    same_choices("llama3_style", "", "\" a\",\" bc\"", "<|begin_of_text|>", "\" a\",\" bc\"");
+    same_choices("llama3_style", "A b", "\" a\",\" bc\"", "<|begin_of_text|>A b",
+                 "\" a\",\" bc\"");
+    same_choices("smollm_style", "", "\" a\",\" bc\"", "<|im_start|>", "\" a\",\" bc\"");
+}
+
+// Equal choices are equally likely wherever they stand, beside whatever, from random start states;
+// and the order of a file and of its choices changes nothing.
+static void equal_choices(void) {
+    static const char *const texts[] = {" jumps", " over the lazy dog and more", " a"};
+    double acc[3];
+    char results[2][512];
+    for (int order = 0; order < 2; order++) {
+        FILE *file = fopen("equal.jsonl", "w");
+        FILE *both = fopen("pairs.jsonl", "w");
+        for (int k = 0; k < 60; k++) {
+            int i = order ? 59 - k : k;
+            const char *a = texts[i % 3], *b = texts[(i + 1) % 3];
+            const char *prompt = choice_prompts[i % 4];
+            fprintf(file, "{\"prompt\":\"%s %d\",\"choices\":[\"%s\",\"%s\"],", prompt, i, a, a);
+            fprintf(file, "\"answer\":0}\n");
+            fprintf(both, "{\"prompt\":\"%s %d\",\"choices\":[\"%s\",\"%s\"],\"answer\":%d}\n",
+                    prompt, i, order ? a : b, order ? b : a, order);
+        }
+        need(fclose(file) == 0 && fclose(both) == 0, "equal.jsonl");
+        works("infer --model random --tokenizer f/tokenizers/llama3_style --tasks equal.jsonl "
+              "--recurrences 1,2,4 --json");
+        const retrofit_json *json = parse_json(out, out_size, "equal choices");
+        for (int j = 0; j < 3; j++) acc[j] = get_result(json, 1 << j, "acc");
+        check(acc[0] == 1 && acc[1] == 1 && acc[2] == 1, "equal choices: %s", out);
+        works("infer --model random --tokenizer f/tokenizers/llama3_style --tasks pairs.jsonl "
+              "--recurrences 1,2,4 --json --noise .1");
+        snprintf(results[order], sizeof results[order], "%s", out);
+    }
+    check(!strcmp(results[0], results[1]), "the order of tasks and choices: %s and %s", results[0],
+          results[1]);
+    char *last = run_choices("--tokenizer f/tokenizers/llama3_style", "a", "\" b\",\" b\"", 1);
+    check(strstr(err, "note: lines: in 1 of 1 tasks the right choice equals one before it") &&
+              get_result(parse_json(last, strlen(last), "one"), 1, "acc") == 0,
+          "the second of equal choices: %s%s", err, last);
+    check(strstr(last, "\"acc_stderr\":null") != NULL, "the standard error of one task: %s", last);
+    free(last);
+}
+
+// What a row begins from does not depend on the rows beside it: the loss of two tasks is the mean of
+// what each has alone.
+static void same_start_states(void) {
+    static const char *const lines[] = {
+        "{\"prompt\":\"The fox jumps over\",\"answer\":\" the lazy dog\"}",
+        "{\"prompt\":\"One, two\",\"answer\":\" three\"}",
+    };
+    double loss[3];
+    for (int i = 0; i < 3; i++) {
+        works("printf '%%s\\n' '%s' '%s' | head -n %d | tail -n %d >lines", lines[0], lines[1],
+              i == 1 ? 2 : 1 + i / 2, 1 + i / 2);
+        works("infer --model random --tokenizer f/tokenizers/llama3_style --tasks lines "
+              "--recurrences 1 --json");
+        loss[i] = get_result(parse_json(out, out_size, "a task"), 1, "loss");
+    }
+    check(fabs(loss[2] - (loss[0] + loss[1]) / 2) < 1e-5, "tasks alone: %g and %g, together: %g",
+          loss[0], loss[1], loss[2]);
+}
+
+// Lines as editors write them, members that nothing reads, answers that begin inside a token.
+static void lines_of_tasks(void) {
+    works("printf '\\357\\273\\277{\"prompt\":\"a\",\"answer\":\" b\",\"label\":1}\\r\\n\\r\\n \\n"
+          "{\"prompt\":\"a\",\"answer\":\" c\",\"label\":2,\"id\":7}\\r\\n' >lines");
+    works(TASKS "--tasks lines --recurrences 1 --json");
+    check(get_number(parse_json(out, out_size, "CR LF"), "count") == 2, "CR LF: %s", out);
+    check(!strcmp(err, "note: lines: \"label\" in a line is not read here\n"), "unread: %s", err);
+    works("printf '\\357\\273\\277{\"prompt\":\"a\",\"stop\":\"b\"}\\r\\n\\r\\n"
+          "{\"prompt\":\"b\"}\\r\\n' >lines");
+    works(TASKS "--batch lines --recurrences 1 --max-tokens 1");
+    check(strstr(err, "note: lines: \"stop\" in a line is not read here\n") != NULL, "unread: %s",
+          err);
+    works("echo '{\"prompt\":\"The f\",\"answer\":\"ox and the\"}' >lines");
+    works(TASKS "--tasks lines --recurrences 1");
+    check(strstr(err, "note: lines: 1 of 1 answers or choices begin inside a token") != NULL,
+          "inside a token: '%s'", err);
+    works("echo '{\"prompt\":\"The fo\",\"answer\":\"x\"}' >lines");
+    fails(1, "line 1: no token of the answer", TASKS "--tasks lines --recurrences 1");
+    works("printf '{\"prompt\":\"a\",\"answer\":\"%%s\"}\n' \"$(seq -s ' ' 100)\" >lines");
+    fails(1, "line 1: a task of", TASKS "--tasks lines --recurrences 1");
+}
+
+enum { SAYINGS = 6 };
+static const char *const sayings[SAYINGS] = {
+    " She has $1,250 and 3 more. The answer is $1,253.",
+    "\\n#### 18",
+    " The answer is 7.\\nSo 9 it is not",
+    " It is (B), I think",
+    " caf\xc3\xa9 7\xe2\x82\xac",
+    " I do not know.",
+};
+
+// A model that says the i-th saying, a token, behind a prompt that is the i-th letter, and then
+// ends. Embeddings and head are unit vectors, and the layers add nothing. loud: its logits are
+// infinite.
+static void make_speaker(const char *directory, bool loud) {
+    retrofit_model *model = retrofit_load("f/lookup/base", &retrofit_cpu, RETROFIT_TRAINING);
+    need(model != NULL, "a model");
+    size_t d = model->config.n_embd, eos = (size_t)model->config.eos, first = 30;
+    float *wte = model->wte.master, *lm_head = model->lm_head.master;
+    for (size_t i = 0; i < model->config.coda; i++) {
+        retrofit_layer *layer = &model->coda[i];
+        memset(layer->w_out.master, 0, layer->w_out.rows * layer->w_out.cols * sizeof(float));
+        memset(layer->w_down.master, 0, layer->w_down.rows * layer->w_down.cols * sizeof(float));
+    }
+    memset(wte, 0, model->wte.rows * d * sizeof *wte);
+    memset(lm_head, 0, model->wte.rows * d * sizeof *lm_head);
+    for (size_t i = 0; i < d; i++) model->ln_f.master[i] = 1;
+    for (size_t i = 0; i < SAYINGS; i++) {
+        wte[i * d + i] = 1;
+        lm_head[(first + i) * d + i] = loud ? 3e38f : 1;
+        wte[(first + i) * d + d - 1] = 1;
+    }
+    lm_head[eos * d + d - 1] = 1;
+    need(mkdir(directory, 0777) == 0, directory);
+    need(retrofit_save(model, directory, RETROFIT_F32, NULL), directory);
+    retrofit_free(model);
+
+    char path[64];
+    snprintf(path, sizeof path, "%s/tokenizer.json", directory);
+    FILE *file = fopen(path, "w");
+    fputs("{\"added_tokens\":[{\"id\":65,\"content\":\"</s>\",\"special\":true}", file);
+    for (size_t i = 0; i < SAYINGS; i++)
+        fprintf(file, ",{\"id\":%zu,\"content\":\"%s\",\"special\":false}", first + i, sayings[i]);
+    fputs("],\"pre_tokenizer\":{\"type\":\"ByteLevel\",\"add_prefix_space\":false},"
+          "\"decoder\":{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"merges\":[],"
+          "\"vocab\":{", file);
+    for (int i = 0; i < SAYINGS; i++) fprintf(file, i ? ",\"%c\":%d" : "\"%c\":%d", 'A' + i, i);
+    fputs("}}}\n", file);
+    need(fclose(file) == 0, path);
+}
+
+// What a regular expression finds in each saying, normalized; NULL: nothing.
+static const struct {
+    const char *regex, *answers[SAYINGS];
+} answer_cases[] = {
+    {"#### (-?[0-9.,]+)", {[1] = "18"}},
+    {"#### (\\-?[0-9\\.\\,]+)", {[1] = "18"}},
+    {"(-?[$0-9.,]{2,})|(-?[0-9]+)", {"1253", "18", "9", NULL, "7"}},
+    {"[Tt]he answer is ([^ ]+)", {"1253", [2] = "7.\\nso"}},
+    {"answer is \\$?(\\d+)", {"1", [2] = "7"}},
+    {"answer is (.*)", {"1253", [2] = "7"}},
+    {"([0-9]+)[^0-9]*$", {"253", "18", "9", NULL, "7"}},
+    {"\\(([A-D])\\)", {[3] = "b"}},
+    {"caf(.) (\\d)", {[4] = "\xc3\xa9"}},
+    {"\\d([^\\d\\s])", {[4] = "\xe2\x82\xac"}},
+    {"(\xc3\xa9?\\s\\d[\xe2\x82\xac\xc3\xa9])", {[4] = "\xc3\xa9 7\xe2\x82\xac"}},
+    {"[\xc3\xa9\xe2\x82\xac](?: (\\d))?", {NULL}}, // the last match has no group
+    {"(?:not|is) ([a-z0-9$,]+)", {"1253", [2] = "not", [5] = "know"}},
+    {"I ([[:alpha:]\\ ]+)", {[3] = "think", [5] = "do not know"}},
+    {"([\\d,]*\\d)\\.", {"1253", [2] = "7"}},
+    {"^\\s?([A-Z]\\w*)", {"She", [2] = "the", [3] = "IT", [5] = "I"}},
+    {"([0-9]{2}$|\\W[0-9]{,1}) ?(so|m)?", {NULL, "18"}},
+};
+
+static void answer_regexes(void) {
+    make_speaker("speaker", false);
+    for (size_t i = 0; i < sizeof answer_cases / sizeof *answer_cases; i++) {
+        const char *const *answers = answer_cases[i].answers;
+        size_t found = 0;
+        FILE *file = fopen("lines", "w");
+        for (int j = 0; j < SAYINGS; j++) {
+            found += answers[j] != NULL;
+            fprintf(file, "{\"prompt\":\"%c\",\"target\":\"%s\"}\n", 'A' + j,
+                    answers[j] ? answers[j] : "none");
+        }
+        need(fclose(file) == 0, "lines");
+        works("infer --model speaker --tasks lines --json --max-tokens 4 --answer-regex '%s'",
+              answer_cases[i].regex);
+        double acc = get_result(parse_json(out, out_size, "answers"), 0, "acc");
+        check(fabs(acc - (double)found / SAYINGS) < 1e-6, "/%s/: %g, not %zu of %d",
+              answer_cases[i].regex, acc, found, SAYINGS);
+    }
+}
+
+// What Python has and POSIX has not, or nobody has.
+static void bad_answer_regexes(void) {
+    static const char *const bad[] = {
+        "is (.*?)x", "(a+?)",  "(a{1,2}?)",      "(a)\\1",         "(?=a)(b)", "(?i)(a)",
+        "(?P<x>a)",  "\\b(a)", "(a\\Z)",         "([a-)",          "(a))",     "((a)",
+        "*(a)",      "(a**)",  "(a++)",          "([\xc3\xa0-z])", "([z-a])",  "(a*)",
+        "(?:a)",     "(\\x41)", "([^\xc3\xa9])", "(\xff)",         "(a)|$",    "([^\\w\\W])",
+    };
+    works("echo '{\"prompt\":\"A\",\"target\":\"7\"}' >lines");
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        fails(2, "--answer-regex: ", "infer --model speaker --tasks lines --answer-regex '%s'",
+              bad[i]);
+}
+
+static void cut_answers(void) {
+    static const char command[] = "infer --model speaker --tasks lines --answer-regex '([0-9]+)' ";
+    works("printf '{\"prompt\":\"%%s\",\"target\":\"7\"}\\n' E C >lines");
+    works("%s--max-tokens 1 --json", command);
+    const retrofit_json *json = parse_json(out, out_size, "cut answers");
+    check(get_result(json, 0, "cut") == 2 && get_result(json, 0, "acc") == .5, "cut: %s", out);
+    check(strstr(err, "note: lines: 2 of 2 answers at 0 recurrences were cut off") != NULL,
+          "cut: %s", err);
+    works("%s--max-tokens 2 --json", command);
+    json = parse_json(out, out_size, "answers that end");
+    check(get_result(json, 0, "cut") == 0 && !strstr(err, "cut off"), "not cut: %s%s", out, err);
+    // Of two tasks one is right: the standard error of a mean of 0 and 1 is sqrt(1/2)/sqrt(2).
+    check(get_result(json, 0, "acc_stderr") == .5, "a standard error: %s", out);
+}
+
+static void infinite_logits(void) {
+    make_speaker("loud", true);
+    fails(1, "not finite", "infer --model loud --tasks lines --answer-regex '([0-9]+)'");
+    works("echo '{\"prompt\":\"A\",\"choices\":[\"B\",\"C\"],\"answer\":0}' >lines");
+    fails(1, "not finite", "infer --model loud --tasks lines");
 }
 
 // A prompt that is fed in chunks.
@@ -1199,6 +1451,14 @@ int main(void) {
     targets(true);
     bad_tasks();
     tasks_of_base();
+    ends_and_beginnings_of_prompts();
+    equal_choices();
+    same_start_states();
+    lines_of_tasks();
+    answer_regexes();
+    bad_answer_regexes();
+    cut_answers();
+    infinite_logits();
     retrofit_json_free(parsed);
     return leave("infer");
 }
