@@ -685,7 +685,7 @@ static struct value read_name(const struct token *name) {
     if (is_word(name, "false") || is_word(name, "False")) return of_bool(false);
     if (is_word(name, "none") || is_word(name, "None")) return (struct value){.type = NONE};
     if (variable) return variable->value;
-    if (is_word(name, "loop")) return (struct value){.type = template.loop_count ? LOOP : UNDEFINED};
+    if (is_word(name, "loop") && template.loop_count) return (struct value){.type = LOOP};
     if (is_word(name, "bos_token"))
         return special_token(retrofit_tokenizer_bos(tokenizer), name);
     if (is_word(name, "eos_token"))
@@ -957,7 +957,8 @@ static void run_for(void) {
     expect("in");
     struct value list = read_expression();
     expect_kind(CLOSE);
-    if (list.type != LIST && list.type != UNDEFINED) refuse("a loop over this is not followed here");
+    bool loops = list.type == LIST || list.type == UNDEFINED;
+    if (!loops) refuse("a loop over this is not followed here");
     size_t body = template.at, index = template.loop_index, count = template.loop_count;
     size_t scope = template.scope;
     template.scope = template.variable_count;
@@ -975,6 +976,18 @@ static void run_for(void) {
     template.loop_index = index;
     template.loop_count = count;
     if (word && !is_word(word, "endfor")) refuse_token(word);
+    expect_kind(CLOSE);
+}
+
+// What training marks as the model's own.
+static void run_generation(void) {
+    size_t scope = template.scope;
+    expect_kind(CLOSE);
+    template.scope = template.variable_count;
+    const struct token *word = run_block();
+    template.variable_count = template.scope;
+    template.scope = scope;
+    if (!is_word(word, "endgeneration")) refuse_token(word);
     expect_kind(CLOSE);
 }
 
@@ -1000,6 +1013,7 @@ static const struct token *run_block(void) {
         } else if (is_word(word, "if")) run_if();
         else if (is_word(word, "for")) run_for();
         else if (is_word(word, "set")) run_set();
+        else if (is_word(word, "generation")) run_generation();
         else break;
     }
     template.nesting--;
@@ -1127,7 +1141,8 @@ static void read_chat_template(const char *directory) {
     template.text = read_template(directory, &size);
     if (!template.text)
         die(1, "%s: no chat template, neither chat_template.jinja nor chat_template in "
-               "tokenizer_config.json: a base model; without --chat it continues a text", directory);
+               "tokenizer_config.json: a base model; without --chat it continues a text",
+            directory);
     uint32_t character = 0;
     for (size_t i = 0; i < size && character != RETROFIT_UTF8_INVALID;)
         i += retrofit_utf8_next(template.text + i, size - i, &character);
@@ -2067,7 +2082,8 @@ static int32_t *encode_turn(bool first, const char *line, size_t size, size_t *c
     bool same = at <= text.size && (at == 0 || !memcmp(text.bytes, before.bytes, at));
     if (!first && same) {
         at += spaces_at(text.bytes + at, text.size - at); // with which the model begins
-        same = text.size - at > answer.size && !memcmp(text.bytes + at, answer.content, answer.size);
+        same = text.size - at > answer.size;
+        same = same && !memcmp(text.bytes + at, answer.content, answer.size);
         at += answer.size;
     }
     if (!same)
@@ -2082,8 +2098,8 @@ static int32_t *encode_turn(bool first, const char *line, size_t size, size_t *c
     int32_t *ids = retrofit_encode(tokenizer, added.bytes, added.size, false, count);
     require(ids != NULL);
     if (!first && !begins_with_special(ids, *count, added.bytes, added.size))
-        die(1, "%s: chat template: it ends the model's turn with no special token, so that tokens "
-               "may join the turns; --interactive cannot follow that", template.where);
+        die(1, "%s: chat template: no special token comes right behind what the model says, so "
+               "that a token may reach across; --interactive cannot follow that", template.where);
     free(added.bytes);
     return ids;
 }
