@@ -1043,6 +1043,7 @@ static bool render(const struct message *messages, size_t count, retrofit_text *
     define("tools", (struct value){.type = NONE});
     define("documents", (struct value){.type = NONE});
 
+    write_out("", 0); // so that there are bytes even if there is no text
     const struct token *end = run_block();
     if (end->kind != TEMPLATE_END) refuse_token(end);
     require(!template.output.failed);
@@ -1194,7 +1195,7 @@ static retrofit_text write_messages(const struct message *messages, size_t count
     retrofit_text text = render_or_die(marked, count, where);
     for (size_t i = 0; i < count; i++) {
         const char *mark = marked[i].content + messages[i].size;
-        if (!text.size || !memmem(text.bytes, text.size, mark, strlen(mark)))
+        if (!memmem(text.bytes, text.size, mark, strlen(mark)))
             die(1, "%s%s%s: chat template: it writes nothing of a message of the role \"%s\"",
                 where, *where ? ": " : "", template.where, messages[i].role);
         free((char *)marked[i].content);
@@ -2079,7 +2080,7 @@ static int32_t *encode_turn(bool first, const char *line, size_t size, size_t *c
     retrofit_text text = write_messages(messages, said, ""), added = text;
 
     size_t at = before.size; // where the new text begins
-    bool same = at <= text.size && (at == 0 || !memcmp(text.bytes, before.bytes, at));
+    bool same = at <= text.size && (first || !memcmp(text.bytes, before.bytes, at));
     if (!first && same) {
         at += spaces_at(text.bytes + at, text.size - at); // with which the model begins
         same = text.size - at > answer.size;
