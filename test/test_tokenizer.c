@@ -131,7 +131,7 @@ static void json_accepted(void) {
     // clang-format off
     static const char *const good[] = {
         "0", " -0.0e+1 ", "[]", "{}", "\"\"", "[1,2 ,\n3]", "{\"a\":{\"b\":[null,true,false]}}",
-        "\"\\u0000\\ud83d\\ude00\\/\"", "1e-999", "\"\x7f\"", "{\"a\":1,\"a\":2}"};
+        "\"\\u0000\\ud83d\\ude00\\/\"", "1e-999", "\"\x7f\"", "{\"a\":1,\"b\":{\"a\":2}}"};
     // clang-format on
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         retrofit_json *value = retrofit_json_parse(good[i], strlen(good[i]), "good");
@@ -147,7 +147,7 @@ static void json_refused(void) {
         "{\"a\":1,}", "\"", "\"\\", "\"\\\"", "\"\\x\"", "\"\\u12\"", "\"\\ud800\"", "\"\\udc00\"",
         "\"\\ud800\\u0041\"", "\"\n\"", "\"\xff\"", "\"\xc0\x80\"", "\"\xed\xa0\x80\"",
         "\"\xf4\x90\x80\x80\"", "nul", "truex", "[1 2]", "1 2", "[}", "NaN", "1e999",
-        "\xef\xbb\xbf{}", "'a'", "[1", "{\"a\":1", "\"\\ud800\\\"", "0x1", "tru", "// c\n1"};
+        "\xef\xbb\xbf{}", "{\"a\":1,\"a\":2}", "'a'", "[1", "{\"a\":1", "\"\\ud800\\\"", "0x1", "tru", "// c\n1"};
     // clang-format on
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         size_t n = strlen(bad[i]);
@@ -261,28 +261,68 @@ static void hostile(const char *directory, size_t stride, int changes) {
     free(text);
 }
 
-// The parts of a tokenizer.json that the tests below vary, and the usual one: see load_parts.
-enum { NORMALIZER, PRE_TOKENIZER, DECODER, POST_PROCESSOR, ADDED_TOKENS, MODEL, PARTS };
+// The parts of a tokenizer that the tests below vary: those of tokenizer.json, and the members of
+// tokenizer_config.json and special_tokens_map.json, which are not there without any.
+enum {
+    NORMALIZER,
+    PRE_TOKENIZER,
+    DECODER,
+    POST_PROCESSOR,
+    ADDED_TOKENS,
+    MODEL,
+    CONFIG,
+    MAP,
+    ADDED_JSON,
+    PARTS
+};
 
-// Loads a tokenizer.json of these parts, each JSON or NULL for the usual one. The members in MODEL
-// stand before the usual ones: of two members with one name the first counts.
+static void write_text(const char *directory, const char *name, const char *text) {
+    char path[RETROFIT_PATH];
+    need(retrofit_path(path, directory, name), name);
+    write_file(path, text, strlen(text));
+}
+
+// Appends a member of the model, unless `members` has one of this name.
+static void usual_member(char *text, size_t size, const char *members, const char *key,
+                         const char *value) {
+    char name[40];
+    snprintf(name, sizeof name, "\"%s\":", key);
+    if (strstr(members, name)) return;
+    size_t n = strlen(text);
+    snprintf(text + n, size - n, "%s%s%s", n ? "," : "", name, value);
+}
+
+// Loads a tokenizer of these parts, each JSON or NULL for the usual one. The members in MODEL, with
+// a comma behind each, take the place of the usual ones of their names.
 static retrofit_tokenizer *load_parts(const char *const parts[PARTS]) {
-    char work[] = "/tmp/tok_parts_XXXXXX", path[RETROFIT_PATH], text[4096];
-    need(mkdtemp(work) && retrofit_path(path, work, "tokenizer.json"), work);
+    static const char *const files[PARTS] = {
+        [CONFIG] = "tokenizer_config.json",
+        [MAP] = "special_tokens_map.json",
+        [ADDED_JSON] = "added_tokens.json",
+    };
+    char work[] = "/tmp/tok_parts_XXXXXX", path[RETROFIT_PATH], text[4096], model[2048] = "";
+    need(mkdtemp(work) != NULL, work);
     const char *usual[PARTS] = {"null", "null", "null", "null", "", ""};
     for (int i = 0; i < PARTS; i++)
         if (parts[i]) usual[i] = parts[i];
-    int n = snprintf(text, sizeof text,
-                     "{\"normalizer\":%s,\"pre_tokenizer\":%s,\"decoder\":%s,"
-                     "\"post_processor\":%s,\"added_tokens\":[%s],\"unheard\":1,"
-                     "\"model\":{%s\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"▁\":2,\"ab\":3,"
-                     "\"<s>\":4,\"c\":5,\"▁c\":6,\"Ġ\":7},"
-                     "\"merges\":[[\"a\",\"b\"],\"▁ c\"]}}",
-                     usual[NORMALIZER], usual[PRE_TOKENIZER], usual[DECODER], usual[POST_PROCESSOR],
-                     usual[ADDED_TOKENS], usual[MODEL]);
-    write_file(path, text, (size_t)n);
+    usual_member(model, sizeof model, usual[MODEL], "type", "\"BPE\"");
+    usual_member(model, sizeof model, usual[MODEL], "vocab",
+                 "{\"a\":0,\"b\":1,\"▁\":2,\"ab\":3,\"<s>\":4,\"c\":5,\"▁c\":6,\"Ġ\":7}");
+    usual_member(model, sizeof model, usual[MODEL], "merges", "[[\"a\",\"b\"],\"▁ c\"]");
+    snprintf(text, sizeof text,
+             "{\"normalizer\":%s,\"pre_tokenizer\":%s,\"decoder\":%s,\"post_processor\":%s,"
+             "\"added_tokens\":[%s],\"model\":{%s%s}}",
+             usual[NORMALIZER], usual[PRE_TOKENIZER], usual[DECODER], usual[POST_PROCESSOR],
+             usual[ADDED_TOKENS], usual[MODEL], model);
+    write_text(work, "tokenizer.json", text);
+    for (int i = CONFIG; i < PARTS; i++) {
+        snprintf(text, sizeof text, "{%s}", parts[i] ? parts[i] : "");
+        if (parts[i]) write_text(work, files[i], text);
+    }
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(work);
-    unlink(path);
+    if (retrofit_path(path, work, "tokenizer.json")) unlink(path);
+    for (int i = CONFIG; i < PARTS; i++)
+        if (retrofit_path(path, work, files[i])) unlink(path);
     rmdir(work);
     return tokenizer;
 }
