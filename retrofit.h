@@ -7438,18 +7438,21 @@ static bool tok_step_is(const retrofit_json *json, int role, const char *type, i
     return !setting[0];
 }
 
-// Refuses a step by its type and its settings.
+// Refuses a step by its type and its settings, those of its pattern among them.
 static void tok_refuse_step(tok_loader *loader, const retrofit_json *json, const char *type) {
-    char text[160];
-    size_t n = (size_t)snprintf(text, sizeof text, "%.60s", type);
+    char text[160] = "";
+    size_t n = 0;
     for (const retrofit_json *v = json->child; v && n < sizeof text; v = v->next) {
         const retrofit_json *value = v->type == RETROFIT_JSON_OBJECT && v->child ? v->child : v;
-        if (!strcmp(v->key, "type") || value->type > RETROFIT_JSON_STRING) continue;
-        const char *name = value->key, *is = value->string ? value->string : "null";
-        if (value->type == RETROFIT_JSON_BOOL) is = value->number ? "true" : "false";
-        n += (size_t)snprintf(text + n, sizeof text - n, "%s %.40s %.60s", n ? "\"" : "", name, is);
+        const char *is = value->string ? value->string : "null";
+        if (value->type == RETROFIT_JSON_BOOL) is = value->number != 0 ? "true" : "false";
+        if (!strcmp(v->key, "type") || value->child) continue;
+        n += (size_t)snprintf(text + n, sizeof text - n, ", %.30s %.60s", value->key, is);
     }
-    tok_refuse(loader, "this step is unsupported (or its settings, or its place):", text);
+    if (!loader->failed)
+        retrofit_fail("%s: this step is unsupported (or its settings, or its place): \"%.60s\"%s",
+                      loader->path, type, text);
+    loader->failed = true;
 }
 
 // A step, or a Sequence of steps. The parser's limit of the depth bounds the recursion.
