@@ -2596,15 +2596,16 @@ bool retrofit_key_check(const char *key, const char *value, const retrofit_key *
 // Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
 void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
-// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2,
-// Llama 3 and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so
-// that threads may share one.
+// A Hugging Face tokenizer, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3
+// and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so that threads
+// may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
 
-// Reads directory/tokenizer.json and, if it is there, tokenizer_config.json (bos_token, eos_token;
-// add_bos_token and add_eos_token count only where tokenizer.json has no post_processor). Freed
-// with retrofit_tokenizer_free. NULL or error, also for a step or setting that is not supported:
-// none that would change ids is skipped.
+// Reads directory/tokenizer.json and, if they are there, tokenizer_config.json, and
+// special_tokens_map.json as transformers does; from directory/latest if it has no tokenizer.json,
+// as the output of a training. doc/checks.md lists the keys. Freed with retrofit_tokenizer_free.
+// NULL or error, also for a step or setting that is not supported: none that would change ids is
+// skipped. Where versions of transformers differ, a note says which one is followed.
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory);
 void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 
@@ -2615,7 +2616,8 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                          bool with_special, size_t *count);
 // Decodes ids to malloc'd valid UTF-8 with a NUL at its end, which *size does not count.
-// skip_special leaves special tokens out. NULL or error for an id that no token has.
+// skip_special leaves special tokens out. An id that no token has gives no text, as the ids that a
+// model has beyond its tokenizer's. NULL or error for one that no tokenizer could have.
 char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
                       bool skip_special, size_t *size);
 
@@ -5854,8 +5856,8 @@ bool retrofit_keys_check(const retrofit_json *object, const retrofit_key *table,
 //     6  special tokens go around all ids (the post_processor's steps).
 // From ids to text: the tokens' texts are joined, after the decoder's steps.
 
-// Which code points are letters, numbers, white space and parts of words, \p{L}, \p{N}, \s and \w, in
-// Unicode 16. A string lists run lengths: how many code points from U+0000 on are outside of the
+// Which code points are letters, numbers, white space and parts of words, \p{L}, \p{N}, \s and \w,
+// in Unicode 16. A string lists run lengths: how many code points from U+0000 on are outside of the
 // class, how many after them are inside, then outside again, and so on; after the last run all are
 // outside. A length is written in base 26 with digits a = 0 to z = 25, the most significant first;
 // its last digit is a capital. So \s begins with J = 9 outside, F = 5 inside (U+0009 to U+000D),
@@ -6406,8 +6408,8 @@ static uint32_t tok_nfc_compose(const tok_nfc *nfc, uint32_t first, uint32_t sec
     return pair ? pair->whole : 0;
 }
 
-// Sorts the marks of a stretch, composes it, appends it to out and empties it. A mark joins the last
-// character of class 0, unless one of its class, or of a higher one, stands between the two.
+// Sorts the marks of a stretch, composes it, appends it to out and empties it. A mark joins the
+// last character of class 0, unless one of its class, or of a higher one, stands between the two.
 static void tok_nfc_flush(const tok_nfc *nfc, retrofit_text *stretch, retrofit_text *out) {
     uint64_t *items = (uint64_t *)(void *)stretch->bytes;
     size_t count = stretch->size / sizeof *items, kept = 0;
@@ -6794,8 +6796,9 @@ static void tok_append_byte(tok_encoder *encoder, char byte) {
 // Encodes a piece spelt in the byte-level alphabet.
 static void tok_encode_bytes(tok_encoder *encoder, const char *text, size_t size) {
     const bool *has = encoder->tokenizer->has;
+    bool prefix = has[TOK_PREFIX_SPACE] && has[TOK_BYTE_LEVEL] && text[0] != ' ';
     encoder->piece.size = 0;
-    if (has[TOK_PREFIX_SPACE] && has[TOK_BYTE_LEVEL] && text[0] != ' ') tok_append_byte(encoder, ' ');
+    if (prefix) tok_append_byte(encoder, ' ');
     for (size_t i = 0; i < size; i++) tok_append_byte(encoder, text[i]);
     tok_encode_piece(encoder, encoder->piece.bytes, encoder->piece.size);
 }
@@ -6933,10 +6936,10 @@ static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size,
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
     size_t done = 0, from = 0, begin;
     for (;;) {
-        const tok_added *added =
-            tok_find_added(tokenizer, text, size, from, normalized, &begin);
+        const tok_added *added = tok_find_added(tokenizer, text, size, from, normalized, &begin);
         if (!added) break;
-        size_t end = from = begin + added->size;
+        size_t end = begin + added->size;
+        from = end;
         if (!tok_added_counts(tokenizer, added, text, size, begin, end)) continue;
         if (added->lstrip) begin = retrofit_max(tok_strip_end(tokenizer, text, begin), done);
         if (added->rstrip) end += tok_run(tokenizer, text + end, size - end, TOK_WHITE, SIZE_MAX);
@@ -7203,8 +7206,8 @@ static const retrofit_key tok_step_keys[] = {
     {"stop", NULL, NULL}, {"single", NULL, NULL}, {"special_tokens", NULL, NULL},
     {"normalizers", NULL, NULL}, {"pretokenizers", NULL, NULL}, {"decoders", NULL, NULL},
     {"processors", NULL, NULL},
-    {"pair", "*", "for two texts"}, {"trim_offsets", "*", "places in the text, which we don't give"},
-    {"str_rep", "*", "the replacement again"},
+    {"pair", "*", "for two texts"}, {"str_rep", "*", "the replacement again"},
+    {"trim_offsets", "*", "places in the text, which we don't give"},
 };
 static const retrofit_key tok_added_keys[] = {
     {"id", NULL, NULL}, {"content", NULL, NULL}, {"special", NULL, NULL}, {"lstrip", NULL, NULL},
@@ -7236,14 +7239,16 @@ static const retrofit_key tok_config_keys[] = {
     {"pad_token_type_id", "*", "the same"}, {"model_input_names", "*", "of Python's results"},
     {"return_token_type_ids", "*", "the same"}, {"name_or_path", "*", "where it came from"},
     {"vocab_file", "*", "tokenizer.json has it all"}, {"merges_file", "*", "the same"},
-    {"special_tokens_map_file", "*", "where it came from"}, {"sp_model_kwargs", "*", "of another file"},
+    {"special_tokens_map_file", "*", "where it came from"},
+    {"sp_model_kwargs", "*", "of another file"},
     {"errors", "*", "of Python's own tokenizers; the others have \"replace\""},
     {"spaces_between_special_tokens", "*", "of Python's own tokenizers"},
-    {"do_lower_case", "*", "tokenizer.json's normalizer decides"}, {"remove_space", "*", "the same"},
-    {"keep_accents", "*", "the same"}, {"strip_accents", "*", "the same"},
+    {"do_lower_case", "*", "tokenizer.json's normalizer decides"}, {"keep_accents", "*", "the same"},
+    {"remove_space", "*", "the same"}, {"strip_accents", "*", "the same"},
     {"trim_offsets", "*", "places in the text, which we don't give"}, {"use_fast", "*", "Python's"},
-    {"auto_map", "*", "Python's"}, {"processor_class", "*", "Python's"}, {"backend", "*", "Python's"},
-    {"is_local", "*", "Python's"}, {"local_files_only", "*", "Python's"},
+    {"auto_map", "*", "Python's"}, {"processor_class", "*", "Python's"},
+    {"backend", "*", "Python's"}, {"is_local", "*", "Python's"},
+    {"local_files_only", "*", "Python's"},
     {"transformers_version", "*", "Python's"}, {"device_map", "*", "Python's"},
     {"tokenizer_type", "*", "Python's"}, {"init_inputs", "*", "Python's"},
     {"image*", "*", "of images"}, {"video*", "*", "of images"}, {"vision*", "*", "of images"},
@@ -7416,7 +7421,7 @@ static void tok_check_split(tok_loader *loader, const retrofit_json *step) {
     const char *behavior = tok_get(loader, step, "behavior", RETROFIT_JSON_STRING)->string;
     bool invert = tok_flag(loader, step, "invert", false);
     if (strcmp(behavior, "Isolated") && (strcmp(behavior, "Removed") || !invert))
-        tok_refuse(loader, "unsupported, the behavior (and invert) of the step \"Split\":", behavior);
+        tok_refuse(loader, "unsupported, behavior (and invert) of the step \"Split\":", behavior);
 }
 
 // The settings of a step that are not in tok_steps.
@@ -7500,8 +7505,8 @@ static void tok_check_steps(tok_loader *loader) {
     bool strips_each_token = has[TOK_STRIP_SPACE] && !has[TOK_FUSE];
     bool spm_decoder = has[TOK_UNMARK_SPACES] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE];
     bool two_decoders = has[TOK_UNDO_BYTES] && (spm_decoder || has[TOK_UNMARK_METASPACE]);
-    bool unmarked_twice = has[TOK_UNMARK_METASPACE] &&
-                          (has[TOK_UNMARK_SPACES] || has[TOK_BYTE_FALLBACK] || has[TOK_STRIP_SPACE]);
+    bool unmarked = has[TOK_UNMARK_SPACES] || has[TOK_BYTE_FALLBACK] || has[TOK_STRIP_SPACE];
+    bool unmarked_twice = has[TOK_UNMARK_METASPACE] && unmarked;
     if (patterns > 1 || bytes_twice || digits_twice || marked_twice)
         tok_refuse(loader, "steps that are not supported together, in", "pre_tokenizer");
     if (strips_each_token || two_decoders || unmarked_twice)
@@ -7686,8 +7691,8 @@ static tok_token *tok_enter_added(tok_loader *loader, tok_added new) {
 // Says that a file gives another id to an added token than it has.
 static void tok_note_id(const tok_loader *loader, const char *text, int32_t id, int32_t said) {
     if (id != said)
-        retrofit_note("%s: the added token \"%s\" has id %d, not %d, as in Hugging Face's tokenizers",
-                      loader->path, text, (int)id, (int)said);
+        retrofit_note("%s: the added token \"%s\" has id %d, not %d, as in Hugging Face's "
+                      "tokenizers", loader->path, text, (int)id, (int)said);
 }
 
 // One of tokenizer.json's added_tokens, which may be in the vocabulary too. It may be there twice
@@ -7881,7 +7886,7 @@ static void tok_load_decoder_tokens(tok_loader *loader) {
         all[count] = (tok_numbered){strtoul(v->key, NULL, 10), v};
         bool digits = v->key_length > 0 && strspn(v->key, "0123456789") == v->key_length;
         if (!digits || all[count++].id >= TOK_MAX_ID)
-            tok_refuse(loader, "not a token id from 0 to 4194303, in added_tokens_decoder:", v->key);
+            tok_refuse(loader, "no id from 0 to 4194303, in added_tokens_decoder:", v->key);
     }
     if (count) qsort(all, count, sizeof *all, tok_compare_numbered);
     for (size_t i = 0; i < count && !loader->failed; i++) {
@@ -7938,8 +7943,8 @@ static void tok_load_class(tok_loader *loader) {
             loader->class = &tok_classes[i];
     }
     if (!loader->class && !loader->failed)
-        retrofit_note("%s: the tokenizer_class \"%s\" is not known here: tokenizer.json is followed "
-                      "as it is", loader->path, class->string);
+        retrofit_note("%s: the tokenizer_class \"%s\" is not known here: tokenizer.json is "
+                      "followed as it is", loader->path, class->string);
 }
 
 // add_bos_token and add_eos_token. They count for classes that put their own tokens around a text;
@@ -8017,8 +8022,8 @@ static void tok_load_config(tok_loader *loader, const char *directory) {
     tok_load_prefix(loader);
     tokenizer->has[TOK_SPLIT_SPECIAL] = tok_flag(loader, config, "split_special_tokens", false);
     if (tok_flag(loader, config, "clean_up_tokenization_spaces", false))
-        retrofit_note("%s: clean_up_tokenization_spaces is not followed: text that is decoded keeps "
-                      "all its spaces", loader->path);
+        retrofit_note("%s: clean_up_tokenization_spaces is not followed: decoded text keeps its "
+                      "spaces", loader->path);
 }
 
 // Memory for files of this size, and what does not depend on their contents.

@@ -147,7 +147,8 @@ static void json_refused(void) {
         "{\"a\":1,}", "\"", "\"\\", "\"\\\"", "\"\\x\"", "\"\\u12\"", "\"\\ud800\"", "\"\\udc00\"",
         "\"\\ud800\\u0041\"", "\"\n\"", "\"\xff\"", "\"\xc0\x80\"", "\"\xed\xa0\x80\"",
         "\"\xf4\x90\x80\x80\"", "nul", "truex", "[1 2]", "1 2", "[}", "NaN", "1e999",
-        "\xef\xbb\xbf{}", "{\"a\":1,\"a\":2}", "'a'", "[1", "{\"a\":1", "\"\\ud800\\\"", "0x1", "tru", "// c\n1"};
+        "\xef\xbb\xbf{}", "'a'", "[1", "{\"a\":1", "\"\\ud800\\\"", "0x1", "tru", "// c\n1",
+        "{\"a\":1,\"a\":2}"};
     // clang-format on
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         size_t n = strlen(bad[i]);
@@ -389,7 +390,8 @@ static const struct {
      "\"Replace\""},
     {NORMALIZER, "[]", "\"type\""},
     {NORMALIZER, "1", "\"type\""},
-    {PRE_TOKENIZER, "{\"type\":\"Metaspace\",\"replacement\":\"_\"}", "\"Metaspace\", replacement _"},
+    {PRE_TOKENIZER, "{\"type\":\"Metaspace\",\"replacement\":\"_\"}",
+     "\"Metaspace\", replacement _"},
     {PRE_TOKENIZER, METASPACE("no", "true"), "\"no\""},
     {PRE_TOKENIZER, SEQUENCE("pretokenizers", METASPACE("never", "true") "," DIGITS), "together"},
     {PRE_TOKENIZER,
@@ -403,7 +405,8 @@ static const struct {
     {PRE_TOKENIZER, SPLIT(GPT2, "Contiguous", "false"), "\"Split\": \"Contiguous\""},
     {PRE_TOKENIZER, SPLIT(GPT2, "Isolated", "true"), NULL}, // all is matched: nothing is between
     {PRE_TOKENIZER, SPLIT(GPT2, "Removed", "true"), NULL},
-    {PRE_TOKENIZER, SPLIT("x+", "Isolated", "false"), "\"Split\", Regex x+, behavior Isolated, invert false"},
+    {PRE_TOKENIZER, SPLIT("x+", "Isolated", "false"),
+     "\"Split\", Regex x+, behavior Isolated, invert false"},
     {PRE_TOKENIZER, SEQUENCE("pretokenizers", SPLIT_GPT2 "," DIGITS), "\"Digits\""},
     {PRE_TOKENIZER, SEQUENCE("pretokenizers", SPLIT_GPT2 "," GPT2_BYTES), "together"},
     {PRE_TOKENIZER, SEQUENCE("pretokenizers", SPLIT_GPT2 "," BYTES), NULL},
@@ -611,7 +614,7 @@ static const struct {
     {CONFIG, "\"eos_token\":\"<s>\""},
     {CONFIG, "\"pad_token\":\"<v>\""},
     {CONFIG, "\"split_special_tokens\":true"},
-    {CONFIG, CLASS("LlamaTokenizer", ",\"bos_token\":\"a\",\"eos_token\":\"a\",\"unk_token\":\"a\"")},
+    {CONFIG, CLASS("LlamaTokenizer", ",\"bos_token\":\"a\",\"eos_token\":\"a\"")},
 };
 enum { OTHERS = sizeof others / sizeof *others };
 // clang-format on
@@ -621,8 +624,9 @@ enum { OTHERS = sizeof others / sizeof *others };
 #define USUAL "\"a\":0,\"b\":1,\"▁\":2,\"ab\":3,\"<s>\":4,\"c\":5,\"▁c\":6"
 #define MARKED "\"merges\":[\"a b\",\"▁ c\",\"c ▁c\"],\"vocab\":{" USUAL ",\"Ġ\":7,\"c▁c\":8},"
 #define ACCENTS \
-    "\"merges\":[],\"vocab\":{\"é\":0,\"e\":1,\"\u0301\":2,\"\u0323\":3,\"\u1eb9\":4,\"\uac01\":5," \
-    "\"\u1100\":6,\"\uf900\":7,\"x\":8,\"\u1abf\":9,\"\u8c48\":10,\"\u0f71\":11,\"\u0f73\":12,\"\u0f72\":13,\"\u0345\":14},"
+    "\"merges\":[],\"vocab\":{\"é\":0,\"e\":1,\"\u0301\":2,\"\u0323\":3,\"\u1eb9\":4," \
+    "\"\uac01\":5,\"\u1100\":6,\"\uf900\":7,\"x\":8,\"\u1abf\":9,\"\u8c48\":10,\"\u0f71\":11," \
+    "\"\u0f73\":12,\"\u0f72\":13,\"\u0345\":14},"
 #define S ADDED("4", "<s>", ",\"special\":true")
 #define UNK_C "\"unk_token\":\"c\","
 #define FAST CLASS("PreTrainedTokenizerFast", ",")
@@ -650,8 +654,8 @@ static const struct {
     {{[PRE_TOKENIZER] = PREFIX_BYTES, [ADDED_TOKENS] = S}, NULL,
      {"ab", "7 3 ", " ab", "7 3 ", "a<s>b", "7 0 4 7 1 ", "", ""}},
     {{[PRE_TOKENIZER] = SEQUENCE("pretokenizers", DIGITS "," PREFIX_BYTES), [ADDED_TOKENS] = S,
-      [MODEL] = "\"merges\":[\"a b\"],\"vocab\":{\"a\":0,\"b\":1,\"1\":2,\"ab\":3,\"<s>\":4,\"Ġ\":5},"},
-     NULL, {"ab1ab", "5 3 5 2 5 3 ", "<s> ab", "4 5 3 "}},
+      [MODEL] = "\"merges\":[\"a b\"],\"vocab\":{\"a\":0,\"b\":1,\"1\":2,\"ab\":3,\"<s>\":4,"
+      "\"Ġ\":5},"}, NULL, {"ab1ab", "5 3 5 2 5 3 ", "<s> ab", "4 5 3 "}},
     {{[ADDED_TOKENS] = ADDED("8", "new", ",\"single_word\":true"), [MODEL] = UNK_C}, NULL,
      {"a new b", "0 5 8 5 1 ", "anew", "0 5 5 5 ", "newb", "5 5 5 1 ", "new", "8 ",
       "\u0301new", "5 5 5 5 ", "newnew", "5 5 5 5 5 5 "}},

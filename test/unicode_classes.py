@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Prints the tables of retrofit.h, section 11, that come from the Unicode data. tok_class_runs: which
-code points are letters, numbers, white space and parts of words, as Hugging Face's regular
+"""Prints the tables of retrofit.h, section 11, that come from the Unicode data. tok_class_runs:
+which code points are letters, numbers, white space and parts of words, as Hugging Face's regular
 expressions mean \\p{L}, \\p{N}, \\s and \\w. tok_nfc_pairs, tok_nfc_classes: what NFC needs.
 
-    pip install unicodedata2==16.0.0        # Unicode 16; Python's own unicodedata has another version
+    pip install unicodedata2==16.0.0        # Unicode 16, which Python's own is not
     python3 test/unicode_classes.py         # prints the C strings
     python3 test/unicode_classes.py --check retrofit.h      # whether they stand in that file
 
-\\p{L} is the general categories Lu, Ll, Lt, Lm and Lo; \\p{N} is Nd, Nl and No; \\s is the property
-White_Space of Unicode's PropList.txt; \\w is the categories L, M, Nd, Nl and Pc, and what else has
+\\p{L} is the general categories Lu, Ll, Lt, Lm and Lo, \\p{N} is Nd, Nl and No, \\s is the property
+White_Space of Unicode's PropList.txt, \\w is the categories L, M, Nd, Nl and Pc, and what else has
 the properties Alphabetic or Join_Control. What unicodedata2 does not have is listed below.
 
 NFC is that of Unicode 9, which Hugging Face's tokenizers 0.22 has: characters that came later are
