@@ -7548,13 +7548,18 @@ static void *tok_allocate_table(tok_loader *loader, size_t count, size_t slot_si
     return table;
 }
 
-// The vocabulary, with room for all tokens that may be added.
-static void tok_load_vocabulary(tok_loader *loader, const retrofit_json *vocabulary) {
+// The vocabulary, with room for all tokens that may be added, those of tokenizer.json and others.
+static void tok_load_vocabulary(tok_loader *loader, const retrofit_json *vocabulary,
+                                const retrofit_json *added) {
     retrofit_tokenizer *tokenizer = loader->tokenizer;
     int32_t last = -1;
     const retrofit_json *entry;
     for (entry = vocabulary->child; entry; entry = entry->next) {
         int32_t id = tok_read_id(loader, entry);
+        if (id > last) last = id;
+    }
+    for (entry = added->child; entry; entry = entry->next) {
+        int32_t id = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
         if (id > last) last = id;
     }
     if (last < 0) tok_refuse(loader, "no token in the", "vocab");
@@ -7640,6 +7645,7 @@ static tok_added tok_read_added(tok_loader *loader, const retrofit_json *entry, 
     return (tok_added){
         .text = text->string,
         .size = text->length,
+        .id = -1,
         .special = special,
         .normalized = tok_flag(loader, entry, "normalized", !special),
         .single_word = tok_flag(loader, entry, "single_word", false),
@@ -7649,20 +7655,22 @@ static tok_added tok_read_added(tok_loader *loader, const retrofit_json *entry, 
 }
 
 // The id that Hugging Face's tokenizers give to the next new token, whatever a file says.
+// tokenizer.json may say another one only where somebody has edited it; then the file counts.
 static int32_t tok_next_id(const tok_loader *loader) {
     int32_t size = (int32_t)loader->vocabulary_size;
     return loader->last_added >= size ? loader->last_added + 1 : size;
 }
 
-// Adds a token, or changes the flags of one that was added before; both as transformers does. Of
-// the flags, only special and normalized cannot be taken back. Returns the token; NULL or error.
+// Adds a token, with the next id if it has none, or changes the flags of one that was added before,
+// as transformers does: special and normalized cannot be taken back. Returns it; NULL or error.
 static tok_token *tok_enter_added(tok_loader *loader, tok_added new) {
     retrofit_tokenizer *tokenizer = loader->tokenizer;
     if (!new.size) tok_refuse(loader, "empty: an", "added token");
     if (loader->failed) return NULL;
-    new.id = tok_find(tokenizer, new.text, new.size);
-    if (new.id < 0) {
-        new.id = tok_next_id(loader);
+    int32_t known = tok_find(tokenizer, new.text, new.size);
+    if (known >= 0) new.id = known;
+    if (known < 0) {
+        if (new.id < 0) new.id = tok_next_id(loader);
         if (tokenizer->tokens[new.id].text)
             tok_refuse(loader, "would get the id of another token, the added token", new.text);
         else tok_add_token(loader, new.text, new.size, new.id, false);
@@ -7688,13 +7696,6 @@ static tok_token *tok_enter_added(tok_loader *loader, tok_added new) {
     return token;
 }
 
-// Says that a file gives another id to an added token than it has.
-static void tok_note_id(const tok_loader *loader, const char *text, int32_t id, int32_t said) {
-    if (id != said)
-        retrofit_note("%s: the added token \"%s\" has id %d, not %d, as in Hugging Face's "
-                      "tokenizers", loader->path, text, (int)id, (int)said);
-}
-
 // One of tokenizer.json's added_tokens, which may be in the vocabulary too. It may be there twice
 // if both say the same.
 static void tok_load_added(tok_loader *loader, const retrofit_json *entry) {
@@ -7704,16 +7705,19 @@ static void tok_load_added(tok_loader *loader, const retrofit_json *entry) {
     if (loader->failed) return;
     int32_t known = tok_find(tokenizer, new.text, new.size);
     const tok_token *token = known >= 0 ? &tokenizer->tokens[known] : tok_token_at(tokenizer, said);
-    bool bad = known >= 0 ? known != said && !token->added : token != NULL;
+    bool bad = known >= 0 ? known != said : token != NULL;
     if (known >= 0 && token->added) {
         const tok_added *old = &tokenizer->added[token->added - 1];
-        bad = old->special != new.special || old->normalized != new.normalized ||
+        bad = bad || old->special != new.special || old->normalized != new.normalized ||
               old->single_word != new.single_word || old->lstrip != new.lstrip ||
               old->rstrip != new.rstrip;
     }
     if (bad) tok_refuse(loader, "twice there, with other ids or flags, the added token", new.text);
-    token = tok_enter_added(loader, new);
-    if (token) tok_note_id(loader, token->text, (int32_t)(token - tokenizer->tokens), said);
+    if (known < 0 && !loader->failed && said != tok_next_id(loader))
+        retrofit_note("%s: the added token \"%s\" has id %d, but %d in Hugging Face's tokenizers",
+                      loader->path, new.text, (int)said, (int)tok_next_id(loader));
+    new.id = said;
+    tok_enter_added(loader, new);
 }
 
 // Makes the added tokens ready to be found. Where one's text is normalized to be found, decoding
@@ -7786,7 +7790,8 @@ static void tok_load_unk(tok_loader *loader, const retrofit_json *model) {
 }
 
 // The vocabulary and the merges of tokenizer.json's model.
-static void tok_load_model(tok_loader *loader, const retrofit_json *model) {
+static void tok_load_model(tok_loader *loader, const retrofit_json *model,
+                           const retrofit_json *added) {
     retrofit_tokenizer *tokenizer = loader->tokenizer;
     if (!tok_setting_is(model, "type", "BPE"))
         tok_refuse(loader, "only BPE is supported as", "model");
@@ -7795,7 +7800,7 @@ static void tok_load_model(tok_loader *loader, const retrofit_json *model) {
     tokenizer->byte_fallback = tok_flag(loader, model, "byte_fallback", false);
     tokenizer->ignore_merges = tok_flag(loader, model, "ignore_merges", false);
     const retrofit_json *vocabulary = tok_get(loader, model, "vocab", RETROFIT_JSON_OBJECT);
-    if (!loader->failed) tok_load_vocabulary(loader, vocabulary);
+    if (!loader->failed) tok_load_vocabulary(loader, vocabulary, added);
     if (loader->failed) return;
     tok_load_merges(loader, tok_get(loader, model, "merges", RETROFIT_JSON_ARRAY));
     tok_load_unk(loader, model);
@@ -7819,7 +7824,7 @@ static void tok_load_tokenizer(tok_loader *loader, const retrofit_json *root) {
         tokenizer->nfc = tok_nfc_make();
         if (!tokenizer->nfc) loader->failed = true;
     }
-    tok_load_model(loader, model);
+    tok_load_model(loader, model, added);
     for (const retrofit_json *v = added->child; v && !loader->failed; v = v->next)
         tok_load_added(loader, v);
 }
@@ -7834,7 +7839,7 @@ static tok_added tok_named(tok_loader *loader, int name) {
     const char *own = loader->class ? loader->class->tokens[name] : NULL;
     if (!value && !own && name == TOK_PAD)
         value = retrofit_json_get(tok_present(loader->root, "padding"), key);
-    tok_added token = {.special = true};
+    tok_added token = {.id = -1, .special = true};
     if (value && value->type != RETROFIT_JSON_NULL) token = tok_read_added(loader, value, true);
     if (!value && own) token.text = own;
     if (!value && own) token.size = strlen(own);
@@ -7894,8 +7899,10 @@ static void tok_load_decoder_tokens(tok_loader *loader) {
         new.again = true;
         const tok_token *token = tok_enter_added(loader, new);
         if (!token) break;
-        int32_t id = (int32_t)(token - loader->tokenizer->tokens);
-        tok_note_id(loader, token->text, id, (int32_t)all[i].id);
+        size_t id = (size_t)(token - loader->tokenizer->tokens);
+        if (id != all[i].id)
+            retrofit_note("%s: the added token \"%s\" has id %zu, not %zu, as in transformers",
+                          loader->path, token->text, id, all[i].id);
     }
     free(all);
 }
@@ -8016,7 +8023,9 @@ static void tok_load_config(tok_loader *loader, const char *directory) {
     tok_load_class(loader);
     if (!loader->failed) tok_load_more_tokens(loader);
     if (!loader->failed) tok_index_added(loader);
-    if (!loader->failed) tok_load_role(loader, loader->root, TOK_POST_PROCESSOR);
+    if (!retrofit_path(loader->path, directory, "tokenizer.json")) loader->failed = true;
+    tok_load_role(loader, loader->root, TOK_POST_PROCESSOR);
+    if (!retrofit_path(loader->path, directory, "tokenizer_config.json")) loader->failed = true;
     if (loader->failed) return;
     tok_load_ends(loader);
     tok_load_prefix(loader);

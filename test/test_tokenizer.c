@@ -445,6 +445,7 @@ static const struct {
     {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("8", "new", ",\"lstrip\":true"), "\"new\""},
     {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("8", "new", ",\"special\":true"), "\"new\""},
     {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("8", "old", ""), "\"old\""},
+    {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("9", "new", ""), "\"new\""},
     {ADDED_TOKENS, ADDED("9", "", ""), "added token"},
     {ADDED_TOKENS, ADDED("4194304", "new", ""), "token id"},
     {ADDED_TOKENS, ADDED("1.5", "new", ""), "token id"},
@@ -543,32 +544,32 @@ static void normalized_special_token(void) {
 
 static void plain_tokenizer(void) {
     retrofit_tokenizer *tokenizer =
-        load_part(ADDED_TOKENS, ADDED("8", "ca", ",\"normalized\":true") ","
+        load_part(ADDED_TOKENS, ADDED("9", "ca", ",\"normalized\":true") ","
                                 ADDED("3", "ab", ",\"normalized\":false"));
     expect(tokenizer, "cab", "5 3 ");
-    expect(tokenizer, "caab", "8 3 ");
-    expect(tokenizer, "cca", "5 8 ");
+    expect(tokenizer, "caab", "9 3 ");
+    expect(tokenizer, "cca", "5 9 ");
     size_t size;
-    int32_t ids[] = {77, 0, 1, 8, 4194303}; // the first and the last are no token's
-    char *text = retrofit_decode(tokenizer, ids, 5, false, &size);
+    int32_t ids[] = {77, 8, 0, 1, 9, 4194303}; // the first two and the last are no token's
+    char *text = retrofit_decode(tokenizer, ids, 6, false, &size);
     check(text && !strcmp(text, "a b ca") && size == 6, "without a decoder: %s",
           text ? text : retrofit_error());
     free(text);
-    check_stream(tokenizer, ids, 5, true);
-    int32_t nothing = 0;
-    check(!retrofit_decode_context(tokenizer, ids, 1, &nothing), "no token to begin with");
-    check(retrofit_decode_context(tokenizer, ids, 5, &nothing) && nothing == 8, "the last token");
+    check_stream(tokenizer, ids, 6, true);
+    int32_t last = 0;
+    check(!retrofit_decode_context(tokenizer, ids, 2, &last), "no token to begin with");
+    check(retrofit_decode_context(tokenizer, ids, 6, &last) && last == 9, "the last token");
     for (int i = 0; i < 2; i++) {
         ids[2] = i ? -1 : 4194304;
-        text = retrofit_decode(tokenizer, ids, 5, false, &size);
+        text = retrofit_decode(tokenizer, ids, 6, false, &size);
         check(!text && strstr(retrofit_error(), "no token"), "id %d accepted", (int)ids[2]);
         free(text);
     }
-    check(retrofit_tokenizer_id(tokenizer, "ca") == 8 &&
+    check(retrofit_tokenizer_id(tokenizer, "ca") == 9 &&
               retrofit_tokenizer_id(tokenizer, "▁c") == 6 &&
               retrofit_tokenizer_id(tokenizer, "zz") == -1,
           "ids by name");
-    check(retrofit_tokenizer_size(tokenizer) == 9 && retrofit_tokenizer_bos(tokenizer) == -1 &&
+    check(retrofit_tokenizer_size(tokenizer) == 10 && retrofit_tokenizer_bos(tokenizer) == -1 &&
               retrofit_tokenizer_eos(tokenizer) == -1,
           "size, bos, eos");
     retrofit_tokenizer_free(tokenizer);
