@@ -6180,6 +6180,7 @@ typedef struct {
     size_t size;
     int32_t id;
     int32_t key;      // text's first byte, + 256 if it is to be found in normalized text
+    int32_t order;    // of two with one text, once normalized, the lower is found
     bool special;     // as the token
     bool normalized;  // to be found in normalized text
     bool single_word; // not found inside of a word
@@ -7632,7 +7633,7 @@ static int tok_compare_added(const void *a, const void *b) {
     const tok_added *x = a, *y = b;
     if (x->key != y->key) return x->key - y->key;
     if (x->size != y->size) return x->size < y->size ? 1 : -1;
-    return x->id - y->id;
+    return x->order - y->order;
 }
 
 // An added token as a file describes it: its text, as a string or as "content" beside its flags.
@@ -7727,6 +7728,8 @@ static void tok_index_added(tok_loader *loader) {
     size_t count = tokenizer->added_count, i = 0;
     retrofit_text normal = {0};
     for (tok_added *added = tokenizer->added; added < tokenizer->added + count; added++) {
+        added->order = (int32_t)(added - tokenizer->added);
+        if (!added->special) added->order += TOK_MAX_ID;
         added->key = 0;
         if (added->normalized) {
             tok_normalize(tokenizer, &normal, added->text, added->size);
