@@ -2616,15 +2616,16 @@ const char *retrofit_json_value_text(const retrofit_json *value);
 // Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
 void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
-// A Hugging Face tokenizer.json, reproduced id for id: byte-level BPE with the patterns of GPT-2,
-// Llama 3 and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so
-// that threads may share one.
+// A Hugging Face tokenizer, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3
+// and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so that threads
+// may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
 
-// Reads directory/tokenizer.json and, if it is there, tokenizer_config.json (bos_token, eos_token;
-// add_bos_token and add_eos_token count only where tokenizer.json has no post_processor). Freed
-// with retrofit_tokenizer_free. NULL or error, also for a step or setting that is not supported:
-// none that would change ids is skipped.
+// Reads directory/tokenizer.json and, if they are there, tokenizer_config.json, and
+// special_tokens_map.json as transformers does; from directory/latest if it has no tokenizer.json,
+// as the output of a training. doc/checks.md lists the keys. Freed with retrofit_tokenizer_free.
+// NULL or error, also for a step or setting that is not supported: none that would change ids is
+// skipped. Where versions of transformers differ, a note says which one is followed.
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory);
 void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 
@@ -2635,7 +2636,8 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                          bool with_special, size_t *count);
 // Decodes ids to malloc'd valid UTF-8 with a NUL at its end, which *size does not count.
-// skip_special leaves special tokens out. NULL or error for an id that no token has.
+// skip_special leaves special tokens out. An id that no token has gives no text, as the ids that a
+// model has beyond its tokenizer's. NULL or error for one that no tokenizer could have.
 char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
                       bool skip_special, size_t *size);
 
@@ -6434,13 +6436,13 @@ bool retrofit_keys_check(const retrofit_json *object, const retrofit_key *table,
 //     6  special tokens go around all ids (the post_processor's steps).
 // From ids to text: the tokens' texts are joined, after the decoder's steps.
 
-// Which code points are letters, numbers and white space, \p{L}, \p{N} and \s, in Unicode 16. A
-// string lists run lengths: how many code points from U+0000 on are outside of the class, how many
-// after them are inside, then outside again, and so on; after the last run all are outside.
-// A length is written in base 26 with digits a = 0 to z = 25, the most significant first; its last
-// digit is a capital. So \s begins with J = 9 outside, F = 5 inside (U+0009 to U+000D), S = 18
-// outside, B = 1 inside (U+0020), dW = 3·26 + 22 = 100 outside.
-// test/unicode_classes.py made the table from the Unicode data and can check it.
+// Which code points are letters, numbers, white space and parts of words, \p{L}, \p{N}, \s and \w,
+// in Unicode 16. A string lists run lengths: how many code points from U+0000 on are outside of the
+// class, how many after them are inside, then outside again, and so on; after the last run all are
+// outside. A length is written in base 26 with digits a = 0 to z = 25, the most significant first;
+// its last digit is a capital. So \s begins with J = 9 outside, F = 5 inside (U+0009 to U+000D),
+// S = 18 outside, B = 1 inside (U+0020), dW = 3·26 + 22 = 100 outside.
+// test/unicode_classes.py made these tables from the Unicode data and can check them.
 // clang-format off
 static const char *const tok_class_runs[] = {
     // \p{L}
@@ -6471,10 +6473,184 @@ static const char *const tok_class_runs[] = {
     "kCXbjsZKceWUMUeEZbqRbYdnCKqGKtIKjNKbbOJeYKbeLcHBDBEcYbTBPblANedFK",
     // \s
     "JFSBdWBbABihJBdpNLbDCFBbVBfxWB",
+    // \w
+    "bWKHbAEBBbAbVBKBEBFXBbFBrQEMOFHBBBReNBCCEBBGBBDBBBUBdFBfJBgRBbMCBGbPIbTBBBCBCBBIbBEEbDLFcWEdY"
+    "BICKBTCBQcHCdXOcCEBCBCbUSbCELFYBGIcXBeZCKBTBICCCWBHBBDECJCCCEIBECBFCMKBBBCDBGECCWBHBCBCBCCBBF"
+    "ECCDDBHEBBHQLDBJBDBWBHBCBFCKBDBDCBPECKJHBDBICCCWBHBCBFCJCCCDHDECBFCKBBQCBGDDBEDCBBBCDCDDDMEFD"
+    "DBECBGBOKQNBDBXBQCJBDBEHCBDCBCECKQEBIBDBXBKBFCJBDBEHCGCBECKBDMNBDBbZBDBFFEHFCKKGBDBSDYBJBBCHD"
+    "BEGBBBIGKCCNcGFPBKbNCBBBFBYBBBXCFBBBHBKCEbGBXCGKLBBBBBEKBbKEUBSBbKJBcFcWGdACbMBBFBCbRBmVBECHB"
+    "BBECbPBECbHBECHBBBECPBcFBECcPCDbGQQdICGDxWCRBbAFcXDLHWJWLUMNBDBCMdGDBECCKbHDBLGdLHbRFcSKbFBME"
+    "MKbOCFLbSEbAGKbMbCEcLBbDCLGKNBIbFbXcZDKRJMeMMcEIKDbXCLFbRCDQDBbNFuOCGCbMCGCIBBBBBBBbFCcBBHBBD"
+    "DBHDECGENFDBHPCbXCTBbCBNBQNbZbHRBEBCKBBDFGBBBBBBEBLCEFFEBRbPbfHcAcrUiVGJMbMBBFBCcEHBPYJHBHBHB"
+    "HBHBHBHBHBbGbVBsBDZPBFCFEdICCCDBdMBEFbRBdQRbGbWQtSjtOcMbguFcPbUCkJDbCUbZBKBeLbLJCdZCcPCCBBBIV"
+    "cCEBTcAMcSKKGYDBBbXCbKMbDDcNOLGbFBcDJOCKGXDcVYDCQCFKGCGCGJHBHBbRBOGeTBCCKGqnSMXEbXmnCoCCeCbMH"
+    "MFFMBNBFBBBCBCBeEbHnZScMCcCbOMEQQQDCYDbGFBfFTKHbAEBBbALdLDGCGCGCDbJMBbABTBCBPCObIeTcRcBfGBfAb"
+    "DDbXPBbFbGNbEFbRFbECbKEIBFbQgCCKGbKEbKEbOIcAMLBPBHBCBLBPBHBCDcAMlZJWKIYGBbQBJcRGCBBbSBCDBCXKX"
+    "JbFcNTBCKWKbAcScEGCcMEBCFIBDBbDCDEBbGbDDbDbJIBbEZcCKWKTNSeGcVcDbZNbZNbOIKGbMDFBXjQbQBCDCQDcDb"
+    "HKBIbHbFWbQVbBXJcTbFQJcIHBNZHKGcBBKEEIbKCBJcREEBNBBbJSBbLGEcKHBBBEBPBKHcHFKGEBICCCWBHBCBFBKCC"
+    "CDCBGBFHCHDFLKBBCBBbMBKBBCBBEBINCbDcXFKEEbEcSBBIKgKcCCJXGbIcNDBLKbMcFHKGUbCbBCPEKGHhDcHdXcWVI"
+    "CBCIBCBbEBCCJMKcSICbUCIBCbBcLIBIcWDBScVhRbHPKGJBbTBJPKYbECWBOcVHBCBbSDBBCBJIKGGBCBbLBCBGHKlYX"
+    "JRBbPDFNLdHBdBbjMdYeHRhOdxKdTPbpGQWKfxRFwLkdDcGcoSvXHbFBKGdBBKGbECFLcDJEMKJVFTqQbTDKhQcMeYcXE"
+    "cFHRcMCBCLCOjcAIbvQbPKnfREBHBCBlFPBbDDCBOEIpGdkUeDFNDJHKDCgeRKtYbUCXuWFDGIICHbEEfSDrBdHBcTBCC"
+    "BCCCEBMBBBHBcNBECIBHBbCBEBFBBDHBnCCZBZBbFBZBbFBZBbFBZBbFBZBICbYtScDEbYIBOBWFBPbqMbFGGiFHBRCHB"
+    "CBFFcKbHBeIbTDOCKEBmJbFRcGsCbQiGbRsRHBEBCBPBhPLHbPcYEKbtUEBbBBCBBCBBKBEBBBBGBEBBBBBBDBCBBCBBB"
+    "BBBBBBBCBBCEBHBEBEBBBKBRFDBFBRyEbAGbAGbAdyKKbnQclfCbGgdUGiOCinQOlbLPxYdqWuWcfYhhZFgfGbonhGjG",
 };
+
+// NFC, in Unicode 9 as Hugging Face's tokenizers have it. The canonical decompositions, three
+// numbers each: how far the code point is from the one before it in the table; the first code point
+// that it becomes; and the second, 0 if there is none, else 2·(the second - U+02FF), + 1 if the two
+// are not composed again.
+static const char *const tok_nfc_pairs =
+    "hKcNCBcNEBcNGBcNIBcNSBcNWCcPdCBcRCBcREBcRGBcRSBcVCBcVEBcVGBcVSCdAIBdBCBdBEBdBGBdBIBdBSDdHCBdH"
+    "EBdHGBdHSBdLEDdTCBdTEBdTGBdTIBdTSBdTWCdVdCBdXCBdXEBdXGBdXSBeBCBeBEBeBGBeBSCeGIBeHCBeHEBeHGBeH"
+    "IBeHSDeNCBeNEBeNGBeNSBeRECeRSBcNKBdTKBcNOBdTOBcNdEBdTdEBcPEBdVEBcPGBdVGBcPQBdVQBcPbABdVbABcQb"
+    "ABdWbADcRKBdXKBcROBdXOBcRQBdXQBcRdEBdXdEBcRbABdXbABcTGBdZGBcTOBdZOBcTQBdZQBcTdCBdZdCBcUGBeAGD"
+    "cVIBeBIBcVKBeBKBcVOBeBOBcVdEBeBdEBcVQEcWGBeCGBcXdCBeDdCCcYEBeEEBcYdCBeEdCBcYbABeEbAFdAEBeGEBd"
+    "AdCBeGdCBdAbABeGbAEdBKBeHKBdBOBeHOBdBYBeHYDdEEBeKEBdEdCBeKdCBdEbABeKbABdFEBeLEBdFGBeLGBdFdCBe"
+    "LdCBdFbABeLbABdGdCBeMdCBdGbABeMbADdHIBeNIBdHKBeNKBdHOBeNOBdHWBeNWBdHYBeNYBdHdEBeNdEBdJGBePGBd"
+    "LGBeRGBdLSBdMEBeSEBdMQBeSQBdMbABeSbAbIdBcEBeHcEOdHcEBeNcEbDcNbABdTbABcVbABeBbABdBbABeHbABdHbA"
+    "BeNbABiMKBjSKBiMEBjSEBiMbABjSbABiMCBjSCChOKBiUKBvEKBvFKBhQKBiWKDcTbABdZbABcXbABeDbABdBdEBeHdE"
+    "BsWKBsXKBqXbABzIbABeCbAEcTEBdZEDdACBeGCBhPEBiVEBhQEBiWEBiIEBjOEBcNbGBdTbGBcNbKBdTbKBcRbGBdXbG"
+    "BcRbKBdXbKBcVbGBeBbGBcVbKBeBbKBdBbGBeHbGBdBbKBeHbKBdEbGBeKbGBdEbKBeKbKBdHbGBeNbGBdHbKBeNbKBdF"
+    "dABeLdABdGdABeMdADcUbABeAbAHcNQBdTQBcRdCBdXdCBiGKBjMKBiFKBjLKBdBQBeHQBvMKBvNKBdLKBeRKkJbdOABb"
+    "dPACbeHABbdWFbWbaVAKcHAHgMEBbjDEBhBABbjHEBbjJEBbjLECbjRECbjXEBbkBEBblIEbAbjLSBbjXSBbkJEBbkNEB"
+    "bkPEBbkREBblJEbAbkRSBblDSBbkXEBblDEBblHEFblQEBblQSbSboFCBboFSCboDEEbnQSFboKEBboICBboTOLboIObG"
+    "bpOOXbpLCBbpLSCbpJEEbqSSFbpQEBbpOCBbpZOYbrWbGBbrXbGcWboGOBbpMOOboAOBbpGOBboASBbpGSDboFOBbpLOD"
+    "bvSSBbvTSBboGSBbpMSBboHSBbpNSDboIKBbpOKBboISBbpOSBboOSBbpUSDbwISBbwJSBbpDSBbqJSBboTKBbpZKBboT"
+    "SBbpZSBboTYBbpZYBboXSBbqDSDbpBSBbqHSlLciPcnOBciPcnQBcjWcnQBciPcnSBcjYcnQfYcpHcnQCcoNcnQRcpEcn"
+    "QxAdmEesWIdmMesWDdmPesWbKdlLesXBdlMesXBdlNesXBdlSesXBdlXesXBdlYesXBdmHesXBdmLesXeEdsHfcWBdsHf"
+    "eUQdqVfcTBdqWfcTCdrJfcTdGdwKfmPDdwQfmPbJdvIfmPBdvJfmPBdvOfmPDdwDfmPjAehBgiGDehBggKBehBgiIQefP"
+    "ggHBefQggHcDejYgsEcCelYgqGBelZgqGBelYgsEeUeqWhbYeQevNhlSHevUhlSBevUhlUCevUhkGBevYhlSeXfaShtUB"
+    "faThtUBfaShvSfMfgJieOCfgJieYBfgMieOBfgJigEnTfuGjqNKfuQjqNFfuVjqNFfvAjqNFfvFjqNNfuEjqJKfwBjlFC"
+    "fwBjlJBfyOjmHCfyPjmHJfwBjmHSfxIjqNKfxSjqNFfxXjqNFfyCjqNFfyHjqNNfxGjqJeFgcZjzQedCkgBsiUCkgDsiU"
+    "CkgFsiUCkgHsiUCkgJsiUEkgNsiUbPkiCsiUCkiEsiUDkiGsiUBkiHsiUCkiKsiUbaZcNcYBdTcYBcOQBdUQBcOcUBdUc"
+    "UBcOdWBdUdWBhREBiXEBcQQBdWQBcQcUBdWcUBcQdWBdWdWBcQdCBdWdCBcQdOBdWdOBkOCBkPCBkOEBkPEBcRdOBdXdO"
+    "BcRdUBdXdUBvGOBvHOBcSQBdYQBcTKBdZKBcUQBeAQBcUcUBeAcUBcUSBeASBcUdCBeAdCBcUdQBeAdQBcVdUBeBdUBhZ"
+    "EBjFEBcXEBeDEBcXcUBeDcUBcXdWBeDdWBcYcUBeEcUBllMKBllNKBcYdWBeEdWBcYdOBeEdOBcZEBeFEBcZQBeFQBcZc"
+    "UBeFcUBdAQBeGQBdAcUBeGcUBdAdWBeGdWBdAdOBeGdOBiFEBjLEBiFSBjLSBmUCBmVCBmUEBmVEBdCEBeIEBdCQBeIQB"
+    "dEQBeKQBdEcUBeKcUBlmWKBlmXKBdEdWBeKdWBdFQBeLQBdFcUBeLcUBnIQBnJQBnOQBnPQBlnEQBlnFQBdGQBeMQBdGc"
+    "UBeMcUBdGdWBeMdWBdGdOBeMdOBdHcWBeNcWBdHdUBeNdUBdHdOBeNdOBnWEBnXEBnYSBnZSBdIIBeOIBdIcUBeOcUBdJ"
+    "CBePCBdJEBePEBdJSBePSBdJQBePQBdJcUBePcUBdKQBeQQBdKSBeQSBdLQBeRQBdMGBeSGBdMcUBeScUBdMdWBeSdWBe"
+    "AdWBeMSBePWBeRWCoTQFcNcUBdTcUBcNUBdTUBhMEBiSEBhMCBiSCBhMUBiSUBhMIBiSIBlpOGBlpPGBjYEBjZEBjYCBj"
+    "ZCBjYUBjZUBjYIBjZIBlpOOBlpPOBcRcUBdXcUBcRUBdXUBcRIBdXIBhUEBjAEBhUCBjACBhUUBjAUBhUIBjAIBlqMGBl"
+    "qNGBcVUBeBUBcVcUBeBcUBdBcUBeHcUBdBUBeHUBiEEBjKEBiECBjKCBiEUBjKUBiEIBjKIBlrGGBlrHGBqAEBqBEBqAC"
+    "BqBCBqAUBqBUBqAIBqBIBqAcUBqBcUBdHcUBeNcUBdHUBeNUBqPEBqQEBqPCBqQCBqPUBqQUBqPIBqQIBqPcUBqQcUBdL"
+    "CBeRCBdLcUBeRcUBdLUBeRUBdLIBeRIHbkJbOBbkJbQBltGCBltHCBltGEBltHEBltGfEBltHfEBbjDbOBbjDbQBltOCB"
+    "ltPCBltOEBltPEBltOfEBltPfEBbkNbOBbkNbQBltWCBltXCBltWEBltXEDbjHbOBbjHbQBluECBluFCBluEEBluFEDbk"
+    "PbOBbkPbQBluMCBluNCBluMEBluNEBluMfEBluNfEBbjJbOBbjJbQBluUCBluVCBluUEBluVEBluUfEBluVfEBbkRbOBb"
+    "kRbQBlvCCBlvDCBlvCEBlvDEBlvCfEBlvDfEBbjLbOBbjLbQBlvKCBlvLCBlvKEBlvLEBlvKfEBlvLfEBbkXbOBbkXbQB"
+    "lvSCBlvTCBlvSEBlvTEDbjRbOBbjRbQBlwACBlwBCBlwAEBlwBEDblDbOBblDbQBlwICBlwJCBlwIEBlwJEBlwIfEBlwJ"
+    "fECbjXbQClwRCClwREClwRfEBblHbOBblHbQBlwYCBlwZCBlwYEBlwZEBlwYfEBlwZfEBbkBbOBbkBbQBlxGCBlxHCBlx"
+    "GEBlxHEBlxGfEBlxHfEBbkJCBbkEABbkNCBbkFABbkPCBbkGABbkRCBbkHABbkXCBblKABblDCBblLABblHCBblMADltG"
+    "fKBltHfKBltIfKBltJfKBltKfKBltLfKBltMfKBltNfKBltOfKBltPfKBltQfKBltRfKBltSfKBltTfKBltUfKBltVfKB"
+    "luMfKBluNfKBluOfKBluPfKBluQfKBluRfKBluSfKBluTfKBluUfKBluVfKBluWfKBluXfKBluYfKBluZfKBlvAfKBlvB"
+    "fKBlwYfKBlwZfKBlxAfKBlxBfKBlxCfKBlxDfKBlxEfKBlxFfKBlxGfKBlxHfKBlxIfKBlxJfKBlxKfKBlxLfKBlxMfKB"
+    "lxNfKBbkJOBbkJKBlxOfKBbkJfKBbkEfKCbkJfEBmaGfKBbjDOBbjDKBbjDCBbiSABbjDfKCbkRADgMfEBlxSfKBbkPfK"
+    "BbkGfKCbkPfEBmaWfKBbjHCBbiUABbjJCBbiVABbjJfKBmaPCBmaPEBmaPfEBbkROBbkRKBblICBbjCADbkRfEBblIfEB"
+    "bjLOBbjLKBbjLCBbiWACmdACBmdAEBmdAfEBblDOBblDKBblJCBbkIABbkZbOBbkZbQBblDfEBblJfEBbjXOBbjXKBbjX"
+    "CBbjAABbjTbQBgMCBbiRABdSADlyAfKBblHfKBblMfKCblHfEBmcSfKBbjRCBbiYABbkBCBbjBABbkBfKBgYADmdEABmd"
+    "FAlHbkBAEcXABhPAeHmsMeKBmsOeKTmsQeKbFmuYeKBmvCeKBmvAeKcBmwXeKFmxCeKDmxFeKYmyDeKCmyFeKbBmzCeKD"
+    "mzJeKDmzLeKCmzOeKXcJeKCnaNeKLmzTeKBcIeKBcKeKBnaQeKBnaReKDnbEeKBnbFeKDnbIeKBnbJeKHnbMeKBnbNeKD"
+    "nbUeKBnbVeKDnbYeKBnbZeKbJndAeKBndGeKBndHeKBndJeKbXnbOeKBnbPeKBncJeKBncKeKHndQeKBndReKBndSeKBn"
+    "dTeKcIseYABseZAcxUqgBeLcbOshNbioACshPbioACshRbioACshTbioACshVbioACshXbioACshZbioACsiBbioACsiD"
+    "bioACsiFbioACsiHbioACsiJbioADsiMbioACsiObioACsiQbioAHsiXbioABsiXbioCCsjAbioABsjAbioCCsjDbioAB"
+    "sjDbioCCsjGbioABsjGbioCCsjJbioABsjJbioCXshIbioAKskRbioAOslFbioACslHbioACslJbioACslLbioACslNbi"
+    "oACslPbioACslRbioACslTbioACslVbioACslXbioACslZbioACsmBbioADsmEbioACsmGbioACsmIbioAHsmPbioABsm"
+    "PbioCCsmSbioABsmSbioCCsmVbioABsmVbioCCsmYbioABsmYbioCCsnBbioABsnBbioCXslAbioADsnVbioABsnWbioA"
+    "BsnXbioABsnYbioAEsoJbioAcxtIcbdGABbmzSABccbYABcbiEABbpzDABbdpYABbfuBABcilOABcilOABbhvLABcdfTA"
+    "BbgkDABbhvCABblcOABbsvXABbwhPABbyvVABbzkKABbzwQABcctJABbodUABbpiHABbqtDABbrwWABbycBABcdbUABcg"
+    "hTABbdtAABbfpTABbonSABbrfNABbyvDABchwWABbjiUABbqjZABbyrLABcaaUABblkRABbxeMABbzoHABbjxIABbnbBA"
+    "BbplIABbroEABccvUABbedAABbeyPABbfjYABbmeEABbolVABbrfCABbtaTABbwmJABbytQABbywYABcbtNABcfgSABcg"
+    "wLABchvMABbtqYABbuaHABbvoYABbxxPABcdrOABciaPABcapAABbhrBABbjzOABbvcQABbwrEABbriGABbttIABcbhYA"
+    "BcfeLABbhqUABbizQABboeLABbppQABbqbNABbvkPABbvuTABcexVABbfjMABbwrRABbfaAABbezKABbugIABbvqCABbx"
+    "zDABcezLABcavOABblkXABbodUABcaqOABbdqFABbiuXABbkjYABbrtNABbsmIABbfmDABbtvFABbefFABbkfXABbdoNA"
+    "BbpfGABbmlCABbvkCABbfsTABbhmCABbtbTABbycNABcanIABbouSABcckUABbpcQABblmSABbxoVABblsYABbslXABbd"
+    "uSABbevPABbezHABbnoZABbvhVABbxkHABcaoWABcdfRABbfkVABbfxQABbhwTABbjyQABbmoBABbqkSABbtxAABcerTA"
+    "BcgmKABcibNABcidQABbfhJABbmxYABbosDABcchUABbjuAABbkyQABblcYABbmcOABbqcHABbqxLABbsdLABbudEABbv"
+    "sEABbwqPABccfMABbyiWABccpFABcduGABbfcHABbfhRABbgcJABbqsMABbzuOABcanIABbjxHABbkiVABblrNABbouGA"
+    "BbvbIABbrsVABbdwUABbgyJABbiuXABbjmWABbkkIABbrvEABbscFABbwiKABbwpAABcdjOABcfeKABcfhOABcfpOABbe"
+    "dFABbucCABcdeQABcfcAABbkrXABbdtEABbeqCABbivEABbiyHABbmmJABbodUABbrcOABbsuKABbyjKABccsQABcikZA"
+    "BbmvOABcewSABbfgRABbneXABbnjNABbpjTABbpxCABbryNABbslLABbtpRABbvjKABcfsGABbevTABbleSABcezOABbe"
+    "jJABbjgRABbpqGABccfQABbkeTABbkvSABbnkXABbrtNABcfaCABbfcZABbfvRABbizTABbmrBABbndEABbnqMABbpgFA"
+    "BbryKABbsqSABbwhDABbzvBABbzvTABcdfOABcfdQABbfnRABbpyGABbfwFABbrcQABbseAABbytEABcfbFABchfJABci"
+    "bVABbnfZABbppBABbxfCABbunBABbuqIABbveOABbrlWABbqqRABcauAABbdvKABbxrYABbfdQABbfbRABbjvYABbllBA"
+    "BbvhEABbirDABbpiKABbmxGABccgHABbzqAABcexXABcacHABbjxRABbeuAABbgmIADbhlYACbmuUADbfaCABbrpYABbs"
+    "zQABbtxSABbtzAABbtzHABbuaXABcfiCABbvgGABbwjTACbyuCACcaqIADccqAABccxPAEcfxVABcfyIABcgaAABchsUA"
+    "BccwKABcfbZABbeeOABbeqPABbeuNABbfjDABbfkEABbfoJABbgkZABbgpAABbgsUABbhkYABbhoYABbizSABbjaCABbk"
+    "oYABbkxCABbkyOABblcKABbmjNABbmpEABbmvXABbnpDABbplVABbpsCABbqcGABbqyWABbrgDABbrzMABbtrDABbtxUA"
+    "BbtyFABbtyEABbtyMABbtySABbtyZABbuaVABbuaWABbuhSABbukFABbuwMABbvsEABbvsZABbvvDABbwgWABbwmNABbx"
+    "fHABbxkRABbxkRABbydBABbzxOABcacSABcaqRABcasVABcbiPABcbkQABcclAABccqAABcfdRABcfoPABcfqXABbknTA"
+    "BilgGABbxgYADbdpMABbeyNABbevOABbecUABbeuFABbewMABbfjBABbflAABbgkZABbgiFABbgkVABbgnQABbhlYABbh"
+    "pJABbhuYABbhvOABbifYABbinOABbjxQABbjxXABbkdLABbkgBABbkrOABbkwCABbktKABbkyOABbkwUABblcKABbleYA"
+    "BbluIABblxSABblzUABbmjUABbmuUABbnbBABbnbFABbndMABbosFABbouSABbpjTABbpzNABbpyXABbqcGABbqlYABbq"
+    "yWABbtiDABbrgNABbrlFABbrpYABbscNABbsiGABbskHABbssZABbstBABbszQABbtaHABbtbGABbteOABbteEABbttKA"
+    "BbumBABbuwMABbvdRABbvmHABbvsEABbweWABbwmNABbxtAABbxzBABbzhXABbzzLABcacCABcacSABcaoDABcaqIABca"
+    "oPABcaqRABcaqOABcapXABcasVABcavYABcbkQABccgEABccsGABcddPABcdmCABcezSABcfdRABcfiCABcfnFABcfoPA"
+    "BcfpBABcfqXABcgsWABcilOABibdYABibdSABifnPABwoZAByhCAByiJABirbLABivbCABjhxZABciiDABcilAAcQcfPc"
+    "bJCcgOcbPLcgFccJBcgFccLBdreFccJBdreFccLBcfGcbPBcfGcbRBcfGcbZBcfHcbZBcfIcbZBcfJcbZBcfKcbZBcfLc"
+    "bZBcfMcbZCcfOcbZBcfPcbZBcfQcbZBcfRcbZBcfScbZCcfUcbZCcfWcbZBcfXcbZCcfZcbZBcgAcbZCcgCcbZBcgDcbZ"
+    "BcgEcbZBcgFcbZBcgGcbZBcfLcbTBcfHccFBcfRccFBcgAccFibSdzgBhwhQCdzgDhwhQPdzgNhwhQfBdzlXhwqABdzlY"
+    "hwqAuUeagLhyfEBeagLhyhCoDeauRhziKBeauRhzhQCeauRhziQjSebeMiabGBebeNiabGctbNgufVnmfTBgufWnmfTBg"
+    "ugDnmgLBgugDnmgNBgugDnmgPBgugDnmgRBgugDnmgTdJgujPnmfTBgujQnmfTBgujRnmgLBgujSnmgLBgujRnmgNBguj"
+    "SnmgNehlGbdqJABbdqEABbdqNABhmiKABbebOABbeeOABbefBABbehUABbemKABbenPABbeqPABbepRABtyCABhogOABb"
+    "euNABbeuUABbevKABbewDABhnvOABtzDABbevNABbewZABhnxJABbexJABbexWABbdvWABbeyEABbeyNABjpdNABbfaZA"
+    "BbfbNABuaPABbfdRABbfeCABbffUABbffZABucRABbfjBABbfjDABbfkEABbflAABbflLABbflMABbfmDABbfoBABbfoJ"
+    "ABbfoSABbfpRABbfqBABbfqDABbfqDABbfqDABhptKABbqpCABbftAABbftVABhqfJABbfuHABbfuNABbfvIABbgbEABb"
+    "fxGABbfxWABbfzCABbgbIABbgeOABbgfOABbgiDABbgiTABbgkAABbgkAABbgkVABbglNABbglVABbgmKABbgzMABbgpA"
+    "ABbgzNABbgrXABbgtGABbfbRABbhrQABbhgOABbhiAABbhiZABbhdZABbhkKABbhkJABbhpCABhtuYABbhrUABbhrZABb"
+    "hsOABbhtIABbhtQABbhwCABhumIABhuoWABbibKABbidFABbidRABbiaQABbigCABuuWABuvKABbimIABbioKABbioKAB"
+    "hvrCABbitNABbiuIABbiuXABbivJABhweAABbivVABbiwCABbkcPABbixEABvaNABbizOABbjaCABbjdGABbjbHABhxfO"
+    "ABbjiHABhxfQABbjjYABbjjVABbjkMABbjoJABbjoKABvhFABbjpLABbjrCABbjrXABbjtPABvjEABhypFABvkEABbjwI"
+    "ABbjwLABbjwOABbjxIABjvvUABbjzIABhzfTABhzfTABbxgBABbkaSABbkaSABvnBABifcQABiwySABbkdEABbkdNABvo"
+    "DABbkfIABbkhHABbkhRABbkiZABbkoFABvrMABvqIABbkoYABiapOABbkqXABbkvWABbkwAABbkwCABbkwAABbkxUABbk"
+    "yOABbkzYABbkzKABbkzVABblbQABblcKABblcOABbldOABbldZABblgNABbljTABbllCABblpWABicfCABblpDABblmQA"
+    "BblqUABblrVABblvOABicnXABblxYABbluJABbltHABwaWABbmaRABbmbMABbmcRABbmbFABwdGABbmjNABbmkQABiecG"
+    "ABbmpFABbmzWABbmtDABwjXABbmvXABwjGABwhWABbexEABbexHABbnaEABbmwIABbwsZABzsBABbnbBABbnbFABbnbLA"
+    "BbndUABbndJABifmXABwlTABbnjUABbnfHABbnnEABbnpDABiftLABbnpMABbnlFABbnuQABwoZABbnwKABboaDABbocW"
+    "ABbokEABigpFABbomDABwtSABbooVABihjBABboqUABwvUABborYABbotRABbouSABbouTABiibTABhwxFABiifYABbpa"
+    "KABiixGABbpeTABbpfHABbpbJABbpiCABbpjQABbplVABbpjTABbplHABbplWABbpmJABijbAABbpjGABbpsXABbpvIAB"
+    "xePABbpyXABbpyTABijrTABbpqVABbqfEABijxEABijzAABbqiOABbqmZABbqlYABbqlVABxiKABbqnQABbqpPABbqpJA"
+    "BbqrLABhnvXABbqxHABilaXABbraQABilnNABbrgAABbrgNABbrhOABimkUABbrjKABbrkFABimwJABineYABbrtAABbr"
+    "tRABxtCABbruRABxtOABxtOABbsaXABbsbSABbscNABbsdHABbsfYABxxJABbsjKABiotQABbskKABioxEABbsmIABhyq"
+    "HABbssMABiqbHABiqcEABiqhOABygAABygMABbtbGABiqoHABiqoGABiqpTABiqqTABbtcWABbtcXABbtcXABbteOAByi"
+    "JABbthBAByiWABylYABirtLABbtoOABbtqYABbttKAByoXABisnMABbtySABisrYABistPABbuaXABbueLAByrVABbuhS"
+    "ABbuiCABbuiHABituIABiufVABiufVABbuoKAByzYABiupVABbuwSABbuwVABzbJABiuyAABbvhAABzgAABbvhWABbvhR"
+    "ABbviUABiwbUABbvmPABzjTABbvqLABbvsSABbvvHABzlSABixbSABixcXABznDABixiNABbwhEABixmKABbwiFABbwmC"
+    "ABbwmNABiycGABiyfBABbwqAABiykEABbwqQABifjBABzrXABbwtEABbwwHABztZABbwyOABbijDABizdVABizeJABifl"
+    "BABiflKABbxgBABbxgEABcckCABzxRABbxlPABbxlJABbxmBABbfiHABbxmVABbxmXABbxnHABbxoWABjanCABbxoVABb"
+    "xqZABbxtRABbxwNABbxrFABbxxDABbxyTABbydBABbxtBABbxxQABbxxSABbxyIABjawSABjbiPABjbcVABbafBABbyiZ"
+    "ABbyjBABbykKABjdtIABbynKABjbzWABbagZABbahDABjceZABjcqCABbahNABbywMABbywYABbyxJABbyxLABbyzXABb"
+    "yyQABbzdUABbzcCABbzhXABbzeUABbzhJABbziKABbalRABbzlXABbznDABbamZABbzqUABbzqXABjetBABbzvJABbzvQ"
+    "ABbapHABbzwSABtzFABjfpMABjfwOABbauOABbauXABcamYABcapXABcavYABcbdTABjhcQABcbhBABcbhXABcblJABcb"
+    "oXABjibNABhoyEABcbsDABcbrOABcbtOABhpgOABcccIABccgEABjkoWABjkpXABcctOABccxDABccyJABjlcGABccyTA"
+    "BcdjSABcdpVABcdpWABcdmIABceaZABcecBABjmxMABceqLABbbwNABcesDABjnmDABbbzQABcfcLABbjmOABcfgDABjo"
+    "xPABjpfUABbceWABbcfEABcfnKABjpyWABbchMABjqeGABcfpBABcfpBABcfqFABjqpIABcfxIABbcmLABcgaBABcgeXA"
+    "BcgfYABcgiGABbcsKABjsrGABcgsWABcheMABchlTABbdcGABbddLABchpVABjuuOABbddWABjuwRABjvgWABjvlXABci"
+    "cXABbdhMABcifHABcifMABcifTABcigDABcigKABcihVABjwtSA";
+
+// The combining classes that are not 0, three numbers for each run of code points: how far it is
+// from the end of the run before, how many they are, their class.
+static const char *const tok_nfc_classes =
+    "bdOViWABiYAEiMABiYABiIAFiMAChUAEiMAChUALiMAFBAEiMAIiWABjGABiWADiMADiWACiMBDiWAEiMABiWABiYACiM"
+    "ABiWABiZACjAABiZACjAABiZANiWkPFiWkFBiMAEiWABiMADiWABiOABiMAGiWAGiMACiWABiMACiWABiOABiUABiWABK"
+    "ABLABMABNABOABPABQABRABSACTABUABVABWBBXBBYABZBBiWABiMBBScUIiWABbEABbFABbGbWBbBABbCABbDABbEABb"
+    "FABbGABbHABbIACiWACiMAFiWABiMACiWABiMQBbJdXHiWCEiWABiMABiWCCiWBBiMACiWABiMbJBbKbEBiWABiMACiWA"
+    "BiMACiWADiMABiWACiMABiWABiMADiWABiMABiWABiMABiWABiMABiWABiMACiWgEHiWABiMABiWbIEiWBJiWBDiWBFiW"
+    "bRDiMeQOiWBBiMACiWABiMACiWABiMADiWADiMABbBABbCABbDADiWABiMACiWACiMAFiWcIBHQBJDBiWABiMACiWdZBH"
+    "QBJeGBHQBJeGBHQBJeGBHQBJeXBJeXBJHBdGABdNdXBHQBJeXBJeUBJeFCdZABJNEeDeECeOOEeScYCiMbBBiMBBiMBBi"
+    "IcDBeZABfABBfCFEfACBfABCiWABJBCiWcKBiMeIBHBCJdEBiMbbRDiWbkMBJbFBJgBBJKBiWhVBiUfNBiOABiWABiMiL"
+    "BiWABiMcTBJUIiWCBiMbWFiWAGiMACiWABiMeOBHPBJbMBiWABiMAHiWcCCJcGBHLCJcPBHfWDiWBBBAFiMACiWAEiMAB"
+    "iWBHBEBiMGBiWDCiWhQCiWABiMAHiWABiMACiWABjAABiGABiMABhUAbLiWFBiWABiZABiMABiWABiMbbSCiWACBAEiWA"
+    "DBACiWEBiWDCBABiWABiMABiWACBAEiMABiWeoCDiWfLBJdSbGiWvIBiKABiUABiYABiOACiQeBCIbsqEBiWEKiWbGCiW"
+    "dCCiWkQBJhHBJbBSiWcFDiMbLBJdRBHMBJjFBiWBCiWABiMCCiWFCiWBBiWcABJjMBJbdzSBbAbdPHiWAHiMACiWblLBi"
+    "MiSBiMfTFiWcmSBiMBBiWbOBiWABBABiMEBJgJBiWABiMcaXBJcEBJcFBJABHcRDiWbWCJcKBHcYBJJBHeCBJABHgWBHA"
+    "BJdDBHQBJYHiWDFiWhXBJDBHeTBJABHjRBJABHeWBJeOBJABHeLBJbxZBJbduUFBcHHiWbevNBBhwOCiIADBDBiSAFiII"
+    "IiMCFiWACiMbEEiWfSDiWffFHiWBRiWCHiWBCiWBFiWdhDHiMeFGiWABH";
 // clang-format on
 
-enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_OTHER = 8 }; // each character is in one
+// Each character is in one of the first four classes; in TOK_WORD, or not, besides.
+enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_OTHER = 8, TOK_WORD = 16 };
 
 enum {
     TOK_MAX_ID = 1 << 22,
@@ -6495,8 +6671,7 @@ static const struct {
     [TOK_POST_PROCESSOR] = {"post_processor", "processors"},
 };
 
-// All steps that are supported, in the only order in which a file may list them. (Their numbers are
-// part of retrofit_tokenizer_hash.)
+// What a tokenizer does. (The numbers are part of retrofit_tokenizer_hash: new ones go to the end.)
 enum {
     TOK_PREPEND_MARK,  // normalizer: "▁" goes in front of the text
     TOK_MARK_SPACES,   // normalizer: each space becomes "▁"
@@ -6513,11 +6688,24 @@ enum {
     TOK_UNDO_BYTES,    // decoder: characters of the byte-level alphabet become bytes
     TOK_OFFSETS,       // post_processor: changes offsets in the text, which we don't give: no ids
     TOK_TEMPLATE,      // post_processor: special tokens go before and after the text's ids
+    TOK_FIRST_HASHES,  // the first hashes in users' files are of these steps
+
+    TOK_NFC = TOK_FIRST_HASHES, // normalizer: characters and their marks are composed
+    TOK_SPLIT_NUMBERS,    // pre_tokenizer: each run of digits is cut on its own
+    TOK_PREFIX_SPACE,     // pre_tokenizer: the byte-level steps put a space before what has none
+    TOK_METASPACE,        // pre_tokenizer: each space becomes "▁",
+    TOK_METASPACE_ALWAYS, // … all text between two added tokens begins with one,
+    TOK_METASPACE_FIRST,  // … or only text at the very beginning does,
+    TOK_METASPACE_SPLIT,  // … and each "▁" begins a piece
+    TOK_UNMARK_METASPACE, // decoder: each "▁" becomes a space,
+    TOK_UNMARK_FIRST,     // … but those of the first token go
+    TOK_SPLIT_SPECIAL,    // tokenizer_config.json: special tokens spelt out in a text are text
     TOK_STEPS
 };
 
 // clang-format off
-// The patterns, as the files have them. They differ in how they cut contractions and digits.
+// The patterns, as the files have them. They differ in how they cut contractions and digits. Each
+// character is in one of their alternatives, so that nothing is left between two matches.
 #define TOK_GPT2_PATTERN \
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
 #define TOK_QWEN2_PATTERN  TOK_PATTERN("\\p{N}")
@@ -6525,39 +6713,45 @@ enum {
 #define TOK_PATTERN(digits) \
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
     "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-#define TOK_SPLIT(pattern) {"behavior", "Isolated", "invert", "false", "Regex", pattern}
 
-// How a file spells each step: its role, its type, and the settings it must have (name, value,
-// name, value, …). A step in a file is the first row that fits, below the row of the step before.
+// How a file spells the steps, in the only order in which it may list them: the role, the type, and
+// the settings it must have (name, value, name, value, …; TOK_ANY is any value that is there). A
+// step in a file is the first row that fits, below the row of the step before.
+#define TOK_ANY "*"
 static const struct {
-    int role;
+    int step, role;
     const char *type, *settings[7];
-} tok_steps[TOK_STEPS] = {
-    [TOK_PREPEND_MARK]  = {TOK_NORMALIZER, "Prepend", {"prepend", TOK_MARK}},
-    [TOK_MARK_SPACES]   = {TOK_NORMALIZER, "Replace", {"String", " ", "content", TOK_MARK}},
-    [TOK_SPLIT_DIGITS]  = {TOK_PRE_TOKENIZER, "Digits", {"individual_digits", "true"}},
-    [TOK_SPLIT_GPT2]    = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_GPT2_PATTERN)},
-    [TOK_SPLIT_QWEN2]   = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_QWEN2_PATTERN)},
-    [TOK_SPLIT_LLAMA3]  = {TOK_PRE_TOKENIZER, "Split", TOK_SPLIT(TOK_LLAMA3_PATTERN)},
-    [TOK_BYTE_LEVEL]    = {TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", "false",
-                                                              "use_regex", "false"}},
-    [TOK_GPT2_BYTES]    = {TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", "false"}},
-    [TOK_UNMARK_SPACES] = {TOK_DECODER, "Replace", {"String", TOK_MARK, "content", " "}},
-    [TOK_BYTE_FALLBACK] = {TOK_DECODER, "ByteFallback", {NULL}},
-    [TOK_FUSE]          = {TOK_DECODER, "Fuse", {NULL}},
-    [TOK_STRIP_SPACE]   = {TOK_DECODER, "Strip", {"content", " ", "start", "1", "stop", "0"}},
-    [TOK_UNDO_BYTES]    = {TOK_DECODER, "ByteLevel", {NULL}},
-    [TOK_OFFSETS]       = {TOK_POST_PROCESSOR, "ByteLevel", {NULL}},
-    [TOK_TEMPLATE]      = {TOK_POST_PROCESSOR, "TemplateProcessing", {NULL}},
+} tok_steps[] = {
+    {TOK_NFC,           TOK_NORMALIZER, "NFC", {NULL}},
+    {TOK_PREPEND_MARK,  TOK_NORMALIZER, "Prepend", {"prepend", TOK_MARK}},
+    {TOK_MARK_SPACES,   TOK_NORMALIZER, "Replace", {"String", " ", "content", TOK_MARK}},
+    {TOK_METASPACE,     TOK_PRE_TOKENIZER, "Metaspace", {"replacement", TOK_MARK}},
+    {TOK_SPLIT_NUMBERS, TOK_PRE_TOKENIZER, "Digits", {"individual_digits", "false"}},
+    {TOK_SPLIT_DIGITS,  TOK_PRE_TOKENIZER, "Digits", {"individual_digits", "true"}},
+    {TOK_SPLIT_GPT2,    TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_GPT2_PATTERN}},
+    {TOK_SPLIT_QWEN2,   TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_QWEN2_PATTERN}},
+    {TOK_SPLIT_LLAMA3,  TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_LLAMA3_PATTERN}},
+    {TOK_BYTE_LEVEL,    TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", TOK_ANY,
+                                                         "use_regex", "false"}},
+    {TOK_GPT2_BYTES,    TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", TOK_ANY}},
+    {TOK_UNMARK_METASPACE, TOK_DECODER, "Metaspace", {"replacement", TOK_MARK}},
+    {TOK_UNMARK_SPACES, TOK_DECODER, "Replace", {"String", TOK_MARK, "content", " "}},
+    {TOK_BYTE_FALLBACK, TOK_DECODER, "ByteFallback", {NULL}},
+    {TOK_FUSE,          TOK_DECODER, "Fuse", {NULL}},
+    {TOK_STRIP_SPACE,   TOK_DECODER, "Strip", {"content", " ", "start", "1", "stop", "0"}},
+    {TOK_UNDO_BYTES,    TOK_DECODER, "ByteLevel", {NULL}},
+    {TOK_OFFSETS,       TOK_POST_PROCESSOR, "ByteLevel", {NULL}},
+    {TOK_TEMPLATE,      TOK_POST_PROCESSOR, "TemplateProcessing", {NULL}},
 };
+enum { TOK_ROWS = sizeof tok_steps / sizeof *tok_steps };
 // clang-format on
 
 typedef struct {
     const char *text; // NULL: no token has this id
     size_t size;      // of text
     bool in_model;    // whether byte-pair encoding may give it: not so for most added tokens
-    bool added;       // listed in added_tokens
     bool special;     // decoding can leave it out
+    int32_t added;    // its number among the added tokens, from 1 on; 0: it is none
 } tok_token;
 
 // An added token, found wherever its text is spelt out.
@@ -6565,7 +6759,14 @@ typedef struct {
     const char *text; // what to look for: the token's text, normalized where the text searched is
     size_t size;
     int32_t id;
-    int32_t key; // text's first byte, + 256 if it is to be found in normalized text
+    int32_t key;      // text's first byte, + 256 if it is to be found in normalized text
+    int32_t order;    // of two with one text, once normalized, the lower is found
+    bool special;     // as the token
+    bool normalized;  // to be found in normalized text
+    bool single_word; // not found inside of a word
+    bool lstrip;      // takes white space before it with it
+    bool rstrip;      // and behind it
+    bool again;       // transformers adds it once more when tokenizer.json is loaded
 } tok_added;
 
 // Two neighbours become one token.
@@ -6579,6 +6780,22 @@ typedef struct {
     int32_t ids[TOK_MAX_SPECIALS];
     size_t count;
 } tok_specials;
+
+// A canonical decomposition; second is 0 if there is none.
+typedef struct {
+    uint32_t whole, first, second;
+} tok_nfc_pair;
+
+enum { TOK_NFC_PAIRS = 2100 }; // room for those of the table
+typedef struct {
+    tok_nfc_pair decompositions[TOK_NFC_PAIRS];
+    tok_nfc_pair compositions[TOK_NFC_PAIRS]; // those that may be composed again, by first, second
+    size_t composition_count;
+    uint16_t decomposition[0x110000]; // by code point: its place in decompositions + 1, or 0
+    uint8_t classes[0x110000];        // by code point: its combining class, or TOK_NFC_JOINS
+} tok_nfc;
+// Instead of class 0, for code points that may be composed with one before them.
+enum { TOK_NFC_JOINS = 255 };
 
 struct retrofit_tokenizer {
     // The vocabulary
@@ -6595,6 +6812,7 @@ struct retrofit_tokenizer {
 
     // Added tokens
     tok_added *added;            // by key, those with the same key from the longest to the shortest
+    size_t added_count;
     size_t added_begin[512 + 1]; // those with key k are added_begin[k] … added_begin[k + 1] - 1
 
     // Settings
@@ -6613,6 +6831,7 @@ struct retrofit_tokenizer {
     uint8_t *classes;           // by code point: TOK_LETTER, TOK_NUMBER, TOK_WHITE or TOK_OTHER
     uint16_t byte_to_char[256]; // the byte-level alphabet
     uint16_t char_to_byte[324]; // and back: byte + 1; 0: not in the alphabet
+    tok_nfc *nfc;               // NULL without TOK_NFC
 };
 
 // ---- Tokenizer: what all its parts use ---------------------------------------------------------
@@ -6698,13 +6917,182 @@ static void tok_append_replaced(retrofit_text *out, const char *text, size_t siz
     retrofit_text_append(out, text, (size_t)(end - text));
 }
 
+// The next number of a table in base 26, whose last digit is a capital.
+static uint32_t tok_table_number(const char **digits) {
+    uint32_t number = 0;
+    for (;; ++*digits) {
+        bool is_last = **digits >= 'A' && **digits <= 'Z';
+        number = 26 * number + (uint32_t)(**digits - (is_last ? 'A' : 'a'));
+        if (!is_last) continue;
+        ++*digits;
+        return number;
+    }
+}
+
+// ---- Tokenizer: NFC ----------------------------------------------------------------------------
+// Unicode's canonical composition: all that can be taken apart is, marks are sorted by their class,
+// and what can be put together is. Text is done in stretches, from a character that cannot join
+// those before it to the next such one. A stretch is an array of code points with their classes,
+// class << 56 | place << 24 | code point, so that sorting them as numbers sorts marks by class.
+
+enum { HANGUL_L = 0x1100, HANGUL_V = 0x1161, HANGUL_T = 0x11a7, HANGUL_S = 0xac00 };
+enum { HANGUL_V_COUNT = 21, HANGUL_T_COUNT = 28, HANGUL_COUNT = 19 * 21 * 28 };
+
+static int tok_compare_numbers(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static int tok_compare_pairs(const void *a, const void *b) {
+    const tok_nfc_pair *x = a, *y = b;
+    if (x->first != y->first) return x->first < y->first ? -1 : 1;
+    return (x->second > y->second) - (x->second < y->second);
+}
+
+static void tok_nfc_append(const tok_nfc *nfc, retrofit_text *stretch, uint32_t code_point) {
+    uint64_t class = nfc->classes[code_point];
+    if (class == TOK_NFC_JOINS) class = 0;
+    uint64_t item = class << 56 | (uint64_t)(stretch->size / sizeof item) << 24 | code_point;
+    retrofit_text_append(stretch, &item, sizeof item);
+}
+
+// Appends the full decomposition of a code point. Only its first part may be decomposed further.
+static void tok_nfc_decompose(const tok_nfc *nfc, retrofit_text *stretch, uint32_t code_point) {
+    uint32_t syllable = code_point - HANGUL_S; // of Hangul, if it is one: L, V and perhaps T
+    if (code_point >= HANGUL_S && syllable < HANGUL_COUNT) {
+        uint32_t t = syllable % HANGUL_T_COUNT, lv = syllable / HANGUL_T_COUNT;
+        tok_nfc_append(nfc, stretch, HANGUL_L + lv / HANGUL_V_COUNT);
+        tok_nfc_append(nfc, stretch, HANGUL_V + lv % HANGUL_V_COUNT);
+        if (t) tok_nfc_append(nfc, stretch, HANGUL_T + t);
+        return;
+    }
+    if (!nfc->decomposition[code_point]) {
+        tok_nfc_append(nfc, stretch, code_point);
+        return;
+    }
+    const tok_nfc_pair *pair = &nfc->decompositions[nfc->decomposition[code_point] - 1];
+    tok_nfc_decompose(nfc, stretch, pair->first);
+    if (pair->second) tok_nfc_append(nfc, stretch, pair->second);
+}
+
+// What two code points compose to, or 0.
+static uint32_t tok_nfc_compose(const tok_nfc *nfc, uint32_t first, uint32_t second) {
+    uint32_t l = first - HANGUL_L, v = second - HANGUL_V, t = second - HANGUL_T;
+    if (l < 19 && v < HANGUL_V_COUNT)
+        return HANGUL_S + (l * HANGUL_V_COUNT + v) * HANGUL_T_COUNT;
+    uint32_t syllable = first - HANGUL_S;
+    if (syllable < HANGUL_COUNT && syllable % HANGUL_T_COUNT == 0 && t > 0 && t < HANGUL_T_COUNT)
+        return first + t;
+    tok_nfc_pair key = {0, first, second};
+    const tok_nfc_pair *pair = bsearch(&key, nfc->compositions, nfc->composition_count, sizeof key,
+                                       tok_compare_pairs);
+    return pair ? pair->whole : 0;
+}
+
+// Sorts the marks of a stretch, composes it, appends it to out and empties it. A mark joins the
+// last character of class 0, unless one of its class, or of a higher one, stands between the two.
+static void tok_nfc_flush(const tok_nfc *nfc, retrofit_text *stretch, retrofit_text *out) {
+    uint64_t *items = (uint64_t *)(void *)stretch->bytes;
+    size_t count = stretch->size / sizeof *items, kept = 0;
+    for (size_t begin = 0, end; begin < count; begin = end + 1) {
+        end = begin;
+        while (end < count && items[end] >> 56) end++;
+        if (end > begin + 1) qsort(items + begin, end - begin, sizeof *items, tok_compare_numbers);
+    }
+    size_t base = SIZE_MAX; // the last character of class 0
+    for (size_t i = 0; i < count; i++) {
+        uint64_t class = items[i] >> 56, before = kept ? items[kept - 1] >> 56 : 0;
+        uint32_t code_point = items[i] & 0x1fffff, whole = 0;
+        bool joins = base != SIZE_MAX && (base == kept - 1 || before < class);
+        if (joins) whole = tok_nfc_compose(nfc, items[base] & 0x1fffff, code_point);
+        if (whole) {
+            items[base] = whole;
+            continue;
+        }
+        if (!class) base = kept;
+        items[kept++] = items[i];
+    }
+    for (size_t i = 0; i < kept; i++) {
+        char character[4];
+        size_t length = utf8_put(items[i] & 0x1fffff, character);
+        retrofit_text_append(out, character, length);
+    }
+    stretch->size = 0;
+}
+
+// Appends text in NFC. Before U+0300 (CC 80 in UTF-8) there is nothing to be done.
+static void tok_nfc_put(const tok_nfc *nfc, retrofit_text *out, const char *text, size_t size) {
+    size_t i = 0, length;
+    while (i < size && (unsigned char)text[i] < 0xcc) i++;
+    if (i == size) {
+        retrofit_text_append(out, text, size);
+        return;
+    }
+    retrofit_text stretch = {0};
+    for (i = 0; i < size; i += length) {
+        uint32_t code_point;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        size_t old_size = stretch.size;
+        tok_nfc_decompose(nfc, &stretch, code_point);
+        if (stretch.failed) break;
+        // Did this character begin a new stretch? Then the old one is done.
+        const uint64_t *items = (const uint64_t *)(void *)stretch.bytes;
+        uint32_t first = items[old_size / sizeof *items] & 0x1fffff;
+        if (nfc->classes[first] || !old_size) continue;
+        stretch.size = old_size;
+        tok_nfc_flush(nfc, &stretch, out);
+        tok_nfc_decompose(nfc, &stretch, code_point);
+    }
+    tok_nfc_flush(nfc, &stretch, out);
+    out->failed = out->failed || stretch.failed;
+    free(stretch.bytes);
+}
+
+// Reads the tables. NULL or error.
+static tok_nfc *tok_nfc_make(void) {
+    tok_nfc *nfc = retrofit_allocate(1, sizeof *nfc);
+    if (!nfc) return NULL;
+    uint32_t at = 0;
+    const char *digits = tok_nfc_classes;
+    while (*digits) {
+        at += tok_table_number(&digits);
+        uint32_t length = tok_table_number(&digits);
+        memset(nfc->classes + at, (int)tok_table_number(&digits), length);
+        at += length;
+    }
+    size_t count = 0;
+    at = 0;
+    for (digits = tok_nfc_pairs; *digits; count++) {
+        at += tok_table_number(&digits);
+        uint32_t first = tok_table_number(&digits), second = tok_table_number(&digits);
+        tok_nfc_pair pair = {at, first, second ? second / 2 + 0x2ff : 0};
+        nfc->decompositions[count] = pair;
+        nfc->decomposition[at] = (uint16_t)(count + 1);
+        if (!second || second % 2) continue;
+        nfc->compositions[nfc->composition_count++] = pair;
+        if (!nfc->classes[pair.second]) nfc->classes[pair.second] = TOK_NFC_JOINS;
+    }
+    memset(nfc->classes + HANGUL_V, TOK_NFC_JOINS, HANGUL_V_COUNT);
+    memset(nfc->classes + HANGUL_T + 1, TOK_NFC_JOINS, HANGUL_T_COUNT - 1);
+    qsort(nfc->compositions, nfc->composition_count, sizeof *nfc->compositions, tok_compare_pairs);
+    return nfc;
+}
+
 // The normalizer: text, normalized, replaces what out holds.
 static void tok_normalize(const retrofit_tokenizer *tokenizer, retrofit_text *out, const char *text,
                           size_t size) {
+    retrofit_text composed = {0};
+    if (tokenizer->nfc) {
+        tok_nfc_put(tokenizer->nfc, &composed, text, size);
+        text = composed.bytes;
+        size = composed.size;
+    }
     out->size = 0;
     if (tokenizer->has[TOK_PREPEND_MARK]) retrofit_text_append(out, TOK_MARK, strlen(TOK_MARK));
     if (tokenizer->has[TOK_MARK_SPACES]) tok_append_replaced(out, text, size, " ", TOK_MARK);
     else retrofit_text_append(out, text, size);
+    out->failed = out->failed || composed.failed;
+    free(composed.bytes);
 }
 
 // ---- Tokenizer: the patterns that cut text into pieces -----------------------------------------
@@ -6826,6 +7214,7 @@ typedef struct {
     const retrofit_tokenizer *tokenizer;
     retrofit_text valid;      // the text, U+FFFD for what is not UTF-8
     retrofit_text normalized; // what is between two added tokens
+    retrofit_text stretch;    // text to be cut into pieces, with a space or "▁" before it
     retrofit_text piece;      // a piece in the byte-level alphabet
     retrofit_text ids;        // the result: its bytes are int32_t
     tok_symbol *symbols;
@@ -6979,68 +7368,168 @@ static void tok_encode_piece(tok_encoder *encoder, const char *text, size_t size
 
 // ---- Tokenizer: from text to ids ---------------------------------------------------------------
 
+static void tok_append_byte(tok_encoder *encoder, char byte) {
+    char character[4];
+    uint32_t code_point = encoder->tokenizer->byte_to_char[(unsigned char)byte];
+    retrofit_text_append(&encoder->piece, character, utf8_put(code_point, character));
+}
+
 // Encodes a piece spelt in the byte-level alphabet.
 static void tok_encode_bytes(tok_encoder *encoder, const char *text, size_t size) {
+    const bool *has = encoder->tokenizer->has;
+    bool prefix = has[TOK_PREFIX_SPACE] && has[TOK_BYTE_LEVEL] && text[0] != ' ';
     encoder->piece.size = 0;
-    for (size_t i = 0; i < size; i++) {
-        char character[4];
-        uint32_t code_point = encoder->tokenizer->byte_to_char[(unsigned char)text[i]];
-        retrofit_text_append(&encoder->piece, character, utf8_put(code_point, character));
-    }
+    if (prefix) tok_append_byte(encoder, ' ');
+    for (size_t i = 0; i < size; i++) tok_append_byte(encoder, text[i]);
     tok_encode_piece(encoder, encoder->piece.bytes, encoder->piece.size);
 }
 
-// Cuts normalized text into pieces and encodes them. With the Digits step each digit, and each
-// stretch between digits, is cut on its own.
-static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size) {
+// The Metaspace step: "▁" for each space, and one in front, if there is none and this is `first` or
+// it is so everywhere. Each "▁" begins a piece, or else all is one.
+static void tok_encode_metaspace(tok_encoder *encoder, const char *text, size_t size, bool first) {
+    const bool *has = encoder->tokenizer->has;
+    const size_t mark = strlen(TOK_MARK);
+    retrofit_text *out = &encoder->stretch;
+    out->size = 0;
+    bool marked = text[0] == ' ' || (size >= mark && !memcmp(text, TOK_MARK, mark));
+    bool prepend = has[TOK_METASPACE_ALWAYS] || (has[TOK_METASPACE_FIRST] && first);
+    if (prepend && !marked) retrofit_text_append(out, TOK_MARK, mark);
+    tok_append_replaced(out, text, size, " ", TOK_MARK);
+    const char *end = out->bytes + out->size;
+    for (const char *at = out->bytes; at < end;) {
+        const char *next = NULL;
+        if (has[TOK_METASPACE_SPLIT])
+            next = memmem(at + 1, (size_t)(end - at) - 1, TOK_MARK, mark);
+        if (!next) next = end;
+        tok_encode_piece(encoder, at, (size_t)(next - at));
+        at = next;
+    }
+}
+
+// Cuts text that a step before may have cut already, and encodes its pieces.
+static void tok_encode_stretch(tok_encoder *encoder, const char *text, size_t size, bool first) {
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
-    size_t end = tokenizer->has[TOK_SPLIT_DIGITS] ? 0 : size; // of the digit, or of the stretch
+    const bool *has = tokenizer->has;
+    if (has[TOK_METASPACE]) {
+        tok_encode_metaspace(encoder, text, size, first);
+        return;
+    }
+    if (has[TOK_PREFIX_SPACE] && has[TOK_GPT2_BYTES] && text[0] != ' ') {
+        encoder->stretch.size = 0;
+        retrofit_text_append(&encoder->stretch, " ", 1);
+        retrofit_text_append(&encoder->stretch, text, size);
+        text = encoder->stretch.bytes;
+        size = encoder->stretch.size;
+    }
     size_t length;
     for (size_t i = 0; i < size; i += length) {
-        if (i == end) end += tok_run(tokenizer, text + i, size - i, ~TOK_NUMBER, SIZE_MAX);
-        if (i == end) end += tok_run(tokenizer, text + i, size - i, TOK_NUMBER, 1);
-        length = tok_match(tokenizer, text + i, end - i);
+        length = tok_match(tokenizer, text + i, size - i);
         if (tokenizer->byte_level) tok_encode_bytes(encoder, text + i, length);
         else tok_encode_piece(encoder, text + i, length);
     }
 }
 
-// The first added token in the text, of several at one place the longest, and the size of the text
-// before it; NULL and the whole size if there is none.
+// Cuts normalized text into pieces and encodes them; `first`: it is the beginning of all text. With
+// a Digits step each digit, or each run of them, and each stretch between is cut on its own.
+static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size, bool first) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    size_t most = tokenizer->has[TOK_SPLIT_DIGITS]    ? 1
+                  : tokenizer->has[TOK_SPLIT_NUMBERS] ? SIZE_MAX
+                                                      : 0;
+    const int others = TOK_LETTER | TOK_WHITE | TOK_OTHER;
+    size_t length;
+    for (size_t i = 0; i < size; i += length) {
+        length = most ? tok_run(tokenizer, text + i, size - i, others, SIZE_MAX) : size;
+        if (!length) length = tok_run(tokenizer, text + i, size - i, TOK_NUMBER, most);
+        tok_encode_stretch(encoder, text + i, length, first && !i);
+    }
+}
+
+// The first added token in text from `from` on, of several at one place the longest, and where it
+// begins; NULL if there is none.
 static const tok_added *tok_find_added(const retrofit_tokenizer *tokenizer, const char *text,
-                                       size_t size, bool normalized, size_t *before) {
-    for (size_t i = 0; i < size; i++) {
+                                       size_t size, size_t from, bool normalized, size_t *at) {
+    for (size_t i = from; i < size; i++) {
         const size_t *begin = &tokenizer->added_begin[(unsigned char)text[i] + 256 * normalized];
         for (size_t j = begin[0]; j < begin[1]; j++) {
             const tok_added *added = &tokenizer->added[j];
             if (added->size > size - i || memcmp(added->text, text + i, added->size)) continue;
-            *before = i;
+            *at = i;
             return added;
         }
     }
-    *before = size;
     return NULL;
 }
 
-// Takes added tokens out of text and encodes what is between them: text as given is normalized and
-// searched again; normalized text is cut into pieces.
-static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized) {
-    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
-    while (size > 0) {
-        size_t before;
-        const tok_added *added = tok_find_added(tokenizer, text, size, normalized, &before);
-        if (normalized) {
-            tok_encode_pieces(encoder, text, before);
-        } else if (before > 0) {
-            retrofit_text *out = &encoder->normalized;
-            tok_normalize(tokenizer, out, text, before);
-            tok_encode_text(encoder, out->bytes, out->size, true);
-        }
-        if (!added) return;
-        tok_append_id(encoder, added->id);
-        text += before + added->size;
-        size -= before + added->size;
+// Where the last character of text[0 … end) begins, and whether it is in the class; end > 0.
+static size_t tok_last_character(const retrofit_tokenizer *tokenizer, const char *text, size_t end,
+                                 int class, bool *is_in_class) {
+    size_t begin = end - 1;
+    while (begin > 0 && ((unsigned char)text[begin] & 0xc0) == 0x80) begin--;
+    *is_in_class = tok_run(tokenizer, text + begin, end - begin, class, 1) > 0;
+    return begin;
+}
+
+// Whether an added token that is spelt out in text[begin … end) counts there.
+static bool tok_added_counts(const retrofit_tokenizer *tokenizer, const tok_added *added,
+                             const char *text, size_t size, size_t begin, size_t end) {
+    bool special = tokenizer->tokens[added->id].special;
+    if (special && tokenizer->has[TOK_SPLIT_SPECIAL]) return false;
+    if (!added->single_word) return true;
+    bool word_before = false;
+    if (begin > 0) tok_last_character(tokenizer, text, begin, TOK_WORD, &word_before);
+    return !word_before && !tok_run(tokenizer, text + end, size - end, TOK_WORD, 1);
+}
+
+// Where text[0 … end) ends without its last white space.
+static size_t tok_strip_end(const retrofit_tokenizer *tokenizer, const char *text, size_t end) {
+    bool is_white = true;
+    while (end > 0) {
+        size_t begin = tok_last_character(tokenizer, text, end, TOK_WHITE, &is_white);
+        if (!is_white) break;
+        end = begin;
     }
+    return end;
+}
+
+static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
+                            bool first);
+
+// Encodes text between two added tokens: text as given is normalized and searched again; normalized
+// text is cut into pieces.
+static void tok_encode_between(tok_encoder *encoder, const char *text, size_t size, bool normalized,
+                               bool first) {
+    if (!size) return;
+    if (normalized) {
+        tok_encode_pieces(encoder, text, size, first);
+        return;
+    }
+    retrofit_text *out = &encoder->normalized;
+    tok_normalize(encoder->tokenizer, out, text, size);
+    tok_encode_text(encoder, out->bytes, out->size, true, first);
+}
+
+// Takes added tokens out of text and encodes what is between them. The search goes on behind a
+// token's text, also where it does not count. (With rstrip this may be before `done`, as in Hugging
+// Face's tokenizers.)
+static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
+                            bool first) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    size_t done = 0, from = 0, begin;
+    for (;;) {
+        const tok_added *added = tok_find_added(tokenizer, text, size, from, normalized, &begin);
+        if (!added) break;
+        size_t end = begin + added->size;
+        from = end;
+        if (!tok_added_counts(tokenizer, added, text, size, begin, end)) continue;
+        if (added->lstrip) begin = retrofit_max(tok_strip_end(tokenizer, text, begin), done);
+        if (added->rstrip) end += tok_run(tokenizer, text + end, size - end, TOK_WHITE, SIZE_MAX);
+        if (begin > done)
+            tok_encode_between(encoder, text + done, begin - done, normalized, first && !done);
+        tok_append_id(encoder, added->id);
+        done = end;
+    }
+    tok_encode_between(encoder, text + done, size - done, normalized, first && !done);
 }
 
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
@@ -7050,12 +7539,14 @@ int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, 
     size_t before = with_special ? tokenizer->before.count : 0;
     size_t after = with_special ? tokenizer->after.count : 0;
     retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
-    tok_encode_text(&encoder, encoder.valid.bytes, encoder.valid.size, false);
+    tok_encode_text(&encoder, encoder.valid.bytes, encoder.valid.size, false, true);
     retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
 
-    bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.piece.failed;
+    bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.stretch.failed;
+    failed = failed || encoder.piece.failed;
     free(encoder.valid.bytes);
     free(encoder.normalized.bytes);
+    free(encoder.stretch.bytes);
     free(encoder.piece.bytes);
     free(encoder.symbols);
     free(encoder.heap);
@@ -7106,7 +7597,7 @@ static void tok_undo_bytes(const retrofit_tokenizer *tokenizer, retrofit_text *o
 // Appends a token's text. Bytes wait in `run` until all are there, since one token may hold only a
 // part of a character.
 static void tok_decode_token(const retrofit_tokenizer *tokenizer, const tok_token *token,
-                             retrofit_text *out, retrofit_text *run) {
+                             bool first, retrofit_text *out, retrofit_text *run) {
     if (tokenizer->has[TOK_UNDO_BYTES]) {
         tok_undo_bytes(tokenizer, run, token);
         return;
@@ -7118,9 +7609,18 @@ static void tok_decode_token(const retrofit_tokenizer *tokenizer, const tok_toke
         return;
     }
     tok_flush_bytes(out, run);
-    if (tokenizer->has[TOK_UNMARK_SPACES])
+    if (tokenizer->has[TOK_UNMARK_FIRST] && first)
+        tok_append_replaced(out, token->text, token->size, TOK_MARK, "");
+    else if (tokenizer->has[TOK_UNMARK_SPACES] || tokenizer->has[TOK_UNMARK_METASPACE])
         tok_append_replaced(out, token->text, token->size, TOK_MARK, " ");
     else retrofit_text_append(out, token->text, token->size);
+}
+
+// The token of an id; NULL if no token has it. A model may have more ids than its tokenizer has
+// tokens, and a vocabulary may have holes: such ids have no text.
+static const tok_token *tok_token_at(const retrofit_tokenizer *tokenizer, int32_t id) {
+    if (id < 0 || (size_t)id >= tokenizer->size || !tokenizer->tokens[id].text) return NULL;
+    return &tokenizer->tokens[id];
 }
 
 char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
@@ -7128,14 +7628,13 @@ char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, s
     retrofit_text out = {0}, run = {0};
     bool ok = true, first = true;
     for (size_t i = 0; ok && i < count; i++) {
-        bool in_range = ids[i] >= 0 && (size_t)ids[i] < tokenizer->size;
-        const tok_token *token = in_range ? &tokenizer->tokens[ids[i]] : NULL;
-        if (!token || !token->text) {
+        const tok_token *token = tok_token_at(tokenizer, ids[i]);
+        if (!token && (ids[i] < 0 || ids[i] >= TOK_MAX_ID)) {
             ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu",
                                (int)ids[i], i, count, tokenizer->size - 1);
-        } else if (!skip_special || !token->special) {
+        } else if (token && (!skip_special || !token->special)) {
             if (!first && !tokenizer->has_decoder) retrofit_text_append(&out, " ", 1);
-            tok_decode_token(tokenizer, token, &out, &run);
+            tok_decode_token(tokenizer, token, first, &out, &run);
             first = false;
         }
     }
@@ -7157,10 +7656,12 @@ char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, s
 static bool tok_may_change(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
                            bool skip_special, const char *text, size_t size) {
     if (size >= 3 && !memcmp(text + size - 3, TOK_INVALID, 3)) return true;
-    if (!count || !tokenizer->has[TOK_BYTE_FALLBACK]) return false;
-    size_t last = count - 1;
-    while (last > 0 && skip_special && tokenizer->tokens[ids[last]].special) last--;
-    return tok_fallback_byte(&tokenizer->tokens[ids[last]]) >= 0;
+    if (!tokenizer->has[TOK_BYTE_FALLBACK]) return false;
+    for (size_t i = count; i > 0; i--) {
+        const tok_token *token = tok_token_at(tokenizer, ids[i - 1]);
+        if (token && !(skip_special && token->special)) return tok_fallback_byte(token) >= 0;
+    }
+    return false;
 }
 
 // Decodes the tokens of the last text that was given out together with the new ones, and gives out
@@ -7204,8 +7705,8 @@ bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t 
                              int32_t *id) {
     if (tokenizer->has[TOK_UNDO_BYTES]) return false;
     for (size_t i = count; i > 0; i--) {
-        const tok_token *before = &tokenizer->tokens[ids[i - 1]];
-        if (before->special || tok_fallback_byte(before) >= 0) continue;
+        const tok_token *before = tok_token_at(tokenizer, ids[i - 1]);
+        if (!before || before->special || tok_fallback_byte(before) >= 0) continue;
         *id = ids[i - 1];
         return true;
     }
@@ -7240,11 +7741,15 @@ uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
         const tok_merge *merge = &tokenizer->merges[i];
         if (merge->rank) sum += retrofit_hash(merge->pair, merge->rank);
     }
-    for (size_t i = 0; i < tokenizer->added_begin[512]; i++) {
+    for (size_t i = 0; i < tokenizer->added_count; i++) {
         const tok_added *added = &tokenizer->added[i];
-        sum += retrofit_hash(~(uint64_t)added->id, (uint64_t)added->key);
+        bool split = tokenizer->has[TOK_SPLIT_SPECIAL] && tokenizer->tokens[added->id].special;
+        int flags = added->single_word + 2 * added->lstrip + 4 * added->rstrip + 8 * split;
+        sum += retrofit_hash(~(uint64_t)added->id, (uint64_t)(added->key + 512 * flags));
     }
-    for (size_t i = 0; i < TOK_STEPS; i++) hash = retrofit_hash(hash, tokenizer->has[i]);
+    for (size_t i = 0; i < TOK_FIRST_HASHES; i++) hash = retrofit_hash(hash, tokenizer->has[i]);
+    for (size_t i = TOK_FIRST_HASHES; i < TOK_STEPS; i++)
+        if (tokenizer->has[i]) hash = retrofit_hash(hash, i);
     int flags = tokenizer->fuse_unk + 2 * tokenizer->byte_fallback + 4 * tokenizer->ignore_merges;
     hash = retrofit_hash(hash, (uint64_t)flags);
     hash = retrofit_hash(hash, (uint64_t)tokenizer->unk);
@@ -7259,26 +7764,135 @@ uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
 
 // ---- Tokenizer: loading ------------------------------------------------------------------------
 
+// The keys of tokenizer.json: its own, its model's, those of any step, those of an added token.
+// clang-format off
+static const retrofit_key tok_file_keys[] = {
+    {"added_tokens", NULL, NULL}, {"normalizer", NULL, NULL}, {"pre_tokenizer", NULL, NULL},
+    {"post_processor", NULL, NULL}, {"decoder", NULL, NULL}, {"model", NULL, NULL},
+    {"padding", NULL, NULL}, // only its pad_token: transformers resets the rest
+    {"truncation", "*", "transformers resets it"}, {"version", "*", "of the format"},
+};
+static const retrofit_key tok_model_keys[] = {
+    {"type", NULL, NULL}, {"vocab", NULL, NULL}, {"merges", NULL, NULL}, {"unk_token", NULL, NULL},
+    {"fuse_unk", NULL, NULL}, {"byte_fallback", NULL, NULL}, {"ignore_merges", NULL, NULL},
+    {"dropout", "0", "merges left out at random"},
+    {"continuing_subword_prefix", "", "WordPiece's spelling of tokens"},
+    {"end_of_word_suffix", "", "tokens that end a word"},
+};
+static const retrofit_key tok_step_keys[] = {
+    {"type", NULL, NULL}, {"prepend", NULL, NULL}, {"pattern", NULL, NULL}, {"content", NULL, NULL},
+    {"individual_digits", NULL, NULL}, {"behavior", NULL, NULL}, {"invert", NULL, NULL},
+    {"add_prefix_space", NULL, NULL}, {"use_regex", NULL, NULL}, {"replacement", NULL, NULL},
+    {"prepend_scheme", NULL, NULL}, {"split", NULL, NULL}, {"start", NULL, NULL},
+    {"stop", NULL, NULL}, {"single", NULL, NULL}, {"special_tokens", NULL, NULL},
+    {"normalizers", NULL, NULL}, {"pretokenizers", NULL, NULL}, {"decoders", NULL, NULL},
+    {"processors", NULL, NULL},
+    {"pair", "*", "for two texts"}, {"str_rep", "*", "the replacement again"},
+    {"trim_offsets", "*", "places in the text, which we don't give"},
+};
+static const retrofit_key tok_added_keys[] = {
+    {"id", NULL, NULL}, {"content", NULL, NULL}, {"special", NULL, NULL}, {"lstrip", NULL, NULL},
+    {"rstrip", NULL, NULL}, {"single_word", NULL, NULL}, {"normalized", NULL, NULL},
+    {"__type", "*", "says AddedToken"},
+};
+
+// Those of special_tokens_map.json, which are among those of tokenizer_config.json.
+#define TOK_SPECIAL_KEYS \
+    {"bos_token", NULL, NULL}, {"eos_token", NULL, NULL}, {"unk_token", NULL, NULL}, \
+    {"sep_token", NULL, NULL}, {"pad_token", NULL, NULL}, {"cls_token", NULL, NULL}, \
+    {"mask_token", NULL, NULL}, {"additional_special_tokens", NULL, NULL}
+static const retrofit_key tok_map_keys[] = {TOK_SPECIAL_KEYS};
+static const retrofit_key tok_config_keys[] = {
+    TOK_SPECIAL_KEYS,
+    {"extra_special_tokens", NULL, NULL}, {"added_tokens_decoder", NULL, NULL},
+    {"tokenizer_class", NULL, NULL}, {"add_bos_token", NULL, NULL}, {"add_eos_token", NULL, NULL},
+    {"add_prefix_space", NULL, NULL}, {"split_special_tokens", NULL, NULL},
+    {"clean_up_tokenization_spaces", NULL, NULL}, {"legacy", NULL, NULL},
+    {"tokenizer_file", "tokenizer.json|./tokenizer.json",
+     "the tokenizer.json beside tokenizer_config.json is read: remove the key"},
+    {"from_slow", "", "the tokenizer would be made from another file than tokenizer.json"},
+    {"chat_template", "*", "not the tokenizer's"},
+    {"use_default_system_prompt", "*", "of the chat template"},
+    {"model_max_length", "*", "texts are not cut"}, {"max_length", "*", "the same"},
+    {"max_len", "*", "the same"}, {"stride", "*", "of cutting"},
+    {"truncation_side", "*", "of cutting"}, {"truncation_strategy", "*", "of cutting"},
+    {"padding_side", "*", "of padding"}, {"padding", "*", "the same"}, {"pad_to*", "*", "the same"},
+    {"pad_token_type_id", "*", "the same"}, {"model_input_names", "*", "of Python's results"},
+    {"return_token_type_ids", "*", "the same"}, {"name_or_path", "*", "where it came from"},
+    {"vocab_file", "*", "tokenizer.json has it all"}, {"merges_file", "*", "the same"},
+    {"special_tokens_map_file", "*", "where it came from"},
+    {"sp_model_kwargs", "*", "of another file"},
+    {"errors", "*", "of Python's own tokenizers; the others have \"replace\""},
+    {"spaces_between_special_tokens", "*", "of Python's own tokenizers"},
+    {"do_lower_case", "*", "tokenizer.json's normalizer decides"}, {"keep_accents", "*", "the same"},
+    {"remove_space", "*", "the same"}, {"strip_accents", "*", "the same"},
+    {"trim_offsets", "*", "places in the text, which we don't give"}, {"use_fast", "*", "Python's"},
+    {"auto_map", "*", "Python's"}, {"processor_class", "*", "Python's"},
+    {"backend", "*", "Python's"}, {"is_local", "*", "Python's"},
+    {"local_files_only", "*", "Python's"},
+    {"transformers_version", "*", "Python's"}, {"device_map", "*", "Python's"},
+    {"tokenizer_type", "*", "Python's"}, {"init_inputs", "*", "Python's"},
+    {"image*", "*", "of images"}, {"video*", "*", "of images"}, {"vision*", "*", "of images"},
+    {"audio*", "*", "of sounds"},
+};
+// clang-format on
+#define TOK_CHECK_KEYS(loader, object, table, where) \
+    tok_check_keys(loader, object, table, sizeof(table) / sizeof *(table), where)
+
+// The tokens that tokenizer_config.json names, in the order in which they are added.
+enum { TOK_BOS, TOK_EOS, TOK_UNK, TOK_SEP, TOK_PAD, TOK_CLS, TOK_MASK, TOK_NAMES };
+static const char *const tok_names[TOK_NAMES] = {
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+};
+
+// Classes of transformers, by their names without "Fast": the tokens that they have by themselves
+// ("" for none, also where tokenizer.json has one for padding); whether they put their own bos and
+// eos tokens around a text, not tokenizer.json's; and whether they set the flags of their tokens.
+#define TOK_END "<|endoftext|>"
+static const struct tok_class {
+    const char *name, *tokens[TOK_NAMES];
+    bool own_ends, add_bos, sets_flags;
+} tok_classes[] = {
+    {.name = "PreTrainedTokenizer"},
+    {.name = "TokenizersBackend"}, // the same, from transformers 5 on
+    {"LlamaTokenizer", {"<s>", "</s>", "<unk>"}, true, true, false},
+    {"GPTNeoXTokenizer", {TOK_END, TOK_END, TOK_END, NULL, ""}, true, false, false},
+    {"GPT2Tokenizer", {TOK_END, TOK_END, TOK_END}, false, false, false},
+    {"Qwen2Tokenizer", {NULL, TOK_END, TOK_END, NULL, TOK_END}, false, false, true},
+};
+enum { TOK_CLASSES = sizeof tok_classes / sizeof *tok_classes };
+
 // The functions below report an error by `failed` and go on with harmless values; only the first
 // error counts. Callers stop where it suits them.
 typedef struct {
     retrofit_tokenizer *tokenizer;
     char path[RETROFIT_PATH]; // of the file being read
     bool failed;              // an error has been reported
-    int last_step;            // the step loaded before; -1 at first
+    int last_row;             // of tok_steps: the step loaded before; -1 at first
     size_t strings_size;      // bytes of tokenizer->strings in use
+    size_t vocabulary_size;   // tokens in the vocabulary, without added ones
+    int32_t last_added;       // the highest id of an added token; -1: none yet
+    size_t added_capacity;    // added tokens that there may be at most
+
+    // The files: tokenizer.json, and NULL or what lies beside it.
+    retrofit_json *root, *config, *map, *added_json;
+    bool map_counts; // special_tokens_map.json and added_tokens.json do: see tok_load_config
+    const struct tok_class *class; // NULL: none is named, or one that is not known here
 } tok_loader;
 
 // An error, unless there was one before: the file, what is wrong, and in quotes with what.
 static void tok_refuse(tok_loader *loader, const char *what, const char *name) {
-    if (loader->failed) return;
-    char line[200];
-    snprintf(line, sizeof line, "%s", name);
-    // Names come from the file: the error has one line, whatever they hold.
-    for (char *c = line; *c; c++)
-        if ((unsigned char)*c < 32 || *c == 127) *c = '?';
+    if (!loader->failed) retrofit_fail("%s: %s \"%.200s\"", loader->path, what, name);
     loader->failed = true;
-    retrofit_fail("%s: %s \"%s\"", loader->path, what, line);
+}
+
+// An error for a key that is refused, or whose name says that it matters and is not known here.
+static void tok_check_keys(tok_loader *loader, const retrofit_json *object,
+                           const retrofit_key *table, size_t count, const char *where) {
+    char place[RETROFIT_PATH + 40];
+    if (loader->failed) return;
+    snprintf(place, sizeof place, "%s%s%s", loader->path, *where ? ": " : "", where);
+    loader->failed = !retrofit_keys_check(object, table, count, place);
 }
 
 static const retrofit_json tok_nothing = {.type = RETROFIT_JSON_ARRAY, .string = "", .key = ""};
@@ -7316,6 +7930,7 @@ static bool tok_setting_is(const retrofit_json *step, const char *key, const cha
     const retrofit_json *found = retrofit_json_get(step, key);
     if (!found) found = retrofit_json_get(retrofit_json_get(step, "pattern"), key);
     if (!found) return false;
+    if (!strcmp(value, TOK_ANY)) return true;
     if (found->type == RETROFIT_JSON_BOOL) return !strcmp(value, found->number ? "true" : "false");
     return found->string && !strcmp(value, found->string);
 }
@@ -7360,31 +7975,90 @@ static void tok_load_template(tok_loader *loader, const retrofit_json *step) {
     if (!has_text || part) tok_refuse(loader, "needs the text once, as A:", "TemplateProcessing");
 }
 
+// A Metaspace step, which is a pre_tokenizer or a decoder. Old files have add_prefix_space.
+static void tok_load_metaspace(tok_loader *loader, const retrofit_json *step, bool is_decoder) {
+    bool *has = loader->tokenizer->has;
+    const char *scheme = "always";
+    if (tok_present(step, "prepend_scheme"))
+        scheme = tok_get(loader, step, "prepend_scheme", RETROFIT_JSON_STRING)->string;
+    bool always = !strcmp(scheme, "always"), first = !strcmp(scheme, "first");
+    if (!always && !first && strcmp(scheme, "never"))
+        tok_refuse(loader, "not always, first or never, Metaspace's prepend_scheme", scheme);
+    bool prefix = always || first;
+    if (tok_flag(loader, step, "add_prefix_space", prefix) != prefix)
+        tok_refuse(loader, "add_prefix_space contradicts Metaspace's prepend_scheme", scheme);
+    if (is_decoder) {
+        has[TOK_UNMARK_FIRST] = prefix;
+        return;
+    }
+    has[TOK_METASPACE_ALWAYS] = always;
+    has[TOK_METASPACE_FIRST] = first;
+    has[TOK_METASPACE_SPLIT] = tok_flag(loader, step, "split", true);
+}
+
+// What a pattern matches is a piece, and so is what it doesn't match; but the patterns that we have
+// match all there is. So whether the two change places matters only where one of them is removed.
+static void tok_check_split(tok_loader *loader, const retrofit_json *step) {
+    const char *behavior = tok_get(loader, step, "behavior", RETROFIT_JSON_STRING)->string;
+    bool invert = tok_flag(loader, step, "invert", false);
+    if (strcmp(behavior, "Isolated") && (strcmp(behavior, "Removed") || !invert))
+        tok_refuse(loader, "unsupported, behavior (and invert) of the step \"Split\":", behavior);
+}
+
+// The settings of a step that are not in tok_steps.
+static void tok_load_settings(tok_loader *loader, const retrofit_json *json, int step) {
+    bool *has = loader->tokenizer->has;
+    if (step == TOK_TEMPLATE) tok_load_template(loader, json);
+    if (step >= TOK_SPLIT_GPT2 && step <= TOK_SPLIT_LLAMA3) tok_check_split(loader, json);
+    if (step == TOK_BYTE_LEVEL || step == TOK_GPT2_BYTES)
+        has[TOK_PREFIX_SPACE] = tok_flag(loader, json, "add_prefix_space", false);
+    if (step == TOK_METASPACE || step == TOK_UNMARK_METASPACE)
+        tok_load_metaspace(loader, json, step == TOK_UNMARK_METASPACE);
+}
+
 // Whether a step of the file is the one in this row of tok_steps.
-static bool tok_step_is(const retrofit_json *json, int role, const char *type, int step) {
-    if (tok_steps[step].role != role || strcmp(type, tok_steps[step].type)) return false;
-    const char *const *setting = tok_steps[step].settings;
+static bool tok_step_is(const retrofit_json *json, int role, const char *type, int row) {
+    if (tok_steps[row].role != role || strcmp(type, tok_steps[row].type)) return false;
+    const char *const *setting = tok_steps[row].settings;
     while (setting[0] && tok_setting_is(json, setting[0], setting[1])) setting += 2;
     return !setting[0];
+}
+
+// Refuses a step by its type and its settings, those of its pattern among them.
+static void tok_refuse_step(tok_loader *loader, const retrofit_json *json, const char *type) {
+    char text[160] = "";
+    size_t n = 0;
+    for (const retrofit_json *v = json->child; v && n < sizeof text; v = v->next) {
+        const retrofit_json *value = v->type == RETROFIT_JSON_OBJECT && v->child ? v->child : v;
+        const char *is = value->string ? value->string : "null";
+        if (value->type == RETROFIT_JSON_BOOL) is = value->number != 0 ? "true" : "false";
+        if (!strcmp(v->key, "type") || value->child) continue;
+        n += (size_t)snprintf(text + n, sizeof text - n, ", %.30s %.60s", value->key, is);
+    }
+    if (!loader->failed)
+        retrofit_fail("%s: this step is unsupported (or its settings, or its place): \"%.60s\"%s",
+                      loader->path, type, text);
+    loader->failed = true;
 }
 
 // A step, or a Sequence of steps. The parser's limit of the depth bounds the recursion.
 static void tok_load_step(tok_loader *loader, const retrofit_json *json, int role) {
     const char *type = tok_get(loader, json, "type", RETROFIT_JSON_STRING)->string;
+    TOK_CHECK_KEYS(loader, json, tok_step_keys, tok_roles[role].member);
     if (!strcmp(type, "Sequence")) {
         json = tok_get(loader, json, tok_roles[role].list, RETROFIT_JSON_ARRAY)->child;
         for (; json && !loader->failed; json = json->next) tok_load_step(loader, json, role);
         return;
     }
-    int step = loader->last_step + 1;
-    while (step < TOK_STEPS && !tok_step_is(json, role, type, step)) step++;
-    if (step == TOK_STEPS) {
-        tok_refuse(loader, "this step is unsupported (or its settings, or its place):", type);
+    int row = loader->last_row + 1;
+    while (row < TOK_ROWS && !tok_step_is(json, role, type, row)) row++;
+    if (row == TOK_ROWS) {
+        tok_refuse_step(loader, json, type);
         return;
     }
-    loader->tokenizer->has[step] = true;
-    loader->last_step = step;
-    if (step == TOK_TEMPLATE) tok_load_template(loader, json);
+    loader->tokenizer->has[tok_steps[row].step] = true;
+    loader->last_row = row;
+    tok_load_settings(loader, json, tok_steps[row].step);
 }
 
 static void tok_load_role(tok_loader *loader, const retrofit_json *root, int role) {
@@ -7405,11 +8079,19 @@ static void tok_check_steps(tok_loader *loader) {
     tokenizer->byte_level = has[TOK_BYTE_LEVEL] || has[TOK_GPT2_BYTES];
 
     bool bytes_twice = has[TOK_BYTE_LEVEL] && has[TOK_GPT2_BYTES];
+    bool digits = has[TOK_SPLIT_DIGITS] || has[TOK_SPLIT_NUMBERS];
+    bool digits_twice = has[TOK_SPLIT_DIGITS] && has[TOK_SPLIT_NUMBERS];
+    bool marked_twice = has[TOK_METASPACE] && (patterns || digits || tokenizer->byte_level ||
+                                               has[TOK_PREPEND_MARK] || has[TOK_MARK_SPACES]);
     bool strips_each_token = has[TOK_STRIP_SPACE] && !has[TOK_FUSE];
     bool spm_decoder = has[TOK_UNMARK_SPACES] || has[TOK_BYTE_FALLBACK] || has[TOK_FUSE];
-    bool two_decoders = has[TOK_UNDO_BYTES] && spm_decoder;
-    if (patterns > 1 || bytes_twice || strips_each_token || two_decoders)
-        tok_refuse(loader, "steps that are not supported together, in", "pre_tokenizer or decoder");
+    bool two_decoders = has[TOK_UNDO_BYTES] && (spm_decoder || has[TOK_UNMARK_METASPACE]);
+    bool unmarked = has[TOK_UNMARK_SPACES] || has[TOK_BYTE_FALLBACK] || has[TOK_STRIP_SPACE];
+    bool unmarked_twice = has[TOK_UNMARK_METASPACE] && unmarked;
+    if (patterns > 1 || bytes_twice || digits_twice || marked_twice)
+        tok_refuse(loader, "steps that are not supported together, in", "pre_tokenizer");
+    if (strips_each_token || two_decoders || unmarked_twice)
+        tok_refuse(loader, "steps that are not supported together, in", "decoder");
 }
 
 // A piece of text that stays as long as the tokenizer, with a NUL behind it.
@@ -7447,6 +8129,7 @@ static void *tok_allocate_table(tok_loader *loader, size_t count, size_t slot_si
     return table;
 }
 
+// The vocabulary, with room for all tokens that may be added, those of tokenizer.json and others.
 static void tok_load_vocabulary(tok_loader *loader, const retrofit_json *vocabulary,
                                 const retrofit_json *added) {
     retrofit_tokenizer *tokenizer = loader->tokenizer;
@@ -7463,10 +8146,13 @@ static void tok_load_vocabulary(tok_loader *loader, const retrofit_json *vocabul
     if (last < 0) tok_refuse(loader, "no token in the", "vocab");
     if (loader->failed) return;
 
+    loader->vocabulary_size = vocabulary->count;
     tokenizer->size = (size_t)last + 1;
-    tokenizer->tokens = retrofit_allocate(tokenizer->size, sizeof *tokenizer->tokens);
-    if (!tokenizer->tokens) loader->failed = true;
-    tokenizer->by_text = tok_allocate_table(loader, vocabulary->count + added->count,
+    size_t room = retrofit_max(tokenizer->size, vocabulary->count) + loader->added_capacity;
+    tokenizer->tokens = retrofit_allocate(room, sizeof *tokenizer->tokens);
+    tokenizer->added = retrofit_allocate(loader->added_capacity, sizeof *tokenizer->added);
+    if (!tokenizer->tokens || !tokenizer->added) loader->failed = true;
+    tokenizer->by_text = tok_allocate_table(loader, vocabulary->count + loader->added_capacity,
                                             sizeof *tokenizer->by_text, &tokenizer->text_mask);
     for (entry = vocabulary->child; entry && !loader->failed; entry = entry->next)
         tok_add_token(loader, entry->key, entry->key_length, tok_read_id(loader, entry), true);
@@ -7526,61 +8212,119 @@ static void tok_load_merges(tok_loader *loader, const retrofit_json *merges) {
 static int tok_compare_added(const void *a, const void *b) {
     const tok_added *x = a, *y = b;
     if (x->key != y->key) return x->key - y->key;
-    return (x->size < y->size) - (x->size > y->size);
+    if (x->size != y->size) return x->size < y->size ? 1 : -1;
+    return x->order - y->order;
 }
 
-// One of added_tokens, which may be in the vocabulary too. `normal` is scratch memory. Where its
-// text is normalized to be found, decoding still gives the text as it stands in the file, as
-// Hugging Face's tokenizers do since 0.21.
-static void tok_load_added(tok_loader *loader, const retrofit_json *entry, tok_added *added,
-                           retrofit_text *normal) {
-    retrofit_tokenizer *tokenizer = loader->tokenizer;
-    const retrofit_json *content = tok_get(loader, entry, "content", RETROFIT_JSON_STRING);
-    int32_t id = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
-    int32_t known = tok_find(tokenizer, content->string, content->length);
-    tok_token *token = &tokenizer->tokens[id];
-    bool bad = !content->length || (known >= 0 && (known != id || token->added));
-    bad = bad || tok_flag(loader, entry, "lstrip", false);
-    bad = bad || tok_flag(loader, entry, "rstrip", false);
-    bad = bad || tok_flag(loader, entry, "single_word", false);
-    if (bad)
-        tok_refuse(loader,
-                   "empty, twice there, or with lstrip, rstrip or single_word, which are "
-                   "unsupported: the added token",
-                   content->string);
-    if (known < 0 && !loader->failed)
-        tok_add_token(loader, content->string, content->length, id, false);
-    if (loader->failed) return;
+// An added token as a file describes it: its text, as a string or as "content" beside its flags.
+static tok_added tok_read_added(tok_loader *loader, const retrofit_json *entry, bool special) {
+    bool is_text = entry->type == RETROFIT_JSON_STRING;
+    const retrofit_json *text =
+        is_text ? entry : tok_get(loader, entry, "content", RETROFIT_JSON_STRING);
+    if (!is_text) TOK_CHECK_KEYS(loader, entry, tok_added_keys, "an added token");
+    special = special || tok_flag(loader, entry, "special", false);
+    return (tok_added){
+        .text = text->string,
+        .size = text->length,
+        .id = -1,
+        .special = special,
+        .normalized = tok_flag(loader, entry, "normalized", !special),
+        .single_word = tok_flag(loader, entry, "single_word", false),
+        .lstrip = tok_flag(loader, entry, "lstrip", false),
+        .rstrip = tok_flag(loader, entry, "rstrip", false),
+    };
+}
 
-    token->added = true;
-    token->special = tok_flag(loader, entry, "special", false);
-    *added = (tok_added){.text = token->text, .size = token->size, .id = id};
-    if (tok_flag(loader, entry, "normalized", !token->special)) {
-        tok_normalize(tokenizer, normal, token->text, token->size);
-        if (normal->failed) {
-            loader->failed = true;
-            return;
-        }
-        added->text = tok_keep(loader, normal->bytes, normal->size);
-        added->size = normal->size;
-        added->key = 256;
+// The id that Hugging Face's tokenizers give to the next new token, whatever a file says.
+// tokenizer.json may say another one only where somebody has edited it; then the file counts.
+static int32_t tok_next_id(const tok_loader *loader) {
+    int32_t size = (int32_t)loader->vocabulary_size;
+    return loader->last_added >= size ? loader->last_added + 1 : size;
+}
+
+// Adds a token, with the next id if it has none, or changes the flags of one that was added before,
+// as transformers does: special and normalized cannot be taken back. Returns it; NULL or error.
+static tok_token *tok_enter_added(tok_loader *loader, tok_added new) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    if (!new.size) tok_refuse(loader, "empty: an", "added token");
+    if (loader->failed) return NULL;
+    int32_t known = tok_find(tokenizer, new.text, new.size);
+    if (known >= 0) new.id = known;
+    if (known < 0) {
+        if (new.id < 0) new.id = tok_next_id(loader);
+        if (tokenizer->tokens[new.id].text)
+            tok_refuse(loader, "would get the id of another token, the added token", new.text);
+        else tok_add_token(loader, new.text, new.size, new.id, false);
+        if (loader->failed) return NULL;
+        tokenizer->size = retrofit_max(tokenizer->size, (size_t)new.id + 1);
     }
-    added->key += (unsigned char)added->text[0];
+    tok_token *token = &tokenizer->tokens[new.id];
+    if (!token->added) {
+        token->added = (int32_t)++tokenizer->added_count;
+    } else {
+        const tok_added *old = &tokenizer->added[token->added - 1];
+        if (!token->special && old->normalized != new.normalized) {
+            tok_refuse(loader, "normalized in one place and not in another, the added token",
+                       new.text);
+            return NULL;
+        }
+        new.normalized = old->normalized;
+    }
+    new.text = token->text;
+    token->special = token->special || new.special;
+    tokenizer->added[token->added - 1] = new;
+    if (new.id > loader->last_added) loader->last_added = new.id;
+    return token;
 }
 
-static void tok_load_all_added(tok_loader *loader, const retrofit_json *list) {
+// One of tokenizer.json's added_tokens, which may be in the vocabulary too. It may be there twice
+// if both say the same.
+static void tok_load_added(tok_loader *loader, const retrofit_json *entry) {
     retrofit_tokenizer *tokenizer = loader->tokenizer;
-    tokenizer->added = retrofit_allocate(list->count, sizeof *tokenizer->added);
-    if (!tokenizer->added) loader->failed = true;
+    tok_added new = tok_read_added(loader, entry, false);
+    int32_t said = tok_read_id(loader, tok_get(loader, entry, "id", RETROFIT_JSON_NUMBER));
+    if (loader->failed) return;
+    int32_t known = tok_find(tokenizer, new.text, new.size);
+    const tok_token *token = known >= 0 ? &tokenizer->tokens[known] : tok_token_at(tokenizer, said);
+    bool bad = known >= 0 ? known != said : token != NULL;
+    if (known >= 0 && token->added) {
+        const tok_added *old = &tokenizer->added[token->added - 1];
+        bad = bad || old->special != new.special || old->normalized != new.normalized ||
+              old->single_word != new.single_word || old->lstrip != new.lstrip ||
+              old->rstrip != new.rstrip;
+    }
+    if (bad) tok_refuse(loader, "twice there, with other ids or flags, the added token", new.text);
+    if (known < 0 && !loader->failed && said != tok_next_id(loader))
+        retrofit_note("%s: the added token \"%s\" has id %d, but %d in Hugging Face's tokenizers",
+                      loader->path, new.text, (int)said, (int)tok_next_id(loader));
+    new.id = said;
+    tok_enter_added(loader, new);
+}
+
+// Makes the added tokens ready to be found. Where one's text is normalized to be found, decoding
+// still gives the text as it stands in the file, as Hugging Face's tokenizers do since 0.21.
+static void tok_index_added(tok_loader *loader) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    size_t count = tokenizer->added_count, i = 0;
     retrofit_text normal = {0};
-    size_t count = 0;
-    for (const retrofit_json *v = list->child; v && !loader->failed; v = v->next)
-        tok_load_added(loader, v, &tokenizer->added[count++], &normal);
+    for (tok_added *added = tokenizer->added; added < tokenizer->added + count; added++) {
+        added->order = (int32_t)(added - tokenizer->added);
+        if (!added->special) added->order += TOK_MAX_ID;
+        added->key = 0;
+        if (added->normalized) {
+            tok_normalize(tokenizer, &normal, added->text, added->size);
+            if (normal.failed) loader->failed = true;
+            if (loader->failed) break;
+            added->text = tok_keep(loader, normal.bytes, normal.size);
+            added->size = normal.size;
+            added->key = 256;
+        }
+        added->key += (unsigned char)added->text[0];
+    }
     free(normal.bytes);
     if (loader->failed) return;
 
     qsort(tokenizer->added, count, sizeof *tokenizer->added, tok_compare_added);
-    size_t i = 0;
     for (int key = 0; key <= 512; key++) {
         while (i < count && tokenizer->added[i].key < key) i++;
         tokenizer->added_begin[key] = i;
@@ -7589,16 +8333,14 @@ static void tok_load_all_added(tok_loader *loader, const retrofit_json *list) {
 
 // Enters the code points of a class, in run lengths: see tok_class_runs.
 static void tok_enter_class(uint8_t *classes, const char *runs, uint8_t class) {
-    size_t end = 0, length = 0;
-    bool inside = false;
-    for (const char *digit = runs; *digit; digit++) {
-        bool is_last = *digit >= 'A' && *digit <= 'Z';
-        length = 26 * length + (size_t)(*digit - (is_last ? 'A' : 'a'));
-        if (!is_last) continue;
-        if (inside) memset(classes + end, class, length);
-        end += length;
-        length = 0;
-        inside = !inside;
+    size_t end = 0;
+    for (bool inside = false; *runs; inside = !inside) {
+        size_t begin = end;
+        end += tok_table_number(&runs);
+        for (size_t i = begin; inside && i < end; i++) {
+            if (class == TOK_WORD) classes[i] |= class;
+            else classes[i] = class;
+        }
     }
 }
 
@@ -7607,6 +8349,7 @@ static void tok_make_classes(uint8_t *classes) {
     tok_enter_class(classes, tok_class_runs[0], TOK_LETTER);
     tok_enter_class(classes, tok_class_runs[1], TOK_NUMBER);
     tok_enter_class(classes, tok_class_runs[2], TOK_WHITE);
+    tok_enter_class(classes, tok_class_runs[3], TOK_WORD);
 }
 
 // GPT-2's byte-level alphabet: a byte that is printable in Latin-1 stands for itself; the others
@@ -7621,13 +8364,6 @@ static void tok_make_byte_level(retrofit_tokenizer *tokenizer) {
     }
 }
 
-// What is not supported must be absent, null or an empty string.
-static void tok_check_neutral(tok_loader *loader, const retrofit_json *object, const char *key) {
-    const retrofit_json *value = tok_present(object, key);
-    bool empty = value && value->type == RETROFIT_JSON_STRING && !value->length;
-    if (value && !empty) tok_refuse(loader, "not supported, should be null:", key);
-}
-
 static void tok_load_unk(tok_loader *loader, const retrofit_json *model) {
     if (!tok_present(model, "unk_token")) return;
     const retrofit_json *unk = tok_get(loader, model, "unk_token", RETROFIT_JSON_STRING);
@@ -7636,7 +8372,24 @@ static void tok_load_unk(tok_loader *loader, const retrofit_json *model) {
     loader->tokenizer->unk = id;
 }
 
-// tokenizer.json. The order matters: special tokens must be tokens, merges are of tokens, and added
+// The vocabulary and the merges of tokenizer.json's model.
+static void tok_load_model(tok_loader *loader, const retrofit_json *model,
+                           const retrofit_json *added) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    if (!tok_setting_is(model, "type", "BPE"))
+        tok_refuse(loader, "only BPE is supported as", "model");
+    TOK_CHECK_KEYS(loader, model, tok_model_keys, "model");
+    tokenizer->fuse_unk = tok_flag(loader, model, "fuse_unk", false);
+    tokenizer->byte_fallback = tok_flag(loader, model, "byte_fallback", false);
+    tokenizer->ignore_merges = tok_flag(loader, model, "ignore_merges", false);
+    const retrofit_json *vocabulary = tok_get(loader, model, "vocab", RETROFIT_JSON_OBJECT);
+    if (!loader->failed) tok_load_vocabulary(loader, vocabulary, added);
+    if (loader->failed) return;
+    tok_load_merges(loader, tok_get(loader, model, "merges", RETROFIT_JSON_ARRAY));
+    tok_load_unk(loader, model);
+}
+
+// tokenizer.json, but for its post_processor. The order matters: merges are of tokens, and added
 // tokens are normalized.
 static void tok_load_tokenizer(tok_loader *loader, const retrofit_json *root) {
     retrofit_tokenizer *tokenizer = loader->tokenizer;
@@ -7644,68 +8397,237 @@ static void tok_load_tokenizer(tok_loader *loader, const retrofit_json *root) {
     if (tok_present(root, "added_tokens"))
         added = tok_get(loader, root, "added_tokens", RETROFIT_JSON_ARRAY);
     const retrofit_json *model = tok_get(loader, root, "model", RETROFIT_JSON_OBJECT);
-    tok_check_neutral(loader, root, "truncation");
-    tok_check_neutral(loader, root, "padding");
-    tok_check_neutral(loader, model, "dropout");
-    tok_check_neutral(loader, model, "continuing_subword_prefix");
-    tok_check_neutral(loader, model, "end_of_word_suffix");
-    if (!tok_setting_is(model, "type", "BPE"))
-        tok_refuse(loader, "only BPE is supported as", "model");
-
+    TOK_CHECK_KEYS(loader, root, tok_file_keys, "");
     tok_load_role(loader, root, TOK_NORMALIZER);
     tok_load_role(loader, root, TOK_PRE_TOKENIZER);
     tok_load_role(loader, root, TOK_DECODER);
-    tok_check_steps(loader);
+    if (!loader->failed) tok_check_steps(loader);
     tokenizer->has_decoder = tok_present(root, "decoder") != NULL;
-    tokenizer->fuse_unk = tok_flag(loader, model, "fuse_unk", false);
-    tokenizer->byte_fallback = tok_flag(loader, model, "byte_fallback", false);
-    tokenizer->ignore_merges = tok_flag(loader, model, "ignore_merges", false);
-
-    const retrofit_json *vocabulary = tok_get(loader, model, "vocab", RETROFIT_JSON_OBJECT);
-    if (!loader->failed) tok_load_vocabulary(loader, vocabulary, added);
-    if (loader->failed) return;
-    const retrofit_json *merges = tok_get(loader, model, "merges", RETROFIT_JSON_ARRAY);
-    tok_load_merges(loader, merges);
-    tok_load_unk(loader, model);
-    if (!loader->failed) tok_load_all_added(loader, added);
-    if (!loader->failed) tok_load_role(loader, root, TOK_POST_PROCESSOR);
+    if (tokenizer->has[TOK_NFC]) {
+        tokenizer->nfc = tok_nfc_make();
+        if (!tokenizer->nfc) loader->failed = true;
+    }
+    tok_load_model(loader, model, added);
+    for (const retrofit_json *v = added->child; v && !loader->failed; v = v->next)
+        tok_load_added(loader, v);
 }
 
-// The id of tokenizer_config.json's bos_token or eos_token, a string or an object; -1: it has none.
-static int32_t tok_config_id(tok_loader *loader, const retrofit_json *config, const char *key) {
-    const retrofit_json *value = tok_present(config, key);
-    if (!value) return -1;
-    if (value->type == RETROFIT_JSON_OBJECT)
-        value = tok_get(loader, value, "content", RETROFIT_JSON_STRING);
-    int32_t id = -1;
-    if (value->type == RETROFIT_JSON_STRING)
-        id = tok_find(loader->tokenizer, value->string, value->length);
-    if (id < 0)
-        tok_refuse(loader, "tokenizer.json does not have the token that is said to be", key);
-    return id;
+// The token that a key such as eos_token names; without a text if there is none.
+// special_tokens_map.json comes first, then tokenizer_config.json, then what the class has by
+// itself, then padding's token. What is there as null, or empty, names none.
+static tok_added tok_named(tok_loader *loader, int name) {
+    const char *key = tok_names[name];
+    const retrofit_json *value = loader->map_counts ? retrofit_json_get(loader->map, key) : NULL;
+    if (!value) value = retrofit_json_get(loader->config, key);
+    const char *own = loader->class ? loader->class->tokens[name] : NULL;
+    if (!value && !own && name == TOK_PAD)
+        value = retrofit_json_get(tok_present(loader->root, "padding"), key);
+    tok_added token = {.id = -1, .special = true};
+    if (value && value->type != RETROFIT_JSON_NULL) token = tok_read_added(loader, value, true);
+    if (!value && own) token.text = own;
+    if (!value && own) token.size = strlen(own);
+    return token;
 }
 
-// tokenizer_config.json, which may hold anything else too. Where tokenizer.json has no
-// post_processor, it says whether bos and eos go around a text.
-static void tok_load_config(tok_loader *loader, const retrofit_json *config,
-                            bool has_post_processor) {
+// Adds a special token, unless it is there; its flags count where tokenizer_config.json has them.
+static void tok_enter_special(tok_loader *loader, tok_added new, bool has_flags, const char *key) {
     retrofit_tokenizer *tokenizer = loader->tokenizer;
-    tokenizer->bos = tok_config_id(loader, config, "bos_token");
-    bool add_bos = !has_post_processor && tok_flag(loader, config, "add_bos_token", false);
-    if (add_bos && tokenizer->bos >= 0) tok_add_special(&tokenizer->before, tokenizer->bos);
-    tokenizer->eos = tok_config_id(loader, config, "eos_token");
-    bool add_eos = !has_post_processor && tok_flag(loader, config, "add_eos_token", false);
-    if (add_eos && tokenizer->eos >= 0) tok_add_special(&tokenizer->after, tokenizer->eos);
+    if (loader->failed || !new.size) return;
+    int32_t id = tok_find(tokenizer, new.text, new.size);
+    int32_t number = id >= 0 ? tokenizer->tokens[id].added : 0;
+    if (number && tokenizer->added[number - 1].again) tokenizer->tokens[id].special = true;
+    else if (!number || has_flags) tok_enter_added(loader, new);
+    if (id < 0 && !loader->failed)
+        retrofit_note("%s: \"%s\" names \"%s\", which tokenizer.json does not have: it is added as "
+                      "id %d, as in transformers", loader->path, key, new.text,
+                      (int)tok_find(tokenizer, new.text, new.size));
 }
 
-// Memory for a tokenizer.json of this size, and what does not depend on its contents.
+// The tokens in a list, or in an object.
+static void tok_enter_specials(tok_loader *loader, const retrofit_json *object, const char *key) {
+    const retrofit_json *list = tok_present(object, key);
+    if (list && list->type != RETROFIT_JSON_OBJECT)
+        list = tok_get(loader, object, key, RETROFIT_JSON_ARRAY);
+    for (const retrofit_json *v = list ? list->child : NULL; v && !loader->failed; v = v->next)
+        tok_enter_special(loader, tok_read_added(loader, v, true), v->type == RETROFIT_JSON_OBJECT,
+                          key);
+}
+
+// A member of added_tokens_decoder, whose name is an id: they are added in the order of these ids.
+typedef struct {
+    size_t id;
+    const retrofit_json *entry;
+} tok_numbered;
+
+static int tok_compare_numbered(const void *a, const void *b) {
+    const tok_numbered *x = a, *y = b;
+    return (x->id > y->id) - (x->id < y->id);
+}
+
+static void tok_load_decoder_tokens(tok_loader *loader) {
+    const retrofit_json *list =
+        tok_get(loader, loader->config, "added_tokens_decoder", RETROFIT_JSON_OBJECT);
+    tok_numbered *all = retrofit_allocate(list->count, sizeof *all);
+    if (!all) loader->failed = true;
+    size_t count = 0;
+    for (const retrofit_json *v = list->child; v && !loader->failed; v = v->next) {
+        all[count] = (tok_numbered){strtoul(v->key, NULL, 10), v};
+        bool digits = v->key_length > 0 && strspn(v->key, "0123456789") == v->key_length;
+        if (!digits || all[count++].id >= TOK_MAX_ID)
+            tok_refuse(loader, "no id from 0 to 4194303, in added_tokens_decoder:", v->key);
+    }
+    if (count) qsort(all, count, sizeof *all, tok_compare_numbered);
+    for (size_t i = 0; i < count && !loader->failed; i++) {
+        tok_added new = tok_read_added(loader, all[i].entry, false);
+        new.again = true;
+        const tok_token *token = tok_enter_added(loader, new);
+        if (!token) break;
+        size_t id = (size_t)(token - loader->tokenizer->tokens);
+        if (id != all[i].id)
+            retrofit_note("%s: the added token \"%s\" has id %zu, not %zu, as in transformers",
+                          loader->path, token->text, id, all[i].id);
+    }
+    free(all);
+}
+
+// added_tokens.json, where it counts, has to say what tokenizer.json says.
+static void tok_check_added_json(tok_loader *loader) {
+    if (!loader->added_json) return;
+    for (const retrofit_json *v = loader->added_json->child; v; v = v->next)
+        if (tok_find(loader->tokenizer, v->key, v->key_length) != tok_read_id(loader, v))
+            tok_refuse(loader, "tokenizer.json does not have this id for a token that "
+                       "added_tokens.json has: add it to its added_tokens, the token", v->key);
+}
+
+// All tokens that transformers adds to those of tokenizer.json. special_tokens_map.json and
+// added_tokens.json count only where tokenizer_config.json has no added_tokens_decoder.
+static void tok_load_more_tokens(tok_loader *loader) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    loader->map_counts = !retrofit_json_get(loader->config, "added_tokens_decoder");
+    for (size_t i = 0; i < tokenizer->added_count; i++)
+        tokenizer->added[i].again = loader->map_counts;
+    if (loader->map_counts) tok_check_added_json(loader);
+    else tok_load_decoder_tokens(loader);
+    for (int i = 0; i < TOK_NAMES; i++) {
+        tok_added token = tok_named(loader, i);
+        tok_enter_special(loader, token, loader->class && loader->class->sets_flags, tok_names[i]);
+        int32_t id = token.size ? tok_find(tokenizer, token.text, token.size) : -1;
+        if (i == TOK_BOS) tokenizer->bos = id;
+        if (i == TOK_EOS) tokenizer->eos = id;
+    }
+    tok_enter_specials(loader, loader->config, "additional_special_tokens");
+    if (loader->map_counts) tok_enter_specials(loader, loader->map, "additional_special_tokens");
+    tok_enter_specials(loader, loader->config, "extra_special_tokens");
+}
+
+// The class of the tokenizer, without "Fast".
+static void tok_load_class(tok_loader *loader) {
+    if (!tok_present(loader->config, "tokenizer_class")) return;
+    const retrofit_json *class =
+        tok_get(loader, loader->config, "tokenizer_class", RETROFIT_JSON_STRING);
+    size_t length = class->length;
+    if (length > 4 && !strcmp(class->string + length - 4, "Fast")) length -= 4;
+    for (int i = 0; i < TOK_CLASSES; i++) {
+        const char *name = tok_classes[i].name;
+        if (strlen(name) == length && !memcmp(name, class->string, length))
+            loader->class = &tok_classes[i];
+    }
+    if (!loader->class && !loader->failed)
+        retrofit_note("%s: the tokenizer_class \"%s\" is not known here: tokenizer.json is "
+                      "followed as it is", loader->path, class->string);
+}
+
+// add_bos_token and add_eos_token. They count for classes that put their own tokens around a text;
+// where no class is known, they do if tokenizer.json has no post_processor.
+static void tok_load_ends(tok_loader *loader) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const struct tok_class *class = loader->class;
+    bool own = class ? class->own_ends : !tok_present(loader->root, "post_processor");
+    const retrofit_json *config = loader->config;
+    bool add_bos = tok_flag(loader, config, "add_bos_token", false);
+    bool add_eos = tok_flag(loader, config, "add_eos_token", false);
+    if (class && class->add_bos && !retrofit_json_get(config, "add_bos_token")) add_bos = true;
+    tok_specials before = {.count = 0}, after = {.count = 0};
+    if (add_bos && tokenizer->bos >= 0) tok_add_special(&before, tokenizer->bos);
+    if (add_eos && tokenizer->eos >= 0) tok_add_special(&after, tokenizer->eos);
+    if (own && class && (before.count < add_bos || after.count < add_eos))
+        tok_refuse(loader, "there is no such token, but it is to be added:",
+                   before.count < add_bos ? "bos_token" : "eos_token");
+    bool same = !memcmp(&before, &tokenizer->before, sizeof before) &&
+                !memcmp(&after, &tokenizer->after, sizeof after);
+    if (same || loader->failed) return;
+    const char *followed = own ? "followed, not tokenizer.json's post_processor"
+                               : "not followed, but tokenizer.json's post_processor";
+    if (class && (own || add_bos || add_eos))
+        retrofit_note("%s: add_bos_token and add_eos_token are %s, as %s has it in transformers 4",
+                      loader->path, followed, class->name);
+    if (!own) return;
+    tokenizer->before = before;
+    tokenizer->after = after;
+}
+
+// add_prefix_space. LlamaTokenizer makes its tokenizer from another file if it has this key, which
+// we can't: tokenizer.json must agree. The other classes set it in a ByteLevel step that stands
+// alone, and have false where the key is missing; they leave it where it stands in a Sequence.
+static void tok_load_prefix(tok_loader *loader) {
+    bool *has = loader->tokenizer->has;
+    const char *key = "add_prefix_space";
+    const retrofit_json *value = retrofit_json_get(loader->config, key);
+    bool llama = loader->class && loader->class->add_bos;
+    bool absent = value ? value->type == RETROFIT_JSON_NULL : llama || !loader->class;
+    bool wanted = tok_flag(loader, loader->config, key, false);
+    bool metaspace = has[TOK_METASPACE_ALWAYS] || has[TOK_METASPACE_FIRST];
+    bool prefix = has[TOK_PREFIX_SPACE] || has[TOK_PREPEND_MARK] || metaspace;
+    if (absent || prefix == wanted || loader->failed) return;
+
+    const retrofit_json *step = tok_present(loader->root, "pre_tokenizer");
+    bool alone = tok_setting_is(step, "type", "ByteLevel");
+    if (llama) {
+        tok_refuse(loader, "tokenizer.json has it another way, and there is no other file to make "
+                   "the tokenizer from: remove", key);
+    } else if (alone) {
+        has[TOK_PREFIX_SPACE] = wanted;
+        retrofit_note("%s: add_prefix_space %s is followed, not tokenizer.json's, as in "
+                      "transformers 4", loader->path, wanted ? "true" : "false");
+    } else if (value) {
+        retrofit_note("%s: add_prefix_space %s is not followed, but tokenizer.json's steps, as in "
+                      "transformers", loader->path, wanted ? "true" : "false");
+    }
+}
+
+// What lies beside tokenizer.json, and tokenizer.json's post_processor, which needs all tokens.
+static void tok_load_config(tok_loader *loader, const char *directory) {
+    retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *config = loader->config;
+    if (!retrofit_path(loader->path, directory, "special_tokens_map.json")) loader->failed = true;
+    if (loader->map) TOK_CHECK_KEYS(loader, loader->map, tok_map_keys, "");
+    if (!retrofit_path(loader->path, directory, "tokenizer_config.json")) loader->failed = true;
+    if (config) TOK_CHECK_KEYS(loader, config, tok_config_keys, "");
+    tok_load_class(loader);
+    if (!loader->failed) tok_load_more_tokens(loader);
+    if (!loader->failed) tok_index_added(loader);
+    if (!retrofit_path(loader->path, directory, "tokenizer.json")) loader->failed = true;
+    tok_load_role(loader, loader->root, TOK_POST_PROCESSOR);
+    if (!retrofit_path(loader->path, directory, "tokenizer_config.json")) loader->failed = true;
+    if (loader->failed) return;
+    tok_load_ends(loader);
+    tok_load_prefix(loader);
+    tokenizer->has[TOK_SPLIT_SPECIAL] = tok_flag(loader, config, "split_special_tokens", false);
+    if (tok_flag(loader, config, "clean_up_tokenization_spaces", false))
+        retrofit_note("%s: clean_up_tokenization_spaces is not followed: decoded text keeps its "
+                      "spaces", loader->path);
+}
+
+// Memory for files of this size, and what does not depend on their contents.
 static void tok_prepare(tok_loader *loader, size_t size) {
     retrofit_tokenizer *tokenizer = loader->tokenizer;
     tokenizer->bos = -1;
     tokenizer->eos = -1;
     tokenizer->unk = -1;
-    // All texts are in the file. Those of added tokens may be here twice, with "▁" for each space.
-    tokenizer->strings = retrofit_allocate(size + 1, 4);
+    // All texts are in the files, or the names of a class's tokens. Those of added tokens may be
+    // here twice, normalized: then a space becomes "▁", and no other character more than thrice
+    // its bytes.
+    tokenizer->strings = retrofit_allocate(size + 256, 4);
     tokenizer->classes = retrofit_allocate(0x110000, 1);
     if (!tokenizer->strings || !tokenizer->classes) {
         loader->failed = true;
@@ -7715,38 +8637,61 @@ static void tok_prepare(tok_loader *loader, size_t size) {
     tok_make_byte_level(tokenizer);
 }
 
+// Reads a file, if it is there, and adds its size. NULL or error, or it is not there.
 static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, const char *name,
-                                    size_t *size) {
-    char *text = NULL;
-    if (retrofit_path(loader->path, directory, name)) text = retrofit_read_file(loader->path, size);
-    retrofit_json *root = text ? retrofit_json_parse(text, *size, loader->path) : NULL;
-    free(text);
+                                    bool needed, size_t *sum) {
+    size_t size;
+    char *bytes = NULL;
+    if (loader->failed) return NULL;
+    bool has_path = retrofit_path(loader->path, directory, name);
+    if (has_path && !needed && access(loader->path, F_OK) && errno == ENOENT) return NULL;
+    if (has_path) bytes = retrofit_read_file(loader->path, &size);
+    const char *text = bytes;
+    if (text) retrofit_skip_mark(&text, &size);
+    retrofit_json *root = text ? retrofit_json_parse(text, size, loader->path) : NULL;
+    free(bytes);
+    if (root && root->type != RETROFIT_JSON_OBJECT) tok_refuse(loader, "not a JSON", "object");
     if (!root) loader->failed = true;
+    else *sum += size;
     return root;
 }
 
-static void tok_load_directory(tok_loader *loader, const char *directory) {
-    size_t size;
-    retrofit_json *root = tok_read_json(loader, directory, "tokenizer.json", &size);
-    if (!root) return;
-    tok_prepare(loader, size);
-    if (!loader->failed) tok_load_tokenizer(loader, root);
-    bool has_post_processor = tok_present(root, "post_processor") != NULL;
-    retrofit_json_free(root);
-    if (loader->failed) return;
+// The number of tokens in a list, or of the tokens or flags in an object.
+static size_t tok_count(const retrofit_json *object, const char *key) {
+    const retrofit_json *list = retrofit_json_get(object, key);
+    return list ? list->count : 0;
+}
 
-    bool has_path = retrofit_path(loader->path, directory, "tokenizer_config.json");
-    if (has_path && access(loader->path, F_OK) && errno == ENOENT) return;
-    retrofit_json *config = tok_read_json(loader, directory, "tokenizer_config.json", &size);
-    if (config) tok_load_config(loader, config, has_post_processor);
-    retrofit_json_free(config);
+static void tok_load_directory(tok_loader *loader, const char *directory) {
+    size_t size = 0;
+    loader->root = tok_read_json(loader, directory, "tokenizer.json", true, &size);
+    loader->config = tok_read_json(loader, directory, "tokenizer_config.json", false, &size);
+    loader->map = tok_read_json(loader, directory, "special_tokens_map.json", false, &size);
+    loader->added_json = tok_read_json(loader, directory, "added_tokens.json", false, &size);
+    if (!loader->failed) tok_prepare(loader, size);
+    if (loader->failed) return;
+    loader->added_capacity = TOK_NAMES + tok_count(loader->root, "added_tokens") +
+                             tok_count(loader->config, "added_tokens_decoder") +
+                             tok_count(loader->config, "additional_special_tokens") +
+                             tok_count(loader->config, "extra_special_tokens") +
+                             tok_count(loader->map, "additional_special_tokens");
+    if (!retrofit_path(loader->path, directory, "tokenizer.json")) loader->failed = true;
+    tok_load_tokenizer(loader, loader->root);
+    if (!loader->failed) tok_load_config(loader, directory);
 }
 
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
     tok_loader loader = {.tokenizer = retrofit_allocate(1, sizeof(retrofit_tokenizer))};
     if (!loader.tokenizer) return NULL;
-    loader.last_step = -1;
-    tok_load_directory(&loader, directory);
+    loader.last_row = -1;
+    loader.last_added = -1;
+    char path[RETROFIT_PATH];
+    bool here = retrofit_path(path, directory, "tokenizer.json") && access(path, F_OK) == 0;
+    tok_load_directory(&loader, here ? directory : retrofit_model_directory(directory, path));
+    retrofit_json_free(loader.root);
+    retrofit_json_free(loader.config);
+    retrofit_json_free(loader.map);
+    retrofit_json_free(loader.added_json);
     if (!loader.failed) return loader.tokenizer;
     retrofit_tokenizer_free(loader.tokenizer);
     return NULL;
@@ -7760,6 +8705,7 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer) {
     free(tokenizer->merges);
     free(tokenizer->added);
     free(tokenizer->classes);
+    free(tokenizer->nfc);
     free(tokenizer);
 }
 

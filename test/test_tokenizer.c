@@ -131,7 +131,7 @@ static void json_accepted(void) {
     // clang-format off
     static const char *const good[] = {
         "0", " -0.0e+1 ", "[]", "{}", "\"\"", "[1,2 ,\n3]", "{\"a\":{\"b\":[null,true,false]}}",
-        "\"\\u0000\\ud83d\\ude00\\/\"", "1e-999", "\"\x7f\"", "{\"a\":1,\"a\":2}"};
+        "\"\\u0000\\ud83d\\ude00\\/\"", "1e-999", "\"\x7f\"", "{\"a\":1,\"b\":{\"a\":2}}"};
     // clang-format on
     for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
         retrofit_json *value = retrofit_json_parse(good[i], strlen(good[i]), "good");
@@ -147,7 +147,8 @@ static void json_refused(void) {
         "{\"a\":1,}", "\"", "\"\\", "\"\\\"", "\"\\x\"", "\"\\u12\"", "\"\\ud800\"", "\"\\udc00\"",
         "\"\\ud800\\u0041\"", "\"\n\"", "\"\xff\"", "\"\xc0\x80\"", "\"\xed\xa0\x80\"",
         "\"\xf4\x90\x80\x80\"", "nul", "truex", "[1 2]", "1 2", "[}", "NaN", "1e999",
-        "\xef\xbb\xbf{}", "'a'", "[1", "{\"a\":1", "\"\\ud800\\\"", "0x1", "tru", "// c\n1"};
+        "\xef\xbb\xbf{}", "'a'", "[1", "{\"a\":1", "\"\\ud800\\\"", "0x1", "tru", "// c\n1",
+        "{\"a\":1,\"a\":2}"};
     // clang-format on
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         size_t n = strlen(bad[i]);
@@ -261,28 +262,68 @@ static void hostile(const char *directory, size_t stride, int changes) {
     free(text);
 }
 
-// The parts of a tokenizer.json that the tests below vary, and the usual one: see load_parts.
-enum { NORMALIZER, PRE_TOKENIZER, DECODER, POST_PROCESSOR, ADDED_TOKENS, MODEL, PARTS };
+// The parts of a tokenizer that the tests below vary: those of tokenizer.json, and the members of
+// tokenizer_config.json and special_tokens_map.json, which are not there without any.
+enum {
+    NORMALIZER,
+    PRE_TOKENIZER,
+    DECODER,
+    POST_PROCESSOR,
+    ADDED_TOKENS,
+    MODEL,
+    CONFIG,
+    MAP,
+    ADDED_JSON,
+    PARTS
+};
 
-// Loads a tokenizer.json of these parts, each JSON or NULL for the usual one. The members in MODEL
-// stand before the usual ones: of two members with one name the first counts.
+static void write_text(const char *directory, const char *name, const char *text) {
+    char path[RETROFIT_PATH];
+    need(retrofit_path(path, directory, name), name);
+    write_file(path, text, strlen(text));
+}
+
+// Appends a member of the model, unless `members` has one of this name.
+static void usual_member(char *text, size_t size, const char *members, const char *key,
+                         const char *value) {
+    char name[40];
+    snprintf(name, sizeof name, "\"%s\":", key);
+    if (strstr(members, name)) return;
+    size_t n = strlen(text);
+    snprintf(text + n, size - n, "%s%s%s", n ? "," : "", name, value);
+}
+
+// Loads a tokenizer of these parts, each JSON or NULL for the usual one. The members in MODEL, with
+// a comma behind each, take the place of the usual ones of their names.
 static retrofit_tokenizer *load_parts(const char *const parts[PARTS]) {
-    char work[] = "/tmp/tok_parts_XXXXXX", path[RETROFIT_PATH], text[4096];
-    need(mkdtemp(work) && retrofit_path(path, work, "tokenizer.json"), work);
+    static const char *const files[PARTS] = {
+        [CONFIG] = "tokenizer_config.json",
+        [MAP] = "special_tokens_map.json",
+        [ADDED_JSON] = "added_tokens.json",
+    };
+    char work[] = "/tmp/tok_parts_XXXXXX", path[RETROFIT_PATH], text[4096], model[2048] = "";
+    need(mkdtemp(work) != NULL, work);
     const char *usual[PARTS] = {"null", "null", "null", "null", "", ""};
     for (int i = 0; i < PARTS; i++)
         if (parts[i]) usual[i] = parts[i];
-    int n = snprintf(text, sizeof text,
-                     "{\"normalizer\":%s,\"pre_tokenizer\":%s,\"decoder\":%s,"
-                     "\"post_processor\":%s,\"added_tokens\":[%s],\"unheard\":1,"
-                     "\"model\":{%s\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":1,\"▁\":2,\"ab\":3,"
-                     "\"<s>\":4,\"c\":5,\"▁c\":6,\"Ġ\":7},"
-                     "\"merges\":[[\"a\",\"b\"],\"▁ c\"]}}",
-                     usual[NORMALIZER], usual[PRE_TOKENIZER], usual[DECODER], usual[POST_PROCESSOR],
-                     usual[ADDED_TOKENS], usual[MODEL]);
-    write_file(path, text, (size_t)n);
+    usual_member(model, sizeof model, usual[MODEL], "type", "\"BPE\"");
+    usual_member(model, sizeof model, usual[MODEL], "vocab",
+                 "{\"a\":0,\"b\":1,\"▁\":2,\"ab\":3,\"<s>\":4,\"c\":5,\"▁c\":6,\"Ġ\":7}");
+    usual_member(model, sizeof model, usual[MODEL], "merges", "[[\"a\",\"b\"],\"▁ c\"]");
+    snprintf(text, sizeof text,
+             "{\"normalizer\":%s,\"pre_tokenizer\":%s,\"decoder\":%s,\"post_processor\":%s,"
+             "\"added_tokens\":[%s],\"model\":{%s%s}}",
+             usual[NORMALIZER], usual[PRE_TOKENIZER], usual[DECODER], usual[POST_PROCESSOR],
+             usual[ADDED_TOKENS], usual[MODEL], model);
+    write_text(work, "tokenizer.json", text);
+    for (int i = CONFIG; i < PARTS; i++) {
+        snprintf(text, sizeof text, "{%s}", parts[i] ? parts[i] : "");
+        if (parts[i]) write_text(work, files[i], text);
+    }
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(work);
-    unlink(path);
+    if (retrofit_path(path, work, "tokenizer.json")) unlink(path);
+    for (int i = CONFIG; i < PARTS; i++)
+        if (retrofit_path(path, work, files[i])) unlink(path);
     rmdir(work);
     return tokenizer;
 }
@@ -295,6 +336,13 @@ static retrofit_tokenizer *load_part(int part, const char *json) {
 }
 
 // clang-format off
+#define NFC "{\"type\":\"NFC\"}"
+#define METASPACE(scheme, split) \
+    "{\"type\":\"Metaspace\",\"replacement\":\"▁\",\"prepend_scheme\":\"" scheme "\"," \
+    "\"split\":" split "}"
+#define PREFIX_BYTES "{\"type\":\"ByteLevel\",\"add_prefix_space\":true}"
+#define CLASS(name, more) "\"tokenizer_class\":\"" name "\"" more
+#define RUNS "{\"type\":\"Digits\",\"individual_digits\":false}"
 #define DIGITS "{\"type\":\"Digits\",\"individual_digits\":true}"
 #define GPT2 \
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\\\p{L}+| ?\\\\p{N}+| ?[^\\\\s\\\\p{L}\\\\p{N}]+|" \
@@ -326,7 +374,11 @@ static const struct {
     int part;
     const char *json, *error; // no error: this loads
 } part_tries[] = {
-    {NORMALIZER, "{\"type\":\"NFC\"}", UNSUPPORTED " \"NFC\""},
+    {NORMALIZER, "{\"type\":\"NFKC\"}", UNSUPPORTED " \"NFKC\""},
+    {NORMALIZER, "{\"type\":\"NFD\"}", UNSUPPORTED " \"NFD\""},
+    {NORMALIZER, "{\"type\":\"Lowercase\"}", UNSUPPORTED " \"Lowercase\""},
+    {NORMALIZER, "{\"type\":\"StripAccents\"}", UNSUPPORTED " \"StripAccents\""},
+    {NORMALIZER, SEQUENCE("normalizers", PREPEND "," NFC), UNSUPPORTED " \"NFC\""},
     {NORMALIZER, "{\"type\":\"NF\\u000aC\\u007f\\u0000\"}", "\"NF?C?\""},
     {NORMALIZER, SEQUENCE("normalizers", PREPEND "," REPLACE), NULL},
     {NORMALIZER, SEQUENCE("normalizers", ""), NULL},
@@ -338,21 +390,29 @@ static const struct {
      "\"Replace\""},
     {NORMALIZER, "[]", "\"type\""},
     {NORMALIZER, "1", "\"type\""},
+    {PRE_TOKENIZER, "{\"type\":\"Metaspace\",\"replacement\":\"_\"}",
+     "\"Metaspace\", replacement _"},
+    {PRE_TOKENIZER, METASPACE("no", "true"), "\"no\""},
+    {PRE_TOKENIZER, SEQUENCE("pretokenizers", METASPACE("never", "true") "," DIGITS), "together"},
     {PRE_TOKENIZER,
-     "{\"type\":\"Metaspace\",\"replacement\":\"▁\",\"prepend_scheme\":\"always\"}",
-     "\"Metaspace\""},
-    {PRE_TOKENIZER, "{\"type\":\"Digits\",\"individual_digits\":false}", "\"Digits\""},
-    {PRE_TOKENIZER, "{\"type\":\"ByteLevel\",\"add_prefix_space\":true}", "\"ByteLevel\""},
+     "{\"type\":\"Metaspace\",\"replacement\":\"▁\",\"add_prefix_space\":false}", "\"always\""},
+    {PRE_TOKENIZER, "{\"type\":\"Whitespace\"}", UNSUPPORTED " \"Whitespace\""},
+    {PRE_TOKENIZER, SEQUENCE("pretokenizers", RUNS "," DIGITS), "together"},
     {PRE_TOKENIZER, UNBYTES, "\"ByteLevel\""},
     {PRE_TOKENIZER, SPLIT_GPT2, NULL},
-    {PRE_TOKENIZER, SPLIT(GPT2, "Removed", "false"), "\"Split\""},
-    {PRE_TOKENIZER, SPLIT(GPT2, "Isolated", "true"), "\"Split\""},
-    {PRE_TOKENIZER, SPLIT("x+", "Isolated", "false"), "\"Split\""},
+    {PRE_TOKENIZER, SPLIT(GPT2, "Removed", "false"), "\"Split\": \"Removed\""},
+    {PRE_TOKENIZER, SPLIT(GPT2, "MergedWithNext", "false"), "\"Split\": \"MergedWithNext\""},
+    {PRE_TOKENIZER, SPLIT(GPT2, "Contiguous", "false"), "\"Split\": \"Contiguous\""},
+    {PRE_TOKENIZER, SPLIT(GPT2, "Isolated", "true"), NULL}, // all is matched: nothing is between
+    {PRE_TOKENIZER, SPLIT(GPT2, "Removed", "true"), NULL},
+    {PRE_TOKENIZER, SPLIT("x+", "Isolated", "false"),
+     "\"Split\", Regex x+, behavior Isolated, invert false"},
     {PRE_TOKENIZER, SEQUENCE("pretokenizers", SPLIT_GPT2 "," DIGITS), "\"Digits\""},
     {PRE_TOKENIZER, SEQUENCE("pretokenizers", SPLIT_GPT2 "," GPT2_BYTES), "together"},
     {PRE_TOKENIZER, SEQUENCE("pretokenizers", SPLIT_GPT2 "," BYTES), NULL},
     {PRE_TOKENIZER, "{\"type\":\"Sequence\"}", "\"pretokenizers\""},
     {DECODER, "{\"type\":\"Metaspace\"}", UNSUPPORTED " \"Metaspace\""},
+    {DECODER, SEQUENCE("decoders", METASPACE("first", "true") "," UNREPLACE), "together"},
     {DECODER, "{\"type\":\"WordPiece\"}", "\"WordPiece\""},
     {DECODER, UNBYTES, NULL},
     {DECODER, SEQUENCE("decoders", FUSE "," STRIP(" ", "1", "0")), NULL},
@@ -376,13 +436,16 @@ static const struct {
     {POST_PROCESSOR, "{\"type\":\"BertProcessing\"}", "\"BertProcessing\""},
     {ADDED_TOKENS, ADDED("4", "<s>", ",\"special\":true,\"lstrip\":false"), NULL},
     {ADDED_TOKENS, ADDED("9", "new", ",\"normalized\":true"), NULL},
-    {ADDED_TOKENS, ADDED("9", "new", ",\"lstrip\":true"), "\"new\""},
-    {ADDED_TOKENS, ADDED("9", "new", ",\"rstrip\":true"), "\"new\""},
-    {ADDED_TOKENS, ADDED("9", "new", ",\"single_word\":true"), "\"new\""},
+    {ADDED_TOKENS, ADDED("8", "new", ",\"single_word\":1"), "\"single_word\""},
+    {ADDED_TOKENS, ADDED("8", "new", ",\"layer\":1"), "\"layer\""},
     {ADDED_TOKENS, ADDED("9", "new", ",\"special\":1"), "\"special\""},
     {ADDED_TOKENS, ADDED("9", "<s>", ""), "\"<s>\""},
     {ADDED_TOKENS, ADDED("4", "new", ""), "\"new\""},
-    {ADDED_TOKENS, ADDED("9", "new", "") "," ADDED("9", "new", ""), "\"new\""},
+    {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("8", "new", ""), NULL},
+    {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("8", "new", ",\"lstrip\":true"), "\"new\""},
+    {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("8", "new", ",\"special\":true"), "\"new\""},
+    {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("8", "old", ""), "\"old\""},
+    {ADDED_TOKENS, ADDED("8", "new", "") "," ADDED("9", "new", ""), "\"new\""},
     {ADDED_TOKENS, ADDED("9", "", ""), "added token"},
     {ADDED_TOKENS, ADDED("4194304", "new", ""), "token id"},
     {ADDED_TOKENS, ADDED("1.5", "new", ""), "token id"},
@@ -402,8 +465,25 @@ static const struct {
     {MODEL, "\"merges\":[[\"a\",1]],", "merge"},
     {MODEL, "\"merges\":[\"ab\"],", "merge"},
     {MODEL, "\"merges\":7,", "\"merges\""},
-    {ADDED_TOKENS, ADDED("9", "x", "") "],\"truncation\":{},\"x\":[", "\"truncation\""},
-    {ADDED_TOKENS, ADDED("9", "x", "") "],\"padding\":{},\"x\":[", "\"padding\""},
+    {MODEL, "\"dropout\":0,\"unheard\":1,", NULL},
+    {CONFIG, "\"eos_token\":1", "\"content\""},
+    {CONFIG, "\"tokenizer_file\":\"other.json\"", "\"tokenizer_file\" is other.json"},
+    {CONFIG, "\"tokenizer_file\":null,\"unheard\":1", NULL},
+    {CONFIG, "\"from_slow\":true", "\"from_slow\""},
+    {CONFIG, "\"split_special_tokens\":1", "\"split_special_tokens\""},
+    {CONFIG, "\"add_prefix_space\":\"yes\"", "\"add_prefix_space\""},
+    {CONFIG, CLASS("LlamaTokenizer", ",\"add_prefix_space\":true"), "\"add_prefix_space\""},
+    {CONFIG, CLASS("LlamaTokenizer", ",\"bos_token\":null"), "\"bos_token\""},
+    {CONFIG, CLASS("Bert", ""), NULL},
+    {CONFIG, "\"added_tokens_decoder\":[]", "\"added_tokens_decoder\""},
+    {CONFIG, "\"added_tokens_decoder\":{\"x\":{\"content\":\"t\"}}", "\"x\""},
+    {CONFIG, "\"added_tokens_decoder\":{\"8\":{}}", "\"content\""},
+    {CONFIG, "\"added_tokens_decoder\":{\"8\":\"\"}", "empty"},
+    {CONFIG, "\"additional_special_tokens\":1", "\"additional_special_tokens\""},
+    {MAP, "\"eos_token\":1", "\"content\""},
+    {ADDED_JSON, "\"<s>\":4", NULL},
+    {ADDED_JSON, "\"<t>\":8", "\"<t>\""},
+    {ADDED_JSON, "\"<s>\":5", "\"<s>\""},
 };
 // clang-format on
 
@@ -470,13 +550,21 @@ static void plain_tokenizer(void) {
     expect(tokenizer, "caab", "9 3 ");
     expect(tokenizer, "cca", "5 9 ");
     size_t size;
-    int32_t ids[] = {0, 1, 9, 77};
-    char *text = retrofit_decode(tokenizer, ids, 3, false, &size);
+    int32_t ids[] = {77, 8, 0, 1, 9, 4194303}; // the first two and the last are no token's
+    char *text = retrofit_decode(tokenizer, ids, 6, false, &size);
     check(text && !strcmp(text, "a b ca") && size == 6, "without a decoder: %s",
           text ? text : retrofit_error());
     free(text);
-    text = retrofit_decode(tokenizer, ids, 4, false, &size);
-    check(!text && strstr(retrofit_error(), "77"), "id 77: %s", retrofit_error());
+    check_stream(tokenizer, ids, 6, true);
+    int32_t last = 0;
+    check(!retrofit_decode_context(tokenizer, ids, 2, &last), "no token to begin with");
+    check(retrofit_decode_context(tokenizer, ids, 6, &last) && last == 9, "the last token");
+    for (int i = 0; i < 2; i++) {
+        ids[2] = i ? -1 : 4194304;
+        text = retrofit_decode(tokenizer, ids, 6, false, &size);
+        check(!text && strstr(retrofit_error(), "no token"), "id %d accepted", (int)ids[2]);
+        free(text);
+    }
     check(retrofit_tokenizer_id(tokenizer, "ca") == 9 &&
               retrofit_tokenizer_id(tokenizer, "▁c") == 6 &&
               retrofit_tokenizer_id(tokenizer, "zz") == -1,
@@ -513,9 +601,178 @@ static const struct {
     {MODEL, "\"merges\":[[\"a\",\"b\"]],"},
     {MODEL, "\"merges\":[\"▁ c\",[\"a\",\"b\"]],"},
     {MODEL, "\"merges\":[],"},
+    {NORMALIZER, NFC},
+    {PRE_TOKENIZER, RUNS},
+    {PRE_TOKENIZER, METASPACE("always", "true")},
+    {PRE_TOKENIZER, METASPACE("always", "false")},
+    {PRE_TOKENIZER, METASPACE("first", "true")},
+    {PRE_TOKENIZER, METASPACE("never", "true")},
+    {PRE_TOKENIZER, GPT2_BYTES},
+    {PRE_TOKENIZER, PREFIX_BYTES},
+    {ADDED_TOKENS, ADDED("8", "<t>", ",\"single_word\":true")},
+    {ADDED_TOKENS, ADDED("8", "<t>", ",\"lstrip\":true")},
+    {ADDED_TOKENS, ADDED("8", "<t>", ",\"rstrip\":true")},
+    {CONFIG, "\"eos_token\":\"<s>\""},
+    {CONFIG, "\"pad_token\":\"<v>\""},
+    {CONFIG, "\"split_special_tokens\":true"},
+    {CONFIG, CLASS("LlamaTokenizer", ",\"bos_token\":\"a\",\"eos_token\":\"a\"")},
 };
 enum { OTHERS = sizeof others / sizeof *others };
 // clang-format on
+
+// What Hugging Face makes of some tokenizers and texts: tokenizers 0.22.2, and transformers 4.57.1
+// where there is a CONFIG. Of several texts at most one is said to lead to a note.
+#define USUAL "\"a\":0,\"b\":1,\"▁\":2,\"ab\":3,\"<s>\":4,\"c\":5,\"▁c\":6"
+#define MARKED "\"merges\":[\"a b\",\"▁ c\",\"c ▁c\"],\"vocab\":{" USUAL ",\"Ġ\":7,\"c▁c\":8},"
+#define ACCENTS \
+    "\"merges\":[],\"vocab\":{\"é\":0,\"e\":1,\"\u0301\":2,\"\u0323\":3,\"\u1eb9\":4," \
+    "\"\uac01\":5,\"\u1100\":6,\"\uf900\":7,\"x\":8,\"\u1abf\":9,\"\u8c48\":10,\"\u0f71\":11," \
+    "\"\u0f73\":12,\"\u0f72\":13,\"\u0345\":14},"
+#define S ADDED("4", "<s>", ",\"special\":true")
+#define UNK_C "\"unk_token\":\"c\","
+#define FAST CLASS("PreTrainedTokenizerFast", ",")
+#define LLAMA \
+    CLASS("LlamaTokenizer", ",\"bos_token\":\"<s>\",\"eos_token\":\"c\",\"unk_token\":\"b\"")
+#define FLAGGED(content, more) "{\"content\":\"" content "\"" more "}"
+// clang-format off
+static const struct {
+    const char *parts[PARTS], *note, *texts[13]; // text, ids, text, ids, …, NULL
+} behaviors[] = {
+    {{[PRE_TOKENIZER] = METASPACE("always", "true"), [MODEL] = MARKED, [ADDED_TOKENS] = S}, NULL,
+     {" a c▁cab", "2 0 6 6 3 ", "ac c", "2 0 5 6 ", "a<s>c", "2 0 4 6 ", "<s>a", "4 2 0 "}},
+    {{[PRE_TOKENIZER] = METASPACE("first", "false"), [MODEL] = MARKED, [ADDED_TOKENS] = S}, NULL,
+     {" a c▁cab", "2 0 6 6 3 ", "ac c", "2 0 8 ", "a<s>c", "2 0 4 5 ", "<s>a", "4 0 "}},
+    {{[PRE_TOKENIZER] = METASPACE("never", "true"), [MODEL] = MARKED, [ADDED_TOKENS] = S}, NULL,
+     {" a c▁cab", "2 0 6 6 3 ", "ac c", "0 5 6 ", "a<s>c", "0 4 5 ", "<s>a", "4 0 "}},
+    {{[NORMALIZER] = NFC, [MODEL] = ACCENTS}, NULL,
+     {"e\u0301x", "0 8 ", "xe\u0301\u0323", "8 4 2 ", "\u1100\u1161\u11a8", "5 ", "\uf900", "10 ",
+      "\u0f73\u0345", "11 13 14 ", "e\u1abf\u0323", "1 9 3 "}}, // U+1ABF is later than Unicode 9
+    {{[NORMALIZER] = NFC, [MODEL] = ACCENTS,
+      [ADDED_TOKENS] = ADDED("13", "\u0f72", "") "," ADDED("15", "xe\u0301", "")}, NULL,
+     {"xe\u0301", "15 ", "x\u00e9x", "15 8 "}},
+    {{[PRE_TOKENIZER] = RUNS, [MODEL] = "\"merges\":[\"1 2\",\"a 12\"],\"vocab\":{\"a\":0,\"b\":1,"
+      "\"1\":3,\"2\":4,\"12\":6,\"a12\":7},"}, NULL, {"a12b1", "0 6 1 3 "}},
+    {{[PRE_TOKENIZER] = PREFIX_BYTES, [ADDED_TOKENS] = S}, NULL,
+     {"ab", "7 3 ", " ab", "7 3 ", "a<s>b", "7 0 4 7 1 ", "", ""}},
+    {{[PRE_TOKENIZER] = SEQUENCE("pretokenizers", DIGITS "," PREFIX_BYTES), [ADDED_TOKENS] = S,
+      [MODEL] = "\"merges\":[\"a b\"],\"vocab\":{\"a\":0,\"b\":1,\"1\":2,\"ab\":3,\"<s>\":4,"
+      "\"Ġ\":5},"}, NULL, {"ab1ab", "5 3 5 2 5 3 ", "<s> ab", "4 5 3 "}},
+    {{[ADDED_TOKENS] = ADDED("8", "new", ",\"single_word\":true"), [MODEL] = UNK_C}, NULL,
+     {"a new b", "0 5 8 5 1 ", "anew", "0 5 5 5 ", "newb", "5 5 5 1 ", "new", "8 ",
+      "\u0301new", "5 5 5 5 ", "newnew", "5 5 5 5 5 5 "}},
+    {{[ADDED_TOKENS] = ADDED("8", "new", ",\"lstrip\":true"), [MODEL] = UNK_C}, NULL,
+     {"a new b", "0 8 5 1 ", "anew b", "0 8 5 1 ", " \u2003new\u00a0a", "8 5 0 "}},
+    {{[ADDED_TOKENS] = ADDED("8", "new", ",\"rstrip\":true"), [MODEL] = UNK_C}, NULL,
+     {"a new b", "0 5 8 1 ", "a newb", "0 5 8 1 ", " \u2003new\u00a0a", "5 5 8 0 "}},
+    {{[ADDED_TOKENS] = ADDED("8", "x", ",\"rstrip\":true") "," ADDED("9", "y", ",\"lstrip\":true"),
+      [MODEL] = UNK_C}, NULL, {"a x  y b", "0 5 8 9 5 1 ", "x y", "8 9 "}},
+    {{[CONFIG] = FAST "\"added_tokens_decoder\":{\"9\":" FLAGGED("<u>", "") ",\"8\":"
+      FLAGGED("<t>", ",\"special\":true") ",\"4\":" FLAGGED("<s>", "") "}"}, NULL,
+     {"a<t>b<s>", "0 8 1 4 ", "<u>", "9 "}},
+    {{[CONFIG] = FAST "\"added_tokens_decoder\":{\"77\":" FLAGGED("<t>", "") "}"}, "8, not 77",
+     {"a<t>", "0 8 "}},
+    {{[CONFIG] = FAST "\"added_tokens_decoder\":{\"4\":" FLAGGED("<s>", ",\"lstrip\":true") "}",
+      [ADDED_TOKENS] = S}, NULL, {"a <s>b", "0 4 1 "}},
+    {{[CONFIG] = FAST "\"pad_token\":\"<p>\",\"eos_token\":\"<s>\",\"additional_special_tokens\":"
+      "[\"<q>\"],\"extra_special_tokens\":{\"x_token\":\"<r>\"}"}, "pad_token",
+     {"<p>", "8 ", "<q>", "9 ", "<r>", "10 ", "<s>", "4 "}},
+    {{[CONFIG] = FAST "\"pad_token\":\"<p>\"", [MAP] = "\"pad_token\":" FLAGGED("<q>", "")}, "<q>",
+     {"<p>", "", "<q>", "8 "}},
+    {{[CONFIG] = FAST "\"pad_token\":\"<p>\",\"added_tokens_decoder\":{}",
+      [MAP] = "\"pad_token\":\"<q>\""}, "<p>", {"<p>", "8 ", "<q>", ""}},
+    {{[CONFIG] = FAST "\"split_special_tokens\":true",
+      [ADDED_TOKENS] = S "," ADDED("8", "<t>", ""), [MODEL] = UNK_C}, NULL,
+     {"a<s>b<t>", "0 5 5 5 1 8 "}},
+    {{[CONFIG] = LLAMA}, "add_bos_token", {"a", "4 0 "}},
+    {{[CONFIG] = LLAMA ",\"add_bos_token\":false,\"add_eos_token\":true",
+      [POST_PROCESSOR] = TEMPLATE("4", TEXT)}, "add_eos_token are followed", {"a", "0 5 "}},
+    {{[CONFIG] = CLASS("LlamaTokenizerFast", ",\"add_bos_token\":null")}, "\"</s>\"",
+     {"<unk></s>", "9 8 "}},
+    {{[CONFIG] = CLASS("GPTNeoXTokenizerFast", ",\"bos_token\":\"a\",\"eos_token\":\"a\","
+                       "\"unk_token\":\"a\""), [POST_PROCESSOR] = TEMPLATE("4", TEXT)},
+     "add_bos_token", {"a", "0 "}},
+    {{[CONFIG] = FAST "\"bos_token\":\"<s>\",\"add_bos_token\":true"},
+     "add_eos_token are not followed", {"a", "0 "}},
+    {{[CONFIG] = CLASS("GPT2Tokenizer", "")}, "<|endoftext|>", {"a<|endoftext|>", "0 8 "}},
+    {{[CONFIG] = FAST "\"add_prefix_space\":true", [PRE_TOKENIZER] = GPT2_BYTES},
+     "add_prefix_space true is followed", {"a", "7 0 "}},
+    {{[CONFIG] = FAST "\"eos_token\":null", [PRE_TOKENIZER] = PREFIX_BYTES},
+     "add_prefix_space false is followed", {"a", "0 "}},
+    {{[CONFIG] = FAST "\"add_prefix_space\":null", [PRE_TOKENIZER] = PREFIX_BYTES}, NULL,
+     {"a", "7 0 "}},
+    {{[CONFIG] = FAST "\"add_prefix_space\":true",
+      [PRE_TOKENIZER] = SEQUENCE("pretokenizers", GPT2_BYTES)},
+     "add_prefix_space true is not followed", {"a", "0 "}},
+    {{[CONFIG] = FAST "\"clean_up_tokenization_spaces\":true"}, "clean_up", {"a", "0 "}},
+    {{[CONFIG] = FAST "\"eos_token\":null", [ADDED_TOKENS] = ADDED("4", "<s>", "")
+      "],\"truncation\":{\"max_length\":2},\"padding\":{\"pad_token\":\"<p>\"},\"unheard\":["},
+     "pad_token", {"aaaa<p>", "0 0 0 0 8 "}},
+};
+// clang-format on
+
+// The lines that loading a tokenizer writes to stderr.
+static retrofit_tokenizer *load_noted(const char *const parts[PARTS], char *notes, size_t size) {
+    FILE *file = tmpfile();
+    need(file != NULL, "a temporary file");
+    int old = dup(STDERR_FILENO);
+    fflush(stderr);
+    dup2(fileno(file), STDERR_FILENO);
+    retrofit_tokenizer *tokenizer = load_parts(parts);
+    fflush(stderr);
+    dup2(old, STDERR_FILENO);
+    close(old);
+    rewind(file);
+    notes[fread(notes, 1, size - 1, file)] = 0;
+    fclose(file);
+    return tokenizer;
+}
+
+static void behaviors_of_files(void) {
+    for (size_t i = 0; i < sizeof behaviors / sizeof *behaviors; i++) {
+        char notes[4096];
+        retrofit_tokenizer *tokenizer = load_noted(behaviors[i].parts, notes, sizeof notes);
+        need(tokenizer != NULL, retrofit_error());
+        const char *note = behaviors[i].note;
+        check(note ? strstr(notes, note) != NULL : !*notes, "behavior %zu: %s", i, notes);
+        for (const char *const *text = behaviors[i].texts; *text; text += 2)
+            expect(tokenizer, text[0], text[1]);
+        retrofit_tokenizer_free(tokenizer);
+    }
+}
+
+// Metaspace's decoder drops every "▁" of the first token, unless its scheme is never.
+static void metaspace_decoder(void) {
+    static const char *const decoders[] = {METASPACE("first", "true"), METASPACE("never", "true")};
+    static const char *const texts[] = {" a c b", "  a c b"};
+    for (int i = 0; i < 2; i++) {
+        retrofit_tokenizer *tokenizer = load_part(DECODER, decoders[i]);
+        need(tokenizer != NULL, retrofit_error());
+        int32_t ids[] = {999, 2, 2, 0, 6, 2, 1}; // no token's, ▁ ▁ a ▁c ▁ b
+        size_t size;
+        char *text = retrofit_decode(tokenizer, ids, 7, false, &size);
+        check(text && !strcmp(text, texts[i]), "%s: \"%s\"", decoders[i], text ? text : "");
+        check_stream(tokenizer, ids, 7, false);
+        free(text);
+        retrofit_tokenizer_free(tokenizer);
+    }
+}
+
+// The output of a training has its tokenizer in `latest`.
+static void latest_directory(void) {
+    char work[] = "/tmp/tok_latest_XXXXXX", path[RETROFIT_PATH];
+    need(mkdtemp(work) && retrofit_path(path, work, "latest") && !mkdir(path, 0700), work);
+    write_text(path, "config.json", "{}");
+    write_text(path, "tokenizer.json",
+               "\xef\xbb\xbf{\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0},\"merges\":[]}}");
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(work);
+    check(tokenizer && retrofit_tokenizer_size(tokenizer) == 1, "latest: %s", retrofit_error());
+    retrofit_tokenizer_free(tokenizer);
+    static const char *const files[] = {"latest/config.json", "latest/tokenizer.json"};
+    for (int i = 0; i < 2; i++)
+        if (retrofit_path(path, work, files[i])) unlink(path);
+    if (retrofit_path(path, work, "latest")) rmdir(path);
+    rmdir(work);
+}
 
 static uint64_t hash_of(int part, const char *json) {
     retrofit_tokenizer *tokenizer = load_part(part, json);
@@ -582,6 +839,9 @@ int main(int count, char **args) {
     added_tokens();
     normalized_special_token();
     plain_tokenizer();
+    behaviors_of_files();
+    metaspace_decoder();
+    latest_directory();
     hashes();
     static const char *const kinds[] = {"llama2_style", "llama3_style", "smollm_style"};
     for (int i = 0; i < 3; i++) {
