@@ -195,7 +195,7 @@ static void check_computed(const float *x, size_t count) {
     while (i < count && isfinite(x[i])) i++;
     if (i == count) return;
     require(retrofit_check_finite(model));
-    die(1, "%s: the model computes no number (all weights are finite): did its training fail?",
+    die(1, "%s: the model's logits are not finite, though its weights are: did its training fail?",
         options.model);
 }
 
@@ -2714,9 +2714,7 @@ static struct likelihood measure_likelihood(retrofit_buffers *buffers,
         if (retrofit_argmax(logits + i * V, V) != id) result.likeliest = false;
         result.loss += token_loss(logits + i * V, id);
     }
-    if (!isfinite(result.loss))
-        die(1, "%s: the model's logits are not finite, so no answer is likelier than another",
-            options.model);
+    check_computed(&(float){(float)result.loss}, 1);
     return result;
 }
 
@@ -3216,11 +3214,6 @@ static bool has_target(struct sequence *sequence) {
 }
 
 static void score_target(struct sequence *sequence, struct score *score) {
-    for (size_t i = 0; i < sequence->produced; i++) {
-        if (!isfinite(sequence->logprobs[i]))
-            die(1, "%s: the model's logits are not finite, and what it generates means nothing",
-                options.model);
-    }
     score->right += has_target(sequence);
     score->cut += !strcmp(sequence->finish, "length");
 }

@@ -9167,11 +9167,11 @@ static const char *nearest_option(const retrofit_option *table, size_t count, co
     return nearest;
 }
 
-// Whether an argument before the i-th names the same option.
-static bool is_given_before(char **argv, int i) {
-    size_t length = strcspn(argv[i], "=");
-    for (int j = 1; j < i; j++) {
-        if (strcspn(argv[j], "=") == length && !strncmp(argv[j], argv[i], length)) return true;
+// Whether an argument before this one names the same option.
+static bool is_given_before(char **argv, const char *argument) {
+    size_t length = strcspn(argument, "=");
+    for (size_t i = 1; argv[i] != argument; i++) {
+        if (strcspn(argv[i], "=") == length && !strncmp(argv[i], argument, length)) return true;
     }
     return false;
 }
@@ -9198,12 +9198,11 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
             continue;
         }
         const retrofit_option *option = find_option(table, count, name);
-        if (option && is_given_before(argv, i))
-            retrofit_note("%.*s is given twice: the last value counts", (int)strcspn(argument, "="),
-                          argument);
         bool alone = !option || option->type == RETROFIT_FLAG || option->type == RETROFIT_SWITCH;
         if (value) value++;
         else if (!alone && i + 1 < argc) value = argv[++i];
+        if (option && value && is_given_before(argv, argument))
+            retrofit_note("--%s is given twice: %s counts", option->name, value);
         bool ok = option ? read_option(option, value)
                          : retrofit_fail("unknown option %s: did you mean --%s?", argument,
                                          nearest_option(table, count, name));

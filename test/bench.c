@@ -218,7 +218,6 @@ static const retrofit_config smollm2 = {
     .mean_recurrence = 4,
     .backprop_depth = 4,
     .bos = -1,
-    .eos = -1,
 };
 
 // Fills the weights, in bf16 to `halves` if that is not NULL; bytes: of each part's weights.

@@ -762,8 +762,7 @@ static retrofit_model *new_model(size_t P, size_t C, size_t D) {
                               .state_std = (float)RETROFIT_STATE_STD,
                               .mean_recurrence = 32,
                               .backprop_depth = 8,
-                              .bos = -1,
-                              .eos = -1};
+                              .bos = -1};
     return need(retrofit_model_new(&config, device), "model");
 }
 

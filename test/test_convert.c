@@ -458,7 +458,7 @@ static void tokenizing(const char *style) {
 static void tokenizing_details(void) {
     static const char big[] =
         "{\"added_tokens\":[{\"id\":70000,\"content\":\"<e>\",\"special\":true}],"
-        "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":69999},\"merges\":[]},"
+        "\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"b\":69999,\"<e>\":70000},\"merges\":[]},"
         "\"post_processor\":{\"type\":\"TemplateProcessing\","
         "\"single\":[{\"Sequence\":{\"id\":\"A\"}},{\"SpecialToken\":{\"id\":\"<e>\"}}],"
         "\"special_tokens\":{\"<e>\":{\"ids\":[70000]}}}}";

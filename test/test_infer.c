@@ -974,7 +974,7 @@ static const char *const sayings[SAYINGS] = {
 static void make_speaker(const char *directory, bool loud) {
     retrofit_model *model = retrofit_load("f/lookup/base", &retrofit_cpu, RETROFIT_TRAINING);
     need(model != NULL, "a model");
-    size_t d = model->config.n_embd, eos = (size_t)model->config.eos, first = 30;
+    size_t d = model->config.n_embd, eos = (size_t)model->config.eos[0], first = 30;
     float *wte = model->wte.master, *lm_head = model->lm_head.master;
     for (size_t i = 0; i < model->config.coda; i++) {
         retrofit_layer *layer = &model->coda[i];
