@@ -1592,11 +1592,11 @@ static gguf_string *gguf_need_strings(const gguf_file *gguf, const char *key, si
 // All keys that llama.cpp's converter writes for a Llama, and those of the specification. The first
 // row that fits counts.
 static const retrofit_key gguf_keys[] = {
-    {"general.architecture", NULL, NULL},
-    {"general.alignment", NULL, NULL},
+    {"general.architecture general.alignment", NULL, "see below"},
     {"general.type", "model", "only models are read: an adapter must be merged into its model"},
-    {"general.quantization_version", "2", "its blocks of numbers are of an older format: convert "
-                                          "the model again with a newer llama.cpp"},
+    {"general.quantization_version", "2",
+     "its blocks of numbers are of an older format: convert the model again with a newer "
+     "llama.cpp"},
     {"general.*", "*", "says where the file comes from"},
     {"split.count", "0|1", "a part of a model: llama-gguf-split --merge makes one file of all"},
     {"split.*", "*", "says which tensors are in the other parts"},
@@ -1604,83 +1604,51 @@ static const retrofit_key gguf_keys[] = {
     {"clip.*", "", "an encoder of images or sound"},
     {"diffusion.*", "", "not a model that predicts the next token"},
     {"xielu.*", "", "another activation than a Llama's"},
-    {"imatrix.*", "*", "says how the model was quantised"},
-    {"quantize.*", "*", "says how the model was quantised"},
+    {"imatrix.* quantize.*", "*", "says how the model was quantised"},
     {"training.*", "", "a checkpoint of a training: export the model"},
-
-    {"llama.vocab_size", NULL, NULL},
-    {"llama.context_length", NULL, NULL},
-    {"llama.embedding_length", NULL, NULL},
-    {"llama.block_count", NULL, NULL},
-    {"llama.feed_forward_length", NULL, NULL},
-    {"llama.attention.head_count", NULL, NULL},
-    {"llama.attention.head_count_kv", NULL, NULL},
-    {"llama.attention.key_length", NULL, NULL},
-    {"llama.attention.value_length", NULL, NULL},
-    {"llama.attention.layer_norm_rms_epsilon", NULL, NULL},
-    {"llama.attention.causal", NULL, NULL},
-    {"llama.attention.sliding_window", NULL, NULL},
+    {"llama.vocab_size llama.context_length llama.embedding_length llama.block_count "
+     "llama.feed_forward_length llama.attention.head_count llama.attention.head_count_kv "
+     "llama.attention.key_length llama.attention.value_length "
+     "llama.attention.layer_norm_rms_epsilon llama.attention.causal "
+     "llama.attention.sliding_window", NULL, "see below"},
     {"llama.attention.layer_norm_epsilon", "0", "a Llama has RMS norms"},
-    {"llama.attention.clamp_kqv", "0", NULL},
-    {"llama.attention.max_alibi_bias", "0", NULL},
+    {"llama.attention.clamp_kqv llama.attention.max_alibi_bias", "0", NULL},
     {"llama.attention.scale", "0", "another scale than 1/√head size"},
     {"llama.attention.*", "0", "another attention than a Llama's"},
-    {"llama.rope.dimension_count", NULL, NULL},
-    {"llama.rope.freq_base", NULL, NULL},
-    {"llama.rope.scaling.type", NULL, NULL},
-    {"llama.rope.scaling.factor", NULL, NULL},
-    {"llama.rope.scale_linear", NULL, NULL},
-    {"llama.rope.scaling.original_context_length", "*", "only of scaling that is refused"},
-    {"llama.rope.scaling.finetuned", "*", "only of scaling that is refused"},
-    {"llama.rope.scaling.yarn_beta_*", "*", "only of scaling that is refused"},
-    {"llama.rope.scaling.attn_factor", "1", "it scales the scores of attention"},
-    {"llama.rope.scaling.yarn_attn_factor", "1", "it scales the scores of attention"},
+    {"llama.rope.dimension_count llama.rope.freq_base llama.rope.scaling.type "
+     "llama.rope.scaling.factor llama.rope.scale_linear", NULL, "see below"},
+    {"llama.rope.scaling.original_context_length llama.rope.scaling.finetuned "
+     "llama.rope.scaling.yarn_beta_*", "*", "only of scaling that is refused"},
+    {"llama.rope.scaling.attn_factor llama.rope.scaling.yarn_attn_factor", "1",
+     "it scales the scores of attention"},
     {"llama.rope.scaling.yarn_ext_factor", "0|-1", "it mixes in YaRN's scaling"},
     {"llama.rope.*", "0", "another rotation than a Llama's"},
     {"llama.expert_count", "0", "a mixture of experts: only dense Llamas are supported"},
-    {"llama.expert_*", "*", "only of a mixture of experts"},
-    {"llama.leading_dense_block_count", "*", "only of a mixture of experts"},
+    {"llama.expert_* llama.leading_dense_block_count", "*", "only of a mixture of experts"},
     {"llama.use_parallel_residual", "false", NULL},
     {"llama.tensor_data_layout", "reference|Meta AI original pth",
      "its numbers stand in another order"},
-    {"llama.logit_scale", "0|1", NULL},
-    {"llama.embedding_scale", "0|1", NULL},
-    {"llama.residual_scale", "0|1", NULL},
-    {"llama.attn_logit_softcapping", "0", NULL},
-    {"llama.final_logit_softcapping", "0", NULL},
+    {"llama.logit_scale llama.embedding_scale llama.residual_scale", "0|1", NULL},
+    {"llama.attn_logit_softcapping llama.final_logit_softcapping", "0", NULL},
     {"llama.pooling_type", "*", "only of a model that embeds texts"},
     {"llama.*", "0", "not known here, and it may change what is computed"},
-
-    {"tokenizer.ggml.model", NULL, NULL},
-    {"tokenizer.ggml.pre", NULL, NULL},
-    {"tokenizer.ggml.tokens", NULL, NULL},
-    {"tokenizer.ggml.token_type", NULL, NULL},
-    {"tokenizer.ggml.scores", NULL, NULL},
-    {"tokenizer.ggml.merges", NULL, NULL},
-    {"tokenizer.ggml.bos_token_id", NULL, NULL},
-    {"tokenizer.ggml.eos_token_id", NULL, NULL},
-    {"tokenizer.ggml.eot_token_id", NULL, NULL},
-    {"tokenizer.ggml.eom_token_id", NULL, NULL},
-    {"tokenizer.ggml.unknown_token_id", NULL, NULL},
-    {"tokenizer.ggml.padding_token_id", NULL, NULL},
-    {"tokenizer.ggml.add_bos_token", NULL, NULL},
-    {"tokenizer.ggml.add_eos_token", NULL, NULL},
-    {"tokenizer.ggml.add_space_prefix", NULL, NULL},
+    {"tokenizer.ggml.model tokenizer.ggml.pre tokenizer.ggml.tokens tokenizer.ggml.token_type "
+     "tokenizer.ggml.scores tokenizer.ggml.merges tokenizer.ggml.bos_token_id "
+     "tokenizer.ggml.eos_token_id tokenizer.ggml.eot_token_id tokenizer.ggml.eom_token_id "
+     "tokenizer.ggml.unknown_token_id tokenizer.ggml.padding_token_id "
+     "tokenizer.ggml.add_bos_token tokenizer.ggml.add_eos_token "
+     "tokenizer.ggml.add_space_prefix", NULL, "see below"},
     {"tokenizer.ggml.add_sep_token", "false", "it adds a token to each text"},
     {"tokenizer.ggml.remove_extra_whitespaces", "false", "it changes the text"},
     {"tokenizer.ggml.precompiled_charsmap", "", "it changes the text"},
     {"tokenizer.ggml.seperator_token_id", "*", "a name for a token; the format spells it so"},
-    {"tokenizer.ggml.mask_token_id", "*", "a name for a token"},
-    {"tokenizer.ggml.cls_token_id", "*", "a name for a token"},
-    {"tokenizer.ggml.fim_*", "*", "a name for a token"},
-    {"tokenizer.ggml.prefix_token_id", "*", "a name for a token"},
-    {"tokenizer.ggml.suffix_token_id", "*", "a name for a token"},
-    {"tokenizer.ggml.middle_token_id", "*", "a name for a token"},
+    {"tokenizer.ggml.mask_token_id tokenizer.ggml.cls_token_id tokenizer.ggml.fim_* "
+     "tokenizer.ggml.prefix_token_id tokenizer.ggml.suffix_token_id "
+     "tokenizer.ggml.middle_token_id", "*", "a name for a token"},
     {"tokenizer.ggml.token_type_count", "*", "of BERT"},
     {"tokenizer.ggml.*", "", "it may change the ids of a text"},
-    {"tokenizer.chat_template*", NULL, NULL},
-    {"tokenizer.huggingface.json", "*", "the same tokenizer once more"},
-    {"tokenizer.rwkv.world", "*", "the same tokenizer once more"},
+    {"tokenizer.chat_template*", NULL, "see below"},
+    {"tokenizer.huggingface.json tokenizer.rwkv.world", "*", "the same tokenizer once more"},
 };
 
 // A value as in that table.

@@ -3566,15 +3566,14 @@ static const retrofit_key generation_keys[] = {
     {"do_sample", "false", "--temperature, --top-k, --top-p, --min-p"},
     {"max_length max_new_tokens", "*", "--max-tokens"},
     {"stop_strings", "null", "--stop"},
-    {"typical_p repetition_penalty encoder_repetition_penalty", "1", NULL},
-    {"length_penalty num_beams num_beam_groups num_return_sequences", "1", NULL},
-    {"min_length min_new_tokens no_repeat_ngram_size epsilon_cutoff eta_cutoff", "0", NULL},
-    {"encoder_no_repeat_ngram_size diversity_penalty", "0", NULL},
-    {"transformers_version _from_model_config use_cache cache_*", "*", NULL},
-    {"return_* output_* low_memory disable_compile max_time", "*", NULL},
-    {"is_assistant assistant_* num_assistant_tokens* target_lookbehind", "*", NULL},
-    {"prompt_lookup_num_tokens max_matching_ngram_size prefill_chunk_size", "*", NULL},
-    {"chat_format _commit_hash", "*", NULL},
+    {"typical_p repetition_penalty encoder_repetition_penalty length_penalty num_beams "
+     "num_beam_groups num_return_sequences", "1", "said in a note"},
+    {"min_length min_new_tokens no_repeat_ngram_size epsilon_cutoff eta_cutoff "
+     "encoder_no_repeat_ngram_size diversity_penalty", "0", "said in a note"},
+    {"transformers_version _from_model_config use_cache cache_* return_* output_* low_memory "
+     "disable_compile max_time is_assistant assistant_* num_assistant_tokens* target_lookbehind "
+     "prompt_lookup_num_tokens max_matching_ngram_size prefill_chunk_size chat_format "
+     "_commit_hash", "*", "of Python's interface"},
 };
 
 // Options say how we generate; what a file says beside them is told, not followed.

@@ -2616,9 +2616,9 @@ const char *retrofit_json_value_text(const retrofit_json *value);
 // Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
 void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
-// A Hugging Face tokenizer, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3
-// and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so that threads
-// may share one.
+// A Hugging Face tokenizer, reproduced id for id: byte-level BPE with the patterns of GPT-2,
+// Llama 3 and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so
+// that threads may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
 
 // Reads directory/tokenizer.json and, if they are there, tokenizer_config.json, and
@@ -7767,72 +7767,61 @@ uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
 // The keys of tokenizer.json: its own, its model's, those of any step, those of an added token.
 // clang-format off
 static const retrofit_key tok_file_keys[] = {
-    {"added_tokens", NULL, NULL}, {"normalizer", NULL, NULL}, {"pre_tokenizer", NULL, NULL},
-    {"post_processor", NULL, NULL}, {"decoder", NULL, NULL}, {"model", NULL, NULL},
-    {"padding", NULL, NULL}, // only its pad_token: transformers resets the rest
-    {"truncation", "*", "transformers resets it"}, {"version", "*", "of the format"},
+    {"added_tokens normalizer pre_tokenizer post_processor decoder model padding", NULL,
+     "see below"},
+    {"truncation", "*", "transformers resets it"},
+    {"version", "*", "of the format"},
 };
 static const retrofit_key tok_model_keys[] = {
-    {"type", NULL, NULL}, {"vocab", NULL, NULL}, {"merges", NULL, NULL}, {"unk_token", NULL, NULL},
-    {"fuse_unk", NULL, NULL}, {"byte_fallback", NULL, NULL}, {"ignore_merges", NULL, NULL},
+    {"type vocab merges unk_token fuse_unk byte_fallback ignore_merges", NULL, "see below"},
     {"dropout", "0", "merges left out at random"},
     {"continuing_subword_prefix", "", "WordPiece's spelling of tokens"},
     {"end_of_word_suffix", "", "tokens that end a word"},
 };
 static const retrofit_key tok_step_keys[] = {
-    {"type", NULL, NULL}, {"prepend", NULL, NULL}, {"pattern", NULL, NULL}, {"content", NULL, NULL},
-    {"individual_digits", NULL, NULL}, {"behavior", NULL, NULL}, {"invert", NULL, NULL},
-    {"add_prefix_space", NULL, NULL}, {"use_regex", NULL, NULL}, {"replacement", NULL, NULL},
-    {"prepend_scheme", NULL, NULL}, {"split", NULL, NULL}, {"start", NULL, NULL},
-    {"stop", NULL, NULL}, {"single", NULL, NULL}, {"special_tokens", NULL, NULL},
-    {"normalizers", NULL, NULL}, {"pretokenizers", NULL, NULL}, {"decoders", NULL, NULL},
-    {"processors", NULL, NULL},
-    {"pair", "*", "for two texts"}, {"str_rep", "*", "the replacement again"},
+    {"type prepend pattern content individual_digits behavior invert add_prefix_space use_regex "
+     "replacement prepend_scheme split start stop single special_tokens normalizers "
+     "pretokenizers decoders processors", NULL, "see below"},
+    {"pair", "*", "for two texts"},
+    {"str_rep", "*", "the replacement again"},
     {"trim_offsets", "*", "places in the text, which we don't give"},
 };
 static const retrofit_key tok_added_keys[] = {
-    {"id", NULL, NULL}, {"content", NULL, NULL}, {"special", NULL, NULL}, {"lstrip", NULL, NULL},
-    {"rstrip", NULL, NULL}, {"single_word", NULL, NULL}, {"normalized", NULL, NULL},
+    {"id content special lstrip rstrip single_word normalized", NULL, "see below"},
     {"__type", "*", "says AddedToken"},
 };
 
 // Those of special_tokens_map.json, which are among those of tokenizer_config.json.
-#define TOK_SPECIAL_KEYS \
-    {"bos_token", NULL, NULL}, {"eos_token", NULL, NULL}, {"unk_token", NULL, NULL}, \
-    {"sep_token", NULL, NULL}, {"pad_token", NULL, NULL}, {"cls_token", NULL, NULL}, \
-    {"mask_token", NULL, NULL}, {"additional_special_tokens", NULL, NULL}
-static const retrofit_key tok_map_keys[] = {TOK_SPECIAL_KEYS};
+static const retrofit_key tok_map_keys[] = {
+    {"bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
+     "additional_special_tokens", NULL, "tokens with a role"},
+};
 static const retrofit_key tok_config_keys[] = {
-    TOK_SPECIAL_KEYS,
-    {"extra_special_tokens", NULL, NULL}, {"added_tokens_decoder", NULL, NULL},
-    {"tokenizer_class", NULL, NULL}, {"add_bos_token", NULL, NULL}, {"add_eos_token", NULL, NULL},
-    {"add_prefix_space", NULL, NULL}, {"split_special_tokens", NULL, NULL},
-    {"clean_up_tokenization_spaces", NULL, NULL}, {"legacy", NULL, NULL},
+    {"bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
+     "additional_special_tokens", NULL, "tokens with a role"},
+    {"extra_special_tokens added_tokens_decoder tokenizer_class add_bos_token add_eos_token "
+     "add_prefix_space split_special_tokens clean_up_tokenization_spaces legacy", NULL,
+     "see below"},
     {"tokenizer_file", "tokenizer.json|./tokenizer.json",
      "the tokenizer.json beside tokenizer_config.json is read: remove the key"},
     {"from_slow", "", "the tokenizer would be made from another file than tokenizer.json"},
     {"chat_template", "*", "not the tokenizer's"},
     {"use_default_system_prompt", "*", "of the chat template"},
-    {"model_max_length", "*", "texts are not cut"}, {"max_length", "*", "the same"},
-    {"max_len", "*", "the same"}, {"stride", "*", "of cutting"},
-    {"truncation_side", "*", "of cutting"}, {"truncation_strategy", "*", "of cutting"},
-    {"padding_side", "*", "of padding"}, {"padding", "*", "the same"}, {"pad_to*", "*", "the same"},
-    {"pad_token_type_id", "*", "the same"}, {"model_input_names", "*", "of Python's results"},
-    {"return_token_type_ids", "*", "the same"}, {"name_or_path", "*", "where it came from"},
-    {"vocab_file", "*", "tokenizer.json has it all"}, {"merges_file", "*", "the same"},
-    {"special_tokens_map_file", "*", "where it came from"},
+    {"model_max_length max_length max_len", "*", "texts are not cut"},
+    {"stride truncation_side truncation_strategy", "*", "of cutting"},
+    {"padding_side padding pad_to* pad_token_type_id", "*", "of padding"},
+    {"model_input_names return_token_type_ids", "*", "of Python's results"},
+    {"name_or_path special_tokens_map_file", "*", "where it came from"},
+    {"vocab_file merges_file", "*", "tokenizer.json has it all"},
     {"sp_model_kwargs", "*", "of another file"},
     {"errors", "*", "of Python's own tokenizers; the others have \"replace\""},
     {"spaces_between_special_tokens", "*", "of Python's own tokenizers"},
-    {"do_lower_case", "*", "tokenizer.json's normalizer decides"}, {"keep_accents", "*", "the same"},
-    {"remove_space", "*", "the same"}, {"strip_accents", "*", "the same"},
-    {"trim_offsets", "*", "places in the text, which we don't give"}, {"use_fast", "*", "Python's"},
-    {"auto_map", "*", "Python's"}, {"processor_class", "*", "Python's"},
-    {"backend", "*", "Python's"}, {"is_local", "*", "Python's"},
-    {"local_files_only", "*", "Python's"},
-    {"transformers_version", "*", "Python's"}, {"device_map", "*", "Python's"},
-    {"tokenizer_type", "*", "Python's"}, {"init_inputs", "*", "Python's"},
-    {"image*", "*", "of images"}, {"video*", "*", "of images"}, {"vision*", "*", "of images"},
+    {"do_lower_case keep_accents remove_space strip_accents", "*",
+     "tokenizer.json's normalizer decides"},
+    {"trim_offsets", "*", "places in the text, which we don't give"},
+    {"use_fast auto_map processor_class backend is_local local_files_only transformers_version "
+     "device_map tokenizer_type init_inputs", "*", "Python's"},
+    {"image* video* vision*", "*", "of images"},
     {"audio*", "*", "of sounds"},
 };
 // clang-format on

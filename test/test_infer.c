@@ -917,8 +917,8 @@ static void equal_choices(void) {
     free(last);
 }
 
-// What a row begins from does not depend on the rows beside it: the loss of two tasks is the mean of
-// what each has alone.
+// What a row begins from does not depend on the rows beside it: the loss of two tasks is the mean
+// of what each has alone.
 static void same_start_states(void) {
     static const char *const lines[] = {
         "{\"prompt\":\"The fox jumps over\",\"answer\":\" the lazy dog\"}",
