@@ -85,7 +85,7 @@
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
        Newton-Schulz                                   newton_schulz                     1169
        the operations: rmsnorm, rope, attention …      embedding_forward                 1305
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2145
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2149
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -116,9 +116,8 @@ const char *retrofit_error(void);
 
 // ---- Configuration: the numbers of config.json -------------------------------------------------
 // Types of elements. Files may hold any of them; operations read weights in F32 or BF16.
-typedef enum {
-    RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32, RETROFIT_F64
-} retrofit_type;
+typedef enum { RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32,
+               RETROFIT_F64 } retrofit_type;
 
 typedef struct {
     size_t n_embd, n_heads, n_kv_heads, head_dim;  // d, H, G, h
@@ -127,12 +126,12 @@ typedef struct {
     float norm_eps;
     double rope_theta;
     bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these;
-    double rope_factor, rope_low, rope_high, rope_original_context; // else all ω_i / factor, 0: 1
+    double rope_factor, rope_low, rope_high, rope_original_context; // if not, ω_i/factor for all i
     float state_std;                               // σ of s_0
     size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
     bool tied;                                     // a plain Llama whose head is its embedding
-    int32_t bos, pad, eos[8];                      // token ids, -1 for none; what ends a text:
-    size_t eos_count;                              // so many ids
+    int32_t bos, pad, eos[8];                      // token ids, -1 for none; [eos_count] end a text
+    size_t eos_count;
 } retrofit_config;
 
 // σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code
@@ -379,9 +378,8 @@ typedef struct {
     bool alike;               // states are drawn for each row as if it were the only one
     act *logits;              // (chunk,V)
     size_t chunk;             // rows of logits that exist at a time
-    float *wide_logits;       // (rows,V) in fp32, for the host
+    float *wide_logits, *host_losses;   // (rows,V) in fp32, for the host; (B·T) on the host
     int32_t *host_tokens, *host_labels; // (B·T) on the host: the rows of a training step
-    float *host_losses;       // (B·T) on the host
     retrofit_saved saved;
     retrofit_gradients gradients;
     retrofit_decoder *decoder; // NULL without a KV cache
@@ -553,9 +551,8 @@ static act *act_at(const retrofit_ops *ops, act *p, size_t i); // element i
 void retrofit_refresh_weights(retrofit_model *model);
 static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
 static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
-// Section 8: the rows of a micro-batch, counted from 0 over the whole training.
+// Section 8: a micro-batch's rows, counted from 0 over the training. Section 12: elements as fp32.
 static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index);
-// Section 12: n elements of a tensor in a file's type as fp32.
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
 // =================================================================================================
