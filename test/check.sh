@@ -15,6 +15,9 @@ check() { # what, then a command that must succeed
     fi
     cp "$work/out" "$work/said" # for checks of what the command said
 }
+is() { # two values that must be the same
+    [ "$1" = "$2" ] || { echo "it is $1, it should be $2" && false; }
+}
 # A shard of 40 rows of 17 random tokens below 130, with token 130 at the places named: 256 int32 of
 # header, then uint16. Another one for validation: other=2 shard.
 shard() {

@@ -1,13 +1,7 @@
 #!/bin/sh
 # The contents table at the top of retrofit.h names functions and the lines they stand on. It must
-# be true, and Part I at most 1,500 lines. FIX=1 corrects the table.
-passed=0 failed=0
-check() {
-    if [ "$2" = "$3" ]; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        printf 'FAILED %s: got %s, should be %s\n' "$1" "$2" "$3"
-    fi
-}
+# be true, and Part I at most 1,500 lines. FIX=1 (make lines) corrects the table.
+. test/check.sh
 
 # The line on which a function or a constant is defined: its name begins a definition, and the
 # statement does not end in a semicolon there.
@@ -24,7 +18,7 @@ line_of() {
 table=$(sed -n '/^   Contents  /,/^   Usage:/p' retrofit.h | grep -E ' [0-9]+$')
 names=$(printf '%s\n' "$table" | awk '{ print $(NF - 1) }')
 count=$(printf '%s\n' "$names" | wc -l)
-check "entries of the contents table" "$([ "$count" -ge 18 ] && echo enough)" enough
+check "entries of the contents table" is "$([ "$count" -ge 18 ] && echo enough)" enough
 for name in $names; do
     said=$(printf '%s\n' "$table" | awk -v name="$name" '$(NF - 1) == name { print $NF }')
     is=$(line_of "$name")
@@ -34,11 +28,11 @@ for name in $names; do
             { print }' retrofit.h >retrofit.h.new && mv retrofit.h.new retrofit.h
         said=$is
     fi
-    check "contents: line of $name" "$said" "$is"
+    check "contents: line of $name (make lines corrects it)" is "$said" "$is"
 done
 
 # Part I is at most 1,500 lines.
 end=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
-check "Part I of $end lines" "$([ "$end" -le 1500 ] && echo short)" short
+check "Part I of $end lines" is "$([ "$end" -le 1500 ] && echo short)" short
 printf '%-24s %d passed, %d failed\n' contents $passed $failed
 [ $failed -eq 0 ]

@@ -1,10 +1,8 @@
 #!/bin/sh
 # doc/checks.md has the tables of keys as the programs have them: each stands between two comments
-# that name it. FIX=1 writes them anew.
-passed=0 failed=0
+# that name it. FIX=1 (make lines) writes them anew.
+. test/check.sh
 doc=doc/checks.md
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
 
 # The rows of a C table, {"a b", "0|1", "why"}, in Markdown. Strings may go on over several lines.
 rows() { # file, table
@@ -41,12 +39,9 @@ for name in $(grep -ho '^static const retrofit_key [a-z_]*' retrofit.h infer.c c
             $0 == "<!-- " name " -->" { while ((getline line <with) > 0) print line; off = 1 }' \
             "$doc" >"$work/doc" && cat "$work/doc" >"$doc"
     fi
-    if [ "$(wc -l <"$work/$name")" -gt 2 ] && block "$name" | cmp -s - "$work/$name"; then
-        passed=$((passed + 1))
-    else
-        failed=$((failed + 1))
-        echo "FAILED $doc: the table $name is another one than in the code: FIX=1 sh test/keys.sh"
-    fi
+    block "$name" >"$work/block"
+    check "$doc has the table $name (make lines writes it)" cmp "$work/block" "$work/$name"
+    check "$name has rows" [ "$(wc -l <"$work/$name")" -gt 2 ]
 done
-echo "tables of keys           $passed passed, $failed failed"
-[ "$failed" -eq 0 ]
+printf '%-24s %d passed, %d failed\n' "tables of keys" $passed $failed
+[ $failed -eq 0 ]

@@ -2,16 +2,8 @@
 # The README and doc/ are true: every option that they name exists, the program of one's own is
 # test/example.c word for word and does what the README says, file sizes are as the README says.
 # With RUN=1 (make readme) every command of the README that needs neither network nor GPU is run.
-passed=0 failed=0
-check() { # what, got, should be
-    if [ "$2" = "$3" ]; then passed=$((passed + 1)); else
-        failed=$((failed + 1))
-        printf 'FAILED %s: got %s, should be %s\n' "$1" "$2" "$3"
-    fi
-}
+. test/check.sh
 BIN=${BIN:-.} OUT=${OUT:-build}
-work=$(mktemp -d) || exit 1
-trap 'rm -rf "$work"' EXIT
 
 # ---- Options ------------------------------------------------------------------------------------
 for program in convert train infer; do
@@ -27,9 +19,9 @@ cat README.md doc/*.md | join_lines >"$work/text"
 for program in convert train infer; do
     grep -E "^ {4}(\\$ )?\./$program " "$work/text" | grep -oE -- '--[a-z][a-z0-9-]+' | sort -u |
         sed 's/^--//' >"$work/used"
-    check "options of $program in README and doc/" "$([ -s "$work/used" ] && echo some)" some
+    check "options of $program in README and doc/" is "$([ -s "$work/used" ] && echo some)" some
     while read -r option; do
-        check "$program --$option" "$(is_line "$option" "$work/$program")" there
+        check "$program --$option" is "$(is_line "$option" "$work/$program")" there
     done <"$work/used"
 done
 
@@ -38,7 +30,7 @@ grep -vE '^ {4}|huggingface-cli|pytorch_peer' "$work/text" | grep -oE '`[^`]*`' 
     grep -oE -- '--[a-z][A-Za-z0-9_.-]*' | grep -v '[_.]' | sed 's/^--//; s/-$//' |
     sort -u >"$work/used"
 while read -r option; do
-    check "option --$option" "$(is_line "$option" "$work/all")" there
+    check "option --$option" is "$(is_line "$option" "$work/all")" there
 done <"$work/used"
 
 # Targets of make.
@@ -46,21 +38,21 @@ grep -oE 'make [a-z][a-z0-9-]*( [a-z][a-z0-9]*-cuda)*' README.md doc/*.md |
     sed 's/^[^:]*:make //' | tr ' ' '\n' | sort -u | grep -vxE 'it|finds' >"$work/used"
 while read -r target; do
     rule=$(grep -cE "^([a-z-]+ )*$target( [a-z-]+)*:" Makefile)
-    check "make $target" "$([ "$rule" -gt 0 ] && echo there)" there
+    check "make $target" is "$([ "$rule" -gt 0 ] && echo there)" there
 done <"$work/used"
 
 # ---- The program of one's own -------------------------------------------------------------------
 ours=$(sed -n '/^#include/,$p' test/example.c | sed 's|\.\./retrofit\.h|retrofit.h|')
 theirs=$(sed -n '/^```c/,/^```/p' README.md | sed '1d;$d')
-check "README.md shows test/example.c" "$theirs" "$ours"
+check "README.md shows test/example.c" is "$theirs" "$ours"
 prompt="i=1 j=8 d=9 k=d e=k m=e a=i s=j b=s l=a t=l h=t u=b g=m w=h q=g f=q x=w r=u v=r p=f o=v n=x"
 prompt="$prompt c=o | s"
 token=$("$OUT/example" test/fixtures/lookup/base "$prompt" 1)
-check "the example's token" "$token" "60 '=8'"
+check "the example's token" is "$token" "60 '=8'"
 "$OUT/example" nowhere "$prompt" 1 >/dev/null
-check "the example's exit code without a model" $? 1
+check "the example's exit code without a model" is $? 1
 
-# ---- Sizes, in lines: FIX=1 corrects them -------------------------------------------------------
+# ---- Sizes, in lines: FIX=1 (make lines) corrects them -------------------------------------------------------
 part=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
 size() { wc -l <"$1" | tr -d ' '; }
 if [ -n "$FIX" ]; then
@@ -73,15 +65,15 @@ if [ -n "$FIX" ]; then
         README.md >README.new
     mv README.new README.md
 fi
-check "lines of Part I in the README" \
+check "lines of Part I in the README (make lines corrects them)" is \
     "$(grep -c "^| \`retrofit.h\`, Part I | $part |" README.md)" 1
-check "lines of retrofit.h in the README" \
+check "lines of retrofit.h in the README (make lines corrects them)" is \
     "$(grep -c "the rest of the file, $(size retrofit.h) in all" README.md)" 1
 for file in train.c infer.c convert.c retrofit_cuda.cu; do
-    check "lines of $file in the README" \
+    check "lines of $file in the README (make lines corrects them)" is \
         "$(grep -c "^| \`$file\` | $(size $file) |" README.md)" 1
 done
-check "README.md is one page" "$([ "$(size README.md)" -le 130 ] && echo short)" short
+check "README.md is one page" is "$([ "$(size README.md)" -le 130 ] && echo short)" short
 
 # ---- Commands -----------------------------------------------------------------------------------
 # A stand-in for the downloaded model: a Llama of 30 layers, made of the shipped one's.
@@ -103,7 +95,7 @@ run_commands() {
         *) (cd "$place" && eval "$command") >"$work/log" 2>&1 ;;
         esac
         code=$?
-        check "$command" "exit code $code" "exit code 0"
+        check "$command" is "exit code $code" "exit code 0"
         [ $code -eq 0 ] || tail -n 5 "$work/log"
     done 3<"$work/commands"
 }
