@@ -2428,7 +2428,6 @@ static void convert(int task) {
     } else {
         source = retrofit_load(options.from, &retrofit_cpu, RETROFIT_INFERENCE);
         must(source != NULL);
-        must(retrofit_check_finite(source));
         tokenizer.directory = retrofit_model_directory(options.from, path);
         mend_ids(source, tokenizer.directory);
     }

@@ -188,20 +188,13 @@ static void add_end_token(int32_t id) {
     if (id >= 0 && room && !ends_text(id)) end_tokens[end_count++] = id;
 }
 
-// Ends the program if a number that the model computed is infinite or no number, and says where in
-// the weights that comes from, if it comes from there.
+// Ends the program if a number that the model computed is infinite or no number.
 static void check_computed(const float *x, size_t count) {
     size_t i = 0;
     while (i < count && isfinite(x[i])) i++;
     if (i == count) return;
-    require(retrofit_check_finite(model));
     die(1, "%s: the model's logits are not finite, though its weights are: did its training fail?",
         options.model);
-}
-
-// A loss that is no number stays in the table, unless it comes from the file's weights.
-static void check_loss(double loss) {
-    if (!isfinite(loss)) require(retrofit_check_finite(model));
 }
 
 // The cross-entropy of a token under logits (V), in nats: -log p(id).
@@ -2342,7 +2335,6 @@ static void evaluate_decoding(void) {
             show_progress("rows", i * rows + at + b, total);
         }
         double n = (double)(rows * T), loss = sums.loss / n;
-        check_loss(loss);
         printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r, loss, exp(loss),
                sums.full_loss / n, sums.recurrences / n, retrofit_cache_bytes(buffers),
                sums.seconds);
@@ -2392,7 +2384,6 @@ static void evaluate_full_pass(void) {
            "seconds", rows, T);
     for (size_t i = 0; i < depths.count; i++) {
         double mean = loss[i] / (double)rows;
-        check_loss(mean);
         printf("%11zu %10.4f %12.3f %9.2f\n", depths.r[i], mean, exp(mean), seconds[i]);
     }
     close_evaluation(&evaluation);

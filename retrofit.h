@@ -2416,12 +2416,10 @@ retrofit_model *retrofit_model_new(const retrofit_config *config, const retrofit
 bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode);
 // Reads a Hugging Face directory: config.json, model.safetensors or its shards; or directory/latest
 // if it holds no model itself. INFERENCE on a CPU leaves weights in the mapped files, in their
-// type; everything else copies them, to fp32 masters for training. NULL or error.
+// type; everything else copies them, to fp32 masters for training. All are read once, since an
+// infinity or a NaN among them is an error, with the tensor's name and the index. NULL or error.
 retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode);
 void retrofit_free(retrofit_model *model);
-// Whether all numbers in the files that a model was loaded from for inference are finite; loading
-// for training checks it. Reads all of them. false or error, with the tensor's name and the index.
-bool retrofit_check_finite(const retrofit_model *model);
 // Copies masters to where operations read them; needed after masters were changed by hand.
 void retrofit_refresh_weights(retrofit_model *model);
 
@@ -4704,36 +4702,47 @@ static bool note_beside(const char *directory) {
     return true;
 }
 
-// The first number of a tensor that is infinite or no number; its count if there is none.
-static size_t first_not_finite(const retrofit_tensor *tensor) {
-    enum { CHUNK = 4096 };
-    float x[CHUNK];
-    const char *data = tensor->data;
-    size_t size = retrofit_type_size(tensor->type);
-    for (size_t i = 0; i < tensor->count; i += CHUNK) {
-        size_t n = retrofit_min(tensor->count - i, CHUNK);
-        retrofit_to_float(x, data + i * size, tensor->type, n);
-        for (size_t j = 0; j < n; j++) {
-            if (!isfinite(x[j])) return i + j;
-        }
+// Whether one of n numbers is infinite or no number: then its exponent has ones alone.
+static bool has_infinite(const char *data, retrofit_type type, size_t n) {
+    uint32_t found = 0, exponent = type == RETROFIT_BF16 ? 0x7f80 : 0x7c00;
+    for (size_t i = 0; i < n && type == RETROFIT_F32; i++) {
+        uint32_t x;
+        memcpy(&x, data + 4 * i, 4);
+        found |= (x & 0x7f800000) == 0x7f800000;
     }
-    return tensor->count;
+    for (size_t i = 0; i < n && retrofit_type_size(type) == 2; i++) {
+        uint16_t x;
+        memcpy(&x, data + 2 * i, 2);
+        found |= (x & exponent) == exponent;
+    }
+    for (size_t i = 0; i < n && type == RETROFIT_F64; i++) {
+        float x;
+        retrofit_to_float(&x, data + 8 * i, type, 1);
+        found |= !isfinite(x);
+    }
+    return found;
 }
 
-bool retrofit_check_finite(const retrofit_model *model) {
-    for (size_t i = 0; i < model->map_count; i++) {
-        const retrofit_map *map = &model->maps[i];
-        for (size_t j = 0; j < map->count; j++) {
-            const retrofit_tensor *tensor = &map->tensors[j];
-            if (tensor->type == RETROFIT_I32) continue;
-            size_t at = first_not_finite(tensor);
-            if (at < tensor->count)
-                return retrofit_fail("%s: tensor %s: number %zu is infinite or no number: the file "
-                                     "is damaged, or its training failed", map->path, tensor->name,
-                                     at);
-        }
+// A tensor for each thread; then the first one that is wrong is gone through number by number.
+static bool check_all_finite(const retrofit_map *map) {
+    size_t wrong = map->count;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(min : wrong) schedule(dynamic)
+#endif
+    for (size_t i = 0; i < map->count; i++) {
+        const retrofit_tensor *tensor = &map->tensors[i];
+        bool integers = tensor->type == RETROFIT_I32;
+        if (!integers && has_infinite(tensor->data, tensor->type, tensor->count))
+            wrong = retrofit_min(wrong, i);
     }
-    return true;
+    if (wrong == map->count) return true;
+
+    const retrofit_tensor *tensor = &map->tensors[wrong];
+    size_t at = 0, size = retrofit_type_size(tensor->type);
+    const char *data = tensor->data;
+    while (!has_infinite(data + at * size, tensor->type, 1)) at++;
+    return retrofit_fail("%s: tensor %s: number %zu is infinite or no number: the file is damaged, "
+                         "or its training failed", map->path, tensor->name, at);
 }
 
 static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
@@ -4741,11 +4750,11 @@ static bool load_files(retrofit_model *model, retrofit_mode mode, const char *di
     if (!load_weights(model, mode, directory)) return false;
     for (size_t i = 0; i < model->map_count; i++) {
         if (!check_all_used(model, &model->maps[i])) return false;
+        if (!check_all_finite(&model->maps[i])) return false;
     }
     note_other_head(model, directory);
     if (!note_beside(directory)) return false;
     if (mode == RETROFIT_INFERENCE) return true;
-    if (!retrofit_check_finite(model)) return false;
     retrofit_refresh_weights(model);
     for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
     model->map_count = 0; // nothing lies in the files any more
