@@ -3992,12 +3992,14 @@ static bool read_config_sizes(retrofit_config *c, const retrofit_json *json, boo
     for (size_t i = 0; i < CONFIG_SIZES; i++) {
         const char *key = config_size_key(i, plain);
         const retrofit_json *size = key ? retrofit_json_get(json, key) : NULL;
-        if (!key || (!size && !config_sizes[i].required)) continue;
+        bool given = size && size->type != RETROFIT_JSON_NULL;
+        if (!key || (!given && !config_sizes[i].required)) continue;
         size_t *field = (void *)((char *)c + config_sizes[i].offset);
         if (!retrofit_json_size(size, field))
             return retrofit_fail("%s: %s is missing or not a size", where, key);
     }
-    if (!retrofit_json_get(json, "num_key_value_heads")) c->n_kv_heads = c->n_heads;
+    const retrofit_json *groups = retrofit_json_get(json, "num_key_value_heads");
+    if (!groups || groups->type == RETROFIT_JSON_NULL) c->n_kv_heads = c->n_heads;
     const retrofit_json *vocab = retrofit_json_get(json, "vocab_size");
     if (c->vocab == 0 && !retrofit_json_size(vocab, &c->vocab))
         return retrofit_fail("%s: vocab_size is missing or not a size", where);
@@ -4245,7 +4247,7 @@ static bool config_parse(retrofit_config *c, const retrofit_json *json, const ch
     c->backprop_depth = 1;
     c->bos = -1;
     c->pad = -1;
-    if (!retrofit_json_get(json, "max_position_embeddings")) c->context = 2048;
+    c->context = 2048; // without max_position_embeddings, as in transformers
     c->tied = config_is_true(json, "tie_word_embeddings");
     if (c->tied && !plain)
         return retrofit_fail("%s: tie_word_embeddings is true: a recurrent model has a head of its "

@@ -1569,6 +1569,9 @@ static const field bad_raven[] = {
 // Values that change nothing, or that are followed.
 static const field good_llama[] = {
     {"max_position_embeddings", NULL},
+    {"max_position_embeddings", "null"},
+    {"num_key_value_heads", "null"},
+    {"rms_norm_eps", "null"},
     {"rope_scaling", "null"},
     {"rope_scaling", "{}"},
     {"rope_scaling", "{'type':'linear','factor':2}"},
