@@ -8045,6 +8045,7 @@ static void tok_refuse_step(tok_loader *loader, const retrofit_json *json, const
 static void tok_load_step(tok_loader *loader, const retrofit_json *json, int role) {
     const char *type = tok_get(loader, json, "type", RETROFIT_JSON_STRING)->string;
     TOK_CHECK_KEYS(loader, json, tok_step_keys, tok_roles[role].member);
+    if (loader->failed) return;
     if (!strcmp(type, "Sequence")) {
         json = tok_get(loader, json, tok_roles[role].list, RETROFIT_JSON_ARRAY)->child;
         for (; json && !loader->failed; json = json->next) tok_load_step(loader, json, role);
