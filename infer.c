@@ -1130,12 +1130,9 @@ static char *read_template(const char *directory, size_t *size) {
 
 static void read_tokenizer_config(const char *directory) {
     char path[RETROFIT_PATH];
-    size_t size;
     require(retrofit_path(path, directory, "tokenizer_config.json"));
     if (access(path, F_OK)) return;
-    char *text = require_pointer(retrofit_read_file(path, &size));
-    template.config = require_pointer(retrofit_json_parse(text, size, path));
-    free(text);
+    template.config = require_pointer(retrofit_json_read(path, NULL));
 }
 
 // Whether text begins with a special token, which is then *id: tokenizers cut there, so that what
@@ -3580,11 +3577,10 @@ static const retrofit_key generation_keys[] = {
 // Options say how we generate; what a file says beside them is told, not followed.
 static void note_generation_keys(const char *directory, const char *name, bool all_keys) {
     char path[RETROFIT_PATH];
-    size_t size, count = sizeof generation_keys / sizeof *generation_keys;
+    size_t count = sizeof generation_keys / sizeof *generation_keys;
     require(retrofit_path(path, directory, name));
     if (access(path, F_OK)) return;
-    char *text = require_pointer(retrofit_read_file(path, &size));
-    retrofit_json *json = require_pointer(retrofit_json_parse(text, size, path));
+    retrofit_json *json = require_pointer(retrofit_json_read(path, NULL));
     retrofit_text found = {0};
     for (const retrofit_json *member = json->child; member; member = member->next) {
         bool known = true;
@@ -3603,7 +3599,6 @@ static void note_generation_keys(const char *directory, const char *name, bool a
     if (found.size > 1)
         retrofit_note("%s: generation follows the options of infer, not: %s", path, found.bytes);
     free(found.bytes);
-    free(text);
     retrofit_json_free(json);
 }
 

@@ -2582,7 +2582,10 @@ struct retrofit_json {
 // freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
 // byte, or the name that is there twice.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
-// Frees the tree of a root that retrofit_json_parse returned; root may be NULL.
+// Reads a file that holds an object, perhaps behind a byte order mark. *size: its bytes; size may be
+// NULL. Freed with retrofit_json_free. NULL or error.
+retrofit_json *retrofit_json_read(const char *path, size_t *size);
+// Frees the tree of a root that one of these returned; root may be NULL.
 void retrofit_json_free(retrofit_json *root);
 // The member of this name; NULL if there is none or `object` is NULL or not an object.
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
@@ -4261,12 +4264,9 @@ static bool config_parse(retrofit_config *c, const retrofit_json *json, const ch
 }
 
 bool retrofit_config_read_file(retrofit_config *config, const char *path) {
-    size_t size;
-    char *text = retrofit_read_file(path, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    retrofit_json *json = retrofit_json_read(path, NULL);
     bool ok = json && config_parse(config, json, path);
     retrofit_json_free(json);
-    free(text);
     return ok;
 }
 
@@ -4276,12 +4276,9 @@ static bool read_generation_config(retrofit_config *config, const char *director
     char path[RETROFIT_PATH];
     if (!retrofit_path(path, directory, "generation_config.json")) return false;
     if (access(path, F_OK)) return true;
-    size_t size;
-    char *text = retrofit_read_file(path, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    retrofit_json *json = retrofit_json_read(path, NULL);
     bool ok = json && read_config_ids(config, json, path);
     retrofit_json_free(json);
-    free(text);
     return ok;
 }
 
@@ -4460,9 +4457,7 @@ static bool is_map_open(const retrofit_model *model, const char *path) {
 // Opens every file that the index names: {"weight_map": {"tensor": "file", …}}.
 static bool open_shards(retrofit_model *model, const char *directory, const char *index) {
     char path[RETROFIT_PATH];
-    size_t size;
-    char *text = retrofit_read_file(index, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, index) : NULL;
+    retrofit_json *json = retrofit_json_read(index, NULL);
     const retrofit_json *map = retrofit_json_get(json, "weight_map");
     bool ok = json != NULL;
     if (ok && !map) ok = retrofit_fail("%s: no weight_map", index);
@@ -4473,7 +4468,6 @@ static bool open_shards(retrofit_model *model, const char *directory, const char
         if (ok && !is_map_open(model, path)) ok = open_map(model, path);
     }
     retrofit_json_free(json);
-    free(text);
     return ok;
 }
 
@@ -4975,15 +4969,12 @@ static bool copy_generation_config(const retrofit_config *config, const char *fr
     if (!retrofit_path(source, from, "generation_config.json")) return false;
     if (!retrofit_path(target, to, "generation_config.json")) return false;
     if (access(source, F_OK)) return true;
-    size_t size;
-    char *text = retrofit_read_file(source, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, source) : NULL;
+    retrofit_json *json = retrofit_json_read(source, NULL);
     FILE *file = json ? fopen(target, "wb") : NULL;
     if (json && !file) retrofit_fail("%s: %s", target, strerror(errno));
     if (file) write_generation_json(file, config, json);
     bool ok = file && retrofit_finish_file(file, target, true);
     retrofit_json_free(json);
-    free(text);
     return ok;
 }
 
@@ -6291,6 +6282,20 @@ retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *wh
     if (ok) return root;
     free(root);
     return NULL;
+}
+
+retrofit_json *retrofit_json_read(const char *path, size_t *size) {
+    size_t all;
+    char *bytes = retrofit_read_file(path, &all);
+    if (!bytes) return NULL;
+    if (size) *size = all;
+    const char *text = bytes;
+    retrofit_skip_mark(&text, &all);
+    retrofit_json *root = retrofit_json_parse(text, all, path);
+    free(bytes);
+    if (!root || root->type == RETROFIT_JSON_OBJECT) return root;
+    retrofit_json_free(root);
+    return fail_null("%s: not a JSON object", path);
 }
 
 void retrofit_json_free(retrofit_json *root) { free(root); }
@@ -8642,16 +8647,10 @@ static void tok_prepare(tok_loader *loader, size_t size) {
 static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, const char *name,
                                     bool needed, size_t *sum) {
     size_t size;
-    char *bytes = NULL;
     if (loader->failed) return NULL;
     bool has_path = retrofit_path(loader->path, directory, name);
     if (has_path && !needed && access(loader->path, F_OK) && errno == ENOENT) return NULL;
-    if (has_path) bytes = retrofit_read_file(loader->path, &size);
-    const char *text = bytes;
-    if (text) retrofit_skip_mark(&text, &size);
-    retrofit_json *root = text ? retrofit_json_parse(text, size, loader->path) : NULL;
-    free(bytes);
-    if (root && root->type != RETROFIT_JSON_OBJECT) tok_refuse(loader, "not a JSON", "object");
+    retrofit_json *root = has_path ? retrofit_json_read(loader->path, &size) : NULL;
     if (!root) loader->failed = true;
     else *sum += size;
     return root;

@@ -836,17 +836,14 @@ static bool check_manifest_entry(const retrofit_json *entry, const char *directo
 // Whether all files of a checkpoint are as they were written. false or error, which names the file.
 static bool check_manifest(const char *directory) {
     char path[RETROFIT_PATH];
-    size_t size;
     if (!retrofit_path(path, directory, "manifest.json")) return false;
-    char *text = retrofit_read_file(path, &size);
-    retrofit_json *root = text ? retrofit_json_parse(text, size, path) : NULL;
+    retrofit_json *root = retrofit_json_read(path, NULL);
     const retrofit_json *files = retrofit_json_get(root, "files");
     bool ok = root != NULL;
     if (ok && !(files && files->child))
         ok = retrofit_fail("%s: names no files: not written by train", path);
     for (const retrofit_json *f = ok ? files->child : NULL; ok && f; f = f->next)
         ok = check_manifest_entry(f, directory, path);
-    free(text);
     retrofit_json_free(root);
     return ok;
 }
@@ -1608,10 +1605,8 @@ static void open_data(void) {
 // Training settings of config.json that transformers would obey.
 static void note_dropout(void) {
     char path[RETROFIT_PATH];
-    size_t size;
     require(retrofit_path(path, run.source, "config.json"));
-    char *text = retrofit_read_file(path, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    retrofit_json *json = retrofit_json_read(path, NULL);
     require(json);
     for (const retrofit_json *member = json->child; member; member = member->next) {
         if (strstr(member->key, "drop") && member->number > 0)
@@ -1619,7 +1614,6 @@ static void note_dropout(void) {
                           member->key, member->string);
     }
     retrofit_json_free(json);
-    free(text);
 }
 
 static bool is_there(const char *path) {

@@ -1636,6 +1636,8 @@ static void followed_configs(void) {
     check(c->eos_count == 1 && c->eos[0] == 3, "config.json: %zu ends", c->eos_count);
     write_text(at("hostile/generation_config.json"), "{\"eos_token_id\": \"x\"}");
     refused(read_config(llama, "", NULL), "generation_config.json", "a word for an id");
+    write_text(at("hostile/generation_config.json"), "[1]");
+    refused(read_config(llama, "", NULL), "generation_config.json", "a list");
     remove(at("hostile/generation_config.json"));
 }
 
