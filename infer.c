@@ -2455,7 +2455,8 @@ static bool is_filled(const retrofit_json *json) {
 // The token that an empty prompt stands for; -1 if there is none.
 static int32_t first_token(void) {
     int32_t bos = retrofit_tokenizer_bos(tokenizer);
-    return bos >= 0 ? bos : end_tokens[0];
+    if (bos >= 0) return bos;
+    return end_count ? end_tokens[0] : -1;
 }
 
 // Whether text begins with that token, written out: then the tokenizer is not to add it again.

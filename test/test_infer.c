@@ -877,6 +877,11 @@ static void ends_and_beginnings_of_prompts(void) {
     same_choices("llama3_style", "A b", "\" a\",\" bc\"", "<|begin_of_text|>A b",
                  "\" a\",\" bc\"");
     same_choices("smollm_style", "", "\" a\",\" bc\"", "<|im_start|>", "\" a\",\" bc\"");
+    shell("rm -rf nameless && cp -r random nameless && sed -i '/[be]os_token/d' "
+          "nameless/config.json && cp f/tokenizers/smollm_style/tokenizer.json nameless && "
+          "printf '{\"prompt\":\"\",\"answer\":\"a\"}' >lines");
+    fails(1, "names no token that begins or ends a text",
+          "infer --model nameless --recurrences 1 --tasks lines");
 }
 
 // Equal choices are equally likely wherever they stand, beside whatever, from random start states;
