@@ -434,13 +434,15 @@ static void enter(void) {
     if (++template.nesting > MAX_NESTING) too_much("nesting");
 }
 
+// Of the white space at the beginning of text.
 static size_t spaces_at(const char *text, size_t size) {
     const char *stripped = text;
     retrofit_strip(&stripped, &size);
     return (size_t)(stripped - text);
 }
 
-static size_t size_without_spaces(const char *text, size_t size) { // behind it
+// Of text without the white space at its end.
+static size_t size_without_spaces(const char *text, size_t size) {
     const char *stripped = text;
     retrofit_strip(&stripped, &size);
     return size ? (size_t)(stripped - text) + size : 0;
@@ -2482,12 +2484,6 @@ static int32_t *encode_open_text(const char *text, size_t size, bool with_specia
     return ids;
 }
 
-static size_t size_without_space_at_end(const char *text, size_t size) {
-    const char *begin = text;
-    retrofit_strip(&begin, &size);
-    return size ? (size_t)(begin - text) + size : 0;
-}
-
 static size_t count_characters(const char *text, size_t size) {
     size_t count = 0;
     uint32_t character;
@@ -2526,7 +2522,7 @@ static void read_continuation(const retrofit_json *prompt, const retrofit_json *
     both.characters = count_characters(answer->string + space, answer->length - space);
     both.ids = encode_open_text(text, size, special, &both.count);
 
-    size_t prompt_size = size_without_space_at_end(text, prompt->length);
+    size_t prompt_size = size_without_spaces(text, prompt->length);
     int32_t *alone = encode_open_text(text, prompt_size, special, &both.prompt);
     size_t common = retrofit_min(both.prompt, both.count);
     task_set.merged += memcmp(alone, both.ids, common * sizeof *alone) != 0;
