@@ -4188,8 +4188,7 @@ static bool read_config_rope(retrofit_config *c, const retrofit_json *json, cons
 
     const retrofit_json *type = retrofit_json_get(rope, "rope_type");
     if (!type) type = retrofit_json_get(rope, "type");
-    const retrofit_json *numbers = retrofit_json_get(rope, "factor");
-    if (!type && !numbers) return true;
+    if (!type && !retrofit_json_get(rope, "factor")) return true;
     if (!type)
         return retrofit_fail("%s: rope_scaling has no rope_type: add \"linear\" or \"llama3\", "
                              "whichever the model was trained with", where);
@@ -4199,7 +4198,9 @@ static bool read_config_rope(retrofit_config *c, const retrofit_json *json, cons
     if (!retrofit_json_is(type, "linear"))
         return retrofit_fail("%s: rope_scaling is of type %.40s: only default, linear and llama3 "
                              "are supported", where, type->string ? type->string : "?");
-    return read_config_number(&c->rope_factor, rope, "factor", where);
+    if (!read_config_number(&c->rope_factor, rope, "factor", where)) return false;
+    return c->rope_factor > 0 ||
+           retrofit_fail("%s: rope_scaling is linear, but has no factor above 0", where);
 }
 
 static int32_t config_token_id(double number) { return (int32_t)fmax(-1, fmin(1 << 24, number)); }
