@@ -2504,6 +2504,10 @@ bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *
 FILE *retrofit_open_file(const char *path, size_t *size);
 // Reads a whole file; a NUL follows its *size bytes. Freed with free(). NULL or error.
 char *retrofit_read_file(const char *path, size_t *size);
+// A hash of bytes, begun with RETROFIT_HASH_START. It may go on from one piece to the next where all
+// but the last have a multiple of 8 bytes.
+#define RETROFIT_HASH_START 0xcbf29ce484222325u
+uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size);
 // A hash of a block of memory: of all of it up to 1 MiB, else of its size, its first and last bytes
 // and 64 KiB out of every 64th part. Files that differ have different ones, unless somebody changed
 // a few bytes of a large one.
@@ -6858,7 +6862,7 @@ static uint64_t tok_hash_text(uint64_t hash, const char *text, size_t size) {
 
 // The slot of a token's text: its own, or the free one where it would go. NULL if not found soon.
 static int32_t *tok_text_slot(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
-    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, text, size);
+    uint64_t hash = tok_hash_text(RETROFIT_HASH_START, text, size);
     hash ^= hash >> 29;
     for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
         int32_t *slot = &tokenizer->by_text[(hash + probe) & tokenizer->text_mask];
@@ -8760,7 +8764,7 @@ void retrofit_note(const char *format, ...) {
     va_start(args, format);
     format_line(line, format, args);
     va_end(args);
-    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, line, strlen(line));
+    uint64_t hash = retrofit_hash_bytes(RETROFIT_HASH_START, line, strlen(line));
     size_t i = 0;
     while (i < count && said[i] != hash) i++;
     if (i < count) return;
@@ -8835,7 +8839,7 @@ void *retrofit_map_file(const char *path, size_t *size) {
 
 // FNV-1a over words of 8 bytes. hash ^= hash >> 32 follows each word, since a product only carries
 // upwards: a change of a word's high bits would otherwise never reach the low ones.
-static uint64_t hash_words(uint64_t hash, const char *data, size_t size) {
+uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size) {
     for (size_t i = 0; i < size; i += 8) {
         uint64_t word = 0;
         memcpy(&word, data + i, size - i < 8 ? size - i : 8);
@@ -8847,12 +8851,13 @@ static uint64_t hash_words(uint64_t hash, const char *data, size_t size) {
 
 uint64_t retrofit_sample_hash(const void *data, size_t size) {
     enum { ALL = 1 << 20, PARTS = 64, SAMPLE = 1 << 16 };
-    uint64_t hash = hash_words(0xcbf29ce484222325, (const char *)&size, sizeof size);
-    if (size <= ALL) return hash_words(hash, data, size);
+    const char *bytes = data;
+    uint64_t hash = retrofit_hash_bytes(RETROFIT_HASH_START, (const char *)&size, sizeof size);
+    if (size <= ALL) return retrofit_hash_bytes(hash, bytes, size);
     size_t step = (size - SAMPLE) / PARTS; // the last sample ends where the data end
     for (size_t i = 0; i <= PARTS; i++) {
         size_t begin = i < PARTS ? i * step : size - SAMPLE;
-        hash = hash_words(hash, (const char *)data + begin, retrofit_min(SAMPLE, size - begin));
+        hash = retrofit_hash_bytes(hash, bytes + begin, retrofit_min(SAMPLE, size - begin));
     }
     return hash;
 }

@@ -753,24 +753,15 @@ static void check_step(const retrofit_step *step) {
 
 // ---- Manifests: what each file of a checkpoint was when it was made ----------------------------
 
-// FNV-1a in 64 bits, but over words of 8 bytes. h ^= h >> 32 follows each word, since a product
-// only carries upwards: a change of a word's high bits would otherwise never reach the low ones.
+// The file's size and retrofit_hash_bytes in hexadecimal digits.
 static bool hash_file(const char *path, size_t *size, char hash[17]) {
-    static uint64_t words[1 << 13];
-    uint64_t h = 0xcbf29ce484222325;
+    static char bytes[1 << 16];
+    uint64_t h = RETROFIT_HASH_START;
     FILE *f = retrofit_open_file(path, size);
     if (!f) return false;
     *size = 0;
-    for (;;) {
-        size_t n = fread(words, 1, sizeof words, f);
-        if (n == 0) break;
-        memset((char *)words + n, 0, (8 - n % 8) % 8); // fills up the last word
-        for (size_t i = 0; i < (n + 7) / 8; i++) {
-            h = (h ^ words[i]) * 0x100000001b3;
-            h ^= h >> 32;
-        }
-        *size += n;
-    }
+    for (size_t n; (n = fread(bytes, 1, sizeof bytes, f)) > 0; *size += n)
+        h = retrofit_hash_bytes(h, bytes, n);
     bool ok = !ferror(f);
     if (!ok) retrofit_fail("%s: %s", path, strerror(errno));
     fclose(f);
@@ -984,8 +975,8 @@ static bool list_changes(const char *theirs, const char *ours, char *list, size_
 
 // ---- Saving ------------------------------------------------------------------------------------
 
-// Whether Muon updates a parameter: then it has one moment, else two.
 // Of model.safetensors and optimizer.safetensors: fp32, and 1280 bytes for a parameter's headers.
+// A parameter that Muon updates has one moment, another two.
 static double checkpoint_bytes(const retrofit_model *model) {
     double bytes = 4 * (double)model->weight_count;
     for (size_t i = 0; i < model->parameter_count; i++) {
@@ -1725,7 +1716,6 @@ static void open_output(void) {
     try_output();
     if (options.resume) mend_latest();
     if (options.resume) prune();
-    run.source = options.resume ? run.newest : run.source;
     // A run that ended before its first checkpoint begins anew.
     run.log = fopen(run.log_path, options.resume ? "ab" : "wb");
     if (!run.log) die(1, "%s: %s", run.log_path, strerror(errno));
