@@ -104,10 +104,12 @@ static const retrofit_option option_table[] = {
      "of weights and activations on a GPU; a CPU takes weights as the file has them (bf16)"},
 };
 
-static retrofit_model *model;         // NULL for --print-tokens
-static retrofit_tokenizer *tokenizer; // NULL for --eval and --tokens
-static char device_name[256];         // what computes
-static int32_t end_tokens[16];        // [end_count] the ids that end a text
+static const char *model_directory;     // NULL without --model
+static const char *tokenizer_directory; // the same, unless --tokenizer names another
+static retrofit_model *model;           // NULL for --print-tokens
+static retrofit_tokenizer *tokenizer;   // NULL for --eval and --tokens
+static char device_name[256];           // what computes
+static int32_t end_tokens[16];          // [end_count] the ids that end a text
 static size_t end_count;
 
 // ---- Small helpers -----------------------------------------------------------------------------
@@ -427,13 +429,15 @@ static void enter(void) {
     if (++template.nesting > MAX_NESTING) too_much("nesting");
 }
 
+// Of the white space at the beginning of text.
 static size_t spaces_at(const char *text, size_t size) {
     const char *stripped = text;
     retrofit_strip(&stripped, &size);
     return (size_t)(stripped - text);
 }
 
-static size_t size_without_spaces(const char *text, size_t size) { // behind it
+// Of text without the white space at its end.
+static size_t size_without_spaces(const char *text, size_t size) {
     const char *stripped = text;
     retrofit_strip(&stripped, &size);
     return size ? (size_t)(stripped - text) + size : 0;
@@ -1123,12 +1127,9 @@ static char *read_template(const char *directory, size_t *size) {
 
 static void read_tokenizer_config(const char *directory) {
     char path[RETROFIT_PATH];
-    size_t size;
     require(retrofit_path(path, directory, "tokenizer_config.json"));
     if (access(path, F_OK)) return;
-    char *text = require_pointer(retrofit_read_file(path, &size));
-    template.config = require_pointer(retrofit_json_parse(text, size, path));
-    free(text);
+    template.config = require_pointer(retrofit_json_read(path, NULL));
 }
 
 // Whether text begins with a special token, which is then *id: tokenizers cut there, so that what
@@ -1165,7 +1166,8 @@ static void find_end_of_turn(void) {
     free(text.bytes);
 }
 
-static void read_chat_template(const char *directory) {
+static void read_chat_template(void) {
+    const char *directory = tokenizer_directory;
     size_t size = 0, kept = 0;
     read_tokenizer_config(directory);
     template.now = time(NULL);
@@ -2229,10 +2231,7 @@ struct evaluation {
 
 // Loss on shards that another tokenizer made means nothing: they are refused, as train does.
 static void check_shards(const retrofit_data *data) {
-    char path[RETROFIT_PATH];
-    const char *directory = options.tokenizer;
-    if (!directory) directory = retrofit_model_directory(options.model, path);
-    retrofit_tokenizer *shards_tokenizer = retrofit_tokenizer_load(directory);
+    retrofit_tokenizer *shards_tokenizer = retrofit_tokenizer_load(tokenizer_directory);
     if (!shards_tokenizer)
         retrofit_note("whether the data were made with the model's tokenizer cannot be checked: %s",
                       retrofit_error());
@@ -2449,7 +2448,8 @@ static bool is_filled(const retrofit_json *json) {
 // The token that an empty prompt stands for; -1 if there is none.
 static int32_t first_token(void) {
     int32_t bos = retrofit_tokenizer_bos(tokenizer);
-    return bos >= 0 ? bos : end_tokens[0];
+    if (bos >= 0) return bos;
+    return end_count ? end_tokens[0] : -1;
 }
 
 // Whether text begins with that token, written out: then the tokenizer is not to add it again.
@@ -2473,12 +2473,6 @@ static int32_t *encode_open_text(const char *text, size_t size, bool with_specia
                   options.tasks);
     --*count;
     return ids;
-}
-
-static size_t size_without_space_at_end(const char *text, size_t size) {
-    const char *begin = text;
-    retrofit_strip(&begin, &size);
-    return size ? (size_t)(begin - text) + size : 0;
 }
 
 static size_t count_characters(const char *text, size_t size) {
@@ -2519,7 +2513,7 @@ static void read_continuation(const retrofit_json *prompt, const retrofit_json *
     both.characters = count_characters(answer->string + space, answer->length - space);
     both.ids = encode_open_text(text, size, special, &both.count);
 
-    size_t prompt_size = size_without_space_at_end(text, prompt->length);
+    size_t prompt_size = size_without_spaces(text, prompt->length);
     int32_t *alone = encode_open_text(text, prompt_size, special, &both.prompt);
     size_t common = retrofit_min(both.prompt, both.count);
     task_set.merged += memcmp(alone, both.ids, common * sizeof *alone) != 0;
@@ -3527,23 +3521,24 @@ static void load_model(void) {
     model = require_pointer(retrofit_load(options.model, ops, RETROFIT_INFERENCE));
 }
 
-static void load_tokenizer(const char *directory) {
-    tokenizer = require_pointer(retrofit_tokenizer_load(directory));
+static void load_tokenizer(void) {
+    tokenizer = require_pointer(retrofit_tokenizer_load(tokenizer_directory));
 }
 
 // What ends a text: the ids of generation_config.json or config.json, as in transformers; where
 // they have none, the tokenizer's end of text.
-static void find_end_tokens(const char *directory) {
+static void find_end_tokens(void) {
     const retrofit_config *config = &model->config;
     int32_t own = retrofit_tokenizer_eos(tokenizer);
     for (size_t i = 0; i < config->eos_count; i++) add_end_token(config->eos[i]);
     if (end_count == 0) add_end_token(own);
     if (own >= 0 && !ends_text(own))
         retrofit_note("%s: text ends at eos_token_id (%d), which is not the tokenizer's eos_token "
-                      "(%d); transformers does the same", directory, (int)end_tokens[0], (int)own);
+                      "(%d); transformers does the same", model_directory, (int)end_tokens[0],
+                      (int)own);
     if (end_count == 0)
         retrofit_note("%s: neither config.json nor the tokenizer names an end of text: text goes "
-                      "on up to --max-tokens", directory);
+                      "on up to --max-tokens", model_directory);
 }
 
 // How generation_config.json, or an older config.json, would have transformers generate. Values
@@ -3568,13 +3563,12 @@ static const retrofit_key generation_keys[] = {
 };
 
 // Options say how we generate; what a file says beside them is told, not followed.
-static void note_generation_keys(const char *directory, const char *name, bool all_keys) {
+static void note_generation_keys(const char *name, bool all_keys) {
     char path[RETROFIT_PATH];
-    size_t size, count = sizeof generation_keys / sizeof *generation_keys;
-    require(retrofit_path(path, directory, name));
+    size_t count = sizeof generation_keys / sizeof *generation_keys;
+    require(retrofit_path(path, model_directory, name));
     if (access(path, F_OK)) return;
-    char *text = require_pointer(retrofit_read_file(path, &size));
-    retrofit_json *json = require_pointer(retrofit_json_parse(text, size, path));
+    retrofit_json *json = require_pointer(retrofit_json_read(path, NULL));
     retrofit_text found = {0};
     for (const retrofit_json *member = json->child; member; member = member->next) {
         bool known = true;
@@ -3593,13 +3587,13 @@ static void note_generation_keys(const char *directory, const char *name, bool a
     if (found.size > 1)
         retrofit_note("%s: generation follows the options of infer, not: %s", path, found.bytes);
     free(found.bytes);
-    free(text);
     retrofit_json_free(json);
 }
 
 // A tokenizer may have a few tokens more than the model has embeddings: a [PAD], say, that was
 // added for a training. A prompt that has such an id is refused when it is fed.
-static void check_vocabulary(const char *directory) {
+static void check_vocabulary(void) {
+    const char *directory = tokenizer_directory;
     size_t size = retrofit_tokenizer_size(tokenizer), V = model->config.vocab;
     size_t excess = size > V ? size - V : 0;
     if (excess > V / 64 + 16)
@@ -3635,19 +3629,19 @@ int main(int argc, char **argv) {
     if (options.stop) read_stops();
 
     char path[RETROFIT_PATH];
-    const char *directory = options.tokenizer;
-    if (!directory) directory = retrofit_model_directory(options.model, path);
-    if (mode->needs_tokenizer && !options.tokens) load_tokenizer(directory);
+    if (options.model) model_directory = retrofit_model_directory(options.model, path);
+    tokenizer_directory = options.tokenizer ? options.tokenizer : model_directory;
+    if (mode->needs_tokenizer && !options.tokens) load_tokenizer();
     if (mode->needs_model) load_model();
-    if (model && tokenizer) check_vocabulary(directory);
-    if (model && tokenizer) retrofit_config_mend_ids(&model->config, tokenizer, directory);
+    if (model && tokenizer) check_vocabulary();
+    if (model && tokenizer) retrofit_config_mend_ids(&model->config, tokenizer, model_directory);
     if (mode->generates && tokenizer) {
-        find_end_tokens(directory);
-        note_generation_keys(directory, "generation_config.json", true);
-        note_generation_keys(directory, "config.json", false);
+        find_end_tokens();
+        note_generation_keys("generation_config.json", true);
+        note_generation_keys("config.json", false);
     }
     if (model) check_recurrent();
-    if (options.chat) read_chat_template(directory);
+    if (options.chat) read_chat_template();
 
     mode->run();
 

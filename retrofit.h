@@ -2499,6 +2499,10 @@ bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *
 FILE *retrofit_open_file(const char *path, size_t *size);
 // Reads a whole file; a NUL follows its *size bytes. Freed with free(). NULL or error.
 char *retrofit_read_file(const char *path, size_t *size);
+// A hash of bytes, begun with RETROFIT_HASH_START. It may go on from one piece to the next where all
+// but the last have a multiple of 8 bytes.
+#define RETROFIT_HASH_START 0xcbf29ce484222325u
+uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size);
 // A hash of a block of memory: of all of it up to 1 MiB, else of its size, its first and last bytes
 // and 64 KiB out of every 64th part. Files that differ have different ones, unless somebody changed
 // a few bytes of a large one.
@@ -2577,7 +2581,10 @@ struct retrofit_json {
 // freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
 // byte, or the name that is there twice.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
-// Frees the tree of a root that retrofit_json_parse returned; root may be NULL.
+// Reads a file that holds an object, perhaps behind a byte order mark. *size: its bytes; size may be
+// NULL. Freed with retrofit_json_free. NULL or error.
+retrofit_json *retrofit_json_read(const char *path, size_t *size);
+// Frees the tree of a root that one of these returned; root may be NULL.
 void retrofit_json_free(retrofit_json *root);
 // The member of this name; NULL if there is none or `object` is NULL or not an object.
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key);
@@ -4182,8 +4189,7 @@ static bool read_config_rope(retrofit_config *c, const retrofit_json *json, cons
 
     const retrofit_json *type = retrofit_json_get(rope, "rope_type");
     if (!type) type = retrofit_json_get(rope, "type");
-    const retrofit_json *numbers = retrofit_json_get(rope, "factor");
-    if (!type && !numbers) return true;
+    if (!type && !retrofit_json_get(rope, "factor")) return true;
     if (!type)
         return retrofit_fail("%s: rope_scaling has no rope_type: add \"linear\" or \"llama3\", "
                              "whichever the model was trained with", where);
@@ -4193,7 +4199,9 @@ static bool read_config_rope(retrofit_config *c, const retrofit_json *json, cons
     if (!retrofit_json_is(type, "linear"))
         return retrofit_fail("%s: rope_scaling is of type %.40s: only default, linear and llama3 "
                              "are supported", where, type->string ? type->string : "?");
-    return read_config_number(&c->rope_factor, rope, "factor", where);
+    if (!read_config_number(&c->rope_factor, rope, "factor", where)) return false;
+    return c->rope_factor > 0 ||
+           retrofit_fail("%s: rope_scaling is linear, but has no factor above 0", where);
 }
 
 static int32_t config_token_id(double number) { return (int32_t)fmax(-1, fmin(1 << 24, number)); }
@@ -4258,12 +4266,9 @@ static bool config_parse(retrofit_config *c, const retrofit_json *json, const ch
 }
 
 bool retrofit_config_read_file(retrofit_config *config, const char *path) {
-    size_t size;
-    char *text = retrofit_read_file(path, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    retrofit_json *json = retrofit_json_read(path, NULL);
     bool ok = json && config_parse(config, json, path);
     retrofit_json_free(json);
-    free(text);
     return ok;
 }
 
@@ -4273,12 +4278,9 @@ static bool read_generation_config(retrofit_config *config, const char *director
     char path[RETROFIT_PATH];
     if (!retrofit_path(path, directory, "generation_config.json")) return false;
     if (access(path, F_OK)) return true;
-    size_t size;
-    char *text = retrofit_read_file(path, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    retrofit_json *json = retrofit_json_read(path, NULL);
     bool ok = json && read_config_ids(config, json, path);
     retrofit_json_free(json);
-    free(text);
     return ok;
 }
 
@@ -4457,9 +4459,7 @@ static bool is_map_open(const retrofit_model *model, const char *path) {
 // Opens every file that the index names: {"weight_map": {"tensor": "file", …}}.
 static bool open_shards(retrofit_model *model, const char *directory, const char *index) {
     char path[RETROFIT_PATH];
-    size_t size;
-    char *text = retrofit_read_file(index, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, index) : NULL;
+    retrofit_json *json = retrofit_json_read(index, NULL);
     const retrofit_json *map = retrofit_json_get(json, "weight_map");
     bool ok = json != NULL;
     if (ok && !map) ok = retrofit_fail("%s: no weight_map", index);
@@ -4470,7 +4470,6 @@ static bool open_shards(retrofit_model *model, const char *directory, const char
         if (ok && !is_map_open(model, path)) ok = open_map(model, path);
     }
     retrofit_json_free(json);
-    free(text);
     return ok;
 }
 
@@ -4983,15 +4982,12 @@ static bool copy_generation_config(const retrofit_config *config, const char *fr
     if (!retrofit_path(source, from, "generation_config.json")) return false;
     if (!retrofit_path(target, to, "generation_config.json")) return false;
     if (access(source, F_OK)) return true;
-    size_t size;
-    char *text = retrofit_read_file(source, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, source) : NULL;
+    retrofit_json *json = retrofit_json_read(source, NULL);
     FILE *file = json ? fopen(target, "wb") : NULL;
     if (json && !file) retrofit_fail("%s: %s", target, strerror(errno));
     if (file) write_generation_json(file, config, json);
     bool ok = file && retrofit_finish_file(file, target, true);
     retrofit_json_free(json);
-    free(text);
     return ok;
 }
 
@@ -6301,6 +6297,20 @@ retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *wh
     return NULL;
 }
 
+retrofit_json *retrofit_json_read(const char *path, size_t *size) {
+    size_t all;
+    char *bytes = retrofit_read_file(path, &all);
+    if (!bytes) return NULL;
+    if (size) *size = all;
+    const char *text = bytes;
+    retrofit_skip_mark(&text, &all);
+    retrofit_json *root = retrofit_json_parse(text, all, path);
+    free(bytes);
+    if (!root || root->type == RETROFIT_JSON_OBJECT) return root;
+    retrofit_json_free(root);
+    return fail_null("%s: not a JSON object", path);
+}
+
 void retrofit_json_free(retrofit_json *root) { free(root); }
 
 const retrofit_json *retrofit_json_get(const retrofit_json *object, const char *key) {
@@ -6860,7 +6870,7 @@ static uint64_t tok_hash_text(uint64_t hash, const char *text, size_t size) {
 
 // The slot of a token's text: its own, or the free one where it would go. NULL if not found soon.
 static int32_t *tok_text_slot(const retrofit_tokenizer *tokenizer, const char *text, size_t size) {
-    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, text, size);
+    uint64_t hash = tok_hash_text(RETROFIT_HASH_START, text, size);
     hash ^= hash >> 29;
     for (size_t probe = 0; probe < TOK_MAX_PROBE; probe++) {
         int32_t *slot = &tokenizer->by_text[(hash + probe) & tokenizer->text_mask];
@@ -8042,6 +8052,7 @@ static void tok_refuse_step(tok_loader *loader, const retrofit_json *json, const
 static void tok_load_step(tok_loader *loader, const retrofit_json *json, int role) {
     const char *type = tok_get(loader, json, "type", RETROFIT_JSON_STRING)->string;
     TOK_CHECK_KEYS(loader, json, tok_step_keys, tok_roles[role].member);
+    if (loader->failed) return;
     if (!strcmp(type, "Sequence")) {
         json = tok_get(loader, json, tok_roles[role].list, RETROFIT_JSON_ARRAY)->child;
         for (; json && !loader->failed; json = json->next) tok_load_step(loader, json, role);
@@ -8638,16 +8649,10 @@ static void tok_prepare(tok_loader *loader, size_t size) {
 static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, const char *name,
                                     bool needed, size_t *sum) {
     size_t size;
-    char *bytes = NULL;
     if (loader->failed) return NULL;
     bool has_path = retrofit_path(loader->path, directory, name);
     if (has_path && !needed && access(loader->path, F_OK) && errno == ENOENT) return NULL;
-    if (has_path) bytes = retrofit_read_file(loader->path, &size);
-    const char *text = bytes;
-    if (text) retrofit_skip_mark(&text, &size);
-    retrofit_json *root = text ? retrofit_json_parse(text, size, loader->path) : NULL;
-    free(bytes);
-    if (root && root->type != RETROFIT_JSON_OBJECT) tok_refuse(loader, "not a JSON", "object");
+    retrofit_json *root = has_path ? retrofit_json_read(loader->path, &size) : NULL;
     if (!root) loader->failed = true;
     else *sum += size;
     return root;
@@ -8756,7 +8761,7 @@ void retrofit_note(const char *format, ...) {
     va_start(args, format);
     format_line(line, format, args);
     va_end(args);
-    uint64_t hash = tok_hash_text(0xcbf29ce484222325u, line, strlen(line));
+    uint64_t hash = retrofit_hash_bytes(RETROFIT_HASH_START, line, strlen(line));
     size_t i = 0;
     while (i < count && said[i] != hash) i++;
     if (i < count) return;
@@ -8831,7 +8836,7 @@ void *retrofit_map_file(const char *path, size_t *size) {
 
 // FNV-1a over words of 8 bytes. hash ^= hash >> 32 follows each word, since a product only carries
 // upwards: a change of a word's high bits would otherwise never reach the low ones.
-static uint64_t hash_words(uint64_t hash, const char *data, size_t size) {
+uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size) {
     for (size_t i = 0; i < size; i += 8) {
         uint64_t word = 0;
         memcpy(&word, data + i, size - i < 8 ? size - i : 8);
@@ -8843,12 +8848,13 @@ static uint64_t hash_words(uint64_t hash, const char *data, size_t size) {
 
 uint64_t retrofit_sample_hash(const void *data, size_t size) {
     enum { ALL = 1 << 20, PARTS = 64, SAMPLE = 1 << 16 };
-    uint64_t hash = hash_words(0xcbf29ce484222325, (const char *)&size, sizeof size);
-    if (size <= ALL) return hash_words(hash, data, size);
+    const char *bytes = data;
+    uint64_t hash = retrofit_hash_bytes(RETROFIT_HASH_START, (const char *)&size, sizeof size);
+    if (size <= ALL) return retrofit_hash_bytes(hash, bytes, size);
     size_t step = (size - SAMPLE) / PARTS; // the last sample ends where the data end
     for (size_t i = 0; i <= PARTS; i++) {
         size_t begin = i < PARTS ? i * step : size - SAMPLE;
-        hash = hash_words(hash, (const char *)data + begin, retrofit_min(SAMPLE, size - begin));
+        hash = retrofit_hash_bytes(hash, bytes + begin, retrofit_min(SAMPLE, size - begin));
     }
     return hash;
 }

@@ -753,24 +753,15 @@ static void check_step(const retrofit_step *step) {
 
 // ---- Manifests: what each file of a checkpoint was when it was made ----------------------------
 
-// FNV-1a in 64 bits, but over words of 8 bytes. h ^= h >> 32 follows each word, since a product
-// only carries upwards: a change of a word's high bits would otherwise never reach the low ones.
+// The file's size and retrofit_hash_bytes in hexadecimal digits.
 static bool hash_file(const char *path, size_t *size, char hash[17]) {
-    static uint64_t words[1 << 13];
-    uint64_t h = 0xcbf29ce484222325;
+    static char bytes[1 << 16];
+    uint64_t h = RETROFIT_HASH_START;
     FILE *f = retrofit_open_file(path, size);
     if (!f) return false;
     *size = 0;
-    for (;;) {
-        size_t n = fread(words, 1, sizeof words, f);
-        if (n == 0) break;
-        memset((char *)words + n, 0, (8 - n % 8) % 8); // fills up the last word
-        for (size_t i = 0; i < (n + 7) / 8; i++) {
-            h = (h ^ words[i]) * 0x100000001b3;
-            h ^= h >> 32;
-        }
-        *size += n;
-    }
+    for (size_t n; (n = fread(bytes, 1, sizeof bytes, f)) > 0; *size += n)
+        h = retrofit_hash_bytes(h, bytes, n);
     bool ok = !ferror(f);
     if (!ok) retrofit_fail("%s: %s", path, strerror(errno));
     fclose(f);
@@ -836,17 +827,14 @@ static bool check_manifest_entry(const retrofit_json *entry, const char *directo
 // Whether all files of a checkpoint are as they were written. false or error, which names the file.
 static bool check_manifest(const char *directory) {
     char path[RETROFIT_PATH];
-    size_t size;
     if (!retrofit_path(path, directory, "manifest.json")) return false;
-    char *text = retrofit_read_file(path, &size);
-    retrofit_json *root = text ? retrofit_json_parse(text, size, path) : NULL;
+    retrofit_json *root = retrofit_json_read(path, NULL);
     const retrofit_json *files = retrofit_json_get(root, "files");
     bool ok = root != NULL;
     if (ok && !(files && files->child))
         ok = retrofit_fail("%s: names no files: not written by train", path);
     for (const retrofit_json *f = ok ? files->child : NULL; ok && f; f = f->next)
         ok = check_manifest_entry(f, directory, path);
-    free(text);
     retrofit_json_free(root);
     return ok;
 }
@@ -987,8 +975,8 @@ static bool list_changes(const char *theirs, const char *ours, char *list, size_
 
 // ---- Saving ------------------------------------------------------------------------------------
 
-// Whether Muon updates a parameter: then it has one moment, else two.
 // Of model.safetensors and optimizer.safetensors: fp32, and 1280 bytes for a parameter's headers.
+// A parameter that Muon updates has one moment, another two.
 static double checkpoint_bytes(const retrofit_model *model) {
     double bytes = 4 * (double)model->weight_count;
     for (size_t i = 0; i < model->parameter_count; i++) {
@@ -1608,10 +1596,8 @@ static void open_data(void) {
 // Training settings of config.json that transformers would obey.
 static void note_dropout(void) {
     char path[RETROFIT_PATH];
-    size_t size;
     require(retrofit_path(path, run.source, "config.json"));
-    char *text = retrofit_read_file(path, &size);
-    retrofit_json *json = text ? retrofit_json_parse(text, size, path) : NULL;
+    retrofit_json *json = retrofit_json_read(path, NULL);
     require(json);
     for (const retrofit_json *member = json->child; member; member = member->next) {
         if (strstr(member->key, "drop") && member->number > 0)
@@ -1619,7 +1605,6 @@ static void note_dropout(void) {
                           member->key, member->string);
     }
     retrofit_json_free(json);
-    free(text);
 }
 
 static bool is_there(const char *path) {
@@ -1731,7 +1716,6 @@ static void open_output(void) {
     try_output();
     if (options.resume) mend_latest();
     if (options.resume) prune();
-    run.source = options.resume ? run.newest : run.source;
     // A run that ended before its first checkpoint begins anew.
     run.log = fopen(run.log_path, options.resume ? "ab" : "wb");
     if (!run.log) die(1, "%s: %s", run.log_path, strerror(errno));

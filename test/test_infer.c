@@ -877,6 +877,11 @@ static void ends_and_beginnings_of_prompts(void) {
     same_choices("llama3_style", "A b", "\" a\",\" bc\"", "<|begin_of_text|>A b",
                  "\" a\",\" bc\"");
     same_choices("smollm_style", "", "\" a\",\" bc\"", "<|im_start|>", "\" a\",\" bc\"");
+    shell("rm -rf nameless && cp -r random nameless && sed -i '/[be]os_token/d' "
+          "nameless/config.json && cp f/tokenizers/smollm_style/tokenizer.json nameless && "
+          "printf '{\"prompt\":\"\",\"answer\":\"a\"}' >lines");
+    fails(1, "names no token that begins or ends a text",
+          "infer --model nameless --recurrences 1 --tasks lines");
 }
 
 // Equal choices are equally likely wherever they stand, beside whatever, from random start states;
@@ -1381,6 +1386,17 @@ static void exits_in_batches(void) {
           "grep -v '\"recurrences\":\\[5[5,]*\\]' alone");
 }
 
+// What the model's generation_config.json says is the model's, wherever the tokenizer lies.
+static void settings_beside_the_model(void) {
+    shell("rm -rf settled other && cp -r random settled && cp -r f/tokenizers/llama3_style other && "
+          "printf '{\"do_sample\":true}' >settled/generation_config.json && "
+          "printf '{\"top_p\":0.5}' >other/generation_config.json");
+    works("infer --model settled --tokenizer other --prompt a --recurrences 1 --max-tokens 1");
+    check(strstr(err, "note: settled/generation_config.json: ") && strstr(err, "do_sample true"),
+          "the model's settings: %s", err);
+    check(!strstr(err, "top_p"), "the tokenizer's settings: %s", err);
+}
+
 int main(void) {
     enter("infer");
     shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && "
@@ -1391,6 +1407,7 @@ int main(void) {
     stop_strings_of_base();
     batches();
     bad_batches();
+    settings_beside_the_model();
 
     chat_tokenizers();
     lists_of_messages();

@@ -375,6 +375,8 @@ static const struct {
     const char *json, *error; // no error: this loads
 } part_tries[] = {
     {NORMALIZER, "{\"type\":\"NFKC\"}", UNSUPPORTED " \"NFKC\""},
+    {NORMALIZER, "[1]", "\"type\""},
+    {NORMALIZER, SEQUENCE("normalizers", "[1]"), "\"type\""},
     {NORMALIZER, "{\"type\":\"NFD\"}", UNSUPPORTED " \"NFD\""},
     {NORMALIZER, "{\"type\":\"Lowercase\"}", UNSUPPORTED " \"Lowercase\""},
     {NORMALIZER, "{\"type\":\"StripAccents\"}", UNSUPPORTED " \"StripAccents\""},

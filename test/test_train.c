@@ -1504,6 +1504,9 @@ static const field bad_llama[] = {
     {"rope_theta", "[]"},
     {"rope_scaling", "{'rope_type':'yarn','factor':4}"},
     {"rope_scaling", "{'rope_type':'llama3'}"},
+    {"rope_scaling", "{'type':'linear'}"},
+    {"rope_scaling", "{'type':'linear','factor':null}"},
+    {"rope_scaling", "{'type':'linear','factor':0}"},
     {"rope_scaling", "{'type':'linear','factor':.5}"},
     {"rope_scaling", "{'type':'linear','factor':'4'}"},
     {"rope_scaling", "{'type':'linear','factor':4,'attention_factor':2}"},
@@ -1639,6 +1642,8 @@ static void followed_configs(void) {
     check(c->eos_count == 1 && c->eos[0] == 3, "config.json: %zu ends", c->eos_count);
     write_text(at("hostile/generation_config.json"), "{\"eos_token_id\": \"x\"}");
     refused(read_config(llama, "", NULL), "generation_config.json", "a word for an id");
+    write_text(at("hostile/generation_config.json"), "[1]");
+    refused(read_config(llama, "", NULL), "generation_config.json", "a list");
     remove(at("hostile/generation_config.json"));
 }
 
