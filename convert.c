@@ -44,7 +44,9 @@
 #include "retrofit.h"
 #include <ctype.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -131,6 +133,26 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
         unlink(unfinished);
     }
     exit(code);
+}
+
+// Ctrl-C, or a system that shuts down: nothing half-written is left behind. A handler may call
+// little more than what removes files by their names.
+static void on_signal(int number) {
+    static const char text[] = "convert: stopped by a signal; nothing is left behind\n";
+    int directory = unfinished[0] ? open(unfinished, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    for (size_t i = 0; directory >= 0 && retrofit_model_files[i]; i++)
+        unlinkat(directory, retrofit_model_files[i], 0);
+    if (directory >= 0) rmdir(unfinished);
+    else if (unfinished[0]) unlink(unfinished);
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) _exit(1);
+    _exit(128 + number);
+}
+
+static void catch_signals(void) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action = {.sa_handler = on_signal};
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
+        sigaction(signals[i], &action, NULL);
 }
 
 // Ends the program where a function of the library failed.
@@ -1301,6 +1323,21 @@ static const gguf_type gguf_types[] = {
     {"Q4_1", 3, 32, 20, read_q4_1}, {"Q8_0", 8, 32, 34, read_q8_0}, {"BF16", 30, 1, 2, read_bf16},
 };
 
+// What the files of tensors that we don't read are called.
+static const char *gguf_type_name(uint32_t number) {
+    static const char *const names[] = {
+        [6] = "Q5_0", [7] = "Q5_1", [9] = "Q8_1", [10] = "Q2_K", [11] = "Q3_K", [12] = "Q4_K",
+        [13] = "Q5_K", [14] = "Q6_K", [15] = "Q8_K", [16] = "IQ2_XXS", [17] = "IQ2_XS",
+        [18] = "IQ3_XXS", [19] = "IQ1_S", [20] = "IQ4_NL", [21] = "IQ3_S", [22] = "IQ2_S",
+        [23] = "IQ4_XS", [24] = "I8", [25] = "I16", [26] = "I32", [27] = "I64", [28] = "F64",
+        [29] = "IQ1_M", [34] = "TQ1_0", [35] = "TQ2_0", [39] = "MXFP4",
+    };
+    static char text[32];
+    if (number < sizeof names / sizeof *names && names[number]) return names[number];
+    snprintf(text, sizeof text, "number %u", number);
+    return text;
+}
+
 static const gguf_type *gguf_find_type(uint32_t number) {
     for (size_t i = 0; i < sizeof gguf_types / sizeof *gguf_types; i++)
         if (gguf_types[i].number == number) return &gguf_types[i];
@@ -1397,8 +1434,9 @@ static void gguf_read_tensor(gguf_file *gguf, gguf_tensor *tensor) {
     tensor->offset = (size_t)gguf_read_number(gguf, 8);
     const gguf_type *type = gguf_find_type(tensor->type);
     if (!type)
-        gguf_die(gguf, "tensor %s is of type %u; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are read: "
-                       "get such a file of this model", tensor->name, tensor->type);
+        gguf_die(gguf, "tensor %s is of type %s; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are read: "
+                       "get such a file of this model", tensor->name,
+                 gguf_type_name(tensor->type));
     if (tensor->cols % type->values)
         gguf_die(gguf, "tensor %s: rows of %zu are no blocks of %zu: " DAMAGED, tensor->name,
                  tensor->cols, type->values);
@@ -2446,6 +2484,7 @@ int main(int argc, char **argv) {
         int task = find_task();
         check_options(task, files, count);
         set_defaults(task);
+        catch_signals();
         if (task == SURGERY || task == REWRITE) convert(task);
         if (task == RANDOM) make_random();
         if (task == TOKENIZE) tokenize(files, count);

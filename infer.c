@@ -19,8 +19,8 @@ static struct {
     double temperature, top_p, min_p, exit_threshold, noise;
     int state_init, device, precision, exit, noise_kind;
     bool chat, interactive, json, print_tokens, kv_bf16, continuous;
-} options = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = -1,
-             .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN};
+} options = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = NAN,
+             .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN, .temperature = NAN};
 
 static const retrofit_option option_table[] = {
     {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -253,7 +253,7 @@ static retrofit_recurrence_options recurrence_options(size_t r) {
         .sigma = start_sigma(),
         .seed = options.seed,
         .exit = (retrofit_exit)options.exit,
-        .threshold = (float)options.exit_threshold,
+        .threshold = isnan(options.exit_threshold) ? -1 : (float)options.exit_threshold,
         .continuous = options.continuous,
         .noise = (float)options.noise,
         .noise_kind = (retrofit_noise)(options.noise_kind == NOT_GIVEN ? 0 : options.noise_kind),
@@ -1323,7 +1323,13 @@ static int32_t *read_prompt(size_t *count) {
     bool from_stdin = !strcmp(options.prompt, "-");
     size_t size = strlen(options.prompt);
     char *text = from_stdin ? read_stdin(&size) : require_pointer(strdup(options.prompt));
-    int32_t *ids = encode_prompt(text, size, count);
+    const char *begin = text;
+    if (from_stdin) retrofit_skip_mark(&begin, &size);
+    if (from_stdin && size > 0 && begin[size - 1] == '\n')
+        retrofit_note("--prompt -: the text ends in a newline, which is part of the prompt (printf "
+                      "%%s adds none)");
+    if (!retrofit_check_utf8(begin, size, "--prompt")) die(2, "%s", retrofit_error());
+    int32_t *ids = encode_prompt(begin, size, count);
     free(text);
     return ids;
 }
@@ -1504,20 +1510,11 @@ static int32_t *all_ids(const struct sequence *sequence) {
 static char *stops[16]; // stops[0] is the memory of all of them
 static size_t stop_count;
 
-// Half a character in a stop string could cut a character of the text in two.
-static void check_stop_utf8(void) {
-    const char *at = options.stop;
-    while (*at) {
-        uint32_t character;
-        at += retrofit_utf8_next(at, strlen(at), &character);
-        if (character == RETROFIT_UTF8_INVALID) die(2, "--stop: not UTF-8");
-    }
-}
-
 // --stop's texts with a | between them; a backslash stands before n, t, itself and |.
 static void read_stops(void) {
     static const char names[] = "nt\\|", values[] = "\n\t\\|";
-    check_stop_utf8();
+    if (!retrofit_check_utf8(options.stop, strlen(options.stop), "--stop"))
+        die(2, "%s", retrofit_error());
     char *to = require_pointer(strdup(options.stop));
     stops[0] = to;
     for (const char *from = options.stop;; from++) {
@@ -2212,6 +2209,8 @@ static void run_interactive(void) {
         ssize_t size = getline(&line, &line_capacity, stdin);
         if (size <= 0) break;
         if (line[size - 1] == '\n') size--;
+        if (size > 0 && line[size - 1] == '\r') size--;
+        require(retrofit_check_utf8(line, (size_t)size, "stdin"));
         if (size > 0) answer_turn(&conversation, line, (size_t)size);
     }
     if (ferror(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
@@ -2309,6 +2308,36 @@ static void full_pass_rows(const struct evaluation *evaluation, retrofit_buffers
 }
 
 // Token by token through the KV cache, with the exits and the cache that are to be judged.
+// How the numbers of --eval begin and end as JSON, and what each of --recurrences has in any case.
+static void print_eval_begin(size_t rows, size_t T) {
+    printf("{\"eval\":");
+    retrofit_json_write_string(stdout, options.eval, strlen(options.eval));
+    printf(",\"rows\":%zu,\"tokens\":%zu,\"results\":[", rows, T);
+}
+
+static void print_eval_loss(size_t r, double loss, double seconds, bool first) {
+    printf("%s{\"recurrences\":%zu,\"loss\":", first ? "" : ",", r);
+    print_json_number(loss);
+    printf(",\"perplexity\":");
+    print_json_number(exp(loss));
+    printf(",\"seconds\":%.3f", seconds);
+}
+
+// Sums over n tokens.
+static void print_decoding(size_t r, const struct decoding *sums, double n, size_t cache_bytes,
+                           bool first) {
+    double loss = sums->loss / n, full_loss = sums->full_loss / n, mean = sums->recurrences / n;
+    if (!options.json) {
+        printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r, loss, exp(loss), full_loss,
+               mean, cache_bytes, sums->seconds);
+        return;
+    }
+    print_eval_loss(r, loss, sums->seconds, first);
+    printf(",\"full_pass_loss\":");
+    print_json_number(full_loss);
+    printf(",\"mean_recurrences\":%.4f,\"cache_bytes_per_token\":%zu}", mean, cache_bytes);
+}
+
 static void evaluate_decoding(void) {
     struct depth_list depths = read_depths(MAX_DEPTHS, "1,2,4,8,16,32");
     struct evaluation evaluation = open_evaluation();
@@ -2318,8 +2347,11 @@ static void evaluate_decoding(void) {
     size_t B = alone ? 1 : retrofit_min(rows, options.batch_size);
     retrofit_buffers *whole = new_buffers(1, T, NULL);
     allocate_rows(&evaluation, B);
-    printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss",
-           "perplexity", "by full pass", "recurrences", "KV bytes/token", "seconds", rows, T);
+    if (options.json) print_eval_begin(rows, T);
+    else
+        printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences",
+               "loss", "perplexity", "by full pass", "recurrences", "KV bytes/token", "seconds",
+               rows, T);
     show_progress("rows", 0, total);
     for (size_t i = 0; i < depths.count; i++) {
         size_t r = depths.r[i];
@@ -2333,13 +2365,12 @@ static void evaluate_decoding(void) {
             full_pass_rows(&evaluation, whole, b, r, &sums);
             show_progress("rows", i * rows + at + b, total);
         }
-        double n = (double)(rows * T), loss = sums.loss / n;
-        printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r, loss, exp(loss),
-               sums.full_loss / n, sums.recurrences / n, retrofit_cache_bytes(buffers),
-               sums.seconds);
+        double n = (double)(rows * T);
+        print_decoding(r, &sums, n, retrofit_cache_bytes(buffers), i == 0);
         fflush(stdout);
         retrofit_buffers_free(buffers);
     }
+    if (options.json) printf("]}\n");
     close_evaluation(&evaluation);
     retrofit_buffers_free(whole);
 }
@@ -2379,12 +2410,17 @@ static void evaluate_full_pass(void) {
         evaluate_rows(&evaluation, buffers, b, seed, &depths, loss, seconds);
         show_progress("rows", at + b, rows);
     }
-    printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss", "perplexity",
-           "seconds", rows, T);
+    if (options.json) print_eval_begin(rows, T);
+    else
+        printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss",
+               "perplexity", "seconds", rows, T);
     for (size_t i = 0; i < depths.count; i++) {
         double mean = loss[i] / (double)rows;
-        printf("%11zu %10.4f %12.3f %9.2f\n", depths.r[i], mean, exp(mean), seconds[i]);
+        if (options.json) print_eval_loss(depths.r[i], mean, seconds[i], i == 0);
+        if (options.json) putchar('}');
+        else printf("%11zu %10.4f %12.3f %9.2f\n", depths.r[i], mean, exp(mean), seconds[i]);
     }
+    if (options.json) printf("]}\n");
     close_evaluation(&evaluation);
     retrofit_buffers_free(buffers);
 }
@@ -2612,7 +2648,9 @@ static void read_target(retrofit_json *line, const char *where) {
 // Takes the line.
 static void read_task(retrofit_json *line, const char *where) {
     enum task_kind kind = EXACT;
-    bool target = retrofit_json_get(line, "target"), choices = retrofit_json_get(line, "choices");
+    const retrofit_json *list = retrofit_json_get(line, "choices");
+    bool target = retrofit_json_get(line, "target");
+    bool choices = list && list->type != RETROFIT_JSON_NULL;
     if (target) kind = TARGET;
     if (choices) kind = CHOICE;
     if (target && choices)
@@ -3424,7 +3462,7 @@ static void check_mode(const struct mode *mode) {
     bool no_prompt = options.batch || options.interactive || options.eval || options.tasks;
     bool draws = options.top_k != 0 || options.top_p != 1 || options.min_p != 0;
     char noise[64];
-    snprintf(noise, sizeof noise, "--noise %g: at least 0", options.noise);
+    snprintf(noise, sizeof noise, "--noise %g: from 0 to 1e6", options.noise);
     if (options.noise_kind != NOT_GIVEN && options.noise == 0)
         retrofit_note("--noise-type has no effect without --noise");
     check_rules((struct rule[]){
@@ -3438,7 +3476,6 @@ static void check_mode(const struct mode *mode) {
         {options.interactive && options.max_tokens == 0,
          "--interactive needs --max-tokens of at least 1"},
         {options.answer_regex && !options.tasks, "--answer-regex goes with --tasks"},
-        {options.json && options.eval, "--json does not go with --eval"},
         {options.json && options.logits, "--json does not go with --logits"},
         {options.json && options.print_tokens, "--json does not go with --print-tokens"},
         {options.chat && options.eval, "--chat does not go with --eval"},
@@ -3448,9 +3485,13 @@ static void check_mode(const struct mode *mode) {
         {options.batch_size == 0, "--batch-size 0: at least one"},
         {options.prompt && no_prompt,
          "--prompt does not go with --batch, --interactive, --eval or --tasks"},
-        {options.exit_threshold != -1 && !options.exit, "--exit-threshold goes with --exit"},
+        {!isnan(options.exit_threshold) && !options.exit, "--exit-threshold goes with --exit"},
+        {options.exit_threshold < 0, "--exit-threshold is at least 0"},
+        {options.exit == RETROFIT_EXIT_ARGMAX_STABILITY && !isnan(options.exit_threshold) &&
+             options.exit_threshold != floor(options.exit_threshold),
+         "--exit-threshold: a whole number of recurrences for argmax-stability"},
         {options.noise < 0 || options.noise > 1e6, noise},
-        {draws && options.temperature == 0,
+        {draws && !(options.temperature > 0),
          "--top-k, --top-p and --min-p go with --temperature: without it the likeliest token is "
          "taken"},
         {options.trace && !options.prompt, "--trace goes with --prompt"},
@@ -3490,12 +3531,46 @@ static void check_cache_use(void) {
     });
 }
 
+// Options of other modes, which have no effect in this one.
+static void note_idle_options(const struct mode *mode) {
+    bool generates = mode->generates && (mode != &modes[TASKS] || options.answer_regex);
+    bool rows = mode == &modes[EVAL] || mode == &modes[TASKS];
+    bool batches = rows || mode == &modes[BATCH];
+    bool lengths = mode == &modes[EVAL] || mode == &modes[INTERACTIVE];
+    const struct {
+        bool idle;
+        const char *option, *why;
+    } cases[] = {
+        {options.max_tokens != 128 && !generates, "max-tokens", "where no text is generated"},
+        {options.temperature > 0 && !generates, "temperature", "where no text is generated"},
+        {options.stop && !generates, "stop", "where no text is generated"},
+        {options.rows && !rows, "rows", "but with --eval and --tasks"},
+        {options.batch_size != 8 && !batches, "batch-size", "but with --batch, --tasks and --eval"},
+        {options.seq_len && !lengths, "seq-len", "but with --eval and --interactive"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        if (cases[i].idle) retrofit_note("--%s has no effect %s", cases[i].option, cases[i].why);
+    }
+}
+
 static void check_sampling(void) {
     bool bad_temperature = options.temperature < 0;
     bool bad_top_p = options.top_p <= 0 || options.top_p > 1;
     bool bad_min_p = options.min_p < 0 || options.min_p > 1;
     if (bad_temperature || bad_top_p || bad_min_p)
         die(2, "--temperature is at least 0, --top-p between 0 and 1, --min-p from 0 to 1");
+}
+
+// What is written must not be what is read.
+static void protect_inputs(const char *option, const char *path) {
+    struct stat output, input;
+    if (!path || stat(path, &output)) return;
+    for (size_t i = 0; i < model->map_count; i++) {
+        bool same = !stat(model->maps[i].path, &input) && input.st_dev == output.st_dev &&
+                    input.st_ino == output.st_ino;
+        if (same) die(2, "%s %s: is the model itself", option, path);
+    }
+    if (S_ISREG(output.st_mode)) retrofit_note("%s is there already and is replaced", path);
 }
 
 // Options that speak of recurrences need a model that has some.
@@ -3510,6 +3585,9 @@ static void check_recurrent(void) {
     if (option && retrofit_is_plain(&model->config))
         die(2, "%s: %s is a plain Llama, it has no recurrence: make it recurrent with convert",
             option, options.model);
+    if (options.speculative && drafts.recurrences >= read_depth("--speculative"))
+        die(2, "--speculative %s: drafts of %zu recurrences are as deep as the text itself: fewer "
+               "than --recurrences", options.speculative, drafts.recurrences);
 }
 
 static void load_model(void) {
@@ -3532,6 +3610,9 @@ static void find_end_tokens(void) {
     int32_t own = retrofit_tokenizer_eos(tokenizer);
     for (size_t i = 0; i < config->eos_count; i++) add_end_token(config->eos[i]);
     if (end_count == 0) add_end_token(own);
+    if (retrofit_tokenizer_cleans_up(tokenizer))
+        retrofit_note("%s/tokenizer_config.json: clean_up_tokenization_spaces is not followed: "
+                      "decoded text keeps its spaces", tokenizer_directory);
     if (own >= 0 && !ends_text(own))
         retrofit_note("%s: text ends at eos_token_id (%d), which is not the tokenizer's eos_token "
                       "(%d); transformers does the same", model_directory, (int)end_tokens[0],
@@ -3562,8 +3643,13 @@ static const retrofit_key generation_keys[] = {
      "_commit_hash", "*", "of Python's interface"},
 };
 
+// Those of them that options about sampling stand for.
+static const retrofit_key sampling_keys = {"do_sample temperature top_k top_p min_p typical_p",
+                                           NULL, "--temperature"};
+
 // Options say how we generate; what a file says beside them is told, not followed.
-static void note_generation_keys(const char *name, bool all_keys) {
+// Where the command line says how to sample, nobody expects the file's way.
+static void note_generation_keys(const char *name, bool all_keys, bool asked) {
     char path[RETROFIT_PATH];
     size_t count = sizeof generation_keys / sizeof *generation_keys;
     require(retrofit_path(path, model_directory, name));
@@ -3574,6 +3660,8 @@ static void note_generation_keys(const char *name, bool all_keys) {
         bool known = true;
         bool has_row = retrofit_key_find(member->key, generation_keys, count) != NULL;
         if (!all_keys && !has_row) continue;
+        bool samples = retrofit_key_find(member->key, &sampling_keys, 1) != NULL;
+        if (samples && asked) continue;
         bool neutral = retrofit_key_check(member->key, retrofit_json_value_text(member),
                                           generation_keys, count, path, &known);
         if (neutral && known) continue;
@@ -3617,6 +3705,9 @@ int main(int argc, char **argv) {
     if (code >= 0) return code;
     const struct mode *mode = find_mode();
     check_mode(mode);
+    note_idle_options(mode);
+    bool asked = !isnan(options.temperature); // for a way of sampling
+    if (!asked) options.temperature = 0;
     if (options.speculative) {
         read_drafts();
         check_drafts();
@@ -3637,10 +3728,12 @@ int main(int argc, char **argv) {
     if (model && tokenizer) retrofit_config_mend_ids(&model->config, tokenizer, model_directory);
     if (mode->generates && tokenizer) {
         find_end_tokens();
-        note_generation_keys("generation_config.json", true);
-        note_generation_keys("config.json", false);
+        note_generation_keys("generation_config.json", true, asked);
+        note_generation_keys("config.json", false, asked);
     }
     if (model) check_recurrent();
+    if (model) protect_inputs("--logits", options.logits);
+    if (model) protect_inputs("--trace", options.trace);
     if (options.chat) read_chat_template();
 
     mode->run();

@@ -2499,14 +2499,16 @@ bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *
 FILE *retrofit_open_file(const char *path, size_t *size);
 // Reads a whole file; a NUL follows its *size bytes. Freed with free(). NULL or error.
 char *retrofit_read_file(const char *path, size_t *size);
-// A hash of bytes, begun with RETROFIT_HASH_START. It may go on from one piece to the next where all
-// but the last have a multiple of 8 bytes.
+// A hash of bytes, begun with RETROFIT_HASH_START. It may go on from one piece to the next where
+// all but the last have a multiple of 8 bytes.
 #define RETROFIT_HASH_START 0xcbf29ce484222325u
 uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size);
 // A hash of a block of memory: of all of it up to 1 MiB, else of its size, its first and last bytes
 // and 64 KiB out of every 64th part. Files that differ have different ones, unless somebody changed
 // a few bytes of a large one.
 uint64_t retrofit_sample_hash(const void *data, size_t size);
+// Whether there is a directory of this name, for a model. false or error.
+bool retrofit_check_directory(const char *path);
 // Whether a file of this name could be written, as far as can be known before. false or error.
 bool retrofit_check_writable(const char *path);
 // Maps a whole file into memory, to be read only; munmap gives it back. NULL or error, also if the
@@ -2552,6 +2554,8 @@ void retrofit_skip_mark(const char **text, size_t *size);
 // RETROFIT_UTF8_INVALID, and the length is that of the stretch for which Unicode puts one U+FFFD.
 #define RETROFIT_UTF8_INVALID UINT32_MAX
 size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point);
+// Whether a text is UTF-8; `where` begins the error, which names the byte. false or error.
+bool retrofit_check_utf8(const char *text, size_t size, const char *where);
 
 enum {
     RETROFIT_JSON_NULL,
@@ -2581,8 +2585,8 @@ struct retrofit_json {
 // freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
 // byte, or the name that is there twice.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
-// Reads a file that holds an object, perhaps behind a byte order mark. *size: its bytes; size may be
-// NULL. Freed with retrofit_json_free. NULL or error.
+// Reads a file that holds an object, perhaps behind a byte order mark. *size: its bytes; size may
+// be NULL. Freed with retrofit_json_free. NULL or error.
 retrofit_json *retrofit_json_read(const char *path, size_t *size);
 // Frees the tree of a root that one of these returned; root may be NULL.
 void retrofit_json_free(retrofit_json *root);
@@ -2666,6 +2670,9 @@ bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t 
 // The ids of beginning and end of text that tokenizer_config.json names; -1 if it names none.
 int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer);
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer);
+// Whether decoded text would lose spaces before punctuation in transformers, by the setting
+// clean_up_tokenization_spaces, which is not followed: what is shown could not take a space back.
+bool retrofit_tokenizer_cleans_up(const retrofit_tokenizer *tokenizer);
 // Whether encoding with_special ends every text with this id.
 bool retrofit_tokenizer_adds_at_end(const retrofit_tokenizer *tokenizer, int32_t id);
 // The id of a token spelt as in the file ("▁the"), or -1.
@@ -2740,6 +2747,8 @@ bool retrofit_latest(const char *directory, char path[RETROFIT_PATH]);
 // Where the model is: in `directory`, or in directory/latest if `directory` has no config.json, as
 // the output of a training. Returns one of the two; the second one is written to `path`.
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
+// The files that retrofit_save may write. The last one is NULL.
+extern const char *const retrofit_model_files[];
 // Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
 // the tokenizer's files from tokenizer_from, which may be NULL. false or error.
 bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
@@ -3994,6 +4003,23 @@ static const char *config_size_key(size_t i, bool plain) {
     return plain ? config_sizes[i].plain : config_sizes[i].recurrent;
 }
 
+// Whether two strings, or two numbers, are equal; b may be NULL.
+static bool same_scalar(const retrofit_json *a, const retrofit_json *b) {
+    if (!b || a->type != b->type) return false;
+    if (a->type == RETROFIT_JSON_STRING) return !strcmp(a->string, b->string);
+    return a->number == b->number;
+}
+
+// A number that transformers and the authors call by different names.
+static bool check_both_names(const retrofit_json *json, const char *plain, const char *recurrent,
+                             const char *where) {
+    const retrofit_json *a = retrofit_json_get(json, plain);
+    const retrofit_json *b = retrofit_json_get(json, recurrent);
+    if (!a || !b || same_scalar(a, b)) return true;
+    return retrofit_fail("%s: %s and %s are different: remove the one that is wrong", where, plain,
+                         recurrent);
+}
+
 static bool read_config_sizes(retrofit_config *c, const retrofit_json *json, bool plain,
                               const char *where) {
     for (size_t i = 0; i < CONFIG_SIZES; i++) {
@@ -4005,6 +4031,9 @@ static bool read_config_sizes(retrofit_config *c, const retrofit_json *json, boo
         if (!retrofit_json_size(size, field))
             return retrofit_fail("%s: %s is missing or not a size", where, key);
     }
+    if (!check_both_names(json, "hidden_size", "n_embd", where)) return false;
+    if (!check_both_names(json, "num_attention_heads", "n_heads", where)) return false;
+    if (!check_both_names(json, "rms_norm_eps", "norm_eps", where)) return false;
     const retrofit_json *groups = retrofit_json_get(json, "num_key_value_heads");
     if (!groups || groups->type == RETROFIT_JSON_NULL) c->n_kv_heads = c->n_heads;
     const retrofit_json *vocab = retrofit_json_get(json, "vocab_size");
@@ -4039,6 +4068,7 @@ static const retrofit_key config_keys[] = {
     {"bos_token_id eos_token_id pad_token_id", NULL, "unless generation_config.json has them"},
     {"tie_word_embeddings", NULL, "the head is the embedding"},
     {"layer_types", NULL, "all full_attention, no other"},
+    {"architectures", NULL, "names of classes; a note if they are not a Llama's"},
     {"attention_dropout", "*", "train does without, and says so"},
     {"hidden_act", "silu|swish", "the MLP is SwiGLU"},
     {"nonlin_name", "SiLU", "the MLP is SwiGLU"},
@@ -4054,6 +4084,7 @@ static const retrofit_key config_keys[] = {
     {"attention_bias mlp_bias qk_bias bias", "false", "matrices have no bias here"},
     {"tie_embeddings", "false", "a recurrent model has a head of its own"},
     {"partial_rotary_factor", "1", "RoPE turns whole heads here"},
+    {"rope_interleaved", "false", "RoPE turns halves of a head here"},
     {"sliding_window", "null", "attention is over the whole context here"},
     {"use_sliding_window", "false", "attention is over the whole context here"},
     {"quantization_config compression_config", "null", "take the model before it was quantized"},
@@ -4068,7 +4099,8 @@ static const retrofit_key config_keys[] = {
     {"padding_multiple", "*", "the vocabulary is padded already"},
     {"test_time_noise_type max_window_layers", "*", "of what is off"},
     {"init_orthogonal init_strategy initializer_range", "*", "of weights from scratch"},
-    {"architectures auto_map tokenizer_class", "*", "names of classes"},
+    {"auto_map tokenizer_class", "*", "names of classes"},
+    {"is_llama_config", "*", "where it comes from"},
     {"_name_or_path name_or_path transformers_version unsloth_*", "*", "where it comes from"},
     {"dtype torch_dtype", "*", "the file's tensors say it"},
     {"activation_checkpoint_impl use_cache use_bfloat16 pretraining_tp", "*", "how to compute"},
@@ -4124,6 +4156,12 @@ static bool check_config_keys(const retrofit_json *json, const char *where) {
             return retrofit_fail("%s: \"layer_types\" has other layers than full_attention: such "
                                  "models are not supported", where);
     }
+    const retrofit_json *classes = retrofit_json_get(json, "architectures");
+    const retrofit_json *class = classes ? classes->child : NULL;
+    bool named = class && class->type == RETROFIT_JSON_STRING;
+    if (named && strncmp(class->string, "Llama", 5) && strncmp(class->string, "Raven", 5))
+        retrofit_note("%s: architectures says %s: read as the model_type says", where,
+                      class->string);
     return retrofit_keys_check(json, KEYS(config_keys), where) &&
            check_config_member(json, "rope_scaling", KEYS(rope_keys), where) &&
            check_config_member(json, "rope_parameters", KEYS(rope_keys), where) &&
@@ -4139,13 +4177,6 @@ static bool read_config_number(double *out, const retrofit_json *json, const cha
         return retrofit_fail("%s: %s is not a number", where, key);
     *out = number->number;
     return true;
-}
-
-// Whether two strings, or two numbers, are equal; b may be NULL.
-static bool same_scalar(const retrofit_json *a, const retrofit_json *b) {
-    if (!b || a->type != b->type) return false;
-    if (a->type == RETROFIT_JSON_STRING) return !strcmp(a->string, b->string);
-    return a->number == b->number;
 }
 
 // The object that says how RoPE is scaled, or NULL. transformers 5 calls it rope_parameters, older
@@ -4184,7 +4215,8 @@ static bool read_config_rope(retrofit_config *c, const retrofit_json *json, cons
     double theta = c->rope_theta;
     if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
     if (c->rope_theta != theta && retrofit_json_get(json, "rope_theta"))
-        return retrofit_fail("%s: rope_theta is %g, and %g in rope_parameters: remove one of them",
+        return retrofit_fail("%s: rope_theta is %g, and %g where RoPE's scaling is: remove one of "
+                             "them",
                              where, theta, c->rope_theta);
 
     const retrofit_json *type = retrofit_json_get(rope, "rope_type");
@@ -4256,6 +4288,9 @@ static bool config_parse(retrofit_config *c, const retrofit_json *json, const ch
     c->bos = -1;
     c->pad = -1;
     c->context = 2048; // without max_position_embeddings, as in transformers
+    const retrofit_json *tie = retrofit_json_get(json, "tie_word_embeddings");
+    if (tie && tie->type != RETROFIT_JSON_BOOL && tie->type != RETROFIT_JSON_NULL)
+        return retrofit_fail("%s: tie_word_embeddings is neither true nor false", where);
     c->tied = config_is_true(json, "tie_word_embeddings");
     if (c->tied && !plain)
         return retrofit_fail("%s: tie_word_embeddings is true: a recurrent model has a head of its "
@@ -4286,7 +4321,7 @@ static bool read_generation_config(retrofit_config *config, const char *director
 
 bool retrofit_config_read(retrofit_config *config, const char *directory) {
     char path[RETROFIT_PATH];
-    return retrofit_path(path, directory, "config.json") &&
+    return retrofit_check_directory(directory) && retrofit_path(path, directory, "config.json") &&
            retrofit_config_read_file(config, path) && read_generation_config(config, directory);
 }
 
@@ -4311,7 +4346,11 @@ void retrofit_config_mend_ids(retrofit_config *c, const retrofit_tokenizer *toke
     }
     c->eos_count = count;
     if (count == 0 && eos >= 0) c->eos[c->eos_count++] = eos;
-    if (huginns || c->bos < 0 || (size_t)c->bos >= c->vocab) c->bos = bos;
+    bool beyond = c->bos >= 0 && (size_t)c->bos >= c->vocab && !huginns;
+    if (beyond)
+        retrofit_note("%s: bos_token_id %d is beyond the vocabulary of %zu: the tokenizer's %d "
+                      "counts", where, (int)c->bos, c->vocab, (int)bos);
+    if (huginns || beyond || c->bos < 0) c->bos = bos;
     if (huginns || (c->pad >= 0 && (size_t)c->pad >= c->vocab)) c->pad = -1;
 }
 
@@ -4916,18 +4955,25 @@ static bool copy_file(const char *from, const char *to) {
     return ok;
 }
 
-// What belongs to a tokenizer, and the authors' modelling code where the source has it.
+// First those that belong to a tokenizer or are the authors' modelling code, which are copied where
+// the source has them; then those that are written.
+const char *const retrofit_model_files[] = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+    "raven_config_minimal.py", "raven_modeling_minimal_llama.py",
+    "config.json", "generation_config.json", "model.safetensors", NULL};
+
 static bool copy_companions(const char *from, const char *to) {
-    static const char *const names[] = {
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-        "raven_config_minimal.py", "raven_modeling_minimal_llama.py"};
     char source[RETROFIT_PATH], target[RETROFIT_PATH];
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        if (!retrofit_path(source, from, names[i])) return false;
-        if (!retrofit_path(target, to, names[i])) return false;
+    for (size_t i = 0; strcmp(retrofit_model_files[i], "config.json"); i++) {
+        const char *name = retrofit_model_files[i];
+        if (!retrofit_path(source, from, name)) return false;
+        if (!retrofit_path(target, to, name)) return false;
         if (access(source, F_OK) == 0 && !copy_file(source, target)) return false;
     }
+    if (!retrofit_path(source, from, "additional_chat_templates")) return false;
+    if (access(source, F_OK) == 0)
+        retrofit_note("%s: is not copied; chat_template.jinja and tokenizer_config.json are", source);
     return true;
 }
 
@@ -5076,8 +5122,8 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
     size_t tokens = (shard->bytes - SHARD_HEADER) / shard->width;
     bool whole = (shard->bytes - SHARD_HEADER) % shard->width == 0;
     if (header[2] < 0 || (size_t)header[2] != tokens || !whole)
-        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated?",
-                             path, header[2], tokens);
+        return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated, "
+                             "or damaged", path, header[2], tokens);
     shard->rows = tokens / (data->T + 1);
     data->rows += shard->rows;
     return true;
@@ -5125,6 +5171,18 @@ static void note_short_shards(const retrofit_data *data) {
     free(names.bytes);
 }
 
+// Rows do not go over from one file into the next: what is left at its end is not used.
+static void note_unused_tokens(const retrofit_data *data) {
+    size_t tokens = 0, used = data->rows * (data->T + 1);
+    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+        const token_shard *shard = &data->shards[i];
+        if (shard->rows > 0) tokens += (shard->bytes - SHARD_HEADER) / shard->width;
+    }
+    if (10 * (tokens - used) > tokens)
+        retrofit_note("%zu of %zu tokens are left over at the ends of shards, where they make no "
+                      "row of %zu, and are not used", tokens - used, tokens, data->T + 1);
+}
+
 static bool open_data_files(retrofit_data *data, const char *pattern, bool shuffle) {
     if (!find_data_files(data, pattern)) return false;
     data->shards = retrofit_allocate(data->files.gl_pathc, sizeof *data->shards);
@@ -5135,6 +5193,7 @@ static bool open_data_files(retrofit_data *data, const char *pattern, bool shuff
     if (data->rows == 0)
         return retrofit_fail("%s: fewer tokens than one row of %zu: no data", pattern, data->T + 1);
     note_short_shards(data);
+    note_unused_tokens(data);
     if (shuffle) data->order = retrofit_allocate(data->rows, sizeof *data->order);
     return !shuffle || data->order;
 }
@@ -6012,6 +6071,18 @@ size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point) {
     return more + 1;
 }
 
+bool retrofit_check_utf8(const char *text, size_t size, const char *where) {
+    uint32_t code_point;
+    for (size_t i = 0; i < size;) {
+        size_t length = retrofit_utf8_next(text + i, size - i, &code_point);
+        if (code_point == RETROFIT_UTF8_INVALID)
+            return retrofit_fail("%s: byte %zu: not UTF-8: convert it first (iconv -t UTF-8)",
+                                 where, i);
+        i += length;
+    }
+    return true;
+}
+
 // Writes a valid code point as UTF-8 to out, which has room for four bytes, and returns its length.
 static size_t utf8_put(uint32_t code_point, char *out) {
     static const unsigned char lead[] = {0, 0x00, 0xc0, 0xe0, 0xf0}; // by length
@@ -6841,6 +6912,7 @@ struct retrofit_tokenizer {
     bool fuse_unk;         // neighbouring unknown characters become one unknown token
     bool byte_fallback;    // unknown characters become byte tokens, where each byte has one
     bool ignore_merges;    // a piece that is a token needs no merges
+    bool cleans_up;        // in transformers decoded text loses spaces before punctuation
     int32_t bos, eos, unk; // ids of beginning and end of text, of unknown characters; -1 if none
     tok_specials before;   // what with_special adds in front of the text
     tok_specials after;    // and behind it
@@ -7737,6 +7809,10 @@ int32_t retrofit_tokenizer_bos(const retrofit_tokenizer *tokenizer) { return tok
 int32_t retrofit_tokenizer_eos(const retrofit_tokenizer *tokenizer) { return tokenizer->eos; }
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer) { return tokenizer->size; }
 
+bool retrofit_tokenizer_cleans_up(const retrofit_tokenizer *tokenizer) {
+    return tokenizer->cleans_up;
+}
+
 bool retrofit_tokenizer_adds_at_end(const retrofit_tokenizer *tokenizer, int32_t id) {
     const tok_specials *after = &tokenizer->after;
     return after->count > 0 && after->ids[after->count - 1] == id;
@@ -7826,6 +7902,7 @@ static const retrofit_key tok_config_keys[] = {
     {"chat_template", "*", "not the tokenizer's"},
     {"use_default_system_prompt", "*", "of the chat template"},
     {"model_max_length max_length max_len", "*", "texts are not cut"},
+    {"vocab_size", "*", "tokenizer.json has the vocabulary"},
     {"stride truncation_side truncation_strategy", "*", "of cutting"},
     {"padding_side padding pad_to* pad_token_type_id", "*", "of padding"},
     {"model_input_names return_token_type_ids", "*", "of Python's results"},
@@ -8051,7 +8128,6 @@ static void tok_refuse_step(tok_loader *loader, const retrofit_json *json, const
 // A step, or a Sequence of steps. The parser's limit of the depth bounds the recursion.
 static void tok_load_step(tok_loader *loader, const retrofit_json *json, int role) {
     const char *type = tok_get(loader, json, "type", RETROFIT_JSON_STRING)->string;
-    TOK_CHECK_KEYS(loader, json, tok_step_keys, tok_roles[role].member);
     if (loader->failed) return;
     if (!strcmp(type, "Sequence")) {
         json = tok_get(loader, json, tok_roles[role].list, RETROFIT_JSON_ARRAY)->child;
@@ -8064,6 +8140,7 @@ static void tok_load_step(tok_loader *loader, const retrofit_json *json, int rol
         tok_refuse_step(loader, json, type);
         return;
     }
+    TOK_CHECK_KEYS(loader, json, tok_step_keys, tok_roles[role].member);
     loader->tokenizer->has[tok_steps[row].step] = true;
     loader->last_row = row;
     tok_load_settings(loader, json, tok_steps[row].step);
@@ -8621,9 +8698,7 @@ static void tok_load_config(tok_loader *loader, const char *directory) {
     tok_load_ends(loader);
     tok_load_prefix(loader);
     tokenizer->has[TOK_SPLIT_SPECIAL] = tok_flag(loader, config, "split_special_tokens", false);
-    if (tok_flag(loader, config, "clean_up_tokenization_spaces", false))
-        retrofit_note("%s: clean_up_tokenization_spaces is not followed: decoded text keeps its "
-                      "spaces", loader->path);
+    loader->tokenizer->cleans_up = tok_flag(loader, config, "clean_up_tokenization_spaces", false);
 }
 
 // Memory for files of this size, and what does not depend on their contents.
@@ -8797,9 +8872,11 @@ static bool is_lfs_pointer(FILE *file, size_t size) {
 }
 
 FILE *retrofit_open_file(const char *path, size_t *size) {
-    FILE *file = fopen(path, "rbe");
-    if (!file) return fail_null("%s: %s", path, strerror(errno));
     struct stat status;
+    bool pipe = stat(path, &status) == 0 && S_ISFIFO(status.st_mode); // opening one may wait
+    FILE *file = pipe ? NULL : fopen(path, "rbe");
+    if (pipe) return fail_null("%s: not a regular file", path);
+    if (!file) return fail_null("%s: %s", path, strerror(errno));
     bool regular = fstat(fileno(file), &status) == 0 && S_ISREG(status.st_mode);
     *size = regular ? (size_t)status.st_size : 0;
     bool pointer = regular && is_lfs_pointer(file, *size);
@@ -8827,6 +8904,10 @@ char *retrofit_read_file(const char *path, size_t *size) {
 void *retrofit_map_file(const char *path, size_t *size) {
     FILE *file = retrofit_open_file(path, size);
     if (!file) return NULL;
+    if (*size == 0) {
+        fclose(file);
+        return fail_null("%s: is empty", path);
+    }
     void *base = mmap(NULL, *size, PROT_READ, MAP_PRIVATE, fileno(file), 0);
     if (base == MAP_FAILED)
         base = fail_null("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
@@ -8857,6 +8938,17 @@ uint64_t retrofit_sample_hash(const void *data, size_t size) {
         hash = retrofit_hash_bytes(hash, bytes + begin, retrofit_min(SAMPLE, size - begin));
     }
     return hash;
+}
+
+bool retrofit_check_directory(const char *path) {
+    struct stat status;
+    if (stat(path, &status))
+        return retrofit_fail("%s: %s: a model is a directory here; download it first (for example "
+                             "huggingface-cli download NAME --local-dir DIR)", path,
+                             strerror(errno));
+    if (S_ISDIR(status.st_mode)) return true;
+    return retrofit_fail("%s: a file, not a model's directory: name the directory; a GGUF is made "
+                         "one by convert --from FILE --to DIR", path);
 }
 
 bool retrofit_check_writable(const char *path) {

@@ -13,6 +13,8 @@ enum { MAX_EVALS = 32, MAX_RECURRENCES = 1 << 16, MAX_BATCH_SIZE = 1 << 24 };
 enum { NOT_GIVEN = -1 };           // a choice that the command line leaves open
 enum { DRY_RUN_SCHEDULE = 2 }; // options.dry_run for --dry-run=schedule; 1 for --dry-run alone
 
+static const char default_recurrences[] = "1,2,4,8,16,32";
+
 // What the command line says. Numbers of the method itself go into `training` instead, at once or,
 // where the types differ, by fill_training.
 static struct {
@@ -26,7 +28,7 @@ static struct {
     int device, precision, dry_run;
     bool shuffle, resume, resume_anyway, recompute;
 } options = {
-    .eval_recurrences = "1,2,4,8,16,32",
+    .eval_recurrences = default_recurrences,
     .micro_batch_size = 8,
     .keep = 1,
     .eval_rows = 64,
@@ -261,8 +263,8 @@ static void set_defaults(void) {
     const retrofit_optimizer *optimizer = &retrofit_paper_training.optimizer;
     training = retrofit_paper_training;
     training.steps = 0;
-    training.mean_recurrence = 0; // 0: the model's
-    training.backprop_depth = 0;  // 0: the model's
+    training.mean_recurrence = SIZE_MAX; // the model's
+    training.backprop_depth = SIZE_MAX;  // the model's
     options.seed = training.seed;
     options.curriculum = training.curriculum;
     options.optimizer = optimizer->kind;
@@ -315,8 +317,10 @@ static void complete_options(void) {
     const retrofit_config *config = &run.config;
     if (!options.batch_size) options.batch_size = options.micro_batch_size;
     if (!options.seq_len) options.seq_len = retrofit_min(config->context, 1024);
-    if (!training.mean_recurrence) training.mean_recurrence = config->mean_recurrence;
-    if (!training.backprop_depth) training.backprop_depth = config->backprop_depth;
+    bool zero = !training.mean_recurrence || !training.backprop_depth;
+    if (zero) die(2, "--mean-recurrence and --backprop-depth are at least 1");
+    if (training.mean_recurrence == SIZE_MAX) training.mean_recurrence = config->mean_recurrence;
+    if (training.backprop_depth == SIZE_MAX) training.backprop_depth = config->backprop_depth;
     if (options.fixed_recurrences) read_fixed_recurrences();
 }
 
@@ -365,6 +369,11 @@ static void check_batches(void) {
 static void note_idle_options(void) {
     const retrofit_training *usual = &retrofit_paper_training;
     bool plain = retrofit_is_plain(&run.config), evaluates = options.val || options.sample_prompts;
+    bool R = training.mean_recurrence != SIZE_MAX, K = training.backprop_depth != SIZE_MAX;
+    bool curriculum = options.curriculum != (int)usual->curriculum;
+    bool curriculum_warmup = training.curriculum_warmup != usual->curriculum_warmup;
+    bool depth = training.depth_warmup != usual->depth_warmup;
+    const char *fixed = options.fixed_recurrences;
     const struct {
         bool idle;
         const char *option, *why;
@@ -375,14 +384,30 @@ static void note_idle_options(void) {
          "without --sample-prompts"},
         {training.muon_lr != usual->muon_lr && options.optimizer != RETROFIT_MUON, "muon-lr",
          "but with --optimizer muon"},
-        {training.mean_recurrence && plain, "mean-recurrence", "on a plain Llama"},
-        {training.backprop_depth && plain, "backprop-depth", "on a plain Llama"},
-        {options.curriculum != (int)usual->curriculum && plain, "curriculum", "on a plain Llama"},
-        {training.depth_warmup != usual->depth_warmup && plain, "depth-warmup",
-         "on a plain Llama"},
+        {R && plain, "mean-recurrence", "on a plain Llama"},
+        {K && plain, "backprop-depth", "on a plain Llama"},
+        {curriculum && plain, "curriculum", "on a plain Llama"},
+        {depth && plain, "depth-warmup", "on a plain Llama"},
         {training.throttle && plain, "throttle", "on a plain Llama"},
+        {options.state_init && plain, "state-init", "on a plain Llama"},
+        {options.eval_recurrences != default_recurrences && plain, "eval-recurrences",
+         "on a plain Llama"},
+        {options.eval_recurrences != default_recurrences && !evaluates, "eval-recurrences",
+         "without --val or --sample-prompts"},
+        {R && fixed, "mean-recurrence", "beside --fixed-recurrences"},
+        {K && fixed, "backprop-depth", "beside --fixed-recurrences"},
+        {curriculum && fixed, "curriculum", "beside --fixed-recurrences"},
+        {curriculum_warmup && fixed, "curriculum-warmup", "beside --fixed-recurrences"},
+        {depth && fixed, "depth-warmup", "beside --fixed-recurrences"},
+        {curriculum_warmup && options.curriculum == RETROFIT_CURRICULUM_NONE, "curriculum-warmup",
+         "with --curriculum none"},
+        {training.depth_start != usual->depth_start && !depth, "depth-start",
+         "without --depth-warmup"},
         {options.save_before != 5 && !options.time_limit, "save-before", "without --time-limit"},
     };
+    if (training.warmup + training.cooldown > 1)
+        retrofit_note("--warmup %g and --cooldown %g overlap: the learning rate never reaches its "
+                      "peak", training.warmup, training.cooldown);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         if (cases[i].idle) retrofit_note("--%s has no effect %s", cases[i].option, cases[i].why);
     }
@@ -612,6 +637,7 @@ static void open_samples(void) {
     const char *begin = text;
     retrofit_skip_mark(&begin, &size);
     char *rest = text + (begin - text);
+    require(retrofit_check_utf8(rest, size, options.sample_prompts));
     for (char *line = strtok(rest, "\r\n"); line; line = strtok(NULL, "\r\n")) add_prompt(line);
     free(text);
     if (!samples.count) die(1, "%s: there is no prompt in it", options.sample_prompts);
@@ -939,7 +965,9 @@ static void describe_hyperparameters(char text[HYPERPARAMETERS_SIZE]) {
            run.ops->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
     append(text, " model=%016llx tokenizer=%016llx", (unsigned long long)run.model_hash,
            (unsigned long long)run.tokenizer_hash);
-    append(text, " data=%016llx val=%016llx", hash_of(run.data_shards), hash_of(run.val_shards));
+    append(text, " data=%016llx", hash_of(run.data_shards));
+    if (run.val_shards) append(text, " val=%016llx", hash_of(run.val_shards));
+    else append(text, " val=none");
 }
 
 // Where the pair behind this one begins.
@@ -1147,6 +1175,8 @@ static void check_hyperparameters(const retrofit_map *file) {
         die(1, "--resume: another run: %s%s%s (--resume-anyway goes on with these)", list, data,
             val);
     message("--resume-anyway: %s%s%s", list, data, val);
+    if (strstr(list, "--model was"))
+        retrofit_note("the weights are the checkpoint's, not those of --model %s", options.model);
 }
 
 static void read_progress(void) {
@@ -1511,6 +1541,9 @@ static void log_step(const retrofit_step *step, double seconds) {
     }
     fprintf(log, "]}\n");
     flush_log();
+    if (states && !isfinite(run.state_rms[states - 1]))
+        message("step %zu: the states of the recurrence are not finite, whatever the loss: the "
+                "training has diverged; try a lower --lr", progress.step);
 }
 
 // ---- main: what happens, in order --------------------------------------------------------------
@@ -1588,6 +1621,9 @@ static void open_data(void) {
     if (options.val) {
         run.val = retrofit_data_open(options.val, T, V, false, 0);
         require(run.val);
+        size_t rows = retrofit_data_rows(run.val);
+        if (options.eval_rows > rows && options.eval_rows != 64)
+            retrofit_note("--eval-rows %zu: --val has %zu", options.eval_rows, rows);
     }
     if (run.data) check_data();
     hash_model();
@@ -1630,6 +1666,10 @@ __attribute__((noreturn)) static void die_without_latest(void) {
 // Ends the program unless OUT is new, or holds a run and --resume is given. A new directory is made
 // later, once all is well, so that a run that fails leaves nothing behind.
 static void check_output(void) {
+    char model[RETROFIT_PATH];
+    require(retrofit_path(model, options.out, "config.json"));
+    if (is_there(model))
+        die(2, "--out %s: is a model's directory: give the run one of its own", options.out);
     require(retrofit_path(run.latest, options.out, "latest"));
     require(retrofit_path(run.log_path, options.out, "log.jsonl"));
     if (access(options.out, F_OK) == 0) lock_output();
@@ -1638,7 +1678,7 @@ static void check_output(void) {
             options.out);
     if (!is_there(run.latest) && options.resume) die_without_latest();
     if (!options.resume) return;
-    require(retrofit_latest(options.out, run.newest));
+    if (!retrofit_latest(options.out, run.newest) || !is_there(run.newest)) die_without_latest();
     check_latest();
 }
 
