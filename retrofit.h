@@ -5226,18 +5226,22 @@ size_t retrofit_data_rows(const retrofit_data *data) { return data->rows; }
 
 bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *tokenizer) {
     uint64_t ours = tokenizer ? retrofit_tokenizer_hash(tokenizer) : 0;
-    for (size_t i = 0; i < data->files.gl_pathc; i++) {
+    size_t count = data->files.gl_pathc, unknown = 0;
+    const char *first = NULL; // of those whose tokenizer is unknown
+    for (size_t i = 0; i < count; i++) {
         const uint32_t *header = data->shards[i].base;
         const char *name = data->files.gl_pathv[i];
         uint64_t made_with = header[3] | (uint64_t)header[4] << 32;
-        if (made_with == 0)
-            retrofit_note("%s: does not say which tokenizer made it (llm.c's shards do not): that "
-                          "its ids are this model's cannot be checked", name);
+        if (made_with == 0 && unknown++ == 0) first = name;
         if (!ours || !made_with || made_with == ours) continue;
         return retrofit_fail("%s: made with another tokenizer (%016llx) than the model's "
                              "(%016llx): make it anew, convert --tokenize --tokenizer MODEL", name,
                              (unsigned long long)made_with, (unsigned long long)ours);
     }
+    if (unknown)
+        retrofit_note("%zu of %zu shards, the first is %s, do not say which tokenizer made them "
+                      "(llm.c's do not): that the ids are this model's cannot be checked", unknown,
+                      count, first);
     return true;
 }
 
