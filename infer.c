@@ -3586,8 +3586,8 @@ static void check_recurrent(void) {
         die(2, "%s: %s is a plain Llama, it has no recurrence: make it recurrent with convert",
             option, options.model);
     if (options.speculative && drafts.recurrences >= read_depth("--speculative"))
-        die(2, "--speculative %s: drafts of %zu recurrences are as deep as the text itself: fewer "
-               "than --recurrences", options.speculative, drafts.recurrences);
+        die(2, "--speculative: a draft of %zu recurrences is as deep as the text itself: give it "
+               "fewer than --recurrences", drafts.recurrences);
 }
 
 static void load_model(void) {

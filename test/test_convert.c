@@ -1315,7 +1315,7 @@ static void gguf_files(void) {
         {.name = "q4_1", .type = GGML_Q4_1, .style = "smollm_style"},
     };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++) good_gguf(&files[i]);
-    flawed_gguf(BAD_TYPE, "type 12");
+    flawed_gguf(BAD_TYPE, "of type Q4_K;");
     flawed_gguf(EXTRA_TENSOR, "no place");
     flawed_gguf(NO_TENSOR, "blk.1.ffn_up.weight is missing");
     flawed_gguf(BAD_ARCHITECTURE, "gemma");

@@ -102,6 +102,7 @@ typedef union {
     float f32;
     uint16_t bf16;
     int32_t i32;
+    double f64; // as large as any element of a file
 } element;
 
 static double decode(retrofit_type type, const void *from) {

@@ -705,7 +705,7 @@ static const struct {
     {{[CONFIG] = FAST "\"add_prefix_space\":true",
       [PRE_TOKENIZER] = SEQUENCE("pretokenizers", GPT2_BYTES)},
      "add_prefix_space true is not followed", {"a", "0 "}},
-    {{[CONFIG] = FAST "\"clean_up_tokenization_spaces\":true"}, "clean_up", {"a", "0 "}},
+    {{[CONFIG] = FAST "\"clean_up_tokenization_spaces\":true"}, NULL, {"a", "0 "}},
     {{[CONFIG] = FAST "\"eos_token\":null", [ADDED_TOKENS] = ADDED("4", "<s>", "")
       "],\"truncation\":{\"max_length\":2},\"padding\":{\"pad_token\":\"<p>\"},\"unheard\":["},
      "pad_token", {"aaaa<p>", "0 0 0 0 8 "}},
