@@ -7779,77 +7779,62 @@ uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
 // ---- Tokenizer: loading ------------------------------------------------------------------------
 
 // The keys of tokenizer.json: its own, its model's, those of any step, those of an added token.
-// clang-format off
 static const retrofit_key tok_file_keys[] = {
-    {"added_tokens", NULL, NULL}, {"normalizer", NULL, NULL}, {"pre_tokenizer", NULL, NULL},
-    {"post_processor", NULL, NULL}, {"decoder", NULL, NULL}, {"model", NULL, NULL},
+    {"added_tokens normalizer pre_tokenizer post_processor decoder model", NULL, NULL},
     {"padding", NULL, NULL}, // only its pad_token: transformers resets the rest
-    {"truncation", "*", "transformers resets it"}, {"version", "*", "of the format"},
+    {"truncation", "*", "transformers resets it"},
+    {"version", "*", "of the format"},
 };
 static const retrofit_key tok_model_keys[] = {
-    {"type", NULL, NULL}, {"vocab", NULL, NULL}, {"merges", NULL, NULL}, {"unk_token", NULL, NULL},
-    {"fuse_unk", NULL, NULL}, {"byte_fallback", NULL, NULL}, {"ignore_merges", NULL, NULL},
+    {"type vocab merges unk_token fuse_unk byte_fallback ignore_merges", NULL, NULL},
     {"dropout", "0", "merges left out at random"},
     {"continuing_subword_prefix", "", "WordPiece's spelling of tokens"},
     {"end_of_word_suffix", "", "tokens that end a word"},
 };
 static const retrofit_key tok_step_keys[] = {
-    {"type", NULL, NULL}, {"prepend", NULL, NULL}, {"pattern", NULL, NULL}, {"content", NULL, NULL},
-    {"individual_digits", NULL, NULL}, {"behavior", NULL, NULL}, {"invert", NULL, NULL},
-    {"add_prefix_space", NULL, NULL}, {"use_regex", NULL, NULL}, {"replacement", NULL, NULL},
-    {"prepend_scheme", NULL, NULL}, {"split", NULL, NULL}, {"start", NULL, NULL},
-    {"stop", NULL, NULL}, {"single", NULL, NULL}, {"special_tokens", NULL, NULL},
-    {"normalizers", NULL, NULL}, {"pretokenizers", NULL, NULL}, {"decoders", NULL, NULL},
-    {"processors", NULL, NULL},
-    {"pair", "*", "for two texts"}, {"str_rep", "*", "the replacement again"},
+    {"type pattern behavior invert prepend content replacement prepend_scheme split", NULL, NULL},
+    {"individual_digits add_prefix_space use_regex start stop single special_tokens", NULL, NULL},
+    {"normalizers pretokenizers decoders processors", NULL, NULL},
+    {"pair", "*", "for two texts"},
+    {"str_rep", "*", "the replacement again"},
     {"trim_offsets", "*", "places in the text, which we don't give"},
 };
 static const retrofit_key tok_added_keys[] = {
-    {"id", NULL, NULL}, {"content", NULL, NULL}, {"special", NULL, NULL}, {"lstrip", NULL, NULL},
-    {"rstrip", NULL, NULL}, {"single_word", NULL, NULL}, {"normalized", NULL, NULL},
+    {"id content special lstrip rstrip single_word normalized", NULL, NULL},
     {"__type", "*", "says AddedToken"},
 };
 
 // Those of special_tokens_map.json, which are among those of tokenizer_config.json.
 #define TOK_SPECIAL_KEYS \
-    {"bos_token", NULL, NULL}, {"eos_token", NULL, NULL}, {"unk_token", NULL, NULL}, \
-    {"sep_token", NULL, NULL}, {"pad_token", NULL, NULL}, {"cls_token", NULL, NULL}, \
-    {"mask_token", NULL, NULL}, {"additional_special_tokens", NULL, NULL}
+    {"bos_token eos_token unk_token sep_token pad_token cls_token mask_token", NULL, NULL}, \
+    {"additional_special_tokens", NULL, NULL}
 static const retrofit_key tok_map_keys[] = {TOK_SPECIAL_KEYS};
 static const retrofit_key tok_config_keys[] = {
     TOK_SPECIAL_KEYS,
-    {"extra_special_tokens", NULL, NULL}, {"added_tokens_decoder", NULL, NULL},
-    {"tokenizer_class", NULL, NULL}, {"add_bos_token", NULL, NULL}, {"add_eos_token", NULL, NULL},
-    {"add_prefix_space", NULL, NULL}, {"split_special_tokens", NULL, NULL},
-    {"clean_up_tokenization_spaces", NULL, NULL}, {"legacy", NULL, NULL},
+    {"extra_special_tokens added_tokens_decoder tokenizer_class add_bos_token", NULL, NULL},
+    {"add_eos_token add_prefix_space split_special_tokens", NULL, NULL},
+    {"clean_up_tokenization_spaces", NULL, NULL},
     {"tokenizer_file", "tokenizer.json|./tokenizer.json",
      "the tokenizer.json beside tokenizer_config.json is read: remove the key"},
     {"from_slow", "", "the tokenizer would be made from another file than tokenizer.json"},
+    {"legacy sp_model_kwargs", "*", "of making tokenizer.json from another file"},
     {"chat_template", "*", "not the tokenizer's"},
     {"use_default_system_prompt", "*", "of the chat template"},
-    {"model_max_length", "*", "texts are not cut"}, {"max_length", "*", "the same"},
-    {"max_len", "*", "the same"}, {"stride", "*", "of cutting"},
-    {"truncation_side", "*", "of cutting"}, {"truncation_strategy", "*", "of cutting"},
-    {"padding_side", "*", "of padding"}, {"padding", "*", "the same"}, {"pad_to*", "*", "the same"},
-    {"pad_token_type_id", "*", "the same"}, {"model_input_names", "*", "of Python's results"},
-    {"return_token_type_ids", "*", "the same"}, {"name_or_path", "*", "where it came from"},
-    {"vocab_file", "*", "tokenizer.json has it all"}, {"merges_file", "*", "the same"},
-    {"special_tokens_map_file", "*", "where it came from"},
-    {"sp_model_kwargs", "*", "of another file"},
+    {"model_max_length max_length max_len stride", "*", "texts are not cut"},
+    {"truncation_side truncation_strategy", "*", "texts are not cut"},
+    {"padding_side padding pad_to* pad_token_type_id", "*", "of padding"},
+    {"model_input_names return_token_type_ids", "*", "of Python's results"},
+    {"name_or_path special_tokens_map_file", "*", "where it came from"},
+    {"vocab_file merges_file", "*", "tokenizer.json has it all"},
     {"errors", "*", "of Python's own tokenizers; the others have \"replace\""},
     {"spaces_between_special_tokens", "*", "of Python's own tokenizers"},
-    {"do_lower_case", "*", "tokenizer.json's normalizer decides"}, {"keep_accents", "*", "the same"},
-    {"remove_space", "*", "the same"}, {"strip_accents", "*", "the same"},
-    {"trim_offsets", "*", "places in the text, which we don't give"}, {"use_fast", "*", "Python's"},
-    {"auto_map", "*", "Python's"}, {"processor_class", "*", "Python's"},
-    {"backend", "*", "Python's"}, {"is_local", "*", "Python's"},
-    {"local_files_only", "*", "Python's"},
-    {"transformers_version", "*", "Python's"}, {"device_map", "*", "Python's"},
-    {"tokenizer_type", "*", "Python's"}, {"init_inputs", "*", "Python's"},
-    {"image*", "*", "of images"}, {"video*", "*", "of images"}, {"vision*", "*", "of images"},
-    {"audio*", "*", "of sounds"},
+    {"do_lower_case keep_accents remove_space strip_accents", "*",
+     "tokenizer.json's normalizer decides"},
+    {"trim_offsets", "*", "places in the text, which we don't give"},
+    {"use_fast auto_map processor_class backend is_local local_files_only", "*", "Python's"},
+    {"transformers_version device_map tokenizer_type init_inputs", "*", "Python's"},
+    {"image* video* vision* audio*", "*", "of images and sounds"},
 };
-// clang-format on
 #define TOK_CHECK_KEYS(loader, object, table, where) \
     tok_check_keys(loader, object, table, sizeof(table) / sizeof *(table), where)
 
