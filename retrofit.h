@@ -2492,7 +2492,7 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 // ---- Small things that programs need too -------------------------------------------------------
 
 // Says on stderr, in one line that begins with "note: ", what a user may not expect although
-// nothing failed: a key that is not followed, a file that is not used. The same line is said once.
+// nothing failed: a key that is not followed, a file that is not used. A thread says a line once.
 void retrofit_note(const char *format, ...);
 
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
@@ -8746,8 +8746,8 @@ static void *fail_null(const char *format, ...) {
 
 // The lines that were said are known by their hashes; behind the 256th a line may be said again.
 void retrofit_note(const char *format, ...) {
-    static uint64_t said[256];
-    static size_t count;
+    static RETROFIT_THREAD_LOCAL uint64_t said[256];
+    static RETROFIT_THREAD_LOCAL size_t count;
     char line[1024];
     va_list args;
     va_start(args, format);
