@@ -127,12 +127,12 @@ typedef struct {
     float norm_eps;
     double rope_theta;
     bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these;
-    double rope_factor, rope_low, rope_high, rope_original_context; // else all ω_i / factor, 0: 1
+    double rope_factor, rope_low, rope_high, rope_original_context; // else ω_i/factor; 0: ω_i
     float state_std;                               // σ of s_0
     size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
     bool tied;                                     // a plain Llama whose head is its embedding
-    int32_t bos, pad, eos[8];                      // token ids, -1 for none; what ends a text:
-    size_t eos_count;                              // so many ids
+    int32_t bos, pad, eos[8];                      // token ids; bos, pad: -1 if there is none
+    size_t eos_count;                              // how many of eos[]: each ends a text
 } retrofit_config;
 
 // σ of s_0, for every model: √(2 / (5·5280)). Huginn, the recurrent model that the authors' code
@@ -4945,7 +4945,7 @@ static void write_json_value(FILE *file, const retrofit_json *value) {
 
 // What the source's generation_config.json says, but with the model's ids.
 static void write_generation_json(FILE *file, const retrofit_config *config,
-                                    const retrofit_json *source) {
+                                  const retrofit_json *source) {
     const retrofit_json *version = retrofit_json_get(source, "transformers_version");
     const retrofit_key ours = {"bos_token_id eos_token_id pad_token_id transformers_version", NULL,
                                "written below"};
@@ -6663,7 +6663,7 @@ static const char *const tok_nfc_classes =
     "IiMCFiWACiMbEEiWfSDiWffFHiWBRiWCHiWBCiWBFiWdhDHiMeFGiWABH";
 // clang-format on
 
-// Each character is in one of the first four classes; in TOK_WORD, or not, besides.
+// Each character is in one of the first four classes; those of words are in TOK_WORD as well.
 enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_OTHER = 8, TOK_WORD = 16 };
 
 enum {
