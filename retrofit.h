@@ -2504,8 +2504,8 @@ bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *
 FILE *retrofit_open_file(const char *path, size_t *size);
 // Reads a whole file; a NUL follows its *size bytes. Freed with free(). NULL or error.
 char *retrofit_read_file(const char *path, size_t *size);
-// A hash of bytes, begun with RETROFIT_HASH_START. It may go on from one piece to the next where all
-// but the last have a multiple of 8 bytes.
+// A hash of bytes, begun with RETROFIT_HASH_START. It may go on from one piece to the next where
+// all but the last have a multiple of 8 bytes.
 #define RETROFIT_HASH_START 0xcbf29ce484222325u
 uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size);
 // A hash of a block of memory: of all of it up to 1 MiB, else of its size, its first and last bytes
@@ -2586,8 +2586,8 @@ struct retrofit_json {
 // freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
 // byte, or the name that is there twice.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
-// Reads a file that holds an object, perhaps behind a byte order mark. *size: its bytes; size may be
-// NULL. Freed with retrofit_json_free. NULL or error.
+// Reads a file that holds an object, perhaps behind a byte order mark. *size: its bytes; size may
+// be NULL. Freed with retrofit_json_free. NULL or error.
 retrofit_json *retrofit_json_read(const char *path, size_t *size);
 // Frees the tree of a root that one of these returned; root may be NULL.
 void retrofit_json_free(retrofit_json *root);
@@ -2623,9 +2623,9 @@ const char *retrofit_json_value_text(const retrofit_json *value);
 // Writes UTF-8 to file as a quoted and escaped JSON string. Failures show in ferror(file).
 void retrofit_json_write_string(FILE *file, const char *text, size_t size);
 
-// A Hugging Face tokenizer, reproduced id for id: byte-level BPE with the patterns of GPT-2, Llama 3
-// and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so that threads
-// may share one.
+// A Hugging Face tokenizer, reproduced id for id: byte-level BPE with the patterns of GPT-2,
+// Llama 3 and Qwen 2, and SentencePiece's BPE as in Llama 2. Once loaded nothing changes it, so
+// that threads may share one.
 typedef struct retrofit_tokenizer retrofit_tokenizer;
 
 // Reads directory/tokenizer.json and, if they are there, tokenizer_config.json, and
