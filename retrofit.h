@@ -2487,7 +2487,7 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 // ---- Small things that programs need too -------------------------------------------------------
 
 // Says on stderr, in one line that begins with "note: ", what a user may not expect although
-// nothing failed: a key that is not followed, a file that is not used. The same line is said once.
+// nothing failed: a key that is not followed, a file that is not used. A thread says a line once.
 void retrofit_note(const char *format, ...);
 
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
@@ -4999,7 +4999,7 @@ static void write_json_value(FILE *file, const retrofit_json *value) {
 
 // What the source's generation_config.json says, but with the model's ids.
 static void write_generation_json(FILE *file, const retrofit_config *config,
-                                    const retrofit_json *source) {
+                                  const retrofit_json *source) {
     const retrofit_json *version = retrofit_json_get(source, "transformers_version");
     const retrofit_key ours = {"bos_token_id eos_token_id pad_token_id transformers_version", NULL,
                                "written below"};
@@ -6742,7 +6742,7 @@ static const char *const tok_nfc_classes =
     "IiMCFiWACiMbEEiWfSDiWffFHiWBRiWCHiWBCiWBFiWdhDHiMeFGiWABH";
 // clang-format on
 
-// Each character is in one of the first four classes; in TOK_WORD, or not, besides.
+// Each character is in one of the first four classes; those of words are in TOK_WORD as well.
 enum { TOK_LETTER = 1, TOK_NUMBER = 2, TOK_WHITE = 4, TOK_OTHER = 8, TOK_WORD = 16 };
 
 enum {
@@ -7863,7 +7863,6 @@ uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer) {
 // ---- Tokenizer: loading ------------------------------------------------------------------------
 
 // The keys of tokenizer.json: its own, its model's, those of any step, those of an added token.
-// clang-format off
 static const retrofit_key tok_file_keys[] = {
     {"added_tokens normalizer pre_tokenizer post_processor decoder model padding", NULL,
      "see below"},
@@ -7903,6 +7902,7 @@ static const retrofit_key tok_config_keys[] = {
     {"tokenizer_file", "tokenizer.json|./tokenizer.json",
      "the tokenizer.json beside tokenizer_config.json is read: remove the key"},
     {"from_slow", "", "the tokenizer would be made from another file than tokenizer.json"},
+    {"legacy sp_model_kwargs", "*", "of making tokenizer.json from another file"},
     {"chat_template", "*", "not the tokenizer's"},
     {"use_default_system_prompt", "*", "of the chat template"},
     {"model_max_length max_length max_len", "*", "texts are not cut"},
@@ -7923,7 +7923,6 @@ static const retrofit_key tok_config_keys[] = {
     {"image* video* vision*", "*", "of images"},
     {"audio*", "*", "of sounds"},
 };
-// clang-format on
 #define TOK_CHECK_KEYS(loader, object, table, where) \
     tok_check_keys(loader, object, table, sizeof(table) / sizeof *(table), where)
 
@@ -8833,8 +8832,8 @@ static void *fail_null(const char *format, ...) {
 
 // The lines that were said are known by their hashes; behind the 256th a line may be said again.
 void retrofit_note(const char *format, ...) {
-    static uint64_t said[256];
-    static size_t count;
+    static RETROFIT_THREAD_LOCAL uint64_t said[256];
+    static RETROFIT_THREAD_LOCAL size_t count;
     char line[1024];
     va_list args;
     va_start(args, format);
