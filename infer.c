@@ -3609,7 +3609,6 @@ static void find_end_tokens(void) {
     const retrofit_config *config = &model->config;
     int32_t own = retrofit_tokenizer_eos(tokenizer);
     for (size_t i = 0; i < config->eos_count; i++) add_end_token(config->eos[i]);
-    if (end_count == 0) add_end_token(own);
     if (retrofit_tokenizer_cleans_up(tokenizer))
         retrofit_note("%s/tokenizer_config.json: clean_up_tokenization_spaces is not followed: "
                       "decoded text keeps its spaces", tokenizer_directory);

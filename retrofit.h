@@ -4973,7 +4973,8 @@ static bool copy_companions(const char *from, const char *to) {
     }
     if (!retrofit_path(source, from, "additional_chat_templates")) return false;
     if (access(source, F_OK) == 0)
-        retrofit_note("%s: is not copied; chat_template.jinja and tokenizer_config.json are", source);
+        retrofit_note("%s: is not copied, as chat_template.jinja and tokenizer_config.json are",
+                      source);
     return true;
 }
 
@@ -8760,7 +8761,18 @@ static void tok_load_directory(tok_loader *loader, const char *directory) {
     if (!loader->failed) tok_load_config(loader, directory);
 }
 
+// A directory may have SentencePiece's file alone, which we don't read.
+static void tok_explain_missing(const char *directory) {
+    char path[RETROFIT_PATH];
+    bool fits = retrofit_path(path, directory, "tokenizer.json");
+    if (!fits || access(path, F_OK) == 0) return;
+    if (retrofit_path(path, directory, "tokenizer.model") && access(path, F_OK) == 0)
+        retrofit_fail("%s: there is no tokenizer.json beside it: make one with transformers, "
+                      "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)", path);
+}
+
 retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
+    if (!retrofit_check_directory(directory)) return NULL;
     tok_loader loader = {.tokenizer = retrofit_allocate(1, sizeof(retrofit_tokenizer))};
     if (!loader.tokenizer) return NULL;
     loader.last_row = -1;
@@ -8773,6 +8785,7 @@ retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
     retrofit_json_free(loader.map);
     retrofit_json_free(loader.added_json);
     if (!loader.failed) return loader.tokenizer;
+    tok_explain_missing(directory);
     retrofit_tokenizer_free(loader.tokenizer);
     return NULL;
 }

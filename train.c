@@ -651,12 +651,19 @@ static void open_samples(void) {
     require(samples.buffers);
 }
 
+static bool ends_text(int32_t id) {
+    const retrofit_config *config = &run.model->config;
+    for (size_t i = 0; i < config->eos_count; i++) {
+        if (config->eos[i] == id) return true;
+    }
+    return false;
+}
+
 // Continues a prompt by the likeliest tokens, in its ids; *count: all of them. Returns false if the
 // run is to stop.
 static bool continue_prompt(const prompt *p, size_t r, size_t *count) {
     size_t vocab = retrofit_min(run.config.vocab, retrofit_tokenizer_size(samples.tokenizer));
     size_t n = p->count, cached = 0, end = p->count + options.sample_tokens;
-    int32_t eos = retrofit_tokenizer_eos(samples.tokenizer);
     retrofit_recurrence_options how = {.recurrences = r, .sigma = training.sigma};
     how.seed = training.seed;
     retrofit_clear_cache(samples.buffers);
@@ -668,7 +675,7 @@ static bool continue_prompt(const prompt *p, size_t r, size_t *count) {
         require(logits);
         cached = n;
         p->ids[n] = retrofit_argmax(logits, vocab);
-        ended = p->ids[n] == eos;
+        ended = ends_text(p->ids[n]);
     }
     *count = n;
     return true;
@@ -917,7 +924,8 @@ static void check_latest(void) {
         const char *name = entries[i]->d_name;
         if (!strcmp(name, linked) || is_temporary(name)) continue;
         if (!retrofit_path(path, options.out, name) || !check_manifest(path)) continue;
-        die(1, "%s; %s is intact: ln -sfn %s %s, then --resume", error, path, name, run.latest);
+        die(1, "%s; %s is intact: rm %s && echo %s >%s, then --resume", error, path, run.latest,
+            name, run.latest);
     }
     die(1, "%s; no other checkpoint in %s is intact: begin anew with another --out", error,
         options.out);
@@ -1591,7 +1599,7 @@ static void check_data(void) {
 
 static int is_weights(const struct dirent *entry) {
     const char *name = entry->d_name, *end = strrchr(name, '.');
-    return !strncmp(name, "model", 5) && end && !strcmp(end, ".safetensors");
+    return strcmp(name, "optimizer.safetensors") && end && !strcmp(end, ".safetensors");
 }
 
 // A hash of the files of weights of --model, by samples.
@@ -1657,7 +1665,7 @@ __attribute__((noreturn)) static void die_without_latest(void) {
         const char *name = entries[i]->d_name;
         if (is_temporary(name) || !retrofit_path(path, options.out, name)) continue;
         if (check_manifest(path))
-            die(1, "--resume: %s is missing, but %s is intact: ln -s %s %s, then --resume",
+            die(1, "--resume: %s names no checkpoint, but %s is intact: echo %s >%s, then --resume",
                 run.latest, path, name, run.latest);
     }
     die(2, "--resume: there is no checkpoint in %s", options.out);

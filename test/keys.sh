@@ -31,8 +31,8 @@ block() { # name: what stands between its comments
     awk -v name="$1" '$0 == "<!-- end -->" { on = 0 } on { print }
         $0 == "<!-- " name " -->" { on = 1 }' "$doc"
 }
-for name in $(grep -ho '^static const retrofit_key [a-z_]*' retrofit.h infer.c convert.c |
-    sed 's/.* //'); do
+for name in $(grep -ho '^static const retrofit_key [a-z_]*\[\]' retrofit.h infer.c convert.c |
+    sed 's/.* //; s/\[\]//'); do
     (echo "| key | | |" && echo "|---|---|---|" && table "$name") >"$work/$name"
     if [ -n "${FIX:-}" ]; then
         awk -v name="$name" -v with="$work/$name" '$0 == "<!-- end -->" { off = 0 } !off { print }

@@ -1388,7 +1388,8 @@ static void exits_in_batches(void) {
 
 // What the model's generation_config.json says is the model's, wherever the tokenizer lies.
 static void settings_beside_the_model(void) {
-    shell("rm -rf settled other && cp -r random settled && cp -r f/tokenizers/llama3_style other && "
+    shell("rm -rf settled other && cp -r random settled && "
+          "cp -r f/tokenizers/llama3_style other && "
           "printf '{\"do_sample\":true}' >settled/generation_config.json && "
           "printf '{\"top_p\":0.5}' >other/generation_config.json");
     works("infer --model settled --tokenizer other --prompt a --recurrences 1 --max-tokens 1");
