@@ -109,6 +109,7 @@ static const char *tokenizer_directory; // the same, unless --tokenizer names an
 static retrofit_model *model;           // NULL for --print-tokens
 static retrofit_tokenizer *tokenizer;   // NULL for --eval and --tokens
 static char device_name[256];           // what computes
+static bool sampling_given;             // whether the command line says how to sample
 static int32_t end_tokens[16];          // [end_count] the ids that end a text
 static size_t end_count;
 
@@ -3531,9 +3532,14 @@ static void check_cache_use(void) {
     });
 }
 
+// Tasks may be scored without a text.
+static bool generates_text(const struct mode *mode) {
+    return mode->generates && (mode != &modes[TASKS] || options.answer_regex);
+}
+
 // Options of other modes, which have no effect in this one.
 static void note_idle_options(const struct mode *mode) {
-    bool generates = mode->generates && (mode != &modes[TASKS] || options.answer_regex);
+    bool generates = generates_text(mode);
     bool rows = mode == &modes[EVAL] || mode == &modes[TASKS];
     bool batches = rows || mode == &modes[BATCH];
     bool lengths = mode == &modes[EVAL] || mode == &modes[INTERACTIVE];
@@ -3648,7 +3654,7 @@ static const retrofit_key sampling_keys = {"do_sample temperature top_k top_p mi
 
 // Options say how we generate; what a file says beside them is told, not followed.
 // Where the command line says how to sample, nobody expects the file's way.
-static void note_generation_keys(const char *name, bool all_keys, bool asked) {
+static void note_generation_keys(const char *name, bool all_keys) {
     char path[RETROFIT_PATH];
     size_t count = sizeof generation_keys / sizeof *generation_keys;
     require(retrofit_path(path, model_directory, name));
@@ -3660,7 +3666,7 @@ static void note_generation_keys(const char *name, bool all_keys, bool asked) {
         bool has_row = retrofit_key_find(member->key, generation_keys, count) != NULL;
         if (!all_keys && !has_row) continue;
         bool samples = retrofit_key_find(member->key, &sampling_keys, 1) != NULL;
-        if (samples && asked) continue;
+        if (samples && sampling_given) continue;
         bool neutral = retrofit_key_check(member->key, retrofit_json_value_text(member),
                                           generation_keys, count, path, &known);
         if (neutral && known) continue;
@@ -3705,8 +3711,8 @@ int main(int argc, char **argv) {
     const struct mode *mode = find_mode();
     check_mode(mode);
     note_idle_options(mode);
-    bool asked = !isnan(options.temperature); // for a way of sampling
-    if (!asked) options.temperature = 0;
+    sampling_given = !isnan(options.temperature);
+    if (!sampling_given) options.temperature = 0;
     if (options.speculative) {
         read_drafts();
         check_drafts();
@@ -3725,11 +3731,9 @@ int main(int argc, char **argv) {
     if (mode->needs_model) load_model();
     if (model && tokenizer) check_vocabulary();
     if (model && tokenizer) retrofit_config_mend_ids(&model->config, tokenizer, model_directory);
-    if (mode->generates && tokenizer) {
-        find_end_tokens();
-        note_generation_keys("generation_config.json", true, asked);
-        note_generation_keys("config.json", false, asked);
-    }
+    if (mode->generates && tokenizer) find_end_tokens();
+    if (generates_text(mode)) note_generation_keys("generation_config.json", true);
+    if (generates_text(mode)) note_generation_keys("config.json", false);
     if (model) check_recurrent();
     if (model) protect_inputs("--logits", options.logits);
     if (model) protect_inputs("--trace", options.trace);
