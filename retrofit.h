@@ -5265,6 +5265,7 @@ bool retrofit_data_check_ids(const retrofit_data *data) {
         const uint16_t *narrow = (const void *)((const char *)shard->base + SHARD_HEADER);
         const uint32_t *wide = (const void *)narrow;
         uint32_t max = 0;
+        if (shard->width == 2 && data->vocab > UINT16_MAX) continue; // any uint16 will do
 #ifdef _OPENMP
 #pragma omp parallel for reduction(max : max) schedule(static)
 #endif
