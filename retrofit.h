@@ -2602,7 +2602,8 @@ typedef struct {
     const char *key;     // one or several, with spaces between; "name*" is all that begin so
     const char *neutral; // NULL: the key is used. "*": it changes nothing here, whatever it says.
                          // Else the values that change nothing, as "false|1.0": what has another
-                         // one is refused. null, false, "", [] and {} never change anything.
+                         // one is refused. null, false, "", [] and {} never change anything,
+                         // but where it is "true".
     const char *why;     // what it is about; for a refusal also what to do, or NULL
 } retrofit_key;
 
@@ -2828,6 +2829,7 @@ bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 #include <errno.h>
 #include <fcntl.h>
 #include <glob.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -4070,7 +4072,8 @@ static const retrofit_key config_keys[] = {
     {"layer_types", NULL, "all full_attention, no other"},
     {"architectures", NULL, "names of classes; a note if they are not a Llama's"},
     {"attention_dropout", "*", "train does without, and says so"},
-    {"hidden_act", "silu|swish", "the MLP is SwiGLU"},
+    {"hidden_act hidden_activation", "silu|swish", "the MLP is SwiGLU"},
+    {"use_rope is_causal causal", "true", "attention is causal here, and has RoPE"},
     {"nonlin_name", "SiLU", "the MLP is SwiGLU"},
     {"mlp_class_name", "GatedMLP", "the MLP is SwiGLU"},
     {"norm_class_name", "RMSNorm_llama", "only Llama's blocks are supported"},
@@ -4258,6 +4261,8 @@ static bool read_config_ids(retrofit_config *c, const retrofit_json *json, const
         if (!retrofit_json_size(end, &id)) continue; // -1 means none in older files
         c->eos[c->eos_count++] = config_token_id((double)id);
     }
+    if (c->eos_count == 0)
+        retrofit_note("%s: eos_token_id names no token: text ends at the tokenizer's", where);
     return true;
 }
 
@@ -4311,8 +4316,9 @@ bool retrofit_config_read_file(retrofit_config *config, const char *path) {
 // transformers.
 static bool read_generation_config(retrofit_config *config, const char *directory) {
     char path[RETROFIT_PATH];
+    struct stat status; // a link that leads nowhere is there, and cannot be read
     if (!retrofit_path(path, directory, "generation_config.json")) return false;
-    if (access(path, F_OK)) return true;
+    if (lstat(path, &status)) return true;
     retrofit_json *json = retrofit_json_read(path, NULL);
     bool ok = json && read_config_ids(config, json, path);
     retrofit_json_free(json);
@@ -4742,45 +4748,58 @@ static bool note_beside(const char *directory) {
     return true;
 }
 
-// Whether one of n numbers is infinite or no number: then its exponent has ones alone.
-static bool has_infinite(const char *data, retrofit_type type, size_t n) {
-    uint32_t found = 0, exponent = type == RETROFIT_BF16 ? 0x7f80 : 0x7c00;
+// What n numbers hold: one that is infinite or no number, whose exponent has ones alone; any that
+// is not zero.
+typedef struct {
+    bool infinite, nonzero;
+} number_kinds;
+
+static number_kinds kinds_of_numbers(const char *data, retrofit_type type, size_t n) {
+    uint32_t infinite = 0, nonzero = 0, exponent = type == RETROFIT_BF16 ? 0x7f80 : 0x7c00;
     for (size_t i = 0; i < n && type == RETROFIT_F32; i++) {
         uint32_t x;
         memcpy(&x, data + 4 * i, 4);
-        found |= (x & 0x7f800000) == 0x7f800000;
+        infinite |= (x & 0x7f800000) == 0x7f800000;
+        nonzero |= x;
     }
     for (size_t i = 0; i < n && retrofit_type_size(type) == 2; i++) {
         uint16_t x;
         memcpy(&x, data + 2 * i, 2);
-        found |= (x & exponent) == exponent;
+        infinite |= (x & exponent) == exponent;
+        nonzero |= x;
     }
     for (size_t i = 0; i < n && type == RETROFIT_F64; i++) {
         float x;
         retrofit_to_float(&x, data + 8 * i, type, 1);
-        found |= !isfinite(x);
+        infinite |= !isfinite(x);
+        nonzero |= x != 0;
     }
-    return found;
+    return (number_kinds){infinite, nonzero};
 }
 
-// A tensor for each thread; then the first one that is wrong is gone through number by number.
-static bool check_all_finite(const retrofit_map *map) {
-    size_t wrong = map->count;
+// Looks at all numbers, a tensor for each thread. A tensor of zeros alone is what a download with a
+// hole in it leaves, but may be meant.
+static bool check_values(const retrofit_map *map) {
+    size_t wrong = map->count, zero = map->count;
 #ifdef _OPENMP
-#pragma omp parallel for reduction(min : wrong) schedule(dynamic)
+#pragma omp parallel for reduction(min : wrong, zero) schedule(dynamic)
 #endif
     for (size_t i = 0; i < map->count; i++) {
         const retrofit_tensor *tensor = &map->tensors[i];
-        bool integers = tensor->type == RETROFIT_I32;
-        if (!integers && has_infinite(tensor->data, tensor->type, tensor->count))
-            wrong = retrofit_min(wrong, i);
+        if (tensor->type == RETROFIT_I32) continue;
+        number_kinds kinds = kinds_of_numbers(tensor->data, tensor->type, tensor->count);
+        if (kinds.infinite) wrong = retrofit_min(wrong, i);
+        if (!kinds.nonzero) zero = retrofit_min(zero, i);
     }
+    if (zero < map->count)
+        retrofit_note("%s: tensor %s holds zeros alone: if that is not meant, the download is not "
+                      "complete", map->path, map->tensors[zero].name);
     if (wrong == map->count) return true;
 
     const retrofit_tensor *tensor = &map->tensors[wrong];
     size_t at = 0, size = retrofit_type_size(tensor->type);
     const char *data = tensor->data;
-    while (!has_infinite(data + at * size, tensor->type, 1)) at++;
+    while (!kinds_of_numbers(data + at * size, tensor->type, 1).infinite) at++;
     return retrofit_fail("%s: tensor %s: number %zu is infinite or no number: the file is damaged, "
                          "or its training failed", map->path, tensor->name, at);
 }
@@ -4790,7 +4809,7 @@ static bool load_files(retrofit_model *model, retrofit_mode mode, const char *di
     if (!load_weights(model, mode, directory)) return false;
     for (size_t i = 0; i < model->map_count; i++) {
         if (!check_all_used(model, &model->maps[i])) return false;
-        if (!check_all_finite(&model->maps[i])) return false;
+        if (!check_values(&model->maps[i])) return false;
     }
     note_other_head(model, directory);
     if (!note_beside(directory)) return false;
@@ -5341,7 +5360,13 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
     if (data->order) row = data->order[row];
     for (; row >= data->shards[s].rows; s++) row -= data->shards[s].rows;
 
+    // A file that became shorter ends the program where the missing part is touched.
     size_t first = row * (data->T + 1);
+    const char *path = data->files.gl_pathv[s];
+    struct stat status;
+    if (stat(path, &status) == 0 && (size_t)status.st_size < data->shards[s].bytes)
+        return retrofit_fail("%s: became shorter while it was read: a shard must not change during "
+                             "a run", path);
     for (size_t t = 0; t <= data->T; t++) {
         uint32_t id = shard_id(&data->shards[s], first + t);
         if (id >= data->vocab) return fail_id(data, s, first + t, id);
@@ -6478,7 +6503,8 @@ bool retrofit_key_check(const char *key, const char *value, const retrofit_key *
                         const char *where, bool *known) {
     const retrofit_key *row = retrofit_key_find(key, table, count);
     *known = true;
-    if (is_one_of(value, "null|false||[]|{}")) return true;
+    bool must_be_true = row && row->neutral && !strcmp(row->neutral, "true");
+    if (is_one_of(value, must_be_true ? "null" : "null|false||[]|{}")) return true;
     if (row && (!row->neutral || !strcmp(row->neutral, "*"))) return true;
     if (row && is_one_of(value, row->neutral)) return true;
     if (row)
@@ -7955,6 +7981,7 @@ enum { TOK_CLASSES = sizeof tok_classes / sizeof *tok_classes };
 // error counts. Callers stop where it suits them.
 typedef struct {
     retrofit_tokenizer *tokenizer;
+    const char *directory;
     char path[RETROFIT_PATH]; // of the file being read
     bool failed;              // an error has been reported
     int last_row;             // of tok_steps: the step loaded before; -1 at first
@@ -8610,9 +8637,26 @@ static void tok_load_more_tokens(tok_loader *loader) {
     tok_enter_specials(loader, loader->config, "extra_special_tokens");
 }
 
+// Where no class is named, transformers takes one by config.json's model_type; for a Llama one that
+// adds <s>, whatever tokenizer.json says. Here a tokenizer does not depend on the model beside it.
+static void tok_note_missing_class(const tok_loader *loader) {
+    char path[RETROFIT_PATH];
+    bool fits = retrofit_path(path, loader->directory, "config.json");
+    if (!fits || access(path, F_OK)) return;
+    retrofit_json *json = retrofit_json_read(path, NULL);
+    if (retrofit_json_is(retrofit_json_get(json, "model_type"), "llama"))
+        retrofit_note("%s/tokenizer_config.json: no tokenizer_class: tokenizer.json is followed as "
+                      "it is; transformers would take LlamaTokenizer, which adds its own <s>: name "
+                      "the class", loader->directory);
+    retrofit_json_free(json);
+}
+
 // The class of the tokenizer, without "Fast".
 static void tok_load_class(tok_loader *loader) {
-    if (!tok_present(loader->config, "tokenizer_class")) return;
+    if (!tok_present(loader->config, "tokenizer_class")) {
+        tok_note_missing_class(loader);
+        return;
+    }
     const retrofit_json *class =
         tok_get(loader, loader->config, "tokenizer_class", RETROFIT_JSON_STRING);
     size_t length = class->length;
@@ -8746,6 +8790,7 @@ static size_t tok_count(const retrofit_json *object, const char *key) {
 
 static void tok_load_directory(tok_loader *loader, const char *directory) {
     size_t size = 0;
+    loader->directory = directory;
     loader->root = tok_read_json(loader, directory, "tokenizer.json", true, &size);
     loader->config = tok_read_json(loader, directory, "tokenizer_config.json", false, &size);
     loader->map = tok_read_json(loader, directory, "special_tokens_map.json", false, &size);
@@ -9288,8 +9333,20 @@ static bool is_given_before(char **argv, const char *argument) {
     return false;
 }
 
+// What a program needs of the system that started it: three open streams, so that no file of ours
+// takes the number of one and gets what is printed; and a write beyond a limit on file sizes fails
+// like any other, instead of ending the program.
+static void prepare_process(void) {
+    for (int fd = 0; fd < 3; fd++) {
+        bool closed = fcntl(fd, F_GETFD) < 0 && errno == EBADF;
+        if (closed && open("/dev/null", O_RDWR) < 0) return;
+    }
+    signal(SIGXFSZ, SIG_IGN);
+}
+
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
                      const char *usage, const char **others, size_t *other_count) {
+    prepare_process();
     const char *slash = strrchr(argv[0], '/'), *program = slash ? slash + 1 : argv[0];
     for (int i = 1; i < argc; i++) {
         const char *argument = argv[i], *name = argument + 2, *value = strchr(argument, '=');
@@ -9313,6 +9370,13 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         bool alone = !option || option->type == RETROFIT_FLAG || option->type == RETROFIT_SWITCH;
         if (value) value++;
         else if (!alone && i + 1 < argc) value = argv[++i];
+        bool forgotten = value && value == argv[i] && !strncmp(value, "--", 2) &&
+                         find_option(table, count, value + 2);
+        if (forgotten) {
+            fprintf(stderr, "%s: --%s needs a value before %s (if that is the value: --%s=%s)\n",
+                    program, option->name, value, option->name, value);
+            return 2;
+        }
         if (option && value && is_given_before(argv, argument))
             retrofit_note("--%s is given twice: %s counts", option->name, value);
         bool ok = option ? read_option(option, value)

@@ -471,12 +471,14 @@ static void on_signal(int number) {
     caught_signal = number;
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
+    signal(SIGHUP, SIG_DFL);
 }
 
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGHUP, &action, NULL);
 }
 
 // Whether to stop now: a signal came, or work of so many FLOPs would end after saving must begin.
@@ -1080,8 +1082,19 @@ static bool save_optimizer(const char *directory) {
     return retrofit_save_optimizer(run.model, directory, metadata);
 }
 
+// A checkpoint gets the tokenizer's files as they lie there when it is written.
+static void check_tokenizer_is_same(void) {
+    if (!run.tokenizer_hash) return;
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(run.source);
+    if (!tokenizer || retrofit_tokenizer_hash(tokenizer) != run.tokenizer_hash)
+        message("step %zu: the tokenizer in %s changed during the run: the checkpoint gets it as "
+                "it is now; put the old one into it", progress.step, run.source);
+    retrofit_tokenizer_free(tokenizer);
+}
+
 // Writes a checkpoint's files. The log is flushed with them, so that it never lacks their steps.
 static bool write_checkpoint(const char *directory) {
+    check_tokenizer_is_same();
     if (!retrofit_save(run.model, directory, RETROFIT_F32, run.source)) return false;
     if (!save_optimizer(directory)) return false;
     if (!check_finite(directory, "model.safetensors")) return false;
