@@ -175,6 +175,28 @@ late() { # call at which the log cannot be written
 check "a log that fails at some step" late 9
 check "a log that fails at a later one" late 12
 
+shrunk() { # a shard becomes shorter while it is trained on
+    cp "$work/shard.bin" "$work/shrinking.bin"
+    (run shrunk --data "$work/shrinking.bin" --steps 1000000) 2>"$work/stderr" &
+    pid=$!
+    wait_for shrunk/log.jsonl
+    while [ "$(wc -l <"$work/shrunk/log.jsonl")" -lt 3 ] && kill -0 $pid; do sleep 0.01; done
+    dd if=/dev/null of="$work/shrinking.bin" bs=1 seek=1100 2>/dev/null # cuts it off there
+    wait $pid
+    [ $? -eq 1 ] && grep 'shrinking.bin: became shorter.*are saved' "$work/stderr" &&
+        [ -f "$work/shrunk/latest/model.safetensors" ]
+}
+check "a shard that becomes shorter" shrunk
+limited() { # writes of more than some blocks fail
+    ulimit -f 200
+    run limited
+}
+check "a limit on file sizes" fails 1 'File too large' limited
+check "a limit on file sizes: nothing half-written" holds limited log.jsonl
+(run closed --flops 1) >&- 2>&-
+other_lines=$(grep -vc '^{"step"' "$work/closed/log.jsonl")
+check "closed streams: the log is the log" [ "$other_lines" -eq 0 ]
+
 # ---- where links cannot be, and copies without them
 links_fail() { # command: the link is the first call after the directories of $work/OUT
     call=$(echo "$work/" | tr -cd / | wc -c)
@@ -193,7 +215,8 @@ check "a copy without links goes on" short copied --resume
 check "a copy without links: the same bits" same copied pair
 cp -a "$work/half" "$work/unlinked"
 rm "$work/unlinked/latest"
-check "a run without its link" fails 1 'latest names no checkpoint, but .*step_00000001 is intact: echo' \
+check "a run without its link" \
+    fails 1 'latest names no checkpoint, but .*step_00000001 is intact: echo' \
     short unlinked --resume
 
 # ---- the data, the model and the tokenizer of a run
