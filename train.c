@@ -65,7 +65,7 @@ static const retrofit_option option_table[] = {
     {"dry-run", RETROFIT_SWITCH, &options.dry_run, "schedule",
      "print memory, FLOPs, time and schedule (or each micro-batch of it), and stop"},
 
-    HEADING("When to stop (SIGINT and SIGTERM do so too: after the running step, "
+    HEADING("When to stop (SIGINT, SIGTERM and SIGHUP do so too: after the running step, "
             "with a checkpoint)"),
     {"steps", RETROFIT_SIZE, &training.steps, "N", "optimizer steps"},
     {"flops", RETROFIT_REAL, &options.flops, "F",
@@ -1841,7 +1841,9 @@ static void report(void) {
         return;
     }
     const char *reason = "--time-limit";
-    if (caught_signal) reason = caught_signal == SIGINT ? "SIGINT" : "SIGTERM";
+    if (caught_signal == SIGINT) reason = "SIGINT";
+    if (caught_signal == SIGTERM) reason = "SIGTERM";
+    if (caught_signal == SIGHUP) reason = "SIGHUP";
     fprintf(stderr, "train: %s: stopped after step %zu of %zu, saved in %s: --resume goes on\n",
             reason, progress.step, training.steps, run.latest);
 }
