@@ -693,34 +693,7 @@ typedef struct {
     char *error; // what was wrong with it, or NULL
 } document;
 
-// ---- Text that is not UTF-8 ---------------------------------------------------------------------
-
-// Where text is first not UTF-8: from `begin` on; `size` if nowhere.
-static size_t find_invalid(const char *text, size_t begin, size_t size) {
-    uint32_t code_point;
-    size_t length = 1;
-    for (size_t i = begin; i < size; i += length) {
-        length = 1;
-        if (!(text[i] & 0x80)) continue;
-        length = retrofit_utf8_next(text + i, size - i, &code_point);
-        if (code_point == RETROFIT_UTF8_INVALID) return i;
-    }
-    return size;
-}
-
-// Copies text with U+FFFD for each invalid stretch. Returns the number of stretches.
-static size_t replace_invalid(retrofit_text *out, const char *text, size_t size) {
-    size_t count = 0, begin = 0;
-    for (;;) {
-        size_t end = find_invalid(text, begin, size);
-        retrofit_text_append(out, text + begin, end - begin);
-        if (end == size) return count;
-        uint32_t code_point;
-        retrofit_text_append(out, "\xef\xbf\xbd", 3);
-        begin = end + retrofit_utf8_next(text + end, size - end, &code_point);
-        count++;
-    }
-}
+// ---- What is no text ----------------------------------------------------------------------------
 
 // Files that are no UTF-8 text, by how they begin.
 static const struct {
@@ -878,7 +851,7 @@ static bool encode_document(const retrofit_tokenizer *tokenizer, document *docum
                             const char *path) {
     char where[RETROFIT_PATH + 32];
     const char *text = document->raw;
-    size_t size = document->size, invalid = find_invalid(text, 0, size);
+    size_t size = document->size, invalid = retrofit_find_invalid(text, 0, size);
     if (document->line == 0) snprintf(where, sizeof where, "%s", path);
     else snprintf(where, sizeof where, "%s: line %zu", path, document->line);
     if (document->line > 0) document->lost[LOST_HALF] = mend_line(document->raw, size);
@@ -889,7 +862,7 @@ static bool encode_document(const retrofit_tokenizer *tokenizer, document *docum
                              "WINDOWS-1252 -t UTF-8, or --encoding-errors replace", where, invalid,
                              (unsigned char)text[invalid]);
     retrofit_text valid = {0};
-    document->lost[LOST_BYTES] = replace_invalid(&valid, text, size);
+    document->lost[LOST_BYTES] = retrofit_append_valid(&valid, text, size);
     bool ok = !valid.failed && encode_text(tokenizer, document, where, valid.bytes, valid.size);
     free(valid.bytes);
     return ok;

@@ -1177,10 +1177,7 @@ static void read_chat_template(void) {
         die(1, "%s: no chat template, neither chat_template.jinja nor chat_template in "
                "tokenizer_config.json: a base model; without --chat it continues a text",
             directory);
-    uint32_t character = 0;
-    for (size_t i = 0; i < size && character != RETROFIT_UTF8_INVALID;)
-        i += retrofit_utf8_next(template.text + i, size - i, &character);
-    if (character == RETROFIT_UTF8_INVALID)
+    if (retrofit_find_invalid(template.text, 0, size) < size)
         die(1, "%s: the chat template is not UTF-8", template.where);
 
     // Jinja reads \r\n and \r as \n, and drops one at the end.

@@ -2554,8 +2554,12 @@ void retrofit_skip_mark(const char **text, size_t *size);
 // RETROFIT_UTF8_INVALID, and the length is that of the stretch for which Unicode puts one U+FFFD.
 #define RETROFIT_UTF8_INVALID UINT32_MAX
 size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point);
+// Where text is first not UTF-8: from `begin` on; `size` if nowhere.
+size_t retrofit_find_invalid(const char *text, size_t begin, size_t size);
 // Whether a text is UTF-8; `where` begins the error, which names the byte. false or error.
 bool retrofit_check_utf8(const char *text, size_t size, const char *where);
+// Appends text with one U+FFFD for each stretch that is not UTF-8. Returns the number of stretches.
+size_t retrofit_append_valid(retrofit_text *out, const char *text, size_t size);
 
 enum {
     RETROFIT_JSON_NULL,
@@ -6102,16 +6106,39 @@ size_t retrofit_utf8_next(const char *text, size_t size, uint32_t *code_point) {
     return more + 1;
 }
 
-bool retrofit_check_utf8(const char *text, size_t size, const char *where) {
+size_t retrofit_find_invalid(const char *text, size_t begin, size_t size) {
     uint32_t code_point;
-    for (size_t i = 0; i < size;) {
-        size_t length = retrofit_utf8_next(text + i, size - i, &code_point);
-        if (code_point == RETROFIT_UTF8_INVALID)
-            return retrofit_fail("%s: byte %zu: not UTF-8: convert it first (iconv -t UTF-8)",
-                                 where, i);
-        i += length;
+    size_t length;
+    for (size_t i = begin; i < size; i += length) {
+        length = 1;
+        if (!(text[i] & 0x80)) continue;
+        length = retrofit_utf8_next(text + i, size - i, &code_point);
+        if (code_point == RETROFIT_UTF8_INVALID) return i;
     }
-    return true;
+    return size;
+}
+
+bool retrofit_check_utf8(const char *text, size_t size, const char *where) {
+    size_t invalid = retrofit_find_invalid(text, 0, size);
+    if (invalid == size) return true;
+    return retrofit_fail("%s: byte %zu: not UTF-8: convert it first (iconv -t UTF-8)", where,
+                         invalid);
+}
+
+#define UTF8_REPLACEMENT "\xef\xbf\xbd" // U+FFFD, for what is not UTF-8
+
+size_t retrofit_append_valid(retrofit_text *out, const char *text, size_t size) {
+    size_t count = 0, end;
+    uint32_t code_point;
+    for (size_t begin = 0; begin < size; begin = end) {
+        end = retrofit_find_invalid(text, begin, size);
+        retrofit_text_append(out, text + begin, end - begin);
+        if (end == size) break;
+        retrofit_text_append(out, UTF8_REPLACEMENT, 3);
+        end += retrofit_utf8_next(text + end, size - end, &code_point);
+        count++;
+    }
+    return count;
 }
 
 // Writes a valid code point as UTF-8 to out, which has room for four bytes, and returns its length.
@@ -6779,7 +6806,6 @@ enum {
     TOK_MAX_SPECIALS = 16, // before the text, and after it
 };
 #define TOK_MARK    "▁"            // U+2581, which SentencePiece writes for a space
-#define TOK_INVALID "\xef\xbf\xbd" // U+FFFD, for what is not UTF-8
 
 // The members of tokenizer.json that hold a step, or a Sequence, which holds a list of steps.
 enum { TOK_NORMALIZER, TOK_PRE_TOKENIZER, TOK_DECODER, TOK_POST_PROCESSOR };
@@ -7011,17 +7037,6 @@ static tok_merge *tok_merge_slot(const retrofit_tokenizer *tokenizer, uint64_t p
         if (!merge->rank || merge->pair == pair) return merge;
     }
     return NULL;
-}
-
-// Appends text with one U+FFFD for each stretch that is not UTF-8.
-static void tok_append_valid(retrofit_text *out, const char *text, size_t size) {
-    size_t length;
-    for (size_t i = 0; i < size; i += length) {
-        uint32_t code_point;
-        length = retrofit_utf8_next(text + i, size - i, &code_point);
-        if (code_point == RETROFIT_UTF8_INVALID) retrofit_text_append(out, TOK_INVALID, 3);
-        else retrofit_text_append(out, text + i, length);
-    }
 }
 
 // Appends text with `to` wherever it has `from`.
@@ -7657,7 +7672,7 @@ static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size,
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                          bool with_special, size_t *count) {
     tok_encoder encoder = {.tokenizer = tokenizer};
-    tok_append_valid(&encoder.valid, text, size);
+    retrofit_append_valid(&encoder.valid, text, size);
     size_t before = with_special ? tokenizer->before.count : 0;
     size_t after = with_special ? tokenizer->after.count : 0;
     retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
@@ -7694,7 +7709,7 @@ static void tok_flush_bytes(retrofit_text *out, retrofit_text *run) {
     }
     if (valid) retrofit_text_append(out, run->bytes, run->size);
     else
-        for (size_t i = 0; i < run->size; i++) retrofit_text_append(out, TOK_INVALID, 3);
+        for (size_t i = 0; i < run->size; i++) retrofit_text_append(out, UTF8_REPLACEMENT, 3);
     run->size = 0;
 }
 
@@ -7760,7 +7775,7 @@ char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, s
             first = false;
         }
     }
-    if (tokenizer->has[TOK_UNDO_BYTES]) tok_append_valid(&out, run.bytes, run.size);
+    if (tokenizer->has[TOK_UNDO_BYTES]) retrofit_append_valid(&out, run.bytes, run.size);
     else tok_flush_bytes(&out, &run);
     retrofit_text_append(&out, "", 1);
     free(run.bytes);
@@ -7777,7 +7792,7 @@ char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, s
 // character, and what a run of byte tokens stands for is known only when it is over.
 static bool tok_may_change(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
                            bool skip_special, const char *text, size_t size) {
-    if (size >= 3 && !memcmp(text + size - 3, TOK_INVALID, 3)) return true;
+    if (size >= 3 && !memcmp(text + size - 3, UTF8_REPLACEMENT, 3)) return true;
     if (!tokenizer->has[TOK_BYTE_FALLBACK]) return false;
     for (size_t i = count; i > 0; i--) {
         const tok_token *token = tok_token_at(tokenizer, ids[i - 1]);
