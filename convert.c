@@ -1022,13 +1022,14 @@ static int compare_identities(const void *a, const void *b) {
     return (x->inode > y->inode) - (x->inode < y->inode);
 }
 
-static void check_name(const char *path) {
+// Returns what stat says of the file.
+static struct stat check_name(const char *path) {
     struct stat status;
     if (!ends_with(path, ".txt") && !ends_with(path, ".jsonl"))
         die(2, "%s: the name ends neither in .txt nor in .jsonl, the kinds that are known", path);
     if (!stat(path, &status)) {
         if (!S_ISREG(status.st_mode)) die(1, "%s: not a regular file", path);
-        return;
+        return status;
     }
     if (errno == ENOENT && strpbrk(path, "*?["))
         die(1, "%s: No such file: the shell found none of this pattern, or it was in quotes", path);
@@ -1040,8 +1041,9 @@ static void check_output(const file_identity *files, size_t count) {
     struct stat status;
     if (!stat(options.to, &status)) {
         if (!S_ISREG(status.st_mode)) die(1, "--to %s: there already, and no file", options.to);
+        file_identity output = {status.st_dev, status.st_ino, options.to};
         for (size_t i = 0; i < count; i++)
-            if (files[i].device == status.st_dev && files[i].inode == status.st_ino)
+            if (!compare_identities(&files[i], &output))
                 die(1, "--to %s: this is the input %s: choose another name", options.to,
                     files[i].path);
         retrofit_note("%s is there already and will be replaced", options.to);
@@ -1061,10 +1063,8 @@ static size_t check_text_files(const char *const *files, size_t count) {
     size_t bytes = 0;
     file_identity *identities = allocate_or_die(count, sizeof *identities);
     for (size_t i = 0; i < count; i++) {
-        struct stat status;
-        check_name(files[i]);
+        struct stat status = check_name(files[i]);
         check_kind(files[i]);
-        if (stat(files[i], &status)) die(1, "%s: %s", files[i], strerror(errno));
         identities[i] = (file_identity){status.st_dev, status.st_ino, files[i]};
         bytes += (size_t)status.st_size;
     }

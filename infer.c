@@ -3564,11 +3564,6 @@ static void check_sampling(void) {
         die(2, "--temperature is at least 0, --top-p between 0 and 1, --min-p from 0 to 1");
 }
 
-static bool same_place(const char *a, const char *b) {
-    struct stat x, y;
-    return a && b && !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-}
-
 // What is written must not be what is read: no file that lies in a model's or a tokenizer's
 // directory, nor one of the model's that lies elsewhere.
 static void protect_inputs(const char *option, const char *path) {
@@ -3577,8 +3572,10 @@ static void protect_inputs(const char *option, const char *path) {
     if (!path || stat(path, &status)) return;
     snprintf(parent, sizeof parent, "%s", path);
     retrofit_parent_directory(parent);
-    bool input = same_place(parent, model_directory) || same_place(parent, tokenizer_directory);
-    for (size_t i = 0; i < model->map_count; i++) input |= same_place(path, model->maps[i].path);
+    bool input = retrofit_same_file(parent, model_directory) ||
+                 retrofit_same_file(parent, tokenizer_directory);
+    for (size_t i = 0; i < model->map_count; i++)
+        input = input || retrofit_same_file(path, model->maps[i].path);
     if (input) die(2, "%s %s: is a file of the model's: write elsewhere", option, path);
     if (S_ISREG(status.st_mode)) retrofit_note("%s is there already and is replaced", path);
 }

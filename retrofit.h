@@ -2524,6 +2524,8 @@ bool retrofit_make_directories(char *path, bool fresh);
 bool retrofit_sync_directory(const char *path);
 // Cuts a path, in place, to the directory that it lies in: "a/b" to "a", "a" to ".".
 void retrofit_parent_directory(char *path);
+// Whether two paths lead to one file or directory, which is there.
+bool retrofit_same_file(const char *a, const char *b);
 // Seconds on a clock that only goes forward; differences alone have a meaning.
 double retrofit_seconds(void);
 
@@ -5303,19 +5305,13 @@ bool retrofit_data_check_ids(const retrofit_data *data) {
     return true;
 }
 
-// Which file of a file system it is.
-static bool same_file(const char *a, const char *b) {
-    struct stat x, y;
-    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-}
-
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other) {
     for (size_t i = 0; i < data->files.gl_pathc; i++) {
         const token_shard *a = &data->shards[i];
         for (size_t j = 0; j < other->files.gl_pathc; j++) {
             const token_shard *b = &other->shards[j];
             const char *x = data->files.gl_pathv[i], *y = other->files.gl_pathv[j];
-            bool same = same_file(x, y);
+            bool same = retrofit_same_file(x, y);
             if (!same && a->bytes == b->bytes)
                 same = retrofit_sample_hash(a->base, a->bytes) ==
                        retrofit_sample_hash(b->base, b->bytes);
@@ -9070,6 +9066,11 @@ void retrofit_parent_directory(char *path) {
     if (slash == path) slash[1] = 0; // the root
     else if (slash) slash[0] = 0;
     else strcpy(path, ".");
+}
+
+bool retrofit_same_file(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 // Cuts the path behind each of its names in turn, makes that directory, and mends the cut.
