@@ -5122,6 +5122,7 @@ enum { SHARD_HEADER = 1024 }; // bytes
 typedef struct {
     void *base;
     size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
+    uint64_t hash;             // retrofit_sample_hash of all of it; 0: not computed yet
 } token_shard;
 
 struct retrofit_data {
@@ -5305,16 +5306,19 @@ bool retrofit_data_check_ids(const retrofit_data *data) {
     return true;
 }
 
+static uint64_t shard_hash(token_shard *shard) {
+    if (!shard->hash) shard->hash = retrofit_sample_hash(shard->base, shard->bytes);
+    return shard->hash;
+}
+
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other) {
     for (size_t i = 0; i < data->files.gl_pathc; i++) {
-        const token_shard *a = &data->shards[i];
+        token_shard *a = &data->shards[i];
         for (size_t j = 0; j < other->files.gl_pathc; j++) {
-            const token_shard *b = &other->shards[j];
+            token_shard *b = &other->shards[j];
             const char *x = data->files.gl_pathv[i], *y = other->files.gl_pathv[j];
             bool same = retrofit_same_file(x, y);
-            if (!same && a->bytes == b->bytes)
-                same = retrofit_sample_hash(a->base, a->bytes) ==
-                       retrofit_sample_hash(b->base, b->bytes);
+            if (!same && a->bytes == b->bytes) same = shard_hash(a) == shard_hash(b);
             if (same)
                 return retrofit_fail("%s: the same as %s: validation data must not be trained on: "
                                      "keep them in a place of their own", y, x);
@@ -5327,10 +5331,10 @@ char *retrofit_data_describe(const retrofit_data *data) {
     retrofit_text text = {0};
     for (size_t i = 0; i < data->files.gl_pathc; i++) {
         const char *path = data->files.gl_pathv[i], *slash = strrchr(path, '/');
-        const token_shard *shard = &data->shards[i];
+        token_shard *shard = &data->shards[i];
         char line[64];
-        uint64_t hash = retrofit_sample_hash(shard->base, shard->bytes);
-        snprintf(line, sizeof line, " %zu %016llx\n", shard->bytes, (unsigned long long)hash);
+        unsigned long long hash = shard_hash(shard);
+        snprintf(line, sizeof line, " %zu %016llx\n", shard->bytes, hash);
         const char *name = slash ? slash + 1 : path;
         retrofit_text_append(&text, name, strlen(name));
         retrofit_text_append(&text, line, strlen(line));
