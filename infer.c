@@ -2229,9 +2229,6 @@ struct evaluation {
 // Loss on shards that another tokenizer made means nothing: they are refused, as train does.
 static void check_shards(const retrofit_data *data) {
     retrofit_tokenizer *shards_tokenizer = retrofit_tokenizer_load(tokenizer_directory);
-    if (!shards_tokenizer)
-        retrofit_note("whether the data were made with the model's tokenizer cannot be checked: %s",
-                      retrofit_error());
     require(retrofit_data_check(data, shards_tokenizer));
     require(retrofit_data_check_ids(data));
     retrofit_tokenizer_free(shards_tokenizer);

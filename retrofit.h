@@ -2781,8 +2781,9 @@ retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, b
                                   uint64_t seed);
 void retrofit_data_close(retrofit_data *data);
 size_t retrofit_data_rows(const retrofit_data *data);
-// false or error if a shard was made with another tokenizer than this one, which may be NULL. What
-// cannot be checked, since the tokenizer or a shard's hash is missing, is said in a note.
+// false or error if a shard was made with another tokenizer than this one, which is NULL where it
+// could not be loaded. What cannot be checked is said in a note: why there is no tokenizer, by
+// retrofit_error; which shards do not say what made them.
 bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *tokenizer);
 // Reads all tokens of all shards. false or error if an id is not below vocab.
 bool retrofit_data_check_ids(const retrofit_data *data);
@@ -5255,6 +5256,9 @@ bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *to
     uint64_t ours = tokenizer ? retrofit_tokenizer_hash(tokenizer) : 0;
     size_t count = data->files.gl_pathc, unknown = 0;
     const char *first = NULL; // of those whose tokenizer is unknown
+    if (!tokenizer)
+        retrofit_note("whether the data were made with the model's tokenizer cannot be checked: %s",
+                      retrofit_error());
     for (size_t i = 0; i < count; i++) {
         const uint32_t *header = data->shards[i].base;
         const char *name = data->files.gl_pathv[i];

@@ -1581,16 +1581,12 @@ static void choose_device(void) {
     require(run.model);
 }
 
-// Shards that another tokenizer made are refused; where the model has no tokenizer that we can
-// read, that is said.
+// Shards that another tokenizer made are refused.
 static void check_tokenizer(void) {
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(run.source);
     if (tokenizer) {
         run.tokenizer_hash = retrofit_tokenizer_hash(tokenizer);
         retrofit_config_mend_ids(&run.config, tokenizer, run.source);
-    } else {
-        retrofit_note("whether the data were made with the model's tokenizer cannot be checked: %s",
-                      retrofit_error());
     }
     require(retrofit_data_check(run.data, tokenizer));
     if (run.val) require(retrofit_data_check(run.val, tokenizer));
