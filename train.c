@@ -10,7 +10,7 @@
 // ---- Options -----------------------------------------------------------------------------------
 
 enum { MAX_EVALS = 32, MAX_RECURRENCES = 1 << 16, MAX_BATCH_SIZE = 1 << 24 };
-enum { NOT_GIVEN = -1 };           // a choice that the command line leaves open
+enum { NOT_GIVEN = -1 };       // a choice that the command line leaves open
 enum { DRY_RUN_SCHEDULE = 2 }; // options.dry_run for --dry-run=schedule; 1 for --dry-run alone
 
 static const char default_recurrences[] = "1,2,4,8,16,32";
@@ -911,24 +911,35 @@ static void prune(void) {
     free_entries(entries, count);
 }
 
+// The newest checkpoint that is intact, but for the one of this name, which may be NULL. Sets path.
+// The name, or NULL.
+static const char *find_intact(const char *except, char path[RETROFIT_PATH]) {
+    struct dirent **entries;
+    const char *found = NULL;
+    int count = scandir(options.out, &entries, is_checkpoint, newest_first);
+    for (int i = 0; i < count && !found; i++) {
+        const char *name = entries[i]->d_name;
+        if (is_temporary(name) || (except && !strcmp(name, except))) continue;
+        if (!retrofit_path(path, options.out, name) || !check_manifest(path)) continue;
+        found = strrchr(path, '/') + 1;
+    }
+    free_entries(entries, count);
+    return found;
+}
+
 // Ends the program if OUT/latest is damaged, and says which older checkpoint is not.
 static void check_latest(void) {
     char path[RETROFIT_PATH], linked[RETROFIT_PATH] = {0}, error[1024];
-    struct dirent **entries;
     if (check_manifest(run.newest)) return;
     snprintf(error, sizeof error, "%s", retrofit_error());
     const char *slash = strrchr(run.newest, '/');
     if (readlink(run.latest, linked, sizeof linked - 1) < 0)
         snprintf(linked, sizeof linked, "%s", slash ? slash + 1 : run.newest);
 
-    int count = scandir(options.out, &entries, is_checkpoint, newest_first);
-    for (int i = 0; i < count; i++) {
-        const char *name = entries[i]->d_name;
-        if (!strcmp(name, linked) || is_temporary(name)) continue;
-        if (!retrofit_path(path, options.out, name) || !check_manifest(path)) continue;
+    const char *intact = find_intact(linked, path);
+    if (intact)
         die(1, "%s; %s is intact: rm %s && echo %s >%s, then --resume", error, path, run.latest,
-            name, run.latest);
-    }
+            intact, run.latest);
     die(1, "%s; no other checkpoint in %s is intact: begin anew with another --out", error,
         options.out);
 }
@@ -1667,16 +1678,11 @@ static bool is_there(const char *path) {
 
 // A run that was copied by a program that leaves links out still has its checkpoints.
 __attribute__((noreturn)) static void die_without_latest(void) {
-    struct dirent **entries;
     char path[RETROFIT_PATH];
-    int count = scandir(options.out, &entries, is_checkpoint, newest_first);
-    for (int i = 0; i < count; i++) {
-        const char *name = entries[i]->d_name;
-        if (is_temporary(name) || !retrofit_path(path, options.out, name)) continue;
-        if (check_manifest(path))
-            die(1, "--resume: %s names no checkpoint, but %s is intact: echo %s >%s, then --resume",
-                run.latest, path, name, run.latest);
-    }
+    const char *intact = find_intact(NULL, path);
+    if (intact)
+        die(1, "--resume: %s names no checkpoint, but %s is intact: echo %s >%s, then --resume",
+            run.latest, path, intact, run.latest);
     die(2, "--resume: there is no checkpoint in %s", options.out);
 }
 
