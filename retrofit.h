@@ -7944,8 +7944,7 @@ static const retrofit_key tok_config_keys[] = {
     {"bos_token eos_token unk_token sep_token pad_token cls_token mask_token "
      "additional_special_tokens", NULL, "tokens with a role"},
     {"extra_special_tokens added_tokens_decoder tokenizer_class add_bos_token add_eos_token "
-     "add_prefix_space split_special_tokens clean_up_tokenization_spaces legacy", NULL,
-     "see below"},
+     "add_prefix_space split_special_tokens clean_up_tokenization_spaces", NULL, "see below"},
     {"tokenizer_file", "tokenizer.json|./tokenizer.json",
      "the tokenizer.json beside tokenizer_config.json is read: remove the key"},
     {"from_slow", "", "the tokenizer would be made from another file than tokenizer.json"},
@@ -7959,7 +7958,6 @@ static const retrofit_key tok_config_keys[] = {
     {"model_input_names return_token_type_ids", "*", "of Python's results"},
     {"name_or_path special_tokens_map_file", "*", "where it came from"},
     {"vocab_file merges_file", "*", "tokenizer.json has it all"},
-    {"sp_model_kwargs", "*", "of another file"},
     {"errors", "*", "of Python's own tokenizers; the others have \"replace\""},
     {"spaces_between_special_tokens", "*", "of Python's own tokenizers"},
     {"do_lower_case keep_accents remove_space strip_accents", "*",

@@ -27,6 +27,11 @@ table() { # name
         grep -q "^static const retrofit_key $1\[\]" "$file" && rows "$file" "$1"
     done
 }
+# The first row with a key counts: what a second one says of it would be dead.
+keys_once() { # name
+    [ -z "$(sed -n 's/^| \(`[^|]*`\) |.*/\1/p' "$work/$1" | sed 's/, /\
+/g' | sort | uniq -d)" ]
+}
 block() { # name: what stands between its comments
     awk -v name="$1" '$0 == "<!-- end -->" { on = 0 } on { print }
         $0 == "<!-- " name " -->" { on = 1 }' "$doc"
@@ -41,6 +46,7 @@ for name in $(grep -ho '^static const retrofit_key [a-z_]*\[\]' retrofit.h infer
     fi
     block "$name" >"$work/block"
     check "$doc has the table $name (make lines writes it)" cmp "$work/block" "$work/$name"
+    check "$name has no key twice" keys_once "$name"
     check "$name has rows" [ "$(wc -l <"$work/$name")" -gt 2 ]
 done
 printf '%-24s %d passed, %d failed\n' "tables of keys" $passed $failed
