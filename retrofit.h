@@ -2717,6 +2717,9 @@ void retrofit_safetensors_close(retrofit_map *map);
 // The tensor of that name; the text that __metadata__ has under that key. NULL if there is none.
 const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name);
 const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key);
+// Looks at all numbers. Sets *infinite to the first tensor that has one that is infinite or no
+// number, *zeros to the first that has zeros alone; each to map->count if there is none.
+void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size_t *zeros);
 // Writes tensors whose data lie in memory of `ops`. Floats are stored as `type`: F32, BF16, or F16
 // if they are F16 already; integers stay as they are. metadata: key, value, …, NULL; or just NULL.
 // false or error, and then there is no file.
@@ -4784,9 +4787,7 @@ static number_kinds kinds_of_numbers(const char *data, retrofit_type type, size_
     return (number_kinds){infinite, nonzero};
 }
 
-// Looks at all numbers, a tensor for each thread. A tensor of zeros alone is what a download with a
-// hole in it leaves, but may be meant.
-static bool check_values(const retrofit_map *map) {
+void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size_t *zeros) {
     size_t wrong = map->count, zero = map->count;
 #ifdef _OPENMP
 #pragma omp parallel for reduction(min : wrong, zero) schedule(dynamic)
@@ -4798,6 +4799,14 @@ static bool check_values(const retrofit_map *map) {
         if (kinds.infinite) wrong = retrofit_min(wrong, i);
         if (!kinds.nonzero) zero = retrofit_min(zero, i);
     }
+    *infinite = wrong;
+    *zeros = zero;
+}
+
+// A tensor of zeros alone is what a download with a hole in it leaves, but may be meant.
+static bool check_values(const retrofit_map *map) {
+    size_t wrong, zero;
+    retrofit_safetensors_survey(map, &wrong, &zero);
     if (zero < map->count)
         retrofit_note("%s: tensor %s holds zeros alone: if that is not meant, the download is not "
                       "complete", map->path, map->tensors[zero].name);

@@ -1062,14 +1062,12 @@ static bool check_finite(const char *directory, const char *name) {
     retrofit_map file;
     if (!retrofit_path(path, directory, name)) return false;
     if (!retrofit_safetensors_open(&file, path)) return false;
-    bool ok = true;
-    for (size_t i = 0; ok && i < file.count; i++) {
-        const float *x = file.tensors[i].data;
-        for (size_t j = 0; j < file.tensors[i].count; j++) ok &= isfinite(x[j]) != 0;
-        if (!ok)
-            retrofit_fail("step %zu: %s of %s holds nan or infinity: not saved; try a lower --lr",
-                          progress.step, file.tensors[i].name, name);
-    }
+    size_t infinite, zeros;
+    retrofit_safetensors_survey(&file, &infinite, &zeros);
+    bool ok = infinite == file.count;
+    if (!ok)
+        retrofit_fail("step %zu: %s of %s holds nan or infinity: not saved; try a lower --lr",
+                      progress.step, file.tensors[infinite].name, name);
     retrofit_safetensors_close(&file);
     return ok;
 }
