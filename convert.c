@@ -391,6 +391,12 @@ static void print_dropped(const retrofit_model *source, const layer_choice *choi
 
 // ---- The new model ------------------------------------------------------------------------------
 
+// What a training recorded is not true of a model that has not been trained yet.
+static void forget_training(retrofit_config *config) {
+    config->trained_seq_len = 0;
+    config->trained_state_zero = false;
+}
+
 static retrofit_config recurrent_config(const retrofit_config *source, const layer_choice *choice) {
     retrofit_config config = *source;
     config.prelude = choice->prelude.count;
@@ -400,6 +406,7 @@ static retrofit_config recurrent_config(const retrofit_config *source, const lay
     config.backprop_depth = options.backprop_depth;
     config.state_std = (float)RETROFIT_STATE_STD;
     config.tied = false;
+    forget_training(&config);
     return config;
 }
 
@@ -631,6 +638,7 @@ static void make_random(void) {
             options.random);
     if (options.mean_recurrence != SIZE_MAX) config.mean_recurrence = options.mean_recurrence;
     if (options.backprop_depth != SIZE_MAX) config.backprop_depth = options.backprop_depth;
+    forget_training(&config);
 
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
     must(model != NULL);

@@ -123,13 +123,13 @@ typedef struct {
     size_t n_embd, n_heads, n_kv_heads, head_dim;  // d, H, G, h
     size_t intermediate, vocab, context;           // F, V, the longest sequence
     size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0
-    float norm_eps;
+    float norm_eps, state_std;                     // ε of every norm; σ of s_0
     double rope_theta;
     bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these;
     double rope_factor, rope_low, rope_high, rope_original_context; // if not, ω_i/factor for all i
-    float state_std;                               // σ of s_0
-    size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
-    bool tied;                                     // a plain Llama whose head is its embedding
+    size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for,
+    size_t trained_seq_len;                        // in rows of so many tokens; 0: not known
+    bool trained_state_zero, tied;                 // from s_0 = 0; a Llama's head is its embedding
     int32_t bos, pad, eos[8];                      // token ids, -1 for none; [eos_count] end a text
     size_t eos_count;
 } retrofit_config;
@@ -3983,6 +3983,9 @@ static bool check_config_numbers(const retrofit_config *c, const char *where) {
     if (R == 0 || R > 1 << 16 || K == 0 || K > 1 << 16)
         return retrofit_fail(
             "%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    if (c->trained_seq_len > 1 << 24)
+        return retrofit_fail("%s: trained_seq_len is %zu, above %d", where, c->trained_seq_len,
+                             1 << 24);
     return true;
 }
 
@@ -4008,7 +4011,8 @@ static const struct {
     {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
     {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
     {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
-    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
+    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false},
+    {"trained_seq_len", "trained_seq_len", offsetof(retrofit_config, trained_seq_len), false}};
 enum { CONFIG_SIZES = sizeof config_sizes / sizeof *config_sizes };
 
 static const char *config_size_key(size_t i, bool plain) {
@@ -4073,6 +4077,8 @@ static const retrofit_key config_keys[] = {
     {"num_hidden_layers n_layers_in_*", NULL, "D of a plain Llama; P, C and D"},
     {"max_position_embeddings", NULL, "the longest context; 2048 without it"},
     {"mean_recurrence mean_backprop_depth", NULL, "R and K"},
+    {"trained_seq_len", NULL, "ours: T of the training, which --eval takes"},
+    {"trained_state_init", NULL, "ours: s_0 of the training, normal or zero, which infer takes"},
     {"rms_norm_eps norm_eps", NULL, "of a plain Llama; of a recurrent model"},
     {"rope_theta", NULL, "the base of RoPE's frequencies; 10000 without it"},
     {"rope_scaling rope_parameters", NULL, "see the table of its keys"},
@@ -4291,6 +4297,15 @@ static bool read_config_numbers(retrofit_config *c, const retrofit_json *json, b
     return read_config_ids(c, json, where);
 }
 
+// How s_0 was drawn while the model was trained, in a config.json of ours.
+static bool read_config_state(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *state = retrofit_json_get(json, "trained_state_init");
+    c->trained_state_zero = retrofit_json_is(state, "zero");
+    bool given = state && state->type != RETROFIT_JSON_NULL;
+    if (!given || c->trained_state_zero || retrofit_json_is(state, "normal")) return true;
+    return retrofit_fail("%s: trained_state_init is neither \"normal\" nor \"zero\"", where);
+}
+
 static bool config_parse(retrofit_config *c, const retrofit_json *json, const char *where) {
     const retrofit_json *type = retrofit_json_get(json, "model_type");
     bool plain = retrofit_json_is(type, "llama");
@@ -4312,7 +4327,7 @@ static bool config_parse(retrofit_config *c, const retrofit_json *json, const ch
                              "own", where);
     return check_config_keys(json, where) && read_config_sizes(c, json, plain, where) &&
            read_config_rope(c, json, where) && read_config_numbers(c, json, plain, where) &&
-           retrofit_config_check(c, where);
+           read_config_state(c, json, where) && retrofit_config_check(c, where);
 }
 
 bool retrofit_config_read_file(retrofit_config *config, const char *path) {
@@ -4386,7 +4401,8 @@ static void write_config_sizes(FILE *file, const retrofit_config *c, bool plain)
     for (size_t i = 0; i < CONFIG_SIZES; i++) {
         const size_t *field = (const void *)((const char *)c + config_sizes[i].offset);
         const char *key = config_size_key(i, plain);
-        if (key) fprintf(file, "  \"%s\": %zu,\n", key, *field);
+        bool known = *field > 0 || config_sizes[i].required; // what no training set is 0
+        if (key && known) fprintf(file, "  \"%s\": %zu,\n", key, *field);
     }
 }
 
@@ -4430,6 +4446,9 @@ static void write_config_recurrent(FILE *file, const retrofit_config *c) {
     fprintf(file, "  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n", c->vocab, c->context);
     fprintf(file, "  \"n_layers\": %zu,\n", c->prelude + c->core + c->coda);
     fprintf(file, "  \"effective_expected_depth\": %zu,\n", depth);
+    if (c->trained_seq_len || c->trained_state_zero)
+        fprintf(file, "  \"trained_state_init\": \"%s\",\n",
+                c->trained_state_zero ? "zero" : "normal");
     number_text(sigma, embedding);
     number_text(sigma / sqrt(2.0 * (double)depth), out_proj);
     number_text(usual ? RETROFIT_STATE_STD : (double)c->state_std, std);
