@@ -2490,6 +2490,14 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 // nothing failed: a key that is not followed, a file that is not used. A thread says a line once.
 void retrofit_note(const char *format, ...);
 
+// How far long work is: a line on stderr, without control characters. On a terminal it takes the
+// place of the one before and is cut to the terminal's width. NULL takes it away; a note does so
+// too, and so must whatever else is written there. A signal handler may call it with NULL.
+void retrofit_live_line(const char *text);
+// Whether it is time for the next one: on a terminal five times in a second, elsewhere every two
+// seconds, from the first call on.
+bool retrofit_live_line_due(void);
+
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
 #define RETROFIT_PATH 4096 // bytes of a path, its NUL included
@@ -2841,6 +2849,7 @@ bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 #include <glob.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -8947,8 +8956,59 @@ void retrofit_note(const char *format, ...) {
     size_t i = 0;
     while (i < count && said[i] != hash) i++;
     if (i < count) return;
+    retrofit_live_line(NULL);
     fprintf(stderr, "note: %s\n", line);
     if (count < sizeof said / sizeof *said) said[count++] = hash;
+}
+
+// A terminal that can go back to the beginning of its line.
+static bool has_live_lines(void) {
+    const char *kind = getenv("TERM");
+    return isatty(STDERR_FILENO) && !(kind && !strcmp(kind, "dumb"));
+}
+
+// How many bytes of text fit into so many columns. East Asian characters, and with them all above
+// U+10FF but punctuation and symbols, are counted as two wide.
+static size_t clip_to_columns(const char *text, size_t columns) {
+    size_t size = strlen(text), at = 0;
+    while (at < size) {
+        uint32_t c;
+        size_t n = retrofit_utf8_next(text + at, size - at, &c);
+        size_t width = c < 0x1100 || (c >= 0x2000 && c < 0x2e80) ? 1 : 2;
+        if (width > columns) break;
+        columns -= width;
+        at += n;
+    }
+    return at;
+}
+
+// The last column stays free: what stands in it makes some terminals begin a new line.
+void retrofit_live_line(const char *text) {
+    static volatile sig_atomic_t shown;
+    static const char erase[] = "\r\033[K";
+    if (!text) {
+        bool erased = !shown || write(STDERR_FILENO, erase, sizeof erase - 1) > 0;
+        shown = !erased;
+        return;
+    }
+    if (!has_live_lines()) {
+        fprintf(stderr, "%s\n", text);
+        return;
+    }
+    struct winsize window;
+    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &window) && window.ws_col > 0;
+    size_t size = clip_to_columns(text, known ? window.ws_col - 1u : 79);
+    shown = true;
+    fprintf(stderr, "\r%.*s\033[K", (int)size, text);
+}
+
+bool retrofit_live_line_due(void) {
+    static double last;
+    double now = retrofit_seconds();
+    if (last == 0) last = now;
+    if (now - last < (has_live_lines() ? 0.2 : 2)) return false;
+    last = now;
+    return true;
 }
 
 void *retrofit_allocate(size_t count, size_t size) {
