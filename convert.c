@@ -2457,6 +2457,7 @@ static void convert(int task) {
 }
 
 int main(int argc, char **argv) {
+    retrofit_share_processors(argv);
     const char **files = allocate_or_die((size_t)argc, sizeof *files);
     size_t count = 0;
     int code = retrofit_options(argc, argv, option_table,

@@ -3703,6 +3703,7 @@ static const char usage[] =
     "infer --tokenizer DIR --prompt TEXT --print-tokens\n";
 
 int main(int argc, char **argv) {
+    retrofit_share_processors(argv);
     size_t option_count = sizeof option_table / sizeof *option_table;
     int code = retrofit_options(argc, argv, option_table, option_count, usage, NULL, NULL);
     if (code >= 0) return code;

@@ -2427,7 +2427,7 @@ void retrofit_refresh_weights(retrofit_model *model);
 retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
                                        retrofit_keep keep, const retrofit_kv_cache *cache);
 void retrofit_buffers_free(retrofit_buffers *buffers);
-// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow.
+// The bytes that retrofit_buffers_new would take, without a cache. SIZE_MAX or error.
 size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
                               size_t T, size_t K, retrofit_keep keep);
 
@@ -2489,6 +2489,9 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 // Says on stderr, in one line that begins with "note: ", what a user may not expect although
 // nothing failed: a key that is not followed, a file that is not used. A thread says a line once.
 void retrofit_note(const char *format, ...);
+// Makes one line of a text that goes to a terminal: control characters, which names and texts in
+// files may contain, become question marks.
+void retrofit_make_line(char *text);
 
 // How far long work is: a line on stderr, without control characters. On a terminal it takes the
 // place of the one before and is cut to the terminal's width. NULL takes it away; a note does so
@@ -2810,6 +2813,8 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
 
 // ---- Command lines -----------------------------------------------------------------------------
 
+#define RETROFIT_VERSION "0.9"
+
 // What an option's value points to, and what sets it:
 enum {
     RETROFIT_FLAG,   // bool: true by --name
@@ -2830,10 +2835,15 @@ typedef struct {
 } retrofit_option;
 // Reads --name value and --name=value by a table of `count` options. Arguments without dashes go to
 // `others`, which has memory for argc; if it is NULL, they are errors. Returns -1 to go on, or the
-// program's exit code: 0 after --help (usage and the table on stdout), 2 after one line on stderr
-// that says what is wrong.
+// program's exit code: 0 after --help (usage and the table on stdout) and --version, 1 if stdout
+// cannot be written, 2 after one line on stderr that says what is wrong.
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
                      const char *usage, const char **others, size_t *other_count);
+// Brings to stdout what was printed so far. false or error, also if an earlier print failed.
+bool retrofit_flush_stdout(void);
+// Lets threads that wait fall asleep soon, so that a program runs well beside others: what main
+// calls first, since it starts the program once more. What the user's environment says stands.
+void retrofit_share_processors(char **argv);
 // A list like "1,2,4" of at most `max` positive sizes. false or error.
 bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 
@@ -3590,11 +3600,14 @@ static bool batch_possible(size_t B, size_t positions, size_t K, size_t recurren
 
 size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
                               size_t T, size_t K, retrofit_keep keep) {
-    if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
     retrofit_buffers buffers = {.B = B, .T = T, .K = keep && config->core ? K : 0, .keep = keep};
-    arena a = {NULL, 0};
-    if (allocate_saved(&buffers.saved, config, buffers.K))
+    arena a = {NULL, SIZE_MAX};
+    retrofit_fail("%zu x %zu tokens are more than memory can hold", B, T); // if not, nobody asks
+    if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
+    if (allocate_saved(&buffers.saved, config, buffers.K)) {
+        a.used = 0;
         lay_out_buffers(&buffers, &a, config, ops->act_type);
+    }
     free_on_host(&buffers);
     return a.used;
 }
@@ -8912,13 +8925,17 @@ static RETROFIT_THREAD_LOCAL char error_text[1024];
 
 const char *retrofit_error(void) { return error_text; }
 
-// What is said is one line, even if names that come from files are not: control characters turn
-// into question marks.
+// Latin-1's control characters are c2 80 … c2 9f in UTF-8.
+void retrofit_make_line(char *text) {
+    for (unsigned char *c = (unsigned char *)text; *c; c++) {
+        if (*c < ' ' || *c == 127) *c = '?';
+        if (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0) memset(c, '?', 2);
+    }
+}
+
 static void format_line(char line[1024], const char *format, va_list args) {
     vsnprintf(line, 1024, format, args);
-    for (char *c = line; *c; c++) {
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
-    }
+    retrofit_make_line(line);
 }
 
 static void record_error(const char *format, va_list args) {
@@ -9402,6 +9419,34 @@ static void print_options(const retrofit_option *table, size_t count, const char
         }
         printf("%*s%s\n", HELP_COLUMN - width, "", option->help);
     }
+    printf("\n%-*s%s\n", HELP_COLUMN, "  --help, --version", "this text; what this program is");
+}
+
+// What a report of a fault should say.
+static void print_version(const char *program) {
+#ifdef _OPENMP
+    const char *threads = "threads";
+#else
+    const char *threads = "one thread";
+#endif
+#ifdef RETROFIT_CUDA
+    const char *gpu = "for CPU and GPU";
+#else
+    const char *gpu = "for CPUs";
+#endif
+#ifdef __clang__
+    const char *compiler = ""; // __VERSION__ names it
+#else
+    const char *compiler = "gcc ";
+#endif
+    printf("%s of retrofit %s, %s, %s, compiled by %s%s\n", program, RETROFIT_VERSION, gpu, threads,
+           compiler, __VERSION__);
+}
+
+bool retrofit_flush_stdout(void) {
+    errno = 0;
+    if (fflush(stdout) == 0 && !ferror(stdout)) return true;
+    return retrofit_fail("writing to stdout failed: %s", errno ? strerror(errno) : "an error");
 }
 
 // name: up to "=" or the end.
@@ -9454,15 +9499,49 @@ static void prepare_process(void) {
     signal(SIGXFSZ, SIG_IGN);
 }
 
+#ifdef _OPENMP
+// Whether something else computes at this moment: more runs than this program.
+static bool machine_is_busy(void) {
+    unsigned running = 0;
+    FILE *f = fopen("/proc/loadavg", "re");
+    if (!f) return false;
+    if (fscanf(f, "%*f %*f %*f %u/", &running) != 1) running = 0;
+    fclose(f);
+    return running > 1;
+}
+
+// OpenMP's threads spin for milliseconds where they wait for each other. On a processor that they
+// share, this uses up the time that they would need a moment later: a training beside one other
+// program becomes 5 to 20 times as slow. Falling asleep after 2000 turns, some ten microseconds,
+// costs nothing alone. The libraries read the environment before main, hence the new start.
+// libgomp counts turns. libomp knows milliseconds only: even one is too many on a busy machine,
+// and none costs a fifth of the speed of decoding on a quiet one.
+void retrofit_share_processors(char **argv) {
+    const char *chosen[] = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"};
+    for (size_t i = 0; i < sizeof chosen / sizeof *chosen; i++) {
+        if (getenv(chosen[i])) return;
+    }
+    if (setenv("GOMP_SPINCOUNT", "2000", true)) return;
+    if (setenv("KMP_BLOCKTIME", machine_is_busy() ? "0" : "1", true)) return;
+    execv("/proc/self/exe", argv); // returns only where there is no /proc: then it stays as it is
+}
+#else
+void retrofit_share_processors(char **argv) { (void)argv; }
+#endif
+
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
                      const char *usage, const char **others, size_t *other_count) {
     prepare_process();
     const char *slash = strrchr(argv[0], '/'), *program = slash ? slash + 1 : argv[0];
     for (int i = 1; i < argc; i++) {
         const char *argument = argv[i], *name = argument + 2, *value = strchr(argument, '=');
-        if (!strcmp(argument, "--help") || !strcmp(argument, "-h")) {
-            print_options(table, count, usage);
-            return 0;
+        bool help = !strcmp(argument, "--help") || !strcmp(argument, "-h");
+        if (help || !strcmp(argument, "--version")) {
+            if (help) print_options(table, count, usage);
+            else print_version(program);
+            if (retrofit_flush_stdout()) return 0;
+            fprintf(stderr, "%s: %s\n", program, retrofit_error());
+            return 1;
         }
         bool dashes = !strncmp(argument, "--", 2);
         if (!dashes && !others) {

@@ -54,7 +54,7 @@ static void check_checkpoint(const char *directory, size_t steps) {
     char expected[160];
     snprintf(expected, sizeof expected,
              "step_%08zu\n"
-             "latest\nlog.jsonl\nstep_%08zu\n"
+             "latest\nlog.jsonl\noptions.txt\nstep_%08zu\n"
              "config.json\nmanifest.json\nmodel.safetensors\noptimizer.safetensors\n",
              steps, steps);
     works("readlink %s/latest && ls -A %s && ls -A %s/latest/", directory, directory, directory);
