@@ -20,7 +20,8 @@ static struct {
     int state_init, device, precision, exit, noise_kind;
     bool chat, interactive, json, print_tokens, kv_bf16, continuous;
 } options = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = NAN,
-             .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN, .temperature = NAN};
+             .state_init = NOT_GIVEN, .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN,
+             .temperature = NAN};
 
 static const retrofit_option option_table[] = {
     {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -53,7 +54,7 @@ static const retrofit_option option_table[] = {
      "draw from those with at least this share of the likeliest's probability (0)"},
     {"seed", RETROFIT_SIZE, &options.seed, "N", "of draws and start states (1)"},
     {"state-init", RETROFIT_CHOICE, &options.state_init, "normal|zero",
-     "the start state s_0 (normal)"},
+     "the start state s_0 (as the model was trained; normal)"},
 
     {"Think as long as it takes", RETROFIT_HEADING, NULL, NULL, NULL},
     {"exit", RETROFIT_CHOICE, &options.exit,
@@ -78,7 +79,7 @@ static const retrofit_option option_table[] = {
     {"eval", RETROFIT_STRING, &options.eval, "FILE.bin",
      "loss and perplexity on token shards, at each of --recurrences"},
     {"seq-len", RETROFIT_SIZE, &options.seq_len, "T",
-     "tokens in a row (1024), in a conversation (4096), or the model's context"},
+     "tokens in a row (as trained; 1024), in a conversation (4096), at most the context"},
     {"rows", RETROFIT_SIZE, &options.rows, "N", "at most so many rows or tasks; 0: all (0)"},
     {"tasks", RETROFIT_STRING, &options.tasks, "FILE.jsonl",
      "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
@@ -3603,6 +3604,22 @@ static void load_model(void) {
     model = require_pointer(retrofit_load(options.model, ops, RETROFIT_INFERENCE));
 }
 
+// What the command line leaves open is as it was in the model's training, if config.json says that.
+// A model that was trained from s_0 = 0 in rows of 81 tokens has another loss in other rows, from
+// other states.
+static void follow_training(const struct mode *mode) {
+    const retrofit_config *c = &model->config;
+    size_t T = mode == &modes[EVAL] && options.seq_len == 0 ? c->trained_seq_len : 0;
+    bool fits = T > 0 && T <= c->context;
+    bool zero = options.state_init == NOT_GIVEN && c->trained_state_zero && c->core > 0;
+    if (options.state_init == NOT_GIVEN) options.state_init = zero;
+    if (fits) options.seq_len = T;
+    char text[64] = "";
+    if (fits) snprintf(text, sizeof text, "%s--seq-len %zu", zero ? ", " : "", T);
+    if (zero || fits)
+        retrofit_note("%s%s: as the model was trained", zero ? "--state-init zero" : "", text);
+}
+
 static void load_tokenizer(void) {
     tokenizer = require_pointer(retrofit_tokenizer_load(tokenizer_directory));
 }
@@ -3727,6 +3744,7 @@ int main(int argc, char **argv) {
     tokenizer_directory = options.tokenizer ? options.tokenizer : model_directory;
     if (mode->needs_tokenizer && !options.tokens) load_tokenizer();
     if (mode->needs_model) load_model();
+    if (model) follow_training(mode);
     if (model && tokenizer) check_vocabulary();
     if (model && tokenizer) retrofit_config_mend_ids(&model->config, tokenizer, model_directory);
     if (mode->generates && tokenizer) find_end_tokens();
