@@ -114,9 +114,6 @@ static const char usage[] =
     "Cuts a plain Llama into a recurrent model, makes a random one, or turns text into token "
     "shards.\n";
 
-// The file or directory that is being written, under its temporary name; empty if there is none.
-static char unfinished[RETROFIT_PATH];
-
 // Ends the program with one line on stderr. Control characters, which file names may contain,
 // become question marks. What is unfinished is removed.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
@@ -127,32 +124,10 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     va_end(args);
     for (char *c = text; *c; c++)
         if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    retrofit_live_line(NULL);
     fprintf(stderr, "convert: %s\n", text);
-    if (unfinished[0]) {
-        retrofit_directory_abandon(unfinished);
-        unlink(unfinished);
-    }
+    retrofit_abandon();
     exit(code);
-}
-
-// Ctrl-C, or a system that shuts down: nothing half-written is left behind. A handler may call
-// little more than what removes files by their names.
-static void on_signal(int number) {
-    static const char text[] = "convert: stopped by a signal; nothing is left behind\n";
-    int directory = unfinished[0] ? open(unfinished, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    for (size_t i = 0; directory >= 0 && retrofit_model_files[i]; i++)
-        unlinkat(directory, retrofit_model_files[i], 0);
-    if (directory >= 0) rmdir(unfinished);
-    else if (unfinished[0]) unlink(unfinished);
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) _exit(1);
-    _exit(128 + number);
-}
-
-static void catch_signals(void) {
-    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    struct sigaction action = {.sa_handler = on_signal};
-    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
-        sigaction(signals[i], &action, NULL);
 }
 
 // Ends the program where a function of the library failed.
@@ -225,7 +200,7 @@ static void check_files(int task, const char *const *files, size_t count) {
     }
     // Not even an old model is replaced: a slip of the keyboard must not cost the source, or a
     // training.
-    if (!access(options.to, F_OK))
+    if (retrofit_is_there(options.to))
         die(1, "%s exists already: remove it or choose another --to", options.to);
     if (count) die(2, "'%s' is not an option: options begin with -- (see --help)", files[0]);
 }
@@ -523,8 +498,9 @@ static void verify_parameter(const retrofit_parameter *written, const retrofit_p
 
 // Reads back what was written and compares it with where it came from, bit for bit. Returns the
 // size of the file of weights.
-static size_t verify(const retrofit_parameter *const *origin, size_t count) {
-    retrofit_model *written = retrofit_load(unfinished, &retrofit_cpu, RETROFIT_INFERENCE);
+static size_t verify(const char *directory, const retrofit_parameter *const *origin,
+                     size_t count) {
+    retrofit_model *written = retrofit_load(directory, &retrofit_cpu, RETROFIT_INFERENCE);
     if (!written) die(1, "reading back what was written: %s", retrofit_error());
     if (written->parameter_count != count)
         die(1, "reading back what was written: not all of it is there");
@@ -567,15 +543,12 @@ static void write_model(const retrofit_model *model, const retrofit_parameter *c
                         const layer_choice *choice, tokenizer_source tokenizer) {
     char *directory = retrofit_directory_begin(options.to);
     must(directory != NULL);
-    snprintf(unfinished, sizeof unfinished, "%s", directory);
-    free(directory);
-
     retrofit_type type = options.dtype == DTYPE_BF16 ? RETROFIT_BF16 : RETROFIT_F32;
-    must(retrofit_save(model, unfinished, type, tokenizer.directory));
-    if (tokenizer.gguf) gguf_write_tokenizer(tokenizer.gguf, unfinished);
-    size_t bytes = verify(origin, model->parameter_count);
-    must(retrofit_directory_commit(unfinished, options.to));
-    unfinished[0] = 0;
+    must(retrofit_save(model, directory, type, tokenizer.directory));
+    if (tokenizer.gguf) gguf_write_tokenizer(tokenizer.gguf, directory);
+    size_t bytes = verify(directory, origin, model->parameter_count);
+    must(retrofit_directory_commit(directory, options.to));
+    free(directory);
     print_summary(model, choice, bytes);
 }
 
@@ -679,6 +652,7 @@ typedef struct {
 
 typedef struct {
     FILE *file;
+    char *path; // of the file, until it is finished
     retrofit_tokenizer *tokenizer;
     int32_t eos;                              // to add to each document; -1: the tokenizer adds it
     bool narrow;                              // ids are written as uint16
@@ -698,7 +672,8 @@ typedef struct {
     int32_t *ids;      // [count] of it, NULL if it is empty
     size_t count;
     size_t lost[LOSSES];
-    char *error; // what was wrong with it, or NULL
+    bool failed;
+    char *error; // what was wrong with it; NULL if memory is out even for that
 } document;
 
 // ---- What is no text ----------------------------------------------------------------------------
@@ -880,7 +855,7 @@ static void write_id(shard_writer *writer, int32_t id) {
     uint16_t narrow = (uint16_t)id;
     size_t written = writer->narrow ? fwrite(&narrow, sizeof narrow, 1, writer->file)
                                     : fwrite(&id, sizeof id, 1, writer->file);
-    if (written != 1) die(1, "%s: writing failed: %s", unfinished, strerror(errno));
+    if (written != 1) die(1, "%s: writing failed: %s", options.to, strerror(errno));
     writer->tokens++;
     if (writer->tokens > INT32_MAX)
         die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
@@ -898,7 +873,7 @@ static void add_losses(text_report *report, const document *document) {
 }
 
 static void write_document(shard_writer *writer, const document *document) {
-    if (document->error) die(1, "%s", document->error);
+    if (document->failed) die(1, "%s", document->error ? document->error : "out of memory");
     add_losses(&writer->report, document);
     writer->read_bytes += document->size;
     writer->text_bytes += document->text_bytes;
@@ -949,9 +924,11 @@ static void write_batch(shard_writer *writer, document *batch, size_t count, con
 #ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic)
 #endif
-    for (size_t i = 0; i < count; i++)
-        if (!encode_document(writer->tokenizer, &batch[i], path))
-            batch[i].error = strdup(retrofit_error()); // each thread has an error of its own
+    for (size_t i = 0; i < count; i++) {
+        if (encode_document(writer->tokenizer, &batch[i], path)) continue;
+        batch[i].failed = true;
+        batch[i].error = retrofit_copy_string(retrofit_error()); // of the thread's own
+    }
     for (size_t i = 0; i < count; i++) {
         write_document(writer, &batch[i]);
         free(batch[i].raw);
@@ -963,9 +940,9 @@ static void write_batch(shard_writer *writer, document *batch, size_t count, con
 // false at the end of the file.
 static bool read_line(FILE *file, const char *path, document *document) {
     size_t capacity = 0;
-    errno = 0;
     ssize_t length = getline(&document->raw, &capacity, file);
-    if (length < 0 && errno) die(1, "%s: line %zu: %s", path, document->line, strerror(errno));
+    if (length < 0 && !feof(file))
+        die(1, "%s: line %zu: %s", path, document->line, strerror(errno));
     if (length < 0) {
         free(document->raw);
         return false;
@@ -1110,15 +1087,12 @@ static void open_tokenizer(shard_writer *writer) {
 
 static void create_shard(shard_writer *writer) {
     static const int32_t header[256]; // its numbers are known at the end
-    int length = snprintf(unfinished, sizeof unfinished, "%s.tmp-%ld", options.to, (long)getpid());
-    if (length >= RETROFIT_PATH) {
-        unfinished[0] = 0;
-        die(1, "--to: the path is too long");
-    }
-    writer->file = fopen(unfinished, "wb");
-    if (!writer->file) die(1, "%s: %s", unfinished, strerror(errno));
+    writer->path = retrofit_file_begin(options.to);
+    must(writer->path != NULL);
+    writer->file = fopen(writer->path, "wb");
+    if (!writer->file) die(1, "%s: %s", writer->path, strerror(errno));
     if (fwrite(header, sizeof header, 1, writer->file) != 1)
-        die(1, "%s: %s", unfinished, strerror(errno));
+        die(1, "%s: %s", writer->path, strerror(errno));
 }
 
 // Writes the header, and gives the file its name once it is on the disk.
@@ -1133,14 +1107,9 @@ static void finish_shard(shard_writer *writer) {
     errno = 0;
     bool ok = !fseek(writer->file, 0, SEEK_SET);
     ok = ok && fwrite(header, sizeof header, 1, writer->file) == 1;
-    must(retrofit_finish_file(writer->file, unfinished, ok));
-    if (rename(unfinished, options.to)) die(1, "%s: %s", options.to, strerror(errno));
-
-    char parent[RETROFIT_PATH];
-    strcpy(parent, unfinished);
-    retrofit_parent_directory(parent);
-    unfinished[0] = 0;
-    must(retrofit_sync_directory(parent));
+    must(retrofit_finish_file(writer->file, writer->path, ok));
+    must(retrofit_file_commit(writer->path, options.to));
+    free(writer->path);
 }
 
 static void tokenize(const char *const *files, size_t count) {
@@ -1708,8 +1677,7 @@ static void gguf_check_keys(gguf_file *gguf) {
         must(retrofit_key_check(key, text, gguf_keys, sizeof gguf_keys / sizeof *gguf_keys,
                                 gguf->path, &known));
         if (known) continue;
-        if (gguf->unknown.size) retrofit_text_append(&gguf->unknown, ", ", 2);
-        retrofit_text_append(&gguf->unknown, key, strlen(key));
+        retrofit_text_append_item(&gguf->unknown, key);
     }
     retrofit_text_append(&gguf->unknown, "", 1);
     must(!gguf->unknown.failed);
@@ -2092,8 +2060,9 @@ static void add_merges(merge_list *list, const gguf_vocabulary *v, size_t id,
             continue;
         if (list->count == list->capacity) {
             list->capacity = 2 * list->capacity + 1024;
-            list->merges = realloc(list->merges, list->capacity * sizeof *list->merges);
-            if (!list->merges) die(1, "out of memory");
+            list->merges =
+                retrofit_reallocate(list->merges, list->capacity, sizeof *list->merges);
+            must(list->merges != NULL);
         }
         list->merges[list->count++] = (token_merge){
             .token = token,
@@ -2425,7 +2394,7 @@ static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory) {
 static void mend_ids(retrofit_model *source, const char *directory) {
     char path[RETROFIT_PATH];
     must(retrofit_path(path, directory, "tokenizer.json"));
-    if (access(path, F_OK)) return;
+    if (!retrofit_is_there(path)) return;
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
     if (tokenizer) retrofit_config_mend_ids(&source->config, tokenizer, directory);
     else retrofit_note("the tokenizer is copied as it is, since it cannot be read here: %s",
@@ -2466,10 +2435,11 @@ int main(int argc, char **argv) {
         int task = find_task();
         check_options(task, files, count);
         set_defaults(task);
-        catch_signals();
+        retrofit_abandon_on_signals("convert");
         if (task == SURGERY || task == REWRITE) convert(task);
         if (task == RANDOM) make_random();
         if (task == TOKENIZE) tokenize(files, count);
+        must(retrofit_flush_stdout());
         code = 0;
     }
     free(files);

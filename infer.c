@@ -20,7 +20,8 @@ static struct {
     int state_init, device, precision, exit, noise_kind;
     bool chat, interactive, json, print_tokens, kv_bf16, continuous;
 } options = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = NAN,
-             .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN, .temperature = NAN};
+             .state_init = NOT_GIVEN, .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN,
+             .temperature = NAN};
 
 static const retrofit_option option_table[] = {
     {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -53,7 +54,7 @@ static const retrofit_option option_table[] = {
      "draw from those with at least this share of the likeliest's probability (0)"},
     {"seed", RETROFIT_SIZE, &options.seed, "N", "of draws and start states (1)"},
     {"state-init", RETROFIT_CHOICE, &options.state_init, "normal|zero",
-     "the start state s_0 (normal)"},
+     "the start state s_0 (as the model was trained; normal)"},
 
     {"Think as long as it takes", RETROFIT_HEADING, NULL, NULL, NULL},
     {"exit", RETROFIT_CHOICE, &options.exit,
@@ -78,7 +79,7 @@ static const retrofit_option option_table[] = {
     {"eval", RETROFIT_STRING, &options.eval, "FILE.bin",
      "loss and perplexity on token shards, at each of --recurrences"},
     {"seq-len", RETROFIT_SIZE, &options.seq_len, "T",
-     "tokens in a row (1024), in a conversation (4096), or the model's context"},
+     "tokens in a row (as trained; 1024), in a conversation (4096), at most the context"},
     {"rows", RETROFIT_SIZE, &options.rows, "N", "at most so many rows or tasks; 0: all (0)"},
     {"tasks", RETROFIT_STRING, &options.tasks, "FILE.jsonl",
      "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
@@ -115,14 +116,17 @@ static size_t end_count;
 
 // ---- Small helpers -----------------------------------------------------------------------------
 
-// Exit code 1: something failed; 2: the command line asks for what cannot be.
+// Exit code 1: something failed; 2: the command line asks for what cannot be. A file that is half
+// written is removed.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
     va_list args;
     va_start(args, format);
+    retrofit_live_line(NULL);
     fputs("infer: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
+    retrofit_abandon();
     exit(code);
 }
 
@@ -143,7 +147,7 @@ static void *new_array(size_t count, size_t size) {
 // Memory for one more item behind `count` of them: it doubles when count is a power of two.
 static void *grow_array(void *items, size_t count, size_t size) {
     if (count & (count - 1)) return items;
-    return require_pointer(realloc(items, (count ? 2 * count : 1) * size));
+    return require_pointer(retrofit_reallocate(items, count ? 2 * count : 1, size));
 }
 
 // Buffers for B rows of T tokens; cache: NULL unless they are for decoding.
@@ -155,21 +159,26 @@ static void append_string(retrofit_text *text, const char *string) {
     retrofit_text_append(text, string, strlen(string));
 }
 
-// A line on stderr every two seconds while many things are done one after another. Called with
-// done = 0 before the first.
+// Shows how far work is of which the parts are done one after another. Called with done = 0 before
+// the first.
 static double progress_began; // seconds
 
 static void show_progress(const char *what, size_t done, size_t total) {
-    static double shown;
     double now = retrofit_seconds();
-    if (done == 0) {
-        progress_began = now;
-        shown = now;
-    }
-    if (now - shown < 2 || done == total) return;
-    shown = now;
-    double eta = (now - progress_began) * (double)(total - done) / (double)done;
-    fprintf(stderr, "%zu of %zu %s, ETA %.0f s\n", done, total, what, eta);
+    if (done == 0) progress_began = now;
+    if (done == total) retrofit_live_line(NULL);
+    if (done == total || !retrofit_live_line_due()) return;
+    char text[128], eta[48] = "";
+    double seconds = now - progress_began;
+    if (done > 0)
+        snprintf(eta, sizeof eta, ", ETA %.0f s", seconds * (double)(total - done) / (double)done);
+    snprintf(text, sizeof text, "%zu of %zu %s%s", done, total, what, eta);
+    retrofit_live_line(text);
+}
+
+// Text that was printed goes out; in vain, if it went nowhere.
+static void flush_output(void) {
+    require(retrofit_flush_stdout());
 }
 
 // JSON has no infinity and no NaN.
@@ -550,7 +559,7 @@ static void read_tokens(const char *end) {
 static void *template_memory(size_t size) {
     template.memory_size += size + sizeof(struct block);
     if (size > MAX_MEMORY || template.memory_size > MAX_MEMORY) too_much("memory");
-    struct block *block = require_pointer(calloc(1, sizeof *block + size));
+    struct block *block = new_array(1, sizeof *block + size);
     block->next = template.memory;
     template.memory = block;
     return block->bytes;
@@ -1110,11 +1119,12 @@ static char *read_template(const char *directory, size_t *size) {
                                         "chat_template.jinja"};
     char path[RETROFIT_PATH];
     for (size_t i = 0; i < 2; i++)
-        if (retrofit_path(template.where, directory, files[i]) && !access(template.where, F_OK))
+        if (retrofit_path(template.where, directory, files[i]) && retrofit_is_there(template.where))
             return require_pointer(retrofit_read_file(template.where, size));
     require(retrofit_path(path, directory, "additional_chat_templates"));
-    if (!access(path, F_OK)) die(1, "%s: without a chat_template.jinja beside it, it does not say "
-                                 "which chat template is for chats", path);
+    if (retrofit_is_there(path))
+        die(1, "%s: without a chat_template.jinja beside it, it does not say which chat template "
+               "is for chats", path);
     if (!template.config) return NULL;
     require(retrofit_path(template.where, directory, "tokenizer_config.json"));
     const retrofit_json *text = find_template(template.config);
@@ -1129,7 +1139,7 @@ static char *read_template(const char *directory, size_t *size) {
 static void read_tokenizer_config(const char *directory) {
     char path[RETROFIT_PATH];
     require(retrofit_path(path, directory, "tokenizer_config.json"));
-    if (access(path, F_OK)) return;
+    if (!retrofit_is_there(path)) return;
     template.config = require_pointer(retrofit_json_read(path, NULL));
 }
 
@@ -1240,16 +1250,18 @@ static retrofit_text write_messages(const struct message *messages, size_t count
 // All that stdin has.
 static char *read_stdin(size_t *size) {
     size_t capacity = 1 << 16;
-    char *text = require_pointer(malloc(capacity));
+    char *text = new_array(capacity, 1);
     *size = 0;
     for (;;) {
         size_t n = fread(text + *size, 1, capacity - *size, stdin);
-        if (n == 0) return text;
+        if (n == 0) break;
         *size += n;
         if (*size < capacity) continue;
         capacity *= 2;
-        text = require_pointer(realloc(text, capacity));
+        text = require_pointer(retrofit_reallocate(text, capacity, 1));
     }
+    if (ferror(stdin)) die(1, "--prompt -: reading stdin failed: %s", strerror(errno));
+    return text;
 }
 
 // The ids of a text from a template, which has BOS where it wants one; frees the text. Special
@@ -1320,7 +1332,8 @@ static int32_t *encode_messages(const retrofit_json *list, const char *where, si
 static int32_t *read_prompt(size_t *count) {
     bool from_stdin = !strcmp(options.prompt, "-");
     size_t size = strlen(options.prompt);
-    char *text = from_stdin ? read_stdin(&size) : require_pointer(strdup(options.prompt));
+    char *text = from_stdin ? read_stdin(&size)
+                            : require_pointer(retrofit_copy_string(options.prompt));
     const char *begin = text;
     if (from_stdin) retrofit_skip_mark(&begin, &size);
     if (from_stdin && size > 0 && begin[size - 1] == '\n')
@@ -1513,7 +1526,7 @@ static void read_stops(void) {
     static const char names[] = "nt\\|", values[] = "\n\t\\|";
     if (!retrofit_check_utf8(options.stop, strlen(options.stop), "--stop"))
         die(2, "%s", retrofit_error());
-    char *to = require_pointer(strdup(options.stop));
+    char *to = require_pointer(retrofit_copy_string(options.stop));
     stops[0] = to;
     for (const char *from = options.stop;; from++) {
         bool last = *from == 0;
@@ -1646,7 +1659,7 @@ static void append_token(struct batch *batch, struct sequence *sequence, int32_t
     if (sequence->finish) final = text->size;
     if (batch->show) {
         fwrite(text->bytes + sequence->shown, 1, final - sequence->shown, stdout);
-        fflush(stdout);
+        flush_output();
     }
     sequence->shown = final;
     sequence->prompt_seconds = batch->prompts_fed - batch->began;
@@ -2006,8 +2019,9 @@ static void trace_sequence(const struct sequence *sequence, size_t r) {
     size_t T = sequence->count + sequence->produced;
     int32_t *ids = all_ids(sequence);
     struct trace_entry *entries = trace_tokens(ids, T, r);
-    FILE *file = fopen(options.trace, "wb");
-    if (!file) die(1, "%s: %s", options.trace, strerror(errno));
+    char *path = require_pointer(retrofit_file_begin(options.trace));
+    FILE *file = fopen(path, "wb");
+    if (!file) die(1, "%s: %s", path, strerror(errno));
     fprintf(stderr, "how much each recurrence changes a token's state:  █ as much as it is  "
                     "▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n");
     fprintf(stderr, "%-16s  %-*s  entropy  next, since r\n", "token", width, title);
@@ -2015,7 +2029,9 @@ static void trace_sequence(const struct sequence *sequence, size_t r) {
         write_trace(file, at, ids[at], entries + at * r, r);
         print_picture_line(ids[at], entries + at * r, r, width);
     }
-    require(retrofit_finish_file(file, options.trace, true));
+    require(retrofit_finish_file(file, path, true));
+    require(retrofit_file_commit(path, options.trace));
+    free(path);
     free(ids);
     free(entries);
 }
@@ -2028,7 +2044,7 @@ static void show_sequence(const struct sequence *sequence, size_t r) {
     else putchar('\n');
     if (options.exit) count_exits(sequence, r);
     if (options.trace) {
-        fflush(stdout);
+        flush_output();
         trace_sequence(sequence, r);
     }
 }
@@ -2054,7 +2070,7 @@ static void run_prompt(void) {
     retrofit_buffers *buffers = buffers_for(&sequence, 1, 1, r);
     generate(buffers, &sequence, 1, r, !options.json);
     show_sequence(&sequence, r);
-    fflush(stdout);
+    flush_output();
 
     size_t produced = sequence.produced;
     double seconds = sequence.generation_seconds, speed = 0;
@@ -2094,13 +2110,14 @@ static void run_batch(void) {
         b = retrofit_min(B, count - at);
         retrofit_clear_cache(buffers);
         generate(buffers, sequences + at, b, r, false);
+        retrofit_live_line(NULL); // stdout may lead to the same terminal
         for (size_t i = at; i < at + b; i++) {
             show_sequence(&sequences[i], r);
             tokens += sequences[i].count;
             produced += sequences[i].produced;
             free_sequence(&sequences[i]);
         }
-        fflush(stdout);
+        flush_output();
         show_progress("prompts", at + b, count);
     }
     double seconds = retrofit_seconds() - progress_began;
@@ -2172,7 +2189,7 @@ static void answer_turn(struct conversation *conversation, const char *line, siz
 
     // The last token of a turn that --max-tokens or a stop string ended has not been fed.
     if (total > past) {
-        ids = require_pointer(realloc(ids, (count + 1) * sizeof *ids));
+        ids = require_pointer(retrofit_reallocate(ids, count + 1, sizeof *ids));
         memmove(ids + 1, ids, count * sizeof *ids);
         ids[0] = last->generated[last->produced];
         count++;
@@ -2182,7 +2199,7 @@ static void answer_turn(struct conversation *conversation, const char *line, siz
     generate(conversation->buffers, last, 1, conversation->r, !options.json);
     if (options.json) print_json(last, past);
     else putchar('\n');
-    fflush(stdout);
+    flush_output();
     conversation->total = past + last->count + last->produced;
 }
 
@@ -2205,13 +2222,13 @@ static void run_interactive(void) {
     for (;;) {
         if (terminal) fputs("> ", stderr);
         ssize_t size = getline(&line, &line_capacity, stdin);
+        if (size < 0 && !feof(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
         if (size <= 0) break;
         if (line[size - 1] == '\n') size--;
         if (size > 0 && line[size - 1] == '\r') size--;
         require(retrofit_check_utf8(line, (size_t)size, "stdin"));
         if (size > 0) answer_turn(&conversation, line, (size_t)size);
     }
-    if (ferror(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
     free(line);
     free_sequence(&conversation.last);
     retrofit_buffers_free(conversation.buffers);
@@ -2361,8 +2378,9 @@ static void evaluate_decoding(void) {
             show_progress("rows", i * rows + at + b, total);
         }
         double n = (double)(rows * T);
+        retrofit_live_line(NULL);
         print_decoding(r, &sums, n, retrofit_cache_bytes(buffers), i == 0);
-        fflush(stdout);
+        flush_output();
         retrofit_buffers_free(buffers);
     }
     if (options.json) printf("]}\n");
@@ -3391,8 +3409,10 @@ static void run_logits(void) {
     retrofit_logits(buffers, 0, T, logits);
     check_computed(logits, T * V);
     retrofit_tensor tensor = {"logits", RETROFIT_F32, 2, {T, V, 0, 0}, T * V, logits};
-    require(retrofit_safetensors_write(options.logits, &retrofit_cpu, &tensor, 1, RETROFIT_F32,
-                                       NULL));
+    char *path = require_pointer(retrofit_file_begin(options.logits));
+    require(retrofit_safetensors_write(path, &retrofit_cpu, &tensor, 1, RETROFIT_F32, NULL));
+    require(retrofit_file_commit(path, options.logits));
+    free(path);
     free(ids);
     free(logits);
     retrofit_buffers_free(buffers);
@@ -3603,6 +3623,22 @@ static void load_model(void) {
     model = require_pointer(retrofit_load(options.model, ops, RETROFIT_INFERENCE));
 }
 
+// What the command line leaves open is as it was in the model's training, if config.json says that.
+// A model that was trained from s_0 = 0 in rows of 81 tokens has another loss in other rows, from
+// other states.
+static void follow_training(const struct mode *mode) {
+    const retrofit_config *c = &model->config;
+    size_t T = mode == &modes[EVAL] && options.seq_len == 0 ? c->trained_seq_len : 0;
+    bool fits = T > 0 && T <= c->context;
+    bool zero = options.state_init == NOT_GIVEN && c->trained_state_zero && c->core > 0;
+    if (options.state_init == NOT_GIVEN) options.state_init = zero;
+    if (fits) options.seq_len = T;
+    char text[64] = "";
+    if (fits) snprintf(text, sizeof text, "%s--seq-len %zu", zero ? ", " : "", T);
+    if (zero || fits)
+        retrofit_note("%s%s: as the model was trained", zero ? "--state-init zero" : "", text);
+}
+
 static void load_tokenizer(void) {
     tokenizer = require_pointer(retrofit_tokenizer_load(tokenizer_directory));
 }
@@ -3656,7 +3692,7 @@ static void note_generation_keys(const char *name, bool all_keys) {
     char path[RETROFIT_PATH];
     size_t count = sizeof generation_keys / sizeof *generation_keys;
     require(retrofit_path(path, model_directory, name));
-    if (access(path, F_OK)) return;
+    if (!retrofit_is_there(path)) return;
     retrofit_json *json = require_pointer(retrofit_json_read(path, NULL));
     retrofit_text found = {0};
     for (const retrofit_json *member = json->child; member; member = member->next) {
@@ -3668,8 +3704,7 @@ static void note_generation_keys(const char *name, bool all_keys) {
         bool neutral = retrofit_key_check(member->key, retrofit_json_value_text(member),
                                           generation_keys, count, path, &known);
         if (neutral && known) continue;
-        append_string(&found, found.size ? ", " : "");
-        append_string(&found, member->key);
+        retrofit_text_append_item(&found, member->key);
         append_string(&found, " ");
         append_string(&found, retrofit_json_value_text(member));
     }
@@ -3722,12 +3757,15 @@ int main(int argc, char **argv) {
     if (options.trace) require(retrofit_check_writable(options.trace));
     if (options.logits) require(retrofit_check_writable(options.logits));
     if (options.stop) read_stops();
+    retrofit_abandon_on_signals("infer");
 
-    char path[RETROFIT_PATH];
+    char path[RETROFIT_PATH], other[RETROFIT_PATH];
     if (options.model) model_directory = retrofit_model_directory(options.model, path);
-    tokenizer_directory = options.tokenizer ? options.tokenizer : model_directory;
+    tokenizer_directory = model_directory;
+    if (options.tokenizer) tokenizer_directory = retrofit_model_directory(options.tokenizer, other);
     if (mode->needs_tokenizer && !options.tokens) load_tokenizer();
     if (mode->needs_model) load_model();
+    if (model) follow_training(mode);
     if (model && tokenizer) check_vocabulary();
     if (model && tokenizer) retrofit_config_mend_ids(&model->config, tokenizer, model_directory);
     if (mode->generates && tokenizer) find_end_tokens();
@@ -3744,6 +3782,6 @@ int main(int argc, char **argv) {
     retrofit_free(model);
     free(stops[0]);
     free_chat_template();
-    if (fflush(stdout) || ferror(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
+    flush_output();
     return 0;
 }

@@ -2503,6 +2503,12 @@ bool retrofit_live_line_due(void);
 
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
+// realloc and strdup, but with an error where they fail, and the first for count·size bytes. NULL
+// or error, and then `memory` is as it was.
+void *retrofit_reallocate(void *memory, size_t count, size_t size);
+char *retrofit_copy_string(const char *string);
+// Brings what was printed to where stdout leads. false or error, also if printing failed before.
+bool retrofit_flush_stdout(void);
 #define RETROFIT_PATH 4096 // bytes of a path, its NUL included
 // Writes directory/name to path. false or error if it is too long.
 bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name);
@@ -2518,6 +2524,9 @@ uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size);
 // and 64 KiB out of every 64th part. Files that differ have different ones, unless somebody changed
 // a few bytes of a large one.
 uint64_t retrofit_sample_hash(const void *data, size_t size);
+// Whether something of this name is there, be it a link that leads nowhere. What cannot be looked
+// at counts as being there, so that who opens it hears why.
+bool retrofit_is_there(const char *path);
 // Whether there is a directory of this name, for a model. false or error.
 bool retrofit_check_directory(const char *path);
 // Whether a file of this name could be written, as far as can be known before. false or error.
@@ -2556,6 +2565,8 @@ typedef struct {
     bool failed;
 } retrofit_text;
 void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size);
+// Appends an item of a list like "a, b, c".
+void retrofit_text_append_item(retrofit_text *text, const char *item);
 
 // Moves the text's beginning and reduces its size, so that neither end has what Python's str.strip
 // removes.
@@ -2738,14 +2749,25 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
                                 const retrofit_tensor *tensors, size_t count, retrofit_type type,
                                 const char *const *metadata);
 
-// A directory is filled under a temporary name and takes its place in one step, so that it is there
-// as a whole or not at all.
-// Makes it beside `final` and returns its temporary name, freed with free(). NULL or error.
+// A directory or file is made under a temporary name and takes its place in one step, so that it is
+// there as a whole or not at all.
+// Makes a directory beside `final`; returns its temporary name, freed with free(). NULL or error.
 char *retrofit_directory_begin(const char *final);
 // Renames it. Its files must be on the disk; `final` must not exist, or be empty. false or error.
 bool retrofit_directory_commit(const char *temporary, const char *final);
 // Removes it and the files in it.
 void retrofit_directory_abandon(const char *temporary);
+// The name under which to write a file that is to become `final`; of a pipe or a device its own.
+// Freed with free(). NULL or error.
+char *retrofit_file_begin(const char *final);
+// Gives the file, which is on the disk, its final name. false or error.
+bool retrofit_file_commit(const char *temporary, const char *final);
+// Removes what was begun last and is neither committed nor abandoned, if it is a file or holds no
+// other files than retrofit_model_files. For programs that end early, in a signal handler too.
+void retrofit_abandon(void);
+// From here on SIGINT, SIGTERM and SIGHUP do that, say so on stderr and end the program, which has
+// this name. Those that it was started to ignore (by nohup, say) it still ignores.
+void retrofit_abandon_on_signals(const char *program);
 
 // Whether the numbers make a model; `where` begins the error. false or error.
 bool retrofit_config_check(const retrofit_config *config, const char *where);
@@ -2771,7 +2793,8 @@ const char *retrofit_model_directory(const char *directory, char path[RETROFIT_P
 // The files that retrofit_save may write. The last one is NULL.
 extern const char *const retrofit_model_files[];
 // Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
-// the tokenizer's files from tokenizer_from, which may be NULL. false or error.
+// the tokenizer's files from tokenizer_from, or its latest checkpoint; it may be NULL. false or
+// error.
 bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
                    const char *tokenizer_from);
 // Writes the optimizer's moments to directory/optimizer.safetensors; metadata as above. false or
@@ -2949,6 +2972,8 @@ const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[2
     if (place == RETROFIT_ON_CUDA)
         return fail_null("no GPU: this program was built without it: make, with the CUDA toolkit's "
                          "nvcc on PATH");
+    // The driver of a GPU is there, which the user may expect to be used.
+    if (retrofit_is_there("/dev/nvidiactl")) snprintf(text, 256, "the CPU (built without CUDA)");
 #endif
     return &retrofit_cpu;
 }
@@ -3821,8 +3846,8 @@ static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
 bool retrofit_safetensors_open(retrofit_map *map, const char *path) {
     size_t data_start = 0;
     memset(map, 0, sizeof *map);
-    map->path = strdup(path);
-    if (!map->path) return retrofit_fail("out of memory");
+    map->path = retrofit_copy_string(path);
+    if (!map->path) return false;
     if (read_tensor_header(map, &data_start) && read_tensor_entries(map, data_start)) return true;
     retrofit_safetensors_close(map);
     return false;
@@ -4363,9 +4388,8 @@ bool retrofit_config_read_file(retrofit_config *config, const char *path) {
 // transformers.
 static bool read_generation_config(retrofit_config *config, const char *directory) {
     char path[RETROFIT_PATH];
-    struct stat status; // a link that leads nowhere is there, and cannot be read
     if (!retrofit_path(path, directory, "generation_config.json")) return false;
-    if (lstat(path, &status)) return true;
+    if (!retrofit_is_there(path)) return true;
     retrofit_json *json = retrofit_json_read(path, NULL);
     bool ok = json && read_config_ids(config, json, path);
     retrofit_json_free(json);
@@ -4537,8 +4561,8 @@ bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
 
 static bool open_map(retrofit_model *model, const char *path) {
     size_t count = model->map_count;
-    retrofit_map *maps = realloc(model->maps, (count + 1) * sizeof *maps);
-    if (!maps) return retrofit_fail("out of memory");
+    retrofit_map *maps = retrofit_reallocate(model->maps, count + 1, sizeof *maps);
+    if (!maps) return false;
     model->maps = maps;
     if (!retrofit_safetensors_open(&maps[count], path)) return false;
     model->map_count++;
@@ -4573,11 +4597,11 @@ static bool open_maps(retrofit_model *model, const char *directory) {
     char path[RETROFIT_PATH], index[RETROFIT_PATH];
     if (!retrofit_path(path, directory, "model.safetensors")) return false;
     if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (access(path, F_OK) == 0) return open_map(model, path);
-    if (access(index, F_OK) == 0) return open_shards(model, directory, index);
+    if (retrofit_is_there(path)) return open_map(model, path);
+    if (retrofit_is_there(index)) return open_shards(model, directory, index);
     if (!retrofit_path(path, directory, "pytorch_model.bin")) return false;
     const char *pickled = "; pytorch_model.bin is not read: save the model with safetensors";
-    if (access(path, F_OK)) pickled = "";
+    if (!retrofit_is_there(path)) pickled = "";
     return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json%s",
                          directory, pickled);
 }
@@ -4787,14 +4811,14 @@ static bool note_beside(const char *directory) {
     char path[RETROFIT_PATH], index[RETROFIT_PATH];
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (!retrofit_path(path, directory, names[i])) return false;
-        if (access(path, F_OK)) continue;
+        if (!retrofit_is_there(path)) continue;
         retrofit_note("%s: an adapter (LoRA) lies beside the weights and is not applied: merge it "
                       "into them first (PEFT's merge_and_unload)", path);
         break;
     }
     if (!retrofit_path(path, directory, "model.safetensors")) return false;
     if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (!access(path, F_OK) && !access(index, F_OK))
+    if (retrofit_is_there(path) && retrofit_is_there(index))
         retrofit_note("%s: not used, since model.safetensors is there", index);
     return true;
 }
@@ -4891,6 +4915,92 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
 
 // ---- Checkpoints -------------------------------------------------------------------------------
 
+// What has its temporary name still. The flag is set once the name is complete: a signal handler
+// may come in between.
+static struct {
+    char path[RETROFIT_PATH];
+    volatile sig_atomic_t set;
+    const char *program; // that ends on signals
+} unfinished;
+
+static void set_unfinished(const char *path) {
+    unfinished.set = false;
+    snprintf(unfinished.path, sizeof unfinished.path, "%s", path);
+    unfinished.set = true;
+}
+
+static void clear_unfinished(const char *path) {
+    if (unfinished.set && !strcmp(unfinished.path, path)) unfinished.set = false;
+}
+
+// Calls nothing but what a signal handler may call.
+void retrofit_abandon(void) {
+    if (!unfinished.set) return;
+    int directory = open(unfinished.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    for (size_t i = 0; directory >= 0 && retrofit_model_files[i]; i++)
+        unlinkat(directory, retrofit_model_files[i], 0);
+    if (directory < 0) unlink(unfinished.path);
+    else rmdir(unfinished.path);
+    if (directory >= 0) close(directory);
+    unfinished.set = false;
+}
+
+// Ends the program by the signal itself, so that who waits for it sees which one it was.
+static void end_by_signal(int number) {
+    static const char text[] = ": stopped by a signal; nothing half-written is left behind\n";
+    const char *program = unfinished.program;
+    bool tell = unfinished.set;
+    retrofit_live_line(NULL);
+    retrofit_abandon();
+    tell = tell && write(STDERR_FILENO, program, strlen(program)) > 0;
+    if (tell && write(STDERR_FILENO, text, sizeof text - 1) < 0) _exit(1);
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+void retrofit_abandon_on_signals(const char *program) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action = {.sa_handler = end_by_signal}, before;
+    unfinished.program = program;
+    for (size_t i = 0; i < 3; i++) sigaddset(&action.sa_mask, signals[i]);
+    for (size_t i = 0; i < 3; i++) {
+        bool ignored = !sigaction(signals[i], NULL, &before) && before.sa_handler == SIG_IGN;
+        if (!ignored) sigaction(signals[i], &action, NULL);
+    }
+}
+
+char *retrofit_file_begin(const char *final) {
+    struct stat status;
+    char target[RETROFIT_PATH], *path = retrofit_allocate(RETROFIT_PATH, 1);
+    bool there = stat(final, &status) == 0;
+    if (!path) return NULL;
+    if (there && !S_ISREG(status.st_mode)) {
+        snprintf(path, RETROFIT_PATH, "%s", final);
+        return path;
+    }
+    if (!there || !realpath(final, target)) snprintf(target, sizeof target, "%s", final);
+    int length = snprintf(path, RETROFIT_PATH, "%s.tmp-%ld", target, (long)getpid());
+    if (length < RETROFIT_PATH) {
+        set_unfinished(path);
+        return path;
+    }
+    free(path);
+    return fail_null("%.60s…: a path longer than %d bytes", final, RETROFIT_PATH - 16);
+}
+
+// The final name, behind all links, is the temporary one without its end.
+bool retrofit_file_commit(const char *temporary, const char *final) {
+    char target[RETROFIT_PATH], parent[RETROFIT_PATH];
+    if (!strcmp(temporary, final)) return true;
+    snprintf(target, sizeof target, "%s", temporary);
+    strrchr(target, '.')[0] = 0;
+    if (rename(temporary, target)) return retrofit_fail("%s: %s", final, strerror(errno));
+    clear_unfinished(temporary);
+    snprintf(parent, sizeof parent, "%s", target);
+    retrofit_parent_directory(parent);
+    return retrofit_sync_directory(parent);
+}
+
 char *retrofit_directory_begin(const char *final) {
     size_t length = strlen(final);
     while (length > 1 && final[length - 1] == '/') length--;
@@ -4900,7 +5010,9 @@ char *retrofit_directory_begin(const char *final) {
     if (!path) return NULL;
     snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)length, final, (long)getpid());
     retrofit_directory_abandon(path); // an earlier process with this number may have left one
+    set_unfinished(path);
     if (retrofit_make_directories(path, true)) return path;
+    clear_unfinished(path);
     free(path);
     return NULL;
 }
@@ -4915,6 +5027,7 @@ void retrofit_directory_abandon(const char *temporary) {
     }
     closedir(directory);
     rmdir(temporary);
+    clear_unfinished(temporary);
 }
 
 bool retrofit_directory_commit(const char *temporary, const char *final) {
@@ -4927,6 +5040,7 @@ bool retrofit_directory_commit(const char *temporary, const char *final) {
         return retrofit_fail("%s: %s", final,
                              exists ? "exists already: remove it" : strerror(errno));
     }
+    clear_unfinished(temporary);
     return retrofit_sync_directory(parent);
 }
 
@@ -4950,7 +5064,7 @@ bool retrofit_latest(const char *directory, char path[RETROFIT_PATH]) {
 }
 
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
-    bool model = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
+    bool model = retrofit_path(path, directory, "config.json") && retrofit_is_there(path);
     if (model) return directory;
     return retrofit_latest(directory, path) ? path : directory;
 }
@@ -5045,10 +5159,10 @@ static bool copy_companions(const char *from, const char *to) {
         const char *name = retrofit_model_files[i];
         if (!retrofit_path(source, from, name)) return false;
         if (!retrofit_path(target, to, name)) return false;
-        if (access(source, F_OK) == 0 && !copy_file(source, target)) return false;
+        if (retrofit_is_there(source) && !copy_file(source, target)) return false;
     }
     if (!retrofit_path(source, from, "additional_chat_templates")) return false;
-    if (access(source, F_OK) == 0)
+    if (retrofit_is_there(source))
         retrofit_note("%s: is not copied, as chat_template.jinja and tokenizer_config.json are",
                       source);
     return true;
@@ -5104,7 +5218,7 @@ static bool copy_generation_config(const retrofit_config *config, const char *fr
     char source[RETROFIT_PATH], target[RETROFIT_PATH];
     if (!retrofit_path(source, from, "generation_config.json")) return false;
     if (!retrofit_path(target, to, "generation_config.json")) return false;
-    if (access(source, F_OK)) return true;
+    if (!retrofit_is_there(source)) return true;
     retrofit_json *json = retrofit_json_read(source, NULL);
     FILE *file = json ? fopen(target, "wb") : NULL;
     if (json && !file) retrofit_fail("%s: %s", target, strerror(errno));
@@ -5116,14 +5230,16 @@ static bool copy_generation_config(const retrofit_config *config, const char *fr
 
 bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
                    const char *tokenizer_from) {
-    char path[RETROFIT_PATH];
+    char path[RETROFIT_PATH], latest[RETROFIT_PATH];
     tensor_list list;
     bool ok = list_weights(model, &list) && retrofit_path(path, directory, "model.safetensors") &&
               retrofit_safetensors_write(path, model->ops, list.tensors, list.count, type, NULL);
     tensor_list_free(&list);
     if (!ok || !retrofit_config_write(&model->config, type, directory)) return false;
-    return !tokenizer_from || (copy_companions(tokenizer_from, directory) &&
-                               copy_generation_config(&model->config, tokenizer_from, directory));
+    if (!tokenizer_from) return true;
+    tokenizer_from = retrofit_model_directory(tokenizer_from, latest);
+    return copy_companions(tokenizer_from, directory) &&
+           copy_generation_config(&model->config, tokenizer_from, directory);
 }
 
 bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
@@ -5228,7 +5344,9 @@ static bool find_data_files(retrofit_data *data, const char *pattern) {
     free(escaped);
     if (!problem) return true;
     return retrofit_fail("%s: %s", pattern,
-                         problem == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+                         problem == GLOB_NOMATCH   ? "no such file"
+                         : problem == GLOB_NOSPACE ? "out of memory"
+                                                   : "cannot be searched");
 }
 
 // Says which files are too short for a row; up to three of them by their names.
@@ -5238,8 +5356,7 @@ static void note_short_shards(const retrofit_data *data) {
     for (size_t i = 0; i < data->files.gl_pathc; i++) {
         if (data->shards[i].rows > 0) continue;
         const char *name = count < 3 ? data->files.gl_pathv[i] : "…";
-        if (count <= 3) retrofit_text_append(&names, ", ", count ? 2 : 0);
-        if (count <= 3) retrofit_text_append(&names, name, strlen(name));
+        if (count <= 3) retrofit_text_append_item(&names, name);
         count++;
     }
     retrofit_text_append(&names, "", 1);
@@ -6242,18 +6359,21 @@ void retrofit_skip_mark(const char **text, size_t *size) {
 void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
     if (!text->failed && text->size + size >= text->capacity) {
         size_t capacity = text->capacity + text->capacity / 2 + size + 64;
-        char *bigger = realloc(text->bytes, capacity);
+        char *bigger = retrofit_reallocate(text->bytes, capacity, 1);
+        text->failed = !bigger;
         if (bigger) {
             text->bytes = bigger;
             text->capacity = capacity;
-        } else {
-            text->failed = true;
-            retrofit_fail("out of memory: %zu bytes", capacity);
         }
     }
     if (text->failed || !size) return;
     memcpy(text->bytes + text->size, bytes, size);
     text->size += size;
+}
+
+void retrofit_text_append_item(retrofit_text *text, const char *item) {
+    if (text->size) retrofit_text_append(text, ", ", 2);
+    retrofit_text_append(text, item, strlen(item));
 }
 
 // ---- JSON --------------------------------------------------------------------------------------
@@ -6616,8 +6736,7 @@ bool retrofit_keys_check(const retrofit_json *object, const retrofit_key *table,
         ok = retrofit_key_check(member->key, retrofit_json_value_text(member), table, count, where,
                                 &known);
         if (known) continue;
-        if (unknown.size) retrofit_text_append(&unknown, ", ", 2);
-        retrofit_text_append(&unknown, member->key, member->key_length);
+        retrofit_text_append_item(&unknown, member->key);
     }
     retrofit_text_append(&unknown, "", 1);
     if (ok && !unknown.failed && unknown.size > 1)
@@ -8709,7 +8828,7 @@ static void tok_load_more_tokens(tok_loader *loader) {
 static void tok_note_missing_class(const tok_loader *loader) {
     char path[RETROFIT_PATH];
     bool fits = retrofit_path(path, loader->directory, "config.json");
-    if (!fits || access(path, F_OK)) return;
+    if (!fits || !retrofit_is_there(path)) return;
     retrofit_json *json = retrofit_json_read(path, NULL);
     if (retrofit_json_is(retrofit_json_get(json, "model_type"), "llama"))
         retrofit_note("%s/tokenizer_config.json: no tokenizer_class: tokenizer.json is followed as "
@@ -8842,7 +8961,7 @@ static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, c
     size_t size;
     if (loader->failed) return NULL;
     bool has_path = retrofit_path(loader->path, directory, name);
-    if (has_path && !needed && access(loader->path, F_OK) && errno == ENOENT) return NULL;
+    if (has_path && !needed && !retrofit_is_there(loader->path)) return NULL;
     retrofit_json *root = has_path ? retrofit_json_read(loader->path, &size) : NULL;
     if (!root) loader->failed = true;
     else *sum += size;
@@ -8878,8 +8997,8 @@ static void tok_load_directory(tok_loader *loader, const char *directory) {
 static void tok_explain_missing(const char *directory) {
     char path[RETROFIT_PATH];
     bool fits = retrofit_path(path, directory, "tokenizer.json");
-    if (!fits || access(path, F_OK) == 0) return;
-    if (retrofit_path(path, directory, "tokenizer.model") && access(path, F_OK) == 0)
+    if (!fits || retrofit_is_there(path)) return;
+    if (retrofit_path(path, directory, "tokenizer.model") && retrofit_is_there(path))
         retrofit_fail("%s: there is no tokenizer.json beside it: make one with transformers, "
                       "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)", path);
 }
@@ -8891,7 +9010,7 @@ retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
     loader.last_row = -1;
     loader.last_added = -1;
     char path[RETROFIT_PATH];
-    bool here = retrofit_path(path, directory, "tokenizer.json") && access(path, F_OK) == 0;
+    bool here = retrofit_path(path, directory, "tokenizer.json") && retrofit_is_there(path);
     tok_load_directory(&loader, here ? directory : retrofit_model_directory(directory, path));
     retrofit_json_free(loader.root);
     retrofit_json_free(loader.config);
@@ -9036,6 +9155,26 @@ void *retrofit_allocate(size_t count, size_t size) {
     return memory;
 }
 
+void *retrofit_reallocate(void *memory, size_t count, size_t size) {
+    if (size > 0 && count > SIZE_MAX / size)
+        return fail_null("a size of %zu x %zu bytes overflows", count, size);
+    void *bigger = realloc(memory, retrofit_max(count * size, 1));
+    if (!bigger) return fail_null("out of memory: %zu bytes", count * size);
+    return bigger;
+}
+
+char *retrofit_copy_string(const char *string) {
+    size_t size = strlen(string) + 1;
+    char *copy = retrofit_reallocate(NULL, size, 1);
+    return copy ? memcpy(copy, string, size) : NULL;
+}
+
+bool retrofit_flush_stdout(void) {
+    errno = 0;
+    bool failed = fflush(stdout) || ferror(stdout);
+    return !failed || retrofit_fail("writing to stdout failed: %s", strerror(errno ? errno : EIO));
+}
+
 // ---- Files and directories ---------------------------------------------------------------------
 
 bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name) {
@@ -9124,6 +9263,11 @@ uint64_t retrofit_sample_hash(const void *data, size_t size) {
     return hash;
 }
 
+bool retrofit_is_there(const char *path) {
+    struct stat status;
+    return !lstat(path, &status) || (errno != ENOENT && errno != ENOTDIR);
+}
+
 bool retrofit_check_directory(const char *path) {
     struct stat status;
     if (stat(path, &status))
@@ -9135,16 +9279,17 @@ bool retrofit_check_directory(const char *path) {
                          "one by convert --from FILE --to DIR", path);
 }
 
+// A regular file is made beside its final place, so that the directory must be writable.
 bool retrofit_check_writable(const char *path) {
     char parent[RETROFIT_PATH];
     struct stat status;
     if (strlen(path) >= sizeof parent)
         return retrofit_fail("%.60s…: a path longer than %d bytes", path, RETROFIT_PATH - 1);
-    if (stat(path, &status) == 0) {
-        if (S_ISDIR(status.st_mode)) return retrofit_fail("%s: is a directory", path);
-        return access(path, W_OK) == 0 || retrofit_fail("%s: %s", path, strerror(errno));
-    }
-    strcpy(parent, path);
+    bool there = stat(path, &status) == 0;
+    if (there && S_ISDIR(status.st_mode)) return retrofit_fail("%s: is a directory", path);
+    if (there && access(path, W_OK)) return retrofit_fail("%s: %s", path, strerror(errno));
+    if (there && !S_ISREG(status.st_mode)) return true;
+    if (!there || !realpath(path, parent)) strcpy(parent, path);
     retrofit_parent_directory(parent);
     if (stat(parent, &status) == 0 && !S_ISDIR(status.st_mode)) errno = ENOTDIR;
     else if (access(parent, W_OK | X_OK) == 0) return true;

@@ -53,9 +53,9 @@ check "going on: the same moments" same_file bf16 killed optimizer.safetensors
 
 # No GPU, or too little memory.
 dry_run() { "$train" --model $tiny --steps 2 --dry-run "$@"; }
-says_no_gpu() { dry_run | grep -q 'memory on the CPU (no GPU: '; }
+says_no_gpu() { dry_run | grep -q 'memory on the CPU (no GPU: none found)$'; }
 EMULATOR_DEVICES=0 check "without a GPU, auto" says_no_gpu
-EMULATOR_DEVICES=0 check "without a GPU, cuda" fails 1 "no GPU: " "$train" --model $tiny \
+EMULATOR_DEVICES=0 check "without a GPU, cuda" fails 1 "no GPU: none found$" "$train" --model $tiny \
     --data "$work/shard.bin" --out "$work/never" --steps 1 --device cuda
 EMULATOR_DEVICES=0 dry_run --device cuda | sed -n '/^memory/,/^checkpoint/p' >"$work/planned"
 check "without a GPU it can be planned" grep -q 'a GPU that is not here' "$work/planned"
