@@ -2706,6 +2706,7 @@ typedef struct retrofit_map {
     void *base;
     size_t bytes;
     retrofit_tensor *tensors; // [count], in the order of the header
+    const retrofit_tensor **by_name; // [count] the same, sorted
     size_t count;
     retrofit_json *header;
 } retrofit_map;
@@ -3780,12 +3781,18 @@ static bool read_tensor_header(retrofit_map *map, size_t *data_start) {
     return true;
 }
 
+static int by_tensor_name(const void *a, const void *b) {
+    const retrofit_tensor *const *x = a, *const *y = b;
+    return strcmp((*x)->name, (*y)->name);
+}
+
 static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
     const char *data = (const char *)map->base + data_start;
     size_t data_bytes = map->bytes - data_start, count = 0;
     map->tensors = retrofit_allocate(map->header->count, sizeof *map->tensors);
+    map->by_name = retrofit_allocate(map->header->count, sizeof *map->by_name);
     byte_range *ranges = retrofit_allocate(map->header->count, sizeof *ranges);
-    bool ok = map->tensors && ranges;
+    bool ok = map->tensors && map->by_name && ranges;
     for (const retrofit_json *entry = map->header->child; ok && entry; entry = entry->next) {
         if (!strcmp(entry->key, "__metadata__")) continue;
         ok = read_tensor_entry(map, entry, data, data_bytes, &ranges[count]);
@@ -3793,7 +3800,10 @@ static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
     }
     ok = ok && check_tensor_ranges(map, ranges, count, data_bytes);
     free(ranges);
-    return ok;
+    if (!ok) return false;
+    for (size_t i = 0; i < map->count; i++) map->by_name[i] = &map->tensors[i];
+    qsort(map->by_name, map->count, sizeof *map->by_name, by_tensor_name);
+    return true;
 }
 
 bool retrofit_safetensors_open(retrofit_map *map, const char *path) {
@@ -3810,15 +3820,16 @@ void retrofit_safetensors_close(retrofit_map *map) {
     if (map->base) munmap(map->base, map->bytes);
     retrofit_json_free(map->header);
     free(map->tensors);
+    free(map->by_name);
     free(map->path);
     memset(map, 0, sizeof *map);
 }
 
 const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name) {
-    for (size_t i = 0; i < map->count; i++) {
-        if (!strcmp(map->tensors[i].name, name)) return &map->tensors[i];
-    }
-    return NULL;
+    const retrofit_tensor wanted = {.name = name}, *key = &wanted;
+    const retrofit_tensor **found =
+        bsearch(&key, map->by_name, map->count, sizeof *map->by_name, by_tensor_name);
+    return found ? *found : NULL;
 }
 
 const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key) {
@@ -4504,11 +4515,9 @@ static bool open_map(retrofit_model *model, const char *path) {
     return true;
 }
 
-static bool is_map_open(const retrofit_model *model, const char *path) {
-    for (size_t i = 0; i < model->map_count; i++) {
-        if (!strcmp(model->maps[i].path, path)) return true;
-    }
-    return false;
+static int by_string(const void *a, const void *b) {
+    const char *const *x = a, *const *y = b;
+    return strcmp(*x, *y);
 }
 
 // Opens every file that the index names: {"weight_map": {"tensor": "file", …}}.
@@ -4516,14 +4525,21 @@ static bool open_shards(retrofit_model *model, const char *directory, const char
     char path[RETROFIT_PATH];
     retrofit_json *json = retrofit_json_read(index, NULL);
     const retrofit_json *map = retrofit_json_get(json, "weight_map");
-    bool ok = json != NULL;
-    if (ok && !map) ok = retrofit_fail("%s: no weight_map", index);
+    const char **files = map ? retrofit_allocate(map->count, sizeof *files) : NULL;
+    size_t count = 0;
+    bool ok = files != NULL;
+    if (json && !map) retrofit_fail("%s: no weight_map", index);
     for (const retrofit_json *entry = map ? map->child : NULL; ok && entry; entry = entry->next) {
-        if (entry->type != RETROFIT_JSON_STRING || strchr(entry->string, '/'))
-            ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
-        ok = ok && retrofit_path(path, directory, entry->string);
-        if (ok && !is_map_open(model, path)) ok = open_map(model, path);
+        if (entry->type == RETROFIT_JSON_STRING && !strchr(entry->string, '/'))
+            files[count++] = entry->string;
+        else ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
     }
+    if (count) qsort(files, count, sizeof *files, by_string);
+    for (size_t i = 0; ok && i < count; i++) {
+        if (i > 0 && !strcmp(files[i - 1], files[i])) continue;
+        ok = retrofit_path(path, directory, files[i]) && open_map(model, path);
+    }
+    free(files);
     retrofit_json_free(json);
     return ok;
 }
@@ -4694,26 +4710,34 @@ static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *
     return ok;
 }
 
-// Whether the model has a place for a tensor. Rotary tables and a head that is tied, which older
-// files carry along, need none.
-static bool has_place(const retrofit_model *model, const char *name) {
-    if (strstr(name, "rotary_emb.inv_freq")) return true;
-    if (model->config.tied && !strcmp(name, "lm_head.weight")) return true;
-    for (size_t i = 0; i < model->parameter_count; i++) {
+// The names of all tensors that the model has a place for, sorted. NULL or error.
+static const char **list_places(const retrofit_model *model, size_t *count) {
+    const char **names = retrofit_allocate(6 * model->parameter_count, sizeof *names);
+    *count = 0;
+    for (size_t i = 0; names && i < model->parameter_count; i++) {
         const retrofit_parameter *parameter = model->parameters[i];
         for (size_t j = 0; j < parameter->sources; j++) {
             const char *source = parameter->source[j].name;
-            if (!strcmp(name, source)) return true;
-            if (!strncmp(source, "model.", 6) && !strcmp(name, source + 6)) return true;
+            names[(*count)++] = source;
+            if (!strncmp(source, "model.", 6)) names[(*count)++] = source + 6;
         }
     }
-    return false;
+    if (names) qsort(names, *count, sizeof *names, by_string);
+    return names;
 }
 
-static bool check_all_used(const retrofit_model *model, const retrofit_map *map) {
+// Rotary tables and a head that is tied, which older files carry along, need no place.
+static bool needs_no_place(const retrofit_model *model, const char *name) {
+    if (!strcmp(name, "__metadata__") || strstr(name, "rotary_emb.inv_freq")) return true;
+    return model->config.tied && !strcmp(name, "lm_head.weight");
+}
+
+static bool check_all_used(const retrofit_model *model, const retrofit_map *map,
+                           const char *const *places, size_t count) {
     const retrofit_json *entry = map->header->child;
     for (; entry; entry = entry->next) {
-        if (strcmp(entry->key, "__metadata__") && !has_place(model, entry->key))
+        if (needs_no_place(model, entry->key)) continue;
+        if (!bsearch(&entry->key, places, count, sizeof *places, by_string))
             return retrofit_fail("%s: tensor %s has no place in a model of this config.json",
                                  map->path, entry->key);
     }
@@ -4820,13 +4844,20 @@ static bool check_values(const retrofit_map *map) {
                          "or its training failed", map->path, tensor->name, at);
 }
 
+static bool check_maps(const retrofit_model *model) {
+    size_t count;
+    const char **places = list_places(model, &count);
+    bool ok = places != NULL;
+    for (size_t i = 0; ok && i < model->map_count; i++)
+        ok = check_all_used(model, &model->maps[i], places, count) && check_values(&model->maps[i]);
+    free(places);
+    return ok;
+}
+
 static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
     if (!open_maps(model, directory)) return false;
     if (!load_weights(model, mode, directory)) return false;
-    for (size_t i = 0; i < model->map_count; i++) {
-        if (!check_all_used(model, &model->maps[i])) return false;
-        if (!check_values(&model->maps[i])) return false;
-    }
+    if (!check_maps(model)) return false;
     note_other_head(model, directory);
     if (!note_beside(directory)) return false;
     if (mode == RETROFIT_INFERENCE) return true;
