@@ -2657,11 +2657,14 @@ char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, s
 // Text as it is generated. Tokens cannot be decoded one by one: one may be half of a character, and
 // the first one loses its leading space. So the caller keeps all ids and asks after each new one
 // what text has come; `last` says that no more ids will. The texts together are exactly what
-// retrofit_decode makes of all ids; a text is empty as long as its last character is incomplete.
-// Start from a zeroed stream. Each call decodes only tokens from `begin` on, so that its cost does
-// not grow. Returns and fails like retrofit_decode.
+// retrofit_decode makes of all ids; what is only the beginning of a character waits for the rest.
+// Start from a zeroed stream. Each token is decoded once, however long it waits, so that the cost of
+// a call does not grow. Returns and fails like retrofit_decode.
 typedef struct {
-    size_t begin, end; // the tokens that gave the last text that was not empty
+    size_t begin, end;        // the tokens before `end` are known, those before `begin` decoded
+    bool has_token, has_text; // whether one of these counted, and whether there was text
+    char cut[3];              // the beginning of a character, of which the rest is to come
+    size_t cut_size;
 } retrofit_stream;
 char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
                            const int32_t *ids, size_t count, bool skip_special, bool last,
@@ -7804,50 +7807,48 @@ static const tok_token *tok_token_at(const retrofit_tokenizer *tokenizer, int32_
     return &tokenizer->tokens[id];
 }
 
-char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
-                      bool skip_special, size_t *size) {
-    retrofit_text out = {0}, run = {0};
-    bool ok = true, first = true;
-    for (size_t i = 0; ok && i < count; i++) {
-        const tok_token *token = tok_token_at(tokenizer, ids[i]);
-        if (!token && (ids[i] < 0 || ids[i] >= TOK_MAX_ID)) {
-            ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu",
-                               (int)ids[i], i, count, tokenizer->size - 1);
-        } else if (token && (!skip_special || !token->special)) {
-            if (!first && !tokenizer->has_decoder) retrofit_text_append(&out, " ", 1);
-            tok_decode_token(tokenizer, token, first, &out, &run);
-            first = false;
-        }
-    }
-    if (tokenizer->has[TOK_UNDO_BYTES]) retrofit_append_valid(&out, run.bytes, run.size);
-    else tok_flush_bytes(&out, &run);
-    retrofit_text_append(&out, "", 1);
-    free(run.bytes);
-    if (!ok || out.failed || run.failed) {
-        free(out.bytes);
-        return NULL;
-    }
-    bool strip = tokenizer->has[TOK_STRIP_SPACE] && out.bytes[0] == ' ';
-    *size = out.size - strip - 1;
-    return memmove(out.bytes, out.bytes + strip, *size + 1);
+// Whether a token gives no text before others come: it is left out, or it is a byte token, since
+// what a run of these stands for is known only when it is over.
+static bool tok_waits(const retrofit_tokenizer *tokenizer, int32_t id, bool skip_special) {
+    const tok_token *token = tok_token_at(tokenizer, id);
+    if (!token) return id >= 0 && id < TOK_MAX_ID;
+    if (skip_special && token->special) return true;
+    return tokenizer->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(token) >= 0;
 }
 
-// Whether tokens to come may change the end of this text of `count` tokens: U+FFFD may yet become a
-// character, and what a run of byte tokens stands for is known only when it is over.
-static bool tok_may_change(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
-                           bool skip_special, const char *text, size_t size) {
-    if (size >= 3 && !memcmp(text + size - 3, UTF8_REPLACEMENT, 3)) return true;
-    if (!tokenizer->has[TOK_BYTE_FALLBACK]) return false;
-    for (size_t i = count; i > 0; i--) {
-        const tok_token *token = tok_token_at(tokenizer, ids[i - 1]);
-        if (token && !(skip_special && token->special)) return tok_fallback_byte(token) >= 0;
-    }
-    return false;
+// How many bytes at the end of text are a character that lacks its last bytes.
+static size_t tok_cut_size(const char *text, size_t size) {
+    uint32_t code_point;
+    size_t length = 1;
+    while (length < 3 && length < size && (text[size - length] & 0xc0) == 0x80) length++;
+    if (length > size) return 0;
+    const char *begin = text + size - length;
+    unsigned lead = (unsigned char)*begin;
+    bool whole = retrofit_utf8_next(begin, length, &code_point) == length;
+    bool cut = whole && code_point == RETROFIT_UTF8_INVALID && lead >= 0xc2 && lead <= 0xf4;
+    return cut ? length : 0;
 }
 
-// Decodes the tokens of the last text that was given out together with the new ones, and gives out
-// what is new. The former keep the new text from losing its leading space; so they stay in the
-// window until there is new text to do that for the next.
+// Decodes the next tokens to `out`, and to `run` what may wait there. false or error.
+static bool tok_decode_tokens(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                              const int32_t *ids, size_t end, bool skip_special,
+                              retrofit_text *out, retrofit_text *run) {
+    for (; stream->begin < end; stream->begin++) {
+        int32_t id = ids[stream->begin];
+        const tok_token *token = tok_token_at(tokenizer, id);
+        if (!token && (id < 0 || id >= TOK_MAX_ID))
+            return retrofit_fail("id %d (number %zu) is no token's: ids go up to %zu", (int)id,
+                                 stream->begin, tokenizer->size - 1);
+        if (!token || (skip_special && token->special)) continue;
+        if (stream->has_token && !tokenizer->has_decoder) retrofit_text_append(out, " ", 1);
+        tok_decode_token(tokenizer, token, !stream->has_token, out, run);
+        stream->has_token = true;
+    }
+    return true;
+}
+
+// Tokens at the end that wait are not decoded. In the byte-level alphabet tokens may end within a
+// character: its bytes wait in `cut`.
 char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
                            const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size) {
@@ -7855,31 +7856,36 @@ char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream 
         return fail_null(
             "a stream at token %zu cannot go on with %zu tokens: zero it to start again",
             stream->end, count);
-    if (count) ids += stream->begin;
-    size_t window = count - stream->begin, old_window = stream->end - stream->begin;
-    char *text = retrofit_decode(tokenizer, ids, window, skip_special, size);
-    if (!text) return NULL;
+    size_t end = count;
+    while (!last && end > stream->end && tok_waits(tokenizer, ids[end - 1], skip_special)) end--;
+    if (!last && end == stream->end) end = stream->begin; // all that is new waits
+    stream->end = count;
 
-    size_t old_size = 0;
-    char *old = retrofit_decode(tokenizer, ids, old_window, skip_special, &old_size);
-    bool same = old && old_size <= *size && !memcmp(text, old, old_size);
-    if (old && !same)
-        retrofit_fail("tokens %zu to %zu change text already given out: decode them together",
-                      stream->end, count);
-    free(old);
-    if (!same) {
-        free(text);
+    retrofit_text out = {0}, run = {0};
+    retrofit_text_append(&run, stream->cut, stream->cut_size);
+    bool ok = tok_decode_tokens(tokenizer, stream, ids, end, skip_special, &out, &run);
+    if (tokenizer->has[TOK_UNDO_BYTES]) {
+        stream->cut_size = last ? 0 : tok_cut_size(run.bytes, run.size);
+        run.size -= stream->cut_size;
+        for (size_t i = 0; i < stream->cut_size; i++) stream->cut[i] = run.bytes[run.size + i];
+        retrofit_append_valid(&out, run.bytes, run.size);
+    } else tok_flush_bytes(&out, &run);
+    retrofit_text_append(&out, "", 1);
+    free(run.bytes);
+    if (!ok || out.failed || run.failed) {
+        free(out.bytes);
         return NULL;
     }
-    bool wait = !last && tok_may_change(tokenizer, ids, window, skip_special, text, *size);
-    *size = wait ? 0 : *size - old_size;
-    memmove(text, text + old_size, *size);
-    text[*size] = 0;
-    if (*size) {
-        stream->begin = stream->end;
-        stream->end = count;
-    }
-    return text;
+    bool strip = tokenizer->has[TOK_STRIP_SPACE] && !stream->has_text && out.bytes[0] == ' ';
+    stream->has_text = stream->has_text || out.size > 1;
+    *size = out.size - strip - 1;
+    return memmove(out.bytes, out.bytes + strip, *size + 1);
+}
+
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size) {
+    retrofit_stream stream = {0};
+    return retrofit_decode_next(tokenizer, &stream, ids, count, skip_special, true, size);
 }
 
 bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
