@@ -6955,6 +6955,7 @@ typedef struct {
     int32_t id;
     int32_t key;      // text's first byte, + 256 if it is to be found in normalized text
     int32_t order;    // of two with one text, once normalized, the lower is found
+    int32_t shorter;  // number of the longest one that this one's text begins with; -1: none
     bool special;     // as the token
     bool normalized;  // to be found in normalized text
     bool single_word; // not found inside of a word
@@ -7005,7 +7006,7 @@ struct retrofit_tokenizer {
     char *strings;         // the bytes of all tokens' texts
 
     // Added tokens
-    tok_added *added;            // by key, those with the same key from the longest to the shortest
+    tok_added *added;            // by key, then by text
     size_t added_count;
     size_t added_begin[512 + 1]; // those with key k are added_begin[k] … added_begin[k + 1] - 1
 
@@ -7629,18 +7630,39 @@ static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t siz
     }
 }
 
+// The longest of the added tokens number low … high - 1 that text begins with, or NULL. In their
+// order it is the last one that is not behind text, or one that this one begins with.
+static const tok_added *tok_added_at(const retrofit_tokenizer *tokenizer, size_t low, size_t high,
+                                     const char *text, size_t size) {
+    const tok_added *all = tokenizer->added;
+    size_t first = low, same = 0;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2, length = retrofit_min(all[middle].size, size);
+        int order = memcmp(all[middle].text, text, length);
+        if (order < 0 || (order == 0 && all[middle].size <= size)) low = middle + 1;
+        else high = middle;
+    }
+    if (low == first) return NULL;
+    const tok_added *added = &all[low - 1];
+    while (same < added->size && same < size && added->text[same] == text[same]) same++;
+    while (added->size > same) {
+        if (added->shorter < 0) return NULL;
+        added = &all[added->shorter];
+    }
+    return added;
+}
+
 // The first added token in text from `from` on, of several at one place the longest, and where it
 // begins; NULL if there is none.
 static const tok_added *tok_find_added(const retrofit_tokenizer *tokenizer, const char *text,
                                        size_t size, size_t from, bool normalized, size_t *at) {
     for (size_t i = from; i < size; i++) {
         const size_t *begin = &tokenizer->added_begin[(unsigned char)text[i] + 256 * normalized];
-        for (size_t j = begin[0]; j < begin[1]; j++) {
-            const tok_added *added = &tokenizer->added[j];
-            if (added->size > size - i || memcmp(added->text, text + i, added->size)) continue;
-            *at = i;
-            return added;
-        }
+        if (begin[0] == begin[1]) continue;
+        const tok_added *added = tok_added_at(tokenizer, begin[0], begin[1], text + i, size - i);
+        if (!added) continue;
+        *at = i;
+        return added;
     }
     return NULL;
 }
@@ -7665,15 +7687,16 @@ static bool tok_added_counts(const retrofit_tokenizer *tokenizer, const tok_adde
     return !word_before && !tok_run(tokenizer, text + end, size - end, TOK_WORD, 1);
 }
 
-// Where text[0 … end) ends without its last white space.
-static size_t tok_strip_end(const retrofit_tokenizer *tokenizer, const char *text, size_t end) {
+// Where text[done … end) ends without its last white space; `done` if it begins behind the end.
+static size_t tok_strip_end(const retrofit_tokenizer *tokenizer, const char *text, size_t done,
+                            size_t end) {
     bool is_white = true;
-    while (end > 0) {
+    while (end > done) {
         size_t begin = tok_last_character(tokenizer, text, end, TOK_WHITE, &is_white);
         if (!is_white) break;
         end = begin;
     }
-    return end;
+    return retrofit_max(end, done);
 }
 
 static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
@@ -7699,15 +7722,19 @@ static void tok_encode_between(tok_encoder *encoder, const char *text, size_t si
 static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
                             bool first) {
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
-    size_t done = 0, from = 0, begin;
+    size_t done = 0, from = 0, begin, white = 0; // white space has been seen up to there
     for (;;) {
         const tok_added *added = tok_find_added(tokenizer, text, size, from, normalized, &begin);
         if (!added) break;
         size_t end = begin + added->size;
         from = end;
         if (!tok_added_counts(tokenizer, added, text, size, begin, end)) continue;
-        if (added->lstrip) begin = retrofit_max(tok_strip_end(tokenizer, text, begin), done);
-        if (added->rstrip) end += tok_run(tokenizer, text + end, size - end, TOK_WHITE, SIZE_MAX);
+        if (added->lstrip) begin = tok_strip_end(tokenizer, text, done, begin);
+        if (added->rstrip) {
+            end = retrofit_max(end, white);
+            end += tok_run(tokenizer, text + end, size - end, TOK_WHITE, SIZE_MAX);
+            white = end;
+        }
         if (begin > done)
             tok_encode_between(encoder, text + done, begin - done, normalized, first && !done);
         tok_append_id(encoder, added->id);
@@ -8388,12 +8415,14 @@ static void tok_load_merges(tok_loader *loader, const retrofit_json *merges) {
     free(both.bytes);
 }
 
-// By key, then the longest first.
+// By key, then by text, where the one to be found is the last of those with the same.
 static int tok_compare_added(const void *a, const void *b) {
     const tok_added *x = a, *y = b;
     if (x->key != y->key) return x->key - y->key;
-    if (x->size != y->size) return x->size < y->size ? 1 : -1;
-    return x->order - y->order;
+    int order = memcmp(x->text, y->text, retrofit_min(x->size, y->size));
+    if (order) return order;
+    if (x->size != y->size) return x->size < y->size ? -1 : 1;
+    return y->order - x->order;
 }
 
 // An added token as a file describes it: its text, as a string or as "content" beside its flags.
@@ -8481,6 +8510,18 @@ static void tok_load_added(tok_loader *loader, const retrofit_json *entry) {
     tok_enter_added(loader, new);
 }
 
+// Sets `shorter`, in the tokens' order: it is the token before, or one that this one begins with.
+static void tok_link_added(retrofit_tokenizer *tokenizer) {
+    tok_added *all = tokenizer->added;
+    for (size_t i = 0; i < tokenizer->added_count; i++) {
+        int32_t j = (int32_t)i - 1;
+        while (j >= 0 && (all[j].key != all[i].key || all[j].size > all[i].size ||
+                          memcmp(all[j].text, all[i].text, all[j].size)))
+            j = all[j].shorter;
+        all[i].shorter = j;
+    }
+}
+
 // Makes the added tokens ready to be found. Where one's text is normalized to be found, decoding
 // still gives the text as it stands in the file, as Hugging Face's tokenizers do since 0.21.
 static void tok_index_added(tok_loader *loader) {
@@ -8505,6 +8546,7 @@ static void tok_index_added(tok_loader *loader) {
     if (loader->failed) return;
 
     qsort(tokenizer->added, count, sizeof *tokenizer->added, tok_compare_added);
+    tok_link_added(tokenizer);
     for (int key = 0; key <= 512; key++) {
         while (i < count && tokenizer->added[i].key < key) i++;
         tokenizer->added_begin[key] = i;
