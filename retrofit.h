@@ -7380,31 +7380,28 @@ static size_t tok_match(const retrofit_tokenizer *tokenizer, const char *text, s
 // ---- Tokenizer: byte-pair encoding -------------------------------------------------------------
 // A piece begins as a row of symbols, one for each character. As long as any two neighbours have a
 // merge, the pair whose merge has the lowest rank is merged, of equal ones the leftmost. A queue, a
-// binary heap in this order, holds the pairs that may be merged: n symbols take O(n·log n) steps.
+// binary heap in this order, holds the pairs that may come next: n symbols take O(n·log n) steps.
+// Of two pairs that share a symbol the later one cannot, and waits outside: so in a long run of
+// spaces the queue stays short.
 
-// The symbols are a linked list in an array. The first has previous UINT32_MAX, the last has next
-// symbol_count.
+// A symbol stays where its first character was put. The next one begins `length` behind it; to find
+// the one before that, the last of its places has the length too.
 typedef struct {
-    int32_t id; // -1: it has been merged into the one before it
-    uint32_t previous, next;
+    int32_t id;
+    uint32_t rank;   // of its merge with the next symbol; 0: there is none
+    uint32_t length; // in characters, or byte tokens
 } tok_symbol;
-
-// A merge of the symbol at `position` with the next one.
-typedef struct {
-    uint64_t order; // rank << 32 | position: the heap's lowest comes first
-    int32_t id;     // what they become
-} tok_candidate;
 
 typedef struct {
     const retrofit_tokenizer *tokenizer;
-    retrofit_text valid;      // the text, U+FFFD for what is not UTF-8
+    retrofit_text valid;      // the text with U+FFFD for what is not UTF-8, if there is any
     retrofit_text normalized; // what is between two added tokens
     retrofit_text stretch;    // text to be cut into pieces, with a space or "▁" before it
     retrofit_text piece;      // a piece in the byte-level alphabet
     retrofit_text ids;        // the result: its bytes are int32_t
     tok_symbol *symbols;
     uint32_t symbol_count;
-    tok_candidate *heap;
+    uint64_t *heap;  // tok_order of pairs
     size_t heap_count;
     size_t capacity; // symbols and heap have room for a piece of so many bytes
 } tok_encoder;
@@ -7414,45 +7411,63 @@ static void tok_append_id(tok_encoder *encoder, int32_t id) {
 }
 
 static void tok_add_symbol(tok_encoder *encoder, int32_t id) {
-    uint32_t at = encoder->symbol_count++;
-    encoder->symbols[at] = (tok_symbol){id, at - 1, at + 1};
+    encoder->symbols[encoder->symbol_count++] = (tok_symbol){id, 0, 1};
 }
 
-// The merge of the symbol at `at` with the next one, or NULL.
+static uint32_t tok_next(const tok_encoder *encoder, uint32_t at) {
+    return at + encoder->symbols[at].length;
+}
+
+// The first symbol has itself before it.
+static uint32_t tok_before(const tok_encoder *encoder, uint32_t at) {
+    return at > 0 ? at - encoder->symbols[at - 1].length : at;
+}
+
+// The merge of the symbol at `at` with the next one. Its rank is 0, or it is NULL, if there is none.
 static const tok_merge *tok_merge_at(const tok_encoder *encoder, uint32_t at) {
-    const tok_symbol *left = &encoder->symbols[at];
-    if (left->id < 0 || left->next >= encoder->symbol_count) return NULL;
-    uint64_t pair = tok_pair(left->id, encoder->symbols[left->next].id);
-    const tok_merge *merge = tok_merge_slot(encoder->tokenizer, pair);
-    return merge && merge->rank ? merge : NULL;
+    uint32_t next = tok_next(encoder, at);
+    if (next >= encoder->symbol_count) return NULL;
+    uint64_t pair = tok_pair(encoder->symbols[at].id, encoder->symbols[next].id);
+    return tok_merge_slot(encoder->tokenizer, pair);
 }
 
-// Puts the merge of the symbol at `at` with the next one into the queue, if there is one.
-static void tok_push_candidate(tok_encoder *encoder, uint32_t at) {
+static void tok_set_rank(tok_encoder *encoder, uint32_t at) {
     const tok_merge *merge = tok_merge_at(encoder, at);
-    if (!merge) return;
-    tok_candidate *heap = encoder->heap;
-    tok_candidate candidate = {(uint64_t)merge->rank << 32 | at, merge->id};
+    encoder->symbols[at].rank = merge ? merge->rank : 0;
+}
+
+// The lowest comes first.
+static uint64_t tok_order(const tok_encoder *encoder, uint32_t at) {
+    uint64_t rank = encoder->symbols[at].rank;
+    return rank ? rank << 32 | at : UINT64_MAX;
+}
+
+// Puts the merge of the symbol at `at` with the next one into the queue, if there is one and it
+// comes before those of its two neighbours.
+static void tok_queue_merge(tok_encoder *encoder, uint32_t at) {
+    uint64_t order = tok_order(encoder, at), *heap = encoder->heap;
+    if (order == UINT64_MAX || tok_order(encoder, tok_before(encoder, at)) < order) return;
+    uint32_t next = tok_next(encoder, at); // there is one, with which it is merged
+    if (tok_order(encoder, next) < order) return;
     size_t i = encoder->heap_count++;
-    while (i > 0 && heap[(i - 1) / 2].order > candidate.order) {
+    while (i > 0 && heap[(i - 1) / 2] > order) {
         heap[i] = heap[(i - 1) / 2];
         i = (i - 1) / 2;
     }
-    heap[i] = candidate;
+    heap[i] = order;
 }
 
-// Takes the first candidate out of the queue, which is not empty.
-static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
-    tok_candidate *heap = encoder->heap;
-    tok_candidate first = heap[0];
+// Takes the first merge out of the queue, which is not empty.
+static uint64_t tok_pop_merge(tok_encoder *encoder) {
+    uint64_t *heap = encoder->heap, first = heap[0];
     size_t count = --encoder->heap_count;
-    tok_candidate last = heap[count]; // goes where the heap has room for it
+    uint64_t last = heap[count]; // goes where the heap has room for it
     size_t i = 0;
     for (;;) {
         size_t child = 2 * i + 1;
         if (child >= count) break;
-        if (child + 1 < count && heap[child + 1].order < heap[child].order) child++;
-        if (heap[child].order >= last.order) break;
+        if (child + 1 < count && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= last) break;
         heap[i] = heap[child];
         i = child;
     }
@@ -7460,38 +7475,48 @@ static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
     return first;
 }
 
+// Merges the symbol at `at` with the next one. That changes the merges at `at` and before it, and
+// so, for these and their neighbours, which one comes first.
+static void tok_join(tok_encoder *encoder, uint32_t at) {
+    tok_symbol *symbols = encoder->symbols;
+    uint32_t next = tok_next(encoder, at), before = tok_before(encoder, at);
+    symbols[at].id = tok_merge_at(encoder, at)->id;
+    symbols[next].rank = 0;
+    symbols[at].length += symbols[next].length;
+    next = tok_next(encoder, at);
+    symbols[next - 1].length = symbols[at].length;
+    tok_set_rank(encoder, at);
+    if (before < at) tok_set_rank(encoder, before);
+    for (uint32_t i = tok_before(encoder, before); i <= next && i < encoder->symbol_count;
+         i = tok_next(encoder, i))
+        tok_queue_merge(encoder, i);
+}
+
 // Does all merges of the symbols and moves what remains to the ids.
 static void tok_merge_symbols(tok_encoder *encoder) {
-    tok_symbol *symbols = encoder->symbols;
     uint32_t count = encoder->symbol_count;
-    for (uint32_t i = 0; i < count; i++) tok_push_candidate(encoder, i);
+    for (uint32_t i = 0; i < count; i++) tok_set_rank(encoder, i);
+    for (uint32_t i = 0; i < count; i++) tok_queue_merge(encoder, i);
     while (encoder->heap_count) {
-        tok_candidate best = tok_pop_candidate(encoder);
-        uint32_t at = (uint32_t)best.order;
-        const tok_merge *merge = tok_merge_at(encoder, at);
-        if (!merge || merge->id != best.id) continue; // outdated: one of the two has changed since
-
-        tok_symbol *left = &symbols[at], *right = &symbols[left->next];
-        left->id = best.id;
-        left->next = right->next;
-        right->id = -1;
-        if (left->next < count) symbols[left->next].previous = at;
-        if (left->previous != UINT32_MAX) tok_push_candidate(encoder, left->previous);
-        tok_push_candidate(encoder, at);
+        uint64_t best = tok_pop_merge(encoder);
+        uint32_t at = (uint32_t)best; // one of the two may have changed since
+        if (encoder->symbols[at].rank == best >> 32) tok_join(encoder, at);
     }
-    for (uint32_t i = 0; i < count; i = symbols[i].next) tok_append_id(encoder, symbols[i].id);
+    for (uint32_t i = 0; i < count; i = tok_next(encoder, i))
+        tok_append_id(encoder, encoder->symbols[i].id);
     encoder->symbol_count = 0;
 }
 
-// Makes room for a piece of `size` bytes. It has no more symbols than bytes; each is queued once at
-// first, and each merge, of which there are fewer than symbols, queues two more. false or error.
+// Makes room for a piece of `size` bytes. It has no more symbols than bytes. At first at most every
+// other one is queued; each merge, of which there are fewer than symbols, is taken out of the queue
+// and puts at most two of four neighbours into it. false or error.
 static bool tok_reserve(tok_encoder *encoder, size_t size) {
     if (size > encoder->capacity) {
         free(encoder->symbols);
         free(encoder->heap);
         encoder->capacity = 2 * size;
         encoder->symbols = retrofit_allocate(encoder->capacity, sizeof *encoder->symbols);
-        encoder->heap = retrofit_allocate(3 * encoder->capacity, sizeof *encoder->heap);
+        encoder->heap = retrofit_allocate(2 * encoder->capacity, sizeof *encoder->heap);
     }
     if (!encoder->symbols || !encoder->heap) return false;
     if (size < UINT32_MAX) return true;
@@ -7746,11 +7771,15 @@ static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size,
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                          bool with_special, size_t *count) {
     tok_encoder encoder = {.tokenizer = tokenizer};
-    retrofit_append_valid(&encoder.valid, text, size);
+    if (retrofit_find_invalid(text, 0, size) < size) {
+        retrofit_append_valid(&encoder.valid, text, size);
+        text = encoder.valid.bytes;
+        size = encoder.valid.size;
+    }
     size_t before = with_special ? tokenizer->before.count : 0;
     size_t after = with_special ? tokenizer->after.count : 0;
     retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
-    tok_encode_text(&encoder, encoder.valid.bytes, encoder.valid.size, false, true);
+    if (!encoder.valid.failed) tok_encode_text(&encoder, text, size, false, true);
     retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
 
     bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.stretch.failed;
