@@ -2575,18 +2575,18 @@ typedef int retrofit_json_type; // one of these
 typedef struct retrofit_json retrofit_json;
 struct retrofit_json {
     retrofit_json_type type;
-    size_t count;         // children of an array or object
+    uint32_t count;       // children of an array or object
+    uint32_t key_length;  // of key, which may contain NUL too
+    uint32_t length;      // of string, which may contain NUL too
     const char *key;      // the name of an object's member, else NULL. UTF-8 with a NUL at its end
-    size_t key_length;    // of key, which may contain NUL too
     const char *string;   // a string, or a number as it is written. UTF-8 with a NUL at its end
-    size_t length;        // of string, which may contain NUL too
     double number;        // a number, correctly rounded; 0 or 1 for a bool
     retrofit_json *child; // the first child of an array or object
     retrofit_json *next;  // the next child of the same parent
 };
 
-// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but
-// white space after the value. Members of an object must have different names: with two values of
+// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, 2^24 values (they
+// take 0.9 GB) and 4 GB, nothing but white space after the value. Members of an object must have different names: with two values of
 // one name readers disagree about which counts. Copies what it needs from text. Returns the root,
 // freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
 // byte, or the name that is there twice.
@@ -6251,6 +6251,8 @@ void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
 
 // ---- JSON --------------------------------------------------------------------------------------
 
+enum { JSON_MAX_VALUES = 1 << 24 };
+
 // The parser works on its own copy of the text, which ends in a NUL. It decodes strings inside this
 // copy: `out` never overtakes `at`, since no escape is shorter than the character it stands for.
 typedef struct {
@@ -6305,7 +6307,7 @@ static bool json_escape(json_parser *parser, uint32_t *code_point) {
     return true;
 }
 
-static bool json_string(json_parser *parser, const char **string, size_t *length) {
+static bool json_string(json_parser *parser, const char **string, uint32_t *length) {
     if (*parser->at != '"') return json_fail(parser, "expected a string");
     parser->at++;
     char *begin = parser->out;
@@ -6323,7 +6325,7 @@ static bool json_string(json_parser *parser, const char **string, size_t *length
     }
     parser->at++;
     *string = begin;
-    *length = (size_t)(parser->out - begin);
+    *length = (uint32_t)(parser->out - begin);
     *parser->out++ = 0;
     return true;
 }
@@ -6348,7 +6350,7 @@ static bool json_number(json_parser *parser, retrofit_json *value) {
     value->type = RETROFIT_JSON_NUMBER;
     value->number = number;
     value->string = text;
-    value->length = length;
+    value->length = (uint32_t)length;
     parser->at += length;
     parser->out += length + 1;
     return true;
@@ -6435,9 +6437,10 @@ static bool json_value(json_parser *parser, retrofit_json *value, int depth) {
 }
 
 // At least as many as there are values in the text: each but the first comes behind an opening
-// bracket or a comma. 0 or error if the text is not UTF-8.
+// bracket or a comma that is in no string. 0 or error if the text is not UTF-8, or too large.
 static size_t json_count_nodes(const char *text, size_t size, const char *where) {
     size_t count = 1, length;
+    bool in_string = false;
     for (size_t i = 0; i < size; i += length) {
         uint32_t c;
         length = retrofit_utf8_next(text + i, size - i, &c);
@@ -6445,9 +6448,14 @@ static size_t json_count_nodes(const char *text, size_t size, const char *where)
             retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i);
             return 0;
         }
-        if (c == '[' || c == '{' || c == ',') count++;
+        if (c == '"') in_string = !in_string;
+        else if (!in_string) count += c == '[' || c == '{' || c == ',';
+        else if (c == '\\' && i + 1 < size && !(text[i + 1] & 0x80)) length = 2;
     }
-    return count;
+    if (count <= JSON_MAX_VALUES && size < UINT32_MAX) return count;
+    retrofit_fail("%s: more than %d values, or 4 GB: too much JSON in one piece", where,
+                  JSON_MAX_VALUES);
+    return 0;
 }
 
 // The tree is one block of memory: the nodes, then the copy of the text. Decoded strings end in a
