@@ -5166,7 +5166,9 @@ enum { SHARD_HEADER = 1024 }; // bytes
 typedef struct {
     void *base;
     size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
+    size_t first_row;          // how many rows are in the shards before
     uint64_t hash;             // retrofit_sample_hash of all of it; 0: not computed yet
+    struct stat status;        // of the file when it was opened
 } token_shard;
 
 struct retrofit_data {
@@ -5180,6 +5182,7 @@ struct retrofit_data {
 static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
     shard->base = retrofit_map_file(path, &shard->bytes);
     if (!shard->base) return false;
+    if (stat(path, &shard->status)) return retrofit_fail("%s: %s", path, strerror(errno));
     const int32_t *header = shard->base;
     if (shard->bytes < SHARD_HEADER)
         return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path,
@@ -5196,6 +5199,7 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
         return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated, "
                              "or damaged", path, header[2], tokens);
     shard->rows = tokens / (data->T + 1);
+    shard->first_row = data->rows;
     data->rows += shard->rows;
     return true;
 }
@@ -5364,7 +5368,8 @@ bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *o
         for (size_t j = 0; j < other->files.gl_pathc; j++) {
             token_shard *b = &other->shards[j];
             const char *x = data->files.gl_pathv[i], *y = other->files.gl_pathv[j];
-            bool same = retrofit_same_file(x, y);
+            bool same = a->status.st_dev == b->status.st_dev &&
+                        a->status.st_ino == b->status.st_ino;
             if (!same && a->bytes == b->bytes) same = shard_hash(a) == shard_hash(b);
             if (same)
                 return retrofit_fail("%s: the same as %s: validation data must not be trained on: "
@@ -5404,12 +5409,25 @@ static void shuffle_rows(retrofit_data *data, uint64_t epoch) {
     data->epoch = epoch;
 }
 
+// The last shard that begins with this row or before it: it has the row, since shards that are too
+// short for one lie before another that begins with the same row, or behind all rows.
+static size_t find_shard(const retrofit_data *data, size_t row) {
+    size_t low = 0, high = data->files.gl_pathc;
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (data->shards[middle].first_row <= row) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels) {
     uint64_t epoch = index / data->rows;
-    size_t row = (size_t)(index % data->rows), s = 0;
+    size_t row = (size_t)(index % data->rows);
     if (data->order && data->epoch != epoch) shuffle_rows(data, epoch);
     if (data->order) row = data->order[row];
-    for (; row >= data->shards[s].rows; s++) row -= data->shards[s].rows;
+    size_t s = find_shard(data, row);
+    row -= data->shards[s].first_row;
 
     // A file that became shorter ends the program where the missing part is touched.
     size_t first = row * (data->T + 1);
@@ -8189,6 +8207,7 @@ static void tok_load_special(tok_loader *loader, const retrofit_json *special,
                              tok_specials *specials) {
     const retrofit_tokenizer *tokenizer = loader->tokenizer;
     const retrofit_json *value = tok_get(loader, special, "ids", RETROFIT_JSON_ARRAY)->child;
+    if (!value) tok_refuse(loader, "without an id, the", "SpecialToken");
     for (; value && !loader->failed; value = value->next) {
         int32_t id = tok_read_id(loader, value);
         bool is_token = (size_t)id < tokenizer->size && tokenizer->tokens[id].text;
