@@ -2549,6 +2549,8 @@ void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size);
 // Moves the text's beginning and reduces its size, so that neither end has what Python's str.strip
 // removes.
 void retrofit_strip(const char **text, size_t *size);
+// The same at its beginning alone.
+void retrofit_strip_begin(const char **text, size_t *size);
 // Moves the text's beginning behind the byte order mark that some editors put there.
 void retrofit_skip_mark(const char **text, size_t *size);
 
@@ -6226,14 +6228,19 @@ static bool is_space(uint32_t c) {
            c == 0x205f || c == 0x3000;
 }
 
-void retrofit_strip(const char **text, size_t *size) {
-    uint32_t code_point;
+void retrofit_strip_begin(const char **text, size_t *size) {
     while (*size) {
+        uint32_t code_point;
         size_t length = retrofit_utf8_next(*text, *size, &code_point);
         if (!is_space(code_point)) break;
         *text += length;
         *size -= length;
     }
+}
+
+void retrofit_strip(const char **text, size_t *size) {
+    uint32_t code_point;
+    retrofit_strip_begin(text, size);
     while (*size) {
         const char *end = *text + *size;
         size_t length = 1; // of the last character; no white space is longer than three bytes
