@@ -1186,7 +1186,7 @@ struct gguf_file {
     size_t position; // of what is read next, up to the data
     gguf_value *values;
     size_t value_count;
-    gguf_tensor *tensors;
+    gguf_tensor *tensors; // by name
     size_t tensor_count;
     retrofit_text unknown; // keys of metadata that are not known, for a note
 };
@@ -1399,6 +1399,9 @@ static int compare_names(const void *a, const void *b) {
     return order ? order : (x->length > y->length) - (x->length < y->length);
 }
 
+// A tensor begins with its name.
+static int compare_tensors(const void *a, const void *b) { return strcmp(a, b); }
+
 // Of two entries of one name readers take one or the other.
 static void gguf_check_twice(const gguf_file *gguf, gguf_string *names, size_t count,
                              const char *what) {
@@ -1409,11 +1412,13 @@ static void gguf_check_twice(const gguf_file *gguf, gguf_string *names, size_t c
                      GGUF_SHOW(names[i]));
 }
 
-static void gguf_check_names(const gguf_file *gguf) {
+// Sorts the tensors, so that they can be found by their names.
+static void gguf_check_names(gguf_file *gguf) {
     size_t most = retrofit_max(gguf->value_count, gguf->tensor_count);
     gguf_string *names = allocate_or_die(most, sizeof *names);
     for (size_t i = 0; i < gguf->value_count; i++) names[i] = gguf->values[i].key;
     gguf_check_twice(gguf, names, gguf->value_count, "metadata");
+    qsort(gguf->tensors, gguf->tensor_count, sizeof *gguf->tensors, compare_tensors);
     for (size_t i = 0; i < gguf->tensor_count; i++) {
         const char *name = gguf->tensors[i].name;
         names[i] = (gguf_string){name, strlen(name)};
@@ -1721,9 +1726,8 @@ static void gguf_check_attention(const gguf_file *gguf, const retrofit_config *c
 // ---- The model ----------------------------------------------------------------------------------
 
 static gguf_tensor *gguf_find_tensor(const gguf_file *gguf, const char *name) {
-    for (size_t i = 0; i < gguf->tensor_count; i++)
-        if (!strcmp(gguf->tensors[i].name, name)) return &gguf->tensors[i];
-    return NULL;
+    return bsearch(name, gguf->tensors, gguf->tensor_count, sizeof *gguf->tensors,
+                   compare_tensors);
 }
 
 // Llama 3.x divides its rotary frequencies θ^(-2i/h) by numbers f_i, which a GGUF has as tensor

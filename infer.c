@@ -395,8 +395,16 @@ __attribute__((format(printf, 1, 2))) static void refuse(const char *format, ...
     while (peek()->kind != TEMPLATE_END) template.at++;
 }
 
+static void spend(size_t steps) {
+    template.steps += steps;
+    if (template.steps > MAX_STEPS) too_much("time");
+}
+
+// What goes over so many bytes of a text.
+static void spend_on(size_t bytes) { spend(bytes / 64); }
+
 static const struct token *take(void) {
-    if (++template.steps > MAX_STEPS) too_much("time");
+    spend(1);
     return peek()->kind == TEMPLATE_END ? peek() : &template.tokens[template.at++];
 }
 
@@ -442,7 +450,7 @@ static void enter(void) {
 // Of the white space at the beginning of text.
 static size_t spaces_at(const char *text, size_t size) {
     const char *stripped = text;
-    retrofit_strip(&stripped, &size);
+    retrofit_strip_begin(&stripped, &size);
     return (size_t)(stripped - text);
 }
 
@@ -606,6 +614,7 @@ static bool are_equal(struct value a, struct value b) {
     bool numbers = (a.type == BOOL || a.type == NUMBER) && (b.type == BOOL || b.type == NUMBER);
     if (numbers) return a.number == b.number;
     if (a.type != b.type) return false;
+    if (a.type == STRING && a.size == b.size) spend_on(a.size);
     if (a.type == STRING) return a.size == b.size && !memcmp(a.bytes, b.bytes, a.size);
     if (a.type > STRING) refuse("lists and messages are not compared here");
     return true;
@@ -630,6 +639,7 @@ static struct value message_member(const struct message *message, const struct t
     if (is_text(name->bytes, name->size, "content"))
         return of_string(message->content, message->size);
     const retrofit_json *other = message->json ? message->json->child : NULL;
+    spend(message->json ? message->json->count / 16 : 0);
     for (; other; other = other->next)
         if (is_text(name->bytes, name->size, other->key)) refuse_token(name);
     return nothing();
@@ -648,6 +658,7 @@ static struct value member(struct value of, const struct token *name) {
 }
 
 static struct variable *find_variable(const struct token *name) {
+    spend(template.variable_count / 16);
     for (size_t i = template.variable_count; i > 0; i--) {
         const struct token *other = &template.variables[i - 1].name;
         bool same = other->size == name->size && !memcmp(other->bytes, name->bytes, name->size);
@@ -695,6 +706,7 @@ static struct value read_call(struct value of, const struct token *name) {
     bool both = is_word(name, "strip"), left = both || is_word(name, "lstrip");
     bool right = both || is_word(name, "rstrip"), function = of.type == FUNCTION;
     if (of.type == STRING && (left || right) && !given) {
+        spend_on(of.size);
         size_t spaces = left ? spaces_at(of.bytes, of.size) : 0, size = of.size - spaces;
         if (right) size = size_without_spaces(of.bytes + spaces, size);
         return of_string(of.bytes + spaces, size);
@@ -831,6 +843,7 @@ static struct value read_filter(struct value v) {
     if (template.unused) return nothing();
     if (trims) {
         v = text_of(v);
+        spend_on(v.size);
         retrofit_strip(&v.bytes, &v.size);
         return v;
     }
@@ -865,6 +878,7 @@ static struct value read_operand(void) {
 
 static struct value is_in(struct value part, struct value whole) {
     bool found = false;
+    spend_on(whole.type == STRING ? whole.size : 0);
     if (part.type == STRING && whole.type == STRING)
         found = memmem(whole.bytes, whole.size, part.bytes, part.size);
     else if (part.type == STRING && whole.type == MESSAGE) {
@@ -1233,9 +1247,13 @@ static retrofit_text write_messages(const struct message *messages, size_t count
         marked[i].size += (size_t)mark;
     }
     retrofit_text text = render_or_die(marked, count, where);
+    const char *end = text.bytes + text.size, *found = text.bytes; // where the mark before is
     for (size_t i = 0; i < count; i++) {
         const char *mark = marked[i].content + messages[i].size;
-        if (!memmem(text.bytes, text.size, mark, strlen(mark)))
+        size_t size = strlen(mark);
+        found = memmem(found, (size_t)(end - found), mark, size); // mostly they come in order
+        if (!found) found = memmem(text.bytes, text.size, mark, size);
+        if (!found)
             die(1, "%s%s%s: chat template: it writes nothing of a message of the role \"%s\"",
                 where, *where ? ": " : "", template.where, messages[i].role);
         free((char *)marked[i].content);

@@ -2571,6 +2571,8 @@ void retrofit_text_append_item(retrofit_text *text, const char *item);
 // Moves the text's beginning and reduces its size, so that neither end has what Python's str.strip
 // removes.
 void retrofit_strip(const char **text, size_t *size);
+// The same at its beginning alone.
+void retrofit_strip_begin(const char **text, size_t *size);
 // Moves the text's beginning behind the byte order mark that some editors put there.
 void retrofit_skip_mark(const char **text, size_t *size);
 
@@ -2597,18 +2599,18 @@ typedef int retrofit_json_type; // one of these
 typedef struct retrofit_json retrofit_json;
 struct retrofit_json {
     retrofit_json_type type;
-    size_t count;         // children of an array or object
+    uint32_t count;       // children of an array or object
+    uint32_t key_length;  // of key, which may contain NUL too
+    uint32_t length;      // of string, which may contain NUL too
     const char *key;      // the name of an object's member, else NULL. UTF-8 with a NUL at its end
-    size_t key_length;    // of key, which may contain NUL too
     const char *string;   // a string, or a number as it is written. UTF-8 with a NUL at its end
-    size_t length;        // of string, which may contain NUL too
     double number;        // a number, correctly rounded; 0 or 1 for a bool
     retrofit_json *child; // the first child of an array or object
     retrofit_json *next;  // the next child of the same parent
 };
 
-// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but
-// white space after the value. Members of an object must have different names: with two values of
+// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, 2^24 values (they
+// take 0.9 GB) and 4 GB, nothing but white space after the value. Members of an object must have different names: with two values of
 // one name readers disagree about which counts. Copies what it needs from text. Returns the root,
 // freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
 // byte, or the name that is there twice.
@@ -2679,11 +2681,14 @@ char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, s
 // Text as it is generated. Tokens cannot be decoded one by one: one may be half of a character, and
 // the first one loses its leading space. So the caller keeps all ids and asks after each new one
 // what text has come; `last` says that no more ids will. The texts together are exactly what
-// retrofit_decode makes of all ids; a text is empty as long as its last character is incomplete.
-// Start from a zeroed stream. Each call decodes only tokens from `begin` on, so that its cost does
-// not grow. Returns and fails like retrofit_decode.
+// retrofit_decode makes of all ids; what is only the beginning of a character waits for the rest.
+// Start from a zeroed stream. Each token is decoded once, however long it waits, so that the cost of
+// a call does not grow. Returns and fails like retrofit_decode.
 typedef struct {
-    size_t begin, end; // the tokens that gave the last text that was not empty
+    size_t begin, end;        // the tokens before `end` are known, those before `begin` decoded
+    bool has_token, has_text; // whether one of these counted, and whether there was text
+    char cut[3];              // the beginning of a character, of which the rest is to come
+    size_t cut_size;
 } retrofit_stream;
 char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
                            const int32_t *ids, size_t count, bool skip_special, bool last,
@@ -2728,6 +2733,7 @@ typedef struct retrofit_map {
     void *base;
     size_t bytes;
     retrofit_tensor *tensors; // [count], in the order of the header
+    const retrofit_tensor **by_name; // [count] the same, sorted
     size_t count;
     retrofit_json *header;
 } retrofit_map;
@@ -3827,12 +3833,18 @@ static bool read_tensor_header(retrofit_map *map, size_t *data_start) {
     return true;
 }
 
+static int by_tensor_name(const void *a, const void *b) {
+    const retrofit_tensor *const *x = a, *const *y = b;
+    return strcmp((*x)->name, (*y)->name);
+}
+
 static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
     const char *data = (const char *)map->base + data_start;
     size_t data_bytes = map->bytes - data_start, count = 0;
     map->tensors = retrofit_allocate(map->header->count, sizeof *map->tensors);
+    map->by_name = retrofit_allocate(map->header->count, sizeof *map->by_name);
     byte_range *ranges = retrofit_allocate(map->header->count, sizeof *ranges);
-    bool ok = map->tensors && ranges;
+    bool ok = map->tensors && map->by_name && ranges;
     for (const retrofit_json *entry = map->header->child; ok && entry; entry = entry->next) {
         if (!strcmp(entry->key, "__metadata__")) continue;
         ok = read_tensor_entry(map, entry, data, data_bytes, &ranges[count]);
@@ -3840,7 +3852,10 @@ static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
     }
     ok = ok && check_tensor_ranges(map, ranges, count, data_bytes);
     free(ranges);
-    return ok;
+    if (!ok) return false;
+    for (size_t i = 0; i < map->count; i++) map->by_name[i] = &map->tensors[i];
+    qsort(map->by_name, map->count, sizeof *map->by_name, by_tensor_name);
+    return true;
 }
 
 bool retrofit_safetensors_open(retrofit_map *map, const char *path) {
@@ -3857,15 +3872,16 @@ void retrofit_safetensors_close(retrofit_map *map) {
     if (map->base) munmap(map->base, map->bytes);
     retrofit_json_free(map->header);
     free(map->tensors);
+    free(map->by_name);
     free(map->path);
     memset(map, 0, sizeof *map);
 }
 
 const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name) {
-    for (size_t i = 0; i < map->count; i++) {
-        if (!strcmp(map->tensors[i].name, name)) return &map->tensors[i];
-    }
-    return NULL;
+    const retrofit_tensor wanted = {.name = name}, *key = &wanted;
+    const retrofit_tensor **found =
+        bsearch(&key, map->by_name, map->count, sizeof *map->by_name, by_tensor_name);
+    return found ? *found : NULL;
 }
 
 const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key) {
@@ -4569,11 +4585,9 @@ static bool open_map(retrofit_model *model, const char *path) {
     return true;
 }
 
-static bool is_map_open(const retrofit_model *model, const char *path) {
-    for (size_t i = 0; i < model->map_count; i++) {
-        if (!strcmp(model->maps[i].path, path)) return true;
-    }
-    return false;
+static int by_string(const void *a, const void *b) {
+    const char *const *x = a, *const *y = b;
+    return strcmp(*x, *y);
 }
 
 // Opens every file that the index names: {"weight_map": {"tensor": "file", …}}.
@@ -4581,14 +4595,21 @@ static bool open_shards(retrofit_model *model, const char *directory, const char
     char path[RETROFIT_PATH];
     retrofit_json *json = retrofit_json_read(index, NULL);
     const retrofit_json *map = retrofit_json_get(json, "weight_map");
-    bool ok = json != NULL;
-    if (ok && !map) ok = retrofit_fail("%s: no weight_map", index);
+    const char **files = map ? retrofit_allocate(map->count, sizeof *files) : NULL;
+    size_t count = 0;
+    bool ok = files != NULL;
+    if (json && !map) retrofit_fail("%s: no weight_map", index);
     for (const retrofit_json *entry = map ? map->child : NULL; ok && entry; entry = entry->next) {
-        if (entry->type != RETROFIT_JSON_STRING || strchr(entry->string, '/'))
-            ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
-        ok = ok && retrofit_path(path, directory, entry->string);
-        if (ok && !is_map_open(model, path)) ok = open_map(model, path);
+        if (entry->type == RETROFIT_JSON_STRING && !strchr(entry->string, '/'))
+            files[count++] = entry->string;
+        else ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
     }
+    if (count) qsort(files, count, sizeof *files, by_string);
+    for (size_t i = 0; ok && i < count; i++) {
+        if (i > 0 && !strcmp(files[i - 1], files[i])) continue;
+        ok = retrofit_path(path, directory, files[i]) && open_map(model, path);
+    }
+    free(files);
     retrofit_json_free(json);
     return ok;
 }
@@ -4759,26 +4780,34 @@ static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *
     return ok;
 }
 
-// Whether the model has a place for a tensor. Rotary tables and a head that is tied, which older
-// files carry along, need none.
-static bool has_place(const retrofit_model *model, const char *name) {
-    if (strstr(name, "rotary_emb.inv_freq")) return true;
-    if (model->config.tied && !strcmp(name, "lm_head.weight")) return true;
-    for (size_t i = 0; i < model->parameter_count; i++) {
+// The names of all tensors that the model has a place for, sorted. NULL or error.
+static const char **list_places(const retrofit_model *model, size_t *count) {
+    const char **names = retrofit_allocate(6 * model->parameter_count, sizeof *names);
+    *count = 0;
+    for (size_t i = 0; names && i < model->parameter_count; i++) {
         const retrofit_parameter *parameter = model->parameters[i];
         for (size_t j = 0; j < parameter->sources; j++) {
             const char *source = parameter->source[j].name;
-            if (!strcmp(name, source)) return true;
-            if (!strncmp(source, "model.", 6) && !strcmp(name, source + 6)) return true;
+            names[(*count)++] = source;
+            if (!strncmp(source, "model.", 6)) names[(*count)++] = source + 6;
         }
     }
-    return false;
+    if (names) qsort(names, *count, sizeof *names, by_string);
+    return names;
 }
 
-static bool check_all_used(const retrofit_model *model, const retrofit_map *map) {
+// Rotary tables and a head that is tied, which older files carry along, need no place.
+static bool needs_no_place(const retrofit_model *model, const char *name) {
+    if (!strcmp(name, "__metadata__") || strstr(name, "rotary_emb.inv_freq")) return true;
+    return model->config.tied && !strcmp(name, "lm_head.weight");
+}
+
+static bool check_all_used(const retrofit_model *model, const retrofit_map *map,
+                           const char *const *places, size_t count) {
     const retrofit_json *entry = map->header->child;
     for (; entry; entry = entry->next) {
-        if (strcmp(entry->key, "__metadata__") && !has_place(model, entry->key))
+        if (needs_no_place(model, entry->key)) continue;
+        if (!bsearch(&entry->key, places, count, sizeof *places, by_string))
             return retrofit_fail("%s: tensor %s has no place in a model of this config.json",
                                  map->path, entry->key);
     }
@@ -4885,13 +4914,20 @@ static bool check_values(const retrofit_map *map) {
                          "or its training failed", map->path, tensor->name, at);
 }
 
+static bool check_maps(const retrofit_model *model) {
+    size_t count;
+    const char **places = list_places(model, &count);
+    bool ok = places != NULL;
+    for (size_t i = 0; ok && i < model->map_count; i++)
+        ok = check_all_used(model, &model->maps[i], places, count) && check_values(&model->maps[i]);
+    free(places);
+    return ok;
+}
+
 static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
     if (!open_maps(model, directory)) return false;
     if (!load_weights(model, mode, directory)) return false;
-    for (size_t i = 0; i < model->map_count; i++) {
-        if (!check_all_used(model, &model->maps[i])) return false;
-        if (!check_values(&model->maps[i])) return false;
-    }
+    if (!check_maps(model)) return false;
     note_other_head(model, directory);
     if (!note_beside(directory)) return false;
     if (mode == RETROFIT_INFERENCE) return true;
@@ -5289,7 +5325,9 @@ enum { SHARD_HEADER = 1024 }; // bytes
 typedef struct {
     void *base;
     size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
+    size_t first_row;          // how many rows are in the shards before
     uint64_t hash;             // retrofit_sample_hash of all of it; 0: not computed yet
+    struct stat status;        // of the file when it was opened
 } token_shard;
 
 struct retrofit_data {
@@ -5303,6 +5341,7 @@ struct retrofit_data {
 static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
     shard->base = retrofit_map_file(path, &shard->bytes);
     if (!shard->base) return false;
+    if (stat(path, &shard->status)) return retrofit_fail("%s: %s", path, strerror(errno));
     const int32_t *header = shard->base;
     if (shard->bytes < SHARD_HEADER)
         return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path,
@@ -5319,6 +5358,7 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
         return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated, "
                              "or damaged", path, header[2], tokens);
     shard->rows = tokens / (data->T + 1);
+    shard->first_row = data->rows;
     data->rows += shard->rows;
     return true;
 }
@@ -5488,7 +5528,8 @@ bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *o
         for (size_t j = 0; j < other->files.gl_pathc; j++) {
             token_shard *b = &other->shards[j];
             const char *x = data->files.gl_pathv[i], *y = other->files.gl_pathv[j];
-            bool same = retrofit_same_file(x, y);
+            bool same = a->status.st_dev == b->status.st_dev &&
+                        a->status.st_ino == b->status.st_ino;
             if (!same && a->bytes == b->bytes) same = shard_hash(a) == shard_hash(b);
             if (same)
                 return retrofit_fail("%s: the same as %s: validation data must not be trained on: "
@@ -5528,12 +5569,25 @@ static void shuffle_rows(retrofit_data *data, uint64_t epoch) {
     data->epoch = epoch;
 }
 
+// The last shard that begins with this row or before it: it has the row, since shards that are too
+// short for one lie before another that begins with the same row, or behind all rows.
+static size_t find_shard(const retrofit_data *data, size_t row) {
+    size_t low = 0, high = data->files.gl_pathc;
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (data->shards[middle].first_row <= row) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels) {
     uint64_t epoch = index / data->rows;
-    size_t row = (size_t)(index % data->rows), s = 0;
+    size_t row = (size_t)(index % data->rows);
     if (data->order && data->epoch != epoch) shuffle_rows(data, epoch);
     if (data->order) row = data->order[row];
-    for (; row >= data->shards[s].rows; s++) row -= data->shards[s].rows;
+    size_t s = find_shard(data, row);
+    row -= data->shards[s].first_row;
 
     // A file that became shorter ends the program where the missing part is touched.
     size_t first = row * (data->T + 1);
@@ -6332,14 +6386,19 @@ static bool is_space(uint32_t c) {
            c == 0x205f || c == 0x3000;
 }
 
-void retrofit_strip(const char **text, size_t *size) {
-    uint32_t code_point;
+void retrofit_strip_begin(const char **text, size_t *size) {
     while (*size) {
+        uint32_t code_point;
         size_t length = retrofit_utf8_next(*text, *size, &code_point);
         if (!is_space(code_point)) break;
         *text += length;
         *size -= length;
     }
+}
+
+void retrofit_strip(const char **text, size_t *size) {
+    uint32_t code_point;
+    retrofit_strip_begin(text, size);
     while (*size) {
         const char *end = *text + *size;
         size_t length = 1; // of the last character; no white space is longer than three bytes
@@ -6377,6 +6436,8 @@ void retrofit_text_append_item(retrofit_text *text, const char *item) {
 }
 
 // ---- JSON --------------------------------------------------------------------------------------
+
+enum { JSON_MAX_VALUES = 1 << 24 };
 
 // The parser works on its own copy of the text, which ends in a NUL. It decodes strings inside this
 // copy: `out` never overtakes `at`, since no escape is shorter than the character it stands for.
@@ -6432,7 +6493,7 @@ static bool json_escape(json_parser *parser, uint32_t *code_point) {
     return true;
 }
 
-static bool json_string(json_parser *parser, const char **string, size_t *length) {
+static bool json_string(json_parser *parser, const char **string, uint32_t *length) {
     if (*parser->at != '"') return json_fail(parser, "expected a string");
     parser->at++;
     char *begin = parser->out;
@@ -6450,7 +6511,7 @@ static bool json_string(json_parser *parser, const char **string, size_t *length
     }
     parser->at++;
     *string = begin;
-    *length = (size_t)(parser->out - begin);
+    *length = (uint32_t)(parser->out - begin);
     *parser->out++ = 0;
     return true;
 }
@@ -6475,7 +6536,7 @@ static bool json_number(json_parser *parser, retrofit_json *value) {
     value->type = RETROFIT_JSON_NUMBER;
     value->number = number;
     value->string = text;
-    value->length = length;
+    value->length = (uint32_t)length;
     parser->at += length;
     parser->out += length + 1;
     return true;
@@ -6562,9 +6623,10 @@ static bool json_value(json_parser *parser, retrofit_json *value, int depth) {
 }
 
 // At least as many as there are values in the text: each but the first comes behind an opening
-// bracket or a comma. 0 or error if the text is not UTF-8.
+// bracket or a comma that is in no string. 0 or error if the text is not UTF-8, or too large.
 static size_t json_count_nodes(const char *text, size_t size, const char *where) {
     size_t count = 1, length;
+    bool in_string = false;
     for (size_t i = 0; i < size; i += length) {
         uint32_t c;
         length = retrofit_utf8_next(text + i, size - i, &c);
@@ -6572,9 +6634,14 @@ static size_t json_count_nodes(const char *text, size_t size, const char *where)
             retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i);
             return 0;
         }
-        if (c == '[' || c == '{' || c == ',') count++;
+        if (c == '"') in_string = !in_string;
+        else if (!in_string) count += c == '[' || c == '{' || c == ',';
+        else if (c == '\\' && i + 1 < size && !(text[i + 1] & 0x80)) length = 2;
     }
-    return count;
+    if (count <= JSON_MAX_VALUES && size < UINT32_MAX) return count;
+    retrofit_fail("%s: more than %d values, or 4 GB: too much JSON in one piece", where,
+                  JSON_MAX_VALUES);
+    return 0;
 }
 
 // The tree is one block of memory: the nodes, then the copy of the text. Decoded strings end in a
@@ -7081,6 +7148,7 @@ typedef struct {
     int32_t id;
     int32_t key;      // text's first byte, + 256 if it is to be found in normalized text
     int32_t order;    // of two with one text, once normalized, the lower is found
+    int32_t shorter;  // number of the longest one that this one's text begins with; -1: none
     bool special;     // as the token
     bool normalized;  // to be found in normalized text
     bool single_word; // not found inside of a word
@@ -7131,7 +7199,7 @@ struct retrofit_tokenizer {
     char *strings;         // the bytes of all tokens' texts
 
     // Added tokens
-    tok_added *added;            // by key, those with the same key from the longest to the shortest
+    tok_added *added;            // by key, then by text
     size_t added_count;
     size_t added_begin[512 + 1]; // those with key k are added_begin[k] … added_begin[k + 1] - 1
 
@@ -7505,31 +7573,28 @@ static size_t tok_match(const retrofit_tokenizer *tokenizer, const char *text, s
 // ---- Tokenizer: byte-pair encoding -------------------------------------------------------------
 // A piece begins as a row of symbols, one for each character. As long as any two neighbours have a
 // merge, the pair whose merge has the lowest rank is merged, of equal ones the leftmost. A queue, a
-// binary heap in this order, holds the pairs that may be merged: n symbols take O(n·log n) steps.
+// binary heap in this order, holds the pairs that may come next: n symbols take O(n·log n) steps.
+// Of two pairs that share a symbol the later one cannot, and waits outside: so in a long run of
+// spaces the queue stays short.
 
-// The symbols are a linked list in an array. The first has previous UINT32_MAX, the last has next
-// symbol_count.
+// A symbol stays where its first character was put. The next one begins `length` behind it; to find
+// the one before that, the last of its places has the length too.
 typedef struct {
-    int32_t id; // -1: it has been merged into the one before it
-    uint32_t previous, next;
+    int32_t id;
+    uint32_t rank;   // of its merge with the next symbol; 0: there is none
+    uint32_t length; // in characters, or byte tokens
 } tok_symbol;
-
-// A merge of the symbol at `position` with the next one.
-typedef struct {
-    uint64_t order; // rank << 32 | position: the heap's lowest comes first
-    int32_t id;     // what they become
-} tok_candidate;
 
 typedef struct {
     const retrofit_tokenizer *tokenizer;
-    retrofit_text valid;      // the text, U+FFFD for what is not UTF-8
+    retrofit_text valid;      // the text with U+FFFD for what is not UTF-8, if there is any
     retrofit_text normalized; // what is between two added tokens
     retrofit_text stretch;    // text to be cut into pieces, with a space or "▁" before it
     retrofit_text piece;      // a piece in the byte-level alphabet
     retrofit_text ids;        // the result: its bytes are int32_t
     tok_symbol *symbols;
     uint32_t symbol_count;
-    tok_candidate *heap;
+    uint64_t *heap;  // tok_order of pairs
     size_t heap_count;
     size_t capacity; // symbols and heap have room for a piece of so many bytes
 } tok_encoder;
@@ -7539,45 +7604,63 @@ static void tok_append_id(tok_encoder *encoder, int32_t id) {
 }
 
 static void tok_add_symbol(tok_encoder *encoder, int32_t id) {
-    uint32_t at = encoder->symbol_count++;
-    encoder->symbols[at] = (tok_symbol){id, at - 1, at + 1};
+    encoder->symbols[encoder->symbol_count++] = (tok_symbol){id, 0, 1};
 }
 
-// The merge of the symbol at `at` with the next one, or NULL.
+static uint32_t tok_next(const tok_encoder *encoder, uint32_t at) {
+    return at + encoder->symbols[at].length;
+}
+
+// The first symbol has itself before it.
+static uint32_t tok_before(const tok_encoder *encoder, uint32_t at) {
+    return at > 0 ? at - encoder->symbols[at - 1].length : at;
+}
+
+// The merge of the symbol at `at` with the next one. Its rank is 0, or it is NULL, if there is none.
 static const tok_merge *tok_merge_at(const tok_encoder *encoder, uint32_t at) {
-    const tok_symbol *left = &encoder->symbols[at];
-    if (left->id < 0 || left->next >= encoder->symbol_count) return NULL;
-    uint64_t pair = tok_pair(left->id, encoder->symbols[left->next].id);
-    const tok_merge *merge = tok_merge_slot(encoder->tokenizer, pair);
-    return merge && merge->rank ? merge : NULL;
+    uint32_t next = tok_next(encoder, at);
+    if (next >= encoder->symbol_count) return NULL;
+    uint64_t pair = tok_pair(encoder->symbols[at].id, encoder->symbols[next].id);
+    return tok_merge_slot(encoder->tokenizer, pair);
 }
 
-// Puts the merge of the symbol at `at` with the next one into the queue, if there is one.
-static void tok_push_candidate(tok_encoder *encoder, uint32_t at) {
+static void tok_set_rank(tok_encoder *encoder, uint32_t at) {
     const tok_merge *merge = tok_merge_at(encoder, at);
-    if (!merge) return;
-    tok_candidate *heap = encoder->heap;
-    tok_candidate candidate = {(uint64_t)merge->rank << 32 | at, merge->id};
+    encoder->symbols[at].rank = merge ? merge->rank : 0;
+}
+
+// The lowest comes first.
+static uint64_t tok_order(const tok_encoder *encoder, uint32_t at) {
+    uint64_t rank = encoder->symbols[at].rank;
+    return rank ? rank << 32 | at : UINT64_MAX;
+}
+
+// Puts the merge of the symbol at `at` with the next one into the queue, if there is one and it
+// comes before those of its two neighbours.
+static void tok_queue_merge(tok_encoder *encoder, uint32_t at) {
+    uint64_t order = tok_order(encoder, at), *heap = encoder->heap;
+    if (order == UINT64_MAX || tok_order(encoder, tok_before(encoder, at)) < order) return;
+    uint32_t next = tok_next(encoder, at); // there is one, with which it is merged
+    if (tok_order(encoder, next) < order) return;
     size_t i = encoder->heap_count++;
-    while (i > 0 && heap[(i - 1) / 2].order > candidate.order) {
+    while (i > 0 && heap[(i - 1) / 2] > order) {
         heap[i] = heap[(i - 1) / 2];
         i = (i - 1) / 2;
     }
-    heap[i] = candidate;
+    heap[i] = order;
 }
 
-// Takes the first candidate out of the queue, which is not empty.
-static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
-    tok_candidate *heap = encoder->heap;
-    tok_candidate first = heap[0];
+// Takes the first merge out of the queue, which is not empty.
+static uint64_t tok_pop_merge(tok_encoder *encoder) {
+    uint64_t *heap = encoder->heap, first = heap[0];
     size_t count = --encoder->heap_count;
-    tok_candidate last = heap[count]; // goes where the heap has room for it
+    uint64_t last = heap[count]; // goes where the heap has room for it
     size_t i = 0;
     for (;;) {
         size_t child = 2 * i + 1;
         if (child >= count) break;
-        if (child + 1 < count && heap[child + 1].order < heap[child].order) child++;
-        if (heap[child].order >= last.order) break;
+        if (child + 1 < count && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= last) break;
         heap[i] = heap[child];
         i = child;
     }
@@ -7585,38 +7668,48 @@ static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
     return first;
 }
 
+// Merges the symbol at `at` with the next one. That changes the merges at `at` and before it, and
+// so, for these and their neighbours, which one comes first.
+static void tok_join(tok_encoder *encoder, uint32_t at) {
+    tok_symbol *symbols = encoder->symbols;
+    uint32_t next = tok_next(encoder, at), before = tok_before(encoder, at);
+    symbols[at].id = tok_merge_at(encoder, at)->id;
+    symbols[next].rank = 0;
+    symbols[at].length += symbols[next].length;
+    next = tok_next(encoder, at);
+    symbols[next - 1].length = symbols[at].length;
+    tok_set_rank(encoder, at);
+    if (before < at) tok_set_rank(encoder, before);
+    for (uint32_t i = tok_before(encoder, before); i <= next && i < encoder->symbol_count;
+         i = tok_next(encoder, i))
+        tok_queue_merge(encoder, i);
+}
+
 // Does all merges of the symbols and moves what remains to the ids.
 static void tok_merge_symbols(tok_encoder *encoder) {
-    tok_symbol *symbols = encoder->symbols;
     uint32_t count = encoder->symbol_count;
-    for (uint32_t i = 0; i < count; i++) tok_push_candidate(encoder, i);
+    for (uint32_t i = 0; i < count; i++) tok_set_rank(encoder, i);
+    for (uint32_t i = 0; i < count; i++) tok_queue_merge(encoder, i);
     while (encoder->heap_count) {
-        tok_candidate best = tok_pop_candidate(encoder);
-        uint32_t at = (uint32_t)best.order;
-        const tok_merge *merge = tok_merge_at(encoder, at);
-        if (!merge || merge->id != best.id) continue; // outdated: one of the two has changed since
-
-        tok_symbol *left = &symbols[at], *right = &symbols[left->next];
-        left->id = best.id;
-        left->next = right->next;
-        right->id = -1;
-        if (left->next < count) symbols[left->next].previous = at;
-        if (left->previous != UINT32_MAX) tok_push_candidate(encoder, left->previous);
-        tok_push_candidate(encoder, at);
+        uint64_t best = tok_pop_merge(encoder);
+        uint32_t at = (uint32_t)best; // one of the two may have changed since
+        if (encoder->symbols[at].rank == best >> 32) tok_join(encoder, at);
     }
-    for (uint32_t i = 0; i < count; i = symbols[i].next) tok_append_id(encoder, symbols[i].id);
+    for (uint32_t i = 0; i < count; i = tok_next(encoder, i))
+        tok_append_id(encoder, encoder->symbols[i].id);
     encoder->symbol_count = 0;
 }
 
-// Makes room for a piece of `size` bytes. It has no more symbols than bytes; each is queued once at
-// first, and each merge, of which there are fewer than symbols, queues two more. false or error.
+// Makes room for a piece of `size` bytes. It has no more symbols than bytes. At first at most every
+// other one is queued; each merge, of which there are fewer than symbols, is taken out of the queue
+// and puts at most two of four neighbours into it. false or error.
 static bool tok_reserve(tok_encoder *encoder, size_t size) {
     if (size > encoder->capacity) {
         free(encoder->symbols);
         free(encoder->heap);
         encoder->capacity = 2 * size;
         encoder->symbols = retrofit_allocate(encoder->capacity, sizeof *encoder->symbols);
-        encoder->heap = retrofit_allocate(3 * encoder->capacity, sizeof *encoder->heap);
+        encoder->heap = retrofit_allocate(2 * encoder->capacity, sizeof *encoder->heap);
     }
     if (!encoder->symbols || !encoder->heap) return false;
     if (size < UINT32_MAX) return true;
@@ -7755,18 +7848,39 @@ static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t siz
     }
 }
 
+// The longest of the added tokens number low … high - 1 that text begins with, or NULL. In their
+// order it is the last one that is not behind text, or one that this one begins with.
+static const tok_added *tok_added_at(const retrofit_tokenizer *tokenizer, size_t low, size_t high,
+                                     const char *text, size_t size) {
+    const tok_added *all = tokenizer->added;
+    size_t first = low, same = 0;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2, length = retrofit_min(all[middle].size, size);
+        int order = memcmp(all[middle].text, text, length);
+        if (order < 0 || (order == 0 && all[middle].size <= size)) low = middle + 1;
+        else high = middle;
+    }
+    if (low == first) return NULL;
+    const tok_added *added = &all[low - 1];
+    while (same < added->size && same < size && added->text[same] == text[same]) same++;
+    while (added->size > same) {
+        if (added->shorter < 0) return NULL;
+        added = &all[added->shorter];
+    }
+    return added;
+}
+
 // The first added token in text from `from` on, of several at one place the longest, and where it
 // begins; NULL if there is none.
 static const tok_added *tok_find_added(const retrofit_tokenizer *tokenizer, const char *text,
                                        size_t size, size_t from, bool normalized, size_t *at) {
     for (size_t i = from; i < size; i++) {
         const size_t *begin = &tokenizer->added_begin[(unsigned char)text[i] + 256 * normalized];
-        for (size_t j = begin[0]; j < begin[1]; j++) {
-            const tok_added *added = &tokenizer->added[j];
-            if (added->size > size - i || memcmp(added->text, text + i, added->size)) continue;
-            *at = i;
-            return added;
-        }
+        if (begin[0] == begin[1]) continue;
+        const tok_added *added = tok_added_at(tokenizer, begin[0], begin[1], text + i, size - i);
+        if (!added) continue;
+        *at = i;
+        return added;
     }
     return NULL;
 }
@@ -7791,15 +7905,16 @@ static bool tok_added_counts(const retrofit_tokenizer *tokenizer, const tok_adde
     return !word_before && !tok_run(tokenizer, text + end, size - end, TOK_WORD, 1);
 }
 
-// Where text[0 … end) ends without its last white space.
-static size_t tok_strip_end(const retrofit_tokenizer *tokenizer, const char *text, size_t end) {
+// Where text[done … end) ends without its last white space; `done` if it begins behind the end.
+static size_t tok_strip_end(const retrofit_tokenizer *tokenizer, const char *text, size_t done,
+                            size_t end) {
     bool is_white = true;
-    while (end > 0) {
+    while (end > done) {
         size_t begin = tok_last_character(tokenizer, text, end, TOK_WHITE, &is_white);
         if (!is_white) break;
         end = begin;
     }
-    return end;
+    return retrofit_max(end, done);
 }
 
 static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
@@ -7825,15 +7940,19 @@ static void tok_encode_between(tok_encoder *encoder, const char *text, size_t si
 static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
                             bool first) {
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
-    size_t done = 0, from = 0, begin;
+    size_t done = 0, from = 0, begin, white = 0; // white space has been seen up to there
     for (;;) {
         const tok_added *added = tok_find_added(tokenizer, text, size, from, normalized, &begin);
         if (!added) break;
         size_t end = begin + added->size;
         from = end;
         if (!tok_added_counts(tokenizer, added, text, size, begin, end)) continue;
-        if (added->lstrip) begin = retrofit_max(tok_strip_end(tokenizer, text, begin), done);
-        if (added->rstrip) end += tok_run(tokenizer, text + end, size - end, TOK_WHITE, SIZE_MAX);
+        if (added->lstrip) begin = tok_strip_end(tokenizer, text, done, begin);
+        if (added->rstrip) {
+            end = retrofit_max(end, white);
+            end += tok_run(tokenizer, text + end, size - end, TOK_WHITE, SIZE_MAX);
+            white = end;
+        }
         if (begin > done)
             tok_encode_between(encoder, text + done, begin - done, normalized, first && !done);
         tok_append_id(encoder, added->id);
@@ -7845,11 +7964,15 @@ static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size,
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                          bool with_special, size_t *count) {
     tok_encoder encoder = {.tokenizer = tokenizer};
-    retrofit_append_valid(&encoder.valid, text, size);
+    if (retrofit_find_invalid(text, 0, size) < size) {
+        retrofit_append_valid(&encoder.valid, text, size);
+        text = encoder.valid.bytes;
+        size = encoder.valid.size;
+    }
     size_t before = with_special ? tokenizer->before.count : 0;
     size_t after = with_special ? tokenizer->after.count : 0;
     retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
-    tok_encode_text(&encoder, encoder.valid.bytes, encoder.valid.size, false, true);
+    if (!encoder.valid.failed) tok_encode_text(&encoder, text, size, false, true);
     retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
 
     bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.stretch.failed;
@@ -7933,50 +8056,48 @@ static const tok_token *tok_token_at(const retrofit_tokenizer *tokenizer, int32_
     return &tokenizer->tokens[id];
 }
 
-char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
-                      bool skip_special, size_t *size) {
-    retrofit_text out = {0}, run = {0};
-    bool ok = true, first = true;
-    for (size_t i = 0; ok && i < count; i++) {
-        const tok_token *token = tok_token_at(tokenizer, ids[i]);
-        if (!token && (ids[i] < 0 || ids[i] >= TOK_MAX_ID)) {
-            ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu",
-                               (int)ids[i], i, count, tokenizer->size - 1);
-        } else if (token && (!skip_special || !token->special)) {
-            if (!first && !tokenizer->has_decoder) retrofit_text_append(&out, " ", 1);
-            tok_decode_token(tokenizer, token, first, &out, &run);
-            first = false;
-        }
-    }
-    if (tokenizer->has[TOK_UNDO_BYTES]) retrofit_append_valid(&out, run.bytes, run.size);
-    else tok_flush_bytes(&out, &run);
-    retrofit_text_append(&out, "", 1);
-    free(run.bytes);
-    if (!ok || out.failed || run.failed) {
-        free(out.bytes);
-        return NULL;
-    }
-    bool strip = tokenizer->has[TOK_STRIP_SPACE] && out.bytes[0] == ' ';
-    *size = out.size - strip - 1;
-    return memmove(out.bytes, out.bytes + strip, *size + 1);
+// Whether a token gives no text before others come: it is left out, or it is a byte token, since
+// what a run of these stands for is known only when it is over.
+static bool tok_waits(const retrofit_tokenizer *tokenizer, int32_t id, bool skip_special) {
+    const tok_token *token = tok_token_at(tokenizer, id);
+    if (!token) return id >= 0 && id < TOK_MAX_ID;
+    if (skip_special && token->special) return true;
+    return tokenizer->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(token) >= 0;
 }
 
-// Whether tokens to come may change the end of this text of `count` tokens: U+FFFD may yet become a
-// character, and what a run of byte tokens stands for is known only when it is over.
-static bool tok_may_change(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
-                           bool skip_special, const char *text, size_t size) {
-    if (size >= 3 && !memcmp(text + size - 3, UTF8_REPLACEMENT, 3)) return true;
-    if (!tokenizer->has[TOK_BYTE_FALLBACK]) return false;
-    for (size_t i = count; i > 0; i--) {
-        const tok_token *token = tok_token_at(tokenizer, ids[i - 1]);
-        if (token && !(skip_special && token->special)) return tok_fallback_byte(token) >= 0;
-    }
-    return false;
+// How many bytes at the end of text are a character that lacks its last bytes.
+static size_t tok_cut_size(const char *text, size_t size) {
+    uint32_t code_point;
+    size_t length = 1;
+    while (length < 3 && length < size && (text[size - length] & 0xc0) == 0x80) length++;
+    if (length > size) return 0;
+    const char *begin = text + size - length;
+    unsigned lead = (unsigned char)*begin;
+    bool whole = retrofit_utf8_next(begin, length, &code_point) == length;
+    bool cut = whole && code_point == RETROFIT_UTF8_INVALID && lead >= 0xc2 && lead <= 0xf4;
+    return cut ? length : 0;
 }
 
-// Decodes the tokens of the last text that was given out together with the new ones, and gives out
-// what is new. The former keep the new text from losing its leading space; so they stay in the
-// window until there is new text to do that for the next.
+// Decodes the next tokens to `out`, and to `run` what may wait there. false or error.
+static bool tok_decode_tokens(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                              const int32_t *ids, size_t end, bool skip_special,
+                              retrofit_text *out, retrofit_text *run) {
+    for (; stream->begin < end; stream->begin++) {
+        int32_t id = ids[stream->begin];
+        const tok_token *token = tok_token_at(tokenizer, id);
+        if (!token && (id < 0 || id >= TOK_MAX_ID))
+            return retrofit_fail("id %d (number %zu) is no token's: ids go up to %zu", (int)id,
+                                 stream->begin, tokenizer->size - 1);
+        if (!token || (skip_special && token->special)) continue;
+        if (stream->has_token && !tokenizer->has_decoder) retrofit_text_append(out, " ", 1);
+        tok_decode_token(tokenizer, token, !stream->has_token, out, run);
+        stream->has_token = true;
+    }
+    return true;
+}
+
+// Tokens at the end that wait are not decoded. In the byte-level alphabet tokens may end within a
+// character: its bytes wait in `cut`.
 char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
                            const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size) {
@@ -7984,31 +8105,36 @@ char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream 
         return fail_null(
             "a stream at token %zu cannot go on with %zu tokens: zero it to start again",
             stream->end, count);
-    if (count) ids += stream->begin;
-    size_t window = count - stream->begin, old_window = stream->end - stream->begin;
-    char *text = retrofit_decode(tokenizer, ids, window, skip_special, size);
-    if (!text) return NULL;
+    size_t end = count;
+    while (!last && end > stream->end && tok_waits(tokenizer, ids[end - 1], skip_special)) end--;
+    if (!last && end == stream->end) end = stream->begin; // all that is new waits
+    stream->end = count;
 
-    size_t old_size = 0;
-    char *old = retrofit_decode(tokenizer, ids, old_window, skip_special, &old_size);
-    bool same = old && old_size <= *size && !memcmp(text, old, old_size);
-    if (old && !same)
-        retrofit_fail("tokens %zu to %zu change text already given out: decode them together",
-                      stream->end, count);
-    free(old);
-    if (!same) {
-        free(text);
+    retrofit_text out = {0}, run = {0};
+    retrofit_text_append(&run, stream->cut, stream->cut_size);
+    bool ok = tok_decode_tokens(tokenizer, stream, ids, end, skip_special, &out, &run);
+    if (tokenizer->has[TOK_UNDO_BYTES]) {
+        stream->cut_size = last ? 0 : tok_cut_size(run.bytes, run.size);
+        run.size -= stream->cut_size;
+        for (size_t i = 0; i < stream->cut_size; i++) stream->cut[i] = run.bytes[run.size + i];
+        retrofit_append_valid(&out, run.bytes, run.size);
+    } else tok_flush_bytes(&out, &run);
+    retrofit_text_append(&out, "", 1);
+    free(run.bytes);
+    if (!ok || out.failed || run.failed) {
+        free(out.bytes);
         return NULL;
     }
-    bool wait = !last && tok_may_change(tokenizer, ids, window, skip_special, text, *size);
-    *size = wait ? 0 : *size - old_size;
-    memmove(text, text + old_size, *size);
-    text[*size] = 0;
-    if (*size) {
-        stream->begin = stream->end;
-        stream->end = count;
-    }
-    return text;
+    bool strip = tokenizer->has[TOK_STRIP_SPACE] && !stream->has_text && out.bytes[0] == ' ';
+    stream->has_text = stream->has_text || out.size > 1;
+    *size = out.size - strip - 1;
+    return memmove(out.bytes, out.bytes + strip, *size + 1);
+}
+
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size) {
+    retrofit_stream stream = {0};
+    return retrofit_decode_next(tokenizer, &stream, ids, count, skip_special, true, size);
 }
 
 bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
@@ -8248,6 +8374,7 @@ static void tok_load_special(tok_loader *loader, const retrofit_json *special,
                              tok_specials *specials) {
     const retrofit_tokenizer *tokenizer = loader->tokenizer;
     const retrofit_json *value = tok_get(loader, special, "ids", RETROFIT_JSON_ARRAY)->child;
+    if (!value) tok_refuse(loader, "without an id, the", "SpecialToken");
     for (; value && !loader->failed; value = value->next) {
         int32_t id = tok_read_id(loader, value);
         bool is_token = (size_t)id < tokenizer->size && tokenizer->tokens[id].text;
@@ -8511,12 +8638,14 @@ static void tok_load_merges(tok_loader *loader, const retrofit_json *merges) {
     free(both.bytes);
 }
 
-// By key, then the longest first.
+// By key, then by text, where the one to be found is the last of those with the same.
 static int tok_compare_added(const void *a, const void *b) {
     const tok_added *x = a, *y = b;
     if (x->key != y->key) return x->key - y->key;
-    if (x->size != y->size) return x->size < y->size ? 1 : -1;
-    return x->order - y->order;
+    int order = memcmp(x->text, y->text, retrofit_min(x->size, y->size));
+    if (order) return order;
+    if (x->size != y->size) return x->size < y->size ? -1 : 1;
+    return y->order - x->order;
 }
 
 // An added token as a file describes it: its text, as a string or as "content" beside its flags.
@@ -8604,6 +8733,18 @@ static void tok_load_added(tok_loader *loader, const retrofit_json *entry) {
     tok_enter_added(loader, new);
 }
 
+// Sets `shorter`, in the tokens' order: it is the token before, or one that this one begins with.
+static void tok_link_added(retrofit_tokenizer *tokenizer) {
+    tok_added *all = tokenizer->added;
+    for (size_t i = 0; i < tokenizer->added_count; i++) {
+        int32_t j = (int32_t)i - 1;
+        while (j >= 0 && (all[j].key != all[i].key || all[j].size > all[i].size ||
+                          memcmp(all[j].text, all[i].text, all[j].size)))
+            j = all[j].shorter;
+        all[i].shorter = j;
+    }
+}
+
 // Makes the added tokens ready to be found. Where one's text is normalized to be found, decoding
 // still gives the text as it stands in the file, as Hugging Face's tokenizers do since 0.21.
 static void tok_index_added(tok_loader *loader) {
@@ -8628,6 +8769,7 @@ static void tok_index_added(tok_loader *loader) {
     if (loader->failed) return;
 
     qsort(tokenizer->added, count, sizeof *tokenizer->added, tok_compare_added);
+    tok_link_added(tokenizer);
     for (int key = 0; key <= 512; key++) {
         while (i < count && tokenizer->added[i].key < key) i++;
         tokenizer->added_begin[key] = i;

@@ -1099,7 +1099,7 @@ static void same_encoding(const char *directory, const char *style) {
     need(cases && tokenizer, "tokenizer of the GGUF");
     size_t wrong = 0;
     for (const retrofit_json *e = cases->child; e; e = e->next) wrong += !same_case(tokenizer, e);
-    check(wrong == 0, "%s: the tokenizer from the GGUF gives %zu of %zu cases otherwise", style,
+    check(wrong == 0, "%s: the tokenizer from the GGUF gives %zu of %u cases otherwise", style,
           wrong, cases->count);
     free(text);
     retrofit_json_free(cases);
