@@ -2868,8 +2868,6 @@ typedef struct {
 // cannot be written, 2 after one line on stderr that says what is wrong.
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
                      const char *usage, const char **others, size_t *other_count);
-// Brings to stdout what was printed so far. false or error, also if an earlier print failed.
-bool retrofit_flush_stdout(void);
 // Lets threads that wait fall asleep soon, so that a program runs well beside others: what main
 // calls first, since it starts the program once more. What the user's environment says stands.
 void retrofit_share_processors(char **argv);
@@ -9728,12 +9726,6 @@ static void print_version(const char *program) {
 #endif
     printf("%s of retrofit %s, %s, %s, compiled by %s%s\n", program, RETROFIT_VERSION, gpu, threads,
            compiler, __VERSION__);
-}
-
-bool retrofit_flush_stdout(void) {
-    errno = 0;
-    if (fflush(stdout) == 0 && !ferror(stdout)) return true;
-    return retrofit_fail("writing to stdout failed: %s", errno ? strerror(errno) : "an error");
 }
 
 // name: up to "=" or the end.
