@@ -639,7 +639,7 @@ static struct value message_member(const struct message *message, const struct t
     if (is_text(name->bytes, name->size, "content"))
         return of_string(message->content, message->size);
     const retrofit_json *other = message->json ? message->json->child : NULL;
-    spend(message->json ? message->json->count / 16 : 0);
+    spend(message->json ? message->json->count / 4 : 0);
     for (; other; other = other->next)
         if (is_text(name->bytes, name->size, other->key)) refuse_token(name);
     return nothing();
@@ -658,7 +658,7 @@ static struct value member(struct value of, const struct token *name) {
 }
 
 static struct variable *find_variable(const struct token *name) {
-    spend(template.variable_count / 16);
+    spend(template.variable_count / 4);
     for (size_t i = template.variable_count; i > 0; i--) {
         const struct token *other = &template.variables[i - 1].name;
         bool same = other->size == name->size && !memcmp(other->bytes, name->bytes, name->size);

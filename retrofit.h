@@ -2609,11 +2609,11 @@ struct retrofit_json {
     retrofit_json *next;  // the next child of the same parent
 };
 
-// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, 2^24 values (they
-// take 0.9 GB) and 4 GB, nothing but white space after the value. Members of an object must have different names: with two values of
-// one name readers disagree about which counts. Copies what it needs from text. Returns the root,
-// freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
-// byte, or the name that is there twice.
+// Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but
+// white space after the value. At most 2^24 values, which take 0.9 GB, and 4 GB of text. Members of
+// an object must have different names: with two values of one name readers disagree about which
+// counts. Copies what it needs from text. Returns the root, freed with retrofit_json_free, or NULL
+// with an error that names `where` (a file, say) and the byte, or the name that is there twice.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
 // Reads a file that holds an object, perhaps behind a byte order mark. *size: its bytes; size may
 // be NULL. Freed with retrofit_json_free. NULL or error.
@@ -2682,8 +2682,8 @@ char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, s
 // the first one loses its leading space. So the caller keeps all ids and asks after each new one
 // what text has come; `last` says that no more ids will. The texts together are exactly what
 // retrofit_decode makes of all ids; what is only the beginning of a character waits for the rest.
-// Start from a zeroed stream. Each token is decoded once, however long it waits, so that the cost of
-// a call does not grow. Returns and fails like retrofit_decode.
+// Start from a zeroed stream. Each token is decoded once, however long it waits: the cost of a call
+// does not grow. Returns and fails like retrofit_decode.
 typedef struct {
     size_t begin, end;        // the tokens before `end` are known, those before `begin` decoded
     bool has_token, has_text; // whether one of these counted, and whether there was text
@@ -3832,7 +3832,8 @@ static bool read_tensor_header(retrofit_map *map, size_t *data_start) {
 }
 
 static int by_tensor_name(const void *a, const void *b) {
-    const retrofit_tensor *const *x = a, *const *y = b;
+    const retrofit_tensor *const *x = a;
+    const retrofit_tensor *const *y = b;
     return strcmp((*x)->name, (*y)->name);
 }
 
@@ -4584,7 +4585,8 @@ static bool open_map(retrofit_model *model, const char *path) {
 }
 
 static int by_string(const void *a, const void *b) {
-    const char *const *x = a, *const *y = b;
+    const char *const *x = a;
+    const char *const *y = b;
     return strcmp(*x, *y);
 }
 
@@ -7614,7 +7616,7 @@ static uint32_t tok_before(const tok_encoder *encoder, uint32_t at) {
     return at > 0 ? at - encoder->symbols[at - 1].length : at;
 }
 
-// The merge of the symbol at `at` with the next one. Its rank is 0, or it is NULL, if there is none.
+// The merge of the symbol at `at` with the next one. Without one its rank is 0, or it is NULL.
 static const tok_merge *tok_merge_at(const tok_encoder *encoder, uint32_t at) {
     uint32_t next = tok_next(encoder, at);
     if (next >= encoder->symbol_count) return NULL;
