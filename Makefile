@@ -2,6 +2,7 @@
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make bench        matrix products against OpenBLAS (where it is) and against memory
+# make libretrofit.so  retrofit.h as a shared library, for other languages
 # make readme       every command of the README that needs neither network nor GPU
 # make lines        the line numbers and tables in README, doc/ and retrofit.h as they are now
 # make figures      the README's pictures, from what make demo trained
@@ -46,7 +47,7 @@ CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
 CUBLAS ?= $(if $(wildcard $(CUDA_HOME)/include/cublasLt.h),1,0)
 CUARCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),native)
 GENCODE = $(if $(CUARCH),-arch=$(CUARCH),-gencode arch=compute_80$(comma)code=sm_80 -gencode arch=compute_90$(comma)code=[sm_90$(comma)compute_90])
-NVFLAGS = -std=c++17 -O3 $(GENCODE) --threads 0 -Xcompiler -Wall$(comma)-Wextra$(comma)-fno-exceptions$(comma)-fno-threadsafe-statics \
+NVFLAGS = -std=c++17 -O3 $(GENCODE) --threads 0 -Xcompiler -Wall$(comma)-Wextra$(comma)-fPIC$(comma)-fno-exceptions$(comma)-fno-threadsafe-statics \
           $(if $(STRICT),-Werror all-warnings) $(if $(filter 0,$(CUBLAS)),-DRETROFIT_NO_CUBLAS)
 CUDA_LIB := $(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/targets/x86_64-linux/lib))
 CUDA_LINK = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -lpthread -ldl -lrt
@@ -96,6 +97,15 @@ $(OUT)/example: test/example.c test/example_retrofit.c retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) test/example.c test/example_retrofit.c -o $@ -lm
 
+$(OUT)/train_example: test/train_example.c retrofit.h $(WITH_C)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $< -o $@ -lm
+
+# All of retrofit.h as a shared library, for other languages and for dlopen.
+$(BIN)/libretrofit.so: retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -fPIC -shared -DRETROFIT_IMPLEMENTATION -x c retrofit.h -x none -o $@ $(FOR_GPU) -lm
+
 # ---- The GPU's file without a GPU: compiled as C++ over the emulator; once more so that every race shows ----
 emulated = $(CC) $(FLAGS) -Wno-unused-function -DRETROFIT_CUDA $< $(filter %.o,$^) -o $@ -lstdc++ -lm
 
@@ -117,7 +127,8 @@ $(OUT)/races_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/races.o $(OU
 $(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)/emulator.o $(WITH_CPP)
 	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
 
-test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example
+LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
+test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(LIBRARY)
 	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' sh test/run.sh $(TESTS)
 
 # ---- On a GPU ----
