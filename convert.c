@@ -122,8 +122,7 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    for (char *c = text; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    retrofit_make_line(text);
     retrofit_live_line(NULL);
     fprintf(stderr, "convert: %s\n", text);
     retrofit_abandon();

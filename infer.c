@@ -119,13 +119,14 @@ static size_t end_count;
 // Exit code 1: something failed; 2: the command line asks for what cannot be. A file that is half
 // written is removed.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
+    char text[4096];
     va_list args;
     va_start(args, format);
-    retrofit_live_line(NULL);
-    fputs("infer: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    retrofit_make_line(text);
+    retrofit_live_line(NULL);
+    fprintf(stderr, "infer: %s\n", text);
     retrofit_abandon();
     exit(code);
 }
