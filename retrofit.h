@@ -2497,6 +2497,11 @@ void retrofit_live_line(const char *text);
 // Whether it is time for the next one: on a terminal five times in a second, elsewhere every two
 // seconds, from the first call on.
 bool retrofit_live_line_due(void);
+// Where a program has set the flag: shows, if it is time for it, that done/total of this is done,
+// as "45 % of model.safetensors written"; at the end takes the line away. Loading and saving do so.
+extern bool retrofit_shows_shares;
+__attribute__((format(printf, 3, 4))) void retrofit_show_share(size_t done, size_t total,
+                                                               const char *format, ...);
 
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
@@ -3957,8 +3962,13 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
         return false;
     }
     bool ok = write_tensor_header(file, tensors, count, type, metadata);
-    for (size_t i = 0; ok && i < count; i++)
+    size_t done = 0, all = 0;
+    for (size_t i = 0; i < count; i++) all += tensors[i].count;
+    for (size_t i = 0; ok && i < count; i++) {
         ok = write_tensor(file, ops, &tensors[i], stored_type(&tensors[i], type), scratch);
+        done += tensors[i].count;
+        retrofit_show_share(done, all, "%s written", path);
+    }
     free(scratch);
     return retrofit_finish_file(file, path, ok);
 }
@@ -4839,6 +4849,14 @@ static number_kinds kinds_of_numbers(const char *data, retrofit_type type, size_
     return (number_kinds){infinite, nonzero};
 }
 
+static bool is_first_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num() == 0;
+#else
+    return true;
+#endif
+}
+
 void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size_t *zeros) {
     size_t wrong = map->count, zero = map->count;
 #ifdef _OPENMP
@@ -4846,11 +4864,13 @@ void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size
 #endif
     for (size_t i = 0; i < map->count; i++) {
         const retrofit_tensor *tensor = &map->tensors[i];
+        if (is_first_thread()) retrofit_show_share(i, map->count, "%s read", map->path);
         if (tensor->type == RETROFIT_I32) continue;
         number_kinds kinds = kinds_of_numbers(tensor->data, tensor->type, tensor->count);
         if (kinds.infinite) wrong = retrofit_min(wrong, i);
         if (!kinds.nonzero) zero = retrofit_min(zero, i);
     }
+    retrofit_show_share(1, 1, "%s read", map->path);
     *infinite = wrong;
     *zeros = zero;
 }
@@ -9128,6 +9148,21 @@ bool retrofit_live_line_due(void) {
     if (now - last < (has_live_lines() ? 0.2 : 2)) return false;
     last = now;
     return true;
+}
+
+bool retrofit_shows_shares;
+
+void retrofit_show_share(size_t done, size_t total, const char *format, ...) {
+    if (!retrofit_shows_shares) return;
+    if (done == total) retrofit_live_line(NULL);
+    if (done == total || !retrofit_live_line_due()) return;
+    char what[1024], line[1088];
+    va_list args;
+    va_start(args, format);
+    format_line(what, format, args);
+    va_end(args);
+    snprintf(line, sizeof line, "%.0f %% of %s", 100 * (double)done / (double)total, what);
+    retrofit_live_line(line);
 }
 
 void *retrofit_allocate(size_t count, size_t size) {
