@@ -623,11 +623,17 @@ static void make_random(void) {
     if (options.backprop_depth != SIZE_MAX) config.backprop_depth = options.backprop_depth;
     forget_training(&config);
 
+    // What is to be carried along is read before hours are spent on a model.
+    tokenizer_source tokenizer = {.directory = options.tokenizer};
+    if (options.tokenizer) {
+        retrofit_tokenizer *read = retrofit_tokenizer_load(options.tokenizer);
+        must(read != NULL);
+        retrofit_tokenizer_free(read);
+    }
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
     must(model != NULL);
     must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
     initialise(model);
-    tokenizer_source tokenizer = {.directory = options.tokenizer};
     write_model(model, (const retrofit_parameter *const *)model->parameters, NULL, tokenizer);
     retrofit_free(model);
 }

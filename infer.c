@@ -174,7 +174,7 @@ static void begin_progress(const char *parts, size_t total) {
     retrofit_live_line_due(); // the first line comes a while after the first begin
 }
 
-// more: how many parts are done beyond progress.done, of those at work. Nothing, where nobody counts.
+// more: how many parts are done beyond progress.done, of those at work. Nothing if nobody counts.
 static void show_progress(double more) {
     if (progress.done == progress.total || !retrofit_live_line_due()) return;
     char text[128], eta[48] = "";

@@ -9315,7 +9315,8 @@ bool retrofit_check_writable(const char *path) {
 }
 
 bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
-    ok = ok && !ferror(file) && !fflush(file) && !fsync(fileno(file));
+    ok = ok && !ferror(file) && !fflush(file);
+    ok = ok && (!fsync(fileno(file)) || errno == EINVAL); // which a pipe answers
     int problem = errno;
     if (fclose(file) && ok) {
         ok = false;
