@@ -1996,19 +1996,19 @@ static void write_trace(FILE *file, size_t position, int32_t id, const struct tr
 }
 
 // 16 columns of a token's text, on one line.
-static void print_column(int32_t id) {
+static void append_column(retrofit_text *line, int32_t id) {
     enum { COLUMNS = 16 };
     size_t size, n, used = 0;
     char *text = require_pointer(retrofit_decode(tokenizer, &id, 1, false, &size));
     for (size_t at = 0; at < size && used < COLUMNS; at += n) {
         uint32_t character;
         n = retrofit_utf8_next(text + at, size - at, &character);
-        if (character == '\n') fputc('$', stderr);
-        else if (character < ' ' || character == 127) fputc('.', stderr);
-        else fprintf(stderr, "%.*s", (int)n, text + at);
+        if (character == '\n') append_string(line, "$");
+        else if (character < ' ' || character == 127) append_string(line, ".");
+        else retrofit_text_append(line, text + at, n);
         used++;
     }
-    fprintf(stderr, "%*s", (int)(COLUMNS - used), "");
+    for (; used < COLUMNS; used++) append_string(line, " ");
     free(text);
 }
 
@@ -2024,14 +2024,21 @@ static const char *shade(double change) {
 // likeliest next token and the recurrence since which it has been that.
 static void print_picture_line(int32_t id, const struct trace_entry *entries, size_t r, int width) {
     const struct trace_entry *last = &entries[r - 1];
+    retrofit_text line = {0}; // whole before it is shown: what fails has a line of its own
+    char entropy[32];
     size_t since = r;
     while (since > 1 && entries[since - 2].ids[0] == last->ids[0]) since--;
-    print_column(id);
-    fputs("  ", stderr);
-    for (size_t i = 0; i < r; i++) fputs(shade(entries[i].change), stderr);
-    fprintf(stderr, "%*s  %7.3f  ", width - (int)r, "", last->entropy);
-    print_column(last->ids[0]);
-    fprintf(stderr, "  %zu\n", since);
+    append_column(&line, id);
+    append_string(&line, "  ");
+    for (size_t i = 0; i < r; i++) append_string(&line, shade(entries[i].change));
+    for (int i = (int)r; i < width; i++) append_string(&line, " ");
+    snprintf(entropy, sizeof entropy, "  %7.3f  ", last->entropy);
+    append_string(&line, entropy);
+    append_column(&line, last->ids[0]);
+    retrofit_text_append(&line, "", 1);
+    require(!line.failed);
+    fprintf(stderr, "%s  %zu\n", line.bytes, since);
+    free(line.bytes);
 }
 
 // All tokens of prompt and text: to the file of --trace, and as a picture to stderr.

@@ -9169,7 +9169,7 @@ void *retrofit_allocate(size_t count, size_t size) {
     if (size > 0 && count > SIZE_MAX / size)
         return fail_null("a size of %zu x %zu bytes overflows", count, size);
     void *memory = calloc(retrofit_max(count, 1), retrofit_max(size, 1));
-    if (!memory) return fail_null("out of memory: %zu bytes", count * size);
+    if (!memory) return fail_null("out of memory: %zu bytes", retrofit_max(count * size, 1));
     return memory;
 }
 
@@ -9177,7 +9177,7 @@ void *retrofit_reallocate(void *memory, size_t count, size_t size) {
     if (size > 0 && count > SIZE_MAX / size)
         return fail_null("a size of %zu x %zu bytes overflows", count, size);
     void *bigger = realloc(memory, retrofit_max(count * size, 1));
-    if (!bigger) return fail_null("out of memory: %zu bytes", count * size);
+    if (!bigger) return fail_null("out of memory: %zu bytes", retrofit_max(count * size, 1));
     return bigger;
 }
 
