@@ -503,7 +503,10 @@ static size_t verify(const char *directory, const retrofit_parameter *const *ori
     if (!written) die(1, "reading back what was written: %s", retrofit_error());
     if (written->parameter_count != count)
         die(1, "reading back what was written: not all of it is there");
-    for (size_t i = 0; i < count; i++) verify_parameter(written->parameters[i], origin[i]);
+    for (size_t i = 0; i < count; i++) {
+        verify_parameter(written->parameters[i], origin[i]);
+        retrofit_show_share(i + 1, count, "%s compared with its source", directory);
+    }
     size_t bytes = written->maps[0].bytes;
     retrofit_free(written);
     return bytes;
@@ -584,7 +587,9 @@ static bool writes_to_residual_stream(const retrofit_parameter *p) {
 // each normal number cut at three standard deviations.
 static void initialise(retrofit_model *model) {
     const retrofit_config *c = &model->config;
+    enum { CHUNK = 1 << 22 }; // numbers between two looks at the clock
     double sigma = sqrt(2 / (5 * (double)c->n_embd));
+    size_t done = 0;
     double depth = (double)(c->prelude + c->core * c->mean_recurrence + c->coda);
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *p = model->parameters[i];
@@ -592,11 +597,16 @@ static void initialise(retrofit_model *model) {
         bool is_norm = p->kind == RETROFIT_NORM;
         float std = (float)(writes_to_residual_stream(p) ? sigma / sqrt(2 * depth) : sigma);
         uint64_t key = retrofit_hash(options.seed, i);
+        for (size_t first = 0; first < count; first += CHUNK) {
+            size_t end = retrofit_min(first + CHUNK, count);
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static)
 #endif
-        for (size_t j = 0; j < count; j++)
-            p->master[j] = is_norm ? 1 : std * retrofit_hash_normal(key, j);
+            for (size_t j = first; j < end; j++)
+                p->master[j] = is_norm ? 1 : std * retrofit_hash_normal(key, j);
+            done += end - first;
+            retrofit_show_share(done, model->weight_count, "the model's numbers drawn");
+        }
     }
 }
 
@@ -612,11 +622,17 @@ static void make_random(void) {
     if (options.backprop_depth != SIZE_MAX) config.backprop_depth = options.backprop_depth;
     forget_training(&config);
 
+    // What is to be carried along is read before hours are spent on a model.
+    tokenizer_source tokenizer = {.directory = options.tokenizer};
+    if (options.tokenizer) {
+        retrofit_tokenizer *read = retrofit_tokenizer_load(options.tokenizer);
+        must(read != NULL);
+        retrofit_tokenizer_free(read);
+    }
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
     must(model != NULL);
     must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
     initialise(model);
-    tokenizer_source tokenizer = {.directory = options.tokenizer};
     write_model(model, (const retrofit_parameter *const *)model->parameters, NULL, tokenizer);
     retrofit_free(model);
 }
@@ -657,7 +673,7 @@ typedef struct {
     bool narrow;                              // ids are written as uint16
     size_t documents, tokens;                 // so far
     size_t text_bytes, read_bytes, all_bytes; // of stripped text; of the files, so far and in all
-    double start, shown;                      // seconds: when this began, and showed progress last
+    double start;                             // seconds
     size_t files;                             // in all
     text_report report;                       // on the file that is read
     size_t lost[LOSSES];                      // in all files
@@ -884,27 +900,26 @@ static void write_document(shard_writer *writer, const document *document) {
 
 // ---- Files of documents -------------------------------------------------------------------------
 
-// A line on stderr, at most every second; on a terminal it replaces the one before.
-static void show_progress(shard_writer *writer) {
-    double now = retrofit_seconds(), elapsed = now - writer->start;
-    if (now - writer->shown < 1) return;
-    writer->shown = now;
+// next: bytes of the document that comes. One that takes long by itself is told before.
+static void show_progress(const shard_writer *writer, size_t next) {
+    enum { LONG = 1 << 24 };
+    if (!retrofit_live_line_due() && next < LONG) return;
     double read = (double)writer->read_bytes, all = (double)writer->all_bytes;
-    bool terminal = isatty(STDERR_FILENO);
-    fprintf(stderr, "%s%.1f of %.1f MB, %zu documents, %zu tokens, %.1f MB/s, ETA %.0f s%s",
-            terminal ? "\r" : "", read / 1e6, all / 1e6, writer->documents, writer->tokens,
-            read / 1e6 / elapsed, (all - read) * elapsed / read, terminal ? "\033[K" : "\n");
-}
-
-static void clear_progress(const shard_writer *writer) {
-    if (isatty(STDERR_FILENO) && writer->shown > writer->start) fputs("\r\033[K", stderr);
+    double elapsed = retrofit_seconds() - writer->start;
+    char text[160], speed[64] = "";
+    if (read > 0)
+        snprintf(speed, sizeof speed, ", %.1f MB/s, ETA %.0f s", read / 1e6 / elapsed,
+                 (all - read) * elapsed / read);
+    snprintf(text, sizeof text, "%.1f of %.1f MB, %zu documents, %zu tokens%s", read / 1e6,
+             all / 1e6, writer->documents, writer->tokens, speed);
+    retrofit_live_line(text);
 }
 
 // Says what was lost of a file, after its last line. Empty documents are counted only in the end:
 // mostly they are empty lines.
 static void report_file(shard_writer *writer, const char *path) {
     const text_report *report = &writer->report;
-    clear_progress(writer);
+    retrofit_live_line(NULL);
     for (int i = 0; i < LOSSES; i++) {
         size_t count = report->counts[i], line = report->lines[i];
         writer->lost[i] += count;
@@ -933,7 +948,7 @@ static void write_batch(shard_writer *writer, document *batch, size_t count, con
         free(batch[i].raw);
         free(batch[i].ids);
     }
-    show_progress(writer);
+    show_progress(writer, 0);
 }
 
 // false at the end of the file.
@@ -988,6 +1003,7 @@ static void tokenize_whole(shard_writer *writer, const char *path) {
     document document = {.line = 0};
     document.raw = retrofit_read_file(path, &document.size);
     must(document.raw != NULL);
+    show_progress(writer, document.size);
     write_batch(writer, &document, 1, path);
     report_file(writer, path);
 }
@@ -1116,7 +1132,6 @@ static void tokenize(const char *const *files, size_t count) {
     open_tokenizer(&writer);
     create_shard(&writer);
     writer.start = retrofit_seconds();
-    writer.shown = writer.start;
     for (size_t i = 0; i < count; i++) {
         if (ends_with(files[i], ".txt")) tokenize_whole(&writer, files[i]);
         else tokenize_lines(&writer, files[i]);
@@ -1892,7 +1907,10 @@ static retrofit_model *gguf_load(gguf_file *gguf) {
     must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
 
     gguf_load_parameter(gguf, "token_embd.weight", &model->wte);
-    for (size_t i = 0; i < config.coda; i++) gguf_load_layer(gguf, &config, i, &model->coda[i]);
+    for (size_t i = 0; i < config.coda; i++) {
+        gguf_load_layer(gguf, &config, i, &model->coda[i]);
+        retrofit_show_share(i + 1, config.coda, "%s read", gguf->path);
+    }
     gguf_load_parameter(gguf, "output_norm.weight", &model->ln_f);
     if (!config.tied) gguf_load_parameter(gguf, "output.weight", &model->lm_head);
 
@@ -2439,6 +2457,7 @@ int main(int argc, char **argv) {
         check_options(task, files, count);
         set_defaults(task);
         retrofit_abandon_on_signals("convert");
+        retrofit_shows_shares = true;
         if (task == SURGERY || task == REWRITE) convert(task);
         if (task == RANDOM) make_random();
         if (task == TOKENIZE) tokenize(files, count);

@@ -160,21 +160,37 @@ static void append_string(retrofit_text *text, const char *string) {
     retrofit_text_append(text, string, strlen(string));
 }
 
-// Shows how far work is of which the parts are done one after another. Called with done = 0 before
-// the first.
-static double progress_began; // seconds
+// How far work is of which the parts are done one after another.
+static struct {
+    const char *parts; // what they are
+    size_t done, total;
+    double began; // seconds
+} progress;
 
-static void show_progress(const char *what, size_t done, size_t total) {
-    double now = retrofit_seconds();
-    if (done == 0) progress_began = now;
-    if (done == total) retrofit_live_line(NULL);
-    if (done == total || !retrofit_live_line_due()) return;
+static void begin_progress(const char *parts, size_t total) {
+    progress.parts = parts;
+    progress.done = 0;
+    progress.total = total;
+    progress.began = retrofit_seconds();
+    retrofit_live_line_due(); // the first line comes a while after the first begin
+}
+
+// more: how many parts are done beyond progress.done, of those at work. Nothing if nobody counts.
+static void show_progress(double more) {
+    if (progress.done == progress.total || !retrofit_live_line_due()) return;
     char text[128], eta[48] = "";
-    double seconds = now - progress_began;
-    if (done > 0)
-        snprintf(eta, sizeof eta, ", ETA %.0f s", seconds * (double)(total - done) / (double)done);
-    snprintf(text, sizeof text, "%zu of %zu %s%s", done, total, what, eta);
+    double done = (double)progress.done + more, left = (double)progress.total - done;
+    double seconds = retrofit_seconds() - progress.began;
+    if (done > 0) snprintf(eta, sizeof eta, ", ETA %.0f s", seconds * left / done);
+    snprintf(text, sizeof text, "%.0f of %zu %s%s", floor(done), progress.total, progress.parts,
+             eta);
     retrofit_live_line(text);
+}
+
+static void advance_progress(size_t parts) {
+    progress.done += parts;
+    if (progress.done < progress.total) show_progress(0);
+    else retrofit_live_line(NULL);
 }
 
 // Text that was printed goes out; in vain, if it went nowhere.
@@ -1713,9 +1729,11 @@ static const float *feed_prompt(struct batch *batch) {
     const struct sequence *sequence = batch->sequences[0];
     const float *logits = NULL;
     size_t n;
+    if (batch->show) begin_progress("tokens of the prompt", sequence->count);
     for (size_t at = 0; at < sequence->count; at += n) {
         n = retrofit_min(sequence->count - at, batch->buffers->T);
         logits = feed(batch, sequence->ids + at, 1, n, NULL);
+        if (batch->show) advance_progress(n);
     }
     return logits;
 }
@@ -1790,6 +1808,8 @@ static void generate(retrofit_buffers *buffers, struct sequence *sequences, size
         bool plain = !drafts.lookahead || batch.sequences[0]->produced < PLAIN_TOKENS;
         if (plain) decode_token(&batch);
         else decode_drafts(&batch);
+        const struct sequence *last = batch.sequences[0];
+        if (!show) show_progress((double)(count * last->produced) / (double)last->limit);
     }
     free(batch.sequences);
     free(batch.ids);
@@ -1945,6 +1965,7 @@ static struct trace_entry *trace_tokens(const int32_t *ids, size_t T, size_t r) 
     require(retrofit_prelude(buffers, ids, 1, T));
     retrofit_init_state(buffers, start_sigma(), options.seed);
     model->ops->download(states, buffers->state, bytes);
+    begin_progress("recurrences traced", r);
     for (size_t i = 0; i < r; i++) {
         const float *before = states + i % 2 * T * d;
         float *now = states + (i + 1) % 2 * T * d;
@@ -1956,6 +1977,7 @@ static struct trace_entry *trace_tokens(const int32_t *ids, size_t T, size_t r) 
             double change = retrofit_relative_change(now + at * d, before + at * d, d);
             entries[at * r + i] = new_trace_entry(logits + at % ROWS * V, known, change);
         }
+        advance_progress(1);
     }
     free(logits);
     free(states);
@@ -1993,19 +2015,19 @@ static void write_trace(FILE *file, size_t position, int32_t id, const struct tr
 }
 
 // 16 columns of a token's text, on one line.
-static void print_column(int32_t id) {
+static void append_column(retrofit_text *line, int32_t id) {
     enum { COLUMNS = 16 };
     size_t size, n, used = 0;
     char *text = require_pointer(retrofit_decode(tokenizer, &id, 1, false, &size));
     for (size_t at = 0; at < size && used < COLUMNS; at += n) {
         uint32_t character;
         n = retrofit_utf8_next(text + at, size - at, &character);
-        if (character == '\n') fputc('$', stderr);
-        else if (character < ' ' || character == 127) fputc('.', stderr);
-        else fprintf(stderr, "%.*s", (int)n, text + at);
+        if (character == '\n') append_string(line, "$");
+        else if (character < ' ' || character == 127) append_string(line, ".");
+        else retrofit_text_append(line, text + at, n);
         used++;
     }
-    fprintf(stderr, "%*s", (int)(COLUMNS - used), "");
+    for (; used < COLUMNS; used++) append_string(line, " ");
     free(text);
 }
 
@@ -2021,14 +2043,21 @@ static const char *shade(double change) {
 // likeliest next token and the recurrence since which it has been that.
 static void print_picture_line(int32_t id, const struct trace_entry *entries, size_t r, int width) {
     const struct trace_entry *last = &entries[r - 1];
+    retrofit_text line = {0}; // whole before it is shown: what fails has a line of its own
+    char entropy[32];
     size_t since = r;
     while (since > 1 && entries[since - 2].ids[0] == last->ids[0]) since--;
-    print_column(id);
-    fputs("  ", stderr);
-    for (size_t i = 0; i < r; i++) fputs(shade(entries[i].change), stderr);
-    fprintf(stderr, "%*s  %7.3f  ", width - (int)r, "", last->entropy);
-    print_column(last->ids[0]);
-    fprintf(stderr, "  %zu\n", since);
+    append_column(&line, id);
+    append_string(&line, "  ");
+    for (size_t i = 0; i < r; i++) append_string(&line, shade(entries[i].change));
+    for (int i = (int)r; i < width; i++) append_string(&line, " ");
+    snprintf(entropy, sizeof entropy, "  %7.3f  ", last->entropy);
+    append_string(&line, entropy);
+    append_column(&line, last->ids[0]);
+    retrofit_text_append(&line, "", 1);
+    require(!line.failed);
+    fprintf(stderr, "%s  %zu\n", line.bytes, since);
+    free(line.bytes);
 }
 
 // All tokens of prompt and text: to the file of --trace, and as a picture to stderr.
@@ -2124,7 +2153,7 @@ static void run_batch(void) {
     struct sequence *sequences = read_batch(&count);
     size_t B = retrofit_min(options.batch_size, count);
     retrofit_buffers *buffers = buffers_for(sequences, count, B, r);
-    show_progress("prompts", 0, count);
+    begin_progress("prompts", count);
     for (size_t at = 0; at < count; at += b) {
         b = retrofit_min(B, count - at);
         retrofit_clear_cache(buffers);
@@ -2137,9 +2166,9 @@ static void run_batch(void) {
             free_sequence(&sequences[i]);
         }
         flush_output();
-        show_progress("prompts", at + b, count);
+        advance_progress(b);
     }
-    double seconds = retrofit_seconds() - progress_began;
+    double seconds = retrofit_seconds() - progress.began;
     fprintf(stderr, "%zu prompts, %zu tokens, and %zu more in %.2f s (%.1f tok/s)", count, tokens,
             produced, seconds, (double)produced / seconds);
     print_summary(buffers, r);
@@ -2314,6 +2343,7 @@ static void decode_rows(const struct evaluation *evaluation, retrofit_buffers *b
     double began = retrofit_seconds();
     retrofit_clear_cache(buffers);
     for (size_t t = 0; t < T; t++) {
+        show_progress((double)(b * t) / (double)T);
         for (size_t i = 0; i < b; i++) next[i] = evaluation->tokens[i * T + t];
         const float *logits = retrofit_next_logits(buffers, next, b, 1, NULL, &recurrence);
         require(logits != NULL);
@@ -2383,7 +2413,7 @@ static void evaluate_decoding(void) {
         printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences",
                "loss", "perplexity", "by full pass", "recurrences", "KV bytes/token", "seconds",
                rows, T);
-    show_progress("rows", 0, total);
+    begin_progress("rows", total);
     for (size_t i = 0; i < depths.count; i++) {
         size_t r = depths.r[i];
         retrofit_kv_cache cache = cache_options(T, r);
@@ -2394,7 +2424,7 @@ static void evaluate_decoding(void) {
             read_rows(&evaluation, at, b);
             decode_rows(&evaluation, buffers, b, r, &sums);
             full_pass_rows(&evaluation, whole, b, r, &sums);
-            show_progress("rows", i * rows + at + b, total);
+            advance_progress(b);
         }
         double n = (double)(rows * T);
         retrofit_live_line(NULL);
@@ -2423,6 +2453,7 @@ static void evaluate_rows(const struct evaluation *evaluation, retrofit_buffers 
         retrofit_coda(buffers);
         loss[i] += retrofit_loss(buffers, evaluation->labels, 0) * (double)b;
         seconds[i] += retrofit_seconds() - began - coda;
+        show_progress((double)b * (double)(i + 1) / (double)(depths->count + 1));
         coda += retrofit_seconds() - before;
     }
 }
@@ -2434,13 +2465,13 @@ static void evaluate_full_pass(void) {
     retrofit_buffers *buffers = new_buffers(B, T, NULL);
     allocate_rows(&evaluation, B);
     double loss[MAX_DEPTHS] = {0}, seconds[MAX_DEPTHS] = {0};
-    show_progress("rows", 0, rows);
+    begin_progress("rows", rows);
     for (size_t at = 0; at < rows; at += b) {
         b = retrofit_min(B, rows - at);
         uint64_t seed = retrofit_hash(options.seed, at);
         read_rows(&evaluation, at, b);
         evaluate_rows(&evaluation, buffers, b, seed, &depths, loss, seconds);
-        show_progress("rows", at + b, rows);
+        advance_progress(b);
     }
     if (options.json) print_eval_begin(rows, T);
     else
@@ -2822,7 +2853,7 @@ static struct likelihood *measure_all(const struct depth_list *depths, size_t *c
     float *logits = new_array(T * model->config.vocab, sizeof *logits);
     struct likelihood *likelihoods = new_array(depths->count * n, sizeof *likelihoods);
 
-    show_progress("texts", 0, n);
+    begin_progress("texts", n);
     for (size_t at = 0; at < n; at += b) {
         struct continuation *const *batch = different + at;
         b = retrofit_min(B, n - at);
@@ -2836,8 +2867,9 @@ static struct likelihood *measure_all(const struct depth_list *depths, size_t *c
             retrofit_coda(buffers);
             for (size_t i = 0; i < b; i++)
                 to[i] = measure_likelihood(buffers, batch[i], i, columns, logits);
+            show_progress((double)b * (double)(j + 1) / (double)(depths->count + 1));
         }
-        show_progress("texts", at + b, n);
+        advance_progress(b);
     }
     free(different);
     free(tokens);
@@ -3285,7 +3317,7 @@ static void score_targets(const struct depth_list *depths, struct score *scores)
     size_t count = task_set.count, total = depths->count * count, b;
     size_t B = retrofit_min(options.batch_size, count);
     retrofit_buffers *buffers = buffers_for(targets, count, B, depths->r[depths->count - 1]);
-    show_progress("answers", 0, total);
+    begin_progress("answers", total);
     for (size_t j = 0; j < depths->count; j++) {
         for (size_t at = 0; at < count; at += b) {
             b = retrofit_min(B, count - at);
@@ -3295,7 +3327,7 @@ static void score_targets(const struct depth_list *depths, struct score *scores)
                 score_target(&targets[i], &scores[j]);
                 free_text(&targets[i]);
             }
-            show_progress("answers", j * count + at + b, total);
+            advance_progress(b);
         }
         note_cut_answers(depths->r[j], scores[j].cut);
     }
@@ -3777,6 +3809,7 @@ int main(int argc, char **argv) {
     if (options.logits) require(retrofit_check_writable(options.logits));
     if (options.stop) read_stops();
     retrofit_abandon_on_signals("infer");
+    retrofit_shows_shares = true;
 
     char path[RETROFIT_PATH], other[RETROFIT_PATH];
     if (options.model) model_directory = retrofit_model_directory(options.model, path);

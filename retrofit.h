@@ -2500,6 +2500,11 @@ void retrofit_live_line(const char *text);
 // Whether it is time for the next one: on a terminal five times in a second, elsewhere every two
 // seconds, from the first call on.
 bool retrofit_live_line_due(void);
+// Where a program has set the flag: shows, if it is time for it, that done/total of this is done,
+// as "45 % of model.safetensors written"; at the end takes the line away. Loading and saving do so.
+extern bool retrofit_shows_shares;
+__attribute__((format(printf, 3, 4))) void retrofit_show_share(size_t done, size_t total,
+                                                               const char *format, ...);
 
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
@@ -3985,8 +3990,13 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
         return false;
     }
     bool ok = write_tensor_header(file, tensors, count, type, metadata);
-    for (size_t i = 0; ok && i < count; i++)
+    size_t done = 0, all = 0;
+    for (size_t i = 0; i < count; i++) all += tensors[i].count;
+    for (size_t i = 0; ok && i < count; i++) {
         ok = write_tensor(file, ops, &tensors[i], stored_type(&tensors[i], type), scratch);
+        done += tensors[i].count;
+        retrofit_show_share(done, all, "%s written", path);
+    }
     free(scratch);
     return retrofit_finish_file(file, path, ok);
 }
@@ -4881,6 +4891,14 @@ static number_kinds kinds_of_numbers(const char *data, retrofit_type type, size_
     return (number_kinds){infinite, nonzero};
 }
 
+static bool is_first_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num() == 0;
+#else
+    return true;
+#endif
+}
+
 void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size_t *zeros) {
     size_t wrong = map->count, zero = map->count;
 #ifdef _OPENMP
@@ -4888,11 +4906,13 @@ void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size
 #endif
     for (size_t i = 0; i < map->count; i++) {
         const retrofit_tensor *tensor = &map->tensors[i];
+        if (is_first_thread()) retrofit_show_share(i, map->count, "%s read", map->path);
         if (tensor->type == RETROFIT_I32) continue;
         number_kinds kinds = kinds_of_numbers(tensor->data, tensor->type, tensor->count);
         if (kinds.infinite) wrong = retrofit_min(wrong, i);
         if (!kinds.nonzero) zero = retrofit_min(zero, i);
     }
+    retrofit_show_share(1, 1, "%s read", map->path);
     *infinite = wrong;
     *zeros = zero;
 }
@@ -9289,11 +9309,26 @@ bool retrofit_live_line_due(void) {
     return true;
 }
 
+bool retrofit_shows_shares;
+
+void retrofit_show_share(size_t done, size_t total, const char *format, ...) {
+    if (!retrofit_shows_shares) return;
+    if (done == total) retrofit_live_line(NULL);
+    if (done == total || !retrofit_live_line_due()) return;
+    char what[1024], line[1088];
+    va_list args;
+    va_start(args, format);
+    format_line(what, format, args);
+    va_end(args);
+    snprintf(line, sizeof line, "%.0f %% of %s", 100 * (double)done / (double)total, what);
+    retrofit_live_line(line);
+}
+
 void *retrofit_allocate(size_t count, size_t size) {
     if (size > 0 && count > SIZE_MAX / size)
         return fail_null("a size of %zu x %zu bytes overflows", count, size);
     void *memory = calloc(retrofit_max(count, 1), retrofit_max(size, 1));
-    if (!memory) return fail_null("out of memory: %zu bytes", count * size);
+    if (!memory) return fail_null("out of memory: %zu bytes", retrofit_max(count * size, 1));
     return memory;
 }
 
@@ -9301,7 +9336,7 @@ void *retrofit_reallocate(void *memory, size_t count, size_t size) {
     if (size > 0 && count > SIZE_MAX / size)
         return fail_null("a size of %zu x %zu bytes overflows", count, size);
     void *bigger = realloc(memory, retrofit_max(count * size, 1));
-    if (!bigger) return fail_null("out of memory: %zu bytes", count * size);
+    if (!bigger) return fail_null("out of memory: %zu bytes", retrofit_max(count * size, 1));
     return bigger;
 }
 
@@ -9439,7 +9474,8 @@ bool retrofit_check_writable(const char *path) {
 }
 
 bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
-    ok = ok && !ferror(file) && !fflush(file) && !fsync(fileno(file));
+    ok = ok && !ferror(file) && !fflush(file);
+    ok = ok && (!fsync(fileno(file)) || errno == EINVAL); // which a pipe answers
     int problem = errno;
     if (fclose(file) && ok) {
         ok = false;

@@ -387,6 +387,9 @@ static void bad_conversations(void) {
                    "test $? = 1 && grep -q '%s' bad", name, what);
         shell("rm bad");
     }
+    fails(1, "writing to stdout failed: No space left on device",
+          TALK "--chat --interactive --max-tokens 1 <users >/dev/full", "smollm");
+    fails(1, "reading stdin failed: Is a directory", TALK "--chat --interactive <talk", "smollm");
 }
 
 // A turn ends where the template says, not only at the end of text.
