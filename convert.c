@@ -117,16 +117,14 @@ static const char usage[] =
 // The file or directory that is being written, under its temporary name; empty if there is none.
 static char unfinished[RETROFIT_PATH];
 
-// Ends the program with one line on stderr. Control characters, which file names may contain,
-// become question marks. What is unfinished is removed.
+// Ends the program with one line on stderr. What is unfinished is removed.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
     char text[2048];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    for (char *c = text; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    retrofit_escape(text);
     fprintf(stderr, "convert: %s\n", text);
     if (unfinished[0]) {
         retrofit_directory_abandon(unfinished);
@@ -2010,7 +2008,8 @@ static void read_roles(gguf_vocabulary *v) {
         bool needed = i <= EOS && v->added[i];
         v->ids[i] = needed ? gguf_need_u32(gguf, roles[i].metadata)
                            : gguf_u32(gguf, roles[i].metadata, NO_TOKEN);
-        if (v->ids[i] != NO_TOKEN && v->ids[i] >= v->count)
+        bool none = v->ids[i] == NO_TOKEN && !needed; // a file may say it too
+        if (!none && v->ids[i] >= v->count)
             gguf_die(gguf, "%s is %u of %zu tokens", roles[i].metadata, v->ids[i], v->count);
     }
 }

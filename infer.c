@@ -117,12 +117,13 @@ static size_t end_count;
 
 // Exit code 1: something failed; 2: the command line asks for what cannot be.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
+    char text[2 * RETROFIT_PATH];
     va_list args;
     va_start(args, format);
-    fputs("infer: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    retrofit_escape(text);
+    fprintf(stderr, "infer: %s\n", text);
     exit(code);
 }
 

@@ -2490,6 +2490,10 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 // nothing failed: a key that is not followed, a file that is not used. A thread says a line once.
 void retrofit_note(const char *format, ...);
 
+// What a program says is one line, even if names that come from files are not: control characters
+// become question marks, in place.
+void retrofit_escape(char *line);
+
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
 #define RETROFIT_PATH 4096 // bytes of a path, its NUL included
@@ -8884,13 +8888,18 @@ static RETROFIT_THREAD_LOCAL char error_text[1024];
 
 const char *retrofit_error(void) { return error_text; }
 
-// What is said is one line, even if names that come from files are not: control characters turn
-// into question marks.
+// Beside ASCII's, which a terminal obeys too: U+0080 to U+009F, of two bytes.
+void retrofit_escape(char *line) {
+    for (unsigned char *c = (unsigned char *)line; *c; c++) {
+        bool beyond_ascii = *c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0;
+        if (beyond_ascii) c[1] = '?';
+        if (beyond_ascii || *c < ' ' || *c == 127) *c = '?';
+    }
+}
+
 static void format_line(char line[1024], const char *format, va_list args) {
     vsnprintf(line, 1024, format, args);
-    for (char *c = line; *c; c++) {
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
-    }
+    retrofit_escape(line);
 }
 
 static void record_error(const char *format, va_list args) {

@@ -201,12 +201,14 @@ static void end_live_line(void) {
 
 // Prints a line on stderr.
 __attribute__((format(printf, 1, 2))) static void message(const char *format, ...) {
+    char text[2 * RETROFIT_PATH];
     va_list args;
     va_start(args, format);
-    end_live_line();
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    retrofit_escape(text);
+    end_live_line();
+    fprintf(stderr, "%s\n", text);
 }
 
 static bool save(void);
@@ -227,6 +229,7 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    retrofit_escape(text);
     const char *saved = save_unsaved_steps();
     end_live_line();
     fprintf(stderr, "train: %s%s\n", text, saved);
