@@ -688,7 +688,7 @@ typedef struct {
     int32_t *ids;      // [count] of it, NULL if it is empty
     size_t count;
     size_t lost[LOSSES];
-    char *error; // what was wrong with it, or NULL
+    const char *error; // what was wrong with it, or NULL
 } document;
 
 // ---- What is no text ----------------------------------------------------------------------------
@@ -940,8 +940,10 @@ static void write_batch(shard_writer *writer, document *batch, size_t count, con
 #pragma omp parallel for schedule(dynamic)
 #endif
     for (size_t i = 0; i < count; i++)
-        if (!encode_document(writer->tokenizer, &batch[i], path))
-            batch[i].error = strdup(retrofit_error()); // each thread has an error of its own
+        if (!encode_document(writer->tokenizer, &batch[i], path)) {
+            const char *error = strdup(retrofit_error()); // each thread has an error of its own
+            batch[i].error = error ? error : "out of memory";
+        }
     for (size_t i = 0; i < count; i++) {
         write_document(writer, &batch[i]);
         free(batch[i].raw);
@@ -2416,8 +2418,10 @@ static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory) {
 static void mend_ids(retrofit_model *source, const char *directory) {
     char path[RETROFIT_PATH];
     must(retrofit_path(path, directory, "tokenizer.json"));
-    if (access(path, F_OK)) return;
+    if (!retrofit_may_exist(path)) return;
+    errno = 0;
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    must(tokenizer || !retrofit_machine_failed());
     if (tokenizer) retrofit_config_mend_ids(&source->config, tokenizer, directory);
     else retrofit_note("the tokenizer is copied as it is, since it cannot be read here: %s",
                        retrofit_error());
@@ -2460,6 +2464,7 @@ int main(int argc, char **argv) {
         if (task == SURGERY || task == REWRITE) convert(task);
         if (task == RANDOM) make_random();
         if (task == TOKENIZE) tokenize(files, count);
+        must(retrofit_finish_output());
         code = 0;
     }
     free(files);

@@ -115,6 +115,10 @@ static size_t end_count;
 
 // ---- Small helpers -----------------------------------------------------------------------------
 
+// The file that is being written, which die removes; NULL if there is none.
+static FILE *unfinished;
+static const char *unfinished_path;
+
 // Exit code 1: something failed; 2: the command line asks for what cannot be.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
     char text[2 * RETROFIT_PATH];
@@ -124,6 +128,7 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     va_end(args);
     retrofit_escape(text);
     fprintf(stderr, "infer: %s\n", text);
+    if (unfinished) retrofit_finish_file(unfinished, unfinished_path, false);
     exit(code);
 }
 
@@ -137,6 +142,12 @@ static void *require_pointer(void *pointer) {
     return pointer;
 }
 
+// Of the C library's functions, which say nothing where memory is out.
+static void *require_memory(void *memory) {
+    if (!memory) die(1, "out of memory");
+    return memory;
+}
+
 static void *new_array(size_t count, size_t size) {
     return require_pointer(retrofit_allocate(count, size));
 }
@@ -144,7 +155,7 @@ static void *new_array(size_t count, size_t size) {
 // Memory for one more item behind `count` of them: it doubles when count is a power of two.
 static void *grow_array(void *items, size_t count, size_t size) {
     if (count & (count - 1)) return items;
-    return require_pointer(realloc(items, (count ? 2 * count : 1) * size));
+    return require_memory(realloc(items, (count ? 2 * count : 1) * size));
 }
 
 // Buffers for B rows of T tokens; cache: NULL unless they are for decoding.
@@ -551,7 +562,7 @@ static void read_tokens(const char *end) {
 static void *template_memory(size_t size) {
     template.memory_size += size + sizeof(struct block);
     if (size > MAX_MEMORY || template.memory_size > MAX_MEMORY) too_much("memory");
-    struct block *block = require_pointer(calloc(1, sizeof *block + size));
+    struct block *block = require_memory(calloc(1, sizeof *block + size));
     block->next = template.memory;
     template.memory = block;
     return block->bytes;
@@ -1111,11 +1122,12 @@ static char *read_template(const char *directory, size_t *size) {
                                         "chat_template.jinja"};
     char path[RETROFIT_PATH];
     for (size_t i = 0; i < 2; i++)
-        if (retrofit_path(template.where, directory, files[i]) && !access(template.where, F_OK))
+        if (retrofit_path(template.where, directory, files[i]) && retrofit_may_exist(template.where))
             return require_pointer(retrofit_read_file(template.where, size));
     require(retrofit_path(path, directory, "additional_chat_templates"));
-    if (!access(path, F_OK)) die(1, "%s: without a chat_template.jinja beside it, it does not say "
-                                 "which chat template is for chats", path);
+    if (retrofit_may_exist(path))
+        die(1, "%s: without a chat_template.jinja beside it, it does not say which chat template is "
+               "for chats", path);
     if (!template.config) return NULL;
     require(retrofit_path(template.where, directory, "tokenizer_config.json"));
     const retrofit_json *text = find_template(template.config);
@@ -1130,7 +1142,7 @@ static char *read_template(const char *directory, size_t *size) {
 static void read_tokenizer_config(const char *directory) {
     char path[RETROFIT_PATH];
     require(retrofit_path(path, directory, "tokenizer_config.json"));
-    if (access(path, F_OK)) return;
+    if (!retrofit_may_exist(path)) return;
     template.config = require_pointer(retrofit_json_read(path, NULL));
 }
 
@@ -1241,15 +1253,16 @@ static retrofit_text write_messages(const struct message *messages, size_t count
 // All that stdin has.
 static char *read_stdin(size_t *size) {
     size_t capacity = 1 << 16;
-    char *text = require_pointer(malloc(capacity));
+    char *text = require_memory(malloc(capacity));
     *size = 0;
     for (;;) {
         size_t n = fread(text + *size, 1, capacity - *size, stdin);
+        if (n == 0 && ferror(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
         if (n == 0) return text;
         *size += n;
         if (*size < capacity) continue;
         capacity *= 2;
-        text = require_pointer(realloc(text, capacity));
+        text = require_memory(realloc(text, capacity));
     }
 }
 
@@ -1321,7 +1334,7 @@ static int32_t *encode_messages(const retrofit_json *list, const char *where, si
 static int32_t *read_prompt(size_t *count) {
     bool from_stdin = !strcmp(options.prompt, "-");
     size_t size = strlen(options.prompt);
-    char *text = from_stdin ? read_stdin(&size) : require_pointer(strdup(options.prompt));
+    char *text = from_stdin ? read_stdin(&size) : require_memory(strdup(options.prompt));
     const char *begin = text;
     if (from_stdin) retrofit_skip_mark(&begin, &size);
     if (from_stdin && size > 0 && begin[size - 1] == '\n')
@@ -1514,7 +1527,7 @@ static void read_stops(void) {
     static const char names[] = "nt\\|", values[] = "\n\t\\|";
     if (!retrofit_check_utf8(options.stop, strlen(options.stop), "--stop"))
         die(2, "%s", retrofit_error());
-    char *to = require_pointer(strdup(options.stop));
+    char *to = require_memory(strdup(options.stop));
     stops[0] = to;
     for (const char *from = options.stop;; from++) {
         bool last = *from == 0;
@@ -2009,6 +2022,8 @@ static void trace_sequence(const struct sequence *sequence, size_t r) {
     struct trace_entry *entries = trace_tokens(ids, T, r);
     FILE *file = fopen(options.trace, "wb");
     if (!file) die(1, "%s: %s", options.trace, strerror(errno));
+    unfinished = file;
+    unfinished_path = options.trace;
     fprintf(stderr, "how much each recurrence changes a token's state:  █ as much as it is  "
                     "▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n");
     fprintf(stderr, "%-16s  %-*s  entropy  next, since r\n", "token", width, title);
@@ -2016,6 +2031,7 @@ static void trace_sequence(const struct sequence *sequence, size_t r) {
         write_trace(file, at, ids[at], entries + at * r, r);
         print_picture_line(ids[at], entries + at * r, r, width);
     }
+    unfinished = NULL;
     require(retrofit_finish_file(file, options.trace, true));
     free(ids);
     free(entries);
@@ -2173,7 +2189,7 @@ static void answer_turn(struct conversation *conversation, const char *line, siz
 
     // The last token of a turn that --max-tokens or a stop string ended has not been fed.
     if (total > past) {
-        ids = require_pointer(realloc(ids, (count + 1) * sizeof *ids));
+        ids = require_memory(realloc(ids, (count + 1) * sizeof *ids));
         memmove(ids + 1, ids, count * sizeof *ids);
         ids[0] = last->generated[last->produced];
         count++;
@@ -2212,7 +2228,7 @@ static void run_interactive(void) {
         require(retrofit_check_utf8(line, (size_t)size, "stdin"));
         if (size > 0) answer_turn(&conversation, line, (size_t)size);
     }
-    if (ferror(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
+    if (!feof(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
     free(line);
     free_sequence(&conversation.last);
     retrofit_buffers_free(conversation.buffers);
@@ -3657,7 +3673,7 @@ static void note_generation_keys(const char *name, bool all_keys) {
     char path[RETROFIT_PATH];
     size_t count = sizeof generation_keys / sizeof *generation_keys;
     require(retrofit_path(path, model_directory, name));
-    if (access(path, F_OK)) return;
+    if (!retrofit_may_exist(path)) return;
     retrofit_json *json = require_pointer(retrofit_json_read(path, NULL));
     retrofit_text found = {0};
     for (const retrofit_json *member = json->child; member; member = member->next) {
@@ -3744,6 +3760,6 @@ int main(int argc, char **argv) {
     retrofit_free(model);
     free(stops[0]);
     free_chat_template();
-    if (fflush(stdout) || ferror(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
+    require(retrofit_finish_output());
     return 0;
 }

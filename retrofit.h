@@ -2490,6 +2490,10 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 // nothing failed: a key that is not followed, a file that is not used. A thread says a line once.
 void retrofit_note(const char *format, ...);
 
+// Whether what failed, since errno was set to 0, failed for want of memory or descriptors or by a
+// disk's fault, and not because of what a file says.
+bool retrofit_machine_failed(void);
+
 // What a program says is one line, even if names that come from files are not: control characters
 // become question marks, in place.
 void retrofit_escape(char *line);
@@ -2513,11 +2517,16 @@ uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size);
 uint64_t retrofit_sample_hash(const void *data, size_t size);
 // Whether there is a directory of this name, for a model. false or error.
 bool retrofit_check_directory(const char *path);
+// Whether there is a file or directory of this name. One that cannot be looked at counts as there:
+// what reads it next says why it cannot.
+bool retrofit_may_exist(const char *path);
 // Whether a file of this name could be written, as far as can be known before. false or error.
 bool retrofit_check_writable(const char *path);
 // Maps a whole file into memory, to be read only; munmap gives it back. NULL or error, also if the
 // file is empty.
 void *retrofit_map_file(const char *path, size_t *size);
+// Brings what was printed to where stdout leads. false or error.
+bool retrofit_finish_output(void);
 // Brings what was written to the disk and closes the file. If `ok` is false, or if any of it failed
 // since the file was opened, the file is removed: false or error.
 bool retrofit_finish_file(FILE *file, const char *path, bool ok);
@@ -4332,7 +4341,7 @@ static bool read_generation_config(retrofit_config *config, const char *director
     char path[RETROFIT_PATH];
     struct stat status; // a link that leads nowhere is there, and cannot be read
     if (!retrofit_path(path, directory, "generation_config.json")) return false;
-    if (lstat(path, &status)) return true;
+    if (lstat(path, &status) && errno == ENOENT) return true;
     retrofit_json *json = retrofit_json_read(path, NULL);
     bool ok = json && read_config_ids(config, json, path);
     retrofit_json_free(json);
@@ -4536,11 +4545,11 @@ static bool open_maps(retrofit_model *model, const char *directory) {
     char path[RETROFIT_PATH], index[RETROFIT_PATH];
     if (!retrofit_path(path, directory, "model.safetensors")) return false;
     if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (access(path, F_OK) == 0) return open_map(model, path);
-    if (access(index, F_OK) == 0) return open_shards(model, directory, index);
+    if (retrofit_may_exist(path)) return open_map(model, path);
+    if (retrofit_may_exist(index)) return open_shards(model, directory, index);
     if (!retrofit_path(path, directory, "pytorch_model.bin")) return false;
     const char *pickled = "; pytorch_model.bin is not read: save the model with safetensors";
-    if (access(path, F_OK)) pickled = "";
+    if (!retrofit_may_exist(path)) pickled = "";
     return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json%s",
                          directory, pickled);
 }
@@ -4750,14 +4759,14 @@ static bool note_beside(const char *directory) {
     char path[RETROFIT_PATH], index[RETROFIT_PATH];
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (!retrofit_path(path, directory, names[i])) return false;
-        if (access(path, F_OK)) continue;
+        if (!retrofit_may_exist(path)) continue;
         retrofit_note("%s: an adapter (LoRA) lies beside the weights and is not applied: merge it "
                       "into them first (PEFT's merge_and_unload)", path);
         break;
     }
     if (!retrofit_path(path, directory, "model.safetensors")) return false;
     if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (!access(path, F_OK) && !access(index, F_OK))
+    if (retrofit_may_exist(path) && retrofit_may_exist(index))
         retrofit_note("%s: not used, since model.safetensors is there", index);
     return true;
 }
@@ -4913,7 +4922,7 @@ bool retrofit_latest(const char *directory, char path[RETROFIT_PATH]) {
 }
 
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
-    bool model = retrofit_path(path, directory, "config.json") && access(path, F_OK) == 0;
+    bool model = retrofit_path(path, directory, "config.json") && retrofit_may_exist(path);
     if (model) return directory;
     return retrofit_latest(directory, path) ? path : directory;
 }
@@ -5008,10 +5017,10 @@ static bool copy_companions(const char *from, const char *to) {
         const char *name = retrofit_model_files[i];
         if (!retrofit_path(source, from, name)) return false;
         if (!retrofit_path(target, to, name)) return false;
-        if (access(source, F_OK) == 0 && !copy_file(source, target)) return false;
+        if (retrofit_may_exist(source) && !copy_file(source, target)) return false;
     }
     if (!retrofit_path(source, from, "additional_chat_templates")) return false;
-    if (access(source, F_OK) == 0)
+    if (retrofit_may_exist(source))
         retrofit_note("%s: is not copied, as chat_template.jinja and tokenizer_config.json are",
                       source);
     return true;
@@ -5067,7 +5076,7 @@ static bool copy_generation_config(const retrofit_config *config, const char *fr
     char source[RETROFIT_PATH], target[RETROFIT_PATH];
     if (!retrofit_path(source, from, "generation_config.json")) return false;
     if (!retrofit_path(target, to, "generation_config.json")) return false;
-    if (access(source, F_OK)) return true;
+    if (!retrofit_may_exist(source)) return true;
     retrofit_json *json = retrofit_json_read(source, NULL);
     FILE *file = json ? fopen(target, "wb") : NULL;
     if (json && !file) retrofit_fail("%s: %s", target, strerror(errno));
@@ -5184,7 +5193,7 @@ static char *escape_pattern(const char *name) {
 // Names may hold what means something in a pattern, as data[1].bin does: a file that is there comes
 // first.
 static bool find_data_files(retrofit_data *data, const char *pattern) {
-    bool is_file = access(pattern, F_OK) == 0;
+    bool is_file = retrofit_may_exist(pattern);
     char *escaped = is_file ? escape_pattern(pattern) : NULL;
     if (is_file && !escaped) return false;
     int problem = glob(is_file ? escaped : pattern, 0, NULL, &data->files);
@@ -7670,6 +7679,7 @@ static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size,
                             bool first) {
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
     size_t done = 0, from = 0, begin;
+    if (!size) return;
     for (;;) {
         const tok_added *added = tok_find_added(tokenizer, text, size, from, normalized, &begin);
         if (!added) break;
@@ -8672,7 +8682,7 @@ static void tok_load_more_tokens(tok_loader *loader) {
 static void tok_note_missing_class(const tok_loader *loader) {
     char path[RETROFIT_PATH];
     bool fits = retrofit_path(path, loader->directory, "config.json");
-    if (!fits || access(path, F_OK)) return;
+    if (!fits || !retrofit_may_exist(path)) return;
     retrofit_json *json = retrofit_json_read(path, NULL);
     if (retrofit_json_is(retrofit_json_get(json, "model_type"), "llama"))
         retrofit_note("%s/tokenizer_config.json: no tokenizer_class: tokenizer.json is followed as "
@@ -8805,7 +8815,7 @@ static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, c
     size_t size;
     if (loader->failed) return NULL;
     bool has_path = retrofit_path(loader->path, directory, name);
-    if (has_path && !needed && access(loader->path, F_OK) && errno == ENOENT) return NULL;
+    if (has_path && !needed && !retrofit_may_exist(loader->path)) return NULL;
     retrofit_json *root = has_path ? retrofit_json_read(loader->path, &size) : NULL;
     if (!root) loader->failed = true;
     else *sum += size;
@@ -8841,8 +8851,8 @@ static void tok_load_directory(tok_loader *loader, const char *directory) {
 static void tok_explain_missing(const char *directory) {
     char path[RETROFIT_PATH];
     bool fits = retrofit_path(path, directory, "tokenizer.json");
-    if (!fits || access(path, F_OK) == 0) return;
-    if (retrofit_path(path, directory, "tokenizer.model") && access(path, F_OK) == 0)
+    if (!fits || retrofit_may_exist(path)) return;
+    if (retrofit_path(path, directory, "tokenizer.model") && retrofit_may_exist(path))
         retrofit_fail("%s: there is no tokenizer.json beside it: make one with transformers, "
                       "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)", path);
 }
@@ -8854,7 +8864,7 @@ retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
     loader.last_row = -1;
     loader.last_added = -1;
     char path[RETROFIT_PATH];
-    bool here = retrofit_path(path, directory, "tokenizer.json") && access(path, F_OK) == 0;
+    bool here = retrofit_path(path, directory, "tokenizer.json") && retrofit_may_exist(path);
     tok_load_directory(&loader, here ? directory : retrofit_model_directory(directory, path));
     retrofit_json_free(loader.root);
     retrofit_json_free(loader.config);
@@ -8887,6 +8897,10 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer) {
 static RETROFIT_THREAD_LOCAL char error_text[1024];
 
 const char *retrofit_error(void) { return error_text; }
+
+bool retrofit_machine_failed(void) {
+    return errno == ENOMEM || errno == EMFILE || errno == ENFILE || errno == EIO;
+}
 
 // Beside ASCII's, which a terminal obeys too: U+0080 to U+009F, of two bytes.
 void retrofit_escape(char *line) {
@@ -9048,6 +9062,10 @@ bool retrofit_check_directory(const char *path) {
                          "one by convert --from FILE --to DIR", path);
 }
 
+bool retrofit_may_exist(const char *path) {
+    return access(path, F_OK) == 0 || (errno != ENOENT && errno != ENOTDIR);
+}
+
 bool retrofit_check_writable(const char *path) {
     char parent[RETROFIT_PATH];
     struct stat status;
@@ -9064,6 +9082,12 @@ bool retrofit_check_writable(const char *path) {
     return retrofit_fail("%s: %s", path, strerror(errno));
 }
 
+bool retrofit_finish_output(void) {
+    errno = 0;
+    if (!fflush(stdout) && !ferror(stdout)) return true;
+    return retrofit_fail("writing to stdout failed: %s", strerror(errno ? errno : EIO));
+}
+
 bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
     ok = ok && !ferror(file) && !fflush(file) && !fsync(fileno(file));
     int problem = errno;
@@ -9073,7 +9097,7 @@ bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
     }
     if (ok) return true;
     struct stat status; // a device, /dev/full say, is not ours to remove
-    if (lstat(path, &status) == 0 && S_ISREG(status.st_mode)) remove(path);
+    if (lstat(path, &status) || S_ISREG(status.st_mode)) remove(path);
     return retrofit_fail("%s: writing failed: %s", path, strerror(problem ? problem : EIO));
 }
 
@@ -9392,7 +9416,9 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         const char *argument = argv[i], *name = argument + 2, *value = strchr(argument, '=');
         if (!strcmp(argument, "--help") || !strcmp(argument, "-h")) {
             print_options(table, count, usage);
-            return 0;
+            if (retrofit_finish_output()) return 0;
+            fprintf(stderr, "%s: %s\n", program, retrofit_error());
+            return 1;
         }
         bool dashes = !strncmp(argument, "--", 2);
         if (!dashes && !others) {

@@ -1235,8 +1235,9 @@ static bool begins_with(const char *s, const char *with) { return !strncmp(s, wi
 static bool cut_log(void) {
     size_t size, kept = 0;
     bool evaluated = true; // a log without lines lacks none
+    if (!retrofit_may_exist(run.log_path)) return evaluated;
     char *log = retrofit_read_file(run.log_path, &size);
-    if (!log) return evaluated;
+    require(log);
     char *line = log;
     while (*line) {
         size_t step = 0;
@@ -1595,7 +1596,9 @@ static void choose_device(void) {
 
 // Shards that another tokenizer made are refused.
 static void check_tokenizer(void) {
+    errno = 0;
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(run.source);
+    if (!tokenizer && retrofit_machine_failed()) die(1, "%s", retrofit_error());
     if (tokenizer) {
         run.tokenizer_hash = retrofit_tokenizer_hash(tokenizer);
         retrofit_config_mend_ids(&run.config, tokenizer, run.source);
@@ -1628,6 +1631,7 @@ static void hash_model(void) {
     char path[RETROFIT_PATH];
     struct dirent **entries;
     int count = scandir(run.source, &entries, is_weights, alphasort);
+    if (count < 0) die(1, "%s: %s", run.source, strerror(errno));
     for (int i = 0; i < count; i++) {
         size_t size;
         require(retrofit_path(path, run.source, entries[i]->d_name));
@@ -1672,9 +1676,10 @@ static void note_dropout(void) {
     retrofit_json_free(json);
 }
 
+// Also a link that leads nowhere, and what cannot be looked at.
 static bool is_there(const char *path) {
     struct stat status;
-    return lstat(path, &status) == 0;
+    return lstat(path, &status) == 0 || (errno != ENOENT && errno != ENOTDIR);
 }
 
 // A run that was copied by a program that leaves links out still has its checkpoints.
@@ -1879,12 +1884,14 @@ int main(int argc, char **argv) {
 
     if (options.dry_run == DRY_RUN_SCHEDULE) {
         print_micro_batches();
+        require(retrofit_finish_output());
         close_run();
         return 0;
     }
     open_data();
     if (options.dry_run) {
         dry_run();
+        require(retrofit_finish_output());
         close_run();
         return 0;
     }

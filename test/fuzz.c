@@ -858,7 +858,8 @@ static const char *fault_of_message(void) {
     for (size_t i = 0; i < said_size; i++) {
         unsigned char c = (unsigned char)said[i];
         if ((c < ' ' && c != '\n') || c == 127) return "control characters on stderr";
-        if (c == 0xc2 && i + 1 < said_size && (unsigned char)said[i + 1] < 0xa0)
+        unsigned char next = i + 1 < said_size ? (unsigned char)said[i + 1] : 0;
+        if (c == 0xc2 && next >= 0x80 && next < 0xa0)
             return "U+0080 to U+009F on stderr";
     }
     return NULL;

@@ -49,7 +49,7 @@ struct hook_block {
 static struct {
     // Calls that fail: those of these kinds are counted.
     int kinds;
-    size_t calls, fail_at; // counted from 1; 0: none
+    size_t *calls, fail_at; // counted from 1; 0: none
     bool keeps_failing;    // all calls behind it too
     bool cookies;          // streams read and write by calls that are counted
     // What exit() does.
@@ -75,9 +75,9 @@ static struct {
 // Counts a call; whether it fails, which sets errno.
 static bool hook_fails(int kind, int error) {
     if (!(hooks.kinds & kind)) return false;
-    hooks.calls++;
-    bool later = hooks.keeps_failing && hooks.fail_at && hooks.calls > hooks.fail_at;
-    if (hooks.calls != hooks.fail_at && !later) return false;
+    ++*hooks.calls;
+    bool later = hooks.keeps_failing && hooks.fail_at && *hooks.calls > hooks.fail_at;
+    if (*hooks.calls != hooks.fail_at && !later) return false;
     errno = error;
     return true;
 }
@@ -189,7 +189,7 @@ static FILE *hook_stream(int fd, const char *mode) {
 
 static FILE *hook_fopen(const char *path, const char *mode) {
     static char memory[] = "MemAvailable: 8388608 kB\n"; // else results depend on the machine
-    if (hook_fails(HOOK_SYSTEM, EMFILE)) return NULL;
+    if (strcmp(path, "/proc/meminfo") && hook_fails(HOOK_SYSTEM, EMFILE)) return NULL;
     if (!strcmp(path, "/proc/meminfo")) return fmemopen(memory, sizeof memory - 1, "r");
     int flags = *mode == 'r' ? O_RDONLY : O_WRONLY | O_CREAT | (*mode == 'a' ? O_APPEND : O_TRUNC);
     int fd = open(path, flags | O_CLOEXEC, 0666);
@@ -312,15 +312,28 @@ static int hook_clock_gettime(clockid_t clock, struct timespec *time) {
     return 0;
 }
 
+// Of a name that is not there nothing else is said: to open it would say so too.
+static int hook_access(const char *path, int mode) {
+    int code = access(path, mode);
+    return code == 0 && hook_fails(HOOK_SYSTEM, EIO) ? -1 : code;
+}
+
+static int hook_lstat(const char *path, struct stat *status) {
+    int code = lstat(path, status);
+    return code == 0 && hook_fails(HOOK_SYSTEM, EIO) ? -1 : code;
+}
+
+static int hook_stat(const char *path, struct stat *status) {
+    int code = stat(path, status);
+    return code == 0 && hook_fails(HOOK_SYSTEM, EIO) ? -1 : code;
+}
+
 // A call that only may fail.
 #define HOOK(type, name, error, parameters, ...) \
     static type hook_##name parameters { \
         return hook_fails(HOOK_SYSTEM, error) ? -1 : name(__VA_ARGS__); \
     }
-HOOK(int, stat, EIO, (const char *path, struct stat *status), path, status)
-HOOK(int, lstat, EIO, (const char *path, struct stat *status), path, status)
 HOOK(int, fstat, EIO, (int fd, struct stat *status), fd, status)
-HOOK(int, access, EIO, (const char *path, int mode), path, mode)
 HOOK(int, fsync, EIO, (int fd), fd)
 HOOK(int, rename, EIO, (const char *from, const char *to), from, to)
 HOOK(int, mkdir, ENOSPC, (const char *path, mode_t mode), path, mode)
