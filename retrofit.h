@@ -2427,7 +2427,8 @@ void retrofit_refresh_weights(retrofit_model *model);
 retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
                                        retrofit_keep keep, const retrofit_kv_cache *cache);
 void retrofit_buffers_free(retrofit_buffers *buffers);
-// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow.
+// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow. 0 or
+// error.
 size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
                               size_t T, size_t K, retrofit_keep keep);
 
@@ -3597,10 +3598,10 @@ size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops 
     if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
     retrofit_buffers buffers = {.B = B, .T = T, .K = keep && config->core ? K : 0, .keep = keep};
     arena a = {NULL, 0};
-    if (allocate_saved(&buffers.saved, config, buffers.K))
-        lay_out_buffers(&buffers, &a, config, ops->act_type);
+    bool ok = allocate_saved(&buffers.saved, config, buffers.K);
+    if (ok) lay_out_buffers(&buffers, &a, config, ops->act_type);
     free_on_host(&buffers);
-    return a.used;
+    return ok ? a.used : 0;
 }
 
 static bool check_buffers(const retrofit_model *model, size_t B, size_t T, size_t K,
@@ -8971,14 +8972,12 @@ bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *
     return retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
 }
 
-// What Git LFS leaves in place of a large file until it has fetched it: some lines of text. Reads
-// on from the beginning.
+// What Git LFS leaves in place of a large file until it has fetched it: some lines of text.
 static bool is_lfs_pointer(FILE *file, size_t size) {
     static const char begin[] = "version https://git-lfs.github.com/spec/";
     char text[sizeof begin] = {0};
     if (size < sizeof begin || size > 1024) return false;
     bool read = fread(text, 1, sizeof begin - 1, file) == sizeof begin - 1;
-    rewind(file);
     return read && !strcmp(text, begin);
 }
 
@@ -8991,12 +8990,13 @@ FILE *retrofit_open_file(const char *path, size_t *size) {
     bool regular = fstat(fileno(file), &status) == 0 && S_ISREG(status.st_mode);
     *size = regular ? (size_t)status.st_size : 0;
     bool pointer = regular && is_lfs_pointer(file, *size);
-    if (regular && !pointer) return file;
+    if (regular && !pointer && !fseek(file, 0, SEEK_SET)) return file;
+    int problem = errno;
     fclose(file);
     if (pointer)
         return fail_null("%s: a Git LFS pointer, not the file itself: fetch it with git lfs pull",
                          path);
-    return fail_null("%s: not a regular file", path);
+    return fail_null("%s: %s", path, regular ? strerror(problem) : "not a regular file");
 }
 
 char *retrofit_read_file(const char *path, size_t *size) {

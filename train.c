@@ -1315,6 +1315,7 @@ static memory memory_needed(size_t micro, retrofit_keep keep) {
     if (need.activations == SIZE_MAX)
         die(1, "--micro-batch-size %zu of --seq-len %zu is more than memory can hold", micro,
             options.seq_len);
+    require(need.activations > 0);
     need.all = need.weights + need.gradients + need.moments + need.activations;
     return need;
 }

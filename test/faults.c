@@ -7,7 +7,8 @@
 // is the same to the bit; or the code is 1 or 2, there is a line on stderr, and what it would have
 // made is there as a whole or not at all.
 //
-// Every SAMPLE-th call fails, others every day; FAULTS=all: each. FAULT=name:kind:number repeats one.
+// Every SAMPLE-th call fails, others every day; FAULTS=all: each. FAULT=name:kind:number repeats one
+// and keeps its directory.
 #include "hooks.h"
 
 #include "check.h"
@@ -15,7 +16,7 @@
 #include <ftw.h>
 #include <sys/resource.h>
 
-enum { SAMPLE = 7, SECONDS = 20, MAX_ARGUMENTS = 64, COMMANDS = 150 };
+enum { SECONDS = 20, MAX_ARGUMENTS = 64, COMMANDS = 150 };
 
 // A mode of the program.
 typedef struct {
@@ -82,6 +83,8 @@ static void set_up(void) {
 
 #if defined HOOKS_CONVERT
 
+enum { SAMPLE = 7 };
+
 static void set_up_more(void) {
     char command[8192];
     snprintf(command, sizeof command, "mkdir seeds && cd $F/../../.. && SEEDS=%s/seeds TARGET=gguf "
@@ -102,6 +105,8 @@ static const scenario scenarios[] = {
 
 #elif defined HOOKS_INFER
 
+enum { SAMPLE = 7 };
+
 static void set_up_more(void) {}
 
 static const scenario scenarios[] = {
@@ -121,6 +126,8 @@ static const scenario scenarios[] = {
 };
 
 #else
+
+enum { SAMPLE = 31 }; // whole trainings
 
 #define SMALL "--model m --data x.bin --val v.bin --seq-len 8 --batch-size 2 --micro-batch-size 1 "
 #define EVALS "--eval-recurrences 1 --eval-rows 2 --sample-prompts prompts.txt --sample-tokens 2 "
@@ -355,7 +362,7 @@ static void check_calls(const scenario *s, const result *good, size_t first, siz
         f.fail_at = strtoul(one + strlen(name), NULL, 10);
         check_run(s, good, &f, kinds[i].name, f.fail_at);
         result r = run_scenario(s, &f);
-        printf("code %d in %s, stderr:\n%s", r.code, work, r.err);
+        printf("code %d in %s, stderr:\n%sstdout:\n%s", r.code, work, r.err, r.out);
         exit(0);
     }
 }
