@@ -1,6 +1,7 @@
 # make              the three programs: convert, train, infer; for GPUs too where nvcc is
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
+# make fuzz SECONDS=n  n seconds of clang's libFuzzer over every reader; what it finds is in build/fuzz
 # make bench        matrix products against OpenBLAS (where it is) and against memory
 # make libretrofit.so  retrofit.h as a shared library, for other languages
 # make readme       every command of the README that needs neither network nor GPU
@@ -92,6 +93,27 @@ $(OUT)/%: test/%.c test/test.h test/run.h test/check.h retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ -lm -ldl
 
+# Hostile files and failing calls, in a program's own source: see test/hooks.h. Without OpenMP, whose
+# threads would not be worth their making for files as small as these.
+HOOKED := $(foreach kind,fuzz faults,$(addprefix $(OUT)/$(kind)_,convert infer train))
+hooked = $(CC) $(filter-out $(OPENMP),$(FLAGS)) -Wno-unused-function -Wno-unknown-pragmas
+$(OUT)/fuzz_%: test/fuzz.c test/hooks.h test/check.h %.c retrofit.h $(WITH_C)
+	@mkdir -p $(@D)
+	$(hooked) -DHOOKS_$(shell echo $* | tr a-z A-Z) $< -o $@ -lm
+$(OUT)/faults_%: test/faults.c test/hooks.h test/check.h %.c retrofit.h $(WITH_C)
+	@mkdir -p $(@D)
+	$(hooked) -DHOOKS_$(shell echo $* | tr a-z A-Z) $< -o $@ -lm
+
+# The same under clang's libFuzzer, ASan and UBSan.
+LIBFUZZER := $(addprefix build/fuzz/,convert infer train)
+build/fuzz/%: test/fuzz.c test/hooks.h test/check.h %.c retrofit.h
+	@mkdir -p $(@D)
+	clang -std=c11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -ffp-contract=fast -Wno-unused-function \
+	    -Wno-unknown-pragmas -DFUZZER -DHOOKS_$(shell echo $* | tr a-z A-Z) $< -o $@ -lm
+
+fuzz: $(LIBFUZZER) $(addprefix $(OUT)/fuzz_,convert infer train)
+	@OUT=$(OUT) SECONDS_IN_ALL=$(or $(SECONDS),60) sh test/fuzz.sh
+
 # A program of one's own, in two translation units of which one holds the implementation.
 $(OUT)/example: test/example.c test/example_retrofit.c retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
@@ -128,8 +150,8 @@ $(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)
 	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
 
 LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
-test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(LIBRARY)
-	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' sh test/run.sh $(TESTS)
+test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(LIBRARY) $(HOOKED)
+	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' sh test/run.sh $(TESTS) $(HOOKED)
 
 # ---- On a GPU ----
 ifneq ($(NVCC),)
@@ -180,6 +202,6 @@ clean:
 distclean: clean
 	rm -rf build local
 
-.PHONY: all test test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: all test fuzz test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

@@ -2007,7 +2007,8 @@ static void read_roles(gguf_vocabulary *v) {
         bool needed = i <= EOS && v->added[i];
         v->ids[i] = needed ? gguf_need_u32(gguf, roles[i].metadata)
                            : gguf_u32(gguf, roles[i].metadata, NO_TOKEN);
-        if (v->ids[i] != NO_TOKEN && v->ids[i] >= v->count)
+        bool none = v->ids[i] == NO_TOKEN && !needed; // a file may say it too
+        if (!none && v->ids[i] >= v->count)
             gguf_die(gguf, "%s is %u of %zu tokens", roles[i].metadata, v->ids[i], v->count);
     }
 }
@@ -2416,7 +2417,9 @@ static void mend_ids(retrofit_model *source, const char *directory) {
     char path[RETROFIT_PATH];
     must(retrofit_path(path, directory, "tokenizer.json"));
     if (!retrofit_is_there(path)) return;
+    errno = 0;
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    must(tokenizer || !retrofit_machine_failed());
     if (tokenizer) retrofit_config_mend_ids(&source->config, tokenizer, directory);
     else retrofit_note("the tokenizer is copied as it is, since it cannot be read here: %s",
                        retrofit_error());

@@ -2506,6 +2506,10 @@ extern bool retrofit_shows_shares;
 __attribute__((format(printf, 3, 4))) void retrofit_show_share(size_t done, size_t total,
                                                                const char *format, ...);
 
+// Whether what failed, since errno was set to 0, failed for want of memory or descriptors or by a
+// disk's fault, and not because of what a file says.
+bool retrofit_machine_failed(void);
+
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
 // realloc and strdup, but with an error where they fail, and the first for count·size bytes. NULL
@@ -5397,7 +5401,7 @@ static char *escape_pattern(const char *name) {
 // Names may hold what means something in a pattern, as data[1].bin does: a file that is there comes
 // first.
 static bool find_data_files(retrofit_data *data, const char *pattern) {
-    bool is_file = access(pattern, F_OK) == 0;
+    bool is_file = retrofit_is_there(pattern);
     char *escaped = is_file ? escape_pattern(pattern) : NULL;
     if (is_file && !escaped) return false;
     int problem = glob(is_file ? escaped : pattern, 0, NULL, &data->files);
@@ -9206,6 +9210,10 @@ static RETROFIT_THREAD_LOCAL char error_text[1024];
 
 const char *retrofit_error(void) { return error_text; }
 
+bool retrofit_machine_failed(void) {
+    return errno == ENOMEM || errno == EMFILE || errno == ENFILE || errno == EIO;
+}
+
 // Latin-1's control characters are c2 80 … c2 9f in UTF-8.
 void retrofit_make_line(char *text) {
     for (unsigned char *c = (unsigned char *)text; *c; c++) {
@@ -9360,14 +9368,12 @@ bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *
     return retrofit_fail("%.60s…: a path longer than %d bytes", directory, RETROFIT_PATH - 1);
 }
 
-// What Git LFS leaves in place of a large file until it has fetched it: some lines of text. Reads
-// on from the beginning.
+// What Git LFS leaves in place of a large file until it has fetched it: some lines of text.
 static bool is_lfs_pointer(FILE *file, size_t size) {
     static const char begin[] = "version https://git-lfs.github.com/spec/";
     char text[sizeof begin] = {0};
     if (size < sizeof begin || size > 1024) return false;
     bool read = fread(text, 1, sizeof begin - 1, file) == sizeof begin - 1;
-    rewind(file);
     return read && !strcmp(text, begin);
 }
 
@@ -9380,12 +9386,13 @@ FILE *retrofit_open_file(const char *path, size_t *size) {
     bool regular = fstat(fileno(file), &status) == 0 && S_ISREG(status.st_mode);
     *size = regular ? (size_t)status.st_size : 0;
     bool pointer = regular && is_lfs_pointer(file, *size);
-    if (regular && !pointer) return file;
+    if (regular && !pointer && !fseek(file, 0, SEEK_SET)) return file;
+    int problem = errno;
     fclose(file);
     if (pointer)
         return fail_null("%s: a Git LFS pointer, not the file itself: fetch it with git lfs pull",
                          path);
-    return fail_null("%s: not a regular file", path);
+    return fail_null("%s: %s", path, regular ? strerror(problem) : "not a regular file");
 }
 
 char *retrofit_read_file(const char *path, size_t *size) {
@@ -9449,8 +9456,7 @@ bool retrofit_check_directory(const char *path) {
     struct stat status;
     if (stat(path, &status))
         return retrofit_fail("%s: %s: a model is a directory here; download it first (for example "
-                             "huggingface-cli download NAME --local-dir DIR)", path,
-                             strerror(errno));
+                             "hf download NAME --local-dir DIR)", path, strerror(errno));
     if (S_ISDIR(status.st_mode)) return true;
     return retrofit_fail("%s: a file, not a model's directory: name the directory; a GGUF is made "
                          "one by convert --from FILE --to DIR", path);
@@ -9483,7 +9489,7 @@ bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
     }
     if (ok) return true;
     struct stat status; // a device, /dev/full say, is not ours to remove
-    if (lstat(path, &status) == 0 && S_ISREG(status.st_mode)) remove(path);
+    if (lstat(path, &status) || S_ISREG(status.st_mode)) remove(path);
     return retrofit_fail("%s: writing failed: %s", path, strerror(problem ? problem : EIO));
 }
 

@@ -1853,7 +1853,9 @@ static void choose_device(void) {
 
 // Shards that another tokenizer made are refused.
 static void check_tokenizer(void) {
+    errno = 0;
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(run.source);
+    if (!tokenizer && retrofit_machine_failed()) die(1, "%s", retrofit_error());
     if (tokenizer) {
         run.tokenizer_hash = retrofit_tokenizer_hash(tokenizer);
         retrofit_config_mend_ids(&run.config, tokenizer, run.source);
@@ -1886,6 +1888,7 @@ static void hash_model(void) {
     char path[RETROFIT_PATH];
     struct dirent **entries;
     int count = scandir(run.source, &entries, is_weights, alphasort);
+    if (count < 0) die(1, "%s: %s", run.source, strerror(errno));
     for (int i = 0; i < count; i++) {
         size_t size;
         require(retrofit_path(path, run.source, entries[i]->d_name));
@@ -1930,9 +1933,10 @@ static void note_dropout(void) {
     retrofit_json_free(json);
 }
 
+// Also a link that leads nowhere, and what cannot be looked at.
 static bool is_there(const char *path) {
     struct stat status;
-    return lstat(path, &status) == 0;
+    return lstat(path, &status) == 0 || (errno != ENOENT && errno != ENOTDIR);
 }
 
 // A run that was copied by a program that leaves links out still has its checkpoints.
@@ -2155,6 +2159,7 @@ int main(int argc, char **argv) {
     open_data();
     if (options.dry_run) {
         dry_run();
+        require(retrofit_flush_stdout());
         close_run();
         return 0;
     }
