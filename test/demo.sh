@@ -52,7 +52,7 @@ say "6. What it bought: accuracy by recurrences, and by hops."
 echo "The base, trained on at equal FLOPs ($steps steps):"
 run "$BIN/infer" --model $dir/base --tasks $tasks
 echo "Retrofitted (400 steps):"
-run "$BIN/infer" --model $dir/run --tasks $tasks --recurrences 1,2,4,8,16 --state-init zero
+run "$BIN/infer" --model $dir/run --tasks $tasks --recurrences 1,2,4,8,16
 
 say "7. One program before your eyes: the first that asks for 6 hops or more."
 # Takes one of those tasks: its prompt and its answer.
@@ -62,8 +62,7 @@ take() { # number
     answer=$(printf %s "$task" | sed 's/.*"answer": "\([^"]*\)".*/\1/')
 }
 ask() { # recurrences; what infer says is then in $said
-    set -- "$BIN/infer" --model $dir/run --prompt "$prompt" --recurrences "$1" --max-tokens 1 \
-        --state-init zero
+    set -- "$BIN/infer" --model $dir/run --prompt "$prompt" --recurrences "$1" --max-tokens 1
     command=$(show "$@")
     said=$("$@" 2>/dev/null)
 }
