@@ -210,8 +210,19 @@ static void tokenizer_of_a_run(void) {
     fails(1, "nowhere", "convert --random lookup.json --tokenizer nowhere --to bad");
 }
 
+// What is said is one line without control characters, whatever is in names and files.
+static void one_line(void) {
+    char text[] = "a\033[31mb\tc\n\x7f \xc2\x9b \xc2\xa0\xc3\xa9";
+    retrofit_make_line(text);
+    check(!strcmp(text, "a?[31mb?c?? ?? \xc2\xa0\xc3\xa9"), "one line: '%s'", text);
+    fails(1, "no?where", "train --model 'no\nwhere' --data a.bin --out b --steps 1");
+    fails(1, "no?where", "infer --model 'no\nwhere' --prompt a");
+    fails(1, "no?where", "convert --from 'no\nwhere' --to b --preset smollm2");
+}
+
 int main(void) {
     enter("output");
+    one_line();
     live_lines();
     show_in_file("lines");
     long_work();
