@@ -93,8 +93,13 @@ build/fuzz/%: test/fuzz.c test/hooks.h test/check.h %.c retrofit.h
 	clang -std=c11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -ffp-contract=fast -Wno-unused-function \
 	    -Wno-unknown-pragmas -DFUZZER -DHOOKS_$(shell echo $* | tr a-z A-Z) $< -o $@ -lm
 
+ifeq ($(shell command -v clang 2>/dev/null),)
+fuzz:
+	@echo "fuzz: clang was not found: its libFuzzer is needed" >&2; exit 1
+else
 fuzz: $(LIBFUZZER) $(addprefix $(OUT)/fuzz_,convert infer train)
 	@OUT=$(OUT) SECONDS_IN_ALL=$(or $(SECONDS),60) sh test/fuzz.sh
+endif
 
 # A program of one's own, in two translation units of which one holds the implementation.
 $(OUT)/example: test/example.c test/example_retrofit.c retrofit.h
@@ -124,7 +129,8 @@ $(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)
 	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
 
 test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(HOOKED)
-	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' sh test/run.sh $(TESTS) $(HOOKED)
+	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),20000,2000)) \
+	    sh test/run.sh $(TESTS) $(HOOKED)
 
 # ---- On a GPU ----
 ifneq ($(NVCC),)

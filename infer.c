@@ -1121,13 +1121,15 @@ static char *read_template(const char *directory, size_t *size) {
     static const char *const files[] = {"additional_chat_templates/default.jinja",
                                         "chat_template.jinja"};
     char path[RETROFIT_PATH];
-    for (size_t i = 0; i < 2; i++)
-        if (retrofit_path(template.where, directory, files[i]) && retrofit_may_exist(template.where))
+    for (size_t i = 0; i < 2; i++) {
+        require(retrofit_path(template.where, directory, files[i]));
+        if (retrofit_may_exist(template.where))
             return require_pointer(retrofit_read_file(template.where, size));
+    }
     require(retrofit_path(path, directory, "additional_chat_templates"));
     if (retrofit_may_exist(path))
-        die(1, "%s: without a chat_template.jinja beside it, it does not say which chat template is "
-               "for chats", path);
+        die(1, "%s: without a chat_template.jinja beside it, it does not say which chat template "
+               "is for chats", path);
     if (!template.config) return NULL;
     require(retrofit_path(template.where, directory, "tokenizer_config.json"));
     const retrofit_json *text = find_template(template.config);
