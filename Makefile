@@ -1,7 +1,7 @@
 # make              the three programs: convert, train, infer; for GPUs too where nvcc is
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
-# make fuzz SECONDS=n  n seconds of clang's libFuzzer over every reader; what it finds is in build/fuzz
+# make fuzz         clang's libFuzzer on every reader, SECONDS=60 in all; what it finds is in build/fuzz
 # make bench        matrix products against OpenBLAS (where it is) and against memory
 # make readme      every command of the README that needs neither network nor GPU
 # make lines       the line numbers and tables in README, doc/ and retrofit.h as they are now
