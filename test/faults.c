@@ -270,7 +270,7 @@ __attribute__((noreturn)) static void be_the_program(char **list, int count, con
 
 static result run_program(char **list, int count, const scenario *s, const fault *f) {
     result r = {0};
-    int status, out[2], err[2];
+    int status = 0, out[2], err[2];
     nftw("o", remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     if (s && s->prepare) shell(s->prepare);
     fflush(stdout);

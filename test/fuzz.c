@@ -473,7 +473,7 @@ static void fuzz_generation(input in) {
 }
 
 static void use_tokenizer(const retrofit_tokenizer *t, const char *text, size_t size) {
-    size_t count, length;
+    size_t count, length = 0;
     int32_t *ids = retrofit_encode(t, text, size, true, &count);
     char *decoded = ids ? retrofit_decode(t, ids, count, true, &length) : NULL;
     require_test(ids && decoded, "encode and decode");
