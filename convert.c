@@ -114,43 +114,19 @@ static const char usage[] =
     "Cuts a plain Llama into a recurrent model, makes a random one, or turns text into token "
     "shards.\n";
 
-// The file or directory that is being written, under its temporary name; empty if there is none.
-static char unfinished[RETROFIT_PATH];
-
-// Ends the program with one line on stderr. What is unfinished is removed.
+// Ends the program with one line on stderr. Control characters, which file names may contain,
+// become question marks. What is unfinished is removed.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
     char text[2048];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    retrofit_escape(text);
+    retrofit_make_line(text);
+    retrofit_live_line(NULL);
     fprintf(stderr, "convert: %s\n", text);
-    if (unfinished[0]) {
-        retrofit_directory_abandon(unfinished);
-        unlink(unfinished);
-    }
+    retrofit_abandon();
     exit(code);
-}
-
-// Ctrl-C, or a system that shuts down: nothing half-written is left behind. A handler may call
-// little more than what removes files by their names.
-static void on_signal(int number) {
-    static const char text[] = "convert: stopped by a signal; nothing is left behind\n";
-    int directory = unfinished[0] ? open(unfinished, O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    for (size_t i = 0; directory >= 0 && retrofit_model_files[i]; i++)
-        unlinkat(directory, retrofit_model_files[i], 0);
-    if (directory >= 0) rmdir(unfinished);
-    else if (unfinished[0]) unlink(unfinished);
-    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) _exit(1);
-    _exit(128 + number);
-}
-
-static void catch_signals(void) {
-    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
-    struct sigaction action = {.sa_handler = on_signal};
-    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++)
-        sigaction(signals[i], &action, NULL);
 }
 
 // Ends the program where a function of the library failed.
@@ -223,7 +199,7 @@ static void check_files(int task, const char *const *files, size_t count) {
     }
     // Not even an old model is replaced: a slip of the keyboard must not cost the source, or a
     // training.
-    if (!access(options.to, F_OK))
+    if (retrofit_is_there(options.to))
         die(1, "%s exists already: remove it or choose another --to", options.to);
     if (count) die(2, "'%s' is not an option: options begin with -- (see --help)", files[0]);
 }
@@ -389,6 +365,12 @@ static void print_dropped(const retrofit_model *source, const layer_choice *choi
 
 // ---- The new model ------------------------------------------------------------------------------
 
+// What a training recorded is not true of a model that has not been trained yet.
+static void forget_training(retrofit_config *config) {
+    config->trained_seq_len = 0;
+    config->trained_state_zero = false;
+}
+
 static retrofit_config recurrent_config(const retrofit_config *source, const layer_choice *choice) {
     retrofit_config config = *source;
     config.prelude = choice->prelude.count;
@@ -398,6 +380,7 @@ static retrofit_config recurrent_config(const retrofit_config *source, const lay
     config.backprop_depth = options.backprop_depth;
     config.state_std = (float)RETROFIT_STATE_STD;
     config.tied = false;
+    forget_training(&config);
     return config;
 }
 
@@ -514,12 +497,16 @@ static void verify_parameter(const retrofit_parameter *written, const retrofit_p
 
 // Reads back what was written and compares it with where it came from, bit for bit. Returns the
 // size of the file of weights.
-static size_t verify(const retrofit_parameter *const *origin, size_t count) {
-    retrofit_model *written = retrofit_load(unfinished, &retrofit_cpu, RETROFIT_INFERENCE);
+static size_t verify(const char *directory, const retrofit_parameter *const *origin,
+                     size_t count) {
+    retrofit_model *written = retrofit_load(directory, &retrofit_cpu, RETROFIT_INFERENCE);
     if (!written) die(1, "reading back what was written: %s", retrofit_error());
     if (written->parameter_count != count)
         die(1, "reading back what was written: not all of it is there");
-    for (size_t i = 0; i < count; i++) verify_parameter(written->parameters[i], origin[i]);
+    for (size_t i = 0; i < count; i++) {
+        verify_parameter(written->parameters[i], origin[i]);
+        retrofit_show_share(i + 1, count, "%s compared with its source", directory);
+    }
     size_t bytes = written->maps[0].bytes;
     retrofit_free(written);
     return bytes;
@@ -558,15 +545,12 @@ static void write_model(const retrofit_model *model, const retrofit_parameter *c
                         const layer_choice *choice, tokenizer_source tokenizer) {
     char *directory = retrofit_directory_begin(options.to);
     must(directory != NULL);
-    snprintf(unfinished, sizeof unfinished, "%s", directory);
-    free(directory);
-
     retrofit_type type = options.dtype == DTYPE_BF16 ? RETROFIT_BF16 : RETROFIT_F32;
-    must(retrofit_save(model, unfinished, type, tokenizer.directory));
-    if (tokenizer.gguf) gguf_write_tokenizer(tokenizer.gguf, unfinished);
-    size_t bytes = verify(origin, model->parameter_count);
-    must(retrofit_directory_commit(unfinished, options.to));
-    unfinished[0] = 0;
+    must(retrofit_save(model, directory, type, tokenizer.directory));
+    if (tokenizer.gguf) gguf_write_tokenizer(tokenizer.gguf, directory);
+    size_t bytes = verify(directory, origin, model->parameter_count);
+    must(retrofit_directory_commit(directory, options.to));
+    free(directory);
     print_summary(model, choice, bytes);
 }
 
@@ -603,7 +587,9 @@ static bool writes_to_residual_stream(const retrofit_parameter *p) {
 // each normal number cut at three standard deviations.
 static void initialise(retrofit_model *model) {
     const retrofit_config *c = &model->config;
+    enum { CHUNK = 1 << 22 }; // numbers between two looks at the clock
     double sigma = sqrt(2 / (5 * (double)c->n_embd));
+    size_t done = 0;
     double depth = (double)(c->prelude + c->core * c->mean_recurrence + c->coda);
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *p = model->parameters[i];
@@ -611,11 +597,16 @@ static void initialise(retrofit_model *model) {
         bool is_norm = p->kind == RETROFIT_NORM;
         float std = (float)(writes_to_residual_stream(p) ? sigma / sqrt(2 * depth) : sigma);
         uint64_t key = retrofit_hash(options.seed, i);
+        for (size_t first = 0; first < count; first += CHUNK) {
+            size_t end = retrofit_min(first + CHUNK, count);
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static)
 #endif
-        for (size_t j = 0; j < count; j++)
-            p->master[j] = is_norm ? 1 : std * retrofit_hash_normal(key, j);
+            for (size_t j = first; j < end; j++)
+                p->master[j] = is_norm ? 1 : std * retrofit_hash_normal(key, j);
+            done += end - first;
+            retrofit_show_share(done, model->weight_count, "the model's numbers drawn");
+        }
     }
 }
 
@@ -629,12 +620,19 @@ static void make_random(void) {
             options.random);
     if (options.mean_recurrence != SIZE_MAX) config.mean_recurrence = options.mean_recurrence;
     if (options.backprop_depth != SIZE_MAX) config.backprop_depth = options.backprop_depth;
+    forget_training(&config);
 
+    // What is to be carried along is read before hours are spent on a model.
+    tokenizer_source tokenizer = {.directory = options.tokenizer};
+    if (options.tokenizer) {
+        retrofit_tokenizer *read = retrofit_tokenizer_load(options.tokenizer);
+        must(read != NULL);
+        retrofit_tokenizer_free(read);
+    }
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
     must(model != NULL);
     must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
     initialise(model);
-    tokenizer_source tokenizer = {.directory = options.tokenizer};
     write_model(model, (const retrofit_parameter *const *)model->parameters, NULL, tokenizer);
     retrofit_free(model);
 }
@@ -669,12 +667,13 @@ typedef struct {
 
 typedef struct {
     FILE *file;
+    char *path; // of the file, until it is finished
     retrofit_tokenizer *tokenizer;
     int32_t eos;                              // to add to each document; -1: the tokenizer adds it
     bool narrow;                              // ids are written as uint16
     size_t documents, tokens;                 // so far
     size_t text_bytes, read_bytes, all_bytes; // of stripped text; of the files, so far and in all
-    double start, shown;                      // seconds: when this began, and showed progress last
+    double start;                             // seconds
     size_t files;                             // in all
     text_report report;                       // on the file that is read
     size_t lost[LOSSES];                      // in all files
@@ -688,7 +687,8 @@ typedef struct {
     int32_t *ids;      // [count] of it, NULL if it is empty
     size_t count;
     size_t lost[LOSSES];
-    const char *error; // what was wrong with it, or NULL
+    bool failed;
+    char *error; // what was wrong with it; NULL if memory is out even for that
 } document;
 
 // ---- What is no text ----------------------------------------------------------------------------
@@ -870,7 +870,7 @@ static void write_id(shard_writer *writer, int32_t id) {
     uint16_t narrow = (uint16_t)id;
     size_t written = writer->narrow ? fwrite(&narrow, sizeof narrow, 1, writer->file)
                                     : fwrite(&id, sizeof id, 1, writer->file);
-    if (written != 1) die(1, "%s: writing failed: %s", unfinished, strerror(errno));
+    if (written != 1) die(1, "%s: writing failed: %s", options.to, strerror(errno));
     writer->tokens++;
     if (writer->tokens > INT32_MAX)
         die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
@@ -888,7 +888,7 @@ static void add_losses(text_report *report, const document *document) {
 }
 
 static void write_document(shard_writer *writer, const document *document) {
-    if (document->error) die(1, "%s", document->error);
+    if (document->failed) die(1, "%s", document->error ? document->error : "out of memory");
     add_losses(&writer->report, document);
     writer->read_bytes += document->size;
     writer->text_bytes += document->text_bytes;
@@ -900,27 +900,26 @@ static void write_document(shard_writer *writer, const document *document) {
 
 // ---- Files of documents -------------------------------------------------------------------------
 
-// A line on stderr, at most every second; on a terminal it replaces the one before.
-static void show_progress(shard_writer *writer) {
-    double now = retrofit_seconds(), elapsed = now - writer->start;
-    if (now - writer->shown < 1) return;
-    writer->shown = now;
+// next: bytes of the document that comes. One that takes long by itself is told before.
+static void show_progress(const shard_writer *writer, size_t next) {
+    enum { LONG = 1 << 24 };
+    if (!retrofit_live_line_due() && next < LONG) return;
     double read = (double)writer->read_bytes, all = (double)writer->all_bytes;
-    bool terminal = isatty(STDERR_FILENO);
-    fprintf(stderr, "%s%.1f of %.1f MB, %zu documents, %zu tokens, %.1f MB/s, ETA %.0f s%s",
-            terminal ? "\r" : "", read / 1e6, all / 1e6, writer->documents, writer->tokens,
-            read / 1e6 / elapsed, (all - read) * elapsed / read, terminal ? "\033[K" : "\n");
-}
-
-static void clear_progress(const shard_writer *writer) {
-    if (isatty(STDERR_FILENO) && writer->shown > writer->start) fputs("\r\033[K", stderr);
+    double elapsed = retrofit_seconds() - writer->start;
+    char text[160], speed[64] = "";
+    if (read > 0)
+        snprintf(speed, sizeof speed, ", %.1f MB/s, ETA %.0f s", read / 1e6 / elapsed,
+                 (all - read) * elapsed / read);
+    snprintf(text, sizeof text, "%.1f of %.1f MB, %zu documents, %zu tokens%s", read / 1e6,
+             all / 1e6, writer->documents, writer->tokens, speed);
+    retrofit_live_line(text);
 }
 
 // Says what was lost of a file, after its last line. Empty documents are counted only in the end:
 // mostly they are empty lines.
 static void report_file(shard_writer *writer, const char *path) {
     const text_report *report = &writer->report;
-    clear_progress(writer);
+    retrofit_live_line(NULL);
     for (int i = 0; i < LOSSES; i++) {
         size_t count = report->counts[i], line = report->lines[i];
         writer->lost[i] += count;
@@ -939,25 +938,25 @@ static void write_batch(shard_writer *writer, document *batch, size_t count, con
 #ifdef _OPENMP
 #pragma omp parallel for schedule(dynamic)
 #endif
-    for (size_t i = 0; i < count; i++)
-        if (!encode_document(writer->tokenizer, &batch[i], path)) {
-            const char *error = strdup(retrofit_error()); // each thread has an error of its own
-            batch[i].error = error ? error : "out of memory";
-        }
+    for (size_t i = 0; i < count; i++) {
+        if (encode_document(writer->tokenizer, &batch[i], path)) continue;
+        batch[i].failed = true;
+        batch[i].error = retrofit_copy_string(retrofit_error()); // of the thread's own
+    }
     for (size_t i = 0; i < count; i++) {
         write_document(writer, &batch[i]);
         free(batch[i].raw);
         free(batch[i].ids);
     }
-    show_progress(writer);
+    show_progress(writer, 0);
 }
 
 // false at the end of the file.
 static bool read_line(FILE *file, const char *path, document *document) {
     size_t capacity = 0;
-    errno = 0;
     ssize_t length = getline(&document->raw, &capacity, file);
-    if (length < 0 && errno) die(1, "%s: line %zu: %s", path, document->line, strerror(errno));
+    if (length < 0 && !feof(file))
+        die(1, "%s: line %zu: %s", path, document->line, strerror(errno));
     if (length < 0) {
         free(document->raw);
         return false;
@@ -1004,6 +1003,7 @@ static void tokenize_whole(shard_writer *writer, const char *path) {
     document document = {.line = 0};
     document.raw = retrofit_read_file(path, &document.size);
     must(document.raw != NULL);
+    show_progress(writer, document.size);
     write_batch(writer, &document, 1, path);
     report_file(writer, path);
 }
@@ -1102,15 +1102,12 @@ static void open_tokenizer(shard_writer *writer) {
 
 static void create_shard(shard_writer *writer) {
     static const int32_t header[256]; // its numbers are known at the end
-    int length = snprintf(unfinished, sizeof unfinished, "%s.tmp-%ld", options.to, (long)getpid());
-    if (length >= RETROFIT_PATH) {
-        unfinished[0] = 0;
-        die(1, "--to: the path is too long");
-    }
-    writer->file = fopen(unfinished, "wb");
-    if (!writer->file) die(1, "%s: %s", unfinished, strerror(errno));
+    writer->path = retrofit_file_begin(options.to);
+    must(writer->path != NULL);
+    writer->file = fopen(writer->path, "wb");
+    if (!writer->file) die(1, "%s: %s", writer->path, strerror(errno));
     if (fwrite(header, sizeof header, 1, writer->file) != 1)
-        die(1, "%s: %s", unfinished, strerror(errno));
+        die(1, "%s: %s", writer->path, strerror(errno));
 }
 
 // Writes the header, and gives the file its name once it is on the disk.
@@ -1125,14 +1122,9 @@ static void finish_shard(shard_writer *writer) {
     errno = 0;
     bool ok = !fseek(writer->file, 0, SEEK_SET);
     ok = ok && fwrite(header, sizeof header, 1, writer->file) == 1;
-    must(retrofit_finish_file(writer->file, unfinished, ok));
-    if (rename(unfinished, options.to)) die(1, "%s: %s", options.to, strerror(errno));
-
-    char parent[RETROFIT_PATH];
-    strcpy(parent, unfinished);
-    retrofit_parent_directory(parent);
-    unfinished[0] = 0;
-    must(retrofit_sync_directory(parent));
+    must(retrofit_finish_file(writer->file, writer->path, ok));
+    must(retrofit_file_commit(writer->path, options.to));
+    free(writer->path);
 }
 
 static void tokenize(const char *const *files, size_t count) {
@@ -1140,7 +1132,6 @@ static void tokenize(const char *const *files, size_t count) {
     open_tokenizer(&writer);
     create_shard(&writer);
     writer.start = retrofit_seconds();
-    writer.shown = writer.start;
     for (size_t i = 0; i < count; i++) {
         if (ends_with(files[i], ".txt")) tokenize_whole(&writer, files[i]);
         else tokenize_lines(&writer, files[i]);
@@ -1209,7 +1200,7 @@ struct gguf_file {
     size_t position; // of what is read next, up to the data
     gguf_value *values;
     size_t value_count;
-    gguf_tensor *tensors;
+    gguf_tensor *tensors; // by name
     size_t tensor_count;
     retrofit_text unknown; // keys of metadata that are not known, for a note
 };
@@ -1422,6 +1413,9 @@ static int compare_names(const void *a, const void *b) {
     return order ? order : (x->length > y->length) - (x->length < y->length);
 }
 
+// A tensor begins with its name.
+static int compare_tensors(const void *a, const void *b) { return strcmp(a, b); }
+
 // Of two entries of one name readers take one or the other.
 static void gguf_check_twice(const gguf_file *gguf, gguf_string *names, size_t count,
                              const char *what) {
@@ -1432,11 +1426,13 @@ static void gguf_check_twice(const gguf_file *gguf, gguf_string *names, size_t c
                      GGUF_SHOW(names[i]));
 }
 
-static void gguf_check_names(const gguf_file *gguf) {
+// Sorts the tensors, so that they can be found by their names.
+static void gguf_check_names(gguf_file *gguf) {
     size_t most = retrofit_max(gguf->value_count, gguf->tensor_count);
     gguf_string *names = allocate_or_die(most, sizeof *names);
     for (size_t i = 0; i < gguf->value_count; i++) names[i] = gguf->values[i].key;
     gguf_check_twice(gguf, names, gguf->value_count, "metadata");
+    qsort(gguf->tensors, gguf->tensor_count, sizeof *gguf->tensors, compare_tensors);
     for (size_t i = 0; i < gguf->tensor_count; i++) {
         const char *name = gguf->tensors[i].name;
         names[i] = (gguf_string){name, strlen(name)};
@@ -1700,8 +1696,7 @@ static void gguf_check_keys(gguf_file *gguf) {
         must(retrofit_key_check(key, text, gguf_keys, sizeof gguf_keys / sizeof *gguf_keys,
                                 gguf->path, &known));
         if (known) continue;
-        if (gguf->unknown.size) retrofit_text_append(&gguf->unknown, ", ", 2);
-        retrofit_text_append(&gguf->unknown, key, strlen(key));
+        retrofit_text_append_item(&gguf->unknown, key);
     }
     retrofit_text_append(&gguf->unknown, "", 1);
     must(!gguf->unknown.failed);
@@ -1745,9 +1740,8 @@ static void gguf_check_attention(const gguf_file *gguf, const retrofit_config *c
 // ---- The model ----------------------------------------------------------------------------------
 
 static gguf_tensor *gguf_find_tensor(const gguf_file *gguf, const char *name) {
-    for (size_t i = 0; i < gguf->tensor_count; i++)
-        if (!strcmp(gguf->tensors[i].name, name)) return &gguf->tensors[i];
-    return NULL;
+    return bsearch(name, gguf->tensors, gguf->tensor_count, sizeof *gguf->tensors,
+                   compare_tensors);
 }
 
 // Llama 3.x divides its rotary frequencies θ^(-2i/h) by numbers f_i, which a GGUF has as tensor
@@ -1913,7 +1907,10 @@ static retrofit_model *gguf_load(gguf_file *gguf) {
     must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
 
     gguf_load_parameter(gguf, "token_embd.weight", &model->wte);
-    for (size_t i = 0; i < config.coda; i++) gguf_load_layer(gguf, &config, i, &model->coda[i]);
+    for (size_t i = 0; i < config.coda; i++) {
+        gguf_load_layer(gguf, &config, i, &model->coda[i]);
+        retrofit_show_share(i + 1, config.coda, "%s read", gguf->path);
+    }
     gguf_load_parameter(gguf, "output_norm.weight", &model->ln_f);
     if (!config.tied) gguf_load_parameter(gguf, "output.weight", &model->lm_head);
 
@@ -2085,8 +2082,9 @@ static void add_merges(merge_list *list, const gguf_vocabulary *v, size_t id,
             continue;
         if (list->count == list->capacity) {
             list->capacity = 2 * list->capacity + 1024;
-            list->merges = realloc(list->merges, list->capacity * sizeof *list->merges);
-            if (!list->merges) die(1, "out of memory");
+            list->merges =
+                retrofit_reallocate(list->merges, list->capacity, sizeof *list->merges);
+            must(list->merges != NULL);
         }
         list->merges[list->count++] = (token_merge){
             .token = token,
@@ -2418,7 +2416,7 @@ static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory) {
 static void mend_ids(retrofit_model *source, const char *directory) {
     char path[RETROFIT_PATH];
     must(retrofit_path(path, directory, "tokenizer.json"));
-    if (!retrofit_may_exist(path)) return;
+    if (!retrofit_is_there(path)) return;
     errno = 0;
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
     must(tokenizer || !retrofit_machine_failed());
@@ -2452,6 +2450,7 @@ static void convert(int task) {
 }
 
 int main(int argc, char **argv) {
+    retrofit_share_processors(argv);
     const char **files = allocate_or_die((size_t)argc, sizeof *files);
     size_t count = 0;
     int code = retrofit_options(argc, argv, option_table,
@@ -2460,11 +2459,12 @@ int main(int argc, char **argv) {
         int task = find_task();
         check_options(task, files, count);
         set_defaults(task);
-        catch_signals();
+        retrofit_abandon_on_signals("convert");
+        retrofit_shows_shares = true;
         if (task == SURGERY || task == REWRITE) convert(task);
         if (task == RANDOM) make_random();
         if (task == TOKENIZE) tokenize(files, count);
-        must(retrofit_finish_output());
+        must(retrofit_flush_stdout());
         code = 0;
     }
     free(files);

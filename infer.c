@@ -20,7 +20,8 @@ static struct {
     int state_init, device, precision, exit, noise_kind;
     bool chat, interactive, json, print_tokens, kv_bf16, continuous;
 } options = {.batch_size = 8, .max_tokens = 128, .seed = 1, .top_p = 1, .exit_threshold = NAN,
-             .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN, .temperature = NAN};
+             .state_init = NOT_GIVEN, .precision = NOT_GIVEN, .noise_kind = NOT_GIVEN,
+             .temperature = NAN};
 
 static const retrofit_option option_table[] = {
     {"Generate: text on stdout, all else on stderr", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -53,7 +54,7 @@ static const retrofit_option option_table[] = {
      "draw from those with at least this share of the likeliest's probability (0)"},
     {"seed", RETROFIT_SIZE, &options.seed, "N", "of draws and start states (1)"},
     {"state-init", RETROFIT_CHOICE, &options.state_init, "normal|zero",
-     "the start state s_0 (normal)"},
+     "the start state s_0 (as the model was trained; normal)"},
 
     {"Think as long as it takes", RETROFIT_HEADING, NULL, NULL, NULL},
     {"exit", RETROFIT_CHOICE, &options.exit,
@@ -78,7 +79,7 @@ static const retrofit_option option_table[] = {
     {"eval", RETROFIT_STRING, &options.eval, "FILE.bin",
      "loss and perplexity on token shards, at each of --recurrences"},
     {"seq-len", RETROFIT_SIZE, &options.seq_len, "T",
-     "tokens in a row (1024), in a conversation (4096), or the model's context"},
+     "tokens in a row (as trained; 1024), in a conversation (4096), at most the context"},
     {"rows", RETROFIT_SIZE, &options.rows, "N", "at most so many rows or tasks; 0: all (0)"},
     {"tasks", RETROFIT_STRING, &options.tasks, "FILE.jsonl",
      "{prompt, answer}, {prompt, choices, answer: 0} or {prompt, target} a line: accuracy"},
@@ -115,20 +116,18 @@ static size_t end_count;
 
 // ---- Small helpers -----------------------------------------------------------------------------
 
-// The file that is being written, which die removes; NULL if there is none.
-static FILE *unfinished;
-static const char *unfinished_path;
-
-// Exit code 1: something failed; 2: the command line asks for what cannot be.
+// Exit code 1: something failed; 2: the command line asks for what cannot be. A file that is half
+// written is removed.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
-    char text[2 * RETROFIT_PATH];
+    char text[4096];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    retrofit_escape(text);
+    retrofit_make_line(text);
+    retrofit_live_line(NULL);
     fprintf(stderr, "infer: %s\n", text);
-    if (unfinished) retrofit_finish_file(unfinished, unfinished_path, false);
+    retrofit_abandon();
     exit(code);
 }
 
@@ -142,12 +141,6 @@ static void *require_pointer(void *pointer) {
     return pointer;
 }
 
-// Of the C library's functions, which say nothing where memory is out.
-static void *require_memory(void *memory) {
-    if (!memory) die(1, "out of memory");
-    return memory;
-}
-
 static void *new_array(size_t count, size_t size) {
     return require_pointer(retrofit_allocate(count, size));
 }
@@ -155,7 +148,7 @@ static void *new_array(size_t count, size_t size) {
 // Memory for one more item behind `count` of them: it doubles when count is a power of two.
 static void *grow_array(void *items, size_t count, size_t size) {
     if (count & (count - 1)) return items;
-    return require_memory(realloc(items, (count ? 2 * count : 1) * size));
+    return require_pointer(retrofit_reallocate(items, count ? 2 * count : 1, size));
 }
 
 // Buffers for B rows of T tokens; cache: NULL unless they are for decoding.
@@ -167,21 +160,42 @@ static void append_string(retrofit_text *text, const char *string) {
     retrofit_text_append(text, string, strlen(string));
 }
 
-// A line on stderr every two seconds while many things are done one after another. Called with
-// done = 0 before the first.
-static double progress_began; // seconds
+// How far work is of which the parts are done one after another.
+static struct {
+    const char *parts; // what they are
+    size_t done, total;
+    double began; // seconds
+} progress;
 
-static void show_progress(const char *what, size_t done, size_t total) {
-    static double shown;
-    double now = retrofit_seconds();
-    if (done == 0) {
-        progress_began = now;
-        shown = now;
-    }
-    if (now - shown < 2 || done == total) return;
-    shown = now;
-    double eta = (now - progress_began) * (double)(total - done) / (double)done;
-    fprintf(stderr, "%zu of %zu %s, ETA %.0f s\n", done, total, what, eta);
+static void begin_progress(const char *parts, size_t total) {
+    progress.parts = parts;
+    progress.done = 0;
+    progress.total = total;
+    progress.began = retrofit_seconds();
+    retrofit_live_line_due(); // the first line comes a while after the first begin
+}
+
+// more: how many parts are done beyond progress.done, of those at work. Nothing if nobody counts.
+static void show_progress(double more) {
+    if (progress.done == progress.total || !retrofit_live_line_due()) return;
+    char text[128], eta[48] = "";
+    double done = (double)progress.done + more, left = (double)progress.total - done;
+    double seconds = retrofit_seconds() - progress.began;
+    if (done > 0) snprintf(eta, sizeof eta, ", ETA %.0f s", seconds * left / done);
+    snprintf(text, sizeof text, "%.0f of %zu %s%s", floor(done), progress.total, progress.parts,
+             eta);
+    retrofit_live_line(text);
+}
+
+static void advance_progress(size_t parts) {
+    progress.done += parts;
+    if (progress.done < progress.total) show_progress(0);
+    else retrofit_live_line(NULL);
+}
+
+// Text that was printed goes out; in vain, if it went nowhere.
+static void flush_output(void) {
+    require(retrofit_flush_stdout());
 }
 
 // JSON has no infinity and no NaN.
@@ -398,8 +412,16 @@ __attribute__((format(printf, 1, 2))) static void refuse(const char *format, ...
     while (peek()->kind != TEMPLATE_END) template.at++;
 }
 
+static void spend(size_t steps) {
+    template.steps += steps;
+    if (template.steps > MAX_STEPS) too_much("time");
+}
+
+// What goes over so many bytes of a text.
+static void spend_on(size_t bytes) { spend(bytes / 64); }
+
 static const struct token *take(void) {
-    if (++template.steps > MAX_STEPS) too_much("time");
+    spend(1);
     return peek()->kind == TEMPLATE_END ? peek() : &template.tokens[template.at++];
 }
 
@@ -445,7 +467,7 @@ static void enter(void) {
 // Of the white space at the beginning of text.
 static size_t spaces_at(const char *text, size_t size) {
     const char *stripped = text;
-    retrofit_strip(&stripped, &size);
+    retrofit_strip_begin(&stripped, &size);
     return (size_t)(stripped - text);
 }
 
@@ -562,7 +584,7 @@ static void read_tokens(const char *end) {
 static void *template_memory(size_t size) {
     template.memory_size += size + sizeof(struct block);
     if (size > MAX_MEMORY || template.memory_size > MAX_MEMORY) too_much("memory");
-    struct block *block = require_memory(calloc(1, sizeof *block + size));
+    struct block *block = new_array(1, sizeof *block + size);
     block->next = template.memory;
     template.memory = block;
     return block->bytes;
@@ -609,6 +631,7 @@ static bool are_equal(struct value a, struct value b) {
     bool numbers = (a.type == BOOL || a.type == NUMBER) && (b.type == BOOL || b.type == NUMBER);
     if (numbers) return a.number == b.number;
     if (a.type != b.type) return false;
+    if (a.type == STRING && a.size == b.size) spend_on(a.size);
     if (a.type == STRING) return a.size == b.size && !memcmp(a.bytes, b.bytes, a.size);
     if (a.type > STRING) refuse("lists and messages are not compared here");
     return true;
@@ -633,6 +656,7 @@ static struct value message_member(const struct message *message, const struct t
     if (is_text(name->bytes, name->size, "content"))
         return of_string(message->content, message->size);
     const retrofit_json *other = message->json ? message->json->child : NULL;
+    spend(message->json ? message->json->count / 4 : 0);
     for (; other; other = other->next)
         if (is_text(name->bytes, name->size, other->key)) refuse_token(name);
     return nothing();
@@ -651,6 +675,7 @@ static struct value member(struct value of, const struct token *name) {
 }
 
 static struct variable *find_variable(const struct token *name) {
+    spend(template.variable_count / 4);
     for (size_t i = template.variable_count; i > 0; i--) {
         const struct token *other = &template.variables[i - 1].name;
         bool same = other->size == name->size && !memcmp(other->bytes, name->bytes, name->size);
@@ -698,6 +723,7 @@ static struct value read_call(struct value of, const struct token *name) {
     bool both = is_word(name, "strip"), left = both || is_word(name, "lstrip");
     bool right = both || is_word(name, "rstrip"), function = of.type == FUNCTION;
     if (of.type == STRING && (left || right) && !given) {
+        spend_on(of.size);
         size_t spaces = left ? spaces_at(of.bytes, of.size) : 0, size = of.size - spaces;
         if (right) size = size_without_spaces(of.bytes + spaces, size);
         return of_string(of.bytes + spaces, size);
@@ -834,6 +860,7 @@ static struct value read_filter(struct value v) {
     if (template.unused) return nothing();
     if (trims) {
         v = text_of(v);
+        spend_on(v.size);
         retrofit_strip(&v.bytes, &v.size);
         return v;
     }
@@ -868,6 +895,7 @@ static struct value read_operand(void) {
 
 static struct value is_in(struct value part, struct value whole) {
     bool found = false;
+    spend_on(whole.type == STRING ? whole.size : 0);
     if (part.type == STRING && whole.type == STRING)
         found = memmem(whole.bytes, whole.size, part.bytes, part.size);
     else if (part.type == STRING && whole.type == MESSAGE) {
@@ -1121,13 +1149,11 @@ static char *read_template(const char *directory, size_t *size) {
     static const char *const files[] = {"additional_chat_templates/default.jinja",
                                         "chat_template.jinja"};
     char path[RETROFIT_PATH];
-    for (size_t i = 0; i < 2; i++) {
-        require(retrofit_path(template.where, directory, files[i]));
-        if (retrofit_may_exist(template.where))
+    for (size_t i = 0; i < 2; i++)
+        if (retrofit_path(template.where, directory, files[i]) && retrofit_is_there(template.where))
             return require_pointer(retrofit_read_file(template.where, size));
-    }
     require(retrofit_path(path, directory, "additional_chat_templates"));
-    if (retrofit_may_exist(path))
+    if (retrofit_is_there(path))
         die(1, "%s: without a chat_template.jinja beside it, it does not say which chat template "
                "is for chats", path);
     if (!template.config) return NULL;
@@ -1144,7 +1170,7 @@ static char *read_template(const char *directory, size_t *size) {
 static void read_tokenizer_config(const char *directory) {
     char path[RETROFIT_PATH];
     require(retrofit_path(path, directory, "tokenizer_config.json"));
-    if (!retrofit_may_exist(path)) return;
+    if (!retrofit_is_there(path)) return;
     template.config = require_pointer(retrofit_json_read(path, NULL));
 }
 
@@ -1238,9 +1264,13 @@ static retrofit_text write_messages(const struct message *messages, size_t count
         marked[i].size += (size_t)mark;
     }
     retrofit_text text = render_or_die(marked, count, where);
+    const char *end = text.bytes + text.size, *found = text.bytes; // where the mark before is
     for (size_t i = 0; i < count; i++) {
         const char *mark = marked[i].content + messages[i].size;
-        if (!memmem(text.bytes, text.size, mark, strlen(mark)))
+        size_t size = strlen(mark);
+        found = memmem(found, (size_t)(end - found), mark, size); // mostly they come in order
+        if (!found) found = memmem(text.bytes, text.size, mark, size);
+        if (!found)
             die(1, "%s%s%s: chat template: it writes nothing of a message of the role \"%s\"",
                 where, *where ? ": " : "", template.where, messages[i].role);
         free((char *)marked[i].content);
@@ -1255,17 +1285,18 @@ static retrofit_text write_messages(const struct message *messages, size_t count
 // All that stdin has.
 static char *read_stdin(size_t *size) {
     size_t capacity = 1 << 16;
-    char *text = require_memory(malloc(capacity));
+    char *text = new_array(capacity, 1);
     *size = 0;
     for (;;) {
         size_t n = fread(text + *size, 1, capacity - *size, stdin);
-        if (n == 0 && ferror(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
-        if (n == 0) return text;
+        if (n == 0) break;
         *size += n;
         if (*size < capacity) continue;
         capacity *= 2;
-        text = require_memory(realloc(text, capacity));
+        text = require_pointer(retrofit_reallocate(text, capacity, 1));
     }
+    if (ferror(stdin)) die(1, "--prompt -: reading stdin failed: %s", strerror(errno));
+    return text;
 }
 
 // The ids of a text from a template, which has BOS where it wants one; frees the text. Special
@@ -1336,7 +1367,8 @@ static int32_t *encode_messages(const retrofit_json *list, const char *where, si
 static int32_t *read_prompt(size_t *count) {
     bool from_stdin = !strcmp(options.prompt, "-");
     size_t size = strlen(options.prompt);
-    char *text = from_stdin ? read_stdin(&size) : require_memory(strdup(options.prompt));
+    char *text = from_stdin ? read_stdin(&size)
+                            : require_pointer(retrofit_copy_string(options.prompt));
     const char *begin = text;
     if (from_stdin) retrofit_skip_mark(&begin, &size);
     if (from_stdin && size > 0 && begin[size - 1] == '\n')
@@ -1529,7 +1561,7 @@ static void read_stops(void) {
     static const char names[] = "nt\\|", values[] = "\n\t\\|";
     if (!retrofit_check_utf8(options.stop, strlen(options.stop), "--stop"))
         die(2, "%s", retrofit_error());
-    char *to = require_memory(strdup(options.stop));
+    char *to = require_pointer(retrofit_copy_string(options.stop));
     stops[0] = to;
     for (const char *from = options.stop;; from++) {
         bool last = *from == 0;
@@ -1662,7 +1694,7 @@ static void append_token(struct batch *batch, struct sequence *sequence, int32_t
     if (sequence->finish) final = text->size;
     if (batch->show) {
         fwrite(text->bytes + sequence->shown, 1, final - sequence->shown, stdout);
-        fflush(stdout);
+        flush_output();
     }
     sequence->shown = final;
     sequence->prompt_seconds = batch->prompts_fed - batch->began;
@@ -1697,9 +1729,11 @@ static const float *feed_prompt(struct batch *batch) {
     const struct sequence *sequence = batch->sequences[0];
     const float *logits = NULL;
     size_t n;
+    if (batch->show) begin_progress("tokens of the prompt", sequence->count);
     for (size_t at = 0; at < sequence->count; at += n) {
         n = retrofit_min(sequence->count - at, batch->buffers->T);
         logits = feed(batch, sequence->ids + at, 1, n, NULL);
+        if (batch->show) advance_progress(n);
     }
     return logits;
 }
@@ -1774,6 +1808,8 @@ static void generate(retrofit_buffers *buffers, struct sequence *sequences, size
         bool plain = !drafts.lookahead || batch.sequences[0]->produced < PLAIN_TOKENS;
         if (plain) decode_token(&batch);
         else decode_drafts(&batch);
+        const struct sequence *last = batch.sequences[0];
+        if (!show) show_progress((double)(count * last->produced) / (double)last->limit);
     }
     free(batch.sequences);
     free(batch.ids);
@@ -1929,6 +1965,7 @@ static struct trace_entry *trace_tokens(const int32_t *ids, size_t T, size_t r) 
     require(retrofit_prelude(buffers, ids, 1, T));
     retrofit_init_state(buffers, start_sigma(), options.seed);
     model->ops->download(states, buffers->state, bytes);
+    begin_progress("recurrences traced", r);
     for (size_t i = 0; i < r; i++) {
         const float *before = states + i % 2 * T * d;
         float *now = states + (i + 1) % 2 * T * d;
@@ -1940,6 +1977,7 @@ static struct trace_entry *trace_tokens(const int32_t *ids, size_t T, size_t r) 
             double change = retrofit_relative_change(now + at * d, before + at * d, d);
             entries[at * r + i] = new_trace_entry(logits + at % ROWS * V, known, change);
         }
+        advance_progress(1);
     }
     free(logits);
     free(states);
@@ -1977,19 +2015,19 @@ static void write_trace(FILE *file, size_t position, int32_t id, const struct tr
 }
 
 // 16 columns of a token's text, on one line.
-static void print_column(int32_t id) {
+static void append_column(retrofit_text *line, int32_t id) {
     enum { COLUMNS = 16 };
     size_t size, n, used = 0;
     char *text = require_pointer(retrofit_decode(tokenizer, &id, 1, false, &size));
     for (size_t at = 0; at < size && used < COLUMNS; at += n) {
         uint32_t character;
         n = retrofit_utf8_next(text + at, size - at, &character);
-        if (character == '\n') fputc('$', stderr);
-        else if (character < ' ' || character == 127) fputc('.', stderr);
-        else fprintf(stderr, "%.*s", (int)n, text + at);
+        if (character == '\n') append_string(line, "$");
+        else if (character < ' ' || character == 127) append_string(line, ".");
+        else retrofit_text_append(line, text + at, n);
         used++;
     }
-    fprintf(stderr, "%*s", (int)(COLUMNS - used), "");
+    for (; used < COLUMNS; used++) append_string(line, " ");
     free(text);
 }
 
@@ -2005,14 +2043,21 @@ static const char *shade(double change) {
 // likeliest next token and the recurrence since which it has been that.
 static void print_picture_line(int32_t id, const struct trace_entry *entries, size_t r, int width) {
     const struct trace_entry *last = &entries[r - 1];
+    retrofit_text line = {0}; // whole before it is shown: what fails has a line of its own
+    char entropy[32];
     size_t since = r;
     while (since > 1 && entries[since - 2].ids[0] == last->ids[0]) since--;
-    print_column(id);
-    fputs("  ", stderr);
-    for (size_t i = 0; i < r; i++) fputs(shade(entries[i].change), stderr);
-    fprintf(stderr, "%*s  %7.3f  ", width - (int)r, "", last->entropy);
-    print_column(last->ids[0]);
-    fprintf(stderr, "  %zu\n", since);
+    append_column(&line, id);
+    append_string(&line, "  ");
+    for (size_t i = 0; i < r; i++) append_string(&line, shade(entries[i].change));
+    for (int i = (int)r; i < width; i++) append_string(&line, " ");
+    snprintf(entropy, sizeof entropy, "  %7.3f  ", last->entropy);
+    append_string(&line, entropy);
+    append_column(&line, last->ids[0]);
+    retrofit_text_append(&line, "", 1);
+    require(!line.failed);
+    fprintf(stderr, "%s  %zu\n", line.bytes, since);
+    free(line.bytes);
 }
 
 // All tokens of prompt and text: to the file of --trace, and as a picture to stderr.
@@ -2022,10 +2067,9 @@ static void trace_sequence(const struct sequence *sequence, size_t r) {
     size_t T = sequence->count + sequence->produced;
     int32_t *ids = all_ids(sequence);
     struct trace_entry *entries = trace_tokens(ids, T, r);
-    FILE *file = fopen(options.trace, "wb");
-    if (!file) die(1, "%s: %s", options.trace, strerror(errno));
-    unfinished = file;
-    unfinished_path = options.trace;
+    char *path = require_pointer(retrofit_file_begin(options.trace));
+    FILE *file = fopen(path, "wb");
+    if (!file) die(1, "%s: %s", path, strerror(errno));
     fprintf(stderr, "how much each recurrence changes a token's state:  █ as much as it is  "
                     "▓ 30 %%  ▒ 10 %%  ░ 3 %%  · less\n");
     fprintf(stderr, "%-16s  %-*s  entropy  next, since r\n", "token", width, title);
@@ -2033,8 +2077,9 @@ static void trace_sequence(const struct sequence *sequence, size_t r) {
         write_trace(file, at, ids[at], entries + at * r, r);
         print_picture_line(ids[at], entries + at * r, r, width);
     }
-    unfinished = NULL;
-    require(retrofit_finish_file(file, options.trace, true));
+    require(retrofit_finish_file(file, path, true));
+    require(retrofit_file_commit(path, options.trace));
+    free(path);
     free(ids);
     free(entries);
 }
@@ -2047,7 +2092,7 @@ static void show_sequence(const struct sequence *sequence, size_t r) {
     else putchar('\n');
     if (options.exit) count_exits(sequence, r);
     if (options.trace) {
-        fflush(stdout);
+        flush_output();
         trace_sequence(sequence, r);
     }
 }
@@ -2073,7 +2118,7 @@ static void run_prompt(void) {
     retrofit_buffers *buffers = buffers_for(&sequence, 1, 1, r);
     generate(buffers, &sequence, 1, r, !options.json);
     show_sequence(&sequence, r);
-    fflush(stdout);
+    flush_output();
 
     size_t produced = sequence.produced;
     double seconds = sequence.generation_seconds, speed = 0;
@@ -2108,21 +2153,22 @@ static void run_batch(void) {
     struct sequence *sequences = read_batch(&count);
     size_t B = retrofit_min(options.batch_size, count);
     retrofit_buffers *buffers = buffers_for(sequences, count, B, r);
-    show_progress("prompts", 0, count);
+    begin_progress("prompts", count);
     for (size_t at = 0; at < count; at += b) {
         b = retrofit_min(B, count - at);
         retrofit_clear_cache(buffers);
         generate(buffers, sequences + at, b, r, false);
+        retrofit_live_line(NULL); // stdout may lead to the same terminal
         for (size_t i = at; i < at + b; i++) {
             show_sequence(&sequences[i], r);
             tokens += sequences[i].count;
             produced += sequences[i].produced;
             free_sequence(&sequences[i]);
         }
-        fflush(stdout);
-        show_progress("prompts", at + b, count);
+        flush_output();
+        advance_progress(b);
     }
-    double seconds = retrofit_seconds() - progress_began;
+    double seconds = retrofit_seconds() - progress.began;
     fprintf(stderr, "%zu prompts, %zu tokens, and %zu more in %.2f s (%.1f tok/s)", count, tokens,
             produced, seconds, (double)produced / seconds);
     print_summary(buffers, r);
@@ -2191,7 +2237,7 @@ static void answer_turn(struct conversation *conversation, const char *line, siz
 
     // The last token of a turn that --max-tokens or a stop string ended has not been fed.
     if (total > past) {
-        ids = require_memory(realloc(ids, (count + 1) * sizeof *ids));
+        ids = require_pointer(retrofit_reallocate(ids, count + 1, sizeof *ids));
         memmove(ids + 1, ids, count * sizeof *ids);
         ids[0] = last->generated[last->produced];
         count++;
@@ -2201,7 +2247,7 @@ static void answer_turn(struct conversation *conversation, const char *line, siz
     generate(conversation->buffers, last, 1, conversation->r, !options.json);
     if (options.json) print_json(last, past);
     else putchar('\n');
-    fflush(stdout);
+    flush_output();
     conversation->total = past + last->count + last->produced;
 }
 
@@ -2224,13 +2270,13 @@ static void run_interactive(void) {
     for (;;) {
         if (terminal) fputs("> ", stderr);
         ssize_t size = getline(&line, &line_capacity, stdin);
+        if (size < 0 && !feof(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
         if (size <= 0) break;
         if (line[size - 1] == '\n') size--;
         if (size > 0 && line[size - 1] == '\r') size--;
         require(retrofit_check_utf8(line, (size_t)size, "stdin"));
         if (size > 0) answer_turn(&conversation, line, (size_t)size);
     }
-    if (!feof(stdin)) die(1, "reading stdin failed: %s", strerror(errno));
     free(line);
     free_sequence(&conversation.last);
     retrofit_buffers_free(conversation.buffers);
@@ -2297,6 +2343,7 @@ static void decode_rows(const struct evaluation *evaluation, retrofit_buffers *b
     double began = retrofit_seconds();
     retrofit_clear_cache(buffers);
     for (size_t t = 0; t < T; t++) {
+        show_progress((double)(b * t) / (double)T);
         for (size_t i = 0; i < b; i++) next[i] = evaluation->tokens[i * T + t];
         const float *logits = retrofit_next_logits(buffers, next, b, 1, NULL, &recurrence);
         require(logits != NULL);
@@ -2366,7 +2413,7 @@ static void evaluate_decoding(void) {
         printf("%11s %10s %12s %12s %12s %14s %9s   (%zu rows of %zu tokens)\n", "recurrences",
                "loss", "perplexity", "by full pass", "recurrences", "KV bytes/token", "seconds",
                rows, T);
-    show_progress("rows", 0, total);
+    begin_progress("rows", total);
     for (size_t i = 0; i < depths.count; i++) {
         size_t r = depths.r[i];
         retrofit_kv_cache cache = cache_options(T, r);
@@ -2377,11 +2424,12 @@ static void evaluate_decoding(void) {
             read_rows(&evaluation, at, b);
             decode_rows(&evaluation, buffers, b, r, &sums);
             full_pass_rows(&evaluation, whole, b, r, &sums);
-            show_progress("rows", i * rows + at + b, total);
+            advance_progress(b);
         }
         double n = (double)(rows * T);
+        retrofit_live_line(NULL);
         print_decoding(r, &sums, n, retrofit_cache_bytes(buffers), i == 0);
-        fflush(stdout);
+        flush_output();
         retrofit_buffers_free(buffers);
     }
     if (options.json) printf("]}\n");
@@ -2405,6 +2453,7 @@ static void evaluate_rows(const struct evaluation *evaluation, retrofit_buffers 
         retrofit_coda(buffers);
         loss[i] += retrofit_loss(buffers, evaluation->labels, 0) * (double)b;
         seconds[i] += retrofit_seconds() - began - coda;
+        show_progress((double)b * (double)(i + 1) / (double)(depths->count + 1));
         coda += retrofit_seconds() - before;
     }
 }
@@ -2416,13 +2465,13 @@ static void evaluate_full_pass(void) {
     retrofit_buffers *buffers = new_buffers(B, T, NULL);
     allocate_rows(&evaluation, B);
     double loss[MAX_DEPTHS] = {0}, seconds[MAX_DEPTHS] = {0};
-    show_progress("rows", 0, rows);
+    begin_progress("rows", rows);
     for (size_t at = 0; at < rows; at += b) {
         b = retrofit_min(B, rows - at);
         uint64_t seed = retrofit_hash(options.seed, at);
         read_rows(&evaluation, at, b);
         evaluate_rows(&evaluation, buffers, b, seed, &depths, loss, seconds);
-        show_progress("rows", at + b, rows);
+        advance_progress(b);
     }
     if (options.json) print_eval_begin(rows, T);
     else
@@ -2804,7 +2853,7 @@ static struct likelihood *measure_all(const struct depth_list *depths, size_t *c
     float *logits = new_array(T * model->config.vocab, sizeof *logits);
     struct likelihood *likelihoods = new_array(depths->count * n, sizeof *likelihoods);
 
-    show_progress("texts", 0, n);
+    begin_progress("texts", n);
     for (size_t at = 0; at < n; at += b) {
         struct continuation *const *batch = different + at;
         b = retrofit_min(B, n - at);
@@ -2818,8 +2867,9 @@ static struct likelihood *measure_all(const struct depth_list *depths, size_t *c
             retrofit_coda(buffers);
             for (size_t i = 0; i < b; i++)
                 to[i] = measure_likelihood(buffers, batch[i], i, columns, logits);
+            show_progress((double)b * (double)(j + 1) / (double)(depths->count + 1));
         }
-        show_progress("texts", at + b, n);
+        advance_progress(b);
     }
     free(different);
     free(tokens);
@@ -3267,7 +3317,7 @@ static void score_targets(const struct depth_list *depths, struct score *scores)
     size_t count = task_set.count, total = depths->count * count, b;
     size_t B = retrofit_min(options.batch_size, count);
     retrofit_buffers *buffers = buffers_for(targets, count, B, depths->r[depths->count - 1]);
-    show_progress("answers", 0, total);
+    begin_progress("answers", total);
     for (size_t j = 0; j < depths->count; j++) {
         for (size_t at = 0; at < count; at += b) {
             b = retrofit_min(B, count - at);
@@ -3277,7 +3327,7 @@ static void score_targets(const struct depth_list *depths, struct score *scores)
                 score_target(&targets[i], &scores[j]);
                 free_text(&targets[i]);
             }
-            show_progress("answers", j * count + at + b, total);
+            advance_progress(b);
         }
         note_cut_answers(depths->r[j], scores[j].cut);
     }
@@ -3410,8 +3460,10 @@ static void run_logits(void) {
     retrofit_logits(buffers, 0, T, logits);
     check_computed(logits, T * V);
     retrofit_tensor tensor = {"logits", RETROFIT_F32, 2, {T, V, 0, 0}, T * V, logits};
-    require(retrofit_safetensors_write(options.logits, &retrofit_cpu, &tensor, 1, RETROFIT_F32,
-                                       NULL));
+    char *path = require_pointer(retrofit_file_begin(options.logits));
+    require(retrofit_safetensors_write(path, &retrofit_cpu, &tensor, 1, RETROFIT_F32, NULL));
+    require(retrofit_file_commit(path, options.logits));
+    free(path);
     free(ids);
     free(logits);
     retrofit_buffers_free(buffers);
@@ -3622,6 +3674,22 @@ static void load_model(void) {
     model = require_pointer(retrofit_load(options.model, ops, RETROFIT_INFERENCE));
 }
 
+// What the command line leaves open is as it was in the model's training, if config.json says that.
+// A model that was trained from s_0 = 0 in rows of 81 tokens has another loss in other rows, from
+// other states.
+static void follow_training(const struct mode *mode) {
+    const retrofit_config *c = &model->config;
+    size_t T = mode == &modes[EVAL] && options.seq_len == 0 ? c->trained_seq_len : 0;
+    bool fits = T > 0 && T <= c->context;
+    bool zero = options.state_init == NOT_GIVEN && c->trained_state_zero && c->core > 0;
+    if (options.state_init == NOT_GIVEN) options.state_init = zero;
+    if (fits) options.seq_len = T;
+    char text[64] = "";
+    if (fits) snprintf(text, sizeof text, "%s--seq-len %zu", zero ? ", " : "", T);
+    if (zero || fits)
+        retrofit_note("%s%s: as the model was trained", zero ? "--state-init zero" : "", text);
+}
+
 static void load_tokenizer(void) {
     tokenizer = require_pointer(retrofit_tokenizer_load(tokenizer_directory));
 }
@@ -3675,7 +3743,7 @@ static void note_generation_keys(const char *name, bool all_keys) {
     char path[RETROFIT_PATH];
     size_t count = sizeof generation_keys / sizeof *generation_keys;
     require(retrofit_path(path, model_directory, name));
-    if (!retrofit_may_exist(path)) return;
+    if (!retrofit_is_there(path)) return;
     retrofit_json *json = require_pointer(retrofit_json_read(path, NULL));
     retrofit_text found = {0};
     for (const retrofit_json *member = json->child; member; member = member->next) {
@@ -3687,8 +3755,7 @@ static void note_generation_keys(const char *name, bool all_keys) {
         bool neutral = retrofit_key_check(member->key, retrofit_json_value_text(member),
                                           generation_keys, count, path, &known);
         if (neutral && known) continue;
-        append_string(&found, found.size ? ", " : "");
-        append_string(&found, member->key);
+        retrofit_text_append_item(&found, member->key);
         append_string(&found, " ");
         append_string(&found, retrofit_json_value_text(member));
     }
@@ -3722,6 +3789,7 @@ static const char usage[] =
     "infer --tokenizer DIR --prompt TEXT --print-tokens\n";
 
 int main(int argc, char **argv) {
+    retrofit_share_processors(argv);
     size_t option_count = sizeof option_table / sizeof *option_table;
     int code = retrofit_options(argc, argv, option_table, option_count, usage, NULL, NULL);
     if (code >= 0) return code;
@@ -3740,12 +3808,16 @@ int main(int argc, char **argv) {
     if (options.trace) require(retrofit_check_writable(options.trace));
     if (options.logits) require(retrofit_check_writable(options.logits));
     if (options.stop) read_stops();
+    retrofit_abandon_on_signals("infer");
+    retrofit_shows_shares = true;
 
-    char path[RETROFIT_PATH];
+    char path[RETROFIT_PATH], other[RETROFIT_PATH];
     if (options.model) model_directory = retrofit_model_directory(options.model, path);
-    tokenizer_directory = options.tokenizer ? options.tokenizer : model_directory;
+    tokenizer_directory = model_directory;
+    if (options.tokenizer) tokenizer_directory = retrofit_model_directory(options.tokenizer, other);
     if (mode->needs_tokenizer && !options.tokens) load_tokenizer();
     if (mode->needs_model) load_model();
+    if (model) follow_training(mode);
     if (model && tokenizer) check_vocabulary();
     if (model && tokenizer) retrofit_config_mend_ids(&model->config, tokenizer, model_directory);
     if (mode->generates && tokenizer) find_end_tokens();
@@ -3762,6 +3834,6 @@ int main(int argc, char **argv) {
     retrofit_free(model);
     free(stops[0]);
     free_chat_template();
-    require(retrofit_finish_output());
+    flush_output();
     return 0;
 }

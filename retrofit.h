@@ -123,13 +123,13 @@ typedef struct {
     size_t n_embd, n_heads, n_kv_heads, head_dim;  // d, H, G, h
     size_t intermediate, vocab, context;           // F, V, the longest sequence
     size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0
-    float norm_eps;
+    float norm_eps, state_std;                     // ε of every norm; σ of s_0
     double rope_theta;
     bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these;
     double rope_factor, rope_low, rope_high, rope_original_context; // if not, ω_i/factor for all i
-    float state_std;                               // σ of s_0
-    size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for
-    bool tied;                                     // a plain Llama whose head is its embedding
+    size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for,
+    size_t trained_seq_len;                        // in rows of so many tokens; 0: not known
+    bool trained_state_zero, tied;                 // from s_0 = 0; a Llama's head is its embedding
     int32_t bos, pad, eos[8];                      // token ids, -1 for none; [eos_count] end a text
     size_t eos_count;
 } retrofit_config;
@@ -2427,8 +2427,7 @@ void retrofit_refresh_weights(retrofit_model *model);
 retrofit_buffers *retrofit_buffers_new(const retrofit_model *model, size_t B, size_t T, size_t K,
                                        retrofit_keep keep, const retrofit_kv_cache *cache);
 void retrofit_buffers_free(retrofit_buffers *buffers);
-// The bytes that retrofit_buffers_new would take, without a cache; SIZE_MAX if they overflow. 0 or
-// error.
+// The bytes that retrofit_buffers_new would take, without a cache. SIZE_MAX or error.
 size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
                               size_t T, size_t K, retrofit_keep keep);
 
@@ -2490,17 +2489,35 @@ RETROFIT_DEVICE static inline float retrofit_hash_normal(uint64_t seed, uint64_t
 // Says on stderr, in one line that begins with "note: ", what a user may not expect although
 // nothing failed: a key that is not followed, a file that is not used. A thread says a line once.
 void retrofit_note(const char *format, ...);
+// Makes one line of a text that goes to a terminal: control characters, which names and texts in
+// files may contain, become question marks.
+void retrofit_make_line(char *text);
+
+// How far long work is: a line on stderr, without control characters. On a terminal it takes the
+// place of the one before and is cut to the terminal's width. NULL takes it away; a note does so
+// too, and so must whatever else is written there. A signal handler may call it with NULL.
+void retrofit_live_line(const char *text);
+// Whether it is time for the next one: on a terminal five times in a second, elsewhere every two
+// seconds, from the first call on.
+bool retrofit_live_line_due(void);
+// Where a program has set the flag: shows, if it is time for it, that done/total of this is done,
+// as "45 % of model.safetensors written"; at the end takes the line away. Loading and saving do so.
+extern bool retrofit_shows_shares;
+__attribute__((format(printf, 3, 4))) void retrofit_show_share(size_t done, size_t total,
+                                                               const char *format, ...);
 
 // Whether what failed, since errno was set to 0, failed for want of memory or descriptors or by a
 // disk's fault, and not because of what a file says.
 bool retrofit_machine_failed(void);
 
-// What a program says is one line, even if names that come from files are not: control characters
-// become question marks, in place.
-void retrofit_escape(char *line);
-
 // count·size zeroed bytes, freed with free(). NULL or error, also if the product overflows.
 void *retrofit_allocate(size_t count, size_t size);
+// realloc and strdup, but with an error where they fail, and the first for count·size bytes. NULL
+// or error, and then `memory` is as it was.
+void *retrofit_reallocate(void *memory, size_t count, size_t size);
+char *retrofit_copy_string(const char *string);
+// Brings what was printed to where stdout leads. false or error, also if printing failed before.
+bool retrofit_flush_stdout(void);
 #define RETROFIT_PATH 4096 // bytes of a path, its NUL included
 // Writes directory/name to path. false or error if it is too long.
 bool retrofit_path(char path[RETROFIT_PATH], const char *directory, const char *name);
@@ -2516,18 +2533,16 @@ uint64_t retrofit_hash_bytes(uint64_t hash, const char *data, size_t size);
 // and 64 KiB out of every 64th part. Files that differ have different ones, unless somebody changed
 // a few bytes of a large one.
 uint64_t retrofit_sample_hash(const void *data, size_t size);
+// Whether something of this name is there, be it a link that leads nowhere. What cannot be looked
+// at counts as being there, so that who opens it hears why.
+bool retrofit_is_there(const char *path);
 // Whether there is a directory of this name, for a model. false or error.
 bool retrofit_check_directory(const char *path);
-// Whether there is a file or directory of this name. One that cannot be looked at counts as there:
-// what reads it next says why it cannot.
-bool retrofit_may_exist(const char *path);
 // Whether a file of this name could be written, as far as can be known before. false or error.
 bool retrofit_check_writable(const char *path);
 // Maps a whole file into memory, to be read only; munmap gives it back. NULL or error, also if the
 // file is empty.
 void *retrofit_map_file(const char *path, size_t *size);
-// Brings what was printed to where stdout leads. false or error.
-bool retrofit_finish_output(void);
 // Brings what was written to the disk and closes the file. If `ok` is false, or if any of it failed
 // since the file was opened, the file is removed: false or error.
 bool retrofit_finish_file(FILE *file, const char *path, bool ok);
@@ -2559,10 +2574,14 @@ typedef struct {
     bool failed;
 } retrofit_text;
 void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size);
+// Appends an item of a list like "a, b, c".
+void retrofit_text_append_item(retrofit_text *text, const char *item);
 
 // Moves the text's beginning and reduces its size, so that neither end has what Python's str.strip
 // removes.
 void retrofit_strip(const char **text, size_t *size);
+// The same at its beginning alone.
+void retrofit_strip_begin(const char **text, size_t *size);
 // Moves the text's beginning behind the byte order mark that some editors put there.
 void retrofit_skip_mark(const char **text, size_t *size);
 
@@ -2589,21 +2608,21 @@ typedef int retrofit_json_type; // one of these
 typedef struct retrofit_json retrofit_json;
 struct retrofit_json {
     retrofit_json_type type;
-    size_t count;         // children of an array or object
+    uint32_t count;       // children of an array or object
+    uint32_t key_length;  // of key, which may contain NUL too
+    uint32_t length;      // of string, which may contain NUL too
     const char *key;      // the name of an object's member, else NULL. UTF-8 with a NUL at its end
-    size_t key_length;    // of key, which may contain NUL too
     const char *string;   // a string, or a number as it is written. UTF-8 with a NUL at its end
-    size_t length;        // of string, which may contain NUL too
     double number;        // a number, correctly rounded; 0 or 1 for a bool
     retrofit_json *child; // the first child of an array or object
     retrofit_json *next;  // the next child of the same parent
 };
 
 // Parses strict RFC 8259 JSON: valid UTF-8, no lone surrogates, at most 64 levels, nothing but
-// white space after the value. Members of an object must have different names: with two values of
-// one name readers disagree about which counts. Copies what it needs from text. Returns the root,
-// freed with retrofit_json_free, or NULL with an error that names `where` (a file, say) and the
-// byte, or the name that is there twice.
+// white space after the value. At most 2^24 values, which take 0.9 GB, and 4 GB of text. Members of
+// an object must have different names: with two values of one name readers disagree about which
+// counts. Copies what it needs from text. Returns the root, freed with retrofit_json_free, or NULL
+// with an error that names `where` (a file, say) and the byte, or the name that is there twice.
 retrofit_json *retrofit_json_parse(const char *text, size_t size, const char *where);
 // Reads a file that holds an object, perhaps behind a byte order mark. *size: its bytes; size may
 // be NULL. Freed with retrofit_json_free. NULL or error.
@@ -2671,11 +2690,14 @@ char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, s
 // Text as it is generated. Tokens cannot be decoded one by one: one may be half of a character, and
 // the first one loses its leading space. So the caller keeps all ids and asks after each new one
 // what text has come; `last` says that no more ids will. The texts together are exactly what
-// retrofit_decode makes of all ids; a text is empty as long as its last character is incomplete.
-// Start from a zeroed stream. Each call decodes only tokens from `begin` on, so that its cost does
-// not grow. Returns and fails like retrofit_decode.
+// retrofit_decode makes of all ids; what is only the beginning of a character waits for the rest.
+// Start from a zeroed stream. Each token is decoded once, however long it waits: the cost of a call
+// does not grow. Returns and fails like retrofit_decode.
 typedef struct {
-    size_t begin, end; // the tokens that gave the last text that was not empty
+    size_t begin, end;        // the tokens before `end` are known, those before `begin` decoded
+    bool has_token, has_text; // whether one of these counted, and whether there was text
+    char cut[3];              // the beginning of a character, of which the rest is to come
+    size_t cut_size;
 } retrofit_stream;
 char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
                            const int32_t *ids, size_t count, bool skip_special, bool last,
@@ -2720,6 +2742,7 @@ typedef struct retrofit_map {
     void *base;
     size_t bytes;
     retrofit_tensor *tensors; // [count], in the order of the header
+    const retrofit_tensor **by_name; // [count] the same, sorted
     size_t count;
     retrofit_json *header;
 } retrofit_map;
@@ -2741,14 +2764,25 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
                                 const retrofit_tensor *tensors, size_t count, retrofit_type type,
                                 const char *const *metadata);
 
-// A directory is filled under a temporary name and takes its place in one step, so that it is there
-// as a whole or not at all.
-// Makes it beside `final` and returns its temporary name, freed with free(). NULL or error.
+// A directory or file is made under a temporary name and takes its place in one step, so that it is
+// there as a whole or not at all.
+// Makes a directory beside `final`; returns its temporary name, freed with free(). NULL or error.
 char *retrofit_directory_begin(const char *final);
 // Renames it. Its files must be on the disk; `final` must not exist, or be empty. false or error.
 bool retrofit_directory_commit(const char *temporary, const char *final);
 // Removes it and the files in it.
 void retrofit_directory_abandon(const char *temporary);
+// The name under which to write a file that is to become `final`; of a pipe or a device its own.
+// Freed with free(). NULL or error.
+char *retrofit_file_begin(const char *final);
+// Gives the file, which is on the disk, its final name. false or error.
+bool retrofit_file_commit(const char *temporary, const char *final);
+// Removes what was begun last and is neither committed nor abandoned, if it is a file or holds no
+// other files than retrofit_model_files. For programs that end early, in a signal handler too.
+void retrofit_abandon(void);
+// From here on SIGINT, SIGTERM and SIGHUP do that, say so on stderr and end the program, which has
+// this name. Those that it was started to ignore (by nohup, say) it still ignores.
+void retrofit_abandon_on_signals(const char *program);
 
 // Whether the numbers make a model; `where` begins the error. false or error.
 bool retrofit_config_check(const retrofit_config *config, const char *where);
@@ -2774,7 +2808,8 @@ const char *retrofit_model_directory(const char *directory, char path[RETROFIT_P
 // The files that retrofit_save may write. The last one is NULL.
 extern const char *const retrofit_model_files[];
 // Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
-// the tokenizer's files from tokenizer_from, which may be NULL. false or error.
+// the tokenizer's files from tokenizer_from, or its latest checkpoint; it may be NULL. false or
+// error.
 bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
                    const char *tokenizer_from);
 // Writes the optimizer's moments to directory/optimizer.safetensors; metadata as above. false or
@@ -2816,6 +2851,8 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
 
 // ---- Command lines -----------------------------------------------------------------------------
 
+#define RETROFIT_VERSION "0.9"
+
 // What an option's value points to, and what sets it:
 enum {
     RETROFIT_FLAG,   // bool: true by --name
@@ -2836,10 +2873,13 @@ typedef struct {
 } retrofit_option;
 // Reads --name value and --name=value by a table of `count` options. Arguments without dashes go to
 // `others`, which has memory for argc; if it is NULL, they are errors. Returns -1 to go on, or the
-// program's exit code: 0 after --help (usage and the table on stdout), 2 after one line on stderr
-// that says what is wrong.
+// program's exit code: 0 after --help (usage and the table on stdout) and --version, 1 if stdout
+// cannot be written, 2 after one line on stderr that says what is wrong.
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
                      const char *usage, const char **others, size_t *other_count);
+// Lets threads that wait fall asleep soon, so that a program runs well beside others: what main
+// calls first, since it starts the program once more. What the user's environment says stands.
+void retrofit_share_processors(char **argv);
 // A list like "1,2,4" of at most `max` positive sizes. false or error.
 bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 
@@ -2855,6 +2895,7 @@ bool retrofit_sizes(const char *text, size_t *out, size_t max, size_t *count);
 #include <glob.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -2944,6 +2985,8 @@ const retrofit_ops *retrofit_device(retrofit_place place, bool fp32, char text[2
     if (place == RETROFIT_ON_CUDA)
         return fail_null("no GPU: this program was built without it: make, with the CUDA toolkit's "
                          "nvcc on PATH");
+    // The driver of a GPU is there, which the user may expect to be used.
+    if (retrofit_is_there("/dev/nvidiactl")) snprintf(text, 256, "the CPU (built without CUDA)");
 #endif
     return &retrofit_cpu;
 }
@@ -3595,13 +3638,16 @@ static bool batch_possible(size_t B, size_t positions, size_t K, size_t recurren
 
 size_t retrofit_buffers_bytes(const retrofit_config *config, const retrofit_ops *ops, size_t B,
                               size_t T, size_t K, retrofit_keep keep) {
-    if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
     retrofit_buffers buffers = {.B = B, .T = T, .K = keep && config->core ? K : 0, .keep = keep};
-    arena a = {NULL, 0};
-    bool ok = allocate_saved(&buffers.saved, config, buffers.K);
-    if (ok) lay_out_buffers(&buffers, &a, config, ops->act_type);
+    arena a = {NULL, SIZE_MAX};
+    retrofit_fail("%zu x %zu tokens are more than memory can hold", B, T); // if not, nobody asks
+    if (!batch_possible(B, T, K, 0)) return SIZE_MAX;
+    if (allocate_saved(&buffers.saved, config, buffers.K)) {
+        a.used = 0;
+        lay_out_buffers(&buffers, &a, config, ops->act_type);
+    }
     free_on_host(&buffers);
-    return ok ? a.used : 0;
+    return a.used;
 }
 
 static bool check_buffers(const retrofit_model *model, size_t B, size_t T, size_t K,
@@ -3794,12 +3840,19 @@ static bool read_tensor_header(retrofit_map *map, size_t *data_start) {
     return true;
 }
 
+static int by_tensor_name(const void *a, const void *b) {
+    const retrofit_tensor *const *x = a;
+    const retrofit_tensor *const *y = b;
+    return strcmp((*x)->name, (*y)->name);
+}
+
 static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
     const char *data = (const char *)map->base + data_start;
     size_t data_bytes = map->bytes - data_start, count = 0;
     map->tensors = retrofit_allocate(map->header->count, sizeof *map->tensors);
+    map->by_name = retrofit_allocate(map->header->count, sizeof *map->by_name);
     byte_range *ranges = retrofit_allocate(map->header->count, sizeof *ranges);
-    bool ok = map->tensors && ranges;
+    bool ok = map->tensors && map->by_name && ranges;
     for (const retrofit_json *entry = map->header->child; ok && entry; entry = entry->next) {
         if (!strcmp(entry->key, "__metadata__")) continue;
         ok = read_tensor_entry(map, entry, data, data_bytes, &ranges[count]);
@@ -3807,14 +3860,17 @@ static bool read_tensor_entries(retrofit_map *map, size_t data_start) {
     }
     ok = ok && check_tensor_ranges(map, ranges, count, data_bytes);
     free(ranges);
-    return ok;
+    if (!ok) return false;
+    for (size_t i = 0; i < map->count; i++) map->by_name[i] = &map->tensors[i];
+    qsort(map->by_name, map->count, sizeof *map->by_name, by_tensor_name);
+    return true;
 }
 
 bool retrofit_safetensors_open(retrofit_map *map, const char *path) {
     size_t data_start = 0;
     memset(map, 0, sizeof *map);
-    map->path = strdup(path);
-    if (!map->path) return retrofit_fail("out of memory");
+    map->path = retrofit_copy_string(path);
+    if (!map->path) return false;
     if (read_tensor_header(map, &data_start) && read_tensor_entries(map, data_start)) return true;
     retrofit_safetensors_close(map);
     return false;
@@ -3824,15 +3880,16 @@ void retrofit_safetensors_close(retrofit_map *map) {
     if (map->base) munmap(map->base, map->bytes);
     retrofit_json_free(map->header);
     free(map->tensors);
+    free(map->by_name);
     free(map->path);
     memset(map, 0, sizeof *map);
 }
 
 const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name) {
-    for (size_t i = 0; i < map->count; i++) {
-        if (!strcmp(map->tensors[i].name, name)) return &map->tensors[i];
-    }
-    return NULL;
+    const retrofit_tensor wanted = {.name = name}, *key = &wanted;
+    const retrofit_tensor **found =
+        bsearch(&key, map->by_name, map->count, sizeof *map->by_name, by_tensor_name);
+    return found ? *found : NULL;
 }
 
 const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key) {
@@ -3937,8 +3994,13 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
         return false;
     }
     bool ok = write_tensor_header(file, tensors, count, type, metadata);
-    for (size_t i = 0; ok && i < count; i++)
+    size_t done = 0, all = 0;
+    for (size_t i = 0; i < count; i++) all += tensors[i].count;
+    for (size_t i = 0; ok && i < count; i++) {
         ok = write_tensor(file, ops, &tensors[i], stored_type(&tensors[i], type), scratch);
+        done += tensors[i].count;
+        retrofit_show_share(done, all, "%s written", path);
+    }
     free(scratch);
     return retrofit_finish_file(file, path, ok);
 }
@@ -3997,6 +4059,9 @@ static bool check_config_numbers(const retrofit_config *c, const char *where) {
     if (R == 0 || R > 1 << 16 || K == 0 || K > 1 << 16)
         return retrofit_fail(
             "%s: mean_recurrence and mean_backprop_depth must be between 1 and 65536", where);
+    if (c->trained_seq_len > 1 << 24)
+        return retrofit_fail("%s: trained_seq_len is %zu, above %d", where, c->trained_seq_len,
+                             1 << 24);
     return true;
 }
 
@@ -4022,7 +4087,8 @@ static const struct {
     {NULL, "n_layers_in_recurrent_block", offsetof(retrofit_config, core), true},
     {"num_hidden_layers", "n_layers_in_coda", offsetof(retrofit_config, coda), true},
     {NULL, "mean_recurrence", offsetof(retrofit_config, mean_recurrence), false},
-    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false}};
+    {NULL, "mean_backprop_depth", offsetof(retrofit_config, backprop_depth), false},
+    {"trained_seq_len", "trained_seq_len", offsetof(retrofit_config, trained_seq_len), false}};
 enum { CONFIG_SIZES = sizeof config_sizes / sizeof *config_sizes };
 
 static const char *config_size_key(size_t i, bool plain) {
@@ -4087,6 +4153,8 @@ static const retrofit_key config_keys[] = {
     {"num_hidden_layers n_layers_in_*", NULL, "D of a plain Llama; P, C and D"},
     {"max_position_embeddings", NULL, "the longest context; 2048 without it"},
     {"mean_recurrence mean_backprop_depth", NULL, "R and K"},
+    {"trained_seq_len", NULL, "ours: T of the training, which --eval takes"},
+    {"trained_state_init", NULL, "ours: s_0 of the training, normal or zero, which infer takes"},
     {"rms_norm_eps norm_eps", NULL, "of a plain Llama; of a recurrent model"},
     {"rope_theta", NULL, "the base of RoPE's frequencies; 10000 without it"},
     {"rope_scaling rope_parameters", NULL, "see the table of its keys"},
@@ -4305,6 +4373,15 @@ static bool read_config_numbers(retrofit_config *c, const retrofit_json *json, b
     return read_config_ids(c, json, where);
 }
 
+// How s_0 was drawn while the model was trained, in a config.json of ours.
+static bool read_config_state(retrofit_config *c, const retrofit_json *json, const char *where) {
+    const retrofit_json *state = retrofit_json_get(json, "trained_state_init");
+    c->trained_state_zero = retrofit_json_is(state, "zero");
+    bool given = state && state->type != RETROFIT_JSON_NULL;
+    if (!given || c->trained_state_zero || retrofit_json_is(state, "normal")) return true;
+    return retrofit_fail("%s: trained_state_init is neither \"normal\" nor \"zero\"", where);
+}
+
 static bool config_parse(retrofit_config *c, const retrofit_json *json, const char *where) {
     const retrofit_json *type = retrofit_json_get(json, "model_type");
     bool plain = retrofit_json_is(type, "llama");
@@ -4326,7 +4403,7 @@ static bool config_parse(retrofit_config *c, const retrofit_json *json, const ch
                              "own", where);
     return check_config_keys(json, where) && read_config_sizes(c, json, plain, where) &&
            read_config_rope(c, json, where) && read_config_numbers(c, json, plain, where) &&
-           retrofit_config_check(c, where);
+           read_config_state(c, json, where) && retrofit_config_check(c, where);
 }
 
 bool retrofit_config_read_file(retrofit_config *config, const char *path) {
@@ -4340,9 +4417,8 @@ bool retrofit_config_read_file(retrofit_config *config, const char *path) {
 // transformers.
 static bool read_generation_config(retrofit_config *config, const char *directory) {
     char path[RETROFIT_PATH];
-    struct stat status; // a link that leads nowhere is there, and cannot be read
     if (!retrofit_path(path, directory, "generation_config.json")) return false;
-    if (lstat(path, &status) && errno == ENOENT) return true;
+    if (!retrofit_is_there(path)) return true;
     retrofit_json *json = retrofit_json_read(path, NULL);
     bool ok = json && read_config_ids(config, json, path);
     retrofit_json_free(json);
@@ -4400,7 +4476,8 @@ static void write_config_sizes(FILE *file, const retrofit_config *c, bool plain)
     for (size_t i = 0; i < CONFIG_SIZES; i++) {
         const size_t *field = (const void *)((const char *)c + config_sizes[i].offset);
         const char *key = config_size_key(i, plain);
-        if (key) fprintf(file, "  \"%s\": %zu,\n", key, *field);
+        bool known = *field > 0 || config_sizes[i].required; // what no training set is 0
+        if (key && known) fprintf(file, "  \"%s\": %zu,\n", key, *field);
     }
 }
 
@@ -4444,6 +4521,9 @@ static void write_config_recurrent(FILE *file, const retrofit_config *c) {
     fprintf(file, "  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n", c->vocab, c->context);
     fprintf(file, "  \"n_layers\": %zu,\n", c->prelude + c->core + c->coda);
     fprintf(file, "  \"effective_expected_depth\": %zu,\n", depth);
+    if (c->trained_seq_len || c->trained_state_zero)
+        fprintf(file, "  \"trained_state_init\": \"%s\",\n",
+                c->trained_state_zero ? "zero" : "normal");
     number_text(sigma, embedding);
     number_text(sigma / sqrt(2.0 * (double)depth), out_proj);
     number_text(usual ? RETROFIT_STATE_STD : (double)c->state_std, std);
@@ -4510,19 +4590,18 @@ bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
 
 static bool open_map(retrofit_model *model, const char *path) {
     size_t count = model->map_count;
-    retrofit_map *maps = realloc(model->maps, (count + 1) * sizeof *maps);
-    if (!maps) return retrofit_fail("out of memory");
+    retrofit_map *maps = retrofit_reallocate(model->maps, count + 1, sizeof *maps);
+    if (!maps) return false;
     model->maps = maps;
     if (!retrofit_safetensors_open(&maps[count], path)) return false;
     model->map_count++;
     return true;
 }
 
-static bool is_map_open(const retrofit_model *model, const char *path) {
-    for (size_t i = 0; i < model->map_count; i++) {
-        if (!strcmp(model->maps[i].path, path)) return true;
-    }
-    return false;
+static int by_string(const void *a, const void *b) {
+    const char *const *x = a;
+    const char *const *y = b;
+    return strcmp(*x, *y);
 }
 
 // Opens every file that the index names: {"weight_map": {"tensor": "file", …}}.
@@ -4530,14 +4609,21 @@ static bool open_shards(retrofit_model *model, const char *directory, const char
     char path[RETROFIT_PATH];
     retrofit_json *json = retrofit_json_read(index, NULL);
     const retrofit_json *map = retrofit_json_get(json, "weight_map");
-    bool ok = json != NULL;
-    if (ok && !map) ok = retrofit_fail("%s: no weight_map", index);
+    const char **files = map ? retrofit_allocate(map->count, sizeof *files) : NULL;
+    size_t count = 0;
+    bool ok = files != NULL;
+    if (json && !map) retrofit_fail("%s: no weight_map", index);
     for (const retrofit_json *entry = map ? map->child : NULL; ok && entry; entry = entry->next) {
-        if (entry->type != RETROFIT_JSON_STRING || strchr(entry->string, '/'))
-            ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
-        ok = ok && retrofit_path(path, directory, entry->string);
-        if (ok && !is_map_open(model, path)) ok = open_map(model, path);
+        if (entry->type == RETROFIT_JSON_STRING && !strchr(entry->string, '/'))
+            files[count++] = entry->string;
+        else ok = retrofit_fail("%s: %s is not in a file of this directory", index, entry->key);
     }
+    if (count) qsort(files, count, sizeof *files, by_string);
+    for (size_t i = 0; ok && i < count; i++) {
+        if (i > 0 && !strcmp(files[i - 1], files[i])) continue;
+        ok = retrofit_path(path, directory, files[i]) && open_map(model, path);
+    }
+    free(files);
     retrofit_json_free(json);
     return ok;
 }
@@ -4546,11 +4632,11 @@ static bool open_maps(retrofit_model *model, const char *directory) {
     char path[RETROFIT_PATH], index[RETROFIT_PATH];
     if (!retrofit_path(path, directory, "model.safetensors")) return false;
     if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (retrofit_may_exist(path)) return open_map(model, path);
-    if (retrofit_may_exist(index)) return open_shards(model, directory, index);
+    if (retrofit_is_there(path)) return open_map(model, path);
+    if (retrofit_is_there(index)) return open_shards(model, directory, index);
     if (!retrofit_path(path, directory, "pytorch_model.bin")) return false;
     const char *pickled = "; pytorch_model.bin is not read: save the model with safetensors";
-    if (!retrofit_may_exist(path)) pickled = "";
+    if (!retrofit_is_there(path)) pickled = "";
     return retrofit_fail("%s: there is no model.safetensors and no model.safetensors.index.json%s",
                          directory, pickled);
 }
@@ -4708,26 +4794,34 @@ static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *
     return ok;
 }
 
-// Whether the model has a place for a tensor. Rotary tables and a head that is tied, which older
-// files carry along, need none.
-static bool has_place(const retrofit_model *model, const char *name) {
-    if (strstr(name, "rotary_emb.inv_freq")) return true;
-    if (model->config.tied && !strcmp(name, "lm_head.weight")) return true;
-    for (size_t i = 0; i < model->parameter_count; i++) {
+// The names of all tensors that the model has a place for, sorted. NULL or error.
+static const char **list_places(const retrofit_model *model, size_t *count) {
+    const char **names = retrofit_allocate(6 * model->parameter_count, sizeof *names);
+    *count = 0;
+    for (size_t i = 0; names && i < model->parameter_count; i++) {
         const retrofit_parameter *parameter = model->parameters[i];
         for (size_t j = 0; j < parameter->sources; j++) {
             const char *source = parameter->source[j].name;
-            if (!strcmp(name, source)) return true;
-            if (!strncmp(source, "model.", 6) && !strcmp(name, source + 6)) return true;
+            names[(*count)++] = source;
+            if (!strncmp(source, "model.", 6)) names[(*count)++] = source + 6;
         }
     }
-    return false;
+    if (names) qsort(names, *count, sizeof *names, by_string);
+    return names;
 }
 
-static bool check_all_used(const retrofit_model *model, const retrofit_map *map) {
+// Rotary tables and a head that is tied, which older files carry along, need no place.
+static bool needs_no_place(const retrofit_model *model, const char *name) {
+    if (!strcmp(name, "__metadata__") || strstr(name, "rotary_emb.inv_freq")) return true;
+    return model->config.tied && !strcmp(name, "lm_head.weight");
+}
+
+static bool check_all_used(const retrofit_model *model, const retrofit_map *map,
+                           const char *const *places, size_t count) {
     const retrofit_json *entry = map->header->child;
     for (; entry; entry = entry->next) {
-        if (strcmp(entry->key, "__metadata__") && !has_place(model, entry->key))
+        if (needs_no_place(model, entry->key)) continue;
+        if (!bsearch(&entry->key, places, count, sizeof *places, by_string))
             return retrofit_fail("%s: tensor %s has no place in a model of this config.json",
                                  map->path, entry->key);
     }
@@ -4760,14 +4854,14 @@ static bool note_beside(const char *directory) {
     char path[RETROFIT_PATH], index[RETROFIT_PATH];
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         if (!retrofit_path(path, directory, names[i])) return false;
-        if (!retrofit_may_exist(path)) continue;
+        if (!retrofit_is_there(path)) continue;
         retrofit_note("%s: an adapter (LoRA) lies beside the weights and is not applied: merge it "
                       "into them first (PEFT's merge_and_unload)", path);
         break;
     }
     if (!retrofit_path(path, directory, "model.safetensors")) return false;
     if (!retrofit_path(index, directory, "model.safetensors.index.json")) return false;
-    if (retrofit_may_exist(path) && retrofit_may_exist(index))
+    if (retrofit_is_there(path) && retrofit_is_there(index))
         retrofit_note("%s: not used, since model.safetensors is there", index);
     return true;
 }
@@ -4801,6 +4895,14 @@ static number_kinds kinds_of_numbers(const char *data, retrofit_type type, size_
     return (number_kinds){infinite, nonzero};
 }
 
+static bool is_first_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num() == 0;
+#else
+    return true;
+#endif
+}
+
 void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size_t *zeros) {
     size_t wrong = map->count, zero = map->count;
 #ifdef _OPENMP
@@ -4808,11 +4910,13 @@ void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size
 #endif
     for (size_t i = 0; i < map->count; i++) {
         const retrofit_tensor *tensor = &map->tensors[i];
+        if (is_first_thread()) retrofit_show_share(i, map->count, "%s read", map->path);
         if (tensor->type == RETROFIT_I32) continue;
         number_kinds kinds = kinds_of_numbers(tensor->data, tensor->type, tensor->count);
         if (kinds.infinite) wrong = retrofit_min(wrong, i);
         if (!kinds.nonzero) zero = retrofit_min(zero, i);
     }
+    retrofit_show_share(1, 1, "%s read", map->path);
     *infinite = wrong;
     *zeros = zero;
 }
@@ -4834,13 +4938,20 @@ static bool check_values(const retrofit_map *map) {
                          "or its training failed", map->path, tensor->name, at);
 }
 
+static bool check_maps(const retrofit_model *model) {
+    size_t count;
+    const char **places = list_places(model, &count);
+    bool ok = places != NULL;
+    for (size_t i = 0; ok && i < model->map_count; i++)
+        ok = check_all_used(model, &model->maps[i], places, count) && check_values(&model->maps[i]);
+    free(places);
+    return ok;
+}
+
 static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
     if (!open_maps(model, directory)) return false;
     if (!load_weights(model, mode, directory)) return false;
-    for (size_t i = 0; i < model->map_count; i++) {
-        if (!check_all_used(model, &model->maps[i])) return false;
-        if (!check_values(&model->maps[i])) return false;
-    }
+    if (!check_maps(model)) return false;
     note_other_head(model, directory);
     if (!note_beside(directory)) return false;
     if (mode == RETROFIT_INFERENCE) return true;
@@ -4864,6 +4975,92 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
 
 // ---- Checkpoints -------------------------------------------------------------------------------
 
+// What has its temporary name still. The flag is set once the name is complete: a signal handler
+// may come in between.
+static struct {
+    char path[RETROFIT_PATH];
+    volatile sig_atomic_t set;
+    const char *program; // that ends on signals
+} unfinished;
+
+static void set_unfinished(const char *path) {
+    unfinished.set = false;
+    snprintf(unfinished.path, sizeof unfinished.path, "%s", path);
+    unfinished.set = true;
+}
+
+static void clear_unfinished(const char *path) {
+    if (unfinished.set && !strcmp(unfinished.path, path)) unfinished.set = false;
+}
+
+// Calls nothing but what a signal handler may call.
+void retrofit_abandon(void) {
+    if (!unfinished.set) return;
+    int directory = open(unfinished.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    for (size_t i = 0; directory >= 0 && retrofit_model_files[i]; i++)
+        unlinkat(directory, retrofit_model_files[i], 0);
+    if (directory < 0) unlink(unfinished.path);
+    else rmdir(unfinished.path);
+    if (directory >= 0) close(directory);
+    unfinished.set = false;
+}
+
+// Ends the program by the signal itself, so that who waits for it sees which one it was.
+static void end_by_signal(int number) {
+    static const char text[] = ": stopped by a signal; nothing half-written is left behind\n";
+    const char *program = unfinished.program;
+    bool tell = unfinished.set;
+    retrofit_live_line(NULL);
+    retrofit_abandon();
+    tell = tell && write(STDERR_FILENO, program, strlen(program)) > 0;
+    if (tell && write(STDERR_FILENO, text, sizeof text - 1) < 0) _exit(1);
+    signal(number, SIG_DFL);
+    raise(number);
+}
+
+void retrofit_abandon_on_signals(const char *program) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action = {.sa_handler = end_by_signal}, before;
+    unfinished.program = program;
+    for (size_t i = 0; i < 3; i++) sigaddset(&action.sa_mask, signals[i]);
+    for (size_t i = 0; i < 3; i++) {
+        bool ignored = !sigaction(signals[i], NULL, &before) && before.sa_handler == SIG_IGN;
+        if (!ignored) sigaction(signals[i], &action, NULL);
+    }
+}
+
+char *retrofit_file_begin(const char *final) {
+    struct stat status;
+    char target[RETROFIT_PATH], *path = retrofit_allocate(RETROFIT_PATH, 1);
+    bool there = stat(final, &status) == 0;
+    if (!path) return NULL;
+    if (there && !S_ISREG(status.st_mode)) {
+        snprintf(path, RETROFIT_PATH, "%s", final);
+        return path;
+    }
+    if (!there || !realpath(final, target)) snprintf(target, sizeof target, "%s", final);
+    int length = snprintf(path, RETROFIT_PATH, "%s.tmp-%ld", target, (long)getpid());
+    if (length < RETROFIT_PATH) {
+        set_unfinished(path);
+        return path;
+    }
+    free(path);
+    return fail_null("%.60s…: a path longer than %d bytes", final, RETROFIT_PATH - 16);
+}
+
+// The final name, behind all links, is the temporary one without its end.
+bool retrofit_file_commit(const char *temporary, const char *final) {
+    char target[RETROFIT_PATH], parent[RETROFIT_PATH];
+    if (!strcmp(temporary, final)) return true;
+    snprintf(target, sizeof target, "%s", temporary);
+    strrchr(target, '.')[0] = 0;
+    if (rename(temporary, target)) return retrofit_fail("%s: %s", final, strerror(errno));
+    clear_unfinished(temporary);
+    snprintf(parent, sizeof parent, "%s", target);
+    retrofit_parent_directory(parent);
+    return retrofit_sync_directory(parent);
+}
+
 char *retrofit_directory_begin(const char *final) {
     size_t length = strlen(final);
     while (length > 1 && final[length - 1] == '/') length--;
@@ -4873,7 +5070,9 @@ char *retrofit_directory_begin(const char *final) {
     if (!path) return NULL;
     snprintf(path, RETROFIT_PATH, "%.*s.tmp-%ld", (int)length, final, (long)getpid());
     retrofit_directory_abandon(path); // an earlier process with this number may have left one
+    set_unfinished(path);
     if (retrofit_make_directories(path, true)) return path;
+    clear_unfinished(path);
     free(path);
     return NULL;
 }
@@ -4888,6 +5087,7 @@ void retrofit_directory_abandon(const char *temporary) {
     }
     closedir(directory);
     rmdir(temporary);
+    clear_unfinished(temporary);
 }
 
 bool retrofit_directory_commit(const char *temporary, const char *final) {
@@ -4900,6 +5100,7 @@ bool retrofit_directory_commit(const char *temporary, const char *final) {
         return retrofit_fail("%s: %s", final,
                              exists ? "exists already: remove it" : strerror(errno));
     }
+    clear_unfinished(temporary);
     return retrofit_sync_directory(parent);
 }
 
@@ -4923,7 +5124,7 @@ bool retrofit_latest(const char *directory, char path[RETROFIT_PATH]) {
 }
 
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]) {
-    bool model = retrofit_path(path, directory, "config.json") && retrofit_may_exist(path);
+    bool model = retrofit_path(path, directory, "config.json") && retrofit_is_there(path);
     if (model) return directory;
     return retrofit_latest(directory, path) ? path : directory;
 }
@@ -5018,10 +5219,10 @@ static bool copy_companions(const char *from, const char *to) {
         const char *name = retrofit_model_files[i];
         if (!retrofit_path(source, from, name)) return false;
         if (!retrofit_path(target, to, name)) return false;
-        if (retrofit_may_exist(source) && !copy_file(source, target)) return false;
+        if (retrofit_is_there(source) && !copy_file(source, target)) return false;
     }
     if (!retrofit_path(source, from, "additional_chat_templates")) return false;
-    if (retrofit_may_exist(source))
+    if (retrofit_is_there(source))
         retrofit_note("%s: is not copied, as chat_template.jinja and tokenizer_config.json are",
                       source);
     return true;
@@ -5077,7 +5278,7 @@ static bool copy_generation_config(const retrofit_config *config, const char *fr
     char source[RETROFIT_PATH], target[RETROFIT_PATH];
     if (!retrofit_path(source, from, "generation_config.json")) return false;
     if (!retrofit_path(target, to, "generation_config.json")) return false;
-    if (!retrofit_may_exist(source)) return true;
+    if (!retrofit_is_there(source)) return true;
     retrofit_json *json = retrofit_json_read(source, NULL);
     FILE *file = json ? fopen(target, "wb") : NULL;
     if (json && !file) retrofit_fail("%s: %s", target, strerror(errno));
@@ -5089,14 +5290,16 @@ static bool copy_generation_config(const retrofit_config *config, const char *fr
 
 bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
                    const char *tokenizer_from) {
-    char path[RETROFIT_PATH];
+    char path[RETROFIT_PATH], latest[RETROFIT_PATH];
     tensor_list list;
     bool ok = list_weights(model, &list) && retrofit_path(path, directory, "model.safetensors") &&
               retrofit_safetensors_write(path, model->ops, list.tensors, list.count, type, NULL);
     tensor_list_free(&list);
     if (!ok || !retrofit_config_write(&model->config, type, directory)) return false;
-    return !tokenizer_from || (copy_companions(tokenizer_from, directory) &&
-                               copy_generation_config(&model->config, tokenizer_from, directory));
+    if (!tokenizer_from) return true;
+    tokenizer_from = retrofit_model_directory(tokenizer_from, latest);
+    return copy_companions(tokenizer_from, directory) &&
+           copy_generation_config(&model->config, tokenizer_from, directory);
 }
 
 bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
@@ -5146,7 +5349,9 @@ enum { SHARD_HEADER = 1024 }; // bytes
 typedef struct {
     void *base;
     size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
+    size_t first_row;          // how many rows are in the shards before
     uint64_t hash;             // retrofit_sample_hash of all of it; 0: not computed yet
+    struct stat status;        // of the file when it was opened
 } token_shard;
 
 struct retrofit_data {
@@ -5160,6 +5365,7 @@ struct retrofit_data {
 static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
     shard->base = retrofit_map_file(path, &shard->bytes);
     if (!shard->base) return false;
+    if (stat(path, &shard->status)) return retrofit_fail("%s: %s", path, strerror(errno));
     const int32_t *header = shard->base;
     if (shard->bytes < SHARD_HEADER)
         return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path,
@@ -5176,6 +5382,7 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
         return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated, "
                              "or damaged", path, header[2], tokens);
     shard->rows = tokens / (data->T + 1);
+    shard->first_row = data->rows;
     data->rows += shard->rows;
     return true;
 }
@@ -5194,14 +5401,16 @@ static char *escape_pattern(const char *name) {
 // Names may hold what means something in a pattern, as data[1].bin does: a file that is there comes
 // first.
 static bool find_data_files(retrofit_data *data, const char *pattern) {
-    bool is_file = retrofit_may_exist(pattern);
+    bool is_file = retrofit_is_there(pattern);
     char *escaped = is_file ? escape_pattern(pattern) : NULL;
     if (is_file && !escaped) return false;
     int problem = glob(is_file ? escaped : pattern, 0, NULL, &data->files);
     free(escaped);
     if (!problem) return true;
     return retrofit_fail("%s: %s", pattern,
-                         problem == GLOB_NOMATCH ? "no such file" : "cannot be searched");
+                         problem == GLOB_NOMATCH   ? "no such file"
+                         : problem == GLOB_NOSPACE ? "out of memory"
+                                                   : "cannot be searched");
 }
 
 // Says which files are too short for a row; up to three of them by their names.
@@ -5211,8 +5420,7 @@ static void note_short_shards(const retrofit_data *data) {
     for (size_t i = 0; i < data->files.gl_pathc; i++) {
         if (data->shards[i].rows > 0) continue;
         const char *name = count < 3 ? data->files.gl_pathv[i] : "…";
-        if (count <= 3) retrofit_text_append(&names, ", ", count ? 2 : 0);
-        if (count <= 3) retrofit_text_append(&names, name, strlen(name));
+        if (count <= 3) retrofit_text_append_item(&names, name);
         count++;
     }
     retrofit_text_append(&names, "", 1);
@@ -5344,7 +5552,8 @@ bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *o
         for (size_t j = 0; j < other->files.gl_pathc; j++) {
             token_shard *b = &other->shards[j];
             const char *x = data->files.gl_pathv[i], *y = other->files.gl_pathv[j];
-            bool same = retrofit_same_file(x, y);
+            bool same = a->status.st_dev == b->status.st_dev &&
+                        a->status.st_ino == b->status.st_ino;
             if (!same && a->bytes == b->bytes) same = shard_hash(a) == shard_hash(b);
             if (same)
                 return retrofit_fail("%s: the same as %s: validation data must not be trained on: "
@@ -5384,12 +5593,25 @@ static void shuffle_rows(retrofit_data *data, uint64_t epoch) {
     data->epoch = epoch;
 }
 
+// The last shard that begins with this row or before it: it has the row, since shards that are too
+// short for one lie before another that begins with the same row, or behind all rows.
+static size_t find_shard(const retrofit_data *data, size_t row) {
+    size_t low = 0, high = data->files.gl_pathc;
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (data->shards[middle].first_row <= row) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels) {
     uint64_t epoch = index / data->rows;
-    size_t row = (size_t)(index % data->rows), s = 0;
+    size_t row = (size_t)(index % data->rows);
     if (data->order && data->epoch != epoch) shuffle_rows(data, epoch);
     if (data->order) row = data->order[row];
-    for (; row >= data->shards[s].rows; s++) row -= data->shards[s].rows;
+    size_t s = find_shard(data, row);
+    row -= data->shards[s].first_row;
 
     // A file that became shorter ends the program where the missing part is touched.
     size_t first = row * (data->T + 1);
@@ -6188,14 +6410,19 @@ static bool is_space(uint32_t c) {
            c == 0x205f || c == 0x3000;
 }
 
-void retrofit_strip(const char **text, size_t *size) {
-    uint32_t code_point;
+void retrofit_strip_begin(const char **text, size_t *size) {
     while (*size) {
+        uint32_t code_point;
         size_t length = retrofit_utf8_next(*text, *size, &code_point);
         if (!is_space(code_point)) break;
         *text += length;
         *size -= length;
     }
+}
+
+void retrofit_strip(const char **text, size_t *size) {
+    uint32_t code_point;
+    retrofit_strip_begin(text, size);
     while (*size) {
         const char *end = *text + *size;
         size_t length = 1; // of the last character; no white space is longer than three bytes
@@ -6215,13 +6442,11 @@ void retrofit_skip_mark(const char **text, size_t *size) {
 void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
     if (!text->failed && text->size + size >= text->capacity) {
         size_t capacity = text->capacity + text->capacity / 2 + size + 64;
-        char *bigger = realloc(text->bytes, capacity);
+        char *bigger = retrofit_reallocate(text->bytes, capacity, 1);
+        text->failed = !bigger;
         if (bigger) {
             text->bytes = bigger;
             text->capacity = capacity;
-        } else {
-            text->failed = true;
-            retrofit_fail("out of memory: %zu bytes", capacity);
         }
     }
     if (text->failed || !size) return;
@@ -6229,7 +6454,14 @@ void retrofit_text_append(retrofit_text *text, const void *bytes, size_t size) {
     text->size += size;
 }
 
+void retrofit_text_append_item(retrofit_text *text, const char *item) {
+    if (text->size) retrofit_text_append(text, ", ", 2);
+    retrofit_text_append(text, item, strlen(item));
+}
+
 // ---- JSON --------------------------------------------------------------------------------------
+
+enum { JSON_MAX_VALUES = 1 << 24 };
 
 // The parser works on its own copy of the text, which ends in a NUL. It decodes strings inside this
 // copy: `out` never overtakes `at`, since no escape is shorter than the character it stands for.
@@ -6285,7 +6517,7 @@ static bool json_escape(json_parser *parser, uint32_t *code_point) {
     return true;
 }
 
-static bool json_string(json_parser *parser, const char **string, size_t *length) {
+static bool json_string(json_parser *parser, const char **string, uint32_t *length) {
     if (*parser->at != '"') return json_fail(parser, "expected a string");
     parser->at++;
     char *begin = parser->out;
@@ -6303,7 +6535,7 @@ static bool json_string(json_parser *parser, const char **string, size_t *length
     }
     parser->at++;
     *string = begin;
-    *length = (size_t)(parser->out - begin);
+    *length = (uint32_t)(parser->out - begin);
     *parser->out++ = 0;
     return true;
 }
@@ -6328,7 +6560,7 @@ static bool json_number(json_parser *parser, retrofit_json *value) {
     value->type = RETROFIT_JSON_NUMBER;
     value->number = number;
     value->string = text;
-    value->length = length;
+    value->length = (uint32_t)length;
     parser->at += length;
     parser->out += length + 1;
     return true;
@@ -6415,9 +6647,10 @@ static bool json_value(json_parser *parser, retrofit_json *value, int depth) {
 }
 
 // At least as many as there are values in the text: each but the first comes behind an opening
-// bracket or a comma. 0 or error if the text is not UTF-8.
+// bracket or a comma that is in no string. 0 or error if the text is not UTF-8, or too large.
 static size_t json_count_nodes(const char *text, size_t size, const char *where) {
     size_t count = 1, length;
+    bool in_string = false;
     for (size_t i = 0; i < size; i += length) {
         uint32_t c;
         length = retrofit_utf8_next(text + i, size - i, &c);
@@ -6425,9 +6658,14 @@ static size_t json_count_nodes(const char *text, size_t size, const char *where)
             retrofit_fail("%s: byte %zu: bad JSON: not UTF-8", where, i);
             return 0;
         }
-        if (c == '[' || c == '{' || c == ',') count++;
+        if (c == '"') in_string = !in_string;
+        else if (!in_string) count += c == '[' || c == '{' || c == ',';
+        else if (c == '\\' && i + 1 < size && !(text[i + 1] & 0x80)) length = 2;
     }
-    return count;
+    if (count <= JSON_MAX_VALUES && size < UINT32_MAX) return count;
+    retrofit_fail("%s: more than %d values, or 4 GB: too much JSON in one piece", where,
+                  JSON_MAX_VALUES);
+    return 0;
 }
 
 // The tree is one block of memory: the nodes, then the copy of the text. Decoded strings end in a
@@ -6589,8 +6827,7 @@ bool retrofit_keys_check(const retrofit_json *object, const retrofit_key *table,
         ok = retrofit_key_check(member->key, retrofit_json_value_text(member), table, count, where,
                                 &known);
         if (known) continue;
-        if (unknown.size) retrofit_text_append(&unknown, ", ", 2);
-        retrofit_text_append(&unknown, member->key, member->key_length);
+        retrofit_text_append_item(&unknown, member->key);
     }
     retrofit_text_append(&unknown, "", 1);
     if (ok && !unknown.failed && unknown.size > 1)
@@ -6935,6 +7172,7 @@ typedef struct {
     int32_t id;
     int32_t key;      // text's first byte, + 256 if it is to be found in normalized text
     int32_t order;    // of two with one text, once normalized, the lower is found
+    int32_t shorter;  // number of the longest one that this one's text begins with; -1: none
     bool special;     // as the token
     bool normalized;  // to be found in normalized text
     bool single_word; // not found inside of a word
@@ -6985,7 +7223,7 @@ struct retrofit_tokenizer {
     char *strings;         // the bytes of all tokens' texts
 
     // Added tokens
-    tok_added *added;            // by key, those with the same key from the longest to the shortest
+    tok_added *added;            // by key, then by text
     size_t added_count;
     size_t added_begin[512 + 1]; // those with key k are added_begin[k] … added_begin[k + 1] - 1
 
@@ -7359,31 +7597,28 @@ static size_t tok_match(const retrofit_tokenizer *tokenizer, const char *text, s
 // ---- Tokenizer: byte-pair encoding -------------------------------------------------------------
 // A piece begins as a row of symbols, one for each character. As long as any two neighbours have a
 // merge, the pair whose merge has the lowest rank is merged, of equal ones the leftmost. A queue, a
-// binary heap in this order, holds the pairs that may be merged: n symbols take O(n·log n) steps.
+// binary heap in this order, holds the pairs that may come next: n symbols take O(n·log n) steps.
+// Of two pairs that share a symbol the later one cannot, and waits outside: so in a long run of
+// spaces the queue stays short.
 
-// The symbols are a linked list in an array. The first has previous UINT32_MAX, the last has next
-// symbol_count.
+// A symbol stays where its first character was put. The next one begins `length` behind it; to find
+// the one before that, the last of its places has the length too.
 typedef struct {
-    int32_t id; // -1: it has been merged into the one before it
-    uint32_t previous, next;
+    int32_t id;
+    uint32_t rank;   // of its merge with the next symbol; 0: there is none
+    uint32_t length; // in characters, or byte tokens
 } tok_symbol;
-
-// A merge of the symbol at `position` with the next one.
-typedef struct {
-    uint64_t order; // rank << 32 | position: the heap's lowest comes first
-    int32_t id;     // what they become
-} tok_candidate;
 
 typedef struct {
     const retrofit_tokenizer *tokenizer;
-    retrofit_text valid;      // the text, U+FFFD for what is not UTF-8
+    retrofit_text valid;      // the text with U+FFFD for what is not UTF-8, if there is any
     retrofit_text normalized; // what is between two added tokens
     retrofit_text stretch;    // text to be cut into pieces, with a space or "▁" before it
     retrofit_text piece;      // a piece in the byte-level alphabet
     retrofit_text ids;        // the result: its bytes are int32_t
     tok_symbol *symbols;
     uint32_t symbol_count;
-    tok_candidate *heap;
+    uint64_t *heap;  // tok_order of pairs
     size_t heap_count;
     size_t capacity; // symbols and heap have room for a piece of so many bytes
 } tok_encoder;
@@ -7393,45 +7628,63 @@ static void tok_append_id(tok_encoder *encoder, int32_t id) {
 }
 
 static void tok_add_symbol(tok_encoder *encoder, int32_t id) {
-    uint32_t at = encoder->symbol_count++;
-    encoder->symbols[at] = (tok_symbol){id, at - 1, at + 1};
+    encoder->symbols[encoder->symbol_count++] = (tok_symbol){id, 0, 1};
 }
 
-// The merge of the symbol at `at` with the next one, or NULL.
+static uint32_t tok_next(const tok_encoder *encoder, uint32_t at) {
+    return at + encoder->symbols[at].length;
+}
+
+// The first symbol has itself before it.
+static uint32_t tok_before(const tok_encoder *encoder, uint32_t at) {
+    return at > 0 ? at - encoder->symbols[at - 1].length : at;
+}
+
+// The merge of the symbol at `at` with the next one. Without one its rank is 0, or it is NULL.
 static const tok_merge *tok_merge_at(const tok_encoder *encoder, uint32_t at) {
-    const tok_symbol *left = &encoder->symbols[at];
-    if (left->id < 0 || left->next >= encoder->symbol_count) return NULL;
-    uint64_t pair = tok_pair(left->id, encoder->symbols[left->next].id);
-    const tok_merge *merge = tok_merge_slot(encoder->tokenizer, pair);
-    return merge && merge->rank ? merge : NULL;
+    uint32_t next = tok_next(encoder, at);
+    if (next >= encoder->symbol_count) return NULL;
+    uint64_t pair = tok_pair(encoder->symbols[at].id, encoder->symbols[next].id);
+    return tok_merge_slot(encoder->tokenizer, pair);
 }
 
-// Puts the merge of the symbol at `at` with the next one into the queue, if there is one.
-static void tok_push_candidate(tok_encoder *encoder, uint32_t at) {
+static void tok_set_rank(tok_encoder *encoder, uint32_t at) {
     const tok_merge *merge = tok_merge_at(encoder, at);
-    if (!merge) return;
-    tok_candidate *heap = encoder->heap;
-    tok_candidate candidate = {(uint64_t)merge->rank << 32 | at, merge->id};
+    encoder->symbols[at].rank = merge ? merge->rank : 0;
+}
+
+// The lowest comes first.
+static uint64_t tok_order(const tok_encoder *encoder, uint32_t at) {
+    uint64_t rank = encoder->symbols[at].rank;
+    return rank ? rank << 32 | at : UINT64_MAX;
+}
+
+// Puts the merge of the symbol at `at` with the next one into the queue, if there is one and it
+// comes before those of its two neighbours.
+static void tok_queue_merge(tok_encoder *encoder, uint32_t at) {
+    uint64_t order = tok_order(encoder, at), *heap = encoder->heap;
+    if (order == UINT64_MAX || tok_order(encoder, tok_before(encoder, at)) < order) return;
+    uint32_t next = tok_next(encoder, at); // there is one, with which it is merged
+    if (tok_order(encoder, next) < order) return;
     size_t i = encoder->heap_count++;
-    while (i > 0 && heap[(i - 1) / 2].order > candidate.order) {
+    while (i > 0 && heap[(i - 1) / 2] > order) {
         heap[i] = heap[(i - 1) / 2];
         i = (i - 1) / 2;
     }
-    heap[i] = candidate;
+    heap[i] = order;
 }
 
-// Takes the first candidate out of the queue, which is not empty.
-static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
-    tok_candidate *heap = encoder->heap;
-    tok_candidate first = heap[0];
+// Takes the first merge out of the queue, which is not empty.
+static uint64_t tok_pop_merge(tok_encoder *encoder) {
+    uint64_t *heap = encoder->heap, first = heap[0];
     size_t count = --encoder->heap_count;
-    tok_candidate last = heap[count]; // goes where the heap has room for it
+    uint64_t last = heap[count]; // goes where the heap has room for it
     size_t i = 0;
     for (;;) {
         size_t child = 2 * i + 1;
         if (child >= count) break;
-        if (child + 1 < count && heap[child + 1].order < heap[child].order) child++;
-        if (heap[child].order >= last.order) break;
+        if (child + 1 < count && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= last) break;
         heap[i] = heap[child];
         i = child;
     }
@@ -7439,38 +7692,48 @@ static tok_candidate tok_pop_candidate(tok_encoder *encoder) {
     return first;
 }
 
+// Merges the symbol at `at` with the next one. That changes the merges at `at` and before it, and
+// so, for these and their neighbours, which one comes first.
+static void tok_join(tok_encoder *encoder, uint32_t at) {
+    tok_symbol *symbols = encoder->symbols;
+    uint32_t next = tok_next(encoder, at), before = tok_before(encoder, at);
+    symbols[at].id = tok_merge_at(encoder, at)->id;
+    symbols[next].rank = 0;
+    symbols[at].length += symbols[next].length;
+    next = tok_next(encoder, at);
+    symbols[next - 1].length = symbols[at].length;
+    tok_set_rank(encoder, at);
+    if (before < at) tok_set_rank(encoder, before);
+    for (uint32_t i = tok_before(encoder, before); i <= next && i < encoder->symbol_count;
+         i = tok_next(encoder, i))
+        tok_queue_merge(encoder, i);
+}
+
 // Does all merges of the symbols and moves what remains to the ids.
 static void tok_merge_symbols(tok_encoder *encoder) {
-    tok_symbol *symbols = encoder->symbols;
     uint32_t count = encoder->symbol_count;
-    for (uint32_t i = 0; i < count; i++) tok_push_candidate(encoder, i);
+    for (uint32_t i = 0; i < count; i++) tok_set_rank(encoder, i);
+    for (uint32_t i = 0; i < count; i++) tok_queue_merge(encoder, i);
     while (encoder->heap_count) {
-        tok_candidate best = tok_pop_candidate(encoder);
-        uint32_t at = (uint32_t)best.order;
-        const tok_merge *merge = tok_merge_at(encoder, at);
-        if (!merge || merge->id != best.id) continue; // outdated: one of the two has changed since
-
-        tok_symbol *left = &symbols[at], *right = &symbols[left->next];
-        left->id = best.id;
-        left->next = right->next;
-        right->id = -1;
-        if (left->next < count) symbols[left->next].previous = at;
-        if (left->previous != UINT32_MAX) tok_push_candidate(encoder, left->previous);
-        tok_push_candidate(encoder, at);
+        uint64_t best = tok_pop_merge(encoder);
+        uint32_t at = (uint32_t)best; // one of the two may have changed since
+        if (encoder->symbols[at].rank == best >> 32) tok_join(encoder, at);
     }
-    for (uint32_t i = 0; i < count; i = symbols[i].next) tok_append_id(encoder, symbols[i].id);
+    for (uint32_t i = 0; i < count; i = tok_next(encoder, i))
+        tok_append_id(encoder, encoder->symbols[i].id);
     encoder->symbol_count = 0;
 }
 
-// Makes room for a piece of `size` bytes. It has no more symbols than bytes; each is queued once at
-// first, and each merge, of which there are fewer than symbols, queues two more. false or error.
+// Makes room for a piece of `size` bytes. It has no more symbols than bytes. At first at most every
+// other one is queued; each merge, of which there are fewer than symbols, is taken out of the queue
+// and puts at most two of four neighbours into it. false or error.
 static bool tok_reserve(tok_encoder *encoder, size_t size) {
     if (size > encoder->capacity) {
         free(encoder->symbols);
         free(encoder->heap);
         encoder->capacity = 2 * size;
         encoder->symbols = retrofit_allocate(encoder->capacity, sizeof *encoder->symbols);
-        encoder->heap = retrofit_allocate(3 * encoder->capacity, sizeof *encoder->heap);
+        encoder->heap = retrofit_allocate(2 * encoder->capacity, sizeof *encoder->heap);
     }
     if (!encoder->symbols || !encoder->heap) return false;
     if (size < UINT32_MAX) return true;
@@ -7609,18 +7872,39 @@ static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t siz
     }
 }
 
+// The longest of the added tokens number low … high - 1 that text begins with, or NULL. In their
+// order it is the last one that is not behind text, or one that this one begins with.
+static const tok_added *tok_added_at(const retrofit_tokenizer *tokenizer, size_t low, size_t high,
+                                     const char *text, size_t size) {
+    const tok_added *all = tokenizer->added;
+    size_t first = low, same = 0;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2, length = retrofit_min(all[middle].size, size);
+        int order = memcmp(all[middle].text, text, length);
+        if (order < 0 || (order == 0 && all[middle].size <= size)) low = middle + 1;
+        else high = middle;
+    }
+    if (low == first) return NULL;
+    const tok_added *added = &all[low - 1];
+    while (same < added->size && same < size && added->text[same] == text[same]) same++;
+    while (added->size > same) {
+        if (added->shorter < 0) return NULL;
+        added = &all[added->shorter];
+    }
+    return added;
+}
+
 // The first added token in text from `from` on, of several at one place the longest, and where it
 // begins; NULL if there is none.
 static const tok_added *tok_find_added(const retrofit_tokenizer *tokenizer, const char *text,
                                        size_t size, size_t from, bool normalized, size_t *at) {
     for (size_t i = from; i < size; i++) {
         const size_t *begin = &tokenizer->added_begin[(unsigned char)text[i] + 256 * normalized];
-        for (size_t j = begin[0]; j < begin[1]; j++) {
-            const tok_added *added = &tokenizer->added[j];
-            if (added->size > size - i || memcmp(added->text, text + i, added->size)) continue;
-            *at = i;
-            return added;
-        }
+        if (begin[0] == begin[1]) continue;
+        const tok_added *added = tok_added_at(tokenizer, begin[0], begin[1], text + i, size - i);
+        if (!added) continue;
+        *at = i;
+        return added;
     }
     return NULL;
 }
@@ -7645,15 +7929,16 @@ static bool tok_added_counts(const retrofit_tokenizer *tokenizer, const tok_adde
     return !word_before && !tok_run(tokenizer, text + end, size - end, TOK_WORD, 1);
 }
 
-// Where text[0 … end) ends without its last white space.
-static size_t tok_strip_end(const retrofit_tokenizer *tokenizer, const char *text, size_t end) {
+// Where text[done … end) ends without its last white space; `done` if it begins behind the end.
+static size_t tok_strip_end(const retrofit_tokenizer *tokenizer, const char *text, size_t done,
+                            size_t end) {
     bool is_white = true;
-    while (end > 0) {
+    while (end > done) {
         size_t begin = tok_last_character(tokenizer, text, end, TOK_WHITE, &is_white);
         if (!is_white) break;
         end = begin;
     }
-    return end;
+    return retrofit_max(end, done);
 }
 
 static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
@@ -7679,16 +7964,19 @@ static void tok_encode_between(tok_encoder *encoder, const char *text, size_t si
 static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
                             bool first) {
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
-    size_t done = 0, from = 0, begin;
-    if (!size) return;
+    size_t done = 0, from = 0, begin, white = 0; // white space has been seen up to there
     for (;;) {
         const tok_added *added = tok_find_added(tokenizer, text, size, from, normalized, &begin);
         if (!added) break;
         size_t end = begin + added->size;
         from = end;
         if (!tok_added_counts(tokenizer, added, text, size, begin, end)) continue;
-        if (added->lstrip) begin = retrofit_max(tok_strip_end(tokenizer, text, begin), done);
-        if (added->rstrip) end += tok_run(tokenizer, text + end, size - end, TOK_WHITE, SIZE_MAX);
+        if (added->lstrip) begin = tok_strip_end(tokenizer, text, done, begin);
+        if (added->rstrip) {
+            end = retrofit_max(end, white);
+            end += tok_run(tokenizer, text + end, size - end, TOK_WHITE, SIZE_MAX);
+            white = end;
+        }
         if (begin > done)
             tok_encode_between(encoder, text + done, begin - done, normalized, first && !done);
         tok_append_id(encoder, added->id);
@@ -7700,11 +7988,15 @@ static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size,
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                          bool with_special, size_t *count) {
     tok_encoder encoder = {.tokenizer = tokenizer};
-    retrofit_append_valid(&encoder.valid, text, size);
+    if (retrofit_find_invalid(text, 0, size) < size) {
+        retrofit_append_valid(&encoder.valid, text, size);
+        text = encoder.valid.bytes;
+        size = encoder.valid.size;
+    }
     size_t before = with_special ? tokenizer->before.count : 0;
     size_t after = with_special ? tokenizer->after.count : 0;
     retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
-    tok_encode_text(&encoder, encoder.valid.bytes, encoder.valid.size, false, true);
+    if (!encoder.valid.failed) tok_encode_text(&encoder, text, size, false, true);
     retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
 
     bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.stretch.failed;
@@ -7788,50 +8080,48 @@ static const tok_token *tok_token_at(const retrofit_tokenizer *tokenizer, int32_
     return &tokenizer->tokens[id];
 }
 
-char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
-                      bool skip_special, size_t *size) {
-    retrofit_text out = {0}, run = {0};
-    bool ok = true, first = true;
-    for (size_t i = 0; ok && i < count; i++) {
-        const tok_token *token = tok_token_at(tokenizer, ids[i]);
-        if (!token && (ids[i] < 0 || ids[i] >= TOK_MAX_ID)) {
-            ok = retrofit_fail("id %d (number %zu of %zu) is no token's: ids go up to %zu",
-                               (int)ids[i], i, count, tokenizer->size - 1);
-        } else if (token && (!skip_special || !token->special)) {
-            if (!first && !tokenizer->has_decoder) retrofit_text_append(&out, " ", 1);
-            tok_decode_token(tokenizer, token, first, &out, &run);
-            first = false;
-        }
-    }
-    if (tokenizer->has[TOK_UNDO_BYTES]) retrofit_append_valid(&out, run.bytes, run.size);
-    else tok_flush_bytes(&out, &run);
-    retrofit_text_append(&out, "", 1);
-    free(run.bytes);
-    if (!ok || out.failed || run.failed) {
-        free(out.bytes);
-        return NULL;
-    }
-    bool strip = tokenizer->has[TOK_STRIP_SPACE] && out.bytes[0] == ' ';
-    *size = out.size - strip - 1;
-    return memmove(out.bytes, out.bytes + strip, *size + 1);
+// Whether a token gives no text before others come: it is left out, or it is a byte token, since
+// what a run of these stands for is known only when it is over.
+static bool tok_waits(const retrofit_tokenizer *tokenizer, int32_t id, bool skip_special) {
+    const tok_token *token = tok_token_at(tokenizer, id);
+    if (!token) return id >= 0 && id < TOK_MAX_ID;
+    if (skip_special && token->special) return true;
+    return tokenizer->has[TOK_BYTE_FALLBACK] && tok_fallback_byte(token) >= 0;
 }
 
-// Whether tokens to come may change the end of this text of `count` tokens: U+FFFD may yet become a
-// character, and what a run of byte tokens stands for is known only when it is over.
-static bool tok_may_change(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
-                           bool skip_special, const char *text, size_t size) {
-    if (size >= 3 && !memcmp(text + size - 3, UTF8_REPLACEMENT, 3)) return true;
-    if (!tokenizer->has[TOK_BYTE_FALLBACK]) return false;
-    for (size_t i = count; i > 0; i--) {
-        const tok_token *token = tok_token_at(tokenizer, ids[i - 1]);
-        if (token && !(skip_special && token->special)) return tok_fallback_byte(token) >= 0;
-    }
-    return false;
+// How many bytes at the end of text are a character that lacks its last bytes.
+static size_t tok_cut_size(const char *text, size_t size) {
+    uint32_t code_point;
+    size_t length = 1;
+    while (length < 3 && length < size && (text[size - length] & 0xc0) == 0x80) length++;
+    if (length > size) return 0;
+    const char *begin = text + size - length;
+    unsigned lead = (unsigned char)*begin;
+    bool whole = retrofit_utf8_next(begin, length, &code_point) == length;
+    bool cut = whole && code_point == RETROFIT_UTF8_INVALID && lead >= 0xc2 && lead <= 0xf4;
+    return cut ? length : 0;
 }
 
-// Decodes the tokens of the last text that was given out together with the new ones, and gives out
-// what is new. The former keep the new text from losing its leading space; so they stay in the
-// window until there is new text to do that for the next.
+// Decodes the next tokens to `out`, and to `run` what may wait there. false or error.
+static bool tok_decode_tokens(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
+                              const int32_t *ids, size_t end, bool skip_special,
+                              retrofit_text *out, retrofit_text *run) {
+    for (; stream->begin < end; stream->begin++) {
+        int32_t id = ids[stream->begin];
+        const tok_token *token = tok_token_at(tokenizer, id);
+        if (!token && (id < 0 || id >= TOK_MAX_ID))
+            return retrofit_fail("id %d (number %zu) is no token's: ids go up to %zu", (int)id,
+                                 stream->begin, tokenizer->size - 1);
+        if (!token || (skip_special && token->special)) continue;
+        if (stream->has_token && !tokenizer->has_decoder) retrofit_text_append(out, " ", 1);
+        tok_decode_token(tokenizer, token, !stream->has_token, out, run);
+        stream->has_token = true;
+    }
+    return true;
+}
+
+// Tokens at the end that wait are not decoded. In the byte-level alphabet tokens may end within a
+// character: its bytes wait in `cut`.
 char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream *stream,
                            const int32_t *ids, size_t count, bool skip_special, bool last,
                            size_t *size) {
@@ -7839,31 +8129,36 @@ char *retrofit_decode_next(const retrofit_tokenizer *tokenizer, retrofit_stream 
         return fail_null(
             "a stream at token %zu cannot go on with %zu tokens: zero it to start again",
             stream->end, count);
-    if (count) ids += stream->begin;
-    size_t window = count - stream->begin, old_window = stream->end - stream->begin;
-    char *text = retrofit_decode(tokenizer, ids, window, skip_special, size);
-    if (!text) return NULL;
+    size_t end = count;
+    while (!last && end > stream->end && tok_waits(tokenizer, ids[end - 1], skip_special)) end--;
+    if (!last && end == stream->end) end = stream->begin; // all that is new waits
+    stream->end = count;
 
-    size_t old_size = 0;
-    char *old = retrofit_decode(tokenizer, ids, old_window, skip_special, &old_size);
-    bool same = old && old_size <= *size && !memcmp(text, old, old_size);
-    if (old && !same)
-        retrofit_fail("tokens %zu to %zu change text already given out: decode them together",
-                      stream->end, count);
-    free(old);
-    if (!same) {
-        free(text);
+    retrofit_text out = {0}, run = {0};
+    retrofit_text_append(&run, stream->cut, stream->cut_size);
+    bool ok = tok_decode_tokens(tokenizer, stream, ids, end, skip_special, &out, &run);
+    if (tokenizer->has[TOK_UNDO_BYTES]) {
+        stream->cut_size = last ? 0 : tok_cut_size(run.bytes, run.size);
+        run.size -= stream->cut_size;
+        for (size_t i = 0; i < stream->cut_size; i++) stream->cut[i] = run.bytes[run.size + i];
+        retrofit_append_valid(&out, run.bytes, run.size);
+    } else tok_flush_bytes(&out, &run);
+    retrofit_text_append(&out, "", 1);
+    free(run.bytes);
+    if (!ok || out.failed || run.failed) {
+        free(out.bytes);
         return NULL;
     }
-    bool wait = !last && tok_may_change(tokenizer, ids, window, skip_special, text, *size);
-    *size = wait ? 0 : *size - old_size;
-    memmove(text, text + old_size, *size);
-    text[*size] = 0;
-    if (*size) {
-        stream->begin = stream->end;
-        stream->end = count;
-    }
-    return text;
+    bool strip = tokenizer->has[TOK_STRIP_SPACE] && !stream->has_text && out.bytes[0] == ' ';
+    stream->has_text = stream->has_text || out.size > 1;
+    *size = out.size - strip - 1;
+    return memmove(out.bytes, out.bytes + strip, *size + 1);
+}
+
+char *retrofit_decode(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
+                      bool skip_special, size_t *size) {
+    retrofit_stream stream = {0};
+    return retrofit_decode_next(tokenizer, &stream, ids, count, skip_special, true, size);
 }
 
 bool retrofit_decode_context(const retrofit_tokenizer *tokenizer, const int32_t *ids, size_t count,
@@ -8103,6 +8398,7 @@ static void tok_load_special(tok_loader *loader, const retrofit_json *special,
                              tok_specials *specials) {
     const retrofit_tokenizer *tokenizer = loader->tokenizer;
     const retrofit_json *value = tok_get(loader, special, "ids", RETROFIT_JSON_ARRAY)->child;
+    if (!value) tok_refuse(loader, "without an id, the", "SpecialToken");
     for (; value && !loader->failed; value = value->next) {
         int32_t id = tok_read_id(loader, value);
         bool is_token = (size_t)id < tokenizer->size && tokenizer->tokens[id].text;
@@ -8366,12 +8662,14 @@ static void tok_load_merges(tok_loader *loader, const retrofit_json *merges) {
     free(both.bytes);
 }
 
-// By key, then the longest first.
+// By key, then by text, where the one to be found is the last of those with the same.
 static int tok_compare_added(const void *a, const void *b) {
     const tok_added *x = a, *y = b;
     if (x->key != y->key) return x->key - y->key;
-    if (x->size != y->size) return x->size < y->size ? 1 : -1;
-    return x->order - y->order;
+    int order = memcmp(x->text, y->text, retrofit_min(x->size, y->size));
+    if (order) return order;
+    if (x->size != y->size) return x->size < y->size ? -1 : 1;
+    return y->order - x->order;
 }
 
 // An added token as a file describes it: its text, as a string or as "content" beside its flags.
@@ -8459,6 +8757,18 @@ static void tok_load_added(tok_loader *loader, const retrofit_json *entry) {
     tok_enter_added(loader, new);
 }
 
+// Sets `shorter`, in the tokens' order: it is the token before, or one that this one begins with.
+static void tok_link_added(retrofit_tokenizer *tokenizer) {
+    tok_added *all = tokenizer->added;
+    for (size_t i = 0; i < tokenizer->added_count; i++) {
+        int32_t j = (int32_t)i - 1;
+        while (j >= 0 && (all[j].key != all[i].key || all[j].size > all[i].size ||
+                          memcmp(all[j].text, all[i].text, all[j].size)))
+            j = all[j].shorter;
+        all[i].shorter = j;
+    }
+}
+
 // Makes the added tokens ready to be found. Where one's text is normalized to be found, decoding
 // still gives the text as it stands in the file, as Hugging Face's tokenizers do since 0.21.
 static void tok_index_added(tok_loader *loader) {
@@ -8483,6 +8793,7 @@ static void tok_index_added(tok_loader *loader) {
     if (loader->failed) return;
 
     qsort(tokenizer->added, count, sizeof *tokenizer->added, tok_compare_added);
+    tok_link_added(tokenizer);
     for (int key = 0; key <= 512; key++) {
         while (i < count && tokenizer->added[i].key < key) i++;
         tokenizer->added_begin[key] = i;
@@ -8683,7 +8994,7 @@ static void tok_load_more_tokens(tok_loader *loader) {
 static void tok_note_missing_class(const tok_loader *loader) {
     char path[RETROFIT_PATH];
     bool fits = retrofit_path(path, loader->directory, "config.json");
-    if (!fits || !retrofit_may_exist(path)) return;
+    if (!fits || !retrofit_is_there(path)) return;
     retrofit_json *json = retrofit_json_read(path, NULL);
     if (retrofit_json_is(retrofit_json_get(json, "model_type"), "llama"))
         retrofit_note("%s/tokenizer_config.json: no tokenizer_class: tokenizer.json is followed as "
@@ -8816,7 +9127,7 @@ static retrofit_json *tok_read_json(tok_loader *loader, const char *directory, c
     size_t size;
     if (loader->failed) return NULL;
     bool has_path = retrofit_path(loader->path, directory, name);
-    if (has_path && !needed && !retrofit_may_exist(loader->path)) return NULL;
+    if (has_path && !needed && !retrofit_is_there(loader->path)) return NULL;
     retrofit_json *root = has_path ? retrofit_json_read(loader->path, &size) : NULL;
     if (!root) loader->failed = true;
     else *sum += size;
@@ -8852,8 +9163,8 @@ static void tok_load_directory(tok_loader *loader, const char *directory) {
 static void tok_explain_missing(const char *directory) {
     char path[RETROFIT_PATH];
     bool fits = retrofit_path(path, directory, "tokenizer.json");
-    if (!fits || retrofit_may_exist(path)) return;
-    if (retrofit_path(path, directory, "tokenizer.model") && retrofit_may_exist(path))
+    if (!fits || retrofit_is_there(path)) return;
+    if (retrofit_path(path, directory, "tokenizer.model") && retrofit_is_there(path))
         retrofit_fail("%s: there is no tokenizer.json beside it: make one with transformers, "
                       "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)", path);
 }
@@ -8865,7 +9176,7 @@ retrofit_tokenizer *retrofit_tokenizer_load(const char *directory) {
     loader.last_row = -1;
     loader.last_added = -1;
     char path[RETROFIT_PATH];
-    bool here = retrofit_path(path, directory, "tokenizer.json") && retrofit_may_exist(path);
+    bool here = retrofit_path(path, directory, "tokenizer.json") && retrofit_is_there(path);
     tok_load_directory(&loader, here ? directory : retrofit_model_directory(directory, path));
     retrofit_json_free(loader.root);
     retrofit_json_free(loader.config);
@@ -8903,18 +9214,17 @@ bool retrofit_machine_failed(void) {
     return errno == ENOMEM || errno == EMFILE || errno == ENFILE || errno == EIO;
 }
 
-// Beside ASCII's, which a terminal obeys too: U+0080 to U+009F, of two bytes.
-void retrofit_escape(char *line) {
-    for (unsigned char *c = (unsigned char *)line; *c; c++) {
-        bool beyond_ascii = *c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0;
-        if (beyond_ascii) c[1] = '?';
-        if (beyond_ascii || *c < ' ' || *c == 127) *c = '?';
+// Latin-1's control characters are c2 80 … c2 9f in UTF-8.
+void retrofit_make_line(char *text) {
+    for (unsigned char *c = (unsigned char *)text; *c; c++) {
+        if (*c < ' ' || *c == 127) *c = '?';
+        if (*c == 0xc2 && c[1] >= 0x80 && c[1] < 0xa0) memset(c, '?', 2);
     }
 }
 
 static void format_line(char line[1024], const char *format, va_list args) {
     vsnprintf(line, 1024, format, args);
-    retrofit_escape(line);
+    retrofit_make_line(line);
 }
 
 static void record_error(const char *format, va_list args) {
@@ -8952,16 +9262,102 @@ void retrofit_note(const char *format, ...) {
     size_t i = 0;
     while (i < count && said[i] != hash) i++;
     if (i < count) return;
+    retrofit_live_line(NULL);
     fprintf(stderr, "note: %s\n", line);
     if (count < sizeof said / sizeof *said) said[count++] = hash;
+}
+
+// A terminal that can go back to the beginning of its line.
+static bool has_live_lines(void) {
+    const char *kind = getenv("TERM");
+    return isatty(STDERR_FILENO) && !(kind && !strcmp(kind, "dumb"));
+}
+
+// How many bytes of text fit into so many columns. East Asian characters, and with them all above
+// U+10FF but punctuation and symbols, are counted as two wide.
+static size_t clip_to_columns(const char *text, size_t columns) {
+    size_t size = strlen(text), at = 0;
+    while (at < size) {
+        uint32_t c;
+        size_t n = retrofit_utf8_next(text + at, size - at, &c);
+        size_t width = c < 0x1100 || (c >= 0x2000 && c < 0x2e80) ? 1 : 2;
+        if (width > columns) break;
+        columns -= width;
+        at += n;
+    }
+    return at;
+}
+
+// The last column stays free: what stands in it makes some terminals begin a new line.
+void retrofit_live_line(const char *text) {
+    static volatile sig_atomic_t shown;
+    static const char erase[] = "\r\033[K";
+    if (!text) {
+        bool erased = !shown || write(STDERR_FILENO, erase, sizeof erase - 1) > 0;
+        shown = !erased;
+        return;
+    }
+    if (!has_live_lines()) {
+        fprintf(stderr, "%s\n", text);
+        return;
+    }
+    struct winsize window;
+    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &window) && window.ws_col > 0;
+    size_t size = clip_to_columns(text, known ? window.ws_col - 1u : 79);
+    shown = true;
+    fprintf(stderr, "\r%.*s\033[K", (int)size, text);
+}
+
+bool retrofit_live_line_due(void) {
+    static double last;
+    double now = retrofit_seconds();
+    if (last == 0) last = now;
+    if (now - last < (has_live_lines() ? 0.2 : 2)) return false;
+    last = now;
+    return true;
+}
+
+bool retrofit_shows_shares;
+
+void retrofit_show_share(size_t done, size_t total, const char *format, ...) {
+    if (!retrofit_shows_shares) return;
+    if (done == total) retrofit_live_line(NULL);
+    if (done == total || !retrofit_live_line_due()) return;
+    char what[1024], line[1088];
+    va_list args;
+    va_start(args, format);
+    format_line(what, format, args);
+    va_end(args);
+    snprintf(line, sizeof line, "%.0f %% of %s", 100 * (double)done / (double)total, what);
+    retrofit_live_line(line);
 }
 
 void *retrofit_allocate(size_t count, size_t size) {
     if (size > 0 && count > SIZE_MAX / size)
         return fail_null("a size of %zu x %zu bytes overflows", count, size);
     void *memory = calloc(retrofit_max(count, 1), retrofit_max(size, 1));
-    if (!memory) return fail_null("out of memory: %zu bytes", count * size);
+    if (!memory) return fail_null("out of memory: %zu bytes", retrofit_max(count * size, 1));
     return memory;
+}
+
+void *retrofit_reallocate(void *memory, size_t count, size_t size) {
+    if (size > 0 && count > SIZE_MAX / size)
+        return fail_null("a size of %zu x %zu bytes overflows", count, size);
+    void *bigger = realloc(memory, retrofit_max(count * size, 1));
+    if (!bigger) return fail_null("out of memory: %zu bytes", retrofit_max(count * size, 1));
+    return bigger;
+}
+
+char *retrofit_copy_string(const char *string) {
+    size_t size = strlen(string) + 1;
+    char *copy = retrofit_reallocate(NULL, size, 1);
+    return copy ? memcpy(copy, string, size) : NULL;
+}
+
+bool retrofit_flush_stdout(void) {
+    errno = 0;
+    bool failed = fflush(stdout) || ferror(stdout);
+    return !failed || retrofit_fail("writing to stdout failed: %s", strerror(errno ? errno : EIO));
 }
 
 // ---- Files and directories ---------------------------------------------------------------------
@@ -9051,45 +9447,41 @@ uint64_t retrofit_sample_hash(const void *data, size_t size) {
     return hash;
 }
 
+bool retrofit_is_there(const char *path) {
+    struct stat status;
+    return !lstat(path, &status) || (errno != ENOENT && errno != ENOTDIR);
+}
+
 bool retrofit_check_directory(const char *path) {
     struct stat status;
     if (stat(path, &status))
         return retrofit_fail("%s: %s: a model is a directory here; download it first (for example "
-                             "huggingface-cli download NAME --local-dir DIR)", path,
-                             strerror(errno));
+                             "hf download NAME --local-dir DIR)", path, strerror(errno));
     if (S_ISDIR(status.st_mode)) return true;
     return retrofit_fail("%s: a file, not a model's directory: name the directory; a GGUF is made "
                          "one by convert --from FILE --to DIR", path);
 }
 
-bool retrofit_may_exist(const char *path) {
-    return access(path, F_OK) == 0 || (errno != ENOENT && errno != ENOTDIR);
-}
-
+// A regular file is made beside its final place, so that the directory must be writable.
 bool retrofit_check_writable(const char *path) {
     char parent[RETROFIT_PATH];
     struct stat status;
     if (strlen(path) >= sizeof parent)
         return retrofit_fail("%.60s…: a path longer than %d bytes", path, RETROFIT_PATH - 1);
-    if (stat(path, &status) == 0) {
-        if (S_ISDIR(status.st_mode)) return retrofit_fail("%s: is a directory", path);
-        return access(path, W_OK) == 0 || retrofit_fail("%s: %s", path, strerror(errno));
-    }
-    strcpy(parent, path);
+    bool there = stat(path, &status) == 0;
+    if (there && S_ISDIR(status.st_mode)) return retrofit_fail("%s: is a directory", path);
+    if (there && access(path, W_OK)) return retrofit_fail("%s: %s", path, strerror(errno));
+    if (there && !S_ISREG(status.st_mode)) return true;
+    if (!there || !realpath(path, parent)) strcpy(parent, path);
     retrofit_parent_directory(parent);
     if (stat(parent, &status) == 0 && !S_ISDIR(status.st_mode)) errno = ENOTDIR;
     else if (access(parent, W_OK | X_OK) == 0) return true;
     return retrofit_fail("%s: %s", path, strerror(errno));
 }
 
-bool retrofit_finish_output(void) {
-    errno = 0;
-    if (!fflush(stdout) && !ferror(stdout)) return true;
-    return retrofit_fail("writing to stdout failed: %s", strerror(errno ? errno : EIO));
-}
-
 bool retrofit_finish_file(FILE *file, const char *path, bool ok) {
-    ok = ok && !ferror(file) && !fflush(file) && !fsync(fileno(file));
+    ok = ok && !ferror(file) && !fflush(file);
+    ok = ok && (!fsync(fileno(file)) || errno == EINVAL); // which a pipe answers
     int problem = errno;
     if (fclose(file) && ok) {
         ok = false;
@@ -9356,6 +9748,28 @@ static void print_options(const retrofit_option *table, size_t count, const char
         }
         printf("%*s%s\n", HELP_COLUMN - width, "", option->help);
     }
+    printf("\n%-*s%s\n", HELP_COLUMN, "  --help, --version", "this text; what this program is");
+}
+
+// What a report of a fault should say.
+static void print_version(const char *program) {
+#ifdef _OPENMP
+    const char *threads = "threads";
+#else
+    const char *threads = "one thread";
+#endif
+#ifdef RETROFIT_CUDA
+    const char *gpu = "for CPU and GPU";
+#else
+    const char *gpu = "for CPUs";
+#endif
+#ifdef __clang__
+    const char *compiler = ""; // __VERSION__ names it
+#else
+    const char *compiler = "gcc ";
+#endif
+    printf("%s of retrofit %s, %s, %s, compiled by %s%s\n", program, RETROFIT_VERSION, gpu, threads,
+           compiler, __VERSION__);
 }
 
 // name: up to "=" or the end.
@@ -9408,15 +9822,47 @@ static void prepare_process(void) {
     signal(SIGXFSZ, SIG_IGN);
 }
 
+#ifdef _OPENMP
+// Whether something else computes at this moment: more runs than this program.
+static bool machine_is_busy(void) {
+    unsigned running = 0;
+    FILE *f = fopen("/proc/loadavg", "re");
+    if (!f) return false;
+    if (fscanf(f, "%*f %*f %*f %u/", &running) != 1) running = 0;
+    fclose(f);
+    return running > 1;
+}
+
+// OpenMP's threads spin for milliseconds where they wait for each other. On a processor that they
+// share, this uses up the time that they would need a moment later: a training beside one other
+// program becomes 5 to 20 times as slow. Falling asleep after 2000 turns, some ten microseconds,
+// costs nothing alone. The libraries read the environment before main, hence the new start.
+// libgomp counts turns. libomp knows milliseconds only: even one is too many on a busy machine,
+// and none costs a fifth of the speed of decoding on a quiet one.
+void retrofit_share_processors(char **argv) {
+    const char *chosen[] = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY"};
+    for (size_t i = 0; i < sizeof chosen / sizeof *chosen; i++) {
+        if (getenv(chosen[i])) return;
+    }
+    if (setenv("GOMP_SPINCOUNT", "2000", true)) return;
+    if (setenv("KMP_BLOCKTIME", machine_is_busy() ? "0" : "1", true)) return;
+    execv("/proc/self/exe", argv); // returns only where there is no /proc: then it stays as it is
+}
+#else
+void retrofit_share_processors(char **argv) { (void)argv; }
+#endif
+
 int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t count,
                      const char *usage, const char **others, size_t *other_count) {
     prepare_process();
     const char *slash = strrchr(argv[0], '/'), *program = slash ? slash + 1 : argv[0];
     for (int i = 1; i < argc; i++) {
         const char *argument = argv[i], *name = argument + 2, *value = strchr(argument, '=');
-        if (!strcmp(argument, "--help") || !strcmp(argument, "-h")) {
-            print_options(table, count, usage);
-            if (retrofit_finish_output()) return 0;
+        bool help = !strcmp(argument, "--help") || !strcmp(argument, "-h");
+        if (help || !strcmp(argument, "--version")) {
+            if (help) print_options(table, count, usage);
+            else print_version(program);
+            if (retrofit_flush_stdout()) return 0;
             fprintf(stderr, "%s: %s\n", program, retrofit_error());
             return 1;
         }

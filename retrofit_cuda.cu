@@ -463,9 +463,9 @@ template <typename K> static void allow_shared_memory(K *kernel, size_t bytes) {
 __global__ void probe_kernel(void) {}
 
 static cudaError_t find_device(void) {
-    int count = 0;
+    int count = 0, driver = 0; // driver 0: there is none
     cudaError_t error = cudaGetDeviceCount(&count);
-    if (error == cudaSuccess && count == 0) error = cudaErrorNoDevice;
+    if (!cudaDriverGetVersion(&driver) && driver == 0) error = cudaErrorNoDevice;
     if (error == cudaSuccess) error = cudaGetDeviceProperties(&device, 0);
     return error;
 }
@@ -480,10 +480,10 @@ static cudaError_t prepare_device(void) {
     return cudaGetLastError();
 }
 
-static const char *start_hint(cudaError_t error) {
-    if (error == cudaErrorInsufficientDriver) return ", or there is none";
-    if (error == cudaErrorNoKernelImageForDevice) return ": make clean, then make on this machine";
-    return "";
+static const char *start_problem(cudaError_t error) {
+    if (error == cudaErrorNoDevice) return "none found";
+    if (error != cudaErrorNoKernelImageForDevice) return cudaGetErrorString(error);
+    return "built for other GPUs: make clean, then make on this machine";
 }
 
 static bool cuda_start(char text[256]) {
@@ -497,7 +497,7 @@ static bool cuda_start(char text[256]) {
     if (error == cudaSuccess && !ready) error = prepare_device();
     if (error != cudaSuccess) {
         cudaGetLastError(); // the error is told here, not at the next launch
-        snprintf(text, 256, "%.100s%s", cudaGetErrorString(error), start_hint(error));
+        snprintf(text, 256, "%.200s", start_problem(error));
         return false;
     }
     ready = true;

@@ -24,6 +24,7 @@ static struct {
     size_t save_every, keep, eval_every, eval_rows, sample_tokens, max_bad_steps;
     double beta1, beta2, weight_decay, clip;
     double flops, time_limit, save_before;              // time_limit, save_before: minutes
+    double gpu_memory, gpu_tflops;                      // of a GPU that is only planned with
     int optimizer, train, curriculum, state_init;       // indices of choices
     int device, precision, dry_run;
     bool shuffle, resume, resume_anyway, recompute;
@@ -56,7 +57,7 @@ static const retrofit_option option_table[] = {
     {"out", RETROFIT_STRING, &options.out, "DIR",
      "gets step_00000100/ (a model), latest -> the newest, log.jsonl"},
     {"resume", RETROFIT_FLAG, &options.resume, NULL,
-     "go on from DIR/latest, to the same bits as if never stopped"},
+     "go on from DIR/latest, to the same bits; without --model, with the run's own options"},
     {"resume-anyway", RETROFIT_FLAG, &options.resume_anyway, NULL,
      "the same with options that alter the run; says which"},
     {"save-every", RETROFIT_SIZE, &options.save_every, "N",
@@ -143,7 +144,13 @@ static const retrofit_option option_table[] = {
      "of matrices and activations on a GPU; masters and sums are fp32 (bf16)"},
     {"recompute", RETROFIT_FLAG, &options.recompute, NULL,
      "keep a sixth of the activations and compute the rest again: a quarter more work"},
+    {"gpu-memory", RETROFIT_REAL, &options.gpu_memory, "GB",
+     "with --dry-run: plan for a GPU that is not here, with so much memory (H100: 80)"},
+    {"gpu-tflops", RETROFIT_REAL, &options.gpu_tflops, "N",
+     "and with this peak of dense bf16 products, as its maker states it (H100: 989)"},
 };
+
+enum { OPTIONS = sizeof option_table / sizeof *option_table };
 
 // The choices by their indices.
 static const char *const optimizer_names[] = {"adamw", "muon", "ellisadam"};
@@ -180,6 +187,8 @@ static struct {
     char log_path[RETROFIT_PATH];   // OUT/log.jsonl
     FILE *log;
     char *data_shards, *val_shards; // what they are, by retrofit_data_describe; NULL for none
+    retrofit_text options;          // for OUT/options.txt
+    char *taken_up;                 // what it was when this program began; NULL if not used
     uint64_t model_hash;            // of the files of weights of --model
     uint64_t tokenizer_hash;        // 0: none that can be read
     bool training;                  // steps are being made: what fails now saves them first
@@ -192,23 +201,37 @@ static struct {
 
 // ---- Messages ----------------------------------------------------------------------------------
 
-static bool live_line; // the terminal's cursor stands behind a line that the next step replaces
+enum { MESSAGE_SIZE = 8192 };
 
+static bool step_shown; // the terminal's last line is a step's, which the next one would replace
+
+// Keeps the last step's line above what comes now.
 static void end_live_line(void) {
-    if (live_line) fputc('\n', stderr);
-    live_line = false;
+    if (step_shown) fputc('\n', stderr);
+    step_shown = false;
+    retrofit_live_line(NULL);
 }
 
 // Prints a line on stderr.
 __attribute__((format(printf, 1, 2))) static void message(const char *format, ...) {
-    char text[2 * RETROFIT_PATH];
+    char text[MESSAGE_SIZE];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    retrofit_escape(text);
+    retrofit_make_line(text);
     end_live_line();
     fprintf(stderr, "%s\n", text);
+}
+
+// Appends to a text that has memory for so many bytes.
+__attribute__((format(printf, 3, 4))) static void append(char *text, size_t size,
+                                                         const char *format, ...) {
+    size_t used = strlen(text);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text + used, size - used, format, args);
+    va_end(args);
 }
 
 static bool save(void);
@@ -224,12 +247,12 @@ static const char *save_unsaved_steps(void) {
 
 // Ends the program with a line on stderr. Exit code 1: something failed; 2: bad usage.
 __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const char *format, ...) {
-    char text[2048];
+    char text[MESSAGE_SIZE];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    retrofit_escape(text);
+    retrofit_make_line(text);
     const char *saved = save_unsaved_steps();
     end_live_line();
     fprintf(stderr, "train: %s%s\n", text, saved);
@@ -261,6 +284,118 @@ static double shortest_decimal(float x) {
     return strtod(text, NULL);
 }
 
+// ---- OUT/options.txt: the run's own options, with which --resume alone goes on -----------------
+
+// As the command line has an option: --name=value; empty where there is nothing to say.
+static void format_option(const retrofit_option *option, char text[RETROFIT_PATH]) {
+    const void *value = option->value;
+    const char *name = option->name, *string;
+    text[0] = 0;
+    switch (option->type) {
+    case RETROFIT_FLAG:
+        if (*(const bool *)value) snprintf(text, RETROFIT_PATH, "--%s", name);
+        break;
+    case RETROFIT_STRING:
+        string = *(const char *const *)value;
+        if (string) snprintf(text, RETROFIT_PATH, "--%s=%s", name, string);
+        break;
+    case RETROFIT_SIZE:
+        snprintf(text, RETROFIT_PATH, "--%s=%zu", name, *(const size_t *)value);
+        break;
+    case RETROFIT_REAL: // the digits that were typed, unless they were more than 15
+        snprintf(text, RETROFIT_PATH, "--%s=%.15g", name, *(const double *)value);
+        if (strtod(strchr(text, '=') + 1, NULL) != *(const double *)value)
+            snprintf(text, RETROFIT_PATH, "--%s=%.17g", name, *(const double *)value);
+        break;
+    case RETROFIT_CHOICE: {
+        const char *choice = option->argument;
+        for (int i = *(const int *)value; i > 0; i--) choice = strchr(choice, '|') + 1;
+        snprintf(text, RETROFIT_PATH, "--%s=%.*s", name, (int)strcspn(choice, "|"), choice);
+    }
+    }
+}
+
+// Options of one start of the program, not of the run.
+static bool is_of_one_start(const retrofit_option *option) {
+    static const char *const names[] = {"out", "resume", "resume-anyway", "dry-run", "gpu-memory",
+                                        "gpu-tflops"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (!strcmp(option->name, names[i])) return true;
+    }
+    return option->type == RETROFIT_HEADING;
+}
+
+static char default_options[OPTIONS][64];
+
+static void remember_defaults(void) {
+    char text[RETROFIT_PATH];
+    for (size_t i = 0; i < OPTIONS; i++) {
+        format_option(&option_table[i], text);
+        memcpy(default_options[i], text, sizeof default_options[i] - 1);
+    }
+}
+
+// Those that are not as they are without being given, one a line. A file cannot say it of a path
+// with a line break: it must be given again.
+static void remember_options(void) {
+    char text[RETROFIT_PATH];
+    for (size_t i = 0; i < OPTIONS; i++) {
+        const retrofit_option *option = &option_table[i];
+        if (is_of_one_start(option)) continue;
+        format_option(option, text);
+        if (!*text || !strcmp(text, default_options[i]) || strchr(text, '\n')) continue;
+        retrofit_text_append(&run.options, text, strlen(text));
+        retrofit_text_append(&run.options, "\n", 1);
+    }
+    require(!run.options.failed);
+}
+
+static bool write_options(void) {
+    char path[RETROFIT_PATH], temporary[RETROFIT_PATH];
+    if (!retrofit_path(path, options.out, "options.txt")) return false;
+    if (!retrofit_path(temporary, options.out, "options.txt.tmp")) return false;
+    FILE *file = fopen(temporary, "wb");
+    if (!file) return retrofit_fail("%s: %s", temporary, strerror(errno));
+    fwrite(run.options.bytes, 1, run.options.size, file);
+    if (!retrofit_finish_file(file, temporary, true)) return false;
+    if (rename(temporary, path) == 0) return true;
+    retrofit_fail("%s: %s", path, strerror(errno));
+    unlink(temporary);
+    return false;
+}
+
+static bool is_option_of_run(const char *line) {
+    for (size_t i = 0; i < OPTIONS; i++) {
+        const retrofit_option *option = &option_table[i];
+        size_t n = strlen(option->name);
+        if (is_of_one_start(option) || strncmp(line, "--", 2)) continue;
+        if (!strncmp(line + 2, option->name, n) && (line[2 + n] == '=' || line[2 + n] == 0))
+            return true;
+    }
+    return false;
+}
+
+// Takes the options that OUT/options.txt has. Their strings stay in memory. Returns -1 to go on, or
+// an exit code.
+static int take_up_options(char *program) {
+    char path[RETROFIT_PATH], *arguments[OPTIONS + 1] = {program};
+    size_t size;
+    int count = 1;
+    require(retrofit_path(path, options.out, "options.txt"));
+    if (access(path, F_OK))
+        die(2, "--resume: %s: %s: give --model, --data and the others as when the run began", path,
+            strerror(errno));
+    run.taken_up = retrofit_read_file(path, &size);
+    require(run.taken_up);
+    for (char *line = strtok(run.taken_up, "\n"); line; line = strtok(NULL, "\n")) {
+        if (!is_option_of_run(line) || count > OPTIONS)
+            die(1, "%s: '%s' is not an option of a run: give --model and all others", path, line);
+        arguments[count++] = line;
+    }
+    retrofit_note("going on with the options in %s", path);
+    return retrofit_options(count, arguments, option_table, OPTIONS, "", NULL, NULL);
+}
+
 // The paper's numbers are the defaults, but for those that depend on the model or must be given.
 static void set_defaults(void) {
     const retrofit_optimizer *optimizer = &retrofit_paper_training.optimizer;
@@ -275,6 +410,7 @@ static void set_defaults(void) {
     options.beta2 = shortest_decimal(optimizer->beta2);
     options.weight_decay = shortest_decimal(optimizer->weight_decay);
     options.clip = shortest_decimal(optimizer->clip);
+    remember_defaults();
 }
 
 // Returns -1 to go on, or an exit code.
@@ -282,12 +418,17 @@ static int read_options(int argc, char **argv) {
     static const char usage[] =
         "train --model DIR --data 'GLOB' --out DIR --steps N [options]\n"
         "Trains a recurrent model made by convert, or a plain Llama as the baseline.\n";
-    size_t count = sizeof option_table / sizeof *option_table;
-    int code = retrofit_options(argc, argv, option_table, count, usage, NULL, NULL);
+    int code = retrofit_options(argc, argv, option_table, OPTIONS, usage, NULL, NULL);
     if (code >= 0) return code;
+    if (options.resume_anyway) options.resume = true;
+    if (options.resume && !options.out) die(2, "--resume: --out is needed, where the run is");
+    if (options.resume && !options.model) {
+        code = take_up_options(argv[0]);
+        if (code < 0) code = retrofit_options(argc, argv, option_table, OPTIONS, usage, NULL, NULL);
+        if (code >= 0) return code;
+    }
     if (!options.model || (!options.dry_run && (!options.data || !options.out)))
         die(2, "--model, --data, --out and --steps are needed (see --help)");
-    if (options.resume_anyway) options.resume = true;
     return -1;
 }
 
@@ -346,6 +487,8 @@ static void check_ranges(void) {
         {"flops", options.flops, 0, 1e300},
         {"time-limit", options.time_limit, 0, 1e9},
         {"save-before", options.save_before, 0, 1e9},
+        {"gpu-memory", options.gpu_memory, 0, 1e9},
+        {"gpu-tflops", options.gpu_tflops, 0, 1e9},
     };
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++) {
         double value = ranges[i].value, low = ranges[i].low, high = ranges[i].high;
@@ -542,6 +685,16 @@ static double shown_muon_lr(const retrofit_plan *plan) {
 
 // ---- Validation --------------------------------------------------------------------------------
 
+// Where a long evaluation is.
+static void show_evaluation(const char *what, size_t done, size_t count) {
+    char text[128];
+    if (!retrofit_live_line_due()) return;
+    end_live_line();
+    snprintf(text, sizeof text, "step %zu: evaluation, %s %zu of %zu", progress.step, what,
+             done + 1, count);
+    retrofit_live_line(text);
+}
+
 // Adds b times the mean loss of rows first … first + b - 1 to loss[i], at the i-th of the
 // recurrences. Rows and start states are the same in every validation. A deeper state goes on from
 // the one before it in the list; where the list goes down again, it starts anew.
@@ -589,6 +742,7 @@ static bool validate(void) {
     size_t micro = options.micro_batch_size;
     for (size_t first = 0; first < rows; first += micro) {
         if (should_stop(0)) return false;
+        show_evaluation("row", first, rows);
         validate_rows(first, retrofit_min(rows - first, micro), loss);
     }
     report_validation(loss, rows);
@@ -715,6 +869,7 @@ static bool sample(void) {
     for (size_t i = 0; i < samples.count * eval_count; i++) { // each prompt at each depth
         const prompt *p = &samples.prompts[i / eval_count];
         size_t count, r = eval_recurrences[i % eval_count];
+        show_evaluation("text", i, samples.count * eval_count);
         if (!continue_prompt(p, r, &count)) return false;
         report_sample(p, r, count);
     }
@@ -930,15 +1085,20 @@ static const char *find_intact(const char *except, char path[RETROFIT_PATH]) {
     return found;
 }
 
+// The name of the newest checkpoint, as OUT/latest says it; "latest" if that is a copy.
+static void newest_name(char name[RETROFIT_PATH]) {
+    ssize_t size = readlink(run.latest, name, RETROFIT_PATH - 1);
+    const char *slash = strrchr(run.newest, '/');
+    if (size >= 0) name[size] = 0;
+    else snprintf(name, RETROFIT_PATH, "%s", slash ? slash + 1 : run.newest);
+}
+
 // Ends the program if OUT/latest is damaged, and says which older checkpoint is not.
 static void check_latest(void) {
-    char path[RETROFIT_PATH], linked[RETROFIT_PATH] = {0}, error[1024];
+    char path[RETROFIT_PATH], linked[RETROFIT_PATH], error[1024];
     if (check_manifest(run.newest)) return;
     snprintf(error, sizeof error, "%s", retrofit_error());
-    const char *slash = strrchr(run.newest, '/');
-    if (readlink(run.latest, linked, sizeof linked - 1) < 0)
-        snprintf(linked, sizeof linked, "%s", slash ? slash + 1 : run.newest);
-
+    newest_name(linked);
     const char *intact = find_intact(linked, path);
     if (intact)
         die(1, "%s; %s is intact: rm %s && echo %s >%s, then --resume", error, path, run.latest,
@@ -951,15 +1111,6 @@ static void check_latest(void) {
 
 enum { HYPERPARAMETERS_SIZE = 1024 };
 
-// Appends to a text of HYPERPARAMETERS_SIZE bytes.
-__attribute__((format(printf, 2, 3))) static void append(char *text, const char *format, ...) {
-    size_t used = strlen(text);
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text + used, HYPERPARAMETERS_SIZE - used, format, args);
-    va_end(args);
-}
-
 static unsigned long long hash_of(const char *text) {
     return text ? retrofit_sample_hash(text, strlen(text)) : 0;
 }
@@ -967,31 +1118,34 @@ static unsigned long long hash_of(const char *text) {
 // As name=value, separated by spaces; of data, model and tokenizer a hash.
 static void describe_hyperparameters(char text[HYPERPARAMETERS_SIZE]) {
     const retrofit_training *t = &training;
+    const size_t size = HYPERPARAMETERS_SIZE;
     text[0] = 0;
-    append(text, "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu", t->steps,
+    append(text, size, "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu", t->steps,
            options.batch_size, options.micro_batch_size, options.seq_len);
-    append(text, " train=%s optimizer=%s throttle=%d", train_names[options.train],
+    append(text, size, " train=%s optimizer=%s throttle=%d", train_names[options.train],
            optimizer_names[options.optimizer], t->throttle);
-    append(text, " lr=%.9g muon-lr=%.9g", t->lr, t->muon_lr);
-    append(text, " weight-decay=%.9g", options.weight_decay);
-    append(text, " beta1=%.9g beta2=%.9g clip=%.9g", options.beta1, options.beta2, options.clip);
-    append(text, " warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g", t->warmup, t->cooldown,
+    append(text, size, " lr=%.9g muon-lr=%.9g", t->lr, t->muon_lr);
+    append(text, size, " weight-decay=%.9g", options.weight_decay);
+    append(text, size, " beta1=%.9g beta2=%.9g clip=%.9g", options.beta1, options.beta2,
+           options.clip);
+    append(text, size, " warmup=%.9g cooldown=%.9g min-lr-ratio=%.9g", t->warmup, t->cooldown,
            t->min_lr_ratio);
-    append(text, " mean-recurrence=%zu backprop-depth=%zu", t->mean_recurrence, t->backprop_depth);
-    append(text, " depth-warmup=%.9g depth-start=%zu", t->depth_warmup, t->depth_start);
-    append(text, " curriculum=%s curriculum-warmup=%.9g", curriculum_names[options.curriculum],
-           t->curriculum_warmup);
-    if (t->fixed_k) append(text, " fixed-recurrences=%zu,%zu", t->fixed_n, t->fixed_k);
-    else append(text, " fixed-recurrences=none");
-    append(text, " state-init=%s seed=%zu shuffle=%d", options.state_init ? "zero" : "normal",
+    append(text, size, " mean-recurrence=%zu backprop-depth=%zu", t->mean_recurrence,
+           t->backprop_depth);
+    append(text, size, " depth-warmup=%.9g depth-start=%zu", t->depth_warmup, t->depth_start);
+    append(text, size, " curriculum=%s curriculum-warmup=%.9g",
+           curriculum_names[options.curriculum], t->curriculum_warmup);
+    if (t->fixed_k) append(text, size, " fixed-recurrences=%zu,%zu", t->fixed_n, t->fixed_k);
+    else append(text, size, " fixed-recurrences=none");
+    append(text, size, " state-init=%s seed=%zu shuffle=%d", options.state_init ? "zero" : "normal",
            options.seed, options.shuffle);
-    append(text, " data-rows=%zu device=%.4s precision=%s", run.data_rows, run.ops->name,
+    append(text, size, " data-rows=%zu device=%.4s precision=%s", run.data_rows, run.ops->name,
            run.ops->act_type == RETROFIT_BF16 ? "bf16" : "fp32");
-    append(text, " model=%016llx tokenizer=%016llx", (unsigned long long)run.model_hash,
+    append(text, size, " model=%016llx tokenizer=%016llx", (unsigned long long)run.model_hash,
            (unsigned long long)run.tokenizer_hash);
-    append(text, " data=%016llx", hash_of(run.data_shards));
-    if (run.val_shards) append(text, " val=%016llx", hash_of(run.val_shards));
-    else append(text, " val=none");
+    append(text, size, " data=%016llx", hash_of(run.data_shards));
+    if (run.val_shards) append(text, size, " val=%016llx", hash_of(run.val_shards));
+    else append(text, size, " val=none");
 }
 
 // Where the pair behind this one begins.
@@ -1212,17 +1366,46 @@ static void check_hyperparameters(const retrofit_map *file) {
         retrofit_note("the weights are the checkpoint's, not those of --model %s", options.model);
 }
 
+// A number of the progress: finite, and not negative.
+static double read_number(const retrofit_map *file, const char *key) {
+    const char *text = read_metadata(file, key);
+    char *end;
+    double x = strtod(text, &end);
+    if (*text < '0' || *text > '9' || *end || !isfinite(x))
+        die(1, "%s: %s is '%.40s', not a number: damaged", file->path, key, text);
+    return x;
+}
+
+// A number of steps: whole, and at most `max`.
+static size_t read_steps(const retrofit_map *file, const char *key, size_t max) {
+    double x = read_number(file, key);
+    if (x > (double)max || x != floor(x))
+        die(1, "%s: %s is %g, not a number of steps up to %zu: damaged", file->path, key, x, max);
+    return (size_t)x;
+}
+
+// A checkpoint's name and its metadata say the same step: prune goes by the names.
+static void check_step_of_name(void) {
+    char name[32], newest[RETROFIT_PATH];
+    checkpoint_name(name, progress.step);
+    newest_name(newest);
+    if (strcmp(newest, name) && strcmp(newest, "latest"))
+        die(1, "%s/%s: holds step %zu: rename it to %s, and let %s name that", options.out, newest,
+            progress.step, name, run.latest);
+}
+
 static void read_progress(void) {
     char path[RETROFIT_PATH];
     retrofit_map file;
     require(retrofit_path(path, run.newest, "optimizer.safetensors"));
     require(retrofit_safetensors_open(&file, path));
-    progress.step = strtoul(read_metadata(&file, "step"), NULL, 10);
-    progress.flops = strtod(read_metadata(&file, "flops"), NULL);
-    progress.skipped = strtoul(read_metadata(&file, "skipped"), NULL, 10);
-    progress.skipped_in_a_row = strtoul(read_metadata(&file, "bad_in_a_row"), NULL, 10);
-    progress.mean_norm = strtod(read_metadata(&file, "norm"), NULL);
-    progress.paper_flops = strtod(read_metadata(&file, "paper_flops"), NULL);
+    progress.step = read_steps(&file, "step", (size_t)1 << 48);
+    progress.flops = read_number(&file, "flops");
+    progress.skipped = read_steps(&file, "skipped", progress.step);
+    progress.skipped_in_a_row = read_steps(&file, "bad_in_a_row", progress.skipped);
+    progress.mean_norm = read_number(&file, "norm");
+    progress.paper_flops = read_number(&file, "paper_flops");
+    check_step_of_name();
     check_hyperparameters(&file);
     retrofit_safetensors_close(&file);
 }
@@ -1235,7 +1418,7 @@ static bool begins_with(const char *s, const char *with) { return !strncmp(s, wi
 static bool cut_log(void) {
     size_t size, kept = 0;
     bool evaluated = true; // a log without lines lacks none
-    if (!retrofit_may_exist(run.log_path)) return evaluated;
+    if (access(run.log_path, F_OK) && errno == ENOENT) return evaluated;
     char *log = retrofit_read_file(run.log_path, &size);
     require(log);
     char *line = log;
@@ -1313,9 +1496,8 @@ static memory memory_needed(size_t micro, retrofit_keep keep) {
     need.activations = retrofit_buffers_bytes(&model->config, run.ops, micro, options.seq_len,
                                               training.backprop_depth, keep);
     if (need.activations == SIZE_MAX)
-        die(1, "--micro-batch-size %zu of --seq-len %zu is more than memory can hold", micro,
-            options.seq_len);
-    require(need.activations > 0);
+        die(1, "--micro-batch-size %zu, --seq-len %zu: %s", micro, options.seq_len,
+            retrofit_error());
     need.all = need.weights + need.gradients + need.moments + need.activations;
     return need;
 }
@@ -1349,6 +1531,30 @@ static void check_memory(void) {
     die(1, "training needs %.3g GB, %.3g GB are free, and no micro-batch fits: "
         "try a shorter --seq-len or smaller --backprop-depth", need_gb, available_gb);
 }
+
+// ---- A GPU that is not here, for --dry-run: what is to be rented? ------------------------------
+
+static bool planned_start(char text[256]) {
+    snprintf(text, 256, "a GPU that is not here");
+    return true;
+}
+
+static double planned_peak(void) { return options.gpu_tflops * 1e12; }
+
+static size_t planned_memory(void) {
+    return options.gpu_memory > 0 ? (size_t)(options.gpu_memory * 1e9) : SIZE_MAX;
+}
+
+// A table without operations: what a training takes follows from its types. Those of retrofit_cuda
+// and of retrofit_cuda_fp32.
+static const retrofit_ops planned_gpu[2] = {
+    {.name = "cuda", .act_type = RETROFIT_BF16, .max_head_dim = 128, .start = planned_start,
+     .peak_flops = planned_peak, .free_memory = planned_memory},
+    {.name = "cuda-fp32", .act_type = RETROFIT_F32, .max_head_dim = 128, .start = planned_start,
+     .peak_flops = planned_peak, .free_memory = planned_memory},
+};
+
+static bool is_planned(void) { return run.ops >= planned_gpu && run.ops < planned_gpu + 2; }
 
 // ---- Dry run -----------------------------------------------------------------------------------
 
@@ -1398,8 +1604,11 @@ static void print_memory(memory need) {
     printf("  optimizer    %10.3f GB\n", (double)need.moments / 1e9);
     printf("  activations  %10.3f GB  (micro-batch %zu x %zu, depth %zu: any draw)\n",
            (double)need.activations / 1e9, options.micro_batch_size, options.seq_len, depth);
-    printf("  all          %10.3f GB, %.3f GB are free\n", (double)need.all / 1e9,
-           (double)run.ops->free_memory() / 1e9);
+    printf("  all          %10.3f GB", (double)need.all / 1e9);
+    if (run.ops->free_memory() < SIZE_MAX)
+        printf(", %.3f GB %s", (double)run.ops->free_memory() / 1e9,
+               is_planned() ? "has the GPU, of which CUDA itself needs some" : "are free");
+    printf("\n");
     printf("checkpoint     %10.3f GB on disk, %zu of them and one in the making\n",
            checkpoint_bytes(run.model) / 1e9, options.keep);
 }
@@ -1413,6 +1622,7 @@ static double measure_speed(void) {
     size_t size = retrofit_type_size(ops->act_type);
     char *x = ops->alloc((N * d + O * d + N * O) * size);
     require(x);
+    retrofit_live_line("measuring how fast this device multiplies matrices");
     retrofit_weight w = {x + N * d * size, ops->act_type, d};
     char *y = x + (N * d + O * d) * size;
 
@@ -1427,6 +1637,7 @@ static double measure_speed(void) {
         flops += 2 * (double)(count * N * d * O);
     }
     ops->free(x);
+    retrofit_live_line(NULL);
     return flops / seconds;
 }
 
@@ -1437,9 +1648,23 @@ static void print_duration(double seconds) {
     else printf("%.1f days", hours / 24);
 }
 
+// Training reaches some share of a GPU's peak, seldom more than half.
+static void print_planned_time(double flops) {
+    double peak = run.ops->peak_flops();
+    if (peak == 0) {
+        printf("time           --gpu-tflops N, a GPU's peak, says how long it takes\n");
+        return;
+    }
+    printf("time           ");
+    for (int percent = 30; percent <= 50; percent += 10) {
+        print_duration(flops / (peak * percent / 100));
+        printf(" at %d %%%s", percent, percent < 50 ? ", " : "");
+    }
+    printf(" of %.4g TFLOP/s\n", peak / 1e12);
+}
+
 static void print_cost(void) {
     cost all = cost_of_steps(0, training.steps);
-    double speed = measure_speed();
     printf("training       %10.3g FLOPs (%.3g as the paper counts them), "
            "%zu steps of %zu tokens (%zu micro-batches)\n",
            all.flops, all.paper_flops, training.steps, options.batch_size * options.seq_len,
@@ -1447,6 +1672,11 @@ static void print_cost(void) {
     if (all.largest_draw)
         printf("               the largest draw is %zu recurrences, in step %zu\n",
                all.largest_draw, all.at);
+    if (is_planned()) {
+        print_planned_time(all.flops);
+        return;
+    }
+    double speed = measure_speed();
     printf("time           about ");
     print_duration(all.flops / speed);
     printf(" at best: this device multiplies matrices of this model at %.3g TFLOP/s\n",
@@ -1512,7 +1742,7 @@ static void dry_run(void) {
         printf("--fixed-recurrences %zu,%zu in every micro-batch, without draws or a curriculum\n",
                training.fixed_n, training.fixed_k);
     print_schedule();
-    if (fflush(stdout)) die(1, "writing to stdout failed: %s", strerror(errno));
+    require(retrofit_flush_stdout());
     check_memory();
 }
 
@@ -1526,8 +1756,15 @@ static void format_speed(char text[64], double speed) {
     if (peak > 0) snprintf(text + n, 64 - (size_t)n, " (%.0f %% of peak)", 100 * speed / peak);
 }
 
-// A terminal has one line, which every step replaces. A file gets the first and the last step, and
-// between them a line every two seconds.
+// The learning rate of most parameters, by its option's name.
+static const char *main_rate(const retrofit_plan *plan, double *rate) {
+    bool muon = options.optimizer == RETROFIT_MUON;
+    *rate = (double)(muon ? plan->muon_lr : plan->lr);
+    return muon ? "muon-lr" : "lr";
+}
+
+// A terminal has one line, which every step replaces; what it has no room for is missing at its
+// end. A file gets the first and the last step, and between them a line every two seconds.
 static void show_step(const retrofit_step *step, double seconds) {
     static double last_shown;
     const retrofit_plan *plan = &step->plan;
@@ -1536,21 +1773,32 @@ static void show_step(const retrofit_step *step, double seconds) {
     if (!always && retrofit_seconds() - last_shown < 2) return;
     last_shown = retrofit_seconds();
 
-    char speed[64];
-    format_speed(speed, step->flops / seconds);
-    double tokens = (double)(options.batch_size * options.seq_len);
-    double lr = (double)(options.optimizer == RETROFIT_MUON ? plan->muon_lr : plan->lr);
+    char text[512] = {0}, speed[64];
+    double rate, tokens = (double)(options.batch_size * options.seq_len);
     double elapsed = retrofit_seconds() - run.train_start;
     double flops_left = fmax(0, run.planned_flops - run.spent_flops);
     size_t left = (size_t)(flops_left * elapsed / run.spent_flops);
+    const char *rate_name = main_rate(plan, &rate);
+    format_speed(speed, step->flops / seconds);
 
-    fprintf(stderr, "%sstep %zu/%zu  loss %.4f  %.0f tok/s  %s", terminal ? "\r" : "",
-            progress.step, training.steps, step->loss, tokens / seconds, speed);
-    fprintf(stderr, "  n,k %zu,%zu  r %zu  lr %.2e  |g| %.2f", step->n, step->k, plan->mean, lr,
-            step->norm);
-    fprintf(stderr, "  ETA %zu:%02zu:%02zu%s", left / 3600, left / 60 % 60, left % 60,
-            terminal ? "\033[K" : "\n");
-    live_line = terminal;
+    append(text, sizeof text, "step %zu/%zu  loss %.4f  ETA %zu:%02zu:%02zu", progress.step,
+           training.steps, step->loss, left / 3600, left / 60 % 60, left % 60);
+    if (plan->mean > 0)
+        append(text, sizeof text, "  n,k %zu,%zu  r %zu", step->n, step->k, plan->mean);
+    append(text, sizeof text, "  |g| %.2f  %s %.1e  %.0f tok/s  %s", step->norm, rate_name, rate,
+           tokens / seconds, speed);
+    retrofit_live_line(text);
+    step_shown = terminal;
+}
+
+// What is not plain in that line, once.
+static void explain_step_line(void) {
+    if (retrofit_is_plain(&run.config)) {
+        message("|g|: the gradient's norm before clipping");
+        return;
+    }
+    message("n,k: recurrences without and with gradient; r: their mean now; |g|: the gradient's "
+            "norm before clipping");
 }
 
 // One line of JSON. The states are those of the last micro-batch, s_n … s_{n+k}.
@@ -1585,8 +1833,16 @@ static void log_step(const retrofit_step *step, double seconds) {
 
 // The device, and on it the model without memory.
 static void choose_device(void) {
-    bool fp32 = options.precision == 1;
-    run.ops = retrofit_device((retrofit_place)options.device, fp32, run.device);
+    bool fp32 = options.precision == 1, named = options.gpu_memory > 0 || options.gpu_tflops > 0;
+    bool on_gpu = options.device == RETROFIT_ON_CUDA;
+    if (named && !options.dry_run) die(2, "--gpu-memory and --gpu-tflops are for --dry-run alone");
+    if (named && options.device == RETROFIT_ON_CPU)
+        die(2, "--gpu-memory and --gpu-tflops: not with --device cpu");
+    if (!named) run.ops = retrofit_device((retrofit_place)options.device, fp32, run.device);
+    if (named || (!run.ops && on_gpu && options.dry_run)) {
+        run.ops = &planned_gpu[fp32];
+        run.ops->start(run.device);
+    }
     require(run.ops);
     if (options.precision != NOT_GIVEN && run.ops == &retrofit_cpu)
         retrofit_note("--precision has no effect on a CPU, which computes in fp32");
@@ -1732,6 +1988,8 @@ static void load_model(void) {
     run.saved_step = progress.step;
     config->mean_recurrence = training.mean_recurrence; // as checkpoints have them
     config->backprop_depth = training.backprop_depth;
+    config->trained_seq_len = options.seq_len;
+    config->trained_state_zero = options.state_init && !retrofit_is_plain(config);
 }
 
 static void allocate_buffers(void) {
@@ -1786,6 +2044,7 @@ static void open_output(void) {
     try_output();
     if (options.resume) mend_latest();
     if (options.resume) prune();
+    require(write_options());
     // A run that ended before its first checkpoint begins anew.
     run.log = fopen(run.log_path, options.resume ? "ab" : "wb");
     if (!run.log) die(1, "%s: %s", run.log_path, strerror(errno));
@@ -1799,12 +2058,16 @@ static void begin_training(void) {
         run.planned_flops = fmin(run.planned_flops, budget);
     }
     run.train_start = retrofit_seconds();
-    if (run.first_step) fprintf(stderr, "resumed: ");
-    fprintf(stderr, "%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s\n",
-            run.model->weight_count, run.data_rows, options.seq_len, training.steps,
-            options.batch_size * options.seq_len, run.planned_flops, run.device);
-    if (finished()) message("all steps are done already: nothing is left to train");
-    else require(check_disk());
+    message("%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s",
+            run.first_step ? "resumed: " : "", run.model->weight_count, run.data_rows,
+            options.seq_len, training.steps, options.batch_size * options.seq_len,
+            run.planned_flops, run.device);
+    if (finished()) {
+        message("all steps are done already: nothing is left to train");
+    } else {
+        require(check_disk());
+        explain_step_line();
+    }
     if (evaluation_due() && !run.evaluated) run.evaluated = evaluate();
 }
 
@@ -1868,13 +2131,17 @@ static void close_run(void) {
     retrofit_data_close(run.val);
     free(run.data_shards);
     free(run.val_shards);
+    free(run.options.bytes);
+    free(run.taken_up);
 }
 
 int main(int argc, char **argv) {
+    retrofit_share_processors(argv);
     start_time = retrofit_seconds();
     set_defaults();
     int code = read_options(argc, argv);
     if (code >= 0) return code;
+    remember_options();
     read_config();
     note_idle_options();
     complete_options();
@@ -1885,14 +2152,14 @@ int main(int argc, char **argv) {
 
     if (options.dry_run == DRY_RUN_SCHEDULE) {
         print_micro_batches();
-        require(retrofit_finish_output());
+        require(retrofit_flush_stdout());
         close_run();
         return 0;
     }
     open_data();
     if (options.dry_run) {
         dry_run();
-        require(retrofit_finish_output());
+        require(retrofit_flush_stdout());
         close_run();
         return 0;
     }

@@ -59,7 +59,7 @@ architecture() {
     echo '<defs><marker id="tip" markerWidth="8" markerHeight="8" refX="7" refY="4" orient="auto">'
     echo '<path class="arrow" d="M0,0 L8,4 L0,8 z"/></marker></defs>'
     text label 8 127 start tokens
-    arrow 52 122 64 122
+    arrow 55 122 64 122
     box part 66 prelude 'P blocks'
     arrow 176 122 234 122
     text small 205 114 middle e
@@ -117,7 +117,7 @@ recurrences() { # $1: the base's accuracy; stdin: numbers
                 line("line", x(r[i]), y(a[i] - e[i]), x(r[i]), y(a[i] + e[i]))
                 printf "<circle class=\"dot\" cx=\"%.1f\" cy=\"%.1f\" r=\"4\"/>\n", x(r[i]), y(a[i])
             }
-            text("small", x(r[NR]) - 90, y(a[NR]) - 12, "middle",
+            text("small", x(r[NR]) - 2, y(a[NR]) + 22, "end",
                 sprintf("accuracy %.3f ± one standard error", a[NR]))
         }'
     echo '</svg>'

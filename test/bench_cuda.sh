@@ -1,9 +1,8 @@
 #!/bin/sh
-# make bench-cuda: the GPU beside its limits (bench_cuda.c), then beside PyTorch, where
-# local/peers/pytorch_peer.py is there and python3 has torch and sees the GPU. The first argument is
-# the program; the others go to it (--help lists them). PEER_STEPS: how many of PyTorch's training
-# steps are timed.
-binary=$1 peer=local/peers/pytorch_peer.py
+# make bench-cuda: the GPU beside its limits (bench_cuda.c), then beside PyTorch (pytorch_peer.py),
+# where python3 has torch and sees the GPU. The first argument is the program; the others go to it
+# (--help lists them). PEER_STEPS: how many of PyTorch's training steps are timed.
+binary=$1 peer=test/pytorch_peer.py
 shift
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
@@ -23,7 +22,6 @@ without_pytorch() {
     echo "no PyTorch beside it: $1"
     exit "$code"
 }
-[ -f $peer ] || without_pytorch "$peer is not there"
 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
     without_pytorch "python3 has no torch, or torch no GPU"
 

@@ -53,9 +53,19 @@ check "going on: the same moments" same_file bf16 killed optimizer.safetensors
 
 # No GPU, or too little memory.
 dry_run() { "$train" --model $tiny --steps 2 --dry-run "$@"; }
-says_no_gpu() { dry_run | grep -q 'memory on the CPU (no GPU: '; }
+says_no_gpu() { dry_run | grep -q 'memory on the CPU (no GPU: none found)$'; }
 EMULATOR_DEVICES=0 check "without a GPU, auto" says_no_gpu
-EMULATOR_DEVICES=0 check "without a GPU, cuda" fails 1 "no GPU: " dry_run --device cuda
+EMULATOR_DEVICES=0 check "without a GPU, cuda" fails 1 "no GPU: none found$" "$train" --model $tiny \
+    --data "$work/shard.bin" --out "$work/never" --steps 1 --device cuda
+EMULATOR_DEVICES=0 dry_run --device cuda | sed -n '/^memory/,/^checkpoint/p' >"$work/planned"
+check "without a GPU it can be planned" grep -q 'a GPU that is not here' "$work/planned"
+dry_run --device cuda | sed -n '/^memory/,/^checkpoint/p' >"$work/counted"
+same_memory() { # what is planned with is what is taken, line by line
+    for line in weights gradients optimizer activations; do
+        is "$(grep "$line" "$work/planned")" "$(grep "$line" "$work/counted")" || return 1
+    done
+}
+check "as what it would take" same_memory
 small() { # bytes of memory, options
     EMULATOR_MEMORY=$1 "$train" --model $tiny --data "$work/shard.bin" --out "$work/small" \
         --steps 1 --seq-len 64 --micro-batch-size 8 --backprop-depth 8 $2

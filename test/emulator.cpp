@@ -1058,6 +1058,11 @@ cudaError_t emulator_set_attribute(const void *kernel, cudaFuncAttribute attribu
 }
 
 // ---- Devices -----------------------------------------------------------------------------------
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = devices();
     return status(*count ? cudaSuccess : cudaErrorNoDevice);

@@ -47,18 +47,32 @@ if ! command -v gnuplot >/dev/null; then
 fi
 
 # ---- what it draws
-# One line of output, a picture that is whole, nothing beside it, and so many panels without data.
-drawn() { # panels
+# One line of output, a picture that is whole, nothing beside it, and a panel for all but the parts
+# that are named as absent.
+drawn() { # parts: "loss, state"
     out=$(plot "$run" 2>&1) || return 1
     [ "$out" = "$run/plot.svg" ] || return 1
     [ "$(ls -A "$run" | grep -c plot)" -eq 1 ] || return 1
     if command -v xmllint >/dev/null; then xmllint --noout "$run/plot.svg" || return 1; fi
     tail -n 2 "$run/plot.svg" | grep -q '^</svg>' || return 1
-    for title in 'Training loss' 'Validation loss' Curriculum 'Learning rate' \
-        'Norm of the gradient' 'RMS of the state'; do
-        [ "$(grep -c ">$title" "$run/plot.svg")" -eq 1 ] || return 1
-    done
-    [ "$(grep -c 'not in this log' "$run/plot.svg")" -eq "$1" ]
+    panels "$run/plot.svg" "not in this log" "$1"
+}
+panels() { # picture, "not in …", parts
+    is "$(sed -n "s/.*$2: \([^<]*\).*/\1/p" "$1")" "$3" || return 1
+    while IFS=: read -r part title; do
+        there=$(grep -c ">$title" "$1")
+        case ", $3," in
+        *", $part,"*) is "$title: $there" "$title: 0" || return 1 ;;
+        *) is "$title: $there" "$title: 1" || return 1 ;;
+        esac
+    done <<'END'
+training loss:Training loss
+validation loss:Validation loss
+recurrences:Curriculum
+learning rate:Learning rate
+gradient:Norm of the gradient
+state:RMS of the state
+END
 }
 curves() { # their names
     sed -n 's|.*<title>\(.*\)</title>.*|\1|p' "$run/plot.svg" | grep -vi gnuplot | tr '\n' ','
@@ -69,7 +83,7 @@ heights() { # curve: where its points are, upwards; the last one is the legend's
 }
 named() { [ "$(curves)" = "$1" ]; }
 points() { [ "$(heights "$1" | wc -l)" -eq "$2" ]; }
-check "the run, drawn" drawn 0
+check "the run, drawn" drawn ""
 names='each step,smoothed,r = 1,r = 2,r = 4,r = 16,n + k,k,mean,lr,muon_lr,norm,'
 check "its curves" named "${names}after n recurrences,after n + k,"
 check "a point for each step" points 'n + k' 12
@@ -90,7 +104,7 @@ step() { # step, loss, norm, states, skipped
     step 4 3 2 1,2,3 2
     printf '{"step":4,"val":{"1":5,"2":null}}\n{"step":5,"loss":1,"gra'
 } | log
-check "steps that were skipped" drawn 0
+check "steps that were skipped" drawn ""
 check "they are marked" grep -q '<title>steps skipped: 2</title>' "$run/plot.svg"
 check "at 2 of 4 steps" points 'steps skipped: 2' 2
 check "numbers that were none" points 'r = 2' 1
@@ -117,14 +131,14 @@ falls() { heights "$1" | awk '{ h[NR] = $1 } END { exit !(NR >= 2 && h[1] > h[2]
 check "the loss falls" falls 'each step'
 
 step 1 5 1 1,3 0 | log
-check "one step, no validation" drawn 1
+check "one step, no validation" drawn "validation loss"
 check "one step: a point" points 'each step' 1
 {
     step 1 null null null 1
     step 2 null null null 2
     echo '{"step":2,"val":{"1":null}}'
 } | log
-check "no numbers at all" drawn 3
+check "no numbers at all" drawn "training loss, validation loss, state"
 check "those are marked" points 'steps skipped: 2' 2
 : | log
 check "no step yet" fails 'has no step yet' plot "$run"
@@ -134,11 +148,65 @@ step 1 5 1 1,3 0 | log
 odd="$work/100% <a & 'b_c' \"d"
 mv "$run" "$odd"
 run=$odd
-check "odd names" drawn 1
+check "odd names" drawn "validation loss"
 title="100% &lt;a &amp; 'b_c' \"d: 1 steps, 32 tokens, 1e+09 FLOPs"
 check "in the title" grep -q ">[^<]*$title<" "$run/plot.svg"
 check "the baseline" train base --optimizer adamw --val "$work/val.bin" --eval-rows 2
-check "the baseline, drawn" drawn 2
+check "the baseline, drawn" drawn "recurrences, state"
 check "the baseline: its curves" named 'each step,smoothed,no recurrence,lr,norm,'
+
+# ---- what an axis leaves out is said
+for i in 1 2 3 4 5 6 7 8 9 10 11; do step $i $((1000 / i)) 1 1,3 0; done | log
+check "a loss that falls far" drawn "validation loss"
+check "what lies above the axis" \
+    grep -q '>Training loss; it begins above, at 1e+03<' "$run/plot.svg"
+
+# ---- several runs in one picture
+several=$work/several
+a=$several/with/a b=$several/with/b
+mkdir -p "$a" "$b" "$several/c d"
+for i in 1 2; do step $i $((9 - i)) 1 1,3 0; done >"$a/log.jsonl"
+echo '{"step":2,"val":{"1":7,"8":6}}' >>"$a/log.jsonl"
+sed 's/,"mean_recurrence":4//; s/,"state_rms":[^]]*]//; /val/d' "$a/log.jsonl" >"$b/log.jsonl"
+cp "$b/log.jsonl" "$several/c d"
+compare() { # absent parts, the first run, the runs as they are given
+    absent=$1 first=$2
+    shift 2
+    out=$(plot "$@" 2>&1) || return 1
+    is "$out" "$first/compare.svg" || return 1
+    [ ! -e "$first/plot.svg" ] || return 1
+    if command -v xmllint >/dev/null; then xmllint --noout "$out" || return 1; fi
+    panels "$out" "not in these logs" "$absent"
+}
+over() { is "$(grep -c ">$1<" "$2/compare.svg")" 6; }
+titles() { sed -n 's|.*<text[^>]*>\(.*\)</text>|\1|p' "$1/compare.svg" | sed 's/<[^>]*>//g'; }
+told() { titles "$1" | grep -qxF "$2"; }
+check "two runs" compare "" "$a" "$a" "$b"
+check "of as many steps: over steps" over step "$a"
+check "which is which" told "$a" "a = $a: 2 steps, 32 tokens, 1e+09 FLOPs"
+check "the other one" told "$a" "b = $b: 2 steps, 32 tokens, 1e+09 FLOPs"
+run=$a
+mv "$a/compare.svg" "$a/plot.svg"
+names="a,b,a, r = 1 to 8,a,a,b,a,b,a,"
+check "their curves" is "$(curves | sed 's/gnuplot_plot_[^,]*,//g')" "$names"
+rm "$a/plot.svg"
+check "a name with a space" compare "validation loss, recurrences, state" "$several/c d" \
+    "$several/c d" "$b"
+step 3 5 1 1,3 0 | sed 's/1e+09/3e+09/' >>"$b/log.jsonl"
+check "in one word, as from make" compare "" "$a" "$a $b"
+check "of other steps: over FLOPs" over FLOPs "$a"
+long=$work/$(printf 'a-long-name-%d/' 1 2 3 4 5 6 7 8 9 10)
+mkdir -p "$long/one-with-a-long-name-of-its-own" "$long/two"
+for name in one-with-a-long-name-of-its-own two; do cp "$a/log.jsonl" "$long/$name"; done
+check "long names" compare "" "$long/one-with-a-long-name-of-its-own" \
+    "$long/one-with-a-long-name-of-its-own" "$long/two"
+whole() { # the paths stand in the title, over several lines
+    titles "$long/one-with-a-long-name-of-its-own" | tr -d '\n' >"$work/titles"
+    grep -qF "run 1 = $long/one-with-a-long-name-of-its-own: 2 steps" "$work/titles" &&
+        grep -qF "run 2 = $long/two: 2 steps" "$work/titles"
+}
+check "nothing of them is cut" whole
+check "one that is not there" fails 'nowhere/log.jsonl: no such file' plot "$a" "$work/nowhere"
+check "too many" fails '9 runs: a picture has at most 8' plot 1 2 3 4 5 6 7 8 9
 printf '%-24s %d passed, %d failed\n' "make plot" $passed $failed
 [ $failed -eq 0 ]

@@ -26,7 +26,7 @@ for program in convert train infer; do
 done
 
 # What stands in `code` elsewhere is an option of one of the three; with _ or . it is the authors'.
-grep -vE '^ {4}|huggingface-cli|pytorch_peer' "$work/text" | grep -oE '`[^`]*`' |
+grep -vE '^ {4}|pytorch_peer' "$work/text" | grep -oE '`[^`]*`' |
     grep -oE -- '--[a-z][A-Za-z0-9_.-]*' | grep -v '[_.]' | sed 's/^--//; s/-$//' |
     sort -u >"$work/used"
 while read -r option; do
@@ -34,10 +34,10 @@ while read -r option; do
 done <"$work/used"
 
 # Targets of make.
-grep -oE 'make [a-z][a-z0-9-]*( [a-z][a-z0-9]*-cuda)*' README.md doc/*.md |
+grep -oE 'make [a-z][a-z0-9-]*(\.so)?( [a-z][a-z0-9]*-cuda)*' README.md doc/*.md |
     sed 's/^[^:]*:make //' | tr ' ' '\n' | sort -u | grep -vxE 'it|finds' >"$work/used"
 while read -r target; do
-    rule=$(grep -cE "^([a-z-]+ )*$target( [a-z-]+)*:" Makefile)
+    rule=$(grep -cE "^([a-z-]+ )*(\\$\(BIN\)/)?$target( [a-z-]+)*:" Makefile)
     check "make $target" is "$([ "$rule" -gt 0 ] && echo there)" there
 done <"$work/used"
 

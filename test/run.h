@@ -64,9 +64,9 @@ __attribute__((format(printf, 3, 4))) static void fails(int expected, const char
     const char *line = err;
     while (!strncmp(line, "note: ", 6) && strchr(line, '\n')) line = strchr(line, '\n') + 1;
     const char *end = strchr(line, '\n');
-    snprintf(name, sizeof name, "%.5s: ", command);
+    snprintf(name, sizeof name, "%.*s: ", (int)strcspn(command, " "), command);
     check(code == expected, "%.300s: exit code %d, not %d: %s", command, code, expected, err);
-    bool one = end && !end[1] && !strncmp(line, name, 7) && strstr(line, what);
+    bool one = end && !end[1] && !strncmp(line, name, strlen(name)) && strstr(line, what);
     check(one, "%.300s: not one line '%s… %s …' on stderr: '%s'", command, name, what, err);
     check(out_size == 0, "%.300s: writes to stdout: '%s'", command, out);
     check(system("! ls -d bad* >ls 2>&1") == 0, "%.300s: leaves something behind", command);

@@ -35,7 +35,7 @@ count() { # name, exit code, output
         failed=$((failed + 1))
     fi
 }
-for test in "$@" compilers readme contents keys device runs resume plot; do
+for test in "$@" make demos library compilers readme contents keys device runs outputs resume plot; do
     case $test in
     */*) set -- "$test" ;;
     *) set -- sh "test/$test.sh" ;;

@@ -76,7 +76,7 @@ check "the shim" ${CC:-cc} -shared -fPIC -O1 test/shim.c -o "$shim" -ldl
 
 # ---- kill -9 at random moments: what is there goes on
 check "a run in one go" long through
-check "it leaves" holds through latest log.jsonl step_00000012
+check "it leaves" holds through latest log.jsonl options.txt step_00000012
 kills=0 bad=0
 for moment in $(moments 1000 0.1); do
     [ $kills -lt $kill_count ] && [ $bad -eq 0 ] || break
@@ -124,11 +124,11 @@ struck() { # call, what happens at it
         [ $? -eq 137 ] || return 1
     else
         fails 1 . faulty "$1" "$2" short struck --resume || return 1
-        holds struck latest log.jsonl step_00000001 ||
-            holds struck latest log.jsonl step_00000001 step_00000002 ||
-            holds struck latest log.jsonl step_00000002 || return 1
+        holds struck latest log.jsonl options.txt step_00000001 ||
+            holds struck latest log.jsonl options.txt step_00000001 step_00000002 ||
+            holds struck latest log.jsonl options.txt step_00000002 || return 1
         [ "$(readlink "$work/struck/latest")" = step_00000002 ] ||
-            holds struck latest log.jsonl step_00000001 || return 1
+            holds struck latest log.jsonl options.txt step_00000001 || return 1
     fi
     cp "$work/stderr" "$work/why"
     (short struck --resume) || return 1
@@ -161,7 +161,7 @@ for call in 1 2 5 9 40 80 85 90 95; do
 done
 SHIM_FREE=1000 check "a full disk is seen before" \
     fails 1 ' needs [0-9]* bytes, 1000 are free' faulty 0 none short half --resume
-check "a full disk: nothing changed" holds half latest log.jsonl step_00000001
+check "a full disk: nothing changed" holds half latest log.jsonl options.txt step_00000001
 
 # ---- failures that show late: the steps that were made are saved first
 check "all steps" run whole
@@ -192,7 +192,7 @@ limited() { # writes of more than some blocks fail
     run limited
 }
 check "a limit on file sizes" fails 1 'File too large' limited
-check "a limit on file sizes: nothing half-written" holds limited log.jsonl
+check "a limit on file sizes: nothing half-written" holds limited log.jsonl options.txt
 (run closed --flops 1) >&- 2>&-
 other_lines=$(grep -vc '^{"step"' "$work/closed/log.jsonl")
 check "closed streams: the log is the log" [ "$other_lines" -eq 0 ]
@@ -270,7 +270,7 @@ kill -INT $pid
 wait $pid
 check "SIGINT in the midst of a validation" \
     grep -q '^train: SIGINT: stopped after step 1 of 12' "$work/said"
-check "it saves" holds validating latest log.jsonl step_00000001
+check "it saves" holds validating latest log.jsonl options.txt step_00000001
 check "the validation is made up for" validating --eval-recurrences 1 --eval-rows 2 --resume
 check "every validation once" [ "$(grep -c '"val"' "$work/validating/log.jsonl")" -eq 12 ]
 for signal in INT TERM; do
@@ -283,7 +283,7 @@ for signal in INT TERM; do
     wait $pid 2>/dev/null
     code=$?
     check "a second $signal ends it" [ $code -eq $([ $signal = INT ] && echo 130 || echo 143) ]
-    check "a second $signal: nothing but the log" holds twice lock log.jsonl
+    check "a second $signal: nothing but the log" holds twice lock log.jsonl options.txt
     rm -rf "$work/twice"
 done
 
@@ -296,12 +296,12 @@ check "the lock, --resume" fails 1 "process $pid trains there" run locked --resu
 kill -9 $pid
 wait $pid 2>/dev/null
 check "the kernel lets go of the lock" run locked
-check "a lock is not left" holds locked latest log.jsonl step_00000012
+check "a lock is not left" holds locked latest log.jsonl options.txt step_00000012
 
 # ---- damage
 kept() { run "$@" --save-every 2 --keep 3; }
 check "--keep" kept kept
-check "--keep: what stays" holds kept latest log.jsonl step_00000008 step_00000010 step_00000012
+check "--keep: what stays" holds kept latest log.jsonl options.txt step_00000008 step_00000010 step_00000012
 
 # A damaged checkpoint is refused. Going on from the one before, as the line says, gives the same
 # bits.
@@ -388,7 +388,7 @@ check "bad steps: the same bits" same resumed skips
 saved='the steps before it are saved: --resume goes on from there$'
 check "--max-bad-steps" fails 1 "step 5: .* $gradient: 2 bad steps in a row.*; $saved" \
     ill badly --save-every 2 --max-bad-steps 2
-check "--max-bad-steps: its steps are saved" holds badly latest log.jsonl step_00000005
+check "--max-bad-steps: its steps are saved" holds badly latest log.jsonl options.txt step_00000005
 check "--max-bad-steps 3 goes on" ill badly --save-every 2 --max-bad-steps 3 --resume
 check "--max-bad-steps 3: the same bits" \
     cmp "$work/badly/latest/optimizer.safetensors" "$work/skips/latest/optimizer.safetensors"
@@ -424,7 +424,7 @@ end=$(sed -n 's/^--flops 3e+08: ends after step \([0-9]*\) of 12, .*/\1/p' "$wor
 check "--flops" run budget --flops 3e8
 check "--flops: at the first step that reaches it, as the dry run said" \
     [ "$(flops budget 3e8)" = "$end $end 1" ]
-check "--flops: with a checkpoint" holds budget latest log.jsonl "step_0000000$end"
+check "--flops: with a checkpoint" holds budget latest log.jsonl options.txt "step_0000000$end"
 check "--flops reached: nothing left to do" run budget --flops 3e8 --resume
 check "--flops: more of it goes on" run budget --flops 1e18 --resume
 check "--flops: the same bits" \
@@ -459,5 +459,87 @@ check "--fixed-recurrences of one number" fails 2 'n,k like 4,8' run never --fix
 check "--fixed-recurrences of a plain model" fails 2 'has no recurrence' \
     run never --fixed-recurrences 3,2 --model test/fixtures/tiny/base
 check "nothing was made" [ ! -e "$work/never" ]
+
+# ---- --resume alone goes on with the run's own options
+own() { "$train" --out "$work/$1" --resume; }
+same_weights() { cmp "$work/$1/latest/model.safetensors" "$work/$2/latest/model.safetensors"; }
+check "options: a run to go on with" long owned --flops 1
+check "options: what is recorded" \
+    is "$(tr '\n' ' ' <"$work/owned/options.txt" | sed "s|$work|W|g")" "--model=$tiny \
+--data=W/shard.bin --val=W/val.bin --save-every=2 --steps=12 --flops=1 --micro-batch-size=2 \
+--batch-size=4 --seq-len=16 --mean-recurrence=4 --lr=0.001 --eval-every=2 \
+--eval-recurrences=1,3 --eval-rows=4 "
+sed -i '/--flops/d' "$work/owned/options.txt"
+check "options: taken up" says "^note: going on with the options in $work/owned/options.txt$" \
+    own owned
+check "options: the same bits" same_weights owned through
+check "options: one is given" says '--lr was 0.001, is 0.002$' \
+    "$train" --out "$work/owned" --resume-anyway --lr 2e-3
+check "options: and recorded" grep -q '^--lr=0.002$' "$work/owned/options.txt"
+for line in --help --out=/ --resume --dry-run rubbish --nonsense=1; do
+    echo "$line" >"$work/owned/options.txt"
+    check "options: not $line" fails 1 "'$line' is not an option of a run" own owned
+done
+echo --lr=fast >"$work/owned/options.txt"
+check "options: a wrong value" fails 2 "--lr needs a number, not 'fast'" own owned
+rm "$work/owned/options.txt"
+check "options: none" fails 2 'options.txt: No such file' own owned
+check "options: no run" fails 2 'options.txt: No such file' own never
+check "a checkpoint tells rows and start states" \
+    grep -q '"trained_seq_len": 16' "$work/through/latest/config.json"
+check "start states of zero" short zeros --state-init zero
+check "start states of zero are told" \
+    grep -q '"trained_state_init": "zero"' "$work/zeros/latest/config.json"
+
+# ---- checkpoints that say what cannot be
+check "another step" short renamed
+mv "$work/renamed/step_00000002" "$work/renamed/step_00000007"
+ln -sfn step_00000007 "$work/renamed/latest"
+check "a name of another step" fails 1 'step_00000007: holds step 2: rename it' \
+    short renamed --resume
+check "and it is still there" [ -e "$work/renamed/step_00000007/model.safetensors" ]
+check "a run whose log will be lost" short logless
+rm "$work/logless/log.jsonl" && mkdir "$work/logless/log.jsonl"
+check "a log that cannot be read" fails 1 'log.jsonl: not a regular file' short logless --resume
+
+# ---- stdout that fails
+full() { "$train" "$@" >/dev/full; }
+for option in --help --version --dry-run --dry-run=schedule; do
+    check "$option on a full disk" fails 1 'writing to stdout failed' \
+        full --model $tiny --steps 2 $option
+done
+
+# ---- a GPU that is not here
+gpu() { "$train" --model $tiny --steps 2 "$@"; }
+planned() { # text, options
+    text=$1
+    shift
+    gpu --dry-run "$@" | grep -q -e "$text"
+}
+check "planned: memory" planned '80.000 GB has the GPU' --gpu-memory 80
+check "planned: time" planned ' at 30 %, .* at 50 % of 989 TFLOP/s' --device cuda --gpu-tflops 989
+check "planned: bf16" planned 'device=cuda  precision=bf16' --gpu-memory 80
+check "planned: fp32" planned 'device=cuda  precision=fp32' --gpu-memory 80 --precision fp32
+check "planned: too little memory" fails 1 'GB are free, and no micro-batch fits' \
+    gpu --dry-run --gpu-memory 0.0001
+check "planned: not for training" fails 2 'for --dry-run alone' run never --gpu-memory 80
+check "planned: not a CPU" fails 2 'not with --device cpu' gpu --dry-run --device cpu --gpu-tflops 1
+
+# ---- threads that wait give way, unless the user says otherwise
+environment() { # assignments
+    env -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT -u KMP_BLOCKTIME OMP_DISPLAY_ENV=verbose "$@" \
+        "$train" --help 2>&1 >/dev/null | grep 'GOMP_SPINCOUNT\|KMP_BLOCKTIME' | tail -n 1
+}
+default=$(environment A=1)
+case $default in
+*GOMP_SPINCOUNT*)
+    check "threads spin shortly" is "$(echo $default)" "GOMP_SPINCOUNT = '2000'"
+    check "or as the user says" is "$(echo $(environment GOMP_SPINCOUNT=7))" "GOMP_SPINCOUNT = '7'"
+    ;;
+*KMP_BLOCKTIME*)
+    check "threads spin shortly" is "$(echo "$default" | grep -c "'[01]'\|=[01]$")" 1
+    check "or as the user says" is "$(environment KMP_BLOCKTIME=7 | grep -c 7)" 1
+    ;;
+esac
 printf '%-24s %d passed, %d failed\n' "runs that are not lost" $passed $failed
 [ $failed -eq 0 ]

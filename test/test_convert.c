@@ -162,6 +162,8 @@ static void same_config(const char *name, const retrofit_config *a, const retrof
     SAME(state_std);
     SAME(mean_recurrence);
     SAME(backprop_depth);
+    SAME(trained_seq_len);
+    SAME(trained_state_zero);
     SAME(tied);
 #undef SAME
 }
@@ -1097,7 +1099,7 @@ static void same_encoding(const char *directory, const char *style) {
     need(cases && tokenizer, "tokenizer of the GGUF");
     size_t wrong = 0;
     for (const retrofit_json *e = cases->child; e; e = e->next) wrong += !same_case(tokenizer, e);
-    check(wrong == 0, "%s: the tokenizer from the GGUF gives %zu of %zu cases otherwise", style,
+    check(wrong == 0, "%s: the tokenizer from the GGUF gives %zu of %u cases otherwise", style,
           wrong, cases->count);
     free(text);
     retrofit_json_free(cases);
@@ -1334,6 +1336,41 @@ static void gguf_files(void) {
 }
 
 // =================================================================================================
+// What a training recorded
+// =================================================================================================
+
+// It is true of the same model in another type, not of one that is yet to be trained.
+static void recorded_trainings(void) {
+    static const char trained[] = "\"trained_seq_len\": 33, \"trained_state_init\": \"zero\"";
+    static const struct {
+        const char *from, *how;
+        bool kept;
+    } cases[] = {
+        {"base", "--from", true},
+        {"base", "--prelude 0-1 --core 3-5 --coda 6-7 --from", false},
+        {"recurrent", "--dtype bf16 --from", true},
+        {"recurrent", "--random", false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *source = in_work("trained.%zu", i), *to = in_work("made.%zu", i);
+        char command[1024];
+        snprintf(command, sizeof command, "cp -r " FIXTURES "tiny/%s %s && chmod -R u+w %s && "
+                 "sed -i 's/.model_type.:/%s, &/' %s/config.json", cases[i].from, source, source,
+                 trained, source);
+        need(system(command) == 0, command);
+        works("%s %s --to %s", cases[i].how, source, to);
+        retrofit_model *model = load(to);
+        size_t expected = cases[i].kept ? 33 : 0;
+        bool recurrent = !retrofit_is_plain(&model->config);
+        check(model->config.trained_seq_len == expected, "%s %s: rows of %zu tokens",
+              cases[i].how, cases[i].from, model->config.trained_seq_len);
+        check(model->config.trained_state_zero == (cases[i].kept && recurrent),
+              "%s %s: start states", cases[i].how, cases[i].from);
+        retrofit_free(model);
+    }
+}
+
+// =================================================================================================
 // Bad input
 // =================================================================================================
 
@@ -1468,6 +1505,7 @@ int main(void) {
     lines_of_python();
     text_files();
     gguf_files();
+    recorded_trainings();
     bad_usage();
     bad_layers();
     bad_models();

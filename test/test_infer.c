@@ -387,6 +387,9 @@ static void bad_conversations(void) {
                    "test $? = 1 && grep -q '%s' bad", name, what);
         shell("rm bad");
     }
+    fails(1, "writing to stdout failed: No space left on device",
+          TALK "--chat --interactive --max-tokens 1 <users >/dev/full", "smollm");
+    fails(1, "reading stdin failed: Is a directory", TALK "--chat --interactive <talk", "smollm");
 }
 
 // A turn ends where the template says, not only at the end of text.
@@ -1398,6 +1401,49 @@ static void settings_beside_the_model(void) {
     check(!strstr(err, "top_p"), "the tokenizer's settings: %s", err);
 }
 
+// A model whose config.json says how it was trained is read in such rows, from such states, unless
+// the command line says otherwise; what was taken over is told in one line.
+static void as_trained(void) {
+    static const char rows[] = "--eval numbers.bin --rows 5 --json | sed 's/,.seconds[^}]*//g'";
+    static const char both[] = "note: --state-init zero, --seq-len 20: as the model was trained\n";
+    static const char text[] = "--recurrences 3 --prompt 'Once' --max-tokens 9 --tokenizer "
+                               "f/tokenizers/smollm_style";
+    shell("cp -r random trained && sed 's/\"head_dim\"/\"trained_seq_len\": 20, "
+          "\"trained_state_init\": \"zero\", &/' random/config.json >trained/config.json");
+    works("infer --model random --seq-len 20 --state-init zero %s >typed", rows);
+    works("infer --model trained %s >taken && cmp typed taken", rows);
+    check(!strncmp(err, both, strlen(both)) && !strstr(err + strlen(both), "trained\n"),
+          "--eval of a trained model: %s", err);
+    works("infer --model random --seq-len 30 --state-init normal %s >typed", rows);
+    works("infer --model trained --seq-len 30 --state-init normal %s >taken && cmp typed taken",
+          rows);
+    check(!strstr(err, "as the model was trained"), "--eval as typed: %s", err);
+
+    works("infer --model random --state-init zero %s >typed", text);
+    works("infer --model trained %s >taken && cmp typed taken", text);
+    check(strstr(err, "note: --state-init zero: as the model was trained\n") != NULL,
+          "--prompt of a trained model: %s", err);
+    works("infer --model random %s >typed", text);
+    works("infer --model trained --state-init normal %s >taken && cmp typed taken", text);
+    check(!strstr(err, "as the model was trained"), "--prompt as typed: %s", err);
+
+    // A row that the context has no room for is not taken; a plain Llama has rows alone.
+    shell("sed -i 's/\"trained_seq_len\": 20/\"trained_seq_len\": 129/; s/zero/normal/' "
+          "trained/config.json");
+    works("infer --model random %s >typed", rows);
+    works("infer --model trained %s >taken && cmp typed taken", rows);
+    check(!strstr(err, "as the model was trained"), "rows beyond the context: %s", err);
+    shell("sed 's/131/1000/;s/\"head_dim\"/\"trained_seq_len\": 20, \"trained_state_init\": "
+          "\"zero\", &/' f/tiny/base/config.json >llama.json && convert --random llama.json --to "
+          "llama >ls && ! grep trained llama/config.json && cp -r llama again && "
+          "sed 's/\"head_dim\"/\"trained_seq_len\": 20, &/' llama/config.json "
+          ">again/config.json");
+    works("infer --model llama --seq-len 20 %s >typed", rows);
+    works("infer --model again %s >taken && cmp typed taken", rows);
+    check(strstr(err, "note: --seq-len 20: as the model was trained\n") != NULL,
+          "--eval of a plain Llama: %s", err);
+}
+
 int main(void) {
     enter("infer");
     shell("sed 's/131/1000/' f/tiny/recurrent/config.json >random.json && "
@@ -1421,6 +1467,7 @@ int main(void) {
     drafted_conversation();
     cached_losses();
     noisy_losses();
+    as_trained();
     traces();
     bad_recurrences();
     exits_in_batches();

@@ -54,7 +54,7 @@ static void check_checkpoint(const char *directory, size_t steps) {
     char expected[160];
     snprintf(expected, sizeof expected,
              "step_%08zu\n"
-             "latest\nlog.jsonl\nstep_%08zu\n"
+             "latest\nlog.jsonl\noptions.txt\nstep_%08zu\n"
              "config.json\nmanifest.json\nmodel.safetensors\noptimizer.safetensors\n",
              steps, steps);
     works("readlink %s/latest && ls -A %s && ls -A %s/latest/", directory, directory, directory);
@@ -106,7 +106,7 @@ static void read_step(const retrofit_json *line, const char *path, size_t step,
     // Of the states s_n … s_{n+k}; a plain model has none.
     const retrofit_json *states = retrofit_json_get(line, "state_rms");
     size_t expected = logged->k > 0 ? (size_t)logged->k + 1 : 0;
-    check(states && states->count == expected, "%s: step %zu: sizes of %zu states", path, step,
+    check(states && states->count == expected, "%s: step %zu: sizes of %u states", path, step,
           states ? states->count : 0);
 }
 

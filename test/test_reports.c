@@ -618,7 +618,7 @@ static void judge_logits(const retrofit_json *tokens) {
 
 // The tokens that are generated greedily behind the prompt.
 static void judge_generates(const retrofit_json *generates) {
-    char *count = text_of("%zu", generates->count), *why = NULL;
+    char *count = text_of("%u", generates->count), *why = NULL;
     RUN("infer", "--model", case_path, "--prompt", string_of(expected, "prompt"), "--max-tokens",
         count, "--json", "--device", "cpu");
     free(count);

@@ -75,7 +75,7 @@ static void run_cases(const char *directory, const char *name) {
     check(cases != NULL, "%s: %s", name, retrofit_error());
     if (!tokenizer || !cases) return;
     for (const retrofit_json *c = cases->child; c; c = c->next) run_case(tokenizer, c, directory);
-    printf("%s: %zu cases, %zu failures\n", directory, cases->count, failed - failed_before);
+    printf("%s: %u cases, %zu failures\n", directory, cases->count, failed - failed_before);
     retrofit_json_free(cases);
     retrofit_tokenizer_free(tokenizer);
     free(text);

@@ -1025,12 +1025,12 @@ static uint16_t nearest_bf16(float f) {
 static void describe(char text[1024], const retrofit_config *c) {
     snprintf(text, 1024,
              "%zu %zu %zu %zu %zu %zu %zu, %zu %zu %zu, eps %a, theta %a, llama3 %d %a %a %a %a, "
-             "std %a, %zu %zu, tied %d, bos %d, pad %d, %zu ends, %d %d",
+             "std %a, %zu %zu %zu %d, tied %d, bos %d, pad %d, %zu ends, %d %d",
              c->n_embd, c->n_heads, c->n_kv_heads, c->head_dim, c->intermediate, c->vocab,
              c->context, c->prelude, c->core, c->coda, (double)c->norm_eps, c->rope_theta,
              c->rope_llama3, c->rope_factor, c->rope_low, c->rope_high, c->rope_original_context,
-             (double)c->state_std, c->mean_recurrence, c->backprop_depth, c->tied, c->bos,
-             c->pad, c->eos_count, c->eos[0], c->eos[1]);
+             (double)c->state_std, c->mean_recurrence, c->backprop_depth, c->trained_seq_len,
+             c->trained_state_zero, c->tied, c->bos, c->pad, c->eos_count, c->eos[0], c->eos[1]);
 }
 
 // A model with numbers that are hard to round and to print, in weights and config.
@@ -1048,7 +1048,9 @@ static retrofit_model *load_with_odd_numbers(const char *name) {
     c->eos[1] = 3;
     c->norm_eps = 1.2345678e-5f;
     c->rope_theta = 12345.678;
+    c->trained_seq_len = 77;
     if (c->core) {
+        c->trained_state_zero = true;
         c->state_std = 0.0123456789f;
         c->mean_recurrence = 11;
         c->backprop_depth = 5;
@@ -1485,6 +1487,11 @@ static const field bad_llama[] = {
     {"max_position_embeddings", "0"},
     {"max_position_embeddings", "1.5"},
     {"max_position_embeddings", "'8'"},
+    {"trained_seq_len", "-1"},
+    {"trained_seq_len", "16777217"},
+    {"trained_seq_len", "'8'"},
+    {"trained_state_init", "'one'"},
+    {"trained_state_init", "0"},
     {"num_attention_heads", "3"},
     {"num_attention_heads", "32"},
     {"num_key_value_heads", "3"},
@@ -1573,6 +1580,10 @@ static const field bad_raven[] = {
 static const field good_llama[] = {
     {"max_position_embeddings", NULL},
     {"max_position_embeddings", "null"},
+    {"trained_seq_len", "0"},
+    {"trained_seq_len", "null"},
+    {"trained_state_init", "'normal'"},
+    {"trained_state_init", "null"},
     {"num_key_value_heads", "null"},
     {"rms_norm_eps", "null"},
     {"rope_scaling", "null"},
@@ -1632,6 +1643,12 @@ static void followed_configs(void) {
     check(c->eos_count == 1 && c->eos[0] == 3, "%zu ends", c->eos_count);
     read_config(llama, "eos_token_id", "null");
     check(c->eos_count == 0 && c->bos == -1, "%zu ends", c->eos_count);
+    read_config(llama, "trained_state_init", "'zero','trained_seq_len':81");
+    check(c->trained_seq_len == 81 && c->trained_state_zero, "a training: %zu tokens, %d",
+          c->trained_seq_len, c->trained_state_zero);
+    read_config(llama, "", NULL);
+    check(c->trained_seq_len == 0 && !c->trained_state_zero, "no training: %zu tokens, %d",
+          c->trained_seq_len, c->trained_state_zero);
 
     // generation_config.json comes first, where it has an id; what it lacks config.json gives.
     write_text(at("hostile/generation_config.json"), "{\"eos_token_id\": [2, 4]}");
