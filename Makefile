@@ -1,7 +1,7 @@
 # make              the three programs: convert, train, infer; for GPUs too where nvcc is
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
-# make fuzz SECONDS=n  n seconds of clang's libFuzzer over every reader; what it finds is in build/fuzz
+# make fuzz         clang's libFuzzer on every reader, SECONDS=60 in all; what it finds is in build/fuzz
 # make bench        matrix products against OpenBLAS (where it is) and against memory
 # make libretrofit.so  retrofit.h as a shared library, for other languages
 # make readme       every command of the README that needs neither network nor GPU
@@ -111,8 +111,13 @@ build/fuzz/%: test/fuzz.c test/hooks.h test/check.h %.c retrofit.h
 	clang -std=c11 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -ffp-contract=fast -Wno-unused-function \
 	    -Wno-unknown-pragmas -DFUZZER -DHOOKS_$(shell echo $* | tr a-z A-Z) $< -o $@ -lm
 
+ifeq ($(shell command -v clang 2>/dev/null),)
+fuzz:
+	@echo "fuzz: clang was not found: its libFuzzer is needed" >&2; exit 1
+else
 fuzz: $(LIBFUZZER) $(addprefix $(OUT)/fuzz_,convert infer train)
 	@OUT=$(OUT) SECONDS_IN_ALL=$(or $(SECONDS),60) sh test/fuzz.sh
+endif
 
 # A program of one's own, in two translation units of which one holds the implementation.
 $(OUT)/example: test/example.c test/example_retrofit.c retrofit.h $(WITH_C)
@@ -151,7 +156,8 @@ $(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)
 
 LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
 test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(LIBRARY) $(HOOKED)
-	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' sh test/run.sh $(TESTS) $(HOOKED)
+	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),20000,2000)) \
+	    sh test/run.sh $(TESTS) $(HOOKED)
 
 # ---- On a GPU ----
 ifneq ($(NVCC),)

@@ -1,5 +1,5 @@
-// Hostile files for every reader of a program: hundreds of thousands of files that are almost right.
-// Compiled once for each program, whose source test/hooks.h includes, by -DHOOKS_CONVERT,
+// Hostile files for every reader of a program: files that are almost right, by the hundred
+// thousand. Compiled once for each program, whose source test/hooks.h includes, by -DHOOKS_CONVERT,
 // -DHOOKS_INFER or -DHOOKS_TRAIN, in two ways:
 //
 //     make test          mutants of our own, MUTANTS of each target's seeds
@@ -35,11 +35,12 @@ static char said[1 << 14]; // what the last run wrote to stderr
 static size_t said_size;
 static struct { // what runs now, for whoever must say it in a hurry
     const char *target;
-    unsigned long long seed, number;
+    unsigned long long seed;
+    unsigned long long number;
     input input;
 } now;
 
-// ---- Files -------------------------------------------------------------------------------------
+// ---- Files --------------------------------------------------------------------------------------
 
 static void require_test(bool ok, const char *what) {
     if (ok) return;
@@ -78,7 +79,7 @@ static char *terminated(input in) {
     return text;
 }
 
-// ---- Seeds that no fixture has -----------------------------------------------------------------
+// ---- Seeds that no fixture has ------------------------------------------------------------------
 
 #define FIXTURES "test/fixtures/"
 #define REPORTS  FIXTURES "reports/"
@@ -143,7 +144,7 @@ static void add_seed(const char *name, const void *bytes, size_t size) {
     made[made_count++].input = (input){memcpy(copy, bytes, size), size};
 }
 
-// ---- What each program reads -------------------------------------------------------------------
+// ---- What each program reads --------------------------------------------------------------------
 
 // A command line: an argument a line.
 enum { MAX_ARGUMENTS = 24 };
@@ -215,7 +216,7 @@ static void put_tensor(section *s, const char *name, size_t rows, uint32_t type,
     *offset += (bytes + 31) / 32 * 32;
 }
 
-static void put_vocabulary(section *s, bool sentencepiece) {
+static void put_vocabulary(section *s, bool sentencepiece, uint32_t bos) {
     static const char *const tokens[2][8] = {
         {"<s>", "</s>", "a", "b", "\xc4\xa0", "ab", "\xc4\xa0" "ab", "1"},
         {"<unk>", "<s>", "</s>", "<0x41>", "a", "b", "\xe2\x96\x81", "ab"}};
@@ -225,7 +226,7 @@ static void put_vocabulary(section *s, bool sentencepiece) {
     for (size_t i = 0; i < 8; i++) put_string(s, tokens[sentencepiece][i]);
     put_array(s, "tokenizer.ggml.token_type", GGUF_I32, 8);
     put(s, types[sentencepiece], sizeof types[0]);
-    put_u32(s, "tokenizer.ggml.bos_token_id", sentencepiece);
+    put_u32(s, "tokenizer.ggml.bos_token_id", bos);
     put_u32(s, "tokenizer.ggml.eos_token_id", 1 + sentencepiece);
     put_u32(s, "tokenizer.ggml.eot_token_id", 0);
     put_text(s, "tokenizer.chat_template", "{{ messages }}");
@@ -245,7 +246,7 @@ static void put_vocabulary(section *s, bool sentencepiece) {
 }
 
 // A model of one layer, whose numbers are zeros.
-static void add_gguf(uint32_t type, bool sentencepiece) {
+static void add_gguf(uint32_t type, bool sentencepiece, uint32_t bos) {
     static const char *const names[GGUF_LAYER_TENSORS] = {
         "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate",
         "ffn_up", "ffn_down"};
@@ -266,7 +267,7 @@ static void add_gguf(uint32_t type, bool sentencepiece) {
     put_u32(&s, "llama.context_length", 64);
     put_key(&s, "llama.attention.layer_norm_rms_epsilon", GGUF_F32);
     put(&s, &(float){1e-5f}, 4);
-    put_vocabulary(&s, sentencepiece);
+    put_vocabulary(&s, sentencepiece, bos);
     put_tensor(&s, "token_embd.weight", 8, type, &offset);
     for (size_t i = 0; i < GGUF_LAYER_TENSORS; i++) {
         bool is_norm = strstr(names[i], "norm");
@@ -280,8 +281,10 @@ static void add_gguf(uint32_t type, bool sentencepiece) {
 }
 
 static void set_up(void) {
-    add_gguf(8, true);
-    add_gguf(2, false);
+    add_gguf(8, true, 1);
+    add_gguf(2, false, 0);
+    add_gguf(8, true, NO_TOKEN); // which is added to each text all the same
+    add_gguf(2, false, NO_TOKEN);
     mkdir(in_work("t"), 0777);
     mkdir(in_work("out"), 0777);
     copy_to_work(REPORTS "brackets_a/model/tokenizer.json", "t/tokenizer.json");
@@ -362,7 +365,8 @@ static const target targets[] = {
       "{\"other\":1}\n\n{\"text\":\"\\\\ud800 \\ud83d\\ude00\"}\r\n[1]\n", "\"text\""}, false},
     {"text", fuzz_text, {REPORTS "crlf_prompts_a/*.txt"},
      {"\xef\xbb\xbfthe cat\r\nsat  <|eos|> \xe9 12345", "\xff\xfe" "a\0b", "1AY&SY"}, false},
-    {"layers", fuzz_layers, {0}, {"0-3,5,8-9", "none", "29,0-1", "20-25"}, false},
+    {"layers", fuzz_layers, {0},
+     {"0-3,5,8-9", "none", "29,0-1", "20-25", "\x1b[2J", "\xc2\x9b" "2J"}, false},
     {"command", fuzz_command, {0},
      {"--from\na\n--to\nb\n--preset\nsmollm2\n--adapter-init=default\n--seed=3",
       "--tokenize\na.txt\n--tokenizer\nt\n--to\nx.bin\n--field=a\n--encoding-errors\nstrict",
@@ -469,7 +473,7 @@ static void fuzz_generation(input in) {
 }
 
 static void use_tokenizer(const retrofit_tokenizer *t, const char *text, size_t size) {
-    size_t count, length;
+    size_t count, length = 0;
     int32_t *ids = retrofit_encode(t, text, size, true, &count);
     char *decoded = ids ? retrofit_decode(t, ids, count, true, &length) : NULL;
     require_test(ids && decoded, "encode and decode");
@@ -659,7 +663,8 @@ static const target targets[] = {
      {"{\"weight_map\":{\"lm_head.weight\":\"a.safetensors\",\"model.norm.weight\":"
       "\"a.safetensors\"}}"}, false},
     {"regex", fuzz_regex, {0},
-     {"#### (-?[0-9.,]+)", "(?:a|b)*?(\\d{1,3})[^\\s\\w]+|(x)", "[[:alpha:]]([^]-a]|\xc3\xa9)\\b"},
+     {"#### (-?[0-9.,]+)", "(a\x1b[2J*?)",
+      "(?:a|b)*?(\\d{1,3})[^\\s\\w]+|(x)", "[[:alpha:]]([^]-a]|\xc3\xa9)\\b"},
      false},
     {"command", fuzz_command, {0},
      {"--model\nm\n--prompt\nx\n--recurrences\n4\n--exit=kl\n--exit-threshold=.1\n--json",
@@ -816,7 +821,7 @@ static const target targets[] = {
 
 enum { TARGETS = sizeof targets / sizeof *targets };
 
-// ---- One input ---------------------------------------------------------------------------------
+// ---- One input ----------------------------------------------------------------------------------
 
 static ssize_t keep_said(void *cookie, const char *bytes, size_t size) {
     (void)cookie;
@@ -834,7 +839,7 @@ static ssize_t drop(void *cookie, const char *bytes, size_t size) {
 }
 
 // What cannot be said by check, since the program may end here and now.
-static void say_where(void) {
+__attribute__((unused)) static void say_where(void) {
     dprintf(STDOUT_FILENO, "FAILED %s: MUTANT=%s:%llu:%llu, %zu bytes\n", PROGRAM, now.target,
             now.seed, now.number, now.input.size);
     int fd = (open)("build/fuzz-crash", O_WRONLY | O_CREAT | O_TRUNC, 0666);
@@ -843,7 +848,21 @@ static void say_where(void) {
             now.target);
 }
 
-static void on_crash(int number) {
+#if defined __SANITIZE_ADDRESS__
+#define SANITIZED
+#elif defined __has_feature
+#if __has_feature(address_sanitizer)
+#define SANITIZED
+#endif
+#endif
+
+#ifdef SANITIZED
+void __sanitizer_set_death_callback(void (*callback)(void));
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "detect_leaks=0"; } // the hooks find them
+#endif
+
+__attribute__((unused)) static void on_crash(int number) {
     if (number == SIGALRM) dprintf(STDOUT_FILENO, "it takes more than %d seconds\n", TIME_LIMIT);
     say_where();
     signal(number, SIG_DFL);
@@ -905,7 +924,7 @@ static void begin(void) {
 
 #ifdef FUZZER
 
-// ---- As libFuzzer calls it -----------------------------------------------------------------------
+// ---- As libFuzzer calls it ----------------------------------------------------------------------
 
 static const target *chosen;
 
@@ -941,7 +960,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size) {
 
 #else
 
-// ---- Seeds ---------------------------------------------------------------------------------------
+// ---- Seeds --------------------------------------------------------------------------------------
 
 typedef struct {
     input inputs[MAX_SEEDS];
@@ -974,7 +993,7 @@ static void load_seeds(const target *t, seed_list *list) {
     require_test(list->count > 0, "no seeds");
 }
 
-// ---- Mutants -------------------------------------------------------------------------------------
+// ---- Mutants ------------------------------------------------------------------------------------
 
 static char mutant[MAX_FILE];
 static size_t mutant_size;
@@ -1050,9 +1069,11 @@ static void change_token(void) {
         "0", "-1", "1", "4294967295", "4294967296", "18446744073709551615", "2147483648", "1e308",
         "1e-400", "-0.0", "9007199254740993", "00", "0x10", "65537", "1e999"};
     static const char *const words[] = {
-        "null", "true", "[]", "{}", "\"\"", "[[", "]]", "{\"", "\"}", ",", ":", "\\u0000", "\\ud800",
+        "null", "true", "[]", "{}", "\"\"", "[[", "]]", "{\"", "\"}", ",", ":", "\\u0000",
+        "\\ud800",
         "\\", "\"", "\n", "\r\n", "\xff", "\xef\xbb\xbf", "\xe2\x96\x81", "{{", "}}", "{%", "%}",
-        "{% for a in messages %}", "{% endfor %}", "{% if true %}", "{% endif %}", "|trim", "((", "]",
+        "{% for a in messages %}", "{% endfor %}", "{% if true %}", "{% endif %}", "|trim", "((",
+        "]",
         "--", "=", "<s>", "</s>", "\1", " ", "a"};
     size_t at = place();
     while (at < mutant_size && !isalnum((unsigned char)mutant[at])) at++;
@@ -1091,7 +1112,7 @@ static void make_mutant(const target *t, const seed_list *seeds, uint64_t seed, 
     memcpy(mutant, &length, 8);
 }
 
-// ---- main ----------------------------------------------------------------------------------------
+// ---- main ---------------------------------------------------------------------------------------
 
 // From a block of its own size, so that what is read beyond it is found.
 static const char *run_copy(const target *t, input in) {
@@ -1139,7 +1160,7 @@ static void write_seeds(const char *directory, const target *t) {
 
 static void run_target(const target *t) {
     const char *seeds = getenv("SEEDS"), *file = getenv("FILE"), *one = getenv("MUTANT");
-    const char *mutants = getenv("MUTANTS"), *seed = getenv("SEED");
+    const char *mutants = getenv("MUTANTS"), *seed = getenv("EMULATOR_SEED"); // of the day
     if (getenv("LIST")) printf("target %s\n", t->name);
     else if (seeds) write_seeds(seeds, t);
     else if (file) {
@@ -1159,8 +1180,13 @@ static void run_target(const target *t) {
 }
 
 int main(void) {
+#ifdef SANITIZED
+    static const int signals[] = {SIGALRM};
+    __sanitizer_set_death_callback(say_where);
+#else
     static const int signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGALRM};
-    for (size_t i = 0; i < 6; i++) signal(signals[i], on_crash);
+#endif
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) signal(signals[i], on_crash);
     begin();
     const char *name = getenv("TARGET");
     char chosen[64] = "";

@@ -1,6 +1,6 @@
 #!/bin/sh
-# make fuzz: libFuzzer on every target, for SECONDS_IN_ALL together. What it keeps, build/fuzz/corpus,
-# is where the next run goes on. Ends with the number of inputs.
+# make fuzz: libFuzzer on every target, for SECONDS_IN_ALL together. What it keeps in
+# build/fuzz/corpus is where the next run goes on. Ends with the number of inputs.
 corpus=build/fuzz/corpus
 mkdir -p $corpus build/fuzz/log
 inputs=0 failed=0
