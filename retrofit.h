@@ -7530,8 +7530,10 @@ static void tok_join(tok_encoder *encoder, uint32_t at) {
 // Does all merges of the symbols and moves what remains to the ids.
 static void tok_merge_symbols(tok_encoder *encoder) {
     uint32_t count = encoder->symbol_count;
-    for (uint32_t i = 0; i < count; i++) tok_set_rank(encoder, i);
-    for (uint32_t i = 0; i < count; i++) tok_queue_merge(encoder, i);
+    for (uint32_t i = 0; i < count; i++) {
+        tok_set_rank(encoder, i);
+        if (i > 0) tok_queue_merge(encoder, i - 1);
+    }
     while (encoder->heap_count) {
         uint64_t best = tok_pop_merge(encoder);
         uint32_t at = (uint32_t)best; // one of the two may have changed since
