@@ -7783,8 +7783,9 @@ static void tok_encode_between(tok_encoder *encoder, const char *text, size_t si
 // Face's tokenizers.)
 static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
                             bool first) {
+    size_t white = 0; // up to there white space has been seen
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
-    size_t done = 0, from = 0, begin, white = 0; // white space has been seen up to there
+    size_t done = 0, from = 0, begin;
     for (;;) {
         const tok_added *added = tok_find_added(tokenizer, text, size, from, normalized, &begin);
         if (!added) break;
