@@ -7712,8 +7712,10 @@ static void tok_join(tok_encoder *encoder, uint32_t at) {
 // Does all merges of the symbols and moves what remains to the ids.
 static void tok_merge_symbols(tok_encoder *encoder) {
     uint32_t count = encoder->symbol_count;
-    for (uint32_t i = 0; i < count; i++) tok_set_rank(encoder, i);
-    for (uint32_t i = 0; i < count; i++) tok_queue_merge(encoder, i);
+    for (uint32_t i = 0; i < count; i++) {
+        tok_set_rank(encoder, i);
+        if (i > 0) tok_queue_merge(encoder, i - 1);
+    }
     while (encoder->heap_count) {
         uint64_t best = tok_pop_merge(encoder);
         uint32_t at = (uint32_t)best; // one of the two may have changed since
@@ -7963,8 +7965,9 @@ static void tok_encode_between(tok_encoder *encoder, const char *text, size_t si
 // Face's tokenizers.)
 static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size, bool normalized,
                             bool first) {
+    size_t white = 0; // up to there white space has been seen
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
-    size_t done = 0, from = 0, begin, white = 0; // white space has been seen up to there
+    size_t done = 0, from = 0, begin;
     for (;;) {
         const tok_added *added = tok_find_added(tokenizer, text, size, from, normalized, &begin);
         if (!added) break;
