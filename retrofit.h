@@ -2780,8 +2780,8 @@ bool retrofit_file_commit(const char *temporary, const char *final);
 // Removes what was begun last and is neither committed nor abandoned, if it is a file or holds no
 // other files than retrofit_model_files. For programs that end early, in a signal handler too.
 void retrofit_abandon(void);
-// From here on SIGINT, SIGTERM and SIGHUP do that, say so on stderr and end the program, which has
-// this name. Those that it was started to ignore (by nohup, say) it still ignores.
+// From here on SIGINT, SIGTERM, SIGHUP and SIGPIPE do that, say so on stderr and end the program,
+// which has this name. Those that it was started to ignore (by nohup, say) it still ignores.
 void retrofit_abandon_on_signals(const char *program);
 
 // Whether the numbers make a model; `where` begins the error. false or error.
@@ -5013,17 +5013,18 @@ static void end_by_signal(int number) {
     retrofit_live_line(NULL);
     retrofit_abandon();
     tell = tell && write(STDERR_FILENO, program, strlen(program)) > 0;
-    if (tell && write(STDERR_FILENO, text, sizeof text - 1) < 0) _exit(1);
+    tell = tell && write(STDERR_FILENO, text, sizeof text - 1) > 0;
     signal(number, SIG_DFL);
     raise(number);
 }
 
 void retrofit_abandon_on_signals(const char *program) {
-    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    enum { SIGNALS = 4 };
+    static const int signals[SIGNALS] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     struct sigaction action = {.sa_handler = end_by_signal}, before;
     unfinished.program = program;
-    for (size_t i = 0; i < 3; i++) sigaddset(&action.sa_mask, signals[i]);
-    for (size_t i = 0; i < 3; i++) {
+    for (size_t i = 0; i < SIGNALS; i++) sigaddset(&action.sa_mask, signals[i]);
+    for (size_t i = 0; i < SIGNALS; i++) {
         bool ignored = !sigaction(signals[i], NULL, &before) && before.sa_handler == SIG_IGN;
         if (!ignored) sigaction(signals[i], &action, NULL);
     }

@@ -93,6 +93,21 @@ piped() { mkfifo out && (cat out >copy &) && trace; }
 check "a pipe" there piped "" piped
 check "a pipe: stays one" [ -p "$work/piped/out" ]
 
+# Nobody reads the picture, and the program ends amid the trace.
+unread() { # the program's exit code is left in code
+    mkfifo picture
+    (
+        (trace) 2>picture
+        echo $? >code
+    ) &
+    : <picture
+    wait $!
+}
+check "a picture that nobody reads" there unread "" unread
+check "a picture that nobody reads: SIGPIPE" is "$(cat "$work/unread/code")" 141
+check "a picture that nobody reads: nothing is left" is "$(cd "$work/unread" && echo *)" \
+    "code picture"
+
 # At any moment.
 stopped=0
 for signal in TERM HUP; do

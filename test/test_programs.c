@@ -632,7 +632,8 @@ static void learning(void) {
 }
 
 // The losses of both programs of the same rows from the zero state, in batches of 4, 4 and 2. infer
-// finds the latest checkpoint in train's directory, and the tokenizer that train has carried along.
+// finds the latest checkpoint in train's directory, and the tokenizer that train has carried along;
+// rows and start states too.
 static void validation(void) {
     logged_step ten[2], three[2];
     double loss = 0;
@@ -642,7 +643,9 @@ static void validation(void) {
               rows, rows);
     read_log("val.10", 1, 1, ten);
     read_log("val.3", 1, 1, three);
-    works("infer --model val.10 --eval held.bin --seq-len 24 --recurrences 2 --state-init zero");
+    works("infer --model val.10 --eval held.bin --recurrences 2");
+    check(strstr(err, "note: --state-init zero, --seq-len 24: as the model was trained") != NULL,
+          "infer --eval of a run: %s", err);
     sscanf(out, "%*[^\n] 2 %lf", &loss);
     check(fabs(loss - ten[1].validation) < 1e-4, "train's validation loss %g, infer's: %s",
           ten[1].validation, out);
