@@ -88,8 +88,8 @@ static void check_on_terminal(const char *command) {
         erased = size == 0 ? count : erased;
     }
     check(fits, "%s: a live line too long: '%s'", command, terminal);
-    check((count > 0 || quick) && erased == count, "%s: %zu live lines, %zu taken away: '%s'", command, count,
-          erased, terminal);
+    check((count > 0 || quick) && erased == count, "%s: %zu live lines, %zu taken away: '%s'",
+          command, count, erased, terminal);
     check(!strstr(terminal, "failed"), "%s: '%s'", command, terminal);
 }
 
