@@ -612,19 +612,21 @@ static double start_time;                   // when the program began; all times
 static double seconds_per_flop;             // of the slowest step
 static double seconds_to_save;              // what the last checkpoint took
 
-// A second signal ends the program at once.
+// A second signal ends the program at once, unless nohup has it ignored.
 static void on_signal(int number) {
     caught_signal = number;
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
-    signal(SIGHUP, SIG_DFL);
+    if (number == SIGHUP) signal(SIGHUP, SIG_DFL);
 }
 
+// Under nohup a terminal that closes is no reason to stop.
 static void catch_signals(void) {
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART}, before;
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGHUP, &action, NULL);
+    bool ignored = !sigaction(SIGHUP, NULL, &before) && before.sa_handler == SIG_IGN;
+    if (!ignored) sigaction(SIGHUP, &action, NULL);
 }
 
 // Whether to stop now: a signal came, or work of so many FLOPs would end after saving must begin.
@@ -1973,7 +1975,9 @@ static void load_model(void) {
     check_memory();
     retrofit_free(run.model);
     if (options.resume) run.source = run.newest;
+    retrofit_shows_shares = true;
     run.model = retrofit_load(run.source, run.ops, training.mode);
+    retrofit_shows_shares = false; // while steps are shown, saving is not
     require(run.model && retrofit_optimizer_init(run.model, training.optimizer.kind));
 
     retrofit_config *config = &run.model->config;

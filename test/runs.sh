@@ -287,6 +287,15 @@ for signal in INT TERM; do
     rm -rf "$work/twice"
 done
 
+# Under nohup the end of a terminal is no reason to stop.
+(trap '' HUP; long hung) 2>"$work/said" &
+pid=$!
+wait_for hung/lock
+kill -HUP $pid
+wait $pid
+check "SIGHUP under nohup" sh -c "! grep SIGHUP '$work/said'"
+check "SIGHUP under nohup: the same bits" same hung through
+
 # ---- one run at a time
 (slow locked) 2>"$work/said" &
 pid=$!
