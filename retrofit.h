@@ -4993,15 +4993,20 @@ static void clear_unfinished(const char *path) {
     if (unfinished.set && !strcmp(unfinished.path, path)) unfinished.set = false;
 }
 
-// Calls nothing but what a signal handler may call.
+// Calls nothing but what a signal handler may call, and opens nothing, since descriptors may be what
+// there are none of.
 void retrofit_abandon(void) {
+    static char path[RETROFIT_PATH + 64];
+    size_t length = strlen(unfinished.path);
     if (!unfinished.set) return;
-    int directory = open(unfinished.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    for (size_t i = 0; directory >= 0 && retrofit_model_files[i]; i++)
-        unlinkat(directory, retrofit_model_files[i], 0);
-    if (directory < 0) unlink(unfinished.path);
-    else rmdir(unfinished.path);
-    if (directory >= 0) close(directory);
+    memcpy(path, unfinished.path, length);
+    path[length] = '/';
+    for (size_t i = 0; retrofit_model_files[i]; i++) {
+        const char *name = retrofit_model_files[i];
+        memcpy(path + length + 1, name, strlen(name) + 1);
+        unlink(path);
+    }
+    if (unlink(unfinished.path)) rmdir(unfinished.path);
     unfinished.set = false;
 }
 
