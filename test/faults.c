@@ -7,8 +7,8 @@
 // wrote is the same to the bit; or the code is 1 or 2, there is a line on stderr, and what it would
 // have made is there as a whole or not at all.
 //
-// Every SAMPLE-th call fails, others every day; FAULTS=all: each. FAULT=name:kind:number repeats
-// one and keeps its directory.
+// Every SAMPLE-th call fails (fewer under sanitizers), others every day; FAULTS=all: each.
+// FAULT=name:kind:number repeats one and keeps its directory.
 #include "hooks.h"
 
 #include "check.h"
@@ -29,6 +29,12 @@ typedef struct {
 #if defined __SANITIZE_ADDRESS__ || defined __clang__
 const char *__asan_default_options(void);
 const char *__asan_default_options(void) { return "detect_leaks=0"; } // an exit frees nothing
+#endif
+
+#ifdef __SANITIZE_ADDRESS__
+enum { SLOWER = 5 };
+#else
+enum { SLOWER = 1 };
 #endif
 
 static char work[64], bin[4096], tests[4096];
@@ -474,7 +480,7 @@ int main(void) {
         result good = run_scenario(s, &(fault){0});
         told = 0;
         if (check(good.code == 0, PROGRAM " %s: code %d: %s", s->name, good.code, good.err)) {
-            check_calls(s, &good, seed, all ? 1 : SAMPLE);
+            check_calls(s, &good, seed, all ? 1 : SLOWER * SAMPLE);
             if (!one) check_surroundings(s, &good);
         }
         free_result(&good);

@@ -297,7 +297,7 @@ static void reset_program(void) {
     if (!is_saved) memcpy(saved, &options, sizeof options);
     is_saved = true;
     memcpy(&options, saved, sizeof options);
-    unfinished[0] = 0;
+    unfinished.set = false;
 }
 
 static void fuzz_gguf(input in) {
