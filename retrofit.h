@@ -4993,8 +4993,8 @@ static void clear_unfinished(const char *path) {
     if (unfinished.set && !strcmp(unfinished.path, path)) unfinished.set = false;
 }
 
-// Calls nothing but what a signal handler may call, and opens nothing, since descriptors may be what
-// there are none of.
+// Calls nothing but what a signal handler may call, and opens nothing, since there may be no
+// descriptor left.
 void retrofit_abandon(void) {
     static char path[RETROFIT_PATH + 64];
     size_t length = strlen(unfinished.path);

@@ -608,12 +608,16 @@ static void fill_training(void) {
 // ---- When to stop ------------------------------------------------------------------------------
 
 static volatile sig_atomic_t caught_signal; // the one that asked the run to stop; 0: none yet
+static bool on_terminal;                    // stderr is one: a signal is answered there
 static double start_time;                   // when the program began; all times are in seconds
 static double seconds_per_flop;             // of the slowest step
 static double seconds_to_save;              // what the last checkpoint took
 
 // A second signal ends the program at once, unless nohup has it ignored.
 static void on_signal(int number) {
+    static const char text[] = "\nstopping after this step; once more ends at once\n";
+    bool told = !on_terminal || write(STDERR_FILENO, text, sizeof text - 1) > 0;
+    (void)told;
     caught_signal = number;
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
@@ -623,6 +627,7 @@ static void on_signal(int number) {
 // Under nohup a terminal that closes is no reason to stop.
 static void catch_signals(void) {
     struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART}, before;
+    on_terminal = isatty(STDERR_FILENO);
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     bool ignored = !sigaction(SIGHUP, NULL, &before) && before.sa_handler == SIG_IGN;
