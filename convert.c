@@ -122,9 +122,7 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    retrofit_make_line(text);
-    retrofit_live_line(NULL);
-    fprintf(stderr, "convert: %s\n", text);
+    retrofit_say("convert", text);
     retrofit_abandon();
     exit(code);
 }

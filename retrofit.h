@@ -2492,6 +2492,8 @@ void retrofit_note(const char *format, ...);
 // Makes one line of a text that goes to a terminal: control characters, which names and texts in
 // files may contain, become question marks.
 void retrofit_make_line(char *text);
+// Prints "who: text" on stderr, made one line, in the place of a live line.
+void retrofit_say(const char *who, char *text);
 
 // How far long work is: a line on stderr, without control characters. On a terminal it takes the
 // place of the one before and is cut to the terminal's width. NULL takes it away; a note does so
@@ -9231,6 +9233,12 @@ void retrofit_make_line(char *text) {
     }
 }
 
+void retrofit_say(const char *who, char *text) {
+    retrofit_make_line(text);
+    retrofit_live_line(NULL);
+    fprintf(stderr, "%s: %s\n", who, text);
+}
+
 static void format_line(char line[1024], const char *format, va_list args) {
     vsnprintf(line, 1024, format, args);
     retrofit_make_line(line);
@@ -9271,8 +9279,7 @@ void retrofit_note(const char *format, ...) {
     size_t i = 0;
     while (i < count && said[i] != hash) i++;
     if (i < count) return;
-    retrofit_live_line(NULL);
-    fprintf(stderr, "note: %s\n", line);
+    retrofit_say("note", line);
     if (count < sizeof said / sizeof *said) said[count++] = hash;
 }
 
@@ -9845,7 +9852,8 @@ static bool machine_is_busy(void) {
 // OpenMP's threads spin for milliseconds where they wait for each other. On a processor that they
 // share, this uses up the time that they would need a moment later: a training beside one other
 // program becomes 5 to 20 times as slow. Falling asleep after 2000 turns, some ten microseconds,
-// costs nothing alone. The libraries read the environment before main, hence the new start.
+// costs little alone (doc/results.md). The libraries read the environment before main, hence the
+// new start.
 // libgomp counts turns. libomp knows milliseconds only: even one is too many on a busy machine,
 // and none costs a fifth of the speed of decoding on a quiet one.
 void retrofit_share_processors(char **argv) {

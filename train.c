@@ -331,7 +331,7 @@ static void remember_defaults(void) {
     char text[RETROFIT_PATH];
     for (size_t i = 0; i < OPTIONS; i++) {
         format_option(&option_table[i], text);
-        memcpy(default_options[i], text, sizeof default_options[i] - 1);
+        snprintf(default_options[i], sizeof default_options[i], "%.63s", text);
     }
 }
 
@@ -348,20 +348,6 @@ static void remember_options(void) {
         retrofit_text_append(&run.options, "\n", 1);
     }
     require(!run.options.failed);
-}
-
-static bool write_options(void) {
-    char path[RETROFIT_PATH], temporary[RETROFIT_PATH];
-    if (!retrofit_path(path, options.out, "options.txt")) return false;
-    if (!retrofit_path(temporary, options.out, "options.txt.tmp")) return false;
-    FILE *file = fopen(temporary, "wb");
-    if (!file) return retrofit_fail("%s: %s", temporary, strerror(errno));
-    fwrite(run.options.bytes, 1, run.options.size, file);
-    if (!retrofit_finish_file(file, temporary, true)) return false;
-    if (rename(temporary, path) == 0) return true;
-    retrofit_fail("%s: %s", path, strerror(errno));
-    unlink(temporary);
-    return false;
 }
 
 static bool is_option_of_run(const char *line) {
@@ -559,6 +545,9 @@ static void note_idle_options(void) {
     }
 }
 
+// Whether a GPU is named that need not be here.
+static bool names_gpu(void) { return options.gpu_memory > 0 || options.gpu_tflops > 0; }
+
 static void check_options(void) {
     bool plain = retrofit_is_plain(&run.config);
     size_t context = run.config.context;
@@ -573,6 +562,10 @@ static void check_options(void) {
     if (options.train && plain)
         die(2, "--train %s: %s is a plain Llama, it has neither adapter nor core",
             train_names[options.train], options.model);
+    if (names_gpu() && !options.dry_run)
+        die(2, "--gpu-memory and --gpu-tflops are for --dry-run alone");
+    if (names_gpu() && options.device == RETROFIT_ON_CPU)
+        die(2, "--gpu-memory and --gpu-tflops: not with --device cpu");
     if (options.sample_prompts && (!options.sample_tokens || options.sample_tokens > context))
         die(2, "--sample-tokens is from 1 to the model's context of %zu", context);
     if (!options.eval_rows) die(2, "--eval-rows is at least 1");
@@ -616,8 +609,7 @@ static double seconds_to_save;              // what the last checkpoint took
 // A second signal ends the program at once, unless nohup has it ignored.
 static void on_signal(int number) {
     static const char text[] = "\nstopping after this step; once more ends at once\n";
-    bool told = !on_terminal || write(STDERR_FILENO, text, sizeof text - 1) > 0;
-    (void)told;
+    if (on_terminal && write(STDERR_FILENO, text, sizeof text - 1) < 0) on_terminal = false;
     caught_signal = number;
     signal(SIGINT, SIG_DFL);
     signal(SIGTERM, SIG_DFL);
@@ -1277,12 +1269,34 @@ static bool write_checkpoint(const char *directory) {
     return true;
 }
 
-// Writes the name of a checkpoint to a file, on file systems that have no links.
-static bool write_name(const char *path, const char *name) {
+static bool write_whole_file(const char *path, const char *text, size_t size) {
     FILE *file = fopen(path, "wb");
     if (!file) return retrofit_fail("%s: %s", path, strerror(errno));
-    fprintf(file, "%s\n", name);
+    fwrite(text, 1, size, file);
     return retrofit_finish_file(file, path, true);
+}
+
+// Writes the name of a checkpoint to a file, on file systems that have no links.
+static bool write_name(const char *path, const char *name) {
+    char line[64];
+    int size = snprintf(line, sizeof line, "%s\n", name);
+    return write_whole_file(path, line, (size_t)size);
+}
+
+// Gives a file or link its final name; where that fails, removes it. false or error.
+static bool move_into_place(const char *temporary, const char *final) {
+    if (rename(temporary, final) == 0) return true;
+    retrofit_fail("%s: %s", final, strerror(errno));
+    unlink(temporary);
+    return false;
+}
+
+static bool write_options(void) {
+    char path[RETROFIT_PATH], temporary[RETROFIT_PATH];
+    if (!retrofit_path(path, options.out, "options.txt")) return false;
+    if (!retrofit_path(temporary, options.out, "options.txt.tmp")) return false;
+    return write_whole_file(temporary, run.options.bytes, run.options.size) &&
+           move_into_place(temporary, path);
 }
 
 // Lets OUT/latest name the checkpoint, in one step. false or error.
@@ -1290,12 +1304,10 @@ static bool link_latest(const char *name) {
     char temporary[RETROFIT_PATH];
     if (!retrofit_path(temporary, options.out, "latest.tmp")) return false;
     unlink(temporary);
-    bool made = run.links ? symlink(name, temporary) == 0 : write_name(temporary, name);
-    if (made && rename(temporary, run.latest) == 0)
-        return retrofit_path(run.newest, options.out, name);
-    retrofit_fail("%s: %s", run.latest, strerror(errno));
-    unlink(temporary);
-    return false;
+    if (run.links && symlink(name, temporary))
+        return retrofit_fail("%s: %s", run.latest, strerror(errno));
+    if (!run.links && !write_name(temporary, name)) return false;
+    return move_into_place(temporary, run.latest) && retrofit_path(run.newest, options.out, name);
 }
 
 // A kill at any moment leaves the checkpoint before, or this one, whole and linked to: files are
@@ -1541,11 +1553,6 @@ static void check_memory(void) {
 
 // ---- A GPU that is not here, for --dry-run: what is to be rented? ------------------------------
 
-static bool planned_start(char text[256]) {
-    snprintf(text, 256, "a GPU that is not here");
-    return true;
-}
-
 static double planned_peak(void) { return options.gpu_tflops * 1e12; }
 
 static size_t planned_memory(void) {
@@ -1555,9 +1562,9 @@ static size_t planned_memory(void) {
 // A table without operations: what a training takes follows from its types. Those of retrofit_cuda
 // and of retrofit_cuda_fp32.
 static const retrofit_ops planned_gpu[2] = {
-    {.name = "cuda", .act_type = RETROFIT_BF16, .max_head_dim = 128, .start = planned_start,
+    {.name = "cuda", .act_type = RETROFIT_BF16, .max_head_dim = 128,
      .peak_flops = planned_peak, .free_memory = planned_memory},
-    {.name = "cuda-fp32", .act_type = RETROFIT_F32, .max_head_dim = 128, .start = planned_start,
+    {.name = "cuda-fp32", .act_type = RETROFIT_F32, .max_head_dim = 128,
      .peak_flops = planned_peak, .free_memory = planned_memory},
 };
 
@@ -1840,15 +1847,11 @@ static void log_step(const retrofit_step *step, double seconds) {
 
 // The device, and on it the model without memory.
 static void choose_device(void) {
-    bool fp32 = options.precision == 1, named = options.gpu_memory > 0 || options.gpu_tflops > 0;
-    bool on_gpu = options.device == RETROFIT_ON_CUDA;
-    if (named && !options.dry_run) die(2, "--gpu-memory and --gpu-tflops are for --dry-run alone");
-    if (named && options.device == RETROFIT_ON_CPU)
-        die(2, "--gpu-memory and --gpu-tflops: not with --device cpu");
-    if (!named) run.ops = retrofit_device((retrofit_place)options.device, fp32, run.device);
-    if (named || (!run.ops && on_gpu && options.dry_run)) {
+    bool fp32 = options.precision == 1;
+    if (!names_gpu()) run.ops = retrofit_device((retrofit_place)options.device, fp32, run.device);
+    if (!run.ops && options.dry_run) { // --device auto always finds one
         run.ops = &planned_gpu[fp32];
-        run.ops->start(run.device);
+        snprintf(run.device, sizeof run.device, "a GPU that is not here");
     }
     require(run.ops);
     if (options.precision != NOT_GIVEN && run.ops == &retrofit_cpu)
@@ -1862,7 +1865,7 @@ static void choose_device(void) {
 static void check_tokenizer(void) {
     errno = 0;
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(run.source);
-    if (!tokenizer && retrofit_machine_failed()) die(1, "%s", retrofit_error());
+    require(tokenizer || !retrofit_machine_failed());
     if (tokenizer) {
         run.tokenizer_hash = retrofit_tokenizer_hash(tokenizer);
         retrofit_config_mend_ids(&run.config, tokenizer, run.source);
@@ -1940,12 +1943,6 @@ static void note_dropout(void) {
     retrofit_json_free(json);
 }
 
-// Also a link that leads nowhere, and what cannot be looked at.
-static bool is_there(const char *path) {
-    struct stat status;
-    return lstat(path, &status) == 0 || (errno != ENOENT && errno != ENOTDIR);
-}
-
 // A run that was copied by a program that leaves links out still has its checkpoints.
 __attribute__((noreturn)) static void die_without_latest(void) {
     char path[RETROFIT_PATH];
@@ -1961,17 +1958,18 @@ __attribute__((noreturn)) static void die_without_latest(void) {
 static void check_output(void) {
     char model[RETROFIT_PATH];
     require(retrofit_path(model, options.out, "config.json"));
-    if (is_there(model))
+    if (retrofit_is_there(model))
         die(2, "--out %s: is a model's directory: give the run one of its own", options.out);
     require(retrofit_path(run.latest, options.out, "latest"));
     require(retrofit_path(run.log_path, options.out, "log.jsonl"));
     if (access(options.out, F_OK) == 0) lock_output();
-    if (is_there(run.latest) && !options.resume)
+    if (retrofit_is_there(run.latest) && !options.resume)
         die(2, "%s holds a run already: give --resume to go on with it, or another --out",
             options.out);
-    if (!is_there(run.latest) && options.resume) die_without_latest();
+    if (!retrofit_is_there(run.latest) && options.resume) die_without_latest();
     if (!options.resume) return;
-    if (!retrofit_latest(options.out, run.newest) || !is_there(run.newest)) die_without_latest();
+    if (!retrofit_latest(options.out, run.newest) || !retrofit_is_there(run.newest))
+        die_without_latest();
     check_latest();
 }
 
@@ -2047,7 +2045,7 @@ static void open_output(void) {
     snprintf(out, sizeof out, "%s", options.out);
     require(retrofit_make_directories(out, false));
     lock_output();
-    if (!options.resume && is_there(run.latest)) {
+    if (!options.resume && retrofit_is_there(run.latest)) {
         die(2, "%s holds a run already, begun after this one: give another --out", options.out);
     }
     try_output();
@@ -2168,7 +2166,6 @@ int main(int argc, char **argv) {
     open_data();
     if (options.dry_run) {
         dry_run();
-        require(retrofit_flush_stdout());
         close_run();
         return 0;
     }

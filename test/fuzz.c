@@ -161,6 +161,15 @@ static char **split_arguments(char *text, int *count) {
 
 #define OPTION_COUNT (sizeof option_table / sizeof *option_table)
 
+// The options as they are when a program begins.
+static void reset_options(void) {
+    static char saved[sizeof options];
+    static bool is_saved;
+    if (!is_saved) memcpy(saved, &options, sizeof options);
+    is_saved = true;
+    memcpy(&options, saved, sizeof options);
+}
+
 #if defined HOOKS_CONVERT
 
 // A file that grows in memory.
@@ -292,11 +301,7 @@ static void set_up(void) {
 }
 
 static void reset_program(void) {
-    static char saved[sizeof options];
-    static bool is_saved;
-    if (!is_saved) memcpy(saved, &options, sizeof options);
-    is_saved = true;
-    memcpy(&options, saved, sizeof options);
+    reset_options();
     unfinished.set = false;
 }
 
@@ -411,11 +416,7 @@ static void set_up(void) {
 }
 
 static void reset_program(void) {
-    static char saved[sizeof options];
-    static bool is_saved;
-    if (!is_saved) memcpy(saved, &options, sizeof options);
-    is_saved = true;
-    memcpy(&options, saved, sizeof options);
+    reset_options();
     memset(&template, 0, sizeof template);
     memset(&task_set, 0, sizeof task_set);
     memset(&answer_regex, 0, sizeof answer_regex);
@@ -715,11 +716,7 @@ static void set_up(void) {
 }
 
 static void reset_program(void) {
-    static char saved[sizeof options];
-    static bool is_saved;
-    if (!is_saved) memcpy(saved, &options, sizeof options);
-    is_saved = true;
-    memcpy(&options, saved, sizeof options);
+    reset_options();
     memset(&run, 0, sizeof run);
     memset(&progress, 0, sizeof progress);
     memset(&samples, 0, sizeof samples);

@@ -15,6 +15,15 @@ static void need(bool ok, const char *what) {
     exit(finish(what));
 }
 
+// xorshift64: the same numbers in every run.
+static inline uint32_t random_below(uint32_t n) {
+    static uint64_t seed = 1;
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    seed ^= seed << 17;
+    return (uint32_t)((seed >> 11) % n);
+}
+
 // ‖a - b‖ / ‖b‖, in double.
 static inline double relative_error(const float *a, const float *b, size_t n) {
     double difference = 0, size = 0;

@@ -3,15 +3,6 @@
 #include "run.h"
 #include <sys/resource.h>
 
-// xorshift64: the same numbers in every run.
-static uint64_t seed = 1;
-static uint32_t random_below(uint32_t n) {
-    seed ^= seed << 13;
-    seed ^= seed >> 7;
-    seed ^= seed << 17;
-    return (uint32_t)((seed >> 11) % n);
-}
-
 // ---- Measuring ---------------------------------------------------------------------------------
 
 typedef void work(size_t n);

@@ -2,15 +2,6 @@
 // damaged files, and what must be refused.
 #include "test.h"
 
-// xorshift64: the same numbers in every run.
-static uint64_t seed = 1;
-static uint32_t random_below(uint32_t n) {
-    seed ^= seed << 13;
-    seed ^= seed >> 7;
-    seed ^= seed << 17;
-    return (uint32_t)((seed >> 11) % n);
-}
-
 static bool same_ids(const int32_t *ids, size_t count, const retrofit_json *expected) {
     if (!ids || expected->count != count) return false;
     const retrofit_json *id = expected->child;
