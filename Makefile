@@ -70,6 +70,7 @@ WITH_NVCC := $(call noted,$(CUDA_OBJECT:.o=.flags),$(NVCC) $(NVFLAGS))
 endif
 endif
 
+HOOKED := $(foreach kind,fuzz faults,$(addprefix $(OUT)/$(kind)_,convert infer train))
 PROGRAMS := $(addprefix $(BIN)/,convert train infer)
 TESTS := $(addprefix $(OUT)/,$(filter-out test_gpu,$(basename $(notdir $(wildcard test/test_*.c)))))
 EMULATED := $(addprefix $(OUT)/emulated_,test_ops test_gpu bench_cuda train infer) $(OUT)/test_emulator $(if $(SAN),,$(OUT)/races_test_ops)
@@ -88,6 +89,10 @@ $(CUDA_OBJECT): retrofit_cuda.cu retrofit.h $(WITH_NVCC)
 	@mkdir -p $(@D)
 	$(NVCC) $(NVFLAGS) -c $< -o $@
 
+# What only reads and writes compiles in a third of the time without -O3, which it does not need.
+READERS := $(addprefix $(OUT)/test_,chat convert output programs reports scale tokenizer)
+$(READERS) $(HOOKED): private CFLAGS := $(if $(SAN),$(CFLAGS),-O1)
+
 # Static functions a test does not call are no fault of the test.
 $(OUT)/%: test/%.c test/test.h test/run.h test/check.h retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
@@ -95,7 +100,6 @@ $(OUT)/%: test/%.c test/test.h test/run.h test/check.h retrofit.h $(WITH_C)
 
 # Hostile files and failing calls, in a program's own source: see test/hooks.h. Without OpenMP, whose
 # threads would not be worth their making for files as small as these.
-HOOKED := $(foreach kind,fuzz faults,$(addprefix $(OUT)/$(kind)_,convert infer train))
 hooked = $(CC) $(filter-out $(OPENMP),$(FLAGS)) -Wno-unused-function -Wno-unknown-pragmas
 $(OUT)/fuzz_%: test/fuzz.c test/hooks.h test/check.h %.c retrofit.h $(WITH_C)
 	@mkdir -p $(@D)

@@ -525,14 +525,14 @@ static float max_element(const float *x, size_t n);
 static double sum_exp(float *terms, const float *x, size_t n, float max); // Σ e^{x - max}
 static inline float fast_exp(float x);
 
-// Loops over threads, if the work, in elements, is worth waking them.
+// Loops over threads, if the work (elements; of unequal tasks, multiply-adds) is worth waking them.
 #ifdef _OPENMP
 #define PRAGMA(x) _Pragma(#x)
 #define PARALLEL_FOR(work) PRAGMA(omp parallel for schedule(static) if ((work) > 16384))
-#define PARALLEL_TASKS PRAGMA(omp parallel for schedule(dynamic)) // of unequal length
+#define PARALLEL_TASKS(work) PRAGMA(omp parallel for schedule(dynamic) if ((work) > 65536))
 #else
 #define PARALLEL_FOR(work)
-#define PARALLEL_TASKS
+#define PARALLEL_TASKS(work)
 #endif
 
 // Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot
@@ -1753,7 +1753,7 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
                              const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,
                              size_t G, size_t h, retrofit_type type) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE, size = retrofit_type_size(type);
-    PARALLEL_TASKS
+    PARALLEL_TASKS(B * T * H * h * ((size_t)past[0] + T))
     for (size_t task = 0; task < B * H * tiles; task++) {
         size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
         size_t n = b * T + t, group = head / (H / G);
@@ -6112,7 +6112,7 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
         if (threads % x == 0 && x * x * N <= threads * M) down = x;
     size_t across = threads / down; // times a whole number, so that none is wider than 512
     across = retrofit_min(columns, across * ceil_of(N, across * 512));
-    PARALLEL_TASKS
+    PARALLEL_TASKS(M * N * K)
     for (size_t t = 0; t < down * across; t++) {
         size_t i = part_begin(t / across, rows, down, MR);
         size_t i_end = retrofit_min(M, part_begin(t / across + 1, rows, down, MR));
@@ -6236,7 +6236,7 @@ static void attention_forward(act *out, float *lse, const act *qkv, size_t B, si
                               size_t G, size_t h) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE;
     float *y = out;
-    PARALLEL_TASKS
+    PARALLEL_TASKS(B * T * H * h * T)
     for (size_t task = 0; task < B * H * tiles; task++) {
         size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
         size_t n = b * T + t, group = head / (H / G);
@@ -6259,7 +6259,7 @@ static void attention_backward(act *dqkv, float *delta, const act *dout, const a
         memset((float *)dqkv + n * Q, 0, Q * sizeof(float)); // the tiles add to it
         for (size_t i = n * H; i < (n + 1) * H; i++) delta[i] = dot(dy + i * h, y + i * h, h);
     }
-    PARALLEL_TASKS
+    PARALLEL_TASKS(B * T * H * h * T)
     for (size_t task = 0; task < B * G; task++) {
         size_t b = task / G, group = task % G;
         const float *row = (const float *)qkv + b * T * Q;

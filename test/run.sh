@@ -40,7 +40,11 @@ for test in "$@" make demos library compilers readme contents keys device runs o
     */*) set -- "$test" ;;
     *) set -- sh "test/$test.sh" ;;
     esac
-    out=$("$@" 2>&1)
+    out=$(
+        # This one's models are so small that a second thread waits more than it works.
+        case $test in */test_thinking) export OMP_NUM_THREADS=1 ;; esac
+        "$@" 2>&1
+    )
     count "$*" $? "$out"
 done
 wait
