@@ -399,6 +399,13 @@ static void set_defaults(void) {
     remember_defaults();
 }
 
+// OUT may be missing still. A file of that name is told from it before files are looked for in it.
+static void check_out_is_directory(void) {
+    struct stat status;
+    if (!options.out || stat(options.out, &status) || S_ISDIR(status.st_mode)) return;
+    die(1, "--out %s: not a directory: give the run another name", options.out);
+}
+
 // Returns -1 to go on, or an exit code.
 static int read_options(int argc, char **argv) {
     static const char usage[] =
@@ -408,6 +415,7 @@ static int read_options(int argc, char **argv) {
     if (code >= 0) return code;
     if (options.resume_anyway) options.resume = true;
     if (options.resume && !options.out) die(2, "--resume: --out is needed, where the run is");
+    check_out_is_directory();
     if (options.resume && !options.model) {
         code = take_up_options(argv[0]);
         if (code < 0) code = retrofit_options(argc, argv, option_table, OPTIONS, usage, NULL, NULL);

@@ -193,7 +193,8 @@ limited() { # writes of more than some blocks fail
 }
 check "a limit on file sizes" fails 1 'File too large' limited
 check "a limit on file sizes: nothing half-written" holds limited log.jsonl options.txt
-(run closed --flops 1) >&- 2>&-
+closed_streams() { (run closed --flops 1) >&- 2>&-; }
+check "closed streams" closed_streams
 other_lines=$(grep -vc '^{"step"' "$work/closed/log.jsonl")
 check "closed streams: the log is the log" [ "$other_lines" -eq 0 ]
 

@@ -141,6 +141,25 @@ static void long_work(void) {
 
 #define ONCE "infer --model talk --tokenizer f/tokenizers/smollm_style "
 
+// Nor is a text lost in silence where stdout is closed; what prints nothing goes on.
+static void closed_stdout(void) {
+    static const char *const commands[] = {
+        "train --help",
+        "convert --version",
+        ONCE "--prompt Once --max-tokens 3",
+        "infer --model talk --eval rows.bin --rows 1 --seq-len 20 --recurrences 1 --json",
+        "convert --random talk.json --to unseen",
+        "train --model talk --dry-run=schedule --steps 2",
+    };
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        fails(1, "writing to stdout failed: it is closed", "%s >&-", commands[i]);
+    works("infer --model talk --tokens 1,2 --logits closed.safetensors >&- && "
+          "infer --model talk --tokens 1,2 --logits open.safetensors && "
+          "cmp closed.safetensors open.safetensors");
+    works("train --model talk --data rows.bin --out trained --steps 1 --seq-len 20 "
+          "--micro-batch-size 1 >&- && ls trained/latest/model.safetensors");
+}
+
 // Every mode that prints notices that nobody got it; what was to be made beside that is there.
 static void full_stdout(void) {
     static const char *const commands[] = {
@@ -212,6 +231,21 @@ static void tokenizer_of_a_run(void) {
     fails(1, "nowhere", "convert --random lookup.json --tokenizer nowhere --to bad");
 }
 
+// A training that runs, or was killed, before its first checkpoint is no model yet.
+static void run_without_checkpoint(void) {
+    static const char *const commands[] = {
+        "infer --model begun --prompt a",
+        "infer --model begun --tokens 1,2 --logits bad",
+        "infer --model f/lookup/base --tokenizer begun --prompt a",
+        "train --model begun --data rows.bin --out bad --steps 1",
+        "convert --from begun --to bad",
+        "convert --tokenize numbers.txt --tokenizer begun --to bad.bin",
+    };
+    shell("mkdir begun && touch begun/log.jsonl begun/options.txt");
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        fails(1, "begun: a training run that has no checkpoint yet", "%s", commands[i]);
+}
+
 // What is said is one line without control characters, whatever is in names and files.
 static void one_line(void) {
     char text[] = "a\033[31mb\tc\n\x7f \xc2\x9b \xc2\xa0\xc3\xa9";
@@ -229,6 +263,8 @@ int main(void) {
     show_in_file("lines");
     long_work();
     tokenizer_of_a_run();
+    run_without_checkpoint();
+    closed_stdout();
     full_stdout();
     failing_stdin();
     full_files();
