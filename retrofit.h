@@ -2499,6 +2499,8 @@ void retrofit_say(const char *who, char *text);
 // place of the one before and is cut to the terminal's width. NULL takes it away; a note does so
 // too, and so must whatever else is written there. A signal handler may call it with NULL.
 void retrofit_live_line(const char *text);
+// How many columns of it are shown. SIZE_MAX: all, since stderr is no terminal with such lines.
+size_t retrofit_live_columns(void);
 // Whether it is time for the next one: on a terminal five times in a second, elsewhere every two
 // seconds, from the first call on.
 bool retrofit_live_line_due(void);
@@ -9317,7 +9319,15 @@ static size_t clip_to_columns(const char *text, size_t columns) {
     return at;
 }
 
-// The last column stays free: what stands in it makes some terminals begin a new line.
+// The last column stays free: what stands in it makes some terminals begin a new line. A terminal
+// that does not say how wide it is has 80, as most do.
+size_t retrofit_live_columns(void) {
+    struct winsize window;
+    if (!has_live_lines()) return SIZE_MAX;
+    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &window) && window.ws_col > 0;
+    return known ? window.ws_col - 1u : 79;
+}
+
 void retrofit_live_line(const char *text) {
     static volatile sig_atomic_t shown;
     static const char erase[] = "\r\033[K";
@@ -9326,13 +9336,12 @@ void retrofit_live_line(const char *text) {
         shown = !erased;
         return;
     }
-    if (!has_live_lines()) {
+    size_t columns = retrofit_live_columns();
+    if (columns == SIZE_MAX) {
         fprintf(stderr, "%s\n", text);
         return;
     }
-    struct winsize window;
-    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &window) && window.ws_col > 0;
-    size_t size = clip_to_columns(text, known ? window.ws_col - 1u : 79);
+    size_t size = clip_to_columns(text, columns);
     shown = true;
     fprintf(stderr, "\r%.*s\033[K", (int)size, text);
 }

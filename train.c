@@ -1785,8 +1785,23 @@ static const char *main_rate(const retrofit_plan *plan, double *rate) {
     return muon ? "muon-lr" : "lr";
 }
 
-// A terminal has one line, which every step replaces; what it has no room for is missing at its
-// end. A file gets the first and the last step, and between them a line every two seconds.
+enum { STEP_LINE_SIZE = 512 };
+
+// Adds a part to the line of a step if there is room for all of it: a number must not be cut.
+__attribute__((format(printf, 2, 3))) static void append_part(char text[STEP_LINE_SIZE],
+                                                              const char *format, ...) {
+    char part[128];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(part, sizeof part, format, args);
+    va_end(args);
+    size_t room = retrofit_min(retrofit_live_columns(), STEP_LINE_SIZE - 1);
+    if (strlen(text) + strlen(part) <= room) append(text, STEP_LINE_SIZE, "%s", part);
+}
+
+// A terminal has one line, which every step replaces. Its parts come in the order of what one wants
+// to know first, and those that a narrow terminal has no room for are left out. A file gets the
+// first and the last step, and between them a line every two seconds.
 static void show_step(const retrofit_step *step, double seconds) {
     static double last_shown;
     const retrofit_plan *plan = &step->plan;
@@ -1795,7 +1810,7 @@ static void show_step(const retrofit_step *step, double seconds) {
     if (!always && retrofit_seconds() - last_shown < 2) return;
     last_shown = retrofit_seconds();
 
-    char text[512] = {0}, speed[64];
+    char text[STEP_LINE_SIZE] = {0}, speed[64];
     double rate, tokens = (double)(options.batch_size * options.seq_len);
     double elapsed = retrofit_seconds() - run.train_start;
     double flops_left = fmax(0, run.planned_flops - run.spent_flops);
@@ -1803,12 +1818,14 @@ static void show_step(const retrofit_step *step, double seconds) {
     const char *rate_name = main_rate(plan, &rate);
     format_speed(speed, step->flops / seconds);
 
-    append(text, sizeof text, "step %zu/%zu  loss %.4f  ETA %zu:%02zu:%02zu", progress.step,
-           training.steps, step->loss, left / 3600, left / 60 % 60, left % 60);
-    if (plan->mean > 0)
-        append(text, sizeof text, "  n,k %zu,%zu  r %zu", step->n, step->k, plan->mean);
-    append(text, sizeof text, "  |g| %.2f  %s %.1e  %.0f tok/s  %s", step->norm, rate_name, rate,
-           tokens / seconds, speed);
+    append_part(text, "step %zu/%zu", progress.step, training.steps);
+    append_part(text, "  loss %.4f", step->loss);
+    append_part(text, "  ETA %zu:%02zu:%02zu", left / 3600, left / 60 % 60, left % 60);
+    append_part(text, "  %.0f tok/s", tokens / seconds);
+    append_part(text, "  %s %.1e", rate_name, rate);
+    if (plan->mean > 0) append_part(text, "  n,k %zu,%zu  r %zu", step->n, step->k, plan->mean);
+    append_part(text, "  |g| %.2f", step->norm);
+    append_part(text, "  %s", speed);
     retrofit_live_line(text);
     step_shown = terminal;
 }

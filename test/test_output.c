@@ -137,6 +137,31 @@ static void long_work(void) {
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) check_on_terminal(commands[i]);
 }
 
+// The line of the third step on a terminal of so many columns.
+static void read_step_line(unsigned short columns, char line[256]) {
+    static const char command[] = "train --model talk --data rows.bin --out line --steps 3 "
+                                  "--seq-len 20 --micro-batch-size 1 && rm -r line";
+    on_terminal(columns, run_there, command);
+    const char *begin = strstr(terminal, "\rstep 3/3"), *end = begin ? strchr(begin, '\033') : NULL;
+    check(end != NULL, "%d columns: no third step: '%s'", columns, terminal);
+    if (end) snprintf(line, 256, "%.*s", (int)(end - begin - 1), begin + 1);
+}
+
+// A narrow terminal has the step, its loss, how long the rest takes and the speed; none is cut.
+static void step_lines(void) {
+    static const char *const parts[] = {"  loss ", "  ETA ", " tok/s", "  muon-lr ", "  n,k ",
+                                        "  r ", "  |g| ", "FLOP/s"};
+    char line[256] = {0};
+    for (size_t i = 0; i < 2; i++) {
+        read_step_line(i ? 160 : 60, line);
+        check(strlen(line) < (i ? 160 : 60), "a line of a step too long: '%s'", line);
+        for (size_t j = 0; j < (i ? 8 : 3); j++)
+            check(strstr(line, parts[j]) != NULL, "no '%s' in '%s'", parts[j], line);
+    }
+    read_step_line(30, line);
+    check(strlen(line) < 30 && strstr(line, "  loss ") && !strstr(line, "ETA"), "30: '%s'", line);
+}
+
 // ---- Streams that fail -------------------------------------------------------------------------
 
 #define ONCE "infer --model talk --tokenizer f/tokenizers/smollm_style "
@@ -262,6 +287,7 @@ int main(void) {
     live_lines();
     show_in_file("lines");
     long_work();
+    step_lines();
     tokenizer_of_a_run();
     run_without_checkpoint();
     closed_stdout();
