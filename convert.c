@@ -1023,15 +1023,18 @@ static int compare_identities(const void *a, const void *b) {
 // Returns what stat says of the file.
 static struct stat check_name(const char *path) {
     struct stat status;
+    bool there = stat(path, &status) == 0;
+    int error = errno;
+    if (there && S_ISDIR(status.st_mode))
+        die(1, "%s: a directory: name the files in it, as in %s/*.txt or %s/*.jsonl", path, path,
+            path);
     if (!ends_with(path, ".txt") && !ends_with(path, ".jsonl"))
         die(2, "%s: the name ends neither in .txt nor in .jsonl, the kinds that are known", path);
-    if (!stat(path, &status)) {
-        if (!S_ISREG(status.st_mode)) die(1, "%s: not a regular file", path);
-        return status;
-    }
-    if (errno == ENOENT && strpbrk(path, "*?["))
+    if (there && !S_ISREG(status.st_mode)) die(1, "%s: not a regular file", path);
+    if (there) return status;
+    if (error == ENOENT && strpbrk(path, "*?["))
         die(1, "%s: No such file: the shell found none of this pattern, or it was in quotes", path);
-    die(1, "%s: %s", path, strerror(errno));
+    die(1, "%s: %s", path, strerror(error));
 }
 
 // The output is made beside its final place and moved there at the end, which must be possible.

@@ -2499,6 +2499,8 @@ void retrofit_say(const char *who, char *text);
 // place of the one before and is cut to the terminal's width. NULL takes it away; a note does so
 // too, and so must whatever else is written there. A signal handler may call it with NULL.
 void retrofit_live_line(const char *text);
+// How many columns of it are shown. SIZE_MAX: all, since stderr is no terminal with such lines.
+size_t retrofit_live_columns(void);
 // Whether it is time for the next one: on a terminal five times in a second, elsewhere every two
 // seconds, from the first call on.
 bool retrofit_live_line_due(void);
@@ -2538,7 +2540,8 @@ uint64_t retrofit_sample_hash(const void *data, size_t size);
 // Whether something of this name is there, be it a link that leads nowhere. What cannot be looked
 // at counts as being there, so that who opens it hears why.
 bool retrofit_is_there(const char *path);
-// Whether there is a directory of this name, for a model. false or error.
+// Whether there is a directory of this name, for a model, and not that of a training run which has
+// no checkpoint yet. false or error.
 bool retrofit_check_directory(const char *path);
 // Whether a file of this name could be written, as far as can be known before. false or error.
 bool retrofit_check_writable(const char *path);
@@ -5370,20 +5373,32 @@ struct retrofit_data {
     size_t *order;        // [rows] rows in the order of the epoch; NULL: as they lie in the files
 };
 
+// Text has no control characters but white space; the header of a shard has zeros.
+static bool looks_like_text(const unsigned char *bytes, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        bool space = bytes[i] >= '\t' && bytes[i] <= '\r';
+        if (bytes[i] < ' ' && !space) return false;
+    }
+    return true;
+}
+
 static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
     shard->base = retrofit_map_file(path, &shard->bytes);
     if (!shard->base) return false;
     if (stat(path, &shard->status)) return retrofit_fail("%s: %s", path, strerror(errno));
     const int32_t *header = shard->base;
+    if (looks_like_text(shard->base, retrofit_min(shard->bytes, SHARD_HEADER)))
+        return retrofit_fail("%s: text, not a token shard: make one with convert --tokenize %s "
+                             "--tokenizer MODEL --to NAME.bin", path, path);
     if (shard->bytes < SHARD_HEADER)
         return retrofit_fail("%s: %zu bytes are no token shard: the header alone has 1024", path,
                              shard->bytes);
     if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) shard->width = 2;
     else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) shard->width = 4;
     else
-        return retrofit_fail("%s: not a token shard (magic %d, version %d): make one with "
-                             "convert --tokenize",
-                             path, header[0], header[1]);
+        return retrofit_fail("%s: not a token shard, or of a version that is not known: make one "
+                             "with convert --tokenize FILE.txt --tokenizer MODEL --to NAME.bin",
+                             path);
     size_t tokens = (shard->bytes - SHARD_HEADER) / shard->width;
     bool whole = (shard->bytes - SHARD_HEADER) % shard->width == 0;
     if (header[2] < 0 || (size_t)header[2] != tokens || !whole)
@@ -9304,7 +9319,15 @@ static size_t clip_to_columns(const char *text, size_t columns) {
     return at;
 }
 
-// The last column stays free: what stands in it makes some terminals begin a new line.
+// The last column stays free: what stands in it makes some terminals begin a new line. A terminal
+// that does not say how wide it is has 80, as most do.
+size_t retrofit_live_columns(void) {
+    struct winsize window;
+    if (!has_live_lines()) return SIZE_MAX;
+    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &window) && window.ws_col > 0;
+    return known ? window.ws_col - 1u : 79;
+}
+
 void retrofit_live_line(const char *text) {
     static volatile sig_atomic_t shown;
     static const char erase[] = "\r\033[K";
@@ -9313,13 +9336,12 @@ void retrofit_live_line(const char *text) {
         shown = !erased;
         return;
     }
-    if (!has_live_lines()) {
+    size_t columns = retrofit_live_columns();
+    if (columns == SIZE_MAX) {
         fprintf(stderr, "%s\n", text);
         return;
     }
-    struct winsize window;
-    bool known = !ioctl(STDERR_FILENO, TIOCGWINSZ, &window) && window.ws_col > 0;
-    size_t size = clip_to_columns(text, known ? window.ws_col - 1u : 79);
+    size_t size = clip_to_columns(text, columns);
     shown = true;
     fprintf(stderr, "\r%.*s\033[K", (int)size, text);
 }
@@ -9373,7 +9395,10 @@ char *retrofit_copy_string(const char *string) {
 bool retrofit_flush_stdout(void) {
     errno = 0;
     bool failed = fflush(stdout) || ferror(stdout);
-    return !failed || retrofit_fail("writing to stdout failed: %s", strerror(errno ? errno : EIO));
+    if (!failed) return true;
+    int flags = fcntl(STDOUT_FILENO, F_GETFL), error = errno ? errno : EIO;
+    bool closed = flags < 0 || (flags & O_ACCMODE) == O_RDONLY;
+    return retrofit_fail("writing to stdout failed: %s", closed ? "it is closed" : strerror(error));
 }
 
 // ---- Files and directories ---------------------------------------------------------------------
@@ -9468,11 +9493,27 @@ bool retrofit_is_there(const char *path) {
     return !lstat(path, &status) || (errno != ENOENT && errno != ENOTDIR);
 }
 
+// Whether a directory has something of this name.
+static bool has_entry(const char *directory, const char *name) {
+    char path[RETROFIT_PATH];
+    return retrofit_path(path, directory, name) && retrofit_is_there(path);
+}
+
+// What train makes, before it saves for the first time: a log, but no model.
+static bool is_run_without_checkpoint(const char *directory) {
+    bool model = has_entry(directory, "config.json") || has_entry(directory, "tokenizer.json");
+    return !model && !has_entry(directory, "latest") && has_entry(directory, "log.jsonl");
+}
+
 bool retrofit_check_directory(const char *path) {
     struct stat status;
     if (stat(path, &status))
         return retrofit_fail("%s: %s: a model is a directory here; download it first (for example "
                              "hf download NAME --local-dir DIR)", path, strerror(errno));
+    if (S_ISDIR(status.st_mode) && is_run_without_checkpoint(path))
+        return retrofit_fail("%s: a training run that has no checkpoint yet: wait for its first "
+                             "(at --save-every, or at its end), or end it with Ctrl-C, which saves",
+                             path);
     if (S_ISDIR(status.st_mode)) return true;
     return retrofit_fail("%s: a file, not a model's directory: name the directory; a GGUF is made "
                          "one by convert --from FILE --to DIR", path);
@@ -9800,22 +9841,51 @@ static const retrofit_option *find_option(const retrofit_option *table, size_t c
     return NULL;
 }
 
-// Letters that two names share at their beginnings and ends: enough to guess what was meant.
-static size_t common_letters(const char *a, const char *b) {
-    size_t n = strlen(a), m = strlen(b), front = 0, back = 0;
-    while (front < n && front < m && a[front] == b[front]) front++;
-    while (back < n && back < m && a[n - 1 - back] == b[m - 1 - back]) back++;
-    return front + back;
+// How many mistakes make the one name of the other: letters that are missing, added or others, and
+// neighbours that changed places (the Damerau-Levenshtein distance, where no part is edited twice).
+// The missing end of an abbreviation is one mistake. `length` letters of `typed` count.
+static size_t count_mistakes(const char *typed, size_t length, const char *name) {
+    enum { MAX = 32 };
+    size_t n = strlen(name), rows[3][MAX + 1]; // row i, modulo 3: of the first i letters of `typed`
+    if (length > MAX || n > MAX) return MAX;
+    if (length > 0 && length < n && !strncmp(typed, name, length)) return 1;
+    for (size_t i = 0; i <= length; i++) {
+        size_t *row = rows[i % 3];
+        const size_t *before = rows[(i + 2) % 3], *two_before = rows[(i + 1) % 3];
+        row[0] = i;
+        for (size_t j = 1; j <= n; j++) {
+            row[j] = i == 0 ? j : retrofit_min(before[j], row[j - 1]) + 1;
+            if (i == 0) continue;
+            bool same = typed[i - 1] == name[j - 1];
+            row[j] = retrofit_min(row[j], before[j - 1] + !same);
+            bool swapped = i > 1 && j > 1 && typed[i - 1] == name[j - 2] &&
+                           typed[i - 2] == name[j - 1];
+            if (swapped) row[j] = retrofit_min(row[j], two_before[j - 2] + 1);
+        }
+    }
+    return rows[length % 3][n];
 }
 
-static const char *nearest_option(const retrofit_option *table, size_t count, const char *name) {
-    const char *nearest = "help";
-    for (size_t i = 0; i < count; i++) {
-        if (table[i].type == RETROFIT_HEADING) continue;
-        if (common_letters(table[i].name, name) > common_letters(nearest, name))
-            nearest = table[i].name;
+// The option with the fewest mistakes, the first of several; NULL if half of the letters or more
+// would be mistakes: such a guess would only mislead.
+static const char *nearest_option(const retrofit_option *table, size_t count, const char *typed) {
+    const char *nearest = NULL;
+    size_t length = strcspn(typed, "="), fewest = length / 2 + length % 2;
+    for (size_t i = 0; i < count + 2; i++) {
+        const char *name = i == count ? "help" : i > count ? "version" : table[i].name;
+        if (i < count && table[i].type == RETROFIT_HEADING) continue;
+        size_t mistakes = count_mistakes(typed, length, name);
+        if (mistakes >= fewest) continue;
+        fewest = mistakes;
+        nearest = name;
     }
     return nearest;
+}
+
+static bool fail_unknown_option(const retrofit_option *table, size_t count, const char *argument) {
+    const char *nearest = nearest_option(table, count, argument + 2);
+    if (!nearest) return retrofit_fail("unknown option %s", argument);
+    return retrofit_fail("unknown option %s: did you mean --%s?", argument, nearest);
 }
 
 // Whether an argument before this one names the same option.
@@ -9829,11 +9899,12 @@ static bool is_given_before(char **argv, const char *argument) {
 
 // What a program needs of the system that started it: three open streams, so that no file of ours
 // takes the number of one and gets what is printed; and a write beyond a limit on file sizes fails
-// like any other, instead of ending the program.
+// like any other, instead of ending the program. What takes the place of a closed stdout can
+// only be read: printing must fail, or a text that is lost would seem to have been printed.
 static void prepare_process(void) {
     for (int fd = 0; fd < 3; fd++) {
         bool closed = fcntl(fd, F_GETFD) < 0 && errno == EBADF;
-        if (closed && open("/dev/null", O_RDWR) < 0) return;
+        if (closed && open("/dev/null", fd == STDOUT_FILENO ? O_RDONLY : O_RDWR) < 0) return;
     }
     signal(SIGXFSZ, SIG_IGN);
 }
@@ -9909,8 +9980,7 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         if (option && value && is_given_before(argv, argument))
             retrofit_note("--%s is given twice: %s counts", option->name, value);
         bool ok = option ? read_option(option, value)
-                         : retrofit_fail("unknown option %s: did you mean --%s?", argument,
-                                         nearest_option(table, count, name));
+                         : fail_unknown_option(table, count, argument);
         if (!ok) {
             fprintf(stderr, "%s: %s (see --help)\n", program, retrofit_error());
             return 2;

@@ -196,7 +196,9 @@ static struct {
     bool evaluated;                 // the evaluation that was due last has been done
     double train_start;             // when training began
     double planned_flops;           // what was to be done from there
+    size_t end_step;                // the step with which it is done
     double spent_flops;             // what has been done since
+    double step_seconds;            // what that took, without evaluations and checkpoints
 } run;
 
 // ---- Messages ----------------------------------------------------------------------------------
@@ -399,6 +401,13 @@ static void set_defaults(void) {
     remember_defaults();
 }
 
+// OUT may be missing still. A file of that name is told from it before files are looked for in it.
+static void check_out_is_directory(void) {
+    struct stat status;
+    if (!options.out || stat(options.out, &status) || S_ISDIR(status.st_mode)) return;
+    die(1, "--out %s: not a directory: give the run another name", options.out);
+}
+
 // Returns -1 to go on, or an exit code.
 static int read_options(int argc, char **argv) {
     static const char usage[] =
@@ -408,6 +417,7 @@ static int read_options(int argc, char **argv) {
     if (code >= 0) return code;
     if (options.resume_anyway) options.resume = true;
     if (options.resume && !options.out) die(2, "--resume: --out is needed, where the run is");
+    check_out_is_directory();
     if (options.resume && !options.model) {
         code = take_up_options(argv[0]);
         if (code < 0) code = retrofit_options(argc, argv, option_table, OPTIONS, usage, NULL, NULL);
@@ -605,6 +615,7 @@ static bool on_terminal;                    // stderr is one: a signal is answer
 static double start_time;                   // when the program began; all times are in seconds
 static double seconds_per_flop;             // of the slowest step
 static double seconds_to_save;              // what the last checkpoint took
+static double seconds_to_evaluate;          // what the last evaluation took; 0: there was none yet
 
 // A second signal ends the program at once, unless nohup has it ignored.
 static void on_signal(int number) {
@@ -888,8 +899,10 @@ static void close_samples(void) {
 // Samples and validation. Their last line in the log, "val" or "sampled", says that both are done:
 // a run that was stopped before it does both again. Returns false if the run is to stop.
 static bool evaluate(void) {
+    double begin = retrofit_seconds();
     if (options.sample_prompts && !sample()) return false;
     if (run.val && !validate()) return false;
+    seconds_to_evaluate = retrofit_seconds() - begin;
     if (!run.val)
         fprintf(run.log, "{\"step\":%zu,\"sampled\":%zu}\n", progress.step, samples.count);
     flush_log();
@@ -1760,6 +1773,41 @@ static void dry_run(void) {
     check_memory();
 }
 
+// ---- How long the rest takes -------------------------------------------------------------------
+
+// How often there will still be what comes every so many steps (0: never) and at the end; that of
+// the step just made is still to come.
+static size_t times_left(size_t every) {
+    if (!every || progress.step >= run.end_step) return 1;
+    return 1 + (run.end_step - 1) / every - (progress.step - 1) / every;
+}
+
+// What a validation takes at the speed of the steps: a guess until one was measured. The prelude
+// counts at each of the recurrences, although it is computed once.
+static double guess_validation_seconds(void) {
+    if (!run.val) return 0;
+    size_t T = options.seq_len, done = 0;
+    size_t rows = retrofit_min(retrofit_data_rows(run.val), options.eval_rows);
+    double per_token = 0;
+    for (size_t i = 0; i < eval_count; i++) {
+        size_t r = eval_recurrences[i];
+        if (r < done) done = 0;
+        per_token += retrofit_flops_per_token(&run.config, RETROFIT_INFERENCE, T, r - done, 0);
+        done = r;
+    }
+    return per_token * (double)(rows * T) * run.step_seconds / run.spent_flops;
+}
+
+// Steps, evaluations and checkpoints that are to come, each by what it took so far.
+static double seconds_left(void) {
+    double flops_left = fmax(0, run.planned_flops - run.spent_flops);
+    double seconds = flops_left * run.step_seconds / run.spent_flops;
+    seconds += (double)times_left(options.save_every) * seconds_to_save;
+    if (!options.val && !options.sample_prompts) return seconds;
+    double evaluation = seconds_to_evaluate > 0 ? seconds_to_evaluate : guess_validation_seconds();
+    return seconds + (double)times_left(options.eval_every) * evaluation;
+}
+
 // ---- What is said of a step --------------------------------------------------------------------
 
 // FLOP/s, and what share of the device's peak they are if that is known.
@@ -1777,8 +1825,23 @@ static const char *main_rate(const retrofit_plan *plan, double *rate) {
     return muon ? "muon-lr" : "lr";
 }
 
-// A terminal has one line, which every step replaces; what it has no room for is missing at its
-// end. A file gets the first and the last step, and between them a line every two seconds.
+enum { STEP_LINE_SIZE = 512 };
+
+// Adds a part to the line of a step if there is room for all of it: a number must not be cut.
+__attribute__((format(printf, 2, 3))) static void append_part(char text[STEP_LINE_SIZE],
+                                                              const char *format, ...) {
+    char part[128];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(part, sizeof part, format, args);
+    va_end(args);
+    size_t room = retrofit_min(retrofit_live_columns(), STEP_LINE_SIZE - 1);
+    if (strlen(text) + strlen(part) <= room) append(text, STEP_LINE_SIZE, "%s", part);
+}
+
+// A terminal has one line, which every step replaces. Its parts come in the order of what one wants
+// to know first, and those that a narrow terminal has no room for are left out. A file gets the
+// first and the last step, and between them a line every two seconds.
 static void show_step(const retrofit_step *step, double seconds) {
     static double last_shown;
     const retrofit_plan *plan = &step->plan;
@@ -1787,20 +1850,20 @@ static void show_step(const retrofit_step *step, double seconds) {
     if (!always && retrofit_seconds() - last_shown < 2) return;
     last_shown = retrofit_seconds();
 
-    char text[512] = {0}, speed[64];
+    char text[STEP_LINE_SIZE] = {0}, speed[64];
     double rate, tokens = (double)(options.batch_size * options.seq_len);
-    double elapsed = retrofit_seconds() - run.train_start;
-    double flops_left = fmax(0, run.planned_flops - run.spent_flops);
-    size_t left = (size_t)(flops_left * elapsed / run.spent_flops);
+    size_t left = (size_t)(seconds_left() + .5);
     const char *rate_name = main_rate(plan, &rate);
     format_speed(speed, step->flops / seconds);
 
-    append(text, sizeof text, "step %zu/%zu  loss %.4f  ETA %zu:%02zu:%02zu", progress.step,
-           training.steps, step->loss, left / 3600, left / 60 % 60, left % 60);
-    if (plan->mean > 0)
-        append(text, sizeof text, "  n,k %zu,%zu  r %zu", step->n, step->k, plan->mean);
-    append(text, sizeof text, "  |g| %.2f  %s %.1e  %.0f tok/s  %s", step->norm, rate_name, rate,
-           tokens / seconds, speed);
+    append_part(text, "step %zu/%zu", progress.step, training.steps);
+    append_part(text, "  loss %.4f", step->loss);
+    append_part(text, "  ETA %zu:%02zu:%02zu", left / 3600, left / 60 % 60, left % 60);
+    append_part(text, "  %.0f tok/s", tokens / seconds);
+    append_part(text, "  %s %.1e", rate_name, rate);
+    if (plan->mean > 0) append_part(text, "  n,k %zu,%zu  r %zu", step->n, step->k, plan->mean);
+    append_part(text, "  |g| %.2f", step->norm);
+    append_part(text, "  %s", speed);
     retrofit_live_line(text);
     step_shown = terminal;
 }
@@ -2057,13 +2120,21 @@ static void open_output(void) {
     if (!run.log) die(1, "%s: %s", run.log_path, strerror(errno));
 }
 
+// How many steps are to be done, and what they take.
+static void plan_rest(void) {
+    run.end_step = progress.step;
+    run.planned_flops = 0;
+    while (run.end_step < training.steps) {
+        bool spent = progress.flops + run.planned_flops >= options.flops;
+        if (options.flops > 0 && spent) break;
+        run.planned_flops += cost_of_steps(run.end_step, run.end_step + 1).flops;
+        run.end_step++;
+    }
+}
+
 // Says what is to be done, and makes up for an evaluation that the run before was stopped in.
 static void begin_training(void) {
-    run.planned_flops = cost_of_steps(run.first_step, training.steps).flops;
-    if (options.flops > 0) {
-        double budget = fmax(0, options.flops - progress.flops);
-        run.planned_flops = fmin(run.planned_flops, budget);
-    }
+    plan_rest();
     run.train_start = retrofit_seconds();
     message("%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s",
             run.first_step ? "resumed: " : "", run.model->weight_count, run.data_rows,
@@ -2090,6 +2161,7 @@ static void train_step(void) {
     progress.flops += step.flops;
     progress.paper_flops += step.paper_flops;
     run.spent_flops += step.flops;
+    run.step_seconds += seconds;
     seconds_per_flop = fmax(seconds_per_flop, seconds / step.flops);
     check_step(&step);
     show_step(&step, seconds);

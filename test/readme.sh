@@ -41,6 +41,15 @@ while read -r target; do
     check "make $target" is "$([ "$rule" -gt 0 ] && echo there)" there
 done <"$work/used"
 
+# Shards are made with the tokenizer that lies in a converted model's directory: who began with a
+# GGUF has no other one.
+grep -E '^ {4}\./convert --tokenize ' "$work/text" | sed 's/.* --tokenizer \([^ ]*\).*/\1/' |
+    sort -u >"$work/used"
+while read -r directory; do
+    made=$(grep -cE "^ {4}\./convert --from .* --to $directory( |$)" "$work/text")
+    check "--tokenizer $directory: convert makes it" is "$([ "$made" -gt 0 ] && echo made)" made
+done <"$work/used"
+
 # ---- The program of one's own -------------------------------------------------------------------
 ours=$(sed -n '/^#include/,$p' test/example.c | sed 's|\.\./retrofit\.h|retrofit.h|')
 theirs=$(sed -n '/^```c/,/^```/p' README.md | sed '1d;$d')

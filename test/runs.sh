@@ -193,7 +193,8 @@ limited() { # writes of more than some blocks fail
 }
 check "a limit on file sizes" fails 1 'File too large' limited
 check "a limit on file sizes: nothing half-written" holds limited log.jsonl options.txt
-(run closed --flops 1) >&- 2>&-
+closed_streams() { (run closed --flops 1) >&- 2>&-; }
+check "closed streams" closed_streams
 other_lines=$(grep -vc '^{"step"' "$work/closed/log.jsonl")
 check "closed streams: the log is the log" [ "$other_lines" -eq 0 ]
 
@@ -510,6 +511,22 @@ check "and it is still there" [ -e "$work/renamed/step_00000007/model.safetensor
 check "a run whose log will be lost" short logless
 rm "$work/logless/log.jsonl" && mkdir "$work/logless/log.jsonl"
 check "a log that cannot be read" fails 1 'log.jsonl: not a regular file' short logless --resume
+
+# ---- the time that is left counts the last validation, as long as those before it
+# Validations at more and more recurrences, until one takes long enough to be seen in whole seconds.
+last_eta() { sed -n 's/^step 2\/2 .* ETA \([0-9:]*\) .*/\1/p' "$work/stderr"; }
+counts_validation() {
+    for r in 2500 10000 40000 160000 640000; do
+        rm -rf "$work/eta"
+        (short eta --val "$work/val.bin" --eval-every 1 --eval-recurrences $r --eval-rows 2) \
+            2>"$work/stderr" || return 1
+        [ "$(last_eta)" = 0:00:00 ] || break
+    done
+    [ -n "$(last_eta)" ] && [ "$(last_eta)" != 0:00:00 ]
+}
+check "ETA: the last validation" counts_validation
+first_eta() { sed -n 's/^step 1\/2 .* ETA \([0-9:]*\) .*/\1/p' "$work/stderr"; }
+check "ETA: the first is a guess" [ "$(first_eta)" != 0:00:00 ]
 
 # ---- stdout that fails
 full() { "$train" "$@" >/dev/full; }

@@ -1470,7 +1470,9 @@ static void bad_text(void) {
     fails(1, "No such file", "--tokenize %s %s --to %s/no/where.bin", text, tokenizer, work);
     fails(1, "Not a directory", "--tokenize %s %s --to %s/x.bin", text, tokenizer, in_work("file"));
     mkdir(in_work("d.txt"), 0777);
-    fails(1, "not a regular file", "--tokenize %s %s --to %s", in_work("d.txt"), tokenizer, bad);
+    mkdir(in_work("d"), 0777);
+    fails(1, "d.txt: a directory", "--tokenize %s %s --to %s", in_work("d.txt"), tokenizer, bad);
+    fails(1, "d/*.txt or ", "--tokenize %s %s --to %s", in_work("d"), tokenizer, bad);
 
     static const char *const second_lines[] = {"{\"text\":", "null\n", "{\"text\":3}\n",
                                                "{\"text\":\"\xff\"}\n"};

@@ -137,9 +137,53 @@ static void long_work(void) {
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++) check_on_terminal(commands[i]);
 }
 
+// The line of the third step on a terminal of so many columns.
+static void read_step_line(unsigned short columns, char line[256]) {
+    static const char command[] = "train --model talk --data rows.bin --out line --steps 3 "
+                                  "--seq-len 20 --micro-batch-size 1 && rm -r line";
+    on_terminal(columns, run_there, command);
+    const char *begin = strstr(terminal, "\rstep 3/3"), *end = begin ? strchr(begin, '\033') : NULL;
+    check(end != NULL, "%d columns: no third step: '%s'", columns, terminal);
+    if (end) snprintf(line, 256, "%.*s", (int)(end - begin - 1), begin + 1);
+}
+
+// A narrow terminal has the step, its loss, how long the rest takes and the speed; none is cut.
+static void step_lines(void) {
+    static const char *const parts[] = {"  loss ", "  ETA ", " tok/s", "  muon-lr ", "  n,k ",
+                                        "  r ", "  |g| ", "FLOP/s"};
+    char line[256] = {0};
+    for (size_t i = 0; i < 2; i++) {
+        read_step_line(i ? 160 : 60, line);
+        check(strlen(line) < (i ? 160 : 60), "a line of a step too long: '%s'", line);
+        for (size_t j = 0; j < (i ? 8 : 3); j++)
+            check(strstr(line, parts[j]) != NULL, "no '%s' in '%s'", parts[j], line);
+    }
+    read_step_line(30, line);
+    check(strlen(line) < 30 && strstr(line, "  loss ") && !strstr(line, "ETA"), "30: '%s'", line);
+}
+
 // ---- Streams that fail -------------------------------------------------------------------------
 
 #define ONCE "infer --model talk --tokenizer f/tokenizers/smollm_style "
+
+// Nor is a text lost in silence where stdout is closed; what prints nothing goes on.
+static void closed_stdout(void) {
+    static const char *const commands[] = {
+        "train --help",
+        "convert --version",
+        ONCE "--prompt Once --max-tokens 3",
+        "infer --model talk --eval rows.bin --rows 1 --seq-len 20 --recurrences 1 --json",
+        "convert --random talk.json --to unseen",
+        "train --model talk --dry-run=schedule --steps 2",
+    };
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        fails(1, "writing to stdout failed: it is closed", "%s >&-", commands[i]);
+    works("infer --model talk --tokens 1,2 --logits closed.safetensors >&- && "
+          "infer --model talk --tokens 1,2 --logits open.safetensors && "
+          "cmp closed.safetensors open.safetensors");
+    works("train --model talk --data rows.bin --out trained --steps 1 --seq-len 20 "
+          "--micro-batch-size 1 >&- && ls trained/latest/model.safetensors");
+}
 
 // Every mode that prints notices that nobody got it; what was to be made beside that is there.
 static void full_stdout(void) {
@@ -212,6 +256,21 @@ static void tokenizer_of_a_run(void) {
     fails(1, "nowhere", "convert --random lookup.json --tokenizer nowhere --to bad");
 }
 
+// A training that runs, or was killed, before its first checkpoint is no model yet.
+static void run_without_checkpoint(void) {
+    static const char *const commands[] = {
+        "infer --model begun --prompt a",
+        "infer --model begun --tokens 1,2 --logits bad",
+        "infer --model f/lookup/base --tokenizer begun --prompt a",
+        "train --model begun --data rows.bin --out bad --steps 1",
+        "convert --from begun --to bad",
+        "convert --tokenize numbers.txt --tokenizer begun --to bad.bin",
+    };
+    shell("mkdir begun && touch begun/log.jsonl begun/options.txt");
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        fails(1, "begun: a training run that has no checkpoint yet", "%s", commands[i]);
+}
+
 // What is said is one line without control characters, whatever is in names and files.
 static void one_line(void) {
     char text[] = "a\033[31mb\tc\n\x7f \xc2\x9b \xc2\xa0\xc3\xa9";
@@ -228,7 +287,10 @@ int main(void) {
     live_lines();
     show_in_file("lines");
     long_work();
+    step_lines();
     tokenizer_of_a_run();
+    run_without_checkpoint();
+    closed_stdout();
     full_stdout();
     failing_stdin();
     full_files();

@@ -865,13 +865,16 @@ static void bad_shards(void) {
         size_t promised, count;
     } shards[] = {
         {"no such file", "missing.bin", 0, 0, 0, 0},
-        {"no token shard", "file", 0, 0, 0, 0},
+        {"not a token shard: make one with convert --tokenize file ", "file", 0, 0, 0, 0},
+        {"not a token shard: make one with convert --tokenize long.txt ", "long.txt", 0, 0, 0, 0},
+        {"no token shard", "zeros", 0, 0, 0, 0},
         {"not a token shard", "magic.bin", 20240521, 1, 60, 60},
         {"not a token shard", "version.bin", 20240520, 2, 60, 60},
         {"truncated", "truncated.bin", 20240520, 1, 61, 60},
         {"fewer tokens", "short.bin", 20240520, 1, 20, 20},
         {"fewer tokens", "none.bin", 20240520, 1, 0, 0},
     };
+    shell("seq 1000 >long.txt && head -c 100 /dev/zero >zeros");
     for (size_t i = 0; i < sizeof shards / sizeof *shards; i++) {
         const char *what = shards[i].what, *data = shards[i].data;
         if (shards[i].magic)
@@ -905,6 +908,11 @@ static const bad_option bad_train[] = {
     {2, "not an option", "extra"},
     {2, "takes no value", "--shuffle=1"},
     {2, "did you mean --shuffle?", "--shufle"},
+    {2, "did you mean --version?", "--versoin"},
+    {2, "did you mean --help?", "--hepl"},
+    {2, "did you mean --eval-every?", "--eval-evrey=3"},
+    {2, "did you mean --batch-size?", "--batch 3"},
+    {2, "unknown option --learning-rate (see", "--learning-rate 1"},
     {2, "multiple of --micro-batch-size 2", "--batch-size 3"},
     {2, "--micro-batch-size 0", "--micro-batch-size 0"},
     {2, "context of 128", "--seq-len 129"},
@@ -912,7 +920,8 @@ static const bad_option bad_train[] = {
     {2, "--eval-recurrences", "--eval-recurrences 1,,2"},
     {2, "65536", "--mean-recurrence 65537"},
     {2, "--resume", "--resume"},
-    {1, "file", "--out file"},
+    {1, "--out file: not a directory", "--out file"},
+    {1, "--out file: not a directory", "--out file --resume"},
     {1, "Not a directory", "--out file/below"},
     {2, "--depth-start 9", "--backprop-depth 8 --depth-start 9"},
     {2, "--depth-start 0", "--depth-start 0"},
@@ -974,6 +983,7 @@ static void bad_options(void) {
         fails(bad_infer[i].code, bad_infer[i].what, INFER "%s", bad_infer[i].options);
     works("! " TRAIN "--steps 2 --batch-size 16777216 --micro-batch-size 16777216 --dry-run "
           ">dry 2>&1 && tail -n 1 dry | grep 'would fit'");
+    fails(1, "--out file: not a directory", "train --out file --resume");
     fails(2, "--help", "train");
     fails(2, "--model is needed", "infer");
 }
