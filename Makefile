@@ -21,6 +21,7 @@
 
 CC ?= cc
 CXX ?= c++
+$(if $(findstring ++,$(notdir $(CC))),$(error CC=$(CC) compiles C++ but retrofit is C: give CC=gcc or CC=clang (CXX= is for the tests that are C++)))
 comma := ,
 try = $(shell echo 'int main(void) { return 0; }' | $(CC) $(1) -x c - -o /dev/null >/dev/null 2>&1 && echo $(1))
 ifndef MARCH

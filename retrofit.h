@@ -5810,9 +5810,11 @@ static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[B_PACKED];
 typedef float vector __attribute__((vector_size(4 * VECTOR)));
 typedef float vector_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
 typedef uint32_t vector_bits __attribute__((vector_size(4 * VECTOR)));
+typedef uint16_t vector_halves __attribute__((vector_size(2 * VECTOR), aligned(2), may_alias));
 typedef float quad __attribute__((vector_size(16)));
 typedef float quad_at __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t quad_bits __attribute__((vector_size(16)));
+typedef uint16_t quad_halves __attribute__((vector_size(8), aligned(2), may_alias));
 
 static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -5879,16 +5881,14 @@ INLINE float load_one(const void *data, retrofit_type type, size_t at) {
 
 INLINE quad load_quad(const void *data, retrofit_type type, size_t at) {
     if (type == RETROFIT_F32) return *(const quad_at *)((const float *)data + at);
-    quad_bits bits;
-    UNROLL(l, 4) bits[l] = ((const uint16_t *)data)[at + l];
-    return (quad)(bits << 16);
+    quad_halves halves = *(const quad_halves *)((const uint16_t *)data + at);
+    return (quad)(__builtin_convertvector(halves, quad_bits) << 16);
 }
 
 INLINE vector load_vector(const void *data, retrofit_type type, size_t at) {
     if (type == RETROFIT_F32) return *(const vector_at *)((const float *)data + at);
-    vector_bits bits;
-    UNROLL(l, VECTOR) bits[l] = ((const uint16_t *)data)[at + l];
-    return (vector)(bits << 16);
+    vector_halves halves = *(const vector_halves *)((const uint16_t *)data + at);
+    return (vector)(__builtin_convertvector(halves, vector_bits) << 16);
 }
 
 INLINE void transpose_quads(quad q[4]) {

@@ -35,6 +35,10 @@ check "other CFLAGS" compiles "$programs" CUDA=0 CFLAGS=-O1
 check "CFLAGS with quotes" compiles "$programs" CUDA=0 CFLAGS="-DA='\"b c\"'"
 check "the same again" compiles "" CUDA=0 CFLAGS="-DA='\"b c\"'"
 check "another compiler" compiles "$programs" CUDA=0 CC="$work/cc"
+refuses_cpp() {
+    ! make CUDA=0 CC=g++ >"$work/made" 2>&1 && grep -q 'retrofit is C: give CC=gcc' "$work/made"
+}
+check "a C++ compiler" refuses_cpp
 check "MARCH" compiles "$programs" CUDA=0 MARCH=-mtune=generic
 check "without OpenMP" compiles "$programs" CUDA=0 MARCH=-mtune=generic OPENMP=
 check "STRICT" compiles "$programs" CUDA=0 MARCH=-mtune=generic OPENMP= STRICT=1
