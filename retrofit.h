@@ -5750,10 +5750,11 @@ static double sum_exp(float *terms, const float *x, size_t n, float max) {
 // By the loops of BLIS (Van Zee and van de Geijn, ACM TOMS 41, 2015), outermost first:
 //
 //     jc      strips of NC columns of B and C
-//     pc        blocks of KC terms of the sums: B's part (KC,NC) is packed and stays in the L2
-//     ir          MR rows of A and C: A's part (MR,KC) is packed and stays in the L1 cache
-//     jr            panels of NR columns
-//                     micro-kernel: C's part (MR,NR) stays in registers
+//     pc        blocks of KC terms of the sums: B's part (KC,NC) is packed
+//     ic          MC rows of A and C: A's part (MC,KC) stays in the L2 cache
+//     jr            panels of NR columns: B's part (KC,NR) stays in the L1
+//     ir              MR rows
+//                       micro-kernel: C's part (MR,NR) stays in registers
 //
 //                 K                          N                            N
 //          ┌────┬─────────┐       ┌────┬────┬─────────┐        ┌────┬──────────────┐
@@ -5767,34 +5768,48 @@ static double sum_exp(float *terms, const float *x, size_t n, float max) {
 // For every k the micro-kernel adds the outer product of a column of A (MR) and a row of B (NR): it
 // loads MR + NR numbers for MR·NR multiply-adds, so that arithmetic is the bottleneck, not loading.
 // All else serves to keep it fed from the caches. "Packed" means copied to a buffer of the thread,
-// in the very order in which the micro-kernel reads. (BLIS has one loop more, over MC rows of A:
-// with B's part in L2 instead of L3, MC = MR is enough.)
+// in the very order in which the micro-kernel reads.
 //
 // A few rows (decoding some tokens) need every weight only a few times: reading B is all the cost,
-// and packing would double it. If B has k contiguous, as wᵀ in y = x·wᵀ has, few_rows reads it in
-// place.
+// and packing would double it. If B has k contiguous, as wᵀ in y = x·wᵀ has, it is read in place:
+// see multiply_group.
 //
 // The threads divide C among them. Each element is summed up by one thread, in an order that
-// depends on nothing but K and whether the rows are few: the bits don't depend on the number of
-// threads.
+// depends on nothing but K and whether the rows are few: its bits depend neither on the number of
+// threads nor on the rows and columns that come with it.
 
 // VECTOR is the number of floats in a register. The micro-kernel's part of C takes 3·MR registers:
-// 24 of AVX-512's 32, or 12 of 16.
+// 24 of AVX-512's 32, or 12 of 16; that of few rows 4·ABREAST. MULTIPLY_ADD rounds once: gcc may
+// split what is written as a product and a sum, where it thinks that faster, and so give some rows
+// other bits than others.
 #if defined __AVX512F__
-enum { VECTOR = 16, MR = 8 };
+#include <immintrin.h>
+#define VECTOR 16
+#define BROADCAST(x) (vector)_mm512_set1_ps(x)
+#define MULTIPLY_ADD(a, b, c) (vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+enum { MR = 8, MC = 8, ABREAST = 4 };
 #elif defined __AVX2__ && defined __FMA__
-enum { VECTOR = 8, MR = 4 };
+#include <immintrin.h>
+#define VECTOR 8
+#define BROADCAST(x) (vector)_mm256_set1_ps(x)
+#define MULTIPLY_ADD(a, b, c) (vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+enum { MR = 4, MC = 192, ABREAST = 3 };
 #else
-enum { VECTOR = 4, MR = 4 };
+#define VECTOR 4
+#define BROADCAST(x) ((vector){x, x, x, x})
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+enum { MR = 4, MC = 192, ABREAST = 3 };
 #endif
 enum {
     NR = 3 * VECTOR,
-    KC = 512,                  // at most; NC is as much as packed_b then holds
-    B_PACKED = (KC + 1) * 288, // floats: 577 KiB
-    FEW = 8                    // rows up to which few_rows is the faster way
+    KC = 384,
+    NC = 576,            // a multiple of NR
+    FEW = 64,            // rows up to which they count as few
+    GROUP = 2 * ABREAST, // its columns of B whose DEPTH terms stay in the L1 cache for all rows
+    DEPTH = 640
 };
-static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MR * KC];
-static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[B_PACKED];
+static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MC * KC];
+static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[NC * KC];
 
 // Inlined even where a compiler finds it too large: its constant arguments must become constants.
 #define INLINE static inline __attribute__((always_inline))
@@ -5805,16 +5820,18 @@ static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[B_PACKED];
 #define UNROLL(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
 #endif
 
+// gcc would load again what is used several times, and have no loads left for the rest.
+#ifdef __x86_64__
+#define STAYS_IN_REGISTER(x) __asm__("" : "+v"(x))
+#else
+#define STAYS_IN_REGISTER(x) (void)(x)
+#endif
+
 // A register, and the same in memory (_at): aligned like its elements only, and free to alias them.
-// A quad is what can be transposed on every machine.
 typedef float vector __attribute__((vector_size(4 * VECTOR)));
 typedef float vector_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
 typedef uint32_t vector_bits __attribute__((vector_size(4 * VECTOR)));
-typedef uint16_t vector_halves __attribute__((vector_size(2 * VECTOR), aligned(2), may_alias));
-typedef float quad __attribute__((vector_size(16)));
-typedef float quad_at __attribute__((vector_size(16), aligned(4), may_alias));
-typedef uint32_t quad_bits __attribute__((vector_size(16)));
-typedef uint16_t quad_halves __attribute__((vector_size(8), aligned(2), may_alias));
+typedef uint16_t vector_halves_at __attribute__((vector_size(2 * VECTOR), aligned(2), may_alias));
 
 static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -5873,42 +5890,52 @@ static matrix_product product_terms(const matrix_product *product, size_t k, siz
 
 // ---- Packing -----------------------------------------------------------------------------------
 
-// One element, four, or a vector of them, as fp32. bf16 is the upper half of an fp32.
+// One element, or a vector of them, as fp32. bf16 is the upper half of an fp32.
 INLINE float load_one(const void *data, retrofit_type type, size_t at) {
     if (type == RETROFIT_F32) return ((const float *)data)[at];
     return retrofit_bf16_to_float(((const uint16_t *)data)[at]);
 }
 
-INLINE quad load_quad(const void *data, retrofit_type type, size_t at) {
-    if (type == RETROFIT_F32) return *(const quad_at *)((const float *)data + at);
-    quad_halves halves = *(const quad_halves *)((const uint16_t *)data + at);
-    return (quad)(__builtin_convertvector(halves, quad_bits) << 16);
-}
-
 INLINE vector load_vector(const void *data, retrofit_type type, size_t at) {
     if (type == RETROFIT_F32) return *(const vector_at *)((const float *)data + at);
-    vector_halves halves = *(const vector_halves *)((const uint16_t *)data + at);
+    vector_halves_at halves = *(const vector_halves_at *)((const uint16_t *)data + at);
     return (vector)(__builtin_convertvector(halves, vector_bits) << 16);
 }
 
-INLINE void transpose_quads(quad q[4]) {
-    quad a = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5);
-    quad b = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5);
-    quad c = __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-    quad d = __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    q[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-    q[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-    q[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-    q[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+// A vector's quads are four elements each. Of each quad of a and the same of b, elements w, x, y, z:
+// 0 to 3 are a's, 4 to 7 are b's.
+#define PICK(q, e) ((e) < 4 ? 4 * (q) + (e) : VECTOR + 4 * (q) + (e)-4)
+#define PICKS(q, w, x, y, z) PICK(q, w), PICK(q, x), PICK(q, y), PICK(q, z)
+#if VECTOR == 16
+#define SHUFFLE(a, b, w, x, y, z)                                                                  \
+    __builtin_shufflevector(a, b, PICKS(0, w, x, y, z), PICKS(1, w, x, y, z),                      \
+                            PICKS(2, w, x, y, z), PICKS(3, w, x, y, z))
+#elif VECTOR == 8
+#define SHUFFLE(a, b, w, x, y, z)                                                                  \
+    __builtin_shufflevector(a, b, PICKS(0, w, x, y, z), PICKS(1, w, x, y, z))
+#else
+#define SHUFFLE(a, b, w, x, y, z) __builtin_shufflevector(a, b, PICKS(0, w, x, y, z))
+#endif
+
+// Each quad becomes a row of what was a column of quads.
+INLINE void transpose_quads(vector v[4]) {
+    vector a = SHUFFLE(v[0], v[1], 0, 4, 1, 5), b = SHUFFLE(v[2], v[3], 0, 4, 1, 5);
+    vector c = SHUFFLE(v[0], v[1], 2, 6, 3, 7), d = SHUFFLE(v[2], v[3], 2, 6, 3, 7);
+    v[0] = SHUFFLE(a, b, 0, 1, 4, 5);
+    v[1] = SHUFFLE(a, b, 2, 3, 6, 7);
+    v[2] = SHUFFLE(c, d, 0, 1, 4, 5);
+    v[3] = SHUFFLE(c, d, 2, 3, 6, 7);
 }
 
-// Elements (i … i + 3, k … k + 3) of V, which has k contiguous, into a panel as described at pack.
-INLINE void pack_4x4(float *panel, size_t width, matrix_view V, retrofit_type type, size_t i,
-                     size_t k) {
-    quad q[4];
-    UNROLL(r, 4) q[r] = load_quad(V.data, type, (i + r) * V.row + k);
-    transpose_quads(q);
-    UNROLL(r, 4) *(quad_at *)(panel + (k + r) * width + i) = q[r];
+// Elements (i … i + 3, k … k + VECTOR - 1) of V, which has k contiguous, into a panel as described
+// at pack.
+INLINE void pack_block(float *panel, size_t width, matrix_view V, retrofit_type type, size_t i,
+                       size_t k) {
+    vector v[4];
+    UNROLL(r, 4) v[r] = load_vector(V.data, type, (i + r) * V.row + k);
+    transpose_quads(v);
+    UNROLL(r, 4) UNROLL(q, VECTOR / 4)
+        memcpy(panel + (k + 4 * q + r) * width + i, (const float *)&v[r] + 4 * q, 16);
 }
 
 // Elements (i … count - 1, k) of V, and zeros up to the panel's width.
@@ -5918,26 +5945,22 @@ INLINE void pack_row(float *row, size_t width, matrix_view V, retrofit_type type
         size_t at = k * V.col;
         for (; i + VECTOR <= count; i += VECTOR)
             *(vector_at *)(row + i) = load_vector(V.data, type, at + i);
-        for (; i + 4 <= count; i += 4) *(quad_at *)(row + i) = load_quad(V.data, type, at + i);
+        for (; type == RETROFIT_F32 && i + 4 <= count; i += 4)
+            memcpy(row + i, (const float *)V.data + at + i, 16);
     }
     for (; i < width; i++)
         row[i] = i < count ? load_one(V.data, type, i * V.row + k * V.col) : 0;
 }
 
 // panel[k·width + i] = V(i, k) for k < depth and i < count, and 0 for count ≤ i < width; V is A or
-// Bᵀ. What has k contiguous goes in blocks of 4x4, along k by whole cache lines: rows a power of
-// two apart compete for the same few places in the cache, and would be gone when we came back for
-// more.
+// Bᵀ. What has k contiguous goes in blocks.
 INLINE void pack_as(retrofit_type type, float *panel, size_t width, matrix_view V, size_t count,
                     size_t depth) {
-    enum { LINE = 16 };
-    size_t i4 = V.col == 1 ? count / 4 * 4 : 0, k4 = depth / 4 * 4; // where such blocks end
-    for (size_t line = 0; line < k4; line += LINE)
-        for (size_t i = 0; i < i4; i += 4)
-            for (size_t k = line; k < retrofit_min(line + LINE, k4); k += 4)
-                pack_4x4(panel, width, V, type, i, k);
-    for (size_t k = i4 == width ? k4 : 0; k < depth; k++)
-        pack_row(panel + k * width, width, V, type, k < k4 ? i4 : 0, count, k);
+    size_t i_end = V.col == 1 ? count / 4 * 4 : 0, k_end = depth / VECTOR * VECTOR;
+    for (size_t i = 0; i < i_end; i += 4)
+        for (size_t k = 0; k < k_end; k += VECTOR) pack_block(panel, width, V, type, i, k);
+    for (size_t k = i_end == width ? k_end : 0; k < depth; k++)
+        pack_row(panel + k * width, width, V, type, k < k_end ? i_end : 0, count, k);
 }
 
 static void pack(float *panel, size_t width, matrix_view V, size_t count, size_t depth) {
@@ -5945,157 +5968,246 @@ static void pack(float *panel, size_t width, matrix_view V, size_t count, size_t
     else pack_as(RETROFIT_BF16, panel, width, V, count, depth);
 }
 
-// ---- Many rows ---------------------------------------------------------------------------------
+// ---- The micro-kernel --------------------------------------------------------------------------
 
-// The first n of a vector's elements, if it has more.
-INLINE void copy_floats(void *to, const void *from, size_t n) {
-    if (n >= VECTOR) *(vector_at *)to = *(const vector_at *)from;
-    else memcpy(to, from, n * sizeof(float));
-}
-
-// C = D + A·B for MR rows from i on and `vectors` registers of columns from j on, as far as they
-// exist. rows: those of A; all MR can be read.
-INLINE void micro_kernel(size_t vectors, const matrix_product *p, matrix_view rows, size_t i,
-                         size_t j) {
-    const float *a = rows.data, *b = packed_b + j * p->K;
+// C = D + A·B for `rows` rows from i on, and from j on `vectors` registers of columns, as far as
+// they exist. A: those rows; b: the packed panel.
+INLINE void micro_kernel(size_t rows, size_t vectors, const matrix_product *p, matrix_view A,
+                         const float *b, size_t i, size_t j) {
+    const float *a = A.data;
     vector sum[MR][3] = {{{0}}};
+    float *c = p->c + i * p->c_row + j;
+    UNROLL(r, rows) {
+        __builtin_prefetch(c + r * p->c_row, 1);
+        __builtin_prefetch(c + r * p->c_row + vectors * VECTOR - 1, 1);
+    }
     for (size_t k = 0; k < p->K; k++) {
-        UNROLL(r, MR) UNROLL(v, vectors)
-            sum[r][v] += a[r * rows.row] * *(const vector_at *)(b + v * VECTOR);
-        a += rows.col;
+        vector w[3];
+        UNROLL(v, vectors) {
+            w[v] = *(const vector_at *)(b + v * VECTOR);
+            STAYS_IN_REGISTER(w[v]);
+        }
+        UNROLL(r, rows) UNROLL(v, vectors)
+            sum[r][v] = MULTIPLY_ADD(BROADCAST(a[r * A.row]), w[v], sum[r][v]);
+        a += A.col;
         b += vectors * VECTOR;
     }
-    float *c = p->c + i * p->c_row + j;
     const float *d = p->d ? p->d + i * p->d_row + j : NULL;
-    size_t m = p->M - i, n = p->N - j;
-    UNROLL(r, MR) UNROLL(v, vectors) {
-        size_t s = v * VECTOR;
-        if (r >= m || s >= n) continue;
-        vector start = {0};
-        if (d) copy_floats(&start, d + r * p->d_row + s, n - s);
-        start += sum[r][v];
-        copy_floats(c + r * p->c_row + s, &start, n - s);
+    size_t n = p->N - j, c_row = p->c_row, d_row = p->d_row; // read before C, which might alias p
+    if (n < vectors * VECTOR) {
+        for (size_t s = 0; s < n; s++)
+            UNROLL(r, rows) c[r * c_row + s] =
+                (d ? d[r * d_row + s] : 0) + sum[r][s / VECTOR][s % VECTOR];
+        return;
+    }
+    if (d) {
+        UNROLL(r, rows) UNROLL(v, vectors)
+            sum[r][v] += *(const vector_at *)(d + r * d_row + v * VECTOR);
+    }
+    UNROLL(r, rows) UNROLL(v, vectors) *(vector_at *)(c + r * c_row + v * VECTOR) = sum[r][v];
+}
+
+// One function for each number of rows and registers: in a larger one gcc runs out of registers for
+// the addresses.
+typedef void kernel(const matrix_product *p, matrix_view A, const float *b, size_t i, size_t j);
+#define KERNEL(rows, vectors)                                                                      \
+    static void kernel_##rows##x##vectors(const matrix_product *p, matrix_view A, const float *b,  \
+                                          size_t i, size_t j) {                                    \
+        micro_kernel(rows, vectors, p, A, b, i, j);                                                \
+    }
+#define KERNELS(rows) KERNEL(rows, 1) KERNEL(rows, 2) KERNEL(rows, 3)
+#define KERNEL_NAMES(rows) {kernel_##rows##x1, kernel_##rows##x2, kernel_##rows##x3}
+KERNELS(1)
+KERNELS(2)
+KERNELS(4)
+#if VECTOR == 16
+KERNELS(8)
+static kernel *const kernels[][3] = {KERNEL_NAMES(1), KERNEL_NAMES(2), KERNEL_NAMES(4),
+                                     KERNEL_NAMES(8)};
+#else
+static kernel *const kernels[][3] = {KERNEL_NAMES(1), KERNEL_NAMES(2), KERNEL_NAMES(4)};
+#endif
+
+// ---- Many rows ---------------------------------------------------------------------------------
+
+// If only one or two panels read the rows of A, packing these would cost more than it saves.
+static bool is_packed(const matrix_product *p) {
+    return p->A.type != RETROFIT_F32 || p->N > 2 * NR;
+}
+
+static void pack_rows(const matrix_product *p, size_t begin, size_t end) {
+    for (size_t i = begin; i < end; i += MR) {
+        size_t m = retrofit_min(MR, end - i);
+        pack(packed_a + (i - begin) * p->K, MR, view_part(p->A, i, 0), m, p->K);
     }
 }
 
-// Loop jr: MR rows of A meet the packed panels of B. Not inlined, because in a larger function gcc
-// runs out of registers for the micro-kernel's addresses.
-static __attribute__((noinline)) void multiply_panels(const matrix_product *product,
-                                                      matrix_view rows, size_t i) {
-    const matrix_product p = *product; // a copy that C surely does not alias
-    for (size_t j = 0; j < p.N; j += NR) {
-        if (p.N - j > 2 * VECTOR) micro_kernel(3, &p, rows, i, j);
-        else if (p.N - j > VECTOR) micro_kernel(2, &p, rows, i, j);
-        else micro_kernel(1, &p, rows, i, j);
+// Loop ir: rows begin … end - 1 of A meet a packed panel, MR at a time, the rest by powers of 2.
+static void multiply_panel(const matrix_product *p, const float *panel, size_t begin, size_t end,
+                           size_t j) {
+    size_t vectors = ceil_of(retrofit_min(NR, p->N - j), VECTOR);
+    size_t rows = MR, power = sizeof kernels / sizeof *kernels - 1;
+    for (size_t i = begin; i < end; i += rows) {
+        while (rows > end - i) {
+            rows /= 2;
+            power--;
+        }
+        matrix_view A = view_part(p->A, i, 0);
+        if (is_packed(p)) {
+            size_t strip = (i - begin) / MR * MR;
+            A = view_transposed(packed_a + strip * p->K + (i - begin - strip), MR);
+        }
+        kernels[power][vectors - 1](p, A, panel, i, j);
     }
 }
 
-// Loop ir, for one strip and one block of terms. If only one or two panels read the rows of A,
-// packing these would cost more than it saves.
+// Rows of B that are contiguous are read to the strip's end, eight at a time.
+static void pack_strip(const matrix_product *p) {
+    size_t step = p->B.col == 1 || p->K == 0 ? 8 : p->K;
+    for (size_t k = 0; k < p->K; k += step) {
+        for (size_t j = 0; j < p->N; j += NR) {
+            size_t n = retrofit_min(NR, p->N - j), width = ceil_of(n, VECTOR) * VECTOR;
+            matrix_view part = transposed(view_part(p->B, k, j));
+            pack(packed_b + j * p->K + k * width, width, part, n, retrofit_min(step, p->K - k));
+        }
+    }
+}
+
+// Loops ic and jr, for one strip and one block of terms.
 static void multiply_strip(const matrix_product *p) {
-    for (size_t j = 0; j < p->N; j += NR) {
-        size_t n = retrofit_min(NR, p->N - j), width = ceil_of(n, VECTOR) * VECTOR;
-        pack(packed_b + j * p->K, width, transposed(view_part(p->B, 0, j)), n, p->K);
-    }
-    for (size_t i = 0; i < p->M; i += MR) {
-        size_t m = retrofit_min(MR, p->M - i);
-        matrix_view rows = view_part(p->A, i, 0);
-        if (m < MR || p->N > 2 * NR || p->A.type != RETROFIT_F32) {
-            pack(packed_a, MR, rows, m, p->K);
-            rows = view_transposed(packed_a, MR);
-        }
-        multiply_panels(p, rows, i);
-    }
-}
-
-// Loops jc and pc.
-static void many_rows(const matrix_product *p) {
-    size_t blocks = p->K ? ceil_of(p->K, KC) : 1;
-    size_t NC = B_PACKED / (p->K / blocks + 1) / VECTOR * VECTOR;
-    for (size_t j = 0; j < p->N; j += NC) {
-        matrix_product strip = product_part(p, 0, p->M, j, retrofit_min(NC, p->N - j));
-        for (size_t block = 0; block < blocks; block++) {
-            size_t k = block * p->K / blocks, end = (block + 1) * p->K / blocks;
-            matrix_product terms = product_terms(&strip, k, end);
-            multiply_strip(&terms);
-        }
+    pack_strip(p);
+    for (size_t i = 0; i < p->M; i += MC) {
+        size_t end = retrofit_min(i + MC, p->M);
+        if (is_packed(p)) pack_rows(p, i, end);
+        for (size_t j = 0; j < p->N; j += NR)
+            multiply_panel(p, packed_b + j * p->K, i, end, j);
     }
 }
 
 // ---- Few rows ----------------------------------------------------------------------------------
 
-// The lanes of four vectors added up, the total of sum[s] in element s.
-INLINE quad add_lanes(const vector sum[4]) {
-    quad q[4], part[VECTOR / 4];
-    UNROLL(s, 4) {
-        memcpy(part, &sum[s], sizeof part);
-        q[s] = part[0];
-        for (size_t l = 1; l < VECTOR / 4; l++) q[s] += part[l];
-    }
-    transpose_quads(q);
-    return (q[0] + q[1]) + (q[2] + q[3]);
+static bool is_few(const matrix_product *p) {
+    return p->M >= 1 && p->M <= FEW && p->B.row == 1 && p->A.col == 1 && p->A.type == RETROFIT_F32;
 }
 
-// C = D + A·B for `rows` rows from i on and 4 columns from j on, as far as they exist. A is packed
-// row by row, and B is read in place.
-INLINE void dots(size_t rows, retrofit_type type, const matrix_product *p, size_t i, size_t j) {
-    const float *a = packed_b + i * p->K;
-    vector sum[4][4] = {{{0}}}; // of each row and column, a partial sum in every lane
-    size_t column[4], k = 0;
-    UNROLL(s, 4) column[s] = retrofit_min(j + s, p->N - 1) * p->B.col; // past the end: the last
+// The n elements at the end of a row or column, and zeros.
+static vector load_rest(const void *data, retrofit_type type, size_t at, size_t n) {
+    vector v = {0};
+    for (size_t l = 0; l < n; l++) v[l] = load_one(data, type, at + l);
+    return v;
+}
+
+// The lanes of four vectors added up.
+INLINE void add_lanes(float totals[4], const vector sum[4]) {
+    vector v[4] = {sum[0], sum[1], sum[2], sum[3]};
+    transpose_quads(v);
+    vector quads = (v[0] + v[1]) + (v[2] + v[3]);
+    memcpy(totals, &quads, 16);
+    for (size_t l = 4; l < VECTOR; l++) totals[l % 4] += quads[l];
+}
+
+// What the processor is asked to fetch meanwhile, from each of the columns: `step` bytes for each
+// vector of terms. Columns are too short for it to find out by itself. Asking for what does not
+// exist does no harm.
+typedef struct {
+    const char *data;
+    size_t column, step;
+} lookahead;
+
+// C = D + A·B for `rows` rows from i on and ABREAST columns from j on, as far as they exist. w: B,
+// or a copy of it.
+INLINE void dots(size_t rows, retrofit_type type, const matrix_product *p, matrix_view w, size_t i,
+                 size_t j, lookahead ahead) {
+    const float *a = (const float *)p->A.data + i * p->A.row;
+    vector sum[ABREAST][4] = {{{0}}}; // of each column and row, a partial sum in every lane
+    size_t column[ABREAST], k = 0;
+    UNROLL(s, ABREAST) column[s] = retrofit_min(j + s, p->N - 1) * w.col; // past the end: the last
     for (; k + VECTOR <= p->K; k += VECTOR) {
-        vector w[4];
-        UNROLL(s, 4) {
-            // A column is too short for the processor to find out by itself what to fetch next, so
-            // we ask for what is 8 columns on. Asking for what does not exist does no harm.
-            size_t ahead = (column[s] + 8 * p->B.col + k) * (type == RETROFIT_F32 ? 4 : 2);
-            __builtin_prefetch((const char *)p->B.data + ahead, 0, 2);
-            w[s] = load_vector(p->B.data, type, column[s] + k);
+        vector b[ABREAST];
+        UNROLL(s, ABREAST) {
+            b[s] = load_vector(w.data, type, column[s] + k);
+            STAYS_IN_REGISTER(b[s]);
+            __builtin_prefetch(ahead.data + s * ahead.column, 0, 2);
         }
+        ahead.data += ahead.step;
         UNROLL(r, rows) {
-            vector x = *(const vector_at *)(a + r * p->K + k);
-#ifdef __x86_64__
-            __asm__("" : "+v"(x)); // stays in a register: gcc 12 would load it again for every use
-#endif
-            UNROLL(s, 4) sum[r][s] += w[s] * x;
+            vector x = *(const vector_at *)(a + r * p->A.row + k);
+            STAYS_IN_REGISTER(x);
+            UNROLL(s, ABREAST) sum[s][r] = MULTIPLY_ADD(b[s], x, sum[s][r]);
         }
     }
-    UNROLL(r, rows) {
-        quad lanes = add_lanes(sum[r]);
-        for (size_t s = 0; s < retrofit_min(4, p->N - j) && r < p->M - i; s++) {
-            float total = lanes[s];
-            for (size_t l = k; l < p->K; l++)
-                total += a[r * p->K + l] * load_one(p->B.data, type, column[s] + l);
+    UNROLL(s, ABREAST) {
+        if (j + s >= p->N) continue;
+        float totals[4];
+        if (k < p->K) {
+            vector b = load_rest(w.data, type, column[s] + k, p->K - k);
+            UNROLL(r, rows) {
+                vector x = load_rest(a, RETROFIT_F32, r * p->A.row + k, p->K - k);
+                sum[s][r] = MULTIPLY_ADD(b, x, sum[s][r]);
+            }
+        }
+        add_lanes(totals, sum[s]);
+        UNROLL(r, rows) {
             float start = p->d ? p->d[(i + r) * p->d_row + j + s] : 0;
-            p->c[(i + r) * p->c_row + j + s] = start + total;
+            p->c[(i + r) * p->c_row + j + s] = start + totals[r];
         }
     }
 }
 
-INLINE void few_rows_as(size_t rows, retrofit_type type, const matrix_product *p) {
-    for (size_t j = 0; j < p->N; j += 4)
-        for (size_t i = 0; i < p->M; i += rows) dots(rows, type, p, i, j);
-}
+#define DOTS(rows)                                                                                 \
+    static void dots_##rows(const matrix_product *p, matrix_view w, size_t i, size_t j,            \
+                            lookahead ahead) {                                                     \
+        if (w.type == RETROFIT_F32) dots(rows, RETROFIT_F32, p, w, i, j, ahead);                   \
+        else dots(rows, RETROFIT_BF16, p, w, i, j, ahead);                                         \
+    }
+DOTS(1)
+DOTS(2)
+DOTS(3)
+DOTS(4)
+static void (*const dots_of[])(const matrix_product *, matrix_view, size_t, size_t, lookahead) = {
+    dots_1, dots_2, dots_3, dots_4};
 
-static void few_rows(const matrix_product *product) {
-    const matrix_product p = *product;
-    pack(packed_b, p.K, transposed(p.A), p.K, p.M); // A, row by row
-    if (p.M == 1 && p.B.type == RETROFIT_F32) few_rows_as(1, RETROFIT_F32, &p);
-    else if (p.M == 1) few_rows_as(1, RETROFIT_BF16, &p);
-    else if (p.B.type == RETROFIT_F32) few_rows_as(MR / 2, RETROFIT_F32, &p);
-    else few_rows_as(MR / 2, RETROFIT_BF16, &p);
+// One group of columns and one block of terms, by passes over the columns. What several of them
+// read is widened once. Each fetches its share of the next group.
+static void multiply_group(const matrix_product *p) {
+    size_t size = retrofit_type_size(p->B.type), passes = ceil_of(p->M, 4);
+    matrix_view w = p->B;
+    if (passes > 1 && w.type != RETROFIT_F32) {
+        pack(packed_b, p->K, w, p->K, p->N);
+        w = view_transposed(packed_b, p->K);
+    }
+    lookahead ahead = {NULL, p->B.col * size, VECTOR * size / passes};
+    for (size_t pass = 0; pass < passes; pass++) {
+        size_t rows = retrofit_min(4, p->M - pass * 4);
+        for (size_t j = 0; j < p->N; j += ABREAST) {
+            ahead.data = (const char *)p->B.data + (GROUP + j) * ahead.column;
+            ahead.data += pass * p->K * size / passes;
+            dots_of[rows - 1](p, w, pass * 4, j, ahead);
+        }
+    }
 }
 
 // ---- The whole product -------------------------------------------------------------------------
 
-static void multiply(const matrix_product *p) {
-    if (p->M <= FEW && p->B.row == 1 && p->K <= B_PACKED / FEW) few_rows(p);
-    else many_rows(p);
+// Loops jc and pc, for both ways.
+static void multiply(const matrix_product *p, bool few) {
+    size_t depth = few ? DEPTH : KC, width = few ? GROUP : p->M > MC ? NC : NR;
+    size_t blocks = p->K ? ceil_of(p->K, depth) : 1;
+    for (size_t j = 0; j < p->N; j += width) {
+        matrix_product strip = product_part(p, 0, p->M, j, retrofit_min(width, p->N - j));
+        for (size_t block = 0; block < blocks; block++) {
+            size_t k = block * p->K / blocks, end = (block + 1) * p->K / blocks;
+            matrix_product terms = product_terms(&strip, k, end);
+            (few ? multiply_group : multiply_strip)(&terms);
+        }
+    }
 }
 
+// By one thread, and never as few rows: the bits of attention's tiles must not depend on how many
+// queries there are, whatever their number.
 static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c,
                         size_t c_row, const float *d, size_t d_row) {
-    multiply(&(matrix_product){M, N, K, A, B, c, d, c_row, d_row});
+    multiply(&(matrix_product){M, N, K, A, B, c, d, c_row, d_row}, false);
 }
 
 // How many threads are worth waking for so many multiply-adds.
@@ -6112,29 +6224,32 @@ static size_t part_begin(size_t index, size_t units, size_t parts, size_t size) 
     return index * units / parts * size;
 }
 
-// C is cut into a grid of parts that are about square, not wide. None is so low that it would go
-// few_rows's way if C as a whole does not: each has more than 2·MR rows.
+// C is cut into a grid of parts that are about square, not wide. Few rows make more parts than
+// there are threads: if one of these has to wait for another program, the others go on.
 static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
                  const float *d, size_t d_row) {
     matrix_product p = {M, N, K, A, B, c, d, c_row, d_row};
+    bool few = is_few(&p);
     size_t threads = gemm_threads(M * N * K);
     if (threads == 1) {
-        multiply(&p);
+        multiply(&p, few);
         return;
     }
-    size_t rows = ceil_of(M, MR), columns = ceil_of(N, VECTOR), down = 1;
-    for (size_t x = 2; x <= retrofit_min(threads, rows / 3); x++)
-        if (threads % x == 0 && x * x * N <= threads * M) down = x;
-    size_t across = threads / down; // times a whole number, so that none is wider than 512
-    across = retrofit_min(columns, across * ceil_of(N, across * 512));
+    size_t rows = ceil_of(M, MR), down = 1;
+    for (size_t x = 2; x <= (few ? 1 : retrofit_min(threads, rows)); x++)
+        if (threads % x == 0 && x * x * N <= 2 * threads * M) down = x;
+    size_t across = threads / down; // times a whole number, so that none is wider than NC
+    across *= few ? 4 : ceil_of(N, across * NC);
+    size_t unit = N >= 4 * across * NR ? NR : VECTOR, columns = ceil_of(N, unit);
+    across = retrofit_min(columns, across);
     PARALLEL_TASKS(M * N * K)
     for (size_t t = 0; t < down * across; t++) {
         size_t i = part_begin(t / across, rows, down, MR);
         size_t i_end = retrofit_min(M, part_begin(t / across + 1, rows, down, MR));
-        size_t j = part_begin(t % across, columns, across, VECTOR);
-        size_t j_end = retrofit_min(N, part_begin(t % across + 1, columns, across, VECTOR));
+        size_t j = part_begin(t % across, columns, across, unit);
+        size_t j_end = retrofit_min(N, part_begin(t % across + 1, columns, across, unit));
         matrix_product part = product_part(&p, i, i_end - i, j, j_end - j);
-        multiply(&part);
+        multiply(&part, few);
     }
 }
 

@@ -316,7 +316,7 @@ int main(int argc, char **argv) {
     for (int bf16 = 0; bf16 < 2; bf16++) {
         retrofit_type type = bf16 ? RETROFIT_BF16 : RETROFIT_F32;
         for (size_t i = 0; i < sizeof weights / sizeof *weights; i++) {
-            for (size_t M = 1; M <= 8; M *= 2)
+            for (size_t M = 1; M <= 32; M *= 2)
                 decode(M, weights[i][0], weights[i][1], type, pool, pool_size);
         }
     }

@@ -882,16 +882,18 @@ static void paper_flops(void) {
 
 // ---- Steps -------------------------------------------------------------------------------------
 
-// Two micro-batches with half of the loss each are one of twice the size.
+// Two micro-batches with half of the loss each are one of twice the size. All have more tokens than
+// what a matrix product takes for few rows, whose terms it adds up in another order.
 static void accumulation(void) {
+    enum { MICRO = 2 * ROWS };
     retrofit_model *in_two = load_tiny(), *in_one = load_tiny();
     init_optimizer(in_two, RETROFIT_ADAMW);
     init_optimizer(in_one, RETROFIT_ADAMW);
-    retrofit_buffers *small = train_buffers(in_two, ROWS, 3);
-    retrofit_buffers *large = train_buffers(in_one, 2 * ROWS, 3);
-    double halves = pass(small, 0, ROWS, 1, 3, 0.5f) / 2;
-    halves += pass(small, ROWS, ROWS, 1, 3, 0.5f) / 2;
-    double whole = pass(large, 0, 2 * ROWS, 1, 3, 1);
+    retrofit_buffers *small = train_buffers(in_two, MICRO, 3);
+    retrofit_buffers *large = train_buffers(in_one, 2 * MICRO, 3);
+    double halves = pass(small, 0, MICRO, 1, 3, 0.5f) / 2;
+    halves += pass(small, MICRO, MICRO, 1, 3, 0.5f) / 2;
+    double whole = pass(large, 0, 2 * MICRO, 1, 3, 1);
     const char *name = "";
     double error = difference(in_two, in_one, GRADIENT, &name);
     check(error < 1e-6 && fabs(halves - whole) < 1e-6 * whole,
