@@ -1457,13 +1457,14 @@ static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act 
     for (size_t n = 0; n < N; n++) {
         const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F;
         const float *dy = (const float *)dout + n * F;
-        float *dgate = (float *)dgate_up + n * 2 * F, *dup = dgate + F;
-        float *y = (float *)out + n * F;
+        float *restrict dgate = (float *)dgate_up + n * 2 * F, *restrict dup = dgate + F;
+        float *restrict y = (float *)out + n * F;
+        for (size_t i = 0; i < F; i++) y[i] = 1.0f / (1.0f + fast_exp(-gate[i])); // σ
         for (size_t i = 0; i < F; i++) {
-            float sigma = 1.0f / (1.0f + fast_exp(-gate[i]));
-            dgate[i] = dy[i] * up[i] * sigma * (1.0f + gate[i] * (1.0f - sigma));
-            dup[i] = dy[i] * gate[i] * sigma;
-            y[i] = gate[i] * sigma * up[i];
+            float g = gate[i], u = up[i], sigma = y[i];
+            dgate[i] = dy[i] * u * sigma * (1.0f + g * (1.0f - sigma));
+            dup[i] = dy[i] * g * sigma;
+            y[i] = g * sigma * u;
         }
     }
 }
@@ -6030,9 +6031,10 @@ static kernel *const kernels[][3] = {KERNEL_NAMES(1), KERNEL_NAMES(2), KERNEL_NA
 
 // ---- Many rows ---------------------------------------------------------------------------------
 
-// If only one or two panels read the rows of A, packing these would cost more than it saves.
+// Rows of A that are contiguous are read in place. So are others if only one or two panels need
+// them: packing would cost more than it saves.
 static bool is_packed(const matrix_product *p) {
-    return p->A.type != RETROFIT_F32 || p->N > 2 * NR;
+    return p->A.type != RETROFIT_F32 || (p->A.col != 1 && p->N > 2 * NR);
 }
 
 static void pack_rows(const matrix_product *p, size_t begin, size_t end) {
