@@ -85,7 +85,7 @@
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
        Newton-Schulz                                   newton_schulz                     1169
        the operations: rmsnorm, rope, attention …      embedding_forward                 1305
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2149
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2151
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -1457,7 +1457,8 @@ static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act 
     for (size_t n = 0; n < N; n++) {
         const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F;
         const float *dy = (const float *)dout + n * F;
-        float *restrict dgate = (float *)dgate_up + n * 2 * F, *restrict dup = dgate + F;
+        float *restrict dgate = (float *)dgate_up + n * 2 * F;
+        float *restrict dup = dgate + F;
         float *restrict y = (float *)out + n * F;
         for (size_t i = 0; i < F; i++) y[i] = 1.0f / (1.0f + fast_exp(-gate[i])); // σ
         for (size_t i = 0; i < F; i++) {
@@ -5807,7 +5808,8 @@ enum {
     NC = 576,            // a multiple of NR
     FEW = 64,            // rows up to which they count as few
     GROUP = 2 * ABREAST, // its columns of B whose DEPTH terms stay in the L1 cache for all rows
-    DEPTH = 640
+    DEPTH = 640,
+    FAR = 12000 // elements of B, how far ahead it is fetched at least
 };
 static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MC * KC];
 static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[NC * KC];
@@ -6121,7 +6123,7 @@ typedef struct {
 INLINE void dots(size_t rows, retrofit_type type, const matrix_product *p, matrix_view w, size_t i,
                  size_t j, lookahead ahead) {
     const float *a = (const float *)p->A.data + i * p->A.row;
-    vector sum[ABREAST][4] = {{{0}}}; // of each column and row, a partial sum in every lane
+    vector sum[ABREAST * 4] = {{0}}; // of each column and row, a partial sum in every lane
     size_t column[ABREAST], k = 0;
     UNROLL(s, ABREAST) column[s] = retrofit_min(j + s, p->N - 1) * w.col; // past the end: the last
     for (; k + VECTOR <= p->K; k += VECTOR) {
@@ -6135,42 +6137,44 @@ INLINE void dots(size_t rows, retrofit_type type, const matrix_product *p, matri
         UNROLL(r, rows) {
             vector x = *(const vector_at *)(a + r * p->A.row + k);
             STAYS_IN_REGISTER(x);
-            UNROLL(s, ABREAST) sum[s][r] = MULTIPLY_ADD(b[s], x, sum[s][r]);
+            UNROLL(s, ABREAST) sum[s * rows + r] = MULTIPLY_ADD(b[s], x, sum[s * rows + r]);
         }
     }
-    UNROLL(s, ABREAST) {
-        if (j + s >= p->N) continue;
-        float totals[4];
-        if (k < p->K) {
-            vector b = load_rest(w.data, type, column[s] + k, p->K - k);
-            UNROLL(r, rows) {
-                vector x = load_rest(a, RETROFIT_F32, r * p->A.row + k, p->K - k);
-                sum[s][r] = MULTIPLY_ADD(b, x, sum[s][r]);
-            }
+    for (size_t s = 0; s < ABREAST && k < p->K; s++) {
+        vector b = load_rest(w.data, type, column[s] + k, p->K - k);
+        for (size_t r = 0; r < rows; r++) {
+            vector x = load_rest(a, RETROFIT_F32, r * p->A.row + k, p->K - k);
+            sum[s * rows + r] = MULTIPLY_ADD(b, x, sum[s * rows + r]);
         }
-        add_lanes(totals, sum[s]);
+    }
+    float totals[ABREAST * 4];
+    UNROLL(four, ceil_of(rows * ABREAST, 4)) add_lanes(totals + 4 * four, sum + 4 * four);
+    for (size_t s = 0; s < retrofit_min(ABREAST, p->N - j); s++) {
         UNROLL(r, rows) {
             float start = p->d ? p->d[(i + r) * p->d_row + j + s] : 0;
-            p->c[(i + r) * p->c_row + j + s] = start + totals[r];
+            p->c[(i + r) * p->c_row + j + s] = start + totals[s * rows + r];
         }
     }
 }
 
-#define DOTS(rows)                                                                                 \
-    static void dots_##rows(const matrix_product *p, matrix_view w, size_t i, size_t j,            \
-                            lookahead ahead) {                                                     \
-        if (w.type == RETROFIT_F32) dots(rows, RETROFIT_F32, p, w, i, j, ahead);                   \
-        else dots(rows, RETROFIT_BF16, p, w, i, j, ahead);                                         \
+// A pass: `rows` rows from i on meet all columns.
+#define PASS(rows)                                                                                 \
+    static void pass_##rows(const matrix_product *p, matrix_view w, size_t i, lookahead ahead) {   \
+        for (size_t j = 0; j < p->N; j += ABREAST) {                                               \
+            if (w.type == RETROFIT_F32) dots(rows, RETROFIT_F32, p, w, i, j, ahead);               \
+            else dots(rows, RETROFIT_BF16, p, w, i, j, ahead);                                     \
+            ahead.data += ABREAST * ahead.column;                                                  \
+        }                                                                                          \
     }
-DOTS(1)
-DOTS(2)
-DOTS(3)
-DOTS(4)
-static void (*const dots_of[])(const matrix_product *, matrix_view, size_t, size_t, lookahead) = {
-    dots_1, dots_2, dots_3, dots_4};
+PASS(1)
+PASS(2)
+PASS(3)
+PASS(4)
+static void (*const pass_of[])(const matrix_product *, matrix_view, size_t, lookahead) = {
+    pass_1, pass_2, pass_3, pass_4};
 
 // One group of columns and one block of terms, by passes over the columns. What several of them
-// read is widened once. Each fetches its share of the next group.
+// read is widened once. Each fetches its share of a later group.
 static void multiply_group(const matrix_product *p) {
     size_t size = retrofit_type_size(p->B.type), passes = ceil_of(p->M, 4);
     matrix_view w = p->B;
@@ -6178,14 +6182,11 @@ static void multiply_group(const matrix_product *p) {
         pack(packed_b, p->K, w, p->K, p->N);
         w = view_transposed(packed_b, p->K);
     }
+    size_t far = GROUP * (1 + FAR / (GROUP * p->B.col + 1)); // columns
     lookahead ahead = {NULL, p->B.col * size, VECTOR * size / passes};
     for (size_t pass = 0; pass < passes; pass++) {
-        size_t rows = retrofit_min(4, p->M - pass * 4);
-        for (size_t j = 0; j < p->N; j += ABREAST) {
-            ahead.data = (const char *)p->B.data + (GROUP + j) * ahead.column;
-            ahead.data += pass * p->K * size / passes;
-            dots_of[rows - 1](p, w, pass * 4, j, ahead);
-        }
+        ahead.data = (const char *)p->B.data + far * ahead.column + pass * p->K * size / passes;
+        pass_of[retrofit_min(4, p->M - pass * 4) - 1](p, w, pass * 4, ahead);
     }
 }
 
@@ -6195,6 +6196,7 @@ static void multiply_group(const matrix_product *p) {
 static void multiply(const matrix_product *p, bool few) {
     size_t depth = few ? DEPTH : KC, width = few ? GROUP : p->M > MC ? NC : NR;
     size_t blocks = p->K ? ceil_of(p->K, depth) : 1;
+    if (few && p->M <= 4 && blocks == 1) width = p->N; // a single pass keeps nothing in a cache
     for (size_t j = 0; j < p->N; j += width) {
         matrix_product strip = product_part(p, 0, p->M, j, retrofit_min(width, p->N - j));
         for (size_t block = 0; block < blocks; block++) {
