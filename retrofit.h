@@ -85,7 +85,7 @@
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
        Newton-Schulz                                   newton_schulz                     1169
        the operations: rmsnorm, rope, attention …      embedding_forward                 1305
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2151
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2149
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -1457,15 +1457,13 @@ static void swiglu_backward(act *dgate_up, act *out, const act *dout, const act 
     for (size_t n = 0; n < N; n++) {
         const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F;
         const float *dy = (const float *)dout + n * F;
-        float *restrict dgate = (float *)dgate_up + n * 2 * F;
-        float *restrict dup = dgate + F;
-        float *restrict y = (float *)out + n * F;
-        for (size_t i = 0; i < F; i++) y[i] = 1.0f / (1.0f + fast_exp(-gate[i])); // σ
+        float *dgate = (float *)dgate_up + n * 2 * F, *dup = dgate + F;
+        float *y = (float *)out + n * F;
+        for (size_t i = 0; i < F; i++) y[i] = 1.0f / (1.0f + fast_exp(-gate[i])); // σ(g)
         for (size_t i = 0; i < F; i++) {
-            float g = gate[i], u = up[i], sigma = y[i];
-            dgate[i] = dy[i] * u * sigma * (1.0f + g * (1.0f - sigma));
-            dup[i] = dy[i] * g * sigma;
-            y[i] = g * sigma * u;
+            dgate[i] = dy[i] * up[i] * y[i] * (1.0f + gate[i] * (1.0f - y[i]));
+            dup[i] = dy[i] * gate[i] * y[i];
+            y[i] = gate[i] * y[i] * up[i];
         }
     }
 }
