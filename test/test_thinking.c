@@ -583,14 +583,14 @@ static int32_t greedy_token(retrofit_buffers *buffers, const int32_t *tokens, si
 }
 
 // Greedy text with drafts of `depth` recurrences, `lookahead` at a time, against plain decoding's.
-// Up to 8 rows, a matrix product's rows don't depend on each other, so even bits are equal. Adds to
-// *kept the drafts that stayed, to *drafted all.
+// A row of a matrix product has the bits that it has alone, so even bits are equal. Adds to *kept the
+// drafts that stayed, to *drafted all.
 static void compare_drafts(retrofit_buffers *buffers, retrofit_buffers *plain, float *scratch,
                            size_t depth, const random_prompt *prompt, size_t *kept, size_t *drafted,
                            const char *where) {
     const retrofit_recurrence_options *options = &prompt->options;
     int32_t text[64], out[RETROFIT_LOOKAHEAD];
-    size_t V = buffers->model->config.vocab, n = prompt->n, lookahead = random_between(1, 8);
+    size_t V = buffers->model->config.vocab, n = prompt->n, lookahead = random_between(1, PROMPT);
     size_t made = 0, wanted = 0, fed = 0, r = options->recurrences;
     retrofit_sampling greedy = {0, 0, 1, 0, 1};
     retrofit_clear_cache(buffers);
