@@ -6226,8 +6226,8 @@ static size_t part_begin(size_t index, size_t units, size_t parts, size_t size) 
     return index * units / parts * size;
 }
 
-// C is cut into a grid of parts that are about square, not wide. Few rows make more parts than
-// there are threads: if one of these has to wait for another program, the others go on.
+// C is cut into a grid of parts that are about square, not wide. Few rows are cut into as many parts
+// as there are threads: each begins with columns that nobody has fetched ahead.
 static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
                  const float *d, size_t d_row) {
     matrix_product p = {M, N, K, A, B, c, d, c_row, d_row};
@@ -6241,7 +6241,7 @@ static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, flo
     for (size_t x = 2; x <= (few ? 1 : retrofit_min(threads, rows)); x++)
         if (threads % x == 0 && x * x * N <= 2 * threads * M) down = x;
     size_t across = threads / down; // times a whole number, so that none is wider than NC
-    across *= few ? 4 : ceil_of(N, across * NC);
+    if (!few) across *= ceil_of(N, across * NC);
     size_t unit = N >= 4 * across * NR ? NR : VECTOR, columns = ceil_of(N, unit);
     across = retrofit_min(columns, across);
     PARALLEL_TASKS(M * N * K)
