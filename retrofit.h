@@ -5903,8 +5903,8 @@ INLINE vector load_vector(const void *data, retrofit_type type, size_t at) {
     return (vector)(__builtin_convertvector(halves, vector_bits) << 16);
 }
 
-// A vector's quads are four elements each. Of each quad of a and the same of b, elements w, x, y, z:
-// 0 to 3 are a's, 4 to 7 are b's.
+// A vector's quads are four elements each. Of each quad of a and the same of b, elements w, x, y
+// and z: 0 to 3 are a's, 4 to 7 are b's.
 #define PICK(q, e) ((e) < 4 ? 4 * (q) + (e) : VECTOR + 4 * (q) + (e)-4)
 #define PICKS(q, w, x, y, z) PICK(q, w), PICK(q, x), PICK(q, y), PICK(q, z)
 #if VECTOR == 16
@@ -6226,8 +6226,8 @@ static size_t part_begin(size_t index, size_t units, size_t parts, size_t size) 
     return index * units / parts * size;
 }
 
-// C is cut into a grid of parts that are about square, not wide. Few rows are cut into as many parts
-// as there are threads: each begins with columns that nobody has fetched ahead.
+// C is cut into a grid of parts that are about square, not wide. Few rows make no more parts than
+// there are threads: each begins with columns that nobody has fetched ahead.
 static void gemm(size_t M, size_t N, size_t K, matrix_view A, matrix_view B, float *c, size_t c_row,
                  const float *d, size_t d_row) {
     matrix_product p = {M, N, K, A, B, c, d, c_row, d_row};

@@ -583,8 +583,8 @@ static int32_t greedy_token(retrofit_buffers *buffers, const int32_t *tokens, si
 }
 
 // Greedy text with drafts of `depth` recurrences, `lookahead` at a time, against plain decoding's.
-// A row of a matrix product has the bits that it has alone, so even bits are equal. Adds to *kept the
-// drafts that stayed, to *drafted all.
+// A row of a matrix product has the bits that it has alone, so even bits are equal. Adds to *kept
+// the drafts that stayed, to *drafted all.
 static void compare_drafts(retrofit_buffers *buffers, retrofit_buffers *plain, float *scratch,
                            size_t depth, const random_prompt *prompt, size_t *kept, size_t *drafted,
                            const char *where) {
