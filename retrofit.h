@@ -528,12 +528,12 @@ static inline float fast_exp(float x);
 // Loops over threads, if the work (elements; of unequal tasks, multiply-adds) is worth waking them.
 #ifdef _OPENMP
 #define PRAGMA(x) _Pragma(#x)
-#define PARALLEL_FOR(work) PRAGMA(omp parallel for schedule(static) if ((work) > 16384))
-#define PARALLEL_TASKS(work) PRAGMA(omp parallel for schedule(dynamic) if ((work) > 65536))
 #else
-#define PARALLEL_FOR(work)
-#define PARALLEL_TASKS(work)
+#define PRAGMA(x)
 #endif
+enum { FEW_ELEMENTS = 1 << 14, FEW_MULTIPLY_ADDS = 1 << 16 }; // quicker done than handed out
+#define PARALLEL_FOR(work) PRAGMA(omp parallel for schedule(static) if ((work) > FEW_ELEMENTS))
+#define PARALLEL_TASKS(n) PRAGMA(omp parallel for schedule(dynamic) if ((n) > FEW_MULTIPLY_ADDS))
 
 // Section 7: attention over the KV cache, for a layer whose entries lie in `slot`; the first slot
 // of the core's recurrence i = 0, 1, …, and of the coda. Without a cache slots mean nothing.
@@ -5804,10 +5804,10 @@ enum {
     NR = 3 * VECTOR,
     KC = 384,
     NC = 576,            // a multiple of NR
-    FEW = 64,            // rows up to which they count as few
-    GROUP = 2 * ABREAST, // its columns of B whose DEPTH terms stay in the L1 cache for all rows
+    FEW = 64,            // rows, at most
+    GROUP = 2 * ABREAST, // columns of B whose DEPTH terms stay in the L1 cache for all few rows
     DEPTH = 640,
-    FAR = 12000 // elements of B, how far ahead it is fetched at least
+    FAR = 12000          // elements of B, how far ahead it is fetched at least
 };
 static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MC * KC];
 static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[NC * KC];
@@ -5994,7 +5994,7 @@ INLINE void micro_kernel(size_t rows, size_t vectors, const matrix_product *p, m
         b += vectors * VECTOR;
     }
     const float *d = p->d ? p->d + i * p->d_row + j : NULL;
-    size_t n = p->N - j, c_row = p->c_row, d_row = p->d_row; // read before C, which might alias p
+    size_t n = p->N - j, c_row = p->c_row, d_row = p->d_row; // not read again after each store
     if (n < vectors * VECTOR) {
         for (size_t s = 0; s < n; s++)
             UNROLL(r, rows) c[r * c_row + s] =
@@ -6023,11 +6023,15 @@ KERNELS(2)
 KERNELS(4)
 #if VECTOR == 16
 KERNELS(8)
-static kernel *const kernels[][3] = {KERNEL_NAMES(1), KERNEL_NAMES(2), KERNEL_NAMES(4),
-                                     KERNEL_NAMES(8)};
-#else
-static kernel *const kernels[][3] = {KERNEL_NAMES(1), KERNEL_NAMES(2), KERNEL_NAMES(4)};
 #endif
+static kernel *const kernels[MR + 1][3] = {
+    [1] = KERNEL_NAMES(1),
+    [2] = KERNEL_NAMES(2),
+    [4] = KERNEL_NAMES(4),
+#if VECTOR == 16
+    [8] = KERNEL_NAMES(8),
+#endif
+};
 
 // ---- Many rows ---------------------------------------------------------------------------------
 
@@ -6048,24 +6052,21 @@ static void pack_rows(const matrix_product *p, size_t begin, size_t end) {
 static void multiply_panel(const matrix_product *p, const float *panel, size_t begin, size_t end,
                            size_t j) {
     size_t vectors = ceil_of(retrofit_min(NR, p->N - j), VECTOR);
-    size_t rows = MR, power = sizeof kernels / sizeof *kernels - 1;
+    size_t rows = MR;
     for (size_t i = begin; i < end; i += rows) {
-        while (rows > end - i) {
-            rows /= 2;
-            power--;
-        }
+        while (rows > end - i) rows /= 2;
         matrix_view A = view_part(p->A, i, 0);
         if (is_packed(p)) {
             size_t strip = (i - begin) / MR * MR;
             A = view_transposed(packed_a + strip * p->K + (i - begin - strip), MR);
         }
-        kernels[power][vectors - 1](p, A, panel, i, j);
+        kernels[rows][vectors - 1](p, A, panel, i, j);
     }
 }
 
 // Rows of B that are contiguous are read to the strip's end, eight at a time.
 static void pack_strip(const matrix_product *p) {
-    size_t step = p->B.col == 1 || p->K == 0 ? 8 : p->K;
+    size_t step = p->B.col == 1 ? 8 : p->K;
     for (size_t k = 0; k < p->K; k += step) {
         for (size_t j = 0; j < p->N; j += NR) {
             size_t n = retrofit_min(NR, p->N - j), width = ceil_of(n, VECTOR) * VECTOR;
@@ -6215,7 +6216,7 @@ static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view
 // How many threads are worth waking for so many multiply-adds.
 static size_t gemm_threads(size_t work) {
 #ifdef _OPENMP
-    if (work >= 65536 && !omp_in_parallel()) return (size_t)omp_get_max_threads();
+    if (work > FEW_MULTIPLY_ADDS && !omp_in_parallel()) return (size_t)omp_get_max_threads();
 #endif
     (void)work;
     return 1;

@@ -646,11 +646,13 @@ static bool should_stop(double flops) {
     return left < 0 || flops * seconds_per_flop > left;
 }
 
-// Whether all that was asked for is done.
-static bool finished(void) {
-    if (progress.step >= training.steps) return true;
-    return options.flops > 0 && progress.flops >= options.flops;
+// Whether all that was asked for is done after so many steps, which took so many FLOPs.
+static bool is_end(size_t step, double flops) {
+    if (step >= training.steps) return true;
+    return options.flops > 0 && flops >= options.flops;
 }
+
+static bool finished(void) { return is_end(progress.step, progress.flops); }
 
 static bool evaluation_due(void) {
     if (!options.val && !options.sample_prompts) return false;
@@ -686,6 +688,17 @@ static cost cost_of_steps(size_t first, size_t end) {
         }
     }
     return sum;
+}
+
+// How many steps are to be done, and what they take.
+static void plan_rest(void) {
+    double flops = progress.flops;
+    run.end_step = progress.step;
+    while (!is_end(run.end_step, flops)) {
+        flops += cost_of_steps(run.end_step, run.end_step + 1).flops;
+        run.end_step++;
+    }
+    run.planned_flops = flops - progress.flops;
 }
 
 // Muon's learning rate as it is shown: 0 where Muon takes no part.
@@ -1712,12 +1725,9 @@ static void print_cost(void) {
 
 // Where --flops ends the run.
 static void print_end(void) {
-    while (!finished()) {
-        progress.flops += cost_of_steps(progress.step, progress.step + 1).flops;
-        progress.step++;
-    }
+    plan_rest();
     printf("--flops %g: ends after step %zu of %zu, with %.3g FLOPs spent\n", options.flops,
-           progress.step, training.steps, progress.flops);
+           run.end_step, training.steps, progress.flops + run.planned_flops);
 }
 
 // 24 steps of the schedule, evenly spread, with their first micro-batches.
@@ -1828,15 +1838,15 @@ static const char *main_rate(const retrofit_plan *plan, double *rate) {
 enum { STEP_LINE_SIZE = 512 };
 
 // Adds a part to the line of a step if there is room for all of it: a number must not be cut.
-__attribute__((format(printf, 2, 3))) static void append_part(char text[STEP_LINE_SIZE],
-                                                              const char *format, ...) {
-    char part[128];
+__attribute__((format(printf, 3, 4))) static void append_part(char text[STEP_LINE_SIZE],
+                                                              size_t room, const char *format,
+                                                              ...) {
+    size_t used = strlen(text);
     va_list args;
     va_start(args, format);
-    vsnprintf(part, sizeof part, format, args);
+    vsnprintf(text + used, STEP_LINE_SIZE - used, format, args);
     va_end(args);
-    size_t room = retrofit_min(retrofit_live_columns(), STEP_LINE_SIZE - 1);
-    if (strlen(text) + strlen(part) <= room) append(text, STEP_LINE_SIZE, "%s", part);
+    if (strlen(text) > room) text[used] = 0;
 }
 
 // A terminal has one line, which every step replaces. Its parts come in the order of what one wants
@@ -1853,17 +1863,19 @@ static void show_step(const retrofit_step *step, double seconds) {
     char text[STEP_LINE_SIZE] = {0}, speed[64];
     double rate, tokens = (double)(options.batch_size * options.seq_len);
     size_t left = (size_t)(seconds_left() + .5);
+    size_t room = retrofit_min(retrofit_live_columns(), STEP_LINE_SIZE - 1);
     const char *rate_name = main_rate(plan, &rate);
     format_speed(speed, step->flops / seconds);
 
-    append_part(text, "step %zu/%zu", progress.step, training.steps);
-    append_part(text, "  loss %.4f", step->loss);
-    append_part(text, "  ETA %zu:%02zu:%02zu", left / 3600, left / 60 % 60, left % 60);
-    append_part(text, "  %.0f tok/s", tokens / seconds);
-    append_part(text, "  %s %.1e", rate_name, rate);
-    if (plan->mean > 0) append_part(text, "  n,k %zu,%zu  r %zu", step->n, step->k, plan->mean);
-    append_part(text, "  |g| %.2f", step->norm);
-    append_part(text, "  %s", speed);
+    append_part(text, room, "step %zu/%zu", progress.step, training.steps);
+    append_part(text, room, "  loss %.4f", step->loss);
+    append_part(text, room, "  ETA %zu:%02zu:%02zu", left / 3600, left / 60 % 60, left % 60);
+    append_part(text, room, "  %.0f tok/s", tokens / seconds);
+    append_part(text, room, "  %s %.1e", rate_name, rate);
+    if (plan->mean > 0)
+        append_part(text, room, "  n,k %zu,%zu  r %zu", step->n, step->k, plan->mean);
+    append_part(text, room, "  |g| %.2f", step->norm);
+    append_part(text, room, "  %s", speed);
     retrofit_live_line(text);
     step_shown = terminal;
 }
@@ -2118,18 +2130,6 @@ static void open_output(void) {
     // A run that ended before its first checkpoint begins anew.
     run.log = fopen(run.log_path, options.resume ? "ab" : "wb");
     if (!run.log) die(1, "%s: %s", run.log_path, strerror(errno));
-}
-
-// How many steps are to be done, and what they take.
-static void plan_rest(void) {
-    run.end_step = progress.step;
-    run.planned_flops = 0;
-    while (run.end_step < training.steps) {
-        bool spent = progress.flops + run.planned_flops >= options.flops;
-        if (options.flops > 0 && spent) break;
-        run.planned_flops += cost_of_steps(run.end_step, run.end_step + 1).flops;
-        run.end_step++;
-    }
 }
 
 // Says what is to be done, and makes up for an evaluation that the run before was stopped in.

@@ -62,11 +62,15 @@ static const float *added(const product *p, const float *c) {
     return p->kind == NO_D ? NULL : p->kind == OWN_D ? p->other : c;
 }
 
+// Whether gemm takes another order of terms than gemm_serial.
+static bool has_few_rows(const product *p) {
+    return is_few(&(matrix_product){p->M, p->N, p->K, p->A, p->B, NULL, NULL, 0, 0});
+}
+
 // gemm gives the same bits with 1, 3 and 5 threads and as many as there are, and so does
 // gemm_serial where its order is the same.
 static void compare_threads(product *p) {
-    matrix_product whole = {p->M, p->N, p->K, p->A, p->B, NULL, NULL, 0, 0};
-    for (int threads = is_few(&whole) ? 1 : 0; threads < 5; threads++) {
+    for (int threads = has_few_rows(p) ? 1 : 0; threads < 5; threads++) {
 #ifdef _OPENMP
         int usual = omp_get_max_threads();
         if (threads > 1) omp_set_num_threads(threads * 2 - 3);
@@ -85,8 +89,7 @@ static void compare_threads(product *p) {
 // A row has the bits that it has alone: up to 64 rows of weights' products in gemm, and any number
 // in gemm_serial.
 static void compare_rows(product *p) {
-    matrix_product whole = {p->M, p->N, p->K, p->A, p->B, NULL, NULL, 0, 0};
-    bool few = is_few(&whole);
+    bool few = has_few_rows(p);
     memcpy(p->again, p->before, p->count * sizeof(float));
     for (size_t i = 0; i < p->M; i++) {
         float *c = p->again + i * p->c_row;
