@@ -2,7 +2,7 @@
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make fuzz         clang's libFuzzer on every reader, SECONDS=60 in all; what it finds is in build/fuzz
-# make bench        matrix products against OpenBLAS (where it is) and against memory
+# make bench        matrix products against OpenBLAS (where it is), all operations against their limits and against memory
 # make libretrofit.so   retrofit.h as a shared library, for other languages
 # make readme       every command of the README that needs neither network nor GPU
 # make lines        the line numbers and tables in README, doc/ and retrofit.h as they are now

@@ -2,8 +2,9 @@
 // of decoding. OpenBLAS is loaded when the program runs, if it is there ($OPENBLAS or
 // libopenblas.so.0). The two take turns, so that whatever else the machine is doing slows both, and
 // the best turn of each counts. Between turns we sleep: both libraries' threads spin for a while
-// after their work, and would take the other's time. An argument: only the products whose names
-// contain it, or "decode".
+// after their work, and would take the other's time. Then the other operations of a training step
+// beside what their arithmetic and their memory allow. An argument: only the products whose names
+// contain it, "step" or "decode".
 #define RETROFIT_IMPLEMENTATION
 #include "../retrofit.h"
 #include <dlfcn.h>
@@ -153,9 +154,189 @@ static void compare_products(const char *only) {
     if (count) printf("geometric mean of the ratios: %.3f\n", exp(log_sum / count));
 }
 
-// ---- Decoding beside reading -------------------------------------------------------------------
+// ---- The rest of a step beside its limits ------------------------------------------------------
+// An operation takes at least as long as its multiply-adds and its exponentials together, and as
+// its bytes: every input read once, every output written once. The three rates are measured first,
+// with all threads: multiply-adds on registers, fast_exp on an array in the nearest cache, and an
+// array larger than all caches that is read and written in place.
 
-static volatile float sink; // what was read goes here, so that nothing optimises the reading away
+typedef struct {
+    size_t B, T, H, G, h, F, V; // as in retrofit.h
+    float *qkv, *dqkv, *y, *dy, *lse, *delta, *gate_up, *dgate_up, *x, *rstd, *weight, *logits;
+    float *table, *w, *m, *v, *losses;
+    int32_t *labels;
+    size_t parameters;
+    double sum;
+} step;
+
+typedef struct {
+    double multiply_adds, exponentials, bytes; // a second
+} rates;
+
+static volatile float sink; // what was computed goes here, so that nothing optimises it away
+
+static double multiply_add_rate(void) {
+    enum { TIMES = 1 << 20, CHAINS = 12 };
+    double best = 1e9;
+    for (int round = 0; round < 5; round++) {
+        double start = retrofit_seconds();
+        float total = 0;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(+ : total)
+#endif
+        for (int thread = 0; thread < threads(); thread++) {
+            vector sum[CHAINS] = {{0}};
+            vector a = BROADCAST(.5f), b = BROADCAST(.25f);
+            for (size_t i = 0; i < TIMES; i++) {
+                UNROLL(c, CHAINS) {
+                    sum[c] = MULTIPLY_ADD(a, sum[c], b);
+                    STAYS_IN_REGISTER(sum[c]);
+                }
+            }
+            UNROLL(c, CHAINS) total += sum[c][0];
+        }
+        sink = total;
+        best = fmin(best, retrofit_seconds() - start);
+    }
+    return (double)TIMES * CHAINS * VECTOR * threads() / best;
+}
+
+static double exponential_rate(void) {
+    enum { TIMES = 1 << 12, COUNT = 2048 };
+    double best = 1e9;
+    for (int round = 0; round < 5; round++) {
+        double start = retrofit_seconds();
+#ifdef _OPENMP
+#pragma omp parallel for
+#endif
+        for (int thread = 0; thread < threads(); thread++) {
+            float x[COUNT] = {0};
+            for (size_t i = 0; i < TIMES; i++)
+                for (size_t j = 0; j < COUNT; j++) x[j] = fast_exp(x[j] - 1);
+            sink = x[thread];
+        }
+        best = fmin(best, retrofit_seconds() - start);
+    }
+    return (double)TIMES * COUNT * threads() / best;
+}
+
+static double update_rate(void) {
+    size_t n = (size_t)1 << 26;
+    float *x = random_floats(n);
+    double best = 1e9;
+    for (int round = 0; round < 5; round++) {
+        double start = retrofit_seconds();
+        PARALLEL_FOR(n)
+        for (size_t i = 0; i < n; i++) x[i] = x[i] * .5f + .5f;
+        best = fmin(best, retrofit_seconds() - start);
+    }
+    free(x);
+    return 8. * (double)n / best;
+}
+
+static void attention_forth(step *s) {
+    attention_forward(s->y, s->lse, s->qkv, s->B, s->T, s->H, s->G, s->h);
+}
+
+static void attention_back(step *s) {
+    attention_backward(s->dqkv, s->delta, s->dy, s->qkv, s->y, s->lse, s->B, s->T, s->H, s->G,
+                       s->h);
+}
+
+static void rope(step *s) {
+    rope_forward(s->dqkv, s->table, NULL, s->B, s->T, s->H, s->G, s->h);
+}
+
+static void rmsnorm_forth(step *s) {
+    rmsnorm_forward(s->y, s->rstd, s->x, s->weight, s->B * s->T, s->H * s->h, 1e-5f);
+}
+
+static void rmsnorm_back(step *s) {
+    rmsnorm_backward(s->dy, s->weight, s->y, s->x, s->rstd, s->weight, s->B * s->T, s->H * s->h);
+}
+
+static void swiglu_forth(step *s) {
+    swiglu_forward(s->dgate_up, s->gate_up, s->B * s->T, s->F);
+}
+
+static void swiglu_back(step *s) {
+    swiglu_backward(s->dgate_up, s->logits, s->gate_up, s->gate_up, s->B * s->T, s->F);
+}
+
+static void cross_entropy_both(step *s) {
+    cross_entropy(s->losses, s->logits, s->labels, s->B * s->T, s->V, 1e-3f);
+}
+
+static void adamw(step *s) {
+    adamw_update(s->w, s->m, s->v, s->logits, s->parameters, 1, 1e-3f, .9f, .95f, .1, .05, 1e-8f,
+                 1e-4f);
+}
+
+static void gradient_norm(step *s) { sum_squares(&s->sum, s->w, s->parameters); }
+
+static void report(const char *name, step *s, void (*run)(step *), const rates *rate,
+                   double multiply_adds, double exponentials, double elements) {
+    double best = 1e9, begin = retrofit_seconds();
+    do {
+        double start = retrofit_seconds();
+        run(s);
+        best = fmin(best, retrofit_seconds() - start);
+    } while (retrofit_seconds() - begin < .4);
+    double arithmetic = multiply_adds / rate->multiply_adds + exponentials / rate->exponentials;
+    double memory = 4 * elements / rate->bytes;
+    printf("%-36s %13.3f %8.3f %6.2f  %s\n", name, 1e3 * best, 1e3 * fmax(arithmetic, memory),
+           fmax(arithmetic, memory) / best, arithmetic > memory ? "arithmetic" : "memory");
+    fflush(stdout);
+}
+
+static void measure_step(const char *name, step s, const rates *rate) {
+    size_t N = s.B * s.T, d = s.H * s.h, Q = (s.H + 2 * s.G) * s.h;
+    size_t logits = retrofit_max(retrofit_max(N * s.V, s.parameters), N * s.F);
+    float **arrays[] = {&s.qkv, &s.dqkv, &s.y,    &s.dy,     &s.lse,    &s.delta,
+                        &s.x,   &s.rstd, &s.weight, &s.gate_up, &s.dgate_up, &s.logits,
+                        &s.table, &s.w,  &s.m,    &s.v,      &s.losses};
+    size_t counts[] = {N * Q, N * Q, N * d, N * d,           N * s.H,       N * s.H,
+                       N * d, N,     d,     2 * N * s.F,     2 * N * s.F,   logits,
+                       s.T * s.h, s.parameters, s.parameters, s.parameters, N};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        *arrays[i] = random_floats(counts[i]);
+    for (size_t i = 0; i < s.parameters; i++) s.v[i] = fabsf(s.v[i]);
+    s.labels = calloc(N, sizeof *s.labels);
+    if (!s.labels) die("out of memory");
+
+    double n = (double)N, pairs = n * (double)(s.T + 1) / 2 * (double)s.H; // queries with keys
+    double width = (double)d, qkv = (double)Q, F = (double)s.F, V = (double)s.V;
+    printf("%s: %zu sequences of %zu, d = %zu, %zu heads, F = %zu, V = %zu\n", name, s.B, s.T, d,
+           s.H, s.F, s.V);
+    report("attention forward", &s, attention_forth, rate, 2 * pairs * (double)s.h, pairs,
+           n * (qkv + width));
+    report("attention backward", &s, attention_back, rate, 5 * pairs * (double)s.h, pairs,
+           n * (2 * qkv + 2 * width));
+    report("rope", &s, rope, rate, 2 * n * qkv, 0, 2 * n * (qkv - (double)(s.G * s.h)));
+    report("rmsnorm forward", &s, rmsnorm_forth, rate, 2 * n * width, 0, 2 * n * width);
+    report("rmsnorm backward", &s, rmsnorm_back, rate, 4 * n * width, 0, 4 * n * width);
+    report("swiglu forward", &s, swiglu_forth, rate, 2 * n * F, n * F, 3 * n * F);
+    report("swiglu backward", &s, swiglu_back, rate, 6 * n * F, n * F, 6 * n * F);
+    report("cross-entropy and its gradient", &s, cross_entropy_both, rate, 2 * n * V, n * V,
+           2 * n * V);
+    report("AdamW", &s, adamw, rate, 0, 0, 7 * (double)s.parameters);
+    report("the gradient's norm", &s, gradient_norm, rate, 0, 0, (double)s.parameters);
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) free(*arrays[i]);
+    free(s.labels);
+}
+
+static void measure_steps(void) {
+    rates rate = {multiply_add_rate(), exponential_rate(), update_rate()};
+    printf("\n%.1f GFLOP/s, %.2f G exponentials/s, %.1f GB/s\n%-36s %13s %8s %6s\n",
+           2e-9 * rate.multiply_adds, 1e-9 * rate.exponentials, 1e-9 * rate.bytes, "milliseconds",
+           "ours", "limit", "ratio");
+    measure_step("SmolLM2-135M", (step){.B = 1, .T = 1024, .H = 9, .G = 3, .h = 64, .F = 1536,
+                                        .V = 49152, .parameters = 28311552}, &rate);
+    measure_step("the demonstration", (step){.B = 48, .T = 80, .H = 4, .G = 4, .h = 16, .F = 176,
+                                             .V = 112, .parameters = 33792}, &rate);
+}
+
+// ---- Decoding beside reading -------------------------------------------------------------------
 
 // Adds up an array with all threads: the bandwidth that reading can have.
 static void read_all(const float *x, size_t n) {
@@ -308,6 +489,7 @@ int main(int argc, char **argv) {
     const char *only = argc > 1 ? argv[1] : "";
     open_blas();
     compare_products(only);
+    if (!*only || !strcmp(only, "step")) measure_steps();
     if (*only && strcmp(only, "decode")) return 0;
 
     size_t pool_size = (size_t)256 << 20;
