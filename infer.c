@@ -66,8 +66,8 @@ static const retrofit_option option_table[] = {
      "a slot for each recurrence; the last for deeper ones; slot r mod M; r div M"},
     {"kv-bf16", RETROFIT_FLAG, &options.kv_bf16, NULL,
      "keys and values in bf16: half the memory (a GPU keeps them in its --precision)"},
-    {"speculative", RETROFIT_STRING, &options.speculative, "R,N",
-     "draft N tokens at R recurrences, verify them together in full: same text, faster"},
+    {"speculative", RETROFIT_MAYBE, &options.speculative, "auto|D1[,D2]",
+     "a token begins once the one before is D1 recurrences deep: same text, faster (auto)"},
     {"continuous", RETROFIT_FLAG, &options.continuous, NULL,
      "a token starts from the last state of the one before, not from s_0"},
     {"noise", RETROFIT_REAL, &options.noise, "F",
@@ -285,11 +285,35 @@ static retrofit_recurrence_options recurrence_options(size_t r) {
     };
 }
 
+// --speculative: where tokens are read on their way, and what that brought in all texts.
+static struct {
+    size_t depths[2];         // D1, D2 or 0; D1 0: without --speculative
+    retrofit_tuning *tuning;  // of `auto`
+    retrofit_front_counts counts, last; // `last`: of the last text, or texts that came together
+} drafts;
+
+static void read_drafts(void) {
+    static retrofit_tuning tuning;
+    const char *text = options.speculative;
+    size_t count;
+    if (!*text || !strcmp(text, "auto")) {
+        drafts.depths[0] = 2;
+        drafts.depths[1] = 4;
+        drafts.tuning = &tuning;
+        return;
+    }
+    bool ok = retrofit_sizes(text, drafts.depths, 2, &count);
+    if (!ok || (count == 2 && drafts.depths[1] <= drafts.depths[0]))
+        die(2, "--speculative is auto, D1 or D1,D2 like 2,4: recurrences after which a token is "
+               "read, the second more than the first, not '%s'", text);
+}
+
 // The cache of --kv-cache. `full` and `latest` both have a slot for each recurrence. With --exit a
 // token that stops early leaves slots empty that deeper recurrences of later tokens read: `latest`
 // says that the keys and values of its last recurrence fill them, so `full` is refused there.
 static retrofit_kv_cache cache_options(size_t capacity, size_t r) {
     retrofit_kv_cache cache = {.capacity = capacity, .recurrences = r, .bf16 = options.kv_bf16};
+    memcpy(cache.drafts, drafts.depths, sizeof cache.drafts);
     const char *text = options.kv_cache;
     if (!text) text = options.exit ? "latest" : "full";
     bool full = !strcmp(text, "full");
@@ -306,24 +330,6 @@ static retrofit_kv_cache cache_options(size_t capacity, size_t r) {
     if (!retrofit_sizes(strchr(text, ':') + 1, &cache.M, 1, &count))
         die(2, "--kv-cache %s: %s", text, retrofit_error());
     return cache;
-}
-
-// --speculative R,N, and how well its drafts did.
-static struct {
-    size_t recurrences, lookahead; // R of a draft; N tokens drafted at a time, 0: no drafts
-    size_t rounds, drafted, kept;  // in all rounds: tokens that were drafted, and that stayed
-    double seconds;                // of all rounds
-    double plain_seconds;          // of the fastest step that fed one token without a draft
-} drafts;
-
-static void read_drafts(void) {
-    size_t numbers[2], count;
-    bool ok = retrofit_sizes(options.speculative, numbers, 2, &count);
-    if (!ok || count != 2 || numbers[1] > RETROFIT_LOOKAHEAD)
-        die(2, "--speculative is R,N like 4,5: recurrences of a draft, and tokens, at most %d, "
-               "not '%s'", RETROFIT_LOOKAHEAD, options.speculative);
-    drafts.recurrences = numbers[0];
-    drafts.lookahead = numbers[1];
 }
 
 // ---- Chat templates: their pieces --------------------------------------------------------------
@@ -1606,9 +1612,6 @@ static size_t final_size(const struct sequence *sequence, bool *stopped) {
 // as long as the prompt.
 enum { PROMPT_CHUNK = 1024 };
 
-// Tokens of a text before drafts begin: they tell how long a token takes without.
-enum { PLAIN_TOKENS = 4 };
-
 // Sequences that are generated together, one in each row of the KV cache.
 struct batch {
     retrofit_buffers *buffers;
@@ -1616,7 +1619,8 @@ struct batch {
     struct sequence **sequences; // [count] the shortest prompt first
     size_t count;                // rows that are fed
     int32_t *ids;                // [count] what a step feeds
-    float *scratch;              // of sampling, and of a round of drafts
+    void *scratch;               // of sampling
+    retrofit_front *front;       // with --speculative
     double began, prompts_fed;   // seconds
     bool show;                   // write text to stdout as it comes
 };
@@ -1633,7 +1637,7 @@ static struct batch begin_batch(retrofit_buffers *buffers, struct sequence *sequ
     batch.recurrence = recurrence_options(r);
     batch.sequences = new_array(count, sizeof *batch.sequences);
     batch.ids = new_array(count, sizeof *batch.ids);
-    batch.scratch = new_array(2 * drafts.lookahead + 2, model->config.vocab * sizeof(float));
+    batch.scratch = new_array(model->config.vocab, 2 * sizeof(float));
     for (size_t i = 0; i < count; i++) {
         begin_text(&sequences[i]);
         batch.sequences[i] = &sequences[i];
@@ -1758,39 +1762,53 @@ static void decode_token(struct batch *batch) {
         const struct sequence *sequence = batch->sequences[i];
         batch->ids[i] = sequence->generated[sequence->produced];
     }
-    double began = retrofit_seconds();
-    const float *logits = feed(batch, batch->ids, batch->count, 1, NULL);
-    double seconds = retrofit_seconds() - began;
-    if (drafts.plain_seconds > 0) seconds = fmin(seconds, drafts.plain_seconds);
-    drafts.plain_seconds = seconds;
-    sample_tokens(batch, logits);
+    sample_tokens(batch, feed(batch, batch->ids, batch->count, 1, NULL));
 }
 
-// A round of drafts for a sequence that is alone: up to `lookahead` tokens, and the logits that
-// they were judged by. Tokens behind the end of a text are taken out of the cache again.
-static void decode_drafts(struct batch *batch) {
-    struct sequence *sequence = batch->sequences[0];
-    retrofit_decoder *decoder = batch->buffers->decoder;
+// Behind each prompt its first token begins. The last one of a text is not fed.
+static void begin_front(struct batch *batch) {
+    retrofit_buffers *buffers = batch->buffers;
     size_t known = retrofit_tokenizer_size(tokenizer);
-    size_t L = retrofit_min(drafts.lookahead, decoder->cache.capacity - (size_t)decoder->seen[0]);
-    int32_t last = sequence->generated[sequence->produced], drafted[RETROFIT_LOOKAHEAD];
-
-    double began = retrofit_seconds();
-    size_t count = retrofit_speculate(batch->buffers, last, drafts.recurrences, L,
-                                      &batch->recurrence, &sequence->sampling, known, drafted,
-                                      batch->scratch);
-    if (count == 0) die(1, "--speculative: %s", retrofit_error());
-    drafts.seconds += retrofit_seconds() - began;
-    drafts.drafted += L;
-    drafts.kept += count;
-    drafts.rounds++;
-
-    int32_t past = decoder->seen[0] - (int32_t)count;
-    for (size_t i = 0; i < count && !sequence->finish; i++) {
-        const float *logits = batch->scratch + i * model->config.vocab;
-        append_token(batch, sequence, drafted[i], logits, batch->recurrence.recurrences);
-        decoder->seen[0] = past + (int32_t)i + 1;
+    batch->front = require_pointer(
+        retrofit_front_new(buffers, &batch->recurrence, known, drafts.tuning));
+    for (size_t i = 0; i < batch->count; i++) {
+        struct sequence *sequence = batch->sequences[i];
+        int32_t end = buffers->decoder->seen[i] + (int32_t)sequence->limit - 1;
+        if (sequence->finish) continue;
+        require(retrofit_front_begin(batch->front, i, sequence->generated[sequence->produced], end,
+                                     &sequence->sampling));
     }
+}
+
+// One recurrence of all tokens under way, and what that answers.
+static void advance_front(struct batch *batch) {
+    retrofit_front *front = batch->front;
+    retrofit_front_advance(front);
+    for (size_t i = 0; i < batch->count; i++) {
+        const retrofit_front_row *row = &front->rows[i];
+        struct sequence *sequence = batch->sequences[i];
+        if (row->answer < 0) continue;
+        check_computed(row->logits, front->vocab);
+        append_token(batch, sequence, row->answer, row->logits, batch->recurrence.recurrences);
+        if (sequence->finish) retrofit_front_end(front, i);
+    }
+}
+
+// Adds up what fronts did.
+static void end_front(struct batch *batch) {
+    if (!batch->front) return;
+    const retrofit_front_counts *counts = &batch->front->counts;
+    drafts.last = *counts;
+    drafts.counts.passes += counts->passes;
+    drafts.counts.rows += counts->rows;
+    drafts.counts.most = retrofit_max(drafts.counts.most, counts->most);
+    drafts.counts.readings += counts->readings;
+    drafts.counts.answers += counts->answers;
+    drafts.counts.proposed += counts->proposed;
+    drafts.counts.kept_second += counts->kept_second;
+    drafts.counts.kept += counts->kept;
+    drafts.counts.restarts += counts->restarts;
+    retrofit_front_free(batch->front);
 }
 
 // Generates the texts of `count` sequences together, behind what the cache holds.
@@ -1802,16 +1820,23 @@ static void generate(retrofit_buffers *buffers, struct sequence *sequences, size
         batch.prompts_fed = retrofit_seconds();
         sample_tokens(&batch, logits);
     }
+    if (drafts.depths[0] && drop_ended_rows(&batch)) begin_front(&batch);
     while (drop_ended_rows(&batch)) {
-        bool plain = !drafts.lookahead || batch.sequences[0]->produced < PLAIN_TOKENS;
-        if (plain) decode_token(&batch);
-        else decode_drafts(&batch);
+        if (batch.front) advance_front(&batch);
+        else decode_token(&batch);
         const struct sequence *last = batch.sequences[0];
         if (!show) show_progress((double)(count * last->produced) / (double)last->limit);
     }
+    end_front(&batch);
     free(batch.sequences);
     free(batch.ids);
     free(batch.scratch);
+}
+
+// A front's tokens are rows of a batch.
+static size_t with_room_for_drafts(size_t B, size_t T) {
+    size_t least = (RETROFIT_UNDER_WAY + B - 1) / B;
+    return drafts.depths[0] ? retrofit_max(T, least) : T;
 }
 
 // Buffers to generate with, B sequences at a time, for the longest prompt and the longest text.
@@ -1823,12 +1848,20 @@ static retrofit_buffers *buffers_for(const struct sequence *sequences, size_t co
         capacity = retrofit_max(capacity, sequences[i].count + sequences[i].limit);
     }
     if (B == 1) T = retrofit_min(T, PROMPT_CHUNK);
-    if (T < drafts.lookahead) T = retrofit_min(drafts.lookahead, capacity);
     retrofit_kv_cache cache = cache_options(capacity, r);
-    return new_buffers(B, T, &cache);
+    return new_buffers(B, with_room_for_drafts(B, T), &cache);
 }
 
 // A text as JSON; past: tokens before the prompt.
+// What the front did for this text, and for those that were in a batch with it.
+static void print_drafts_json(void) {
+    const retrofit_front_counts *last = &drafts.last;
+    printf(",\"drafts\":{\"tokens\":%zu,\"passes\":%zu,\"rows\":%zu,\"most\":%zu,"
+           "\"readings\":%zu", last->answers, last->passes, last->rows, last->most, last->readings);
+    printf(",\"proposed\":%zu,\"kept_second\":%zu,\"kept\":%zu,\"restarts\":%zu}",
+           last->proposed, last->kept_second, last->kept, last->restarts);
+}
+
 static void print_json(const struct sequence *sequence, size_t past) {
     const retrofit_json *id = retrofit_json_get(sequence->line, "id");
     putchar('{');
@@ -1851,8 +1884,10 @@ static void print_json(const struct sequence *sequence, size_t past) {
     printf("],\"recurrences\":[");
     for (size_t i = 0; i < sequence->produced; i++)
         printf(i ? ",%zu" : "%zu", sequence->recurrences[i]);
-    printf("],\"finish_reason\":\"%s\",\"prompt_seconds\":%.4f,\"generation_seconds\":%.4f}\n",
+    printf("],\"finish_reason\":\"%s\",\"prompt_seconds\":%.4f,\"generation_seconds\":%.4f",
            sequence->finish, sequence->prompt_seconds, sequence->generation_seconds);
+    if (drafts.depths[0]) print_drafts_json();
+    printf("}\n");
 }
 
 // ---- Where tokens stopped: --exit --------------------------------------------------------------
@@ -2095,18 +2130,23 @@ static void show_sequence(const struct sequence *sequence, size_t r) {
     }
 }
 
+static void print_drafts(void) {
+    const retrofit_front_counts *counts = &drafts.counts;
+    double passes = (double)counts->passes, answers = (double)counts->answers;
+    fprintf(stderr, "drafts: %.2f readings of the core per token, ", passes / answers);
+    fprintf(stderr, "%.1f tokens under way, at most %zu; ", (double)counts->rows / passes,
+            counts->most);
+    fprintf(stderr, "%zu proposed, %zu right at the second reading, %zu in the end, %zu begun anew\n",
+            counts->proposed, counts->kept_second, counts->kept, counts->restarts);
+}
+
 // The rest of the line that begins with how many tokens took how long; then exits and drafts.
 static void print_summary(const retrofit_buffers *buffers, size_t r) {
     double kilobytes = (double)retrofit_cache_bytes(buffers) / 1024;
     if (r) fprintf(stderr, options.exit ? ", at most %zu recurrences" : ", %zu recurrences", r);
     fprintf(stderr, ", KV cache %.1f KiB per token, on %s\n", kilobytes, device_name);
     if (options.exit) print_exits();
-    if (drafts.rounds == 0) return;
-    double rounds = (double)drafts.rounds, kept = (double)drafts.kept;
-    fprintf(stderr, "drafts at %zu recurrences: %.2f of %.2f tokens a round; ", drafts.recurrences,
-            kept / rounds, (double)drafts.drafted / rounds);
-    double gain = drafts.plain_seconds * kept / drafts.seconds;
-    fprintf(stderr, "%.2f times as fast as without\n", gain);
+    if (drafts.counts.passes) print_drafts();
 }
 
 static void run_prompt(void) {
@@ -2262,7 +2302,8 @@ static void run_interactive(void) {
     size_t line_capacity = 0, capacity = read_seq_len(4096);
     retrofit_kv_cache cache = cache_options(capacity, conversation.r);
     conversation.capacity = capacity;
-    conversation.buffers = new_buffers(1, retrofit_min(capacity, PROMPT_CHUNK), &cache);
+    size_t T = with_room_for_drafts(1, retrofit_min(capacity, PROMPT_CHUNK));
+    conversation.buffers = new_buffers(1, T, &cache);
     char *line = NULL;
     bool terminal = isatty(0);
     for (;;) {
@@ -3564,14 +3605,14 @@ static void check_mode(const struct mode *mode) {
 }
 
 static void check_drafts(void) {
+    bool scored = options.tasks && !options.answer_regex;
     bool full_cache = !options.kv_cache || !strcmp(options.kv_cache, "full");
     check_rules((struct rule[]){
         {options.exit, "--speculative does not go with --exit"},
         {options.continuous, "--speculative does not go with --continuous"},
         {options.noise > 0, "--speculative does not go with --noise"},
         {!full_cache, "--speculative does not go with --kv-cache"},
-        {options.batch, "--speculative does not go with --batch"},
-        {options.tasks, "--speculative does not go with --tasks"},
+        {scored, "--speculative does not go with --tasks, but for a \"target\""},
         {options.eval, "--speculative does not go with --eval"},
         {options.logits, "--speculative does not go with --logits"},
         {false, NULL},
@@ -3658,9 +3699,11 @@ static void check_recurrent(void) {
     if (option && retrofit_is_plain(&model->config))
         die(2, "%s: %s is a plain Llama, it has no recurrence: make it recurrent with convert",
             option, options.model);
-    if (options.speculative && drafts.recurrences >= read_depth("--speculative"))
-        die(2, "--speculative: a draft of %zu recurrences is as deep as the text itself: give it "
-               "fewer than --recurrences", drafts.recurrences);
+    if (!options.speculative || drafts.tuning) return;
+    struct depth_list depths = read_depths(MAX_DEPTHS, NULL);
+    if (retrofit_max(drafts.depths[0], drafts.depths[1]) >= depths.r[depths.count - 1])
+        die(2, "--speculative %s: a reading as deep as the text itself: give it fewer than "
+               "--recurrences", options.speculative);
 }
 
 static void load_model(void) {

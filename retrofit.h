@@ -85,7 +85,7 @@
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
        Newton-Schulz                                   newton_schulz                     1169
        the operations: rmsnorm, rope, attention …      embedding_forward                 1305
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2149
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2245
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -225,7 +225,7 @@ typedef struct {
 //                     are replaced by their gradient
 //   cast, add, axpby  out = (act) x; x = keep·x + y; y = a·x + b·y
 //   state_init        s (B,T,d), a function of (seed, b, past[b] + t, column) alone
-//   kv_store …        keys, values (B,capacity,G·h) of `type`: section 7
+//   kv_store …        keys, values (lanes,capacity,G·h) of `type`; row b's: lane[b], or b if NULL
 //   sum_squares …     *sum += Σ x², by 256 in fp32, then in double; and the optimizers': section 5
 #define RETROFIT_OPS(X) \
     X(embedding_forward, (float *x, const int32_t *tokens, retrofit_weight wte, size_t N, \
@@ -263,11 +263,11 @@ typedef struct {
     X(add, (float *x, const float *y, size_t n, float keep)) \
     X(state_init, (float *s, const int32_t *past, size_t B, size_t T, size_t d, float sigma, \
       uint64_t seed)) \
-    X(kv_store, (act *keys, act *values, const act *qkv, const int32_t *past, size_t B, size_t T, \
-      size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
+    X(kv_store, (act *keys, act *values, const act *qkv, const int32_t *past, const int32_t *lane, \
+      size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type)) \
     X(attention_cached, (act *out, const act *qkv, const act *keys, const act *values, \
-      const int32_t *past, size_t B, size_t T, size_t capacity, size_t H, size_t G, size_t h, \
-      retrofit_type type)) \
+      const int32_t *past, const int32_t *lane, size_t B, size_t T, size_t capacity, size_t H, \
+      size_t G, size_t h, retrofit_type type)) \
     X(kv_backfill, (act *keys, act *values, const int32_t *past, const int32_t *used, size_t S, \
       size_t C, size_t stride, size_t B, size_t capacity, size_t G, size_t h, \
       retrofit_type type)) \
@@ -363,7 +363,7 @@ typedef struct {
     size_t b, t, N;           // of the current batch: rows, columns, b·t
     size_t n, k;              // recurrences it has run without and with gradient
     int32_t *tokens, *labels; // (N)
-    int32_t *past;            // (B)     tokens that each row has in the KV cache
+    int32_t *past;            // (B)     tokens that each row has in the KV cache: section 7
     float *rope;              // (positions,h/2,2) cosines and sines
     float *embedded;          // (N,d)   wte[tokens]
     const float *e;           // (N,d)   the prelude's output
@@ -1525,6 +1525,7 @@ struct retrofit_kv_cache {
     retrofit_cache_kind kind;
     size_t M;
     bool bf16;                    // on a CPU: keys and values in bf16 rather than fp32
+    size_t drafts[2];             // depths at which a front (below) reads; 0: there is none
 };
 size_t retrofit_cache_bytes(const retrofit_buffers *buffers); // of keys and values, per token
 
@@ -1550,7 +1551,7 @@ typedef struct {
     retrofit_noise noise_kind;
 } retrofit_recurrence_options;
 
-#define RETROFIT_LOOKAHEAD 16 // tokens that can be drafted at a time
+#define RETROFIT_UNDER_WAY 64 // tokens of a front, at most
 
 // The KV cache and what decoding notes.
 struct retrofit_decoder {
@@ -1561,7 +1562,10 @@ struct retrofit_decoder {
     int32_t *reached;    // (B)     slots per core layer that the row's newest token has written
     float *carried;      // (B,d)   states of rows that stopped; with `continuous`, to start from
     size_t carries;      // rows that have one to start from
-    float *drafted;      // (2,RETROFIT_LOOKAHEAD,d) states and A_e·e of drafted tokens
+    float *drafted;      // (2,RETROFIT_UNDER_WAY,d) states and A_e·e of a front's tokens
+    int32_t *lanes;      // (RETROFIT_UNDER_WAY) where their keys and values are, and
+    int32_t *lane;       // that, or NULL if each row of the batch has its own place
+    size_t reading;      // whose slots the coda takes: 0 the answer's, 1, 2 those of readings
 
     // On the host:
     int32_t *seen;       // (B)     tokens that each row has in the cache: `past`
@@ -1599,15 +1603,77 @@ typedef struct {
 int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch);
 int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 
-// Self-speculative decoding: drafts tokens behind `token` with `depth` recurrences each, verifies
-// them in one pass of r. Returns how many tokens follow `token`: 1 … lookahead, in `out`; they are
-// distributed as in plain decoding, and greedy ones are the same. The last is not in the cache yet.
-// One row; no exit, noise or `continuous`. Only ids below `vocab` are drawn: V, or fewer if the
-// others are padding. scratch: (2·lookahead + 2)·V floats; the first lookahead·V are then the
-// logits that `token` and the drafts led to. 0 or error.
-size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
-                          const retrofit_recurrence_options *options, retrofit_sampling *sampling,
-                          size_t vocab, int32_t *out, float *scratch);
+// Drafts through the depths: a front of tokens under way, each at its own depth, that go deeper
+// together. What it generates is plain decoding's text, drawn text too.
+typedef struct {
+    int32_t id, position;
+    size_t row, depth; // of the KV cache; recurrences done
+    uint64_t seed;     // of sampling, after `id` was drawn
+    bool was_read;     // by the first reading
+} retrofit_draft;
+
+// What one row of the KV cache is at.
+typedef struct {
+    retrofit_sampling *sampling; // its seed is that behind the newest answer
+    int32_t end;                 // there is no token at this position or behind it
+    bool waits;                  // `next` is to begin
+    retrofit_draft next;
+    int32_t answer;              // the token that the last pass found to follow; -1: none
+    const float *logits;         // (V) that it was drawn by
+} retrofit_front_row;
+
+// What a front has done: sums over its passes.
+typedef struct {
+    size_t passes, rows, most;       // over the core; tokens in them; the most in one
+    size_t readings;                 // passes over coda and head
+    size_t answers, proposed;        // tokens
+    size_t kept_second, kept;        // proposals that the second reading, and the answer, confirmed
+    size_t restarts;                 // proposals that a deeper reading replaced
+} retrofit_front_counts;
+
+// Measured while fronts run, to choose the depths of the readings. A guess is what a token says at
+// one of the depths 1, 2, 3, 4, 6, …; now and then one is asked at all of them.
+#define RETROFIT_GUESSES 8
+typedef struct {
+    double tokens, answers;            // all answers; those of tokens that were asked for guesses
+    double agreed[RETROFIT_GUESSES];   // with which the guess at each depth agreed
+    bool guessing;                     // whether a token is being asked,
+    size_t row;                        // which,
+    int32_t position;
+    int32_t guesses[RETROFIT_GUESSES]; // and what it has said
+    double passes, rows, squares;      // over passes of n rows in s seconds: Σ 1, Σ n, Σ n²,
+    double seconds, products;          // Σ s, Σ n·s
+    double reading_seconds;            // of prelude, coda and head, for one reading
+} retrofit_tuning;
+
+typedef struct {
+    retrofit_buffers *buffers;
+    retrofit_recurrence_options options;
+    retrofit_tuning *tuning;  // NULL: the depths stay as they are
+    size_t depths[2];         // of the readings: the cache's at first
+    size_t vocab, most;       // only ids below it are drawn; tokens under way, at most
+    size_t count;             // tokens under way; number i has row i of the decoder's states
+    retrofit_draft *drafts;   // [most]
+    retrofit_front_row *rows; // [B]
+    float *logits;            // (most,V) of the last pass's readings
+    void *scratch;            // of sampling
+    retrofit_front_counts counts;
+} retrofit_front;
+
+// The buffers' cache says at which depths tokens are read: the second is deeper than the first, or
+// 0; one from r on is none. With tuning the depths are chosen as it goes. No exit, noise or
+// `continuous`. NULL or error.
+retrofit_front *retrofit_front_new(retrofit_buffers *buffers,
+                                   const retrofit_recurrence_options *options, size_t vocab,
+                                   retrofit_tuning *tuning);
+void retrofit_front_free(retrofit_front *front);
+// Token `id`, which was drawn with `sampling`, begins behind what its row has in the cache. Nothing
+// comes to positions from `end` on. false or error.
+bool retrofit_front_begin(retrofit_front *front, size_t row, int32_t id, int32_t end,
+                          retrofit_sampling *sampling);
+// One pass. A row with an answer has one more token in the cache, and goes on behind it.
+void retrofit_front_advance(retrofit_front *front);
+void retrofit_front_end(retrofit_front *front, size_t row); // drops what it has under way
 #ifdef __cplusplus
 }
 #endif
@@ -1620,19 +1686,22 @@ static void *fail_null(const char *format, ...); // retrofit_fail for functions 
 void *retrofit_allocate(size_t count, size_t size);
 uint16_t retrofit_float_to_bf16(float f);
 static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
-// Attention of one head of one sequence, tile by tile: section 10.
+double retrofit_seconds(void);
+// Attention of one head of one sequence, or of heads that share keys, tile by tile: section 10.
 enum { TILE = 96 };
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
-                   matrix_view v, size_t rows, size_t before, size_t h);
+                   matrix_view v, size_t rows, size_t heads, size_t before, size_t h);
+static size_t gemm_threads(size_t work);
 
 // ---- KV cache ----------------------------------------------------------------------------------
 // A core layer's input differs from recurrence to recurrence, and so do its keys and values. A slot
 // (B,capacity,G·h) holds those of one layer in one recurrence, for every position:
 //
-//     first slot    0         P              P+C            P+2C               slots - D
+//     first slot    0         P              P+C            P+2C               P+r·C
 //     holds         prelude | core, i = 0  | core, i = 1  | core, i = 2  | …  | coda
 //
-// The core needs r·C slots that way. In other kinds of cache recurrences share slots, and what a
+// Behind these come the coda's D slots once more for each of a front's two readings. The core needs
+// r·C slots that way. In other kinds of cache recurrences share slots, and what a
 // token leaves in a slot is from its last recurrence there. With M = 4:
 //
 //     recurrence i  0  1  2  3  4  5  6  7
@@ -1661,8 +1730,13 @@ static size_t core_slot(const retrofit_buffers *buffers, size_t i) {
     return c->prelude + kv_slot(&buffers->decoder->cache, i) * c->core;
 }
 
+static size_t codas_of(const retrofit_kv_cache *cache) { return cache->drafts[0] ? 3 : 1; }
+
 static size_t coda_slot(const retrofit_buffers *buffers) {
-    return buffers->decoder ? buffers->decoder->slots - buffers->model->config.coda : 0;
+    const retrofit_decoder *decoder = buffers->decoder;
+    size_t D = buffers->model->config.coda;
+    if (!decoder) return 0;
+    return decoder->slots - (codas_of(&decoder->cache) - decoder->reading) * D;
 }
 
 // The decoder with its number of slots; its memory comes with the buffers'. false or error.
@@ -1673,7 +1747,8 @@ static bool decoder_new(retrofit_buffers *buffers, const retrofit_kv_cache *cach
     if (!decoder) return false;
     decoder->cache = *cache;
     decoder->kv_type = cache->bf16 ? RETROFIT_BF16 : model->ops->act_type;
-    decoder->slots = c->prelude + slots_of(cache, cache->recurrences) * c->core + c->coda;
+    decoder->slots = c->prelude + slots_of(cache, cache->recurrences) * c->core +
+                     codas_of(cache) * c->coda;
     buffers->decoder = decoder;
     return true;
 }
@@ -1702,10 +1777,10 @@ static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, si
     size_t capacity = decoder->cache.capacity;
     act *keys = slot_at(buffers, decoder->keys, slot);
     act *values = slot_at(buffers, decoder->values, slot);
-    ops->kv_store(keys, values, block->qkv, buffers->past, b, t, capacity, H, G, h,
+    ops->kv_store(keys, values, block->qkv, buffers->past, decoder->lane, b, t, capacity, H, G, h,
                   decoder->kv_type);
-    ops->attention_cached(block->attention, block->qkv, keys, values, buffers->past, b, t, capacity,
-                          H, G, h, decoder->kv_type);
+    ops->attention_cached(block->attention, block->qkv, keys, values, buffers->past, decoder->lane,
+                          b, t, capacity, H, G, h, decoder->kv_type);
 }
 
 // Normal numbers, cut at ±3, times sigma, for every state of the batch. Decoding draws each row's
@@ -1727,14 +1802,15 @@ static void draw_states(retrofit_buffers *buffers, float *states, float sigma, u
 
 // ---- What a new token needs of the old ones ----------------------------------------------------
 
-// Keys and values of T new tokens a row, to positions past[b] … past[b] + T - 1.
-static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B,
-                     size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
+// Keys and values of T new tokens a row, to positions past[b] … past[b] + T - 1 of its lane.
+static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past,
+                     const int32_t *lane, size_t B, size_t T, size_t capacity, size_t H, size_t G,
+                     size_t h, retrofit_type type) {
     size_t width = G * h, Q = (H + 2 * G) * h;
     for (size_t n = 0; n < B * T; n++) {
         const float *k = (const float *)qkv + n * Q + H * h, *v = k + width;
         size_t b = n / T, position = (size_t)past[b] + n % T;
-        size_t first = (b * capacity + position) * width;
+        size_t first = ((lane ? (size_t)lane[b] : b) * capacity + position) * width;
         if (type == RETROFIT_F32) {
             memcpy((float *)keys + first, k, width * sizeof *k);
             memcpy((float *)values + first, v, width * sizeof *v);
@@ -1749,20 +1825,24 @@ static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past
 }
 
 // attention_forward for T new queries a row, over the past[b] positions before them and their own.
+// With one query a row, heads that share keys go together, if that leaves enough tasks.
 static void attention_cached(act *out, const act *qkv, const act *keys, const act *values,
-                             const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,
-                             size_t G, size_t h, retrofit_type type) {
+                             const int32_t *past, const int32_t *lane, size_t B, size_t T,
+                             size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE, size = retrofit_type_size(type);
-    PARALLEL_TASKS(B * T * H * h * ((size_t)past[0] + T))
-    for (size_t task = 0; task < B * H * tiles; task++) {
-        size_t b = task / tiles / H, head = task / tiles % H, t = task % tiles * TILE;
-        size_t n = b * T + t, group = head / (H / G);
-        size_t first = (b * capacity * G + group) * h * size;
-        matrix_view q = view((const float *)qkv + n * Q + head * h, Q);
+    size_t work = B * T * H * h * ((size_t)past[0] + T), heads = H / G;
+    if (T > 1 || heads > TILE || B * G < gemm_threads(work)) heads = 1;
+    PARALLEL_TASKS(work)
+    for (size_t task = 0; task < B * H / heads * tiles; task++) {
+        size_t t = task % tiles * TILE, first_head = task / tiles * heads;
+        size_t b = first_head / H, head = first_head % H;
+        size_t n = b * T + t, group = head / (H / G), rows = retrofit_min(T - t, TILE) * heads;
+        size_t first = ((lane ? (size_t)lane[b] : b) * capacity * G + group) * h * size;
+        matrix_view q = view((const float *)qkv + n * Q + head * h, heads > 1 ? h : Q);
         matrix_view k = {(const char *)keys + first, type, G * h, 1};
         matrix_view v = {(const char *)values + first, type, G * h, 1};
-        attend((float *)out + (n * H + head) * h, H * h, NULL, 0, q, k, v,
-               retrofit_min(T - t, TILE), (size_t)past[b] + t, h);
+        attend((float *)out + (n * H + head) * h, heads > 1 ? h : H * h, NULL, 0, q, k, v, rows,
+               heads, (size_t)past[b] + t, h);
     }
 }
 
@@ -2134,13 +2214,29 @@ static size_t last_token(const retrofit_buffers *buffers, const int32_t *lengths
     return row * buffers->t + (lengths ? (size_t)lengths[row] : buffers->t) - 1;
 }
 
+// Up to recurrence r; on the way the coda leaves its entries for a front's readings.
+static void recur_past_readings(retrofit_buffers *buffers,
+                                const retrofit_recurrence_options *options) {
+    retrofit_decoder *decoder = buffers->decoder;
+    size_t r = options->recurrences;
+    for (size_t i = 0; i < 2; i++) {
+        size_t depth = decoder->cache.drafts[i];
+        if (depth <= buffers->n || depth >= r) continue;
+        retrofit_recur_noisy(buffers, options, depth - buffers->n);
+        decoder->reading = i + 1;
+        retrofit_coda(buffers);
+    }
+    decoder->reading = 0;
+    retrofit_recur_noisy(buffers, options, r - buffers->n);
+}
+
 // Several tokens per row, in one pass; logits only behind the last. Shorter rows are padded at the
 // end: causal attention hides the padding from the row's own tokens, and its entries in the cache
 // lie behind the row's end, where later tokens overwrite them before anything reads there.
 static void read_prompts(retrofit_buffers *buffers, const int32_t *lengths,
                          const retrofit_recurrence_options *options) {
     begin_recurrence(buffers, options);
-    retrofit_recur_noisy(buffers, options, options->recurrences);
+    recur_past_readings(buffers, options);
     retrofit_coda(buffers);
     for (size_t row = 0; row < buffers->b; row++)
         head_forward(buffers, row, last_token(buffers, lengths, row), 1);
@@ -2161,7 +2257,7 @@ const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *toke
         begins = begins || decoder->seen[row] == 0;
     }
 
-    if (t > 1) read_prompts(buffers, lengths, options);
+    if (t > 1 || decoder->cache.drafts[0]) read_prompts(buffers, lengths, options);
     else if (plain || !options->exit || begins) decode_step(buffers, options);
     else recur_until_exit(buffers, options);
 
@@ -2195,13 +2291,6 @@ typedef struct {
     int32_t id;
 } candidate;
 
-// What the filters leave: n candidates whose p add up to `total`.
-typedef struct {
-    candidate *candidates;
-    size_t n;
-    double total;
-} token_distribution;
-
 // Likeliest first; equals by id, so that a seed alone decides what is drawn.
 static int by_probability(const void *x, const void *y) {
     const candidate *a = x, *b = y;
@@ -2234,14 +2323,15 @@ static size_t keep_min_p(candidate *candidates, size_t n, float min_p) {
     return kept;
 }
 
-static token_distribution apply_filters(const float *logits, size_t V,
-                                        const retrofit_sampling *sampling, candidate *candidates) {
+// Returns how many candidates the filters leave.
+static size_t apply_filters(const float *logits, size_t V, const retrofit_sampling *sampling,
+                            candidate *candidates) {
     float max = max_element(logits, V), temperature = sampling->temperature;
     size_t n = V, top_k = sampling->top_k;
     bool by_share = sampling->top_p < 1;
     if (!(temperature > 0) || !isfinite(max)) {
         candidates[0] = (candidate){1, retrofit_argmax(logits, V)};
-        return (token_distribution){candidates, 1, 1};
+        return 1;
     }
     for (size_t v = 0; v < V; v++) { // fmaxf makes NaN 0
         candidates[v].p = fmaxf(0, expf((logits[v] - max) / temperature));
@@ -2255,141 +2345,462 @@ static token_distribution apply_filters(const float *logits, size_t V,
         n = keep_top_p(candidates, n, sampling->top_p);
         n = keep_min_p(candidates, n, sampling->min_p);
     }
-    return (token_distribution){candidates, n, total_weight(candidates, n)};
+    return n;
 }
 
-static double draw_uniform(retrofit_sampling *sampling) {
-    sampling->seed = retrofit_hash(sampling->seed, 0);
-    return retrofit_hash_uniform(sampling->seed, 1);
-}
-
-static int32_t draw_from(const token_distribution *from, retrofit_sampling *sampling) {
-    double u = draw_uniform(sampling) * from->total;
-    for (size_t i = 0; i < from->n; i++) {
-        u -= from->candidates[i].p;
-        if (u < 0) return from->candidates[i].id;
+// Each token waits for a random time, exponentially distributed with the mean 1/p. The first to
+// arrive is v with probability p_v / Σ p (the Gumbel-max trick). Its time is a function of the seed
+// and its id alone: from a similar distribution the same seed mostly draws the same token.
+static int32_t draw_from(const candidate *candidates, size_t n, uint64_t seed) {
+    double earliest = INFINITY;
+    int32_t first = candidates[0].id;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t id = (uint64_t)candidates[i].id;
+        double arrival = -log(retrofit_hash_uniform(seed, id)) / candidates[i].p;
+        if (arrival < earliest) {
+            earliest = arrival;
+            first = candidates[i].id;
+        }
     }
-    return from->candidates[from->n - 1].id; // by rounding
-}
-
-// Where the filters leave one token, no random number is taken.
-static int32_t draw_filtered(const token_distribution *left, retrofit_sampling *sampling) {
-    return left->n == 1 ? left->candidates[0].id : draw_from(left, sampling);
+    return first;
 }
 
 int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampling, void *scratch) {
-    token_distribution left = apply_filters(logits, V, sampling, scratch);
-    return draw_filtered(&left, sampling);
+    size_t n = apply_filters(logits, V, sampling, scratch);
+    if (sampling->temperature > 0) sampling->seed = retrofit_hash(sampling->seed, 0);
+    return draw_from(scratch, n, sampling->seed);
 }
 
-// ---- Self-speculative decoding -----------------------------------------------------------------
-// Drafts of few recurrences are cheap, and the recurrences that they lack are done for all of them
-// in one pass, which reads the core's weights once for many tokens. With q the distribution that a
-// draft y was drawn from and p the one at full depth, y stays with probability min(1, p(y)/q(y));
-// else a token is drawn from max(0, p - q), divided by its sum (Leviathan et al. 2023). A draft is
-// rejected with probability 1 - Σ_x min(q(x), p(x)) = Σ_x max(0, p(x) - q(x)), which is that very
-// sum, so the tokens that come out have the distribution p:
+// ---- Drafts through the depths -----------------------------------------------------------------
+// Recurrence i of a token reads what earlier tokens left at recurrence i, and nothing deeper. So a
+// token can begin as soon as it is proposed, while those before it are still on their way. All
+// tokens under way go one recurrence deeper in one pass, which reads the core's weights once for
+// all of them. With readings at depths 2 and 4 and r = 6, the recurrences are done in the passes
 //
-//     P(x) = q(x)·min(1, p(x)/q(x)) + max(0, p(x) - q(x)) = min(q(x), p(x)) + max(0, p(x) - q(x))
+//                       token t   t+1   t+2   t+3
+//     recurrence 1            1     3     5     7
+//                2            2     4     6     8     read off: the next token begins
+//                3            3     5     7     9
+//                4            4     6     8    10     read off: is what has begun still right?
+//                5            5     7     9    11
+//                6            6     8    10    12     read off: the answer
+//
+// A token costs first = 2 passes, of r/first = 3 rows, if every proposal is right. With the share
+// a₁ of first readings and a₂ of second ones that agree with the answer it costs about
+//
+//     a₁·first + (a₂ - a₁)·second + (1 - a₂)·r  passes.
+//
+// To be read off is to go through coda and head. The coda's keys and values differ with the depth
+// that its input comes from: each kind of reading has its own.
+//
+// The text is that of plain decoding:
+// 1. What recurrence i of a token computes depends on its id, its position, and the entries that
+//    the positions before it have at recurrence i.
+// 2. Tokens begin in the order of their positions, in different passes: it finds those entries.
+// 3. If a reading disagrees with what has begun behind its token, all of that is dropped, and what
+//    the reading says begins.
+// 4. What the dropped ones left is overwritten, depth by depth, by the token that begins at their
+//    position and by those behind it, before any later token reads there.
+// 5. So the oldest token is as in plain decoding, and so is, by induction, the answer: to the bit,
+//    for a row's bits do not depend on the rows beside it (section 10), and random numbers are a
+//    function of how many were drawn before in the text.
 
-// q (V): probabilities; logits (V): those at full depth. Returns y or its replacement.
-static int32_t accept_or_resample(int32_t y, const float *q, const float *logits, size_t V,
-                                  retrofit_sampling *sampling, candidate *scratch) {
-    token_distribution p = apply_filters(logits, V, sampling, scratch);
-    token_distribution rest = {scratch, 0, 0};
-    double p_y = 0;
-    if (p.n == 1) return scratch[0].id; // greedy, or all else is filtered out
-    for (size_t i = 0; i < p.n; i++)
-        if (scratch[i].id == y) p_y = scratch[i].p / p.total;
-    if (draw_uniform(sampling) * q[y] < p_y) return y;
-    for (size_t i = 0; i < p.n; i++) {
-        candidate more = {(float)(scratch[i].p / p.total - q[scratch[i].id]), scratch[i].id};
-        if (more.p <= 0) continue;
-        scratch[rest.n++] = more;
-        rest.total += more.p;
-    }
-    return rest.n ? draw_from(&rest, sampling) : y; // none: p and q are equal but for rounding
+enum { READ_ANSWER, READ_FIRST, READ_SECOND, READ_GUESS };
+
+// A token that is read off.
+typedef struct {
+    size_t row;
+    int32_t position;
+    int kind;
+} reading;
+
+// ---- Which depths to read at -------------------------------------------------------------------
+// Now and then a token is read at all of these depths; how often each agrees with the answer, and
+// how long passes of n rows take, α + β·n, tell what a token costs with other depths.
+static const size_t guess_depths[RETROFIT_GUESSES] = {1, 2, 3, 4, 6, 8, 12, 16};
+enum { FIRST_GUESSES = 6, TOKENS_A_GUESS = 32 };
+
+static bool is_guessed(const retrofit_front *front, size_t row, int32_t position) {
+    const retrofit_tuning *tuning = front->tuning;
+    return tuning && tuning->guessing && tuning->row == row && tuning->position == position;
 }
 
-static bool check_speculation(const retrofit_buffers *buffers, size_t depth, size_t lookahead,
-                              const retrofit_recurrence_options *options) {
+static void begin_guessing(retrofit_front *front, const retrofit_draft *draft) {
+    retrofit_tuning *tuning = front->tuning;
+    if (!tuning || tuning->guessing) return;
+    if (tuning->answers >= FIRST_GUESSES && tuning->tokens < TOKENS_A_GUESS * tuning->answers)
+        return;
+    tuning->guessing = true;
+    tuning->row = draft->row;
+    tuning->position = draft->position;
+    for (size_t k = 0; k < RETROFIT_GUESSES; k++) tuning->guesses[k] = -1;
+}
+
+static void note_guess(retrofit_tuning *tuning, size_t depth, int32_t id) {
+    for (size_t k = 0; k < RETROFIT_GUESSES; k++)
+        if (guess_depths[k] == depth) tuning->guesses[k] = id;
+}
+
+static void judge_guesses(retrofit_tuning *tuning, int32_t answer) {
+    for (size_t k = 0; k < RETROFIT_GUESSES; k++) tuning->agreed[k] += tuning->guesses[k] == answer;
+    tuning->answers++;
+    tuning->guessing = false;
+}
+
+// Older passes count less and less.
+static void note_pass(retrofit_tuning *tuning, double n, double seconds) {
+    const double keep = 0.98;
+    tuning->passes = keep * tuning->passes + 1;
+    tuning->rows = keep * tuning->rows + n;
+    tuning->squares = keep * tuning->squares + n * n;
+    tuning->seconds = keep * tuning->seconds + seconds;
+    tuning->products = keep * tuning->products + n * seconds;
+}
+
+// Of a pass with n rows: a line through what was measured (least squares).
+static double pass_seconds(const retrofit_tuning *t, double n) {
+    double spread = t->passes * t->squares - t->rows * t->rows;
+    double slope = (t->passes * t->products - t->rows * t->seconds) / spread;
+    if (!(spread > 1e-3 * t->squares) || !(slope > 0)) slope = 0;
+    slope = fmin(slope, t->seconds / t->rows);
+    return (t->seconds + slope * (n * t->passes - t->rows)) / t->passes;
+}
+
+// Seconds a token, with readings at these depths. first = r: without any; second = 0: with one.
+static double token_seconds(const retrofit_front *front, size_t first, size_t second) {
+    const retrofit_tuning *tuning = front->tuning;
+    double r = (double)front->options.recurrences, active = 0, agreed[2] = {0};
+    size_t depths[2] = {first, second};
+    for (size_t row = 0; row < front->buffers->B; row++) active += front->rows[row].sampling != 0;
+    if (depths[0] >= front->options.recurrences)
+        return r * pass_seconds(tuning, active) + tuning->reading_seconds;
+    for (size_t i = 0; i < 2; i++) {
+        for (size_t k = 0; k < RETROFIT_GUESSES; k++)
+            if (guess_depths[k] == depths[i])
+                agreed[i] = (tuning->agreed[k] + 0.5) / (tuning->answers + 1);
+    }
+    agreed[1] = fmax(agreed[0], agreed[1]);
+    double passes = agreed[0] * (double)first + (agreed[1] - agreed[0]) * (double)second +
+                    (1 - agreed[1]) * r;
+    double rows = active * r / (double)first, most = (double)front->most;
+    if (rows > most) passes = fmax(passes, active * r / most);
+    return passes * (pass_seconds(tuning, fmin(rows, most)) +
+                     tuning->reading_seconds / (double)first);
+}
+
+// Takes the depths that cost least, if that is worth a change.
+static void choose_depths(retrofit_front *front) {
+    size_t *depths = front->depths, r = front->options.recurrences, best[2] = {r, 0};
+    if (!front->tuning) return;
+    if (front->tuning->answers > 0) {
+        double cost = token_seconds(front, r, 0);
+        for (size_t i = 0; i < RETROFIT_GUESSES && guess_depths[i] < r; i++) {
+            for (size_t j = i; j < RETROFIT_GUESSES && guess_depths[j] < r; j++) {
+                size_t first = guess_depths[i], second = j > i ? guess_depths[j] : 0;
+                double seconds = token_seconds(front, first, second);
+                if (seconds >= cost) continue;
+                cost = seconds;
+                best[0] = first;
+                best[1] = second;
+            }
+        }
+        if (cost > 0.95 * token_seconds(front, depths[0], depths[1])) return;
+    }
+    depths[0] = best[0];
+    depths[1] = best[1];
+}
+
+// ---- Tokens under way ---------------------------------------------------------------------------
+
+static retrofit_draft *find_draft(retrofit_front *front, size_t row, int32_t position) {
+    for (size_t i = 0; i < front->count; i++) {
+        retrofit_draft *draft = &front->drafts[i];
+        if (draft->row == row && draft->position == position) return draft;
+    }
+    return NULL;
+}
+
+// What has begun at a position, or is to begin there. NULL: nothing.
+static retrofit_draft *find_proposal(retrofit_front *front, size_t row, int32_t position) {
+    retrofit_front_row *at = &front->rows[row];
+    if (at->waits && at->next.position == position) return &at->next;
+    return find_draft(front, row, position);
+}
+
+// The last one takes its place.
+static void remove_draft(retrofit_front *front, size_t i) {
+    const retrofit_ops *ops = front->buffers->model->ops;
+    size_t d = front->buffers->model->config.n_embd, bytes = d * sizeof(float);
+    float *states = front->buffers->decoder->drafted, *injected = states + RETROFIT_UNDER_WAY * d;
+    size_t last = --front->count;
+    if (i == last) return;
+    front->drafts[i] = front->drafts[last];
+    ops->copy(states + i * d, states + last * d, bytes);
+    ops->copy(injected + i * d, injected + last * d, bytes);
+}
+
+// Drops a row's tokens behind a position.
+static void drop_behind(retrofit_front *front, size_t row, int32_t position) {
+    retrofit_tuning *tuning = front->tuning;
+    front->rows[row].waits = false;
+    if (tuning && tuning->row == row && tuning->position > position) tuning->guessing = false;
+    for (size_t i = front->count; i-- > 0;) {
+        const retrofit_draft *draft = &front->drafts[i];
+        if (draft->row == row && draft->position > position) remove_draft(front, i);
+    }
+}
+
+// The batch becomes n rows of one token at these positions, with these lanes of the cache.
+static void set_rows(retrofit_buffers *buffers, size_t n, const int32_t *positions,
+                     const int32_t *lanes) {
+    const retrofit_ops *ops = buffers->model->ops;
+    retrofit_decoder *decoder = buffers->decoder;
+    buffers->b = n;
+    buffers->t = 1;
+    buffers->N = n;
+    buffers->n = 0;
+    ops->upload(buffers->past, positions, n * sizeof *positions);
+    ops->upload(decoder->lanes, lanes, n * sizeof *lanes);
+    decoder->lane = decoder->lanes;
+}
+
+// Prelude and s_0 of the tokens that wait, as far as there is room.
+static void begin_waiting(retrofit_front *front) {
+    retrofit_buffers *buffers = front->buffers;
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t d = buffers->model->config.n_embd, n = 0, at = front->count;
+    int32_t ids[RETROFIT_UNDER_WAY], positions[RETROFIT_UNDER_WAY], lanes[RETROFIT_UNDER_WAY];
+    for (size_t row = 0; row < buffers->B && at + n < front->most; row++) {
+        retrofit_front_row *from = &front->rows[row];
+        if (!from->waits) continue;
+        from->waits = false;
+        front->drafts[at + n] = from->next;
+        ids[n] = from->next.id;
+        positions[n] = from->next.position;
+        lanes[n++] = (int32_t)row;
+    }
+    if (n == 0) return;
+    front->count += n;
+    begin_guessing(front, &front->drafts[at]);
+    set_rows(buffers, n, positions, lanes);
+    ops->upload(buffers->tokens, ids, n * sizeof *ids);
+    begin_recurrence(buffers, &front->options);
+    float *states = buffers->decoder->drafted + at * d;
+    ops->copy(states, buffers->state, n * d * sizeof *states);
+    ops->copy(states + RETROFIT_UNDER_WAY * d, buffers->injected, n * d * sizeof *states);
+}
+
+// One recurrence for each token under way. That of depth i has recurrence i's slots.
+static void go_deeper(retrofit_front *front) {
+    retrofit_buffers pass = *front->buffers; // but for where the states are
+    size_t C = pass.model->config.core, d = pass.model->config.n_embd, n = front->count;
+    int32_t positions[RETROFIT_UNDER_WAY], lanes[RETROFIT_UNDER_WAY];
+    for (size_t i = 0; i < n; i++) {
+        retrofit_draft *draft = &front->drafts[i];
+        positions[i] = draft->position;
+        lanes[i] = (int32_t)(draft->depth * C * pass.B + draft->row);
+        draft->depth++;
+    }
+    pass.state = pass.decoder->drafted;
+    pass.injected = pass.decoder->drafted + RETROFIT_UNDER_WAY * d;
+    set_rows(&pass, n, positions, lanes);
+    retrofit_recur(&pass, 1, 0);
+    front->counts.passes++;
+    front->counts.rows += n;
+    front->counts.most = retrofit_max(front->counts.most, n);
+}
+
+// ---- Readings ----------------------------------------------------------------------------------
+
+// What a token is read off for at its depth; -1: nothing.
+static int reading_kind(const retrofit_front *front, const retrofit_draft *draft) {
+    if (draft->depth == front->options.recurrences) return READ_ANSWER;
+    if (!draft->was_read && draft->depth >= front->depths[0]) return READ_FIRST;
+    if (draft->depth == front->depths[1]) return READ_SECOND;
+    if (!is_guessed(front, draft->row, draft->position)) return -1;
+    for (size_t k = 0; k < RETROFIT_GUESSES; k++)
+        if (guess_depths[k] == draft->depth) return READ_GUESS;
+    return -1;
+}
+
+// Coda and head for all tokens that are at a depth to be read at. Returns their number; deeper
+// readings come first.
+static size_t read_off(retrofit_front *front, reading readings[RETROFIT_UNDER_WAY]) {
+    retrofit_buffers *buffers = front->buffers;
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_config *c = &buffers->model->config;
+    const float *states = buffers->decoder->drafted;
+    int32_t positions[RETROFIT_UNDER_WAY], lanes[RETROFIT_UNDER_WAY];
+    static const int kinds[] = {READ_ANSWER, READ_SECOND, READ_FIRST, READ_GUESS};
+    static const size_t codas[] = {0, 1, 2, 1};
+    size_t n = 0, d = c->n_embd;
+    for (size_t k = 0; k < 4; k++) {
+        for (size_t i = 0; i < front->count; i++) {
+            const retrofit_draft *draft = &front->drafts[i];
+            if (reading_kind(front, draft) != kinds[k]) continue;
+            readings[n] = (reading){draft->row, draft->position, kinds[k]};
+            positions[n] = draft->position;
+            lanes[n] = (int32_t)(codas[kinds[k]] * c->coda * buffers->B + draft->row);
+            ops->copy(buffers->state + n * d, states + i * d, d * sizeof *states);
+            n++;
+        }
+    }
+    if (n == 0) return 0;
+    front->counts.readings++;
+    set_rows(buffers, n, positions, lanes);
+    retrofit_coda(buffers);
+    head_forward(buffers, 0, 0, n);
+    ops->download(front->logits, buffers->wide_logits, n * c->vocab * sizeof *front->logits);
+    return n;
+}
+
+// What follows the token that was read is `id`: if something else has begun there, or nothing, this
+// begins.
+static void propose(retrofit_front *front, const retrofit_draft *from, int32_t id, uint64_t seed) {
+    retrofit_front_row *row = &front->rows[from->row];
+    int32_t position = from->position + 1;
+    retrofit_draft *begun = find_proposal(front, from->row, position);
+    if (begun && begun->id == id) return;
+    front->counts.restarts += begun != NULL;
+    drop_behind(front, from->row, from->position);
+    row->waits = position < row->end;
+    row->next = (retrofit_draft){.id = id, .position = position, .row = from->row, .seed = seed};
+}
+
+static void judge(retrofit_front *front, const reading *what, const float *logits) {
+    retrofit_draft *found = find_draft(front, what->row, what->position);
+    retrofit_front_row *row = &front->rows[what->row];
+    if (!found) return; // a deeper reading dropped it
+    retrofit_draft draft = *found, *begun;
+    retrofit_sampling sampling = *row->sampling;
+    sampling.seed = draft.seed;
+    int32_t id = retrofit_sample(logits, front->vocab, &sampling, front->scratch);
+
+    if (is_guessed(front, draft.row, draft.position)) note_guess(front->tuning, draft.depth, id);
+    if (what->kind == READ_GUESS) return;
+    found->was_read = true;
+    begun = find_proposal(front, draft.row, draft.position + 1);
+    front->counts.proposed += what->kind == READ_FIRST;
+    bool confirmed = begun && begun->id == id;
+    front->counts.kept_second += what->kind == READ_SECOND && confirmed;
+    front->counts.kept += what->kind == READ_ANSWER && confirmed;
+    propose(front, &draft, id, sampling.seed);
+    if (what->kind != READ_ANSWER) return;
+
+    if (is_guessed(front, draft.row, draft.position)) judge_guesses(front->tuning, id);
+    if (front->tuning) front->tuning->tokens++;
+    front->counts.answers++;
+    row->answer = id;
+    row->logits = logits;
+    row->sampling->seed = sampling.seed;
+    front->buffers->decoder->seen[draft.row] = draft.position + 1;
+    front->buffers->decoder->used[draft.row] = (int32_t)draft.depth;
+    found = find_draft(front, draft.row, draft.position);
+    remove_draft(front, (size_t)(found - front->drafts));
+}
+
+void retrofit_front_advance(retrofit_front *front) {
+    retrofit_buffers *buffers = front->buffers;
+    retrofit_tuning *tuning = front->tuning;
+    reading readings[RETROFIT_UNDER_WAY];
+    float wait;
+    for (size_t row = 0; row < buffers->B; row++) front->rows[row].answer = -1;
+    double start = retrofit_seconds();
+    begin_waiting(front);
+    if (front->count == 0) return;
+    double begun = retrofit_seconds();
+    size_t under_way = front->count;
+    go_deeper(front);
+    if (tuning) buffers->model->ops->download(&wait, buffers->decoder->drafted, sizeof wait);
+    double passed = retrofit_seconds();
+    size_t count = read_off(front, readings);
+    buffers->decoder->lane = NULL;
+    if (tuning) note_pass(tuning, (double)under_way, passed - begun);
+    for (size_t i = 0; i < count; i++)
+        judge(front, &readings[i], front->logits + i * buffers->model->config.vocab);
+    if (!tuning || count == 0) return;
+    double seconds = begun - start + retrofit_seconds() - passed;
+    tuning->reading_seconds += (seconds - tuning->reading_seconds) / 4;
+    choose_depths(front);
+}
+
+// ---- A front's life ----------------------------------------------------------------------------
+
+static bool check_front(const retrofit_buffers *buffers,
+                        const retrofit_recurrence_options *options) {
     const retrofit_decoder *decoder = buffers->decoder;
-    size_t r = options->recurrences, most = retrofit_min(RETROFIT_LOOKAHEAD, buffers->T);
-    if (retrofit_is_plain(&buffers->model->config) || depth == 0 || depth >= r)
-        return retrofit_fail("a draft of %zu recurrences for %zu: from 1 to one less", depth, r);
-    if (lookahead == 0 || lookahead > most)
-        return retrofit_fail("%zu tokens cannot be drafted: from 1 to %zu", lookahead, most);
+    if (retrofit_is_plain(&buffers->model->config))
+        return retrofit_fail("a model without recurrences has no depths to draft at");
+    if (!decoder || decoder->cache.kind != RETROFIT_CACHE_FULL || !decoder->cache.drafts[0])
+        return retrofit_fail("drafts need the full KV cache, with room for readings");
     if (options->exit || options->continuous || options->noise > 0)
         return retrofit_fail("drafts go with no exit, continuous thinking or noise");
-    if (!decoder || decoder->cache.kind != RETROFIT_CACHE_FULL)
-        return retrofit_fail("drafts need the full KV cache");
+    size_t r = options->recurrences, second = decoder->cache.drafts[1];
+    if (r == 0 || r > decoder->cache.recurrences)
+        return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r,
+                             decoder->cache.recurrences);
+    if (second && second <= decoder->cache.drafts[0])
+        return retrofit_fail("a second reading at depth %zu after one at %zu", second,
+                             decoder->cache.drafts[0]);
     return true;
 }
 
-// Draws fed[1] … fed[lookahead] behind fed[0], one by one; q (lookahead,V): the distributions that
-// they come from. Keeps the state and A_e·e of each token that was fed, for verify_drafts.
-static bool draft_tokens(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
-                         retrofit_sampling *sampling, size_t vocab, size_t lookahead, int32_t *fed,
-                         float *q, candidate *scratch) {
-    const retrofit_ops *ops = buffers->model->ops;
-    size_t d = buffers->model->config.n_embd, V = buffers->model->config.vocab;
-    float *states = buffers->decoder->drafted, *injected = states + RETROFIT_LOOKAHEAD * d;
-    for (size_t j = 0; j < lookahead; j++) {
-        const float *logits = retrofit_next_logits(buffers, &fed[j], 1, 1, NULL, options);
-        if (!logits) return false;
-        ops->copy(states + j * d, buffers->state, d * sizeof *states);
-        ops->copy(injected + j * d, buffers->injected, d * sizeof *injected);
-        token_distribution left = apply_filters(logits, vocab, sampling, scratch);
-        fed[j + 1] = draw_filtered(&left, sampling);
-        memset(q + j * V, 0, vocab * sizeof *q);
-        for (size_t i = 0; i < left.n; i++)
-            q[j * V + (size_t)scratch[i].id] = (float)(scratch[i].p / left.total);
+retrofit_front *retrofit_front_new(retrofit_buffers *buffers,
+                                   const retrofit_recurrence_options *options, size_t vocab,
+                                   retrofit_tuning *tuning) {
+    if (!check_front(buffers, options)) return NULL;
+    retrofit_front *front = retrofit_allocate(1, sizeof *front);
+    if (!front) return NULL;
+    size_t V = buffers->model->config.vocab, r = options->recurrences;
+    const size_t *depths = buffers->decoder->cache.drafts;
+    front->buffers = buffers;
+    front->options = *options;
+    front->tuning = tuning;
+    front->depths[0] = retrofit_min(depths[0], r);
+    front->depths[1] = depths[1] < r ? depths[1] : 0;
+    front->vocab = retrofit_min(vocab, V);
+    front->most = retrofit_min(RETROFIT_UNDER_WAY, buffers->B * buffers->T);
+    front->drafts = retrofit_allocate(front->most, sizeof *front->drafts);
+    front->rows = retrofit_allocate(buffers->B, sizeof *front->rows);
+    front->logits = retrofit_allocate(front->most * V, sizeof *front->logits);
+    front->scratch = retrofit_allocate(V, sizeof(candidate));
+    if (!front->drafts || !front->rows || !front->logits || !front->scratch) {
+        retrofit_front_free(front);
+        return NULL;
     }
+    choose_depths(front);
+    return front;
+}
+
+void retrofit_front_free(retrofit_front *front) {
+    if (!front) return;
+    free(front->drafts);
+    free(front->rows);
+    free(front->logits);
+    free(front->scratch);
+    free(front);
+}
+
+bool retrofit_front_begin(retrofit_front *front, size_t row, int32_t id, int32_t end,
+                          retrofit_sampling *sampling) {
+    const retrofit_buffers *buffers = front->buffers;
+    int32_t position = buffers->decoder->seen[row];
+    if (id < 0 || (size_t)id >= buffers->model->config.vocab)
+        return retrofit_fail("token %d, but the vocabulary has %zu entries", (int)id,
+                             buffers->model->config.vocab);
+    if (position >= end || (size_t)end > buffers->decoder->cache.capacity)
+        return retrofit_fail("a token at position %d of %d, in a context of %zu", (int)position,
+                             (int)end, buffers->decoder->cache.capacity);
+    retrofit_front_end(front, row);
+    retrofit_draft next = {.id = id, .position = position, .row = row, .seed = sampling->seed};
+    front->rows[row] = (retrofit_front_row){
+        .sampling = sampling, .end = end, .waits = true, .next = next, .answer = -1};
     return true;
 }
 
-// Takes the drafts together from recurrence `depth` on to r; logits (lookahead,V) behind each.
-static bool verify_drafts(retrofit_buffers *buffers, const int32_t *fed, size_t lookahead,
-                          size_t depth, size_t r, float *logits) {
-    const retrofit_ops *ops = buffers->model->ops;
-    size_t d = buffers->model->config.n_embd, bytes = lookahead * d * sizeof(float);
-    const retrofit_decoder *decoder = buffers->decoder;
-    if (!set_batch(buffers, fed, 1, lookahead)) return false;
-    ops->upload(buffers->past, decoder->seen, buffers->B * sizeof *decoder->seen);
-    ops->copy(buffers->state, decoder->drafted, bytes);
-    ops->copy(buffers->injected, decoder->drafted + RETROFIT_LOOKAHEAD * d, bytes);
-    buffers->n = depth;
-    retrofit_recur(buffers, r - depth, 0);
-    retrofit_coda(buffers);
-    retrofit_logits(buffers, 0, lookahead, logits);
-    return true;
-}
-
-size_t retrofit_speculate(retrofit_buffers *buffers, int32_t token, size_t depth, size_t lookahead,
-                          const retrofit_recurrence_options *options, retrofit_sampling *sampling,
-                          size_t vocab, int32_t *out, float *scratch) {
-    size_t V = buffers->model->config.vocab, r = options->recurrences, count = 0;
-    if (!check_speculation(buffers, depth, lookahead, options)) return 0;
-    float *logits = scratch, *q = scratch + lookahead * V;
-    candidate *candidates = (void *)(q + lookahead * V);
-    int32_t fed[RETROFIT_LOOKAHEAD + 1] = {token};
-    int32_t *seen = &buffers->decoder->seen[0], start = *seen;
-    retrofit_recurrence_options shallow = *options;
-    shallow.recurrences = depth;
-
-    bool drafted = draft_tokens(buffers, &shallow, sampling, vocab, lookahead, fed, q, candidates);
-    *seen = start;
-    if (!drafted || !verify_drafts(buffers, fed, lookahead, depth, r, logits)) return 0;
-    bool accepted = true;
-    while (count < lookahead && accepted) { // up to the first that is replaced
-        out[count] = accept_or_resample(fed[count + 1], q + count * V, logits + count * V, vocab,
-                                        sampling, candidates);
-        accepted = out[count] == fed[count + 1];
-        count++;
-    }
-    *seen = start + (int32_t)count; // `token` and the drafts that stayed, but for the last
-    buffers->decoder->used[0] = (int32_t)r;
-    return count;
+void retrofit_front_end(retrofit_front *front, size_t row) {
+    drop_behind(front, row, -1);
+    front->rows[row].sampling = NULL;
 }
 
 #endif // RETROFIT_IMPLEMENTATION
@@ -2866,6 +3277,7 @@ enum {
     RETROFIT_REAL,   // double, finite
     RETROFIT_CHOICE, // int: the index of the value among the alternatives
     RETROFIT_SWITCH, // int: 1 by --name alone, 2 + that index by --name=value
+    RETROFIT_MAYBE,  // const char *: the value, "" by --name alone
     RETROFIT_HEADING // nothing: its name is a line of the help
 };
 typedef int retrofit_option_type; // one of these
@@ -3540,7 +3952,8 @@ static void lay_out_decoder(retrofit_buffers *buffers, arena *a, const retrofit_
     size_t entry = c->n_kv_heads * c->head_dim * retrofit_type_size(decoder->kv_type);
     decoder->reached = arena_alloc(a, B, sizeof(int32_t));
     decoder->carried = arena_alloc(a, B * d, sizeof(float));
-    decoder->drafted = arena_alloc(a, 2 * RETROFIT_LOOKAHEAD * d, sizeof(float));
+    decoder->drafted = arena_alloc(a, 2 * RETROFIT_UNDER_WAY * d, sizeof(float));
+    decoder->lanes = arena_alloc(a, RETROFIT_UNDER_WAY, sizeof(int32_t));
     decoder->keys = arena_alloc(a, positions, entry);
     decoder->values = arena_alloc(a, positions, entry);
 }
@@ -3566,7 +3979,7 @@ static void lay_out_buffers(retrofit_buffers *buffers, arena *a, const retrofit_
     size_t N = buffers->B * buffers->T, d = c->n_embd, size = retrofit_type_size(type);
     buffers->tokens = arena_alloc(a, N, sizeof(int32_t));
     buffers->labels = arena_alloc(a, N, sizeof(int32_t));
-    buffers->past = arena_alloc(a, buffers->B, sizeof(int32_t));
+    buffers->past = arena_alloc(a, retrofit_max(buffers->B, RETROFIT_UNDER_WAY), sizeof(int32_t));
     buffers->rope = arena_alloc(a, rope_positions(buffers) * c->head_dim, sizeof(float));
     buffers->embedded = arena_alloc(a, N * d, sizeof(float));
     buffers->state = arena_alloc(a, N * d, sizeof(float));
@@ -6297,11 +6710,12 @@ static float softmax_row(float *p, size_t seen, size_t width, float scale, float
 }
 
 // One row of tiles: y (rows,h), whose rows are y_row apart, and lse, NULL or with elements lse_row
-// apart. q begins at its first query, k and v at key 0; query i sees before + i + 1 keys.
+// apart. q begins at its first query, k and v at key 0. `heads` rows are the heads of one query;
+// query i sees before + i + 1 keys.
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
-                   matrix_view v, size_t rows, size_t before, size_t h) {
+                   matrix_view v, size_t rows, size_t heads, size_t before, size_t h) {
     float s[TILE * TILE], max[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
-    size_t keys = before + rows;
+    size_t keys = before + rows / heads;
     for (size_t i = 0; i < rows; i++) {
         max[i] = -INFINITY;
         sum[i] = 0;
@@ -6312,7 +6726,7 @@ static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_vi
         gemm_serial(rows, width, h, q, transposed(view_part(k, u, 0)), s, TILE, NULL, 0);
         // (2) e^{s - m}; what was summed up under another maximum is scaled
         for (size_t i = 0; i < rows; i++) {
-            size_t end = before + i + 1; // of the keys that query i sees
+            size_t end = before + i / heads + 1; // of the keys that the query sees
             size_t seen = end > u ? retrofit_min(end - u, width) : 0;
             float shrink = softmax_row(s + i * TILE, seen, width, scale, &max[i], &sum[i]);
             if (u == 0) continue;
@@ -6378,7 +6792,7 @@ static void attention_forward(act *out, float *lse, const act *qkv, size_t B, si
         matrix_view k = view(row + (H + group) * h, Q);
         matrix_view v = view(row + (H + G + group) * h, Q);
         attend(y + (n * H + head) * h, H * h, lse + n * H + head, H, q, k, v,
-               retrofit_min(T - t, TILE), t, h);
+               retrofit_min(T - t, TILE), 1, t, h);
     }
 }
 
@@ -9896,6 +10310,10 @@ static bool read_option(const retrofit_option *option, const char *text) {
         *(int *)option->value = 1;
         return true;
     }
+    if (option->type == RETROFIT_MAYBE) {
+        *(const char **)option->value = text ? text : "";
+        return true;
+    }
     if (!text) return retrofit_fail("--%s needs a value", option->name);
     if (option->type == RETROFIT_SIZE) return read_option_size(option, text);
     if (option->type == RETROFIT_REAL) return read_option_real(option, text);
@@ -9916,7 +10334,9 @@ static void print_options(const retrofit_option *table, size_t count, const char
         }
         const char *argument = option->argument ? option->argument : "";
         bool may_miss = option->type == RETROFIT_SWITCH;
-        int width = printf(may_miss ? "  --%s[=%s]" : "  --%s %s", option->name, argument);
+        const char *shape = may_miss ? "  --%s[=%s]" : "  --%s %s";
+        if (option->type == RETROFIT_MAYBE) shape = "  --%s [%s]";
+        int width = printf(shape, option->name, argument);
         if (width > HELP_COLUMN - 2) {
             printf("\n");
             width = 0;
@@ -10086,6 +10506,8 @@ int retrofit_options(int argc, char **argv, const retrofit_option *table, size_t
         }
         const retrofit_option *option = find_option(table, count, name);
         bool alone = !option || option->type == RETROFIT_FLAG || option->type == RETROFIT_SWITCH;
+        if (option && option->type == RETROFIT_MAYBE)
+            alone = i + 1 < argc && !strncmp(argv[i + 1], "--", 2);
         if (value) value++;
         else if (!alone && i + 1 < argc) value = argv[++i];
         bool forgotten = value && value == argv[i] && !strncmp(value, "--", 2) &&

@@ -1403,6 +1403,7 @@ template <typename E> struct attention_problem {
     const E *q, *k, *v;      // q: in qkv (N,Q)
     size_t kv_row, kv_batch; // elements from one key to the next, from one sequence to the next
     const int32_t *past;     // (B) keys before the first query, or NULL for none
+    const int32_t *lane;     // (B) whose keys and values a row reads, or NULL for its own
     attention_shape shape;
     unsigned splits;
     bool aligned; // all rows begin at multiples of 16 bytes
@@ -1500,8 +1501,9 @@ __global__ void __launch_bounds__(32 * WARPS) attention_kernel(attention_problem
     attention_task<ROWS, KEYS> task(p, (unsigned)(p.shape.B * p.shape.G));
     const packed_rows &rows = task.rows;
     const size_t h = p.shape.h;
-    const E *k = p.k + task.b * p.kv_batch + task.g * h;
-    const E *v = p.v + task.b * p.kv_batch + task.g * h;
+    size_t place = p.lane ? (size_t)p.lane[task.b] : task.b;
+    const E *k = p.k + place * p.kv_batch + task.g * h;
+    const E *v = p.v + place * p.kv_batch + task.g * h;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int first = task.row0 + 16 * ROW_BLOCKS * warp; // the warp's first row
 
@@ -2056,18 +2058,20 @@ static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t
 }
 
 // ---- KV cache ----------------------------------------------------------------------------------
-// kv_store: keys, values (B,capacity,G·h) at past[b] + t become k and v of row b·T + t of qkv.
+// kv_store: keys, values (lanes,capacity,G·h) at past[b] + t of lane[b] become k and v of row
+// b·T + t of qkv.
 // One thread per eight columns of a row.
 template <typename E>
 __global__ void kv_store_kernel(E *keys, E *values, const E *qkv, const int32_t *past,
-                                attention_shape s, size_t capacity) {
+                                const int32_t *lane, attention_shape s, size_t capacity) {
     size_t width = s.G * s.h, c, t;
     size_t n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (width + 7) / 8, c);
     size_t b = divide(n, s.T, t);
     if (n >= s.B * s.T) return;
     c *= 8;
     const E *k = qkv + n * s.Q() + s.H * s.h + c;
-    size_t at = (b * capacity + (size_t)past[b] + t) * width + c;
+    size_t place = lane ? (size_t)lane[b] : b;
+    size_t at = (place * capacity + (size_t)past[b] + t) * width + c;
     float x[8];
     load8(x, k, width - c);
     store8(keys + at, x, width - c);
@@ -2076,18 +2080,19 @@ __global__ void kv_store_kernel(E *keys, E *values, const E *qkv, const int32_t 
 }
 
 template <typename E>
-static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past, size_t B,
-                     size_t T, size_t capacity, size_t H, size_t G, size_t h, retrofit_type) {
+static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past,
+                     const int32_t *lane, size_t B, size_t T, size_t capacity, size_t H, size_t G,
+                     size_t h, retrofit_type) {
     attention_shape s = {B, T, H, G, h};
     LAUNCH(kv_store_kernel<E>, ceil_of(B * T * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys,
-           (E *)values, (const E *)qkv, past, s, capacity);
+           (E *)values, (const E *)qkv, past, lane, s, capacity);
 }
 
 // attention_cached: as attention_forward, over the keys of a cache.
 template <typename E>
 static void attention_cached(act *out, const act *qkv, const act *keys, const act *values,
-                             const int32_t *past, size_t B, size_t T, size_t capacity, size_t H,
-                             size_t G, size_t h, retrofit_type) {
+                             const int32_t *past, const int32_t *lane, size_t B, size_t T,
+                             size_t capacity, size_t H, size_t G, size_t h, retrofit_type) {
     attention_problem<E> p = {};
     p.shape = {B, T, H, G, h};
     p.out = (E *)out;
@@ -2097,6 +2102,7 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
     p.kv_row = G * h;
     p.kv_batch = capacity * G * h;
     p.past = past;
+    p.lane = lane;
     attend_by_head_size(p, capacity);
 }
 

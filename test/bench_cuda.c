@@ -453,7 +453,7 @@ OP(kv_store, SEQUENCE, "BTTHGh", "11PHGh") {
     void *keys = both(ACT, n), *values = both(ACT, n), *qkv = in(ACT, B * T * (H + 2 * G) * h);
     int32_t *past = integers(B, P - T, P - T);
     info.bytes = 4.0 * B * T * G * h * size_of(ACT);
-    ops->kv_store(keys, values, qkv, past, B, T, P, H, G, h, ops->act_type);
+    ops->kv_store(keys, values, qkv, past, NULL, B, T, P, H, G, h, ops->act_type);
 }
 
 OP(attention_cached, SEQUENCE, "11PHGh") {
@@ -461,8 +461,8 @@ OP(attention_cached, SEQUENCE, "11PHGh") {
     void *qkv = in(ACT, N * (H + 2 * G) * h);
     void *keys = in(ACT, B * P * G * h), *values = in(ACT, B * P * G * h);
     sums_up(P, "p");
-    ops->attention_cached(out(ACT, N * H * h), qkv, keys, values, integers(B, P - T, P - T), B, T,
-                          P, H, G, h, ops->act_type);
+    ops->attention_cached(out(ACT, N * H * h), qkv, keys, values, integers(B, P - T, P - T), NULL,
+                          B, T, P, H, G, h, ops->act_type);
 }
 
 // A token that stopped after the first of 8 recurrences of 8 layers; the second size: capacity.

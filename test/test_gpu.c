@@ -553,34 +553,37 @@ static void compare_noise(both *b, const int32_t *tokens) {
     }
 }
 
-// Drafted tokens are those of plain decoding on the CPU.
+// A front's tokens are those of plain decoding on the CPU.
 static void compare_drafts(both *b, const int32_t *prompt) {
     size_t V = b->cpu_model->config.vocab;
     retrofit_recurrence_options options = {.recurrences = 5, .sigma = 0.1f, .seed = 3};
     retrofit_sampling greedy = {.top_p = 1, .seed = 1};
-    int32_t drafted[4];
-    float *scratch = retrofit_allocate(10 * V, sizeof *scratch);
+    retrofit_kv_cache cache = {.capacity = 24, .recurrences = 5, .drafts = {1, 3}};
+    retrofit_buffers *buffers =
+        new_buffers(b->gpu_model, EXIT_ROWS, EXIT_PROMPT, 0, RETROFIT_KEEP_NOTHING, &cache);
+    retrofit_front *front = retrofit_front_new(buffers, &options, V, NULL);
     clear_both(b);
-    const float *gpu = retrofit_next_logits(b->gpu, prompt, 1, EXIT_PROMPT, NULL, &options);
+    const float *gpu = retrofit_next_logits(buffers, prompt, 1, EXIT_PROMPT, NULL, &options);
     const float *cpu = retrofit_next_logits(b->cpu, prompt, 1, EXIT_PROMPT, NULL, &options);
-    need(gpu && cpu && scratch, "next logits");
-    int32_t next = retrofit_argmax(gpu, V), plain = retrofit_argmax(cpu, V);
-    size_t made = 0;
-    while (made < 10) {
-        size_t count =
-            retrofit_speculate(b->gpu, next, 4, 4, &options, &greedy, V, drafted, scratch);
-        need(count > 0, "speculate");
-        for (size_t i = 0; i < count; i++) {
-            cpu = retrofit_next_logits(b->cpu, &plain, 1, 1, NULL, &options);
-            need(cpu != NULL, "next logits");
-            plain = retrofit_argmax(cpu, V);
-            check(drafted[i] == plain, "%s %s: drafted token %zu is %d, on a CPU plainly %d",
-                  b->gpu_model->ops->name, b->name, made, (int)drafted[i], (int)plain);
-            made++;
-        }
-        next = drafted[count - 1];
+    need(gpu && cpu && front, "next logits");
+    int32_t plain = retrofit_argmax(cpu, V);
+    check(retrofit_argmax(gpu, V) == plain, "the first token is another one");
+    need(retrofit_front_begin(front, 0, plain, EXIT_PROMPT + 10, &greedy), "begin");
+    for (size_t made = 0; made < 10;) {
+        retrofit_front_advance(front);
+        int32_t answer = front->rows[0].answer;
+        need(front->counts.passes <= 50, "an end of passes");
+        if (answer < 0) continue;
+        cpu = retrofit_next_logits(b->cpu, &plain, 1, 1, NULL, &options);
+        need(cpu != NULL, "next logits");
+        plain = retrofit_argmax(cpu, V);
+        check(answer == plain, "%s %s: drafted token %zu is %d, on a CPU plainly %d",
+              b->gpu_model->ops->name, b->name, made, (int)answer, (int)plain);
+        made++;
     }
-    free(scratch);
+    check(front->counts.most > 1, "%s %s: one token under way", b->gpu_model->ops->name, b->name);
+    retrofit_front_free(front);
+    retrofit_buffers_free(buffers);
 }
 
 static void decoding_as_on_a_cpu(const retrofit_ops *ops, const char *name) {

@@ -234,14 +234,15 @@ static void write_batch(char *texts[PROMPTS]) {
 
 // Prompts, some of which fill the context of 128 or end at a stop string: in a batch of any size
 // each gets the text that it gets alone, in the order of the file, with its id. Draws are a
-// prompt's own too.
+// prompt's own too. Drafts change none of it.
 static void batches(void) {
-    static const size_t sizes[] = {1, 3, 8, 100};
+    static const size_t sizes[] = {1, 3, 8, 100, 3, 100};
+    static const char *const drafts[] = {"", "", "", "", "--speculative 1,2", "--speculative 2"};
     char *texts[PROMPTS], *drawn = NULL, *end;
     size_t stopped = 0, full = 0;
     write_batch(texts);
-    for (size_t b = 0; b < 4; b++) {
-        works(BATCH "--batch batch.jsonl --batch-size %zu", sizes[b]);
+    for (size_t b = 0; b < sizeof sizes / sizeof *sizes; b++) {
+        works(BATCH "--batch batch.jsonl --batch-size %zu %s", sizes[b], drafts[b]);
         char *line = out;
         for (size_t i = 0; i < PROMPTS && (end = strchr(line, '\n')); i++) {
             const retrofit_json *json = parse_json(line, (size_t)(end - line), "--batch");
@@ -260,8 +261,8 @@ static void batches(void) {
         }
         check(line == out + out_size, "--batch-size %zu: more than %d lines: %s", sizes[b], PROMPTS,
               line);
-        works(BATCH "--batch batch.jsonl --batch-size %zu --temperature 1 --max-tokens 9 | "
-                    "sed 's/\"logprobs.*//'", sizes[b]);
+        works(BATCH "--batch batch.jsonl --batch-size %zu --temperature 1 --max-tokens 9 %s | "
+                    "sed 's/\"logprobs.*//'", sizes[b], drafts[b]);
         if (b == 0) drawn = strdup(out);
         check(!strcmp(drawn, out), "--batch-size %zu draws '%s', not '%s'", sizes[b], out, drawn);
     }
@@ -1128,8 +1129,10 @@ static void same_text(const double tokens[24], const double logprobs[24]) {
         "--kv-cache shared:7",
         "--kv-cache grouped:1",
         "--speculative 2,4",
-        "--speculative 4,8",
-        "--speculative 1,1",
+        "--speculative 1",
+        "--speculative 1,3",
+        "--speculative=auto",
+        "--speculative",
         "--noise 0 --noise-type line",
     };
     static const char full_depth[] = "recurrences per token: 5.00 on average of at most 5:  5: 24; "
@@ -1150,8 +1153,9 @@ static void same_text(const double tokens[24], const double logprobs[24]) {
                   recurrences[j], other[j], logprobs[j]);
         bool exit = strstr(same[i], "--exit"), told = strstr(err, full_depth);
         check(exit == told, "%s: %s", same[i], err);
-        bool drafts = strstr(same[i], "--spec"), rounds = strstr(err, "tokens a round; ");
-        check(drafts == rounds, "%s: %s", same[i], err);
+        bool drafts = strstr(same[i], "--spec"), counted = strstr(err, "tokens under way");
+        check(drafts == counted && drafts == (retrofit_json_get(json, "drafts") != NULL), "%s: %s",
+              same[i], err);
     }
 }
 
@@ -1196,10 +1200,10 @@ static void exits_and_caches(void) {
 
     works(DEEP "--kv-cache shared:2 --temperature 1");
     check(strstr(err, "KV cache ") != NULL, "no size of the KV cache: %s", err);
-    works(DEEP "--speculative 2,4 --temperature 1.3 --top-k 40 --seed 3 && "
+    works(DEEP "--temperature 1.3 --top-k 40 --seed 3 && "
           DEEP "--speculative 2,4 --temperature 1.3 --top-k 40 --seed 3");
     check(out_size % 2 == 0 && !memcmp(out, out + out_size / 2, out_size / 2),
-          "drawn drafts of one seed: two texts: %s", out);
+          "drawn text is another one with drafts: %s", out);
 }
 
 // Drafts in a conversation: a turn that ends amid them leaves nothing behind its end in the cache.
@@ -1207,8 +1211,8 @@ static void drafted_conversation(void) {
 #define TURNS TALK "--chat --interactive --recurrences 30 --max-tokens %d --stop 'e|a' <users "
     shell("printf 'Once\\nupon\\na time\\nthere\\nwas\\n' >users");
     for (int limit = 6; limit < 16; limit++)
-        works(TURNS ">plain && " TURNS ">drafted --speculative 29,6 && cmp plain drafted", "smollm",
-              limit, "smollm", limit);
+        works(TURNS ">plain && " TURNS ">drafted --speculative %s && cmp plain drafted", "smollm",
+              limit, "smollm", limit, limit % 2 ? "3,9" : "auto");
 }
 
 // A line of --eval's table for decoding.
@@ -1355,8 +1359,9 @@ static void bad_recurrences(void) {
         {"positive numbers", "--kv-cache grouped:x"},
         {"goes with --exit", "--exit-threshold 1"},
         {"none|entropy-diff", "--exit never"},
-        {"R,N like 4,5", "--speculative 4"},
-        {"R,N like 4,5", "--speculative 4,99"},
+        {"D1,D2 like 2,4", "--speculative 4,4"},
+        {"D1,D2 like 2,4", "--speculative 1,2,3"},
+        {"D1,D2 like 2,4", "--speculative often"},
         {"does not go with --exit", "--speculative 2,3 --exit kl"},
         {"does not go with --continuous", "--speculative 2,3 --continuous"},
         {"does not go with --noise", "--speculative 2,3 --noise 1"},
@@ -1373,7 +1378,10 @@ static void bad_recurrences(void) {
           "infer --model random --eval numbers.bin --speculative 2,3");
     fails(2, "but for a \"target\"", BASE "--tasks f/lookup/tasks.jsonl --kv-cache shared:2");
     fails(2, "--trace goes with --prompt", "infer --model random --eval numbers.bin --trace bad");
-    works("! " DEEP "--speculative 5,3 2>said && grep '^infer: --speculative: a draft of 5' said");
+    works("! " DEEP "--speculative 5 2>said && grep '^infer: --speculative 5: a reading as' said");
+    works("! " DEEP "--speculative 2,5 2>said && grep '^infer: --speculative 2,5: a read' said");
+    fails(2, "but for a \"target\"", "infer --model random --tasks f/lookup/tasks.jsonl "
+                                     "--speculative 2,3");
     works("! " DEEP "--trace no/where 2>said && grep '^infer: no/where: No such file' said");
 }
 

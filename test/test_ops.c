@@ -886,22 +886,38 @@ static retrofit_type pick_kv_type(void) {
     return on_cpu && trial % 2 ? RETROFIT_BF16 : ops->act_type;
 }
 
+// Which of 2·B + 1 lanes each row has: its own in half of the trials, or any, each row another.
+static array pick_lanes(size_t B) {
+    double *lanes = zeros(B);
+    size_t first = trial % 2 ? random_between(0, 2 * B) : 0;
+    for (size_t b = 0; b < B; b++) {
+        size_t any = (first + 2 * b) % (2 * B + 1);
+        lanes[b] = (double)(trial % 2 ? any : b);
+    }
+    return array_of(RETROFIT_I32, B, lanes);
+}
+
+// What operations get for them.
+static const int32_t *given_lanes(array lanes) { return trial % 2 ? lanes.i32 : NULL; }
+
 static void test_kv_store(void) {
     attention_shape s = pick_attention(20);
     retrofit_type type = pick_kv_type();
-    size_t width = s.G * s.h, capacity = s.T + 10 + trial, n_kv = s.B * capacity * width;
+    size_t width = s.G * s.h, capacity = s.T + 10 + trial, lanes = 2 * s.B + 1;
+    size_t n_kv = lanes * capacity * width;
     array qkv = random_act(s.B * s.T * s.Q, 1), past = random_integers(s.B, 0, 10 + trial);
+    array lane = pick_lanes(s.B);
     array keys = unset(type, n_kv), values = unset(type, n_kv);
     for (size_t i = 0; i < s.B * s.T * width; i++) { // what it does not write stays NaN
         size_t n = i / width, c = i % width, b = n / s.T;
         size_t position = (size_t)past.host[b] + n % s.T;
-        size_t to = (b * capacity + position) * width + c;
+        size_t to = ((size_t)lane.host[b] * capacity + position) * width + c;
         const double *k = qkv.host + n * s.Q + s.H * s.h;
         keys.host[to] = k[c];
         values.host[to] = k[width + c];
     }
-    ops->kv_store(keys.data, values.data, qkv.data, past.i32, s.B, s.T, capacity, s.H, s.G, s.h,
-                  type);
+    ops->kv_store(keys.data, values.data, qkv.data, past.i32, given_lanes(lane), s.B, s.T, capacity,
+                  s.H, s.G, s.h, type);
     check_near("keys", keys, keys.host, NULL, 0);
     check_near("values", values, values.host, NULL, 0);
 }
@@ -912,7 +928,7 @@ typedef struct {
     size_t S, capacity, width;
     retrofit_type type;
     double *qkv, *want, *terms;
-    array past, keys, values;
+    array past, lanes, keys, values;
 } cache_case;
 
 static cache_case pick_cache(attention_shape s) {
@@ -930,8 +946,9 @@ static cache_case pick_cache(attention_shape s) {
     double *lse = zeros(s.B * S * s.H), *lse_terms = zeros(s.B * S * s.H);
     reference_attention(cache.want, lse, cache.terms, lse_terms, cache.qkv, s);
     cache.past = array_of(RETROFIT_I32, s.B, zeros(s.B));
-    cache.keys = unset(cache.type, s.B * cache.capacity * cache.width);
-    cache.values = unset(cache.type, s.B * cache.capacity * cache.width);
+    cache.lanes = pick_lanes(s.B);
+    cache.keys = unset(cache.type, (2 * s.B + 1) * cache.capacity * cache.width);
+    cache.values = unset(cache.type, (2 * s.B + 1) * cache.capacity * cache.width);
     return cache;
 }
 
@@ -968,10 +985,12 @@ static void test_attention_cached(void) {
         array qkv =
             array_of(ops->act_type, s.B * s.T * s.Q, next_tokens(&cache, cache.qkv, s.Q, s));
         upload(cache.past);
-        ops->kv_store(cache.keys.data, cache.values.data, qkv.data, cache.past.i32, s.B, s.T,
+        const int32_t *lanes = given_lanes(cache.lanes);
+        ops->kv_store(cache.keys.data, cache.values.data, qkv.data, cache.past.i32, lanes, s.B, s.T,
                       cache.capacity, s.H, s.G, s.h, cache.type);
         ops->attention_cached(out.data, qkv.data, cache.keys.data, cache.values.data,
-                              cache.past.i32, s.B, s.T, cache.capacity, s.H, s.G, s.h, cache.type);
+                              cache.past.i32, lanes, s.B, s.T, cache.capacity, s.H, s.G, s.h,
+                              cache.type);
         check_near("out", out, next_tokens(&cache, cache.want, d, s),
                    next_tokens(&cache, cache.terms, d, s), 1);
 
@@ -982,9 +1001,10 @@ static void test_attention_cached(void) {
         for (size_t b = 0; b < s.B; b++)
             cache.past.host[b] += (double)(step ? s.T : random_between(1, s.T));
         for (size_t i = 0; i < cache.keys.n; i++) {
-            size_t b = i / cache.width / cache.capacity,
-                   position = i / cache.width % cache.capacity;
-            if (position < (size_t)cache.past.host[b]) continue;
+            size_t place = i / cache.width / cache.capacity, b = 0;
+            size_t position = i / cache.width % cache.capacity;
+            while (b < s.B && (size_t)cache.lanes.host[b] != place) b++;
+            if (b < s.B && position < (size_t)cache.past.host[b]) continue;
             cache.keys.host[i] = NAN;
             cache.values.host[i] = NAN;
         }

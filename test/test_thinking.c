@@ -1,5 +1,5 @@
 // What a recurrent model can do at test time: exits per token, KV caches that hold less, drafts
-// that full depth verifies, continuous thinking, noise; on random prompts, against plain decoding,
+// through the depths, continuous thinking, noise; on random prompts, against plain decoding,
 // the full pass and definitions written out.
 #include "test.h"
 
@@ -33,7 +33,7 @@ static void *allocate(size_t count, size_t size) {
 
 static retrofit_buffers *with_cache(const retrofit_model *model, size_t B, retrofit_cache_kind kind,
                                     size_t M, bool bf16) {
-    retrofit_kv_cache cache = {CAPACITY, DEEPEST, kind, M, bf16};
+    retrofit_kv_cache cache = {CAPACITY, DEEPEST, kind, M, bf16, {0}};
     retrofit_buffers *buffers =
         retrofit_buffers_new(model, B, PROMPT, 0, RETROFIT_KEEP_NOTHING, &cache);
     need(buffers != NULL, "buffers with a cache");
@@ -564,122 +564,206 @@ static void caches(size_t which) {
     check_cache(model, RETROFIT_CACHE_GROUPED, 4, 3);
     check_cache(model, RETROFIT_CACHE_GROUPED, 100, 1);
     for (int kind = RETROFIT_CACHE_SHARED; kind <= RETROFIT_CACHE_GROUPED; kind++) {
-        retrofit_kv_cache none = {8, 4, (retrofit_cache_kind)kind, 0, false};
+        retrofit_kv_cache none = {8, 4, (retrofit_cache_kind)kind, 0, false, {0}};
         check(!retrofit_buffers_new(model, 1, 4, 0, RETROFIT_KEEP_NOTHING, &none),
               "a cache without slots");
     }
     retrofit_free(model);
 }
 
-// ---- Self-speculative decoding ------------------------------------------------------------------
+// ---- Drafts through the depths ------------------------------------------------------------------
 
-static float *speculation_scratch(size_t V) {
-    return allocate((2 * RETROFIT_LOOKAHEAD + 2) * V, sizeof(float));
+enum { FRONT_ROWS = 3 };
+
+static retrofit_buffers *with_readings(const retrofit_model *model, size_t B, size_t first,
+                                       size_t second) {
+    retrofit_kv_cache cache = {CAPACITY, DEEPEST, RETROFIT_CACHE_FULL, 0, false, {first, second}};
+    retrofit_buffers *buffers =
+        retrofit_buffers_new(model, B, PROMPT, 0, RETROFIT_KEEP_NOTHING, &cache);
+    need(buffers != NULL, "buffers for a front");
+    return buffers;
 }
 
-static int32_t greedy_token(retrofit_buffers *buffers, const int32_t *tokens, size_t t,
-                            const retrofit_recurrence_options *options) {
-    return retrofit_argmax(feed(buffers, tokens, 1, t, options), buffers->model->config.vocab);
+// A text of plain decoding, to be compared with a row of a front.
+typedef struct {
+    retrofit_buffers *buffers;
+    retrofit_sampling sampling;
+    int32_t next;
+} plain_text;
+
+// Plain decoding's next token, and the front's, with their logits.
+static void compare_answer(plain_text *plain, const retrofit_front_row *row,
+                           const retrofit_front *front, void *scratch, const char *where) {
+    size_t V = front->vocab, r = front->options.recurrences;
+    const float *logits = feed(plain->buffers, &plain->next, 1, 1, &front->options);
+    size_t number = (size_t)(row - front->rows);
+    plain->next = retrofit_sample(logits, V, &plain->sampling, scratch);
+    check(row->answer == plain->next, "%s: token %d is %d, not %d", where,
+          (int)plain->buffers->decoder->seen[0], (int)row->answer, (int)plain->next);
+    check(same(logits, row->logits, V), "%s: other logits than plainly", where);
+    check(row->sampling->seed == plain->sampling.seed, "%s: other random numbers", where);
+    check(front->buffers->decoder->seen[number] == plain->buffers->decoder->seen[0] &&
+              front->buffers->decoder->used[number] == (int32_t)r,
+          "%s: %d tokens in the cache, not %d", where, (int)front->buffers->decoder->seen[number],
+          (int)plain->buffers->decoder->seen[0]);
 }
 
-// Greedy text with drafts of `depth` recurrences, `lookahead` at a time, against plain decoding's.
-// A row of a matrix product has the bits that it has alone, so even bits are equal. Adds to *kept
-// the drafts that stayed, to *drafted all.
-static void compare_drafts(retrofit_buffers *buffers, retrofit_buffers *plain, float *scratch,
-                           size_t depth, const random_prompt *prompt, size_t *kept, size_t *drafted,
-                           const char *where) {
-    const retrofit_recurrence_options *options = &prompt->options;
-    int32_t text[64], out[RETROFIT_LOOKAHEAD];
-    size_t V = buffers->model->config.vocab, n = prompt->n, lookahead = random_between(1, PROMPT);
-    size_t made = 0, wanted = 0, fed = 0, r = options->recurrences;
-    retrofit_sampling greedy = {0, 0, 1, 0, 1};
-    retrofit_clear_cache(buffers);
-    retrofit_clear_cache(plain);
-    text[0] = greedy_token(plain, prompt->tokens, n, options);
-    int32_t next = greedy_token(buffers, prompt->tokens, n, options);
-    check(next == text[0], "%s: first token", where);
-    for (; n + wanted < CAPACITY - 1; wanted++)
-        text[wanted + 1] = greedy_token(plain, &text[wanted], 1, options);
-
-    while (made < wanted && n + made + lookahead <= CAPACITY) {
-        size_t count =
-            retrofit_speculate(buffers, next, depth, lookahead, options, &greedy, V, out, scratch);
-        need(count > 0 && count <= lookahead, "speculate");
-        for (size_t i = 0; i < count && made < wanted; i++) {
-            made++;
-            check(out[i] == text[made], "%s, draft %zu of %zu, %zu ahead: token %zu is %d, not %d",
-                  where, depth, r, lookahead, made, (int)out[i], (int)text[made]);
-        }
-        *kept += count - 1;
-        *drafted += lookahead;
-        next = out[count - 1];
-        fed += count;
-        check(
-            (size_t)buffers->decoder->seen[0] == n + fed && buffers->decoder->used[0] == (int32_t)r,
-            "%s: the cache holds %d tokens of %zu", where, (int)buffers->decoder->seen[0], n + fed);
+// A proposal that nobody has confirmed is replaced by a random one, now and then.
+static void disturb(retrofit_front *front) {
+    for (size_t i = 0; i < front->buffers->B; i++) {
+        retrofit_front_row *row = &front->rows[i];
+        bool proposed = row->next.position > front->buffers->decoder->seen[i];
+        if (!row->waits || !proposed || random_between(0, 3)) continue;
+        row->next.id = (int32_t)random_between(0, front->vocab - 1);
     }
-
-    // What is in the cache now is what plain decoding has there: the next logits are the same.
-    if (n + made >= CAPACITY - 1 || made >= wanted) return;
-    plain->decoder->seen[0] = buffers->decoder->seen[0];
-    const float *logits = feed(buffers, &next, 1, 1, options);
-    check(same(logits, feed(plain, &next, 1, 1, options), V),
-          "%s: the cache is another one after drafts", where);
 }
 
-static void refuse_drafts(const retrofit_model *model, retrofit_buffers *buffers, float *scratch) {
+// Prompts of different lengths, greedy and drawn: each alone in `plain`, together in a front's
+// buffers, where the first tokens behind them begin. ends: where each text is to end.
+static void begin_texts(retrofit_front *front, plain_text *plain, retrofit_sampling *samplings,
+                        int32_t *ends, void *scratch, const char *where) {
+    size_t V = front->vocab, B = front->buffers->B;
+    int32_t tokens[FRONT_ROWS * PROMPT] = {0}, lengths[FRONT_ROWS];
+    for (size_t i = 0; i < B; i++) {
+        random_prompt prompt = draw_prompt(V);
+        lengths[i] = (int32_t)prompt.n;
+        memcpy(tokens + i * PROMPT, prompt.tokens, PROMPT * sizeof *tokens);
+    }
+    const float *logits =
+        retrofit_next_logits(front->buffers, tokens, B, PROMPT, lengths, &front->options);
+    need(logits != NULL, "prompts of a front");
+    for (size_t i = 0; i < B; i++) {
+        size_t n = (size_t)lengths[i];
+        float temperature = random_between(0, 1) ? 0.5f : 0;
+        samplings[i] = (retrofit_sampling){temperature, random_between(0, 6), 1, 0, i};
+        plain[i].sampling = samplings[i];
+        retrofit_clear_cache(plain[i].buffers);
+        const float *alone = feed(plain[i].buffers, tokens + i * PROMPT, 1, n, &front->options);
+        plain[i].next = retrofit_sample(alone, V, &plain[i].sampling, scratch);
+        int32_t id = retrofit_sample(logits + i * V, V, &samplings[i], scratch);
+        check(id == plain[i].next, "%s: first token", where);
+        ends[i] = lengths[i] + (int32_t)random_between(1, CAPACITY - PROMPT);
+        need(retrofit_front_begin(front, i, id, ends[i], &samplings[i]), "begin");
+    }
+}
+
+// What a front leaves in the cache is what plain decoding does: the next logits are the same. Rows
+// from that on whose context is full are not looked at.
+static void compare_caches(retrofit_buffers *buffers, plain_text *plain, const int32_t *ends,
+                           const retrofit_recurrence_options *options, const char *where) {
+    size_t V = buffers->model->config.vocab, b = 0;
+    int32_t next[FRONT_ROWS] = {0};
+    while (b < buffers->B && ends[b] < CAPACITY) b++;
+    if (b == 0) return;
+    for (size_t i = 0; i < b; i++) next[i] = plain[i].next;
+    const float *after = feed(buffers, next, b, 1, options);
+    for (size_t i = 0; i < b; i++)
+        check(same(after + i * V, feed(plain[i].buffers, &next[i], 1, 1, options), V),
+              "%s: the cache is another one than plain decoding's", where);
+}
+
+static void add_counts(retrofit_front_counts *sum, const retrofit_front_counts *counts) {
+    sum->answers += counts->answers;
+    sum->kept += counts->kept;
+    sum->restarts += counts->restarts;
+    sum->most = retrofit_max(sum->most, counts->most);
+}
+
+// Texts in one front, against each alone in plain decoding. In half of the fronts some proposals
+// are replaced by others, in a third the depths are chosen as they go.
+static void compare_front(const retrofit_model *model, size_t B, plain_text *plain, void *scratch,
+                          retrofit_front_counts *counts, const char *where) {
+    size_t V = model->config.vocab, ended = 0;
+    int32_t ends[FRONT_ROWS];
+    retrofit_sampling samplings[FRONT_ROWS];
+    retrofit_recurrence_options options = draw_prompt(V).options;
+    size_t r = ++options.recurrences, first = random_between(1, r);
+    size_t second = first + 1 < r && random_between(0, 1) ? random_between(first + 1, r - 1) : 0;
+    bool rough = random_between(0, 1), tuned = random_between(0, 2) == 0;
+    retrofit_tuning tuning = {0};
+    retrofit_buffers *buffers = with_readings(model, B, first, second);
+    retrofit_front *front = retrofit_front_new(buffers, &options, V, tuned ? &tuning : NULL);
+    need(front != NULL, "a front");
+    begin_texts(front, plain, samplings, ends, scratch, where);
+    while (ended < B) {
+        if (rough) disturb(front);
+        retrofit_front_advance(front);
+        need(front->counts.passes <= CAPACITY * r, "an end of passes");
+        for (size_t i = 0; i < B; i++) {
+            if (front->rows[i].answer < 0) continue;
+            compare_answer(&plain[i], &front->rows[i], front, scratch, where);
+            if (buffers->decoder->seen[i] < ends[i]) continue;
+            retrofit_front_end(front, i);
+            ended++;
+        }
+    }
+    check(front->count == 0, "%s: %zu tokens are left under way", where, front->count);
+    compare_caches(buffers, plain, ends, &options, where);
+    add_counts(counts, &front->counts);
+    retrofit_front_free(front);
+    retrofit_buffers_free(buffers);
+}
+
+static void refuse_fronts(const retrofit_model *model) {
     static const struct {
         const char *what;
-        size_t depth, lookahead;
+        size_t first, second;
         retrofit_recurrence_options options;
     } cases[] = {
-        {"a draft as deep as the whole", 4, 2, {.recurrences = 4}},
-        {"a draft of nothing", 0, 2, {.recurrences = 4}},
-        {"no lookahead", 2, 0, {.recurrences = 4}},
-        {"more lookahead than the buffers hold", 2, PROMPT + 1, {.recurrences = 4}},
-        {"drafts with an exit", 2, 2, {.recurrences = 4, .exit = RETROFIT_EXIT_KL}},
-        {"drafts with noise", 2, 2, {.recurrences = 4, .noise = 1}},
-        {"drafts that go on", 2, 2, {.recurrences = 4, .continuous = true}},
+        {"no reading", 0, 0, {.recurrences = 4}},
+        {"a second reading before the first", 2, 1, {.recurrences = 4}},
+        {"more recurrences than the cache holds", 2, 0, {.recurrences = DEEPEST + 1}},
+        {"drafts with an exit", 2, 0, {.recurrences = 4, .exit = RETROFIT_EXIT_KL}},
+        {"drafts with noise", 2, 0, {.recurrences = 4, .noise = 1}},
+        {"drafts that go on", 2, 0, {.recurrences = 4, .continuous = true}},
     };
     size_t V = model->config.vocab;
-    int32_t out[RETROFIT_LOOKAHEAD + 1];
-    retrofit_sampling greedy = {0, 0, 1, 0, 1};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        retrofit_buffers *buffers = with_readings(model, 1, cases[i].first, cases[i].second);
+        check(!retrofit_front_new(buffers, &cases[i].options, V, NULL), "%s", cases[i].what);
+        retrofit_buffers_free(buffers);
+    }
     retrofit_buffers *shared = with_cache(model, 1, RETROFIT_CACHE_SHARED, 2, false);
-    retrofit_clear_cache(buffers);
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        check(!retrofit_speculate(buffers, 1, cases[i].depth, cases[i].lookahead, &cases[i].options,
-                                  &greedy, V, out, scratch),
-              "%s", cases[i].what);
-    const retrofit_recurrence_options *plain = &cases[0].options;
-    check(!retrofit_speculate(shared, 1, 2, 2, plain, &greedy, V, out, scratch),
-          "drafts with shared slots");
-    buffers->decoder->seen[0] = CAPACITY - 1;
-    check(!retrofit_speculate(buffers, 1, 2, 2, plain, &greedy, V, out, scratch) &&
-              buffers->decoder->seen[0] == CAPACITY - 1,
-          "more drafts than the context holds");
+    check(!retrofit_front_new(shared, &cases[0].options, V, NULL), "drafts with shared slots");
     retrofit_buffers_free(shared);
+
+    retrofit_buffers *buffers = with_readings(model, 1, 2, 0);
+    retrofit_front *front = retrofit_front_new(buffers, &cases[0].options, V, NULL);
+    retrofit_sampling greedy = {0, 0, 1, 0, 1};
+    need(front != NULL, "a front");
+    buffers->decoder->seen[0] = CAPACITY - 1;
+    check(!retrofit_front_begin(front, 0, (int32_t)V, CAPACITY, &greedy), "a token beyond V");
+    check(!retrofit_front_begin(front, 0, 1, CAPACITY + 1, &greedy), "an end beyond the context");
+    check(!retrofit_front_begin(front, 0, 1, CAPACITY - 1, &greedy), "a token at the end");
+    check(retrofit_front_begin(front, 0, 1, CAPACITY, &greedy), "a token in the last place");
+    for (size_t i = 0; i < 4; i++) retrofit_front_advance(front);
+    check(front->rows[0].answer >= 0 && front->count == 0, "its answer, and nothing behind it");
+    retrofit_front_advance(front);
+    check(front->rows[0].answer == -1, "an answer without a token");
+    retrofit_front_free(front);
+    retrofit_buffers_free(buffers);
 }
 
-static void speculation(size_t which) {
+static void fronts(size_t which) {
     retrofit_model *model = load(which);
-    size_t V = model->config.vocab, kept = 0, drafted = 0;
-    retrofit_buffers *buffers = with_full_cache(model, 1), *plain = with_full_cache(model, 1);
-    float *scratch = speculation_scratch(V);
+    size_t V = model->config.vocab;
+    retrofit_front_counts counts = {0};
+    plain_text plain[FRONT_ROWS];
+    void *scratch = allocate(V, sizeof(candidate));
+    for (size_t i = 0; i < FRONT_ROWS; i++) plain[i].buffers = with_full_cache(model, 1);
     for (size_t i = 0; i < PROMPTS; i++) {
         char where[64];
-        random_prompt prompt = draw_prompt(V);
-        size_t r = ++prompt.options.recurrences;
-        size_t depth = i % 2 ? random_between(1, r - 1) : r - 1;
-        snprintf(where, sizeof where, "%s, prompt %zu", models[which], i);
-        compare_drafts(buffers, plain, scratch, depth, &prompt, &kept, &drafted, where);
+        snprintf(where, sizeof where, "%s, front %zu", models[which], i);
+        compare_front(model, 1 + i % FRONT_ROWS, plain, scratch, &counts, where);
     }
-    check(4 * kept > PROMPTS, "%s: of %zu drafted tokens only %zu were kept: little was tested",
-          models[which], drafted, kept);
-    printf("%s: %zu of %zu drafted tokens kept\n", models[which], kept, drafted);
-    refuse_drafts(model, buffers, scratch);
+    check(2 * counts.restarts > PROMPTS && 2 * counts.kept > PROMPTS && counts.most > FRONT_ROWS,
+          "%s: %zu proposals kept, %zu replaced: little was tested", models[which], counts.kept,
+          counts.restarts);
+    printf("%s: %zu answers, %zu as proposed, %zu restarts, %zu tokens under way\n", models[which],
+           counts.answers, counts.kept, counts.restarts, counts.most);
+    refuse_fronts(model);
+    for (size_t i = 0; i < FRONT_ROWS; i++) retrofit_buffers_free(plain[i].buffers);
     free(scratch);
-    retrofit_buffers_free(buffers);
-    retrofit_buffers_free(plain);
     retrofit_free(model);
 }
 
@@ -706,39 +790,10 @@ static goodness compare_counts(const size_t *count, const double *p, size_t n, s
 // p (V): what the filters leave, as probabilities.
 static void filtered(double *p, const float *logits, size_t V, const retrofit_sampling *sampling,
                      candidate *scratch) {
-    token_distribution left = apply_filters(logits, V, sampling, scratch);
+    size_t left = apply_filters(logits, V, sampling, scratch);
+    double total = total_weight(scratch, left);
     memset(p, 0, V * sizeof *p);
-    for (size_t i = 0; i < left.n; i++) p[scratch[i].id] = (double)scratch[i].p / left.total;
-}
-
-// The rule's outcome has full depth's distribution, whatever the draft's: against p by χ², five
-// deviations and what its tail is longer than a normal one.
-static void acceptance(void) {
-    enum { V = 9, DRAWS = 60000 };
-    for (int round = 0; round < 60; round++) {
-        float shallow[V], deep[V], q[V];
-        candidate scratch[V];
-        double p[V], draft[V];
-        size_t count[V] = {0};
-        retrofit_sampling sampling = {round % 3 ? 1 : 0.6f, round % 4 == 1 ? 4 : 0,
-                                      round % 5 == 2 ? 0.8f : 1, round % 7 == 3 ? 0.2f : 0,
-                                      (uint64_t)round};
-        for (int v = 0; v < V; v++) {
-            shallow[v] = (float)random_between(0, 30) / 10;
-            deep[v] = round % 6 ? (float)random_between(0, 30) / 10 : shallow[v];
-        }
-        filtered(p, deep, V, &sampling, scratch);
-        filtered(draft, shallow, V, &sampling, scratch);
-        for (int v = 0; v < V; v++) q[v] = (float)draft[v];
-        for (size_t i = 0; i < DRAWS; i++) {
-            int32_t y = retrofit_sample(shallow, V, &sampling, scratch);
-            count[accept_or_resample(y, q, deep, V, &sampling, scratch)]++;
-        }
-        goodness fit = compare_counts(count, p, V, DRAWS);
-        check(fit.strays == 0 && fit.chi < fit.freedom + 5 * sqrt(2 * fit.freedom) + 10,
-              "round %d: χ² %.1f with %g degrees of freedom, %zu strays", round, fit.chi,
-              fit.freedom, fit.strays);
-    }
+    for (size_t i = 0; i < left; i++) p[scratch[i].id] = (double)scratch[i].p / total;
 }
 
 // pairs (V,V): probabilities of the two tokens behind `token`, at position 3, by plain decoding.
@@ -760,37 +815,39 @@ static void pair_probabilities(double *pairs, retrofit_buffers *buffers, int32_t
     free(first);
 }
 
-// Sampled text through drafts: pairs of tokens behind a prompt as often as plain decoding's
+// Drawn text through a front: pairs of tokens behind a prompt as often as plain decoding's
 // probabilities say.
-static void sampled_drafts(void) {
+static void drawn_fronts(void) {
     enum { ROUNDS = 12000 };
     retrofit_model *model = load(0);
     size_t V = model->config.vocab;
-    retrofit_buffers *buffers = with_full_cache(model, 1);
-    float *scratch = speculation_scratch(V);
+    retrofit_buffers *buffers = with_readings(model, 1, 1, 3);
+    candidate *scratch = allocate(V, sizeof *scratch);
     double *pairs = allocate(V * V, sizeof *pairs);
     size_t *count = allocate(V * V, sizeof *count);
     retrofit_recurrence_options options = {.recurrences = 4};
     retrofit_sampling sampling = {0.5f, 4, 1, 0, 5};
-    int32_t prompt[] = {5, 77, 31}, token = 9, out[RETROFIT_LOOKAHEAD];
+    int32_t prompt[] = {5, 77, 31}, token = 9;
     feed(buffers, prompt, 1, 3, &options);
-    pair_probabilities(pairs, buffers, token, &options, &sampling, (void *)scratch);
+    pair_probabilities(pairs, buffers, token, &options, &sampling, scratch);
+    retrofit_front *front = retrofit_front_new(buffers, &options, V, NULL);
+    need(front != NULL, "a front");
     for (size_t i = 0; i < ROUNDS; i++) {
-        int32_t text[3] = {token};
-        size_t have = 1;
+        int32_t text[2];
+        size_t have = 0;
         buffers->decoder->seen[0] = 3;
-        while (have < 3) {
-            size_t got = retrofit_speculate(buffers, text[have - 1], 1 + i % 3, 1 + i % 4, &options,
-                                            &sampling, V, out, scratch);
-            need(got > 0, "speculate");
-            for (size_t j = 0; j < got && have < 3; j++) text[have++] = out[j];
+        need(retrofit_front_begin(front, 0, token, 5, &sampling), "begin");
+        while (have < 2) {
+            retrofit_front_advance(front);
+            if (front->rows[0].answer >= 0) text[have++] = front->rows[0].answer;
         }
-        count[(size_t)text[1] * V + (size_t)text[2]]++;
+        count[(size_t)text[0] * V + (size_t)text[1]]++;
     }
     goodness fit = compare_counts(count, pairs, V * V, ROUNDS);
     check(fit.strays == 0, "pairs that cannot be came %zu times", fit.strays);
     check(fit.chi < fit.freedom + 1 + 5 * sqrt(2 * (fit.freedom + 1)),
           "pairs of drafted tokens: χ² %.1f with %g degrees of freedom", fit.chi, fit.freedom);
+    retrofit_front_free(front);
     free(scratch);
     free(pairs);
     free(count);
@@ -1078,7 +1135,7 @@ int main(void) {
         default_thresholds(which);
         exits_together(which);
         caches(which);
-        speculation(which);
+        fronts(which);
         continuous(which);
         noise(which);
     }
@@ -1086,7 +1143,6 @@ int main(void) {
     noise_draws();
     chi_strengths();
     plain_model();
-    acceptance();
-    sampled_drafts();
+    drawn_fronts();
     return finish("thinking");
 }
