@@ -313,7 +313,6 @@ static void read_drafts(void) {
 // says that the keys and values of its last recurrence fill them, so `full` is refused there.
 static retrofit_kv_cache cache_options(size_t capacity, size_t r) {
     retrofit_kv_cache cache = {.capacity = capacity, .recurrences = r, .bf16 = options.kv_bf16};
-    memcpy(cache.drafts, drafts.depths, sizeof cache.drafts);
     const char *text = options.kv_cache;
     if (!text) text = options.exit ? "latest" : "full";
     bool full = !strcmp(text, "full");
@@ -1770,7 +1769,8 @@ static void begin_front(struct batch *batch) {
     retrofit_buffers *buffers = batch->buffers;
     size_t known = retrofit_tokenizer_size(tokenizer);
     batch->front = require_pointer(
-        retrofit_front_new(buffers, &batch->recurrence, known, drafts.tuning));
+        retrofit_front_new(buffers, &batch->recurrence, drafts.depths[0], drafts.depths[1], known,
+                           drafts.tuning));
     for (size_t i = 0; i < batch->count; i++) {
         struct sequence *sequence = batch->sequences[i];
         int32_t end = buffers->decoder->seen[i] + (int32_t)sequence->limit - 1;

@@ -85,7 +85,7 @@
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
        Newton-Schulz                                   newton_schulz                     1169
        the operations: rmsnorm, rope, attention …      embedding_forward                 1305
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2245
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2218
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -1525,7 +1525,6 @@ struct retrofit_kv_cache {
     retrofit_cache_kind kind;
     size_t M;
     bool bf16;                    // on a CPU: keys and values in bf16 rather than fp32
-    size_t drafts[2];             // depths at which a front (below) reads; 0: there is none
 };
 size_t retrofit_cache_bytes(const retrofit_buffers *buffers); // of keys and values, per token
 
@@ -1565,7 +1564,6 @@ struct retrofit_decoder {
     float *drafted;      // (2,RETROFIT_UNDER_WAY,d) states and A_e·e of a front's tokens
     int32_t *lanes;      // (RETROFIT_UNDER_WAY) where their keys and values are, and
     int32_t *lane;       // that, or NULL if each row of the batch has its own place
-    size_t reading;      // whose slots the coda takes: 0 the answer's, 1, 2 those of readings
 
     // On the host:
     int32_t *seen;       // (B)     tokens that each row has in the cache: `past`
@@ -1605,11 +1603,14 @@ int32_t retrofit_argmax(const float *logits, size_t V); // the first of equals
 
 // Drafts through the depths: a front of tokens under way, each at its own depth, that go deeper
 // together. What it generates is plain decoding's text, drawn text too.
+#define RETROFIT_GUESSES 8 // depths at which a token may be asked what follows
 typedef struct {
     int32_t id, position;
     size_t row, depth; // of the KV cache; recurrences done
     uint64_t seed;     // of sampling, after `id` was drawn
     bool was_read;     // by the first reading
+    bool is_asked;     // at all of the depths, for tuning
+    int32_t guesses[RETROFIT_GUESSES]; // what it said at each, -1 where it was not read
 } retrofit_draft;
 
 // What one row of the KV cache is at.
@@ -1631,26 +1632,21 @@ typedef struct {
     size_t restarts;                 // proposals that a deeper reading replaced
 } retrofit_front_counts;
 
-// Measured while fronts run, to choose the depths of the readings. A guess is what a token says at
-// one of the depths 1, 2, 3, 4, 6, …; now and then one is asked at all of them.
-#define RETROFIT_GUESSES 8
+// Measured while fronts run, to choose the depths of the readings.
 typedef struct {
-    double tokens, answers;            // all answers; those of tokens that were asked for guesses
-    double agreed[RETROFIT_GUESSES];   // with which the guess at each depth agreed
-    bool guessing;                     // whether a token is being asked,
-    size_t row;                        // which,
-    int32_t position;
-    int32_t guesses[RETROFIT_GUESSES]; // and what it has said
-    double passes, rows, squares;      // over passes of n rows in s seconds: Σ 1, Σ n, Σ n²,
-    double seconds, products;          // Σ s, Σ n·s
-    double reading_seconds;            // of prelude, coda and head, for one reading
+    size_t begun;                    // tokens
+    double asked[RETROFIT_GUESSES];  // answered tokens that were read at each of the depths, and
+    double agreed[RETROFIT_GUESSES]; // those that had said there what the answer was
+    double passes, rows, squares;    // over passes of n rows in s seconds: Σ 1, Σ n, Σ n²,
+    double seconds, products;        // Σ s, Σ n·s
+    double reading_seconds;          // of prelude, coda and head, for one reading
 } retrofit_tuning;
 
 typedef struct {
     retrofit_buffers *buffers;
     retrofit_recurrence_options options;
     retrofit_tuning *tuning;  // NULL: the depths stay as they are
-    size_t depths[2];         // of the readings: the cache's at first
+    size_t depths[2];         // of the readings
     size_t vocab, most;       // only ids below it are drawn; tokens under way, at most
     size_t count;             // tokens under way; number i has row i of the decoder's states
     retrofit_draft *drafts;   // [most]
@@ -1660,12 +1656,12 @@ typedef struct {
     retrofit_front_counts counts;
 } retrofit_front;
 
-// The buffers' cache says at which depths tokens are read: the second is deeper than the first, or
-// 0; one from r on is none. With tuning the depths are chosen as it goes. No exit, noise or
+// A token is read at depth `first`, and at `second` if that is not 0; from r on nothing is read on
+// the way. With tuning the depths change as it goes. The KV cache is full; no exit, noise or
 // `continuous`. NULL or error.
 retrofit_front *retrofit_front_new(retrofit_buffers *buffers,
-                                   const retrofit_recurrence_options *options, size_t vocab,
-                                   retrofit_tuning *tuning);
+                                   const retrofit_recurrence_options *options, size_t first,
+                                   size_t second, size_t vocab, retrofit_tuning *tuning);
 void retrofit_front_free(retrofit_front *front);
 // Token `id`, which was drawn with `sampling`, begins behind what its row has in the cache. Nothing
 // comes to positions from `end` on. false or error.
@@ -1688,20 +1684,19 @@ uint16_t retrofit_float_to_bf16(float f);
 static inline double retrofit_hash_uniform(uint64_t seed, uint64_t counter);
 double retrofit_seconds(void);
 // Attention of one head of one sequence, or of heads that share keys, tile by tile: section 10.
-enum { TILE = 96 };
+enum { TILE = 96, HEADS_TOGETHER = 16 };
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
-                   matrix_view v, size_t rows, size_t heads, size_t before, size_t h);
+                   matrix_view v, size_t rows, bool single, size_t before, size_t h);
 static size_t gemm_threads(size_t work);
 
 // ---- KV cache ----------------------------------------------------------------------------------
 // A core layer's input differs from recurrence to recurrence, and so do its keys and values. A slot
 // (B,capacity,G·h) holds those of one layer in one recurrence, for every position:
 //
-//     first slot    0         P              P+C            P+2C               P+r·C
+//     first slot    0         P              P+C            P+2C               slots - D
 //     holds         prelude | core, i = 0  | core, i = 1  | core, i = 2  | …  | coda
 //
-// Behind these come the coda's D slots once more for each of a front's two readings. The core needs
-// r·C slots that way. In other kinds of cache recurrences share slots, and what a
+// The core needs r·C slots that way. In other kinds of cache recurrences share slots, and what a
 // token leaves in a slot is from its last recurrence there. With M = 4:
 //
 //     recurrence i  0  1  2  3  4  5  6  7
@@ -1730,13 +1725,8 @@ static size_t core_slot(const retrofit_buffers *buffers, size_t i) {
     return c->prelude + kv_slot(&buffers->decoder->cache, i) * c->core;
 }
 
-static size_t codas_of(const retrofit_kv_cache *cache) { return cache->drafts[0] ? 3 : 1; }
-
 static size_t coda_slot(const retrofit_buffers *buffers) {
-    const retrofit_decoder *decoder = buffers->decoder;
-    size_t D = buffers->model->config.coda;
-    if (!decoder) return 0;
-    return decoder->slots - (codas_of(&decoder->cache) - decoder->reading) * D;
+    return buffers->decoder ? buffers->decoder->slots - buffers->model->config.coda : 0;
 }
 
 // The decoder with its number of slots; its memory comes with the buffers'. false or error.
@@ -1747,8 +1737,7 @@ static bool decoder_new(retrofit_buffers *buffers, const retrofit_kv_cache *cach
     if (!decoder) return false;
     decoder->cache = *cache;
     decoder->kv_type = cache->bf16 ? RETROFIT_BF16 : model->ops->act_type;
-    decoder->slots = c->prelude + slots_of(cache, cache->recurrences) * c->core +
-                     codas_of(cache) * c->coda;
+    decoder->slots = c->prelude + slots_of(cache, cache->recurrences) * c->core + c->coda;
     buffers->decoder = decoder;
     return true;
 }
@@ -1831,7 +1820,7 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
                              size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE, size = retrofit_type_size(type);
     size_t work = B * T * H * h * ((size_t)past[0] + T), heads = H / G;
-    if (T > 1 || heads > TILE || B * G < gemm_threads(work)) heads = 1;
+    if (T > 1 || heads > HEADS_TOGETHER || B * G < gemm_threads(work)) heads = 1;
     PARALLEL_TASKS(work)
     for (size_t task = 0; task < B * H / heads * tiles; task++) {
         size_t t = task % tiles * TILE, first_head = task / tiles * heads;
@@ -1842,7 +1831,7 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
         matrix_view k = {(const char *)keys + first, type, G * h, 1};
         matrix_view v = {(const char *)values + first, type, G * h, 1};
         attend((float *)out + (n * H + head) * h, heads > 1 ? h : H * h, NULL, 0, q, k, v, rows,
-               heads, (size_t)past[b] + t, h);
+               T == 1, (size_t)past[b] + t, h);
     }
 }
 
@@ -2214,29 +2203,13 @@ static size_t last_token(const retrofit_buffers *buffers, const int32_t *lengths
     return row * buffers->t + (lengths ? (size_t)lengths[row] : buffers->t) - 1;
 }
 
-// Up to recurrence r; on the way the coda leaves its entries for a front's readings.
-static void recur_past_readings(retrofit_buffers *buffers,
-                                const retrofit_recurrence_options *options) {
-    retrofit_decoder *decoder = buffers->decoder;
-    size_t r = options->recurrences;
-    for (size_t i = 0; i < 2; i++) {
-        size_t depth = decoder->cache.drafts[i];
-        if (depth <= buffers->n || depth >= r) continue;
-        retrofit_recur_noisy(buffers, options, depth - buffers->n);
-        decoder->reading = i + 1;
-        retrofit_coda(buffers);
-    }
-    decoder->reading = 0;
-    retrofit_recur_noisy(buffers, options, r - buffers->n);
-}
-
 // Several tokens per row, in one pass; logits only behind the last. Shorter rows are padded at the
 // end: causal attention hides the padding from the row's own tokens, and its entries in the cache
 // lie behind the row's end, where later tokens overwrite them before anything reads there.
 static void read_prompts(retrofit_buffers *buffers, const int32_t *lengths,
                          const retrofit_recurrence_options *options) {
     begin_recurrence(buffers, options);
-    recur_past_readings(buffers, options);
+    retrofit_recur_noisy(buffers, options, options->recurrences);
     retrofit_coda(buffers);
     for (size_t row = 0; row < buffers->b; row++)
         head_forward(buffers, row, last_token(buffers, lengths, row), 1);
@@ -2257,7 +2230,7 @@ const float *retrofit_next_logits(retrofit_buffers *buffers, const int32_t *toke
         begins = begins || decoder->seen[row] == 0;
     }
 
-    if (t > 1 || decoder->cache.drafts[0]) read_prompts(buffers, lengths, options);
+    if (t > 1) read_prompts(buffers, lengths, options);
     else if (plain || !options->exit || begins) decode_step(buffers, options);
     else recur_until_exit(buffers, options);
 
@@ -2390,8 +2363,8 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampli
 //
 //     a₁·first + (a₂ - a₁)·second + (1 - a₂)·r  passes.
 //
-// To be read off is to go through coda and head. The coda's keys and values differ with the depth
-// that its input comes from: each kind of reading has its own.
+// To be read off is to go through coda and head. A reading leaves the coda's keys and values of its
+// token, and the next reading of that token replaces them.
 //
 // The text is that of plain decoding:
 // 1. What recurrence i of a token computes depends on its id, its position, and the entries that
@@ -2401,8 +2374,9 @@ int32_t retrofit_sample(const float *logits, size_t V, retrofit_sampling *sampli
 //    the reading says begins.
 // 4. What the dropped ones left is overwritten, depth by depth, by the token that begins at their
 //    position and by those behind it, before any later token reads there.
-// 5. So the oldest token is as in plain decoding, and so is, by induction, the answer: to the bit,
-//    for a row's bits do not depend on the rows beside it (section 10), and random numbers are a
+// 5. So the oldest token reaches r as in plain decoding. In the coda its answer sees the entries of
+//    older tokens, which their own answers left. It is the same to the bit, for a row's bits do not
+//    depend on the rows beside it (section 10), and is drawn with the same random numbers, a
 //    function of how many were drawn before in the text.
 
 enum { READ_ANSWER, READ_FIRST, READ_SECOND, READ_GUESS };
@@ -2415,41 +2389,42 @@ typedef struct {
 } reading;
 
 // ---- Which depths to read at -------------------------------------------------------------------
-// Now and then a token is read at all of these depths; how often each agrees with the answer, and
-// how long passes of n rows take, α + β·n, tell what a token costs with other depths.
+// How often readings at each depth agreed with the answer, and how long passes of n rows take,
+// α + β·n, tell what a token costs with other depths. Some tokens are read at all depths.
 static const size_t guess_depths[RETROFIT_GUESSES] = {1, 2, 3, 4, 6, 8, 12, 16};
-enum { FIRST_GUESSES = 6, TOKENS_A_GUESS = 32 };
+enum { FIRST_ASKED = 3, TOKENS_AN_ASKED = 24 };
 
-static bool is_guessed(const retrofit_front *front, size_t row, int32_t position) {
-    const retrofit_tuning *tuning = front->tuning;
-    return tuning && tuning->guessing && tuning->row == row && tuning->position == position;
+static void prepare_draft(retrofit_tuning *tuning, retrofit_draft *draft) {
+    for (size_t k = 0; k < RETROFIT_GUESSES; k++) draft->guesses[k] = -1;
+    if (!tuning) return;
+    draft->is_asked = tuning->begun < FIRST_ASKED || tuning->begun % TOKENS_AN_ASKED == 0;
+    tuning->begun++;
 }
 
-static void begin_guessing(retrofit_front *front, const retrofit_draft *draft) {
-    retrofit_tuning *tuning = front->tuning;
-    if (!tuning || tuning->guessing) return;
-    if (tuning->answers >= FIRST_GUESSES && tuning->tokens < TOKENS_A_GUESS * tuning->answers)
-        return;
-    tuning->guessing = true;
-    tuning->row = draft->row;
-    tuning->position = draft->position;
-    for (size_t k = 0; k < RETROFIT_GUESSES; k++) tuning->guesses[k] = -1;
-}
-
-static void note_guess(retrofit_tuning *tuning, size_t depth, int32_t id) {
+static void note_guess(retrofit_draft *draft, int32_t id) {
     for (size_t k = 0; k < RETROFIT_GUESSES; k++)
-        if (guess_depths[k] == depth) tuning->guesses[k] = id;
+        if (guess_depths[k] == draft->depth) draft->guesses[k] = id;
 }
 
-static void judge_guesses(retrofit_tuning *tuning, int32_t answer) {
-    for (size_t k = 0; k < RETROFIT_GUESSES; k++) tuning->agreed[k] += tuning->guesses[k] == answer;
-    tuning->answers++;
-    tuning->guessing = false;
+static void judge_guesses(retrofit_tuning *tuning, const retrofit_draft *draft, int32_t answer) {
+    for (size_t k = 0; k < RETROFIT_GUESSES; k++) {
+        tuning->asked[k] += draft->guesses[k] >= 0;
+        tuning->agreed[k] += draft->guesses[k] == answer;
+    }
+}
+
+// The share of tokens for which a reading at this depth, or at a shallower one, is right. One more
+// token counts, which is right by 0.8: nothing is certain after a few.
+static double agreement(const retrofit_tuning *tuning, size_t depth) {
+    double most = 0;
+    for (size_t k = 0; k < RETROFIT_GUESSES && guess_depths[k] <= depth; k++)
+        most = fmax(most, (tuning->agreed[k] + 0.8) / (tuning->asked[k] + 1));
+    return most;
 }
 
 // Older passes count less and less.
 static void note_pass(retrofit_tuning *tuning, double n, double seconds) {
-    const double keep = 0.98;
+    const double keep = 0.99;
     tuning->passes = keep * tuning->passes + 1;
     tuning->rows = keep * tuning->rows + n;
     tuning->squares = keep * tuning->squares + n * n;
@@ -2469,43 +2444,35 @@ static double pass_seconds(const retrofit_tuning *t, double n) {
 // Seconds a token, with readings at these depths. first = r: without any; second = 0: with one.
 static double token_seconds(const retrofit_front *front, size_t first, size_t second) {
     const retrofit_tuning *tuning = front->tuning;
-    double r = (double)front->options.recurrences, active = 0, agreed[2] = {0};
-    size_t depths[2] = {first, second};
+    double r = (double)front->options.recurrences, active = 0;
     for (size_t row = 0; row < front->buffers->B; row++) active += front->rows[row].sampling != 0;
-    if (depths[0] >= front->options.recurrences)
+    if (first >= front->options.recurrences)
         return r * pass_seconds(tuning, active) + tuning->reading_seconds;
-    for (size_t i = 0; i < 2; i++) {
-        for (size_t k = 0; k < RETROFIT_GUESSES; k++)
-            if (guess_depths[k] == depths[i])
-                agreed[i] = (tuning->agreed[k] + 0.5) / (tuning->answers + 1);
-    }
-    agreed[1] = fmax(agreed[0], agreed[1]);
-    double passes = agreed[0] * (double)first + (agreed[1] - agreed[0]) * (double)second +
-                    (1 - agreed[1]) * r;
+    double right = agreement(tuning, first), mended = second ? agreement(tuning, second) : right;
+    double passes = right * (double)first + (mended - right) * (double)second + (1 - mended) * r;
     double rows = active * r / (double)first, most = (double)front->most;
     if (rows > most) passes = fmax(passes, active * r / most);
-    return passes * (pass_seconds(tuning, fmin(rows, most)) +
-                     tuning->reading_seconds / (double)first);
+    double readings = passes / (double)first; // a second one that comes with a first one is free
+    if (second && second % first) readings++;
+    return passes * pass_seconds(tuning, fmin(rows, most)) + readings * tuning->reading_seconds;
 }
 
 // Takes the depths that cost least, if that is worth a change.
 static void choose_depths(retrofit_front *front) {
     size_t *depths = front->depths, r = front->options.recurrences, best[2] = {r, 0};
-    if (!front->tuning) return;
-    if (front->tuning->answers > 0) {
-        double cost = token_seconds(front, r, 0);
-        for (size_t i = 0; i < RETROFIT_GUESSES && guess_depths[i] < r; i++) {
-            for (size_t j = i; j < RETROFIT_GUESSES && guess_depths[j] < r; j++) {
-                size_t first = guess_depths[i], second = j > i ? guess_depths[j] : 0;
-                double seconds = token_seconds(front, first, second);
-                if (seconds >= cost) continue;
-                cost = seconds;
-                best[0] = first;
-                best[1] = second;
-            }
+    if (!front->tuning || front->tuning->asked[0] == 0) return;
+    double cost = token_seconds(front, r, 0);
+    for (size_t i = 0; i < RETROFIT_GUESSES && guess_depths[i] < r; i++) {
+        for (size_t j = i; j < RETROFIT_GUESSES && guess_depths[j] < r; j++) {
+            size_t first = guess_depths[i], second = j > i ? guess_depths[j] : 0;
+            double seconds = token_seconds(front, first, second);
+            if (seconds >= cost) continue;
+            cost = seconds;
+            best[0] = first;
+            best[1] = second;
         }
-        if (cost > 0.95 * token_seconds(front, depths[0], depths[1])) return;
     }
+    if (cost > 0.9 * token_seconds(front, depths[0], depths[1])) return;
     depths[0] = best[0];
     depths[1] = best[1];
 }
@@ -2541,9 +2508,7 @@ static void remove_draft(retrofit_front *front, size_t i) {
 
 // Drops a row's tokens behind a position.
 static void drop_behind(retrofit_front *front, size_t row, int32_t position) {
-    retrofit_tuning *tuning = front->tuning;
     front->rows[row].waits = false;
-    if (tuning && tuning->row == row && tuning->position > position) tuning->guessing = false;
     for (size_t i = front->count; i-- > 0;) {
         const retrofit_draft *draft = &front->drafts[i];
         if (draft->row == row && draft->position > position) remove_draft(front, i);
@@ -2575,13 +2540,13 @@ static void begin_waiting(retrofit_front *front) {
         if (!from->waits) continue;
         from->waits = false;
         front->drafts[at + n] = from->next;
+        prepare_draft(front->tuning, &front->drafts[at + n]);
         ids[n] = from->next.id;
         positions[n] = from->next.position;
         lanes[n++] = (int32_t)row;
     }
     if (n == 0) return;
     front->count += n;
-    begin_guessing(front, &front->drafts[at]);
     set_rows(buffers, n, positions, lanes);
     ops->upload(buffers->tokens, ids, n * sizeof *ids);
     begin_recurrence(buffers, &front->options);
@@ -2617,8 +2582,7 @@ static int reading_kind(const retrofit_front *front, const retrofit_draft *draft
     if (draft->depth == front->options.recurrences) return READ_ANSWER;
     if (!draft->was_read && draft->depth >= front->depths[0]) return READ_FIRST;
     if (draft->depth == front->depths[1]) return READ_SECOND;
-    if (!is_guessed(front, draft->row, draft->position)) return -1;
-    for (size_t k = 0; k < RETROFIT_GUESSES; k++)
+    for (size_t k = 0; k < RETROFIT_GUESSES && draft->is_asked; k++)
         if (guess_depths[k] == draft->depth) return READ_GUESS;
     return -1;
 }
@@ -2632,7 +2596,6 @@ static size_t read_off(retrofit_front *front, reading readings[RETROFIT_UNDER_WA
     const float *states = buffers->decoder->drafted;
     int32_t positions[RETROFIT_UNDER_WAY], lanes[RETROFIT_UNDER_WAY];
     static const int kinds[] = {READ_ANSWER, READ_SECOND, READ_FIRST, READ_GUESS};
-    static const size_t codas[] = {0, 1, 2, 1};
     size_t n = 0, d = c->n_embd;
     for (size_t k = 0; k < 4; k++) {
         for (size_t i = 0; i < front->count; i++) {
@@ -2640,7 +2603,7 @@ static size_t read_off(retrofit_front *front, reading readings[RETROFIT_UNDER_WA
             if (reading_kind(front, draft) != kinds[k]) continue;
             readings[n] = (reading){draft->row, draft->position, kinds[k]};
             positions[n] = draft->position;
-            lanes[n] = (int32_t)(codas[kinds[k]] * c->coda * buffers->B + draft->row);
+            lanes[n] = (int32_t)draft->row;
             ops->copy(buffers->state + n * d, states + i * d, d * sizeof *states);
             n++;
         }
@@ -2671,24 +2634,21 @@ static void judge(retrofit_front *front, const reading *what, const float *logit
     retrofit_draft *found = find_draft(front, what->row, what->position);
     retrofit_front_row *row = &front->rows[what->row];
     if (!found) return; // a deeper reading dropped it
-    retrofit_draft draft = *found, *begun;
     retrofit_sampling sampling = *row->sampling;
-    sampling.seed = draft.seed;
+    sampling.seed = found->seed;
     int32_t id = retrofit_sample(logits, front->vocab, &sampling, front->scratch);
-
-    if (is_guessed(front, draft.row, draft.position)) note_guess(front->tuning, draft.depth, id);
+    note_guess(found, id);
     if (what->kind == READ_GUESS) return;
     found->was_read = true;
-    begun = find_proposal(front, draft.row, draft.position + 1);
-    front->counts.proposed += what->kind == READ_FIRST;
+    retrofit_draft draft = *found, *begun = find_proposal(front, what->row, what->position + 1);
     bool confirmed = begun && begun->id == id;
+    front->counts.proposed += what->kind == READ_FIRST;
     front->counts.kept_second += what->kind == READ_SECOND && confirmed;
     front->counts.kept += what->kind == READ_ANSWER && confirmed;
     propose(front, &draft, id, sampling.seed);
     if (what->kind != READ_ANSWER) return;
 
-    if (is_guessed(front, draft.row, draft.position)) judge_guesses(front->tuning, id);
-    if (front->tuning) front->tuning->tokens++;
+    if (front->tuning) judge_guesses(front->tuning, &draft, id);
     front->counts.answers++;
     row->answer = id;
     row->logits = logits;
@@ -2726,38 +2686,36 @@ void retrofit_front_advance(retrofit_front *front) {
 
 // ---- A front's life ----------------------------------------------------------------------------
 
-static bool check_front(const retrofit_buffers *buffers,
-                        const retrofit_recurrence_options *options) {
+static bool check_front(const retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                        size_t first, size_t second) {
     const retrofit_decoder *decoder = buffers->decoder;
+    size_t r = options->recurrences;
     if (retrofit_is_plain(&buffers->model->config))
         return retrofit_fail("a model without recurrences has no depths to draft at");
-    if (!decoder || decoder->cache.kind != RETROFIT_CACHE_FULL || !decoder->cache.drafts[0])
-        return retrofit_fail("drafts need the full KV cache, with room for readings");
+    if (!decoder || decoder->cache.kind != RETROFIT_CACHE_FULL)
+        return retrofit_fail("drafts need the full KV cache");
     if (options->exit || options->continuous || options->noise > 0)
         return retrofit_fail("drafts go with no exit, continuous thinking or noise");
-    size_t r = options->recurrences, second = decoder->cache.drafts[1];
     if (r == 0 || r > decoder->cache.recurrences)
         return retrofit_fail("%zu recurrences, but the KV cache has room for %zu", r,
                              decoder->cache.recurrences);
-    if (second && second <= decoder->cache.drafts[0])
-        return retrofit_fail("a second reading at depth %zu after one at %zu", second,
-                             decoder->cache.drafts[0]);
+    if (first == 0 || (second && second <= first))
+        return retrofit_fail("readings at depths %zu and %zu", first, second);
     return true;
 }
 
 retrofit_front *retrofit_front_new(retrofit_buffers *buffers,
-                                   const retrofit_recurrence_options *options, size_t vocab,
-                                   retrofit_tuning *tuning) {
-    if (!check_front(buffers, options)) return NULL;
+                                   const retrofit_recurrence_options *options, size_t first,
+                                   size_t second, size_t vocab, retrofit_tuning *tuning) {
+    if (!check_front(buffers, options, first, second)) return NULL;
     retrofit_front *front = retrofit_allocate(1, sizeof *front);
     if (!front) return NULL;
     size_t V = buffers->model->config.vocab, r = options->recurrences;
-    const size_t *depths = buffers->decoder->cache.drafts;
     front->buffers = buffers;
     front->options = *options;
     front->tuning = tuning;
-    front->depths[0] = retrofit_min(depths[0], r);
-    front->depths[1] = depths[1] < r ? depths[1] : 0;
+    front->depths[0] = retrofit_min(first, r);
+    front->depths[1] = second < r ? second : 0;
     front->vocab = retrofit_min(vocab, V);
     front->most = retrofit_min(RETROFIT_UNDER_WAY, buffers->B * buffers->T);
     front->drafts = retrofit_allocate(front->most, sizeof *front->drafts);
@@ -6385,9 +6343,9 @@ static void pack(float *panel, size_t width, matrix_view V, size_t count, size_t
 // ---- The micro-kernel --------------------------------------------------------------------------
 
 // C = D + A·B for `rows` rows from i on, and from j on `vectors` registers of columns, as far as
-// they exist. A: those rows; b: the packed panel.
+// they exist. A: those rows; b: the panel, whose rows are b_row apart.
 INLINE void micro_kernel(size_t rows, size_t vectors, const matrix_product *p, matrix_view A,
-                         const float *b, size_t i, size_t j) {
+                         const float *b, size_t b_row, size_t i, size_t j) {
     const float *a = A.data;
     vector sum[MR][3] = {{{0}}};
     float *c = p->c + i * p->c_row + j;
@@ -6404,7 +6362,7 @@ INLINE void micro_kernel(size_t rows, size_t vectors, const matrix_product *p, m
         UNROLL(r, rows) UNROLL(v, vectors)
             sum[r][v] = MULTIPLY_ADD(BROADCAST(a[r * A.row]), w[v], sum[r][v]);
         a += A.col;
-        b += vectors * VECTOR;
+        b += b_row;
     }
     const float *d = p->d ? p->d + i * p->d_row + j : NULL;
     size_t n = p->N - j, c_row = p->c_row, d_row = p->d_row; // not read again after each store
@@ -6423,11 +6381,12 @@ INLINE void micro_kernel(size_t rows, size_t vectors, const matrix_product *p, m
 
 // One function for each number of rows and registers: in a larger one gcc runs out of registers for
 // the addresses.
-typedef void kernel(const matrix_product *p, matrix_view A, const float *b, size_t i, size_t j);
+typedef void kernel(const matrix_product *p, matrix_view A, const float *b, size_t b_row, size_t i,
+                    size_t j);
 #define KERNEL(rows, vectors)                                                                      \
     static void kernel_##rows##x##vectors(const matrix_product *p, matrix_view A, const float *b,  \
-                                          size_t i, size_t j) {                                    \
-        micro_kernel(rows, vectors, p, A, b, i, j);                                                \
+                                          size_t b_row, size_t i, size_t j) {                      \
+        micro_kernel(rows, vectors, p, A, b, b_row, i, j);                                         \
     }
 #define KERNELS(rows) KERNEL(rows, 1) KERNEL(rows, 2) KERNEL(rows, 3)
 #define KERNEL_NAMES(rows) {kernel_##rows##x1, kernel_##rows##x2, kernel_##rows##x3}
@@ -6461,11 +6420,10 @@ static void pack_rows(const matrix_product *p, size_t begin, size_t end) {
     }
 }
 
-// Loop ir: rows begin … end - 1 of A meet a packed panel, MR at a time, the rest by powers of 2.
-static void multiply_panel(const matrix_product *p, const float *panel, size_t begin, size_t end,
-                           size_t j) {
-    size_t vectors = ceil_of(retrofit_min(NR, p->N - j), VECTOR);
-    size_t rows = MR;
+// Loop ir: rows begin … end - 1 of A meet a panel, MR at a time, the rest by powers of 2.
+static void multiply_panel(const matrix_product *p, const float *panel, size_t panel_row,
+                           size_t begin, size_t end, size_t j) {
+    size_t vectors = ceil_of(retrofit_min(NR, p->N - j), VECTOR), rows = MR;
     for (size_t i = begin; i < end; i += rows) {
         while (rows > end - i) rows /= 2;
         matrix_view A = view_part(p->A, i, 0);
@@ -6473,7 +6431,7 @@ static void multiply_panel(const matrix_product *p, const float *panel, size_t b
             size_t strip = (i - begin) / MR * MR;
             A = view_transposed(packed_a + strip * p->K + (i - begin - strip), MR);
         }
-        kernels[rows][vectors - 1](p, A, panel, i, j);
+        kernels[rows][vectors - 1](p, A, panel, panel_row, i, j);
     }
 }
 
@@ -6489,14 +6447,23 @@ static void pack_strip(const matrix_product *p) {
     }
 }
 
+// Whether panels of B are read in place: if they are needed once, and their rows are whole vectors.
+static bool is_in_place(const matrix_product *p) {
+    return p->M <= MR && p->B.type == RETROFIT_F32 && p->B.col == 1 && p->N % VECTOR == 0;
+}
+
 // Loops ic and jr, for one strip and one block of terms.
 static void multiply_strip(const matrix_product *p) {
-    pack_strip(p);
+    bool in_place = is_in_place(p);
+    if (!in_place) pack_strip(p);
     for (size_t i = 0; i < p->M; i += MC) {
         size_t end = retrofit_min(i + MC, p->M);
         if (is_packed(p)) pack_rows(p, i, end);
-        for (size_t j = 0; j < p->N; j += NR)
-            multiply_panel(p, packed_b + j * p->K, i, end, j);
+        for (size_t j = 0; j < p->N; j += NR) {
+            size_t width = ceil_of(retrofit_min(NR, p->N - j), VECTOR) * VECTOR;
+            if (in_place) multiply_panel(p, (const float *)p->B.data + j, p->B.row, i, end, j);
+            else multiply_panel(p, packed_b + j * p->K, width, i, end, j);
+        }
     }
 }
 
@@ -6626,6 +6593,13 @@ static void gemm_serial(size_t M, size_t N, size_t K, matrix_view A, matrix_view
     multiply(&(matrix_product){M, N, K, A, B, c, d, c_row, d_row}, false);
 }
 
+// A tile's scores, q·kᵀ (rows,width), to rows TILE apart. The heads of a single query are few rows.
+static void tile_scores(float *s, matrix_view q, matrix_view k, size_t rows, size_t width, size_t h,
+                        bool single) {
+    matrix_product p = {rows, width, h, q, transposed(k), s, NULL, TILE, 0};
+    multiply(&p, single);
+}
+
 // How many threads are worth waking for so many multiply-adds.
 static size_t gemm_threads(size_t work) {
 #ifdef _OPENMP
@@ -6710,12 +6684,12 @@ static float softmax_row(float *p, size_t seen, size_t width, float scale, float
 }
 
 // One row of tiles: y (rows,h), whose rows are y_row apart, and lse, NULL or with elements lse_row
-// apart. q begins at its first query, k and v at key 0. `heads` rows are the heads of one query;
-// query i sees before + i + 1 keys.
+// apart. q begins at its first query, k and v at key 0. Row i is query i, which sees before + i + 1
+// keys; or, with `single`, a head of the one query, and they share the keys.
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
-                   matrix_view v, size_t rows, size_t heads, size_t before, size_t h) {
+                   matrix_view v, size_t rows, bool single, size_t before, size_t h) {
     float s[TILE * TILE], max[TILE], sum[TILE], scale = 1.0f / sqrtf((float)h);
-    size_t keys = before + rows / heads;
+    size_t keys = before + (single ? 1 : rows);
     for (size_t i = 0; i < rows; i++) {
         max[i] = -INFINITY;
         sum[i] = 0;
@@ -6723,10 +6697,10 @@ static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_vi
     for (size_t u = 0; u < keys; u += TILE) {
         size_t width = retrofit_min(keys - u, TILE);
         // (1) the tile's scores, q·kᵀ
-        gemm_serial(rows, width, h, q, transposed(view_part(k, u, 0)), s, TILE, NULL, 0);
+        tile_scores(s, q, view_part(k, u, 0), rows, width, h, single);
         // (2) e^{s - m}; what was summed up under another maximum is scaled
         for (size_t i = 0; i < rows; i++) {
-            size_t end = before + i / heads + 1; // of the keys that the query sees
+            size_t end = before + (single ? 1 : i + 1); // of the keys that the query sees
             size_t seen = end > u ? retrofit_min(end - u, width) : 0;
             float shrink = softmax_row(s + i * TILE, seen, width, scale, &max[i], &sum[i]);
             if (u == 0) continue;
@@ -6792,7 +6766,7 @@ static void attention_forward(act *out, float *lse, const act *qkv, size_t B, si
         matrix_view k = view(row + (H + group) * h, Q);
         matrix_view v = view(row + (H + G + group) * h, Q);
         attend(y + (n * H + head) * h, H * h, lse + n * H + head, H, q, k, v,
-               retrofit_min(T - t, TILE), 1, t, h);
+               retrofit_min(T - t, TILE), false, t, h);
     }
 }
 

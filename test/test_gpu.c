@@ -558,12 +558,9 @@ static void compare_drafts(both *b, const int32_t *prompt) {
     size_t V = b->cpu_model->config.vocab;
     retrofit_recurrence_options options = {.recurrences = 5, .sigma = 0.1f, .seed = 3};
     retrofit_sampling greedy = {.top_p = 1, .seed = 1};
-    retrofit_kv_cache cache = {.capacity = 24, .recurrences = 5, .drafts = {1, 3}};
-    retrofit_buffers *buffers =
-        new_buffers(b->gpu_model, EXIT_ROWS, EXIT_PROMPT, 0, RETROFIT_KEEP_NOTHING, &cache);
-    retrofit_front *front = retrofit_front_new(buffers, &options, V, NULL);
+    retrofit_front *front = retrofit_front_new(b->gpu, &options, 1, 3, V, NULL);
     clear_both(b);
-    const float *gpu = retrofit_next_logits(buffers, prompt, 1, EXIT_PROMPT, NULL, &options);
+    const float *gpu = retrofit_next_logits(b->gpu, prompt, 1, EXIT_PROMPT, NULL, &options);
     const float *cpu = retrofit_next_logits(b->cpu, prompt, 1, EXIT_PROMPT, NULL, &options);
     need(gpu && cpu && front, "next logits");
     int32_t plain = retrofit_argmax(cpu, V);
@@ -583,7 +580,6 @@ static void compare_drafts(both *b, const int32_t *prompt) {
     }
     check(front->counts.most > 1, "%s %s: one token under way", b->gpu_model->ops->name, b->name);
     retrofit_front_free(front);
-    retrofit_buffers_free(buffers);
 }
 
 static void decoding_as_on_a_cpu(const retrofit_ops *ops, const char *name) {

@@ -33,7 +33,7 @@ static void *allocate(size_t count, size_t size) {
 
 static retrofit_buffers *with_cache(const retrofit_model *model, size_t B, retrofit_cache_kind kind,
                                     size_t M, bool bf16) {
-    retrofit_kv_cache cache = {CAPACITY, DEEPEST, kind, M, bf16, {0}};
+    retrofit_kv_cache cache = {CAPACITY, DEEPEST, kind, M, bf16};
     retrofit_buffers *buffers =
         retrofit_buffers_new(model, B, PROMPT, 0, RETROFIT_KEEP_NOTHING, &cache);
     need(buffers != NULL, "buffers with a cache");
@@ -564,7 +564,7 @@ static void caches(size_t which) {
     check_cache(model, RETROFIT_CACHE_GROUPED, 4, 3);
     check_cache(model, RETROFIT_CACHE_GROUPED, 100, 1);
     for (int kind = RETROFIT_CACHE_SHARED; kind <= RETROFIT_CACHE_GROUPED; kind++) {
-        retrofit_kv_cache none = {8, 4, (retrofit_cache_kind)kind, 0, false, {0}};
+        retrofit_kv_cache none = {8, 4, (retrofit_cache_kind)kind, 0, false};
         check(!retrofit_buffers_new(model, 1, 4, 0, RETROFIT_KEEP_NOTHING, &none),
               "a cache without slots");
     }
@@ -574,15 +574,6 @@ static void caches(size_t which) {
 // ---- Drafts through the depths ------------------------------------------------------------------
 
 enum { FRONT_ROWS = 3 };
-
-static retrofit_buffers *with_readings(const retrofit_model *model, size_t B, size_t first,
-                                       size_t second) {
-    retrofit_kv_cache cache = {CAPACITY, DEEPEST, RETROFIT_CACHE_FULL, 0, false, {first, second}};
-    retrofit_buffers *buffers =
-        retrofit_buffers_new(model, B, PROMPT, 0, RETROFIT_KEEP_NOTHING, &cache);
-    need(buffers != NULL, "buffers for a front");
-    return buffers;
-}
 
 // A text of plain decoding, to be compared with a row of a front.
 typedef struct {
@@ -681,8 +672,9 @@ static void compare_front(const retrofit_model *model, size_t B, plain_text *pla
     size_t second = first + 1 < r && random_between(0, 1) ? random_between(first + 1, r - 1) : 0;
     bool rough = random_between(0, 1), tuned = random_between(0, 2) == 0;
     retrofit_tuning tuning = {0};
-    retrofit_buffers *buffers = with_readings(model, B, first, second);
-    retrofit_front *front = retrofit_front_new(buffers, &options, V, tuned ? &tuning : NULL);
+    retrofit_buffers *buffers = with_full_cache(model, B);
+    retrofit_front *front =
+        retrofit_front_new(buffers, &options, first, second, V, tuned ? &tuning : NULL);
     need(front != NULL, "a front");
     begin_texts(front, plain, samplings, ends, scratch, where);
     while (ended < B) {
@@ -718,17 +710,16 @@ static void refuse_fronts(const retrofit_model *model) {
         {"drafts that go on", 2, 0, {.recurrences = 4, .continuous = true}},
     };
     size_t V = model->config.vocab;
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        retrofit_buffers *buffers = with_readings(model, 1, cases[i].first, cases[i].second);
-        check(!retrofit_front_new(buffers, &cases[i].options, V, NULL), "%s", cases[i].what);
-        retrofit_buffers_free(buffers);
-    }
+    retrofit_buffers *buffers = with_full_cache(model, 1);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check(!retrofit_front_new(buffers, &cases[i].options, cases[i].first, cases[i].second, V,
+                                  NULL), "%s", cases[i].what);
     retrofit_buffers *shared = with_cache(model, 1, RETROFIT_CACHE_SHARED, 2, false);
-    check(!retrofit_front_new(shared, &cases[0].options, V, NULL), "drafts with shared slots");
+    const retrofit_recurrence_options *options = &cases[0].options;
+    check(!retrofit_front_new(shared, options, 2, 0, V, NULL), "drafts with shared slots");
     retrofit_buffers_free(shared);
 
-    retrofit_buffers *buffers = with_readings(model, 1, 2, 0);
-    retrofit_front *front = retrofit_front_new(buffers, &cases[0].options, V, NULL);
+    retrofit_front *front = retrofit_front_new(buffers, options, 2, 0, V, NULL);
     retrofit_sampling greedy = {0, 0, 1, 0, 1};
     need(front != NULL, "a front");
     buffers->decoder->seen[0] = CAPACITY - 1;
@@ -821,7 +812,7 @@ static void drawn_fronts(void) {
     enum { ROUNDS = 12000 };
     retrofit_model *model = load(0);
     size_t V = model->config.vocab;
-    retrofit_buffers *buffers = with_readings(model, 1, 1, 3);
+    retrofit_buffers *buffers = with_full_cache(model, 1);
     candidate *scratch = allocate(V, sizeof *scratch);
     double *pairs = allocate(V * V, sizeof *pairs);
     size_t *count = allocate(V * V, sizeof *count);
@@ -830,7 +821,7 @@ static void drawn_fronts(void) {
     int32_t prompt[] = {5, 77, 31}, token = 9;
     feed(buffers, prompt, 1, 3, &options);
     pair_probabilities(pairs, buffers, token, &options, &sampling, scratch);
-    retrofit_front *front = retrofit_front_new(buffers, &options, V, NULL);
+    retrofit_front *front = retrofit_front_new(buffers, &options, 1, 3, V, NULL);
     need(front != NULL, "a front");
     for (size_t i = 0; i < ROUNDS; i++) {
         int32_t text[2];
