@@ -1653,6 +1653,8 @@ typedef struct {
     retrofit_front_row *rows; // [B]
     float *logits;            // (most,V) of the last pass's readings
     void *scratch;            // of sampling
+    void *recordings[3][RETROFIT_UNDER_WAY]; // of the parts of a pass, by the number of rows
+    bool were_run[3][RETROFIT_UNDER_WAY];
     retrofit_front_counts counts;
 } retrofit_front;
 
@@ -2515,6 +2517,31 @@ static void drop_behind(retrofit_front *front, size_t row, int32_t position) {
     }
 }
 
+// The parts of a pass; with a GPU each is recorded for each number of rows when it is done for the
+// second time, as decoding steps are.
+enum { BEGIN, DEEPEN, READ };
+
+static void do_part(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
+                    int part) {
+    if (part == BEGIN) begin_recurrence(buffers, options);
+    if (part == DEEPEN) retrofit_recur(buffers, 1, 0);
+    if (part == READ) read_next_logits(buffers);
+}
+
+static void run_part(retrofit_front *front, retrofit_buffers *buffers, int part) {
+    const retrofit_ops *ops = buffers->model->ops;
+    void **recording = &front->recordings[part][buffers->b - 1];
+    bool *was_run = &front->were_run[part][buffers->b - 1];
+    if (!*recording && *was_run && ops->record_begin) {
+        ops->record_begin();
+        do_part(buffers, &front->options, part);
+        *recording = ops->record_end();
+    }
+    if (*recording) ops->replay(*recording);
+    else do_part(buffers, &front->options, part);
+    *was_run = true;
+}
+
 // The batch becomes n rows of one token at these positions, with these lanes of the cache.
 static void set_rows(retrofit_buffers *buffers, size_t n, const int32_t *positions,
                      const int32_t *lanes) {
@@ -2549,7 +2576,7 @@ static void begin_waiting(retrofit_front *front) {
     front->count += n;
     set_rows(buffers, n, positions, lanes);
     ops->upload(buffers->tokens, ids, n * sizeof *ids);
-    begin_recurrence(buffers, &front->options);
+    run_part(front, buffers, BEGIN);
     float *states = buffers->decoder->drafted + at * d;
     ops->copy(states, buffers->state, n * d * sizeof *states);
     ops->copy(states + RETROFIT_UNDER_WAY * d, buffers->injected, n * d * sizeof *states);
@@ -2569,7 +2596,7 @@ static void go_deeper(retrofit_front *front) {
     pass.state = pass.decoder->drafted;
     pass.injected = pass.decoder->drafted + RETROFIT_UNDER_WAY * d;
     set_rows(&pass, n, positions, lanes);
-    retrofit_recur(&pass, 1, 0);
+    run_part(front, &pass, DEEPEN);
     front->counts.passes++;
     front->counts.rows += n;
     front->counts.most = retrofit_max(front->counts.most, n);
@@ -2611,8 +2638,7 @@ static size_t read_off(retrofit_front *front, reading readings[RETROFIT_UNDER_WA
     if (n == 0) return 0;
     front->counts.readings++;
     set_rows(buffers, n, positions, lanes);
-    retrofit_coda(buffers);
-    head_forward(buffers, 0, 0, n);
+    run_part(front, buffers, READ);
     ops->download(front->logits, buffers->wide_logits, n * c->vocab * sizeof *front->logits);
     return n;
 }
@@ -2732,6 +2758,10 @@ retrofit_front *retrofit_front_new(retrofit_buffers *buffers,
 
 void retrofit_front_free(retrofit_front *front) {
     if (!front) return;
+    for (size_t i = 0; i < 3 * RETROFIT_UNDER_WAY; i++) {
+        void *recording = front->recordings[i / RETROFIT_UNDER_WAY][i % RETROFIT_UNDER_WAY];
+        if (recording) front->buffers->model->ops->record_free(recording);
+    }
     free(front->drafts);
     free(front->rows);
     free(front->logits);
