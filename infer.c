@@ -2136,8 +2136,9 @@ static void print_drafts(void) {
     fprintf(stderr, "drafts: %.2f readings of the core per token, ", passes / answers);
     fprintf(stderr, "%.1f tokens under way, at most %zu; ", (double)counts->rows / passes,
             counts->most);
-    fprintf(stderr, "%zu proposed, %zu right at the second reading, %zu in the end, %zu begun anew\n",
-            counts->proposed, counts->kept_second, counts->kept, counts->restarts);
+    fprintf(stderr, "%zu proposed, %zu right at the second reading, %zu in the end, ",
+            counts->proposed, counts->kept_second, counts->kept);
+    fprintf(stderr, "%zu begun anew\n", counts->restarts);
 }
 
 // The rest of the line that begins with how many tokens took how long; then exits and drafts.

@@ -85,7 +85,7 @@
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
        Newton-Schulz                                   newton_schulz                     1169
        the operations: rmsnorm, rope, attention …      embedding_forward                 1305
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2218
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2220
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -2448,6 +2448,7 @@ static double token_seconds(const retrofit_front *front, size_t first, size_t se
     const retrofit_tuning *tuning = front->tuning;
     double r = (double)front->options.recurrences, active = 0;
     for (size_t row = 0; row < front->buffers->B; row++) active += front->rows[row].sampling != 0;
+    if (active == 0) active = (double)front->buffers->B; // before anything begins
     if (first >= front->options.recurrences)
         return r * pass_seconds(tuning, active) + tuning->reading_seconds;
     double right = agreement(tuning, first), mended = second ? agreement(tuning, second) : right;
@@ -6182,23 +6183,26 @@ static double sum_exp(float *terms, const float *x, size_t n, float max) {
 // VECTOR is the number of floats in a register. The micro-kernel's part of C takes 3·MR registers:
 // 24 of AVX-512's 32, or 12 of 16; that of few rows 4·ABREAST. MULTIPLY_ADD rounds once: gcc may
 // split what is written as a product and a sum, where it thinks that faster, and so give some rows
-// other bits than others.
+// other bits than others. WIDEN turns 16 bits into 32, in one instruction where gcc takes four.
 #if defined __AVX512F__
 #include <immintrin.h>
 #define VECTOR 16
 #define BROADCAST(x) (vector)_mm512_set1_ps(x)
 #define MULTIPLY_ADD(a, b, c) (vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#define WIDEN(halves) (vector_bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(halves))
 enum { MR = 8, MC = 8, ABREAST = 4 };
 #elif defined __AVX2__ && defined __FMA__
 #include <immintrin.h>
 #define VECTOR 8
 #define BROADCAST(x) (vector)_mm256_set1_ps(x)
 #define MULTIPLY_ADD(a, b, c) (vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#define WIDEN(halves) (vector_bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(halves))
 enum { MR = 4, MC = 192, ABREAST = 3 };
 #else
 #define VECTOR 4
 #define BROADCAST(x) ((vector){x, x, x, x})
 #define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#define WIDEN(halves) __builtin_convertvector(*(const vector_halves_at *)(halves), vector_bits)
 enum { MR = 4, MC = 192, ABREAST = 3 };
 #endif
 enum {
@@ -6300,8 +6304,7 @@ INLINE float load_one(const void *data, retrofit_type type, size_t at) {
 
 INLINE vector load_vector(const void *data, retrofit_type type, size_t at) {
     if (type == RETROFIT_F32) return *(const vector_at *)((const float *)data + at);
-    vector_halves_at halves = *(const vector_halves_at *)((const uint16_t *)data + at);
-    return (vector)(__builtin_convertvector(halves, vector_bits) << 16);
+    return (vector)(WIDEN((const void *)((const uint16_t *)data + at)) << 16);
 }
 
 // A vector's quads are four elements each. Of each quad of a and the same of b, elements w, x, y

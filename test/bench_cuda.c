@@ -1010,6 +1010,56 @@ static double seconds_per_token(retrofit_buffers *buffers, const int32_t *prompt
     return (retrofit_seconds() - start) / (double)count;
 }
 
+// Seconds of a pass over the core with the tokens of `front` under way, and of reading them off
+// besides. Every row is a text of its own, since what random weights propose is never right.
+static double pass_seconds_of(retrofit_front *front, double *reading) {
+    retrofit_buffers *buffers = front->buffers;
+    size_t r = front->options.recurrences, timed = r - 4;
+    static retrofit_sampling greedy = {.top_p = 1};
+    double start = 0, pass = 0;
+    retrofit_clear_cache(buffers);
+    for (size_t row = 0; row < buffers->B; row++) {
+        if (!retrofit_front_begin(front, row, (int32_t)row, 4, &greedy)) fail("a front");
+    }
+    for (size_t i = 0; i < 3 * r; i++) { // of three tokens; parts are recorded the second time
+        bool begins = i == 2 * r + 3, reads = i == 3 * r - 1;
+        if (begins || reads) {
+            wait_for_device(buffers->decoder->drafted);
+            double now = retrofit_seconds();
+            if (reads) pass = (now - start) / (double)timed;
+            start = now;
+        }
+        retrofit_front_advance(front);
+    }
+    wait_for_device(buffers->decoder->drafted);
+    *reading = fmax(0, retrofit_seconds() - start - pass);
+    return pass;
+}
+
+// What drafts through the depths cost, and what they would give in one text if every proposal were
+// right: with n tokens under way, a token takes r/n passes and a reading of two.
+static void drafts(retrofit_model *model) {
+    static const size_t rows[] = {1, 2, 4, 8, 16, 32};
+    size_t count = miniature ? 3 : 6, r = miniature ? 8 : 32;
+    const retrofit_config *c = &model->config;
+    double core = weight_bytes(c, 2) - weight_bytes(c, 1);
+    print_line("## Drafts: passes over the core with n tokens under way, r = %zu", r);
+    print_head("    n| ms/pass|    GB/s| of copy| ms/reading| tokens/s at best");
+    for (size_t i = 0; i < count; i++) {
+        size_t n = rows[i];
+        retrofit_recurrence_options options = {.recurrences = r};
+        retrofit_kv_cache cache = {.capacity = 8, .recurrences = r};
+        retrofit_buffers *buffers = new_buffers(model, n, 1, 0, RETROFIT_KEEP_NOTHING, &cache);
+        retrofit_front *front = retrofit_front_new(buffers, &options, r, 0, c->vocab, NULL);
+        double reading, pass = pass_seconds_of(need(front, "a front"), &reading);
+        double token = pass * (double)r / (double)n + reading;
+        print_row("%zu|%.3f|%.0f|%.3f|%.3f|%.0f", n, 1e3 * pass, core / pass / 1e9,
+                  core / pass / copy_limit, 1e3 * reading, 1 / token);
+        retrofit_front_free(front);
+        retrofit_buffers_free(buffers);
+    }
+}
+
 static void decoding(void) {
     static const size_t recurrences[] = {1, 4, 8, 32};
     size_t prompt_count = miniature ? 16 : 128, count = miniature ? 4 : 64;
@@ -1041,6 +1091,7 @@ static void decoding(void) {
         print_line("GB: of weights; the KV cache is not counted.");
         free(prompt);
         retrofit_buffers_free(buffers);
+        drafts(model);
     }
     retrofit_free(model);
 }
