@@ -2520,13 +2520,13 @@ static void drop_behind(retrofit_front *front, size_t row, int32_t position) {
 
 // The parts of a pass; with a GPU each is recorded for each number of rows when it is done for the
 // second time, as decoding steps are.
-enum { BEGIN, DEEPEN, READ };
+enum { FRONT_BEGIN, FRONT_DEEPEN, FRONT_READ };
 
 static void do_part(retrofit_buffers *buffers, const retrofit_recurrence_options *options,
                     int part) {
-    if (part == BEGIN) begin_recurrence(buffers, options);
-    if (part == DEEPEN) retrofit_recur(buffers, 1, 0);
-    if (part == READ) read_next_logits(buffers);
+    if (part == FRONT_BEGIN) begin_recurrence(buffers, options);
+    if (part == FRONT_DEEPEN) retrofit_recur(buffers, 1, 0);
+    if (part == FRONT_READ) read_next_logits(buffers);
 }
 
 static void run_part(retrofit_front *front, retrofit_buffers *buffers, int part) {
@@ -2577,7 +2577,7 @@ static void begin_waiting(retrofit_front *front) {
     front->count += n;
     set_rows(buffers, n, positions, lanes);
     ops->upload(buffers->tokens, ids, n * sizeof *ids);
-    run_part(front, buffers, BEGIN);
+    run_part(front, buffers, FRONT_BEGIN);
     float *states = buffers->decoder->drafted + at * d;
     ops->copy(states, buffers->state, n * d * sizeof *states);
     ops->copy(states + RETROFIT_UNDER_WAY * d, buffers->injected, n * d * sizeof *states);
@@ -2597,7 +2597,7 @@ static void go_deeper(retrofit_front *front) {
     pass.state = pass.decoder->drafted;
     pass.injected = pass.decoder->drafted + RETROFIT_UNDER_WAY * d;
     set_rows(&pass, n, positions, lanes);
-    run_part(front, &pass, DEEPEN);
+    run_part(front, &pass, FRONT_DEEPEN);
     front->counts.passes++;
     front->counts.rows += n;
     front->counts.most = retrofit_max(front->counts.most, n);
@@ -2639,7 +2639,7 @@ static size_t read_off(retrofit_front *front, reading readings[RETROFIT_UNDER_WA
     if (n == 0) return 0;
     front->counts.readings++;
     set_rows(buffers, n, positions, lanes);
-    run_part(front, buffers, READ);
+    run_part(front, buffers, FRONT_READ);
     ops->download(front->logits, buffers->wide_logits, n * c->vocab * sizeof *front->logits);
     return n;
 }
@@ -2657,7 +2657,7 @@ static void propose(retrofit_front *front, const retrofit_draft *from, int32_t i
     row->next = (retrofit_draft){.id = id, .position = position, .row = from->row, .seed = seed};
 }
 
-static void judge(retrofit_front *front, const reading *what, const float *logits) {
+static void judge_reading(retrofit_front *front, const reading *what, const float *logits) {
     retrofit_draft *found = find_draft(front, what->row, what->position);
     retrofit_front_row *row = &front->rows[what->row];
     if (!found) return; // a deeper reading dropped it
@@ -2704,7 +2704,7 @@ void retrofit_front_advance(retrofit_front *front) {
     buffers->decoder->lane = NULL;
     if (tuning) note_pass(tuning, (double)under_way, passed - begun);
     for (size_t i = 0; i < count; i++)
-        judge(front, &readings[i], front->logits + i * buffers->model->config.vocab);
+        judge_reading(front, &readings[i], front->logits + i * buffers->model->config.vocab);
     if (!tuning || count == 0) return;
     double seconds = begun - start + retrofit_seconds() - passed;
     tuning->reading_seconds += (seconds - tuning->reading_seconds) / 4;
