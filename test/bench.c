@@ -178,7 +178,7 @@ static volatile float sink; // what was computed goes here, so that nothing opti
 static double multiply_add_rate(void) {
     enum { TIMES = 1 << 20, CHAINS = 12 };
     double best = 1e9;
-    for (int round = 0; round < 5; round++) {
+    for (int round = 0; round < 40; round++) {
         double start = retrofit_seconds();
         float total = 0;
 #ifdef _OPENMP
@@ -204,7 +204,7 @@ static double multiply_add_rate(void) {
 static double exponential_rate(void) {
     enum { TIMES = 1 << 12, COUNT = 2048 };
     double best = 1e9;
-    for (int round = 0; round < 5; round++) {
+    for (int round = 0; round < 40; round++) {
         double start = retrofit_seconds();
 #ifdef _OPENMP
 #pragma omp parallel for
