@@ -1794,8 +1794,9 @@ static void advance_front(struct batch *batch) {
     }
 }
 
-// Adds up what fronts did.
+// Adds up what fronts did. There is none if every text ended with its first token.
 static void end_front(struct batch *batch) {
+    drafts.last = (retrofit_front_counts){0};
     if (!batch->front) return;
     const retrofit_front_counts *counts = &batch->front->counts;
     drafts.last = *counts;
@@ -1852,7 +1853,6 @@ static retrofit_buffers *buffers_for(const struct sequence *sequences, size_t co
     return new_buffers(B, with_room_for_drafts(B, T), &cache);
 }
 
-// A text as JSON; past: tokens before the prompt.
 // What the front did for this text, and for those that were in a batch with it.
 static void print_drafts_json(void) {
     const retrofit_front_counts *last = &drafts.last;
@@ -1862,6 +1862,7 @@ static void print_drafts_json(void) {
            last->proposed, last->kept_second, last->kept, last->restarts);
 }
 
+// A text as JSON; past: tokens before the prompt.
 static void print_json(const struct sequence *sequence, size_t past) {
     const retrofit_json *id = retrofit_json_get(sequence->line, "id");
     putchar('{');
@@ -3605,15 +3606,17 @@ static void check_mode(const struct mode *mode) {
     });
 }
 
+// Tasks may be scored without a text.
+static bool only_scores(void) { return options.tasks && !options.answer_regex; }
+
 static void check_drafts(void) {
-    bool scored = options.tasks && !options.answer_regex;
     bool full_cache = !options.kv_cache || !strcmp(options.kv_cache, "full");
     check_rules((struct rule[]){
         {options.exit, "--speculative does not go with --exit"},
         {options.continuous, "--speculative does not go with --continuous"},
         {options.noise > 0, "--speculative does not go with --noise"},
         {!full_cache, "--speculative does not go with --kv-cache"},
-        {scored, "--speculative does not go with --tasks, but for a \"target\""},
+        {only_scores(), "--speculative does not go with --tasks, but for a \"target\""},
         {options.eval, "--speculative does not go with --eval"},
         {options.logits, "--speculative does not go with --logits"},
         {false, NULL},
@@ -3622,7 +3625,7 @@ static void check_drafts(void) {
 
 // What is scored or written in one pass uses no KV cache.
 static void check_cache_use(void) {
-    bool logits = options.logits, scored = options.tasks && !options.answer_regex;
+    bool logits = options.logits, scored = only_scores();
     check_rules((struct rule[]){
         {logits && options.exit, "--exit does not go with --logits"},
         {logits && options.kv_cache, "--kv-cache does not go with --logits"},
@@ -3637,10 +3640,7 @@ static void check_cache_use(void) {
     });
 }
 
-// Tasks may be scored without a text.
-static bool generates_text(const struct mode *mode) {
-    return mode->generates && (mode != &modes[TASKS] || options.answer_regex);
-}
+static bool generates_text(const struct mode *mode) { return mode->generates && !only_scores(); }
 
 // Options of other modes, which have no effect in this one.
 static void note_idle_options(const struct mode *mode) {

@@ -363,7 +363,7 @@ typedef struct {
     size_t b, t, N;           // of the current batch: rows, columns, b·t
     size_t n, k;              // recurrences it has run without and with gradient
     int32_t *tokens, *labels; // (N)
-    int32_t *past;            // (B)     tokens that each row has in the KV cache: section 7
+    int32_t *past;            // (B)     tokens that each row has in the KV cache
     float *rope;              // (positions,h/2,2) cosines and sines
     float *embedded;          // (N,d)   wte[tokens]
     const float *e;           // (N,d)   the prelude's output
@@ -1690,6 +1690,8 @@ enum { TILE = 96, HEADS_TOGETHER = 16 };
 static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_view q, matrix_view k,
                    matrix_view v, size_t rows, bool single, size_t before, size_t h);
 static size_t gemm_threads(size_t work);
+// The next batch has b rows of t tokens, and has run no recurrence: section 8.
+static void set_shape(retrofit_buffers *buffers, size_t b, size_t t);
 
 // ---- KV cache ----------------------------------------------------------------------------------
 // A core layer's input differs from recurrence to recurrence, and so do its keys and values. A slot
@@ -1822,18 +1824,19 @@ static void attention_cached(act *out, const act *qkv, const act *keys, const ac
                              size_t capacity, size_t H, size_t G, size_t h, retrofit_type type) {
     size_t Q = (H + 2 * G) * h, tiles = (T + TILE - 1) / TILE, size = retrofit_type_size(type);
     size_t work = B * T * H * h * ((size_t)past[0] + T), heads = H / G;
-    if (T > 1 || heads > HEADS_TOGETHER || B * G < gemm_threads(work)) heads = 1;
+    bool single = T == 1; // then rows are heads, which lie side by side
+    if (!single || heads > HEADS_TOGETHER || B * G < gemm_threads(work)) heads = 1;
     PARALLEL_TASKS(work)
     for (size_t task = 0; task < B * H / heads * tiles; task++) {
         size_t t = task % tiles * TILE, first_head = task / tiles * heads;
         size_t b = first_head / H, head = first_head % H;
         size_t n = b * T + t, group = head / (H / G), rows = retrofit_min(T - t, TILE) * heads;
         size_t first = ((lane ? (size_t)lane[b] : b) * capacity * G + group) * h * size;
-        matrix_view q = view((const float *)qkv + n * Q + head * h, heads > 1 ? h : Q);
+        matrix_view q = view((const float *)qkv + n * Q + head * h, single ? h : Q);
         matrix_view k = {(const char *)keys + first, type, G * h, 1};
         matrix_view v = {(const char *)values + first, type, G * h, 1};
-        attend((float *)out + (n * H + head) * h, heads > 1 ? h : H * h, NULL, 0, q, k, v, rows,
-               T == 1, (size_t)past[b] + t, h);
+        attend((float *)out + (n * H + head) * h, single ? h : H * h, NULL, 0, q, k, v, rows,
+               single, (size_t)past[b] + t, h);
     }
 }
 
@@ -2443,12 +2446,17 @@ static double pass_seconds(const retrofit_tuning *t, double n) {
     return (t->seconds + slope * (n * t->passes - t->rows)) / t->passes;
 }
 
+// Rows that generate; before anything has begun, all.
+static size_t active_rows(const retrofit_front *front) {
+    size_t B = front->buffers->B, active = 0;
+    for (size_t row = 0; row < B; row++) active += front->rows[row].sampling != NULL;
+    return active ? active : B;
+}
+
 // Seconds a token, with readings at these depths. first = r: without any; second = 0: with one.
 static double token_seconds(const retrofit_front *front, size_t first, size_t second) {
     const retrofit_tuning *tuning = front->tuning;
-    double r = (double)front->options.recurrences, active = 0;
-    for (size_t row = 0; row < front->buffers->B; row++) active += front->rows[row].sampling != 0;
-    if (active == 0) active = (double)front->buffers->B; // before anything begins
+    double r = (double)front->options.recurrences, active = (double)active_rows(front);
     if (first >= front->options.recurrences)
         return r * pass_seconds(tuning, active) + tuning->reading_seconds;
     double right = agreement(tuning, first), mended = second ? agreement(tuning, second) : right;
@@ -2548,10 +2556,7 @@ static void set_rows(retrofit_buffers *buffers, size_t n, const int32_t *positio
                      const int32_t *lanes) {
     const retrofit_ops *ops = buffers->model->ops;
     retrofit_decoder *decoder = buffers->decoder;
-    buffers->b = n;
-    buffers->t = 1;
-    buffers->N = n;
-    buffers->n = 0;
+    set_shape(buffers, n, 1);
     ops->upload(buffers->past, positions, n * sizeof *positions);
     ops->upload(decoder->lanes, lanes, n * sizeof *lanes);
     decoder->lane = decoder->lanes;
@@ -2644,14 +2649,10 @@ static size_t read_off(retrofit_front *front, reading readings[RETROFIT_UNDER_WA
     return n;
 }
 
-// What follows the token that was read is `id`: if something else has begun there, or nothing, this
-// begins.
+// `id` is to begin behind the token that was read, in place of all that has begun there.
 static void propose(retrofit_front *front, const retrofit_draft *from, int32_t id, uint64_t seed) {
     retrofit_front_row *row = &front->rows[from->row];
     int32_t position = from->position + 1;
-    retrofit_draft *begun = find_proposal(front, from->row, position);
-    if (begun && begun->id == id) return;
-    front->counts.restarts += begun != NULL;
     drop_behind(front, from->row, from->position);
     row->waits = position < row->end;
     row->next = (retrofit_draft){.id = id, .position = position, .row = from->row, .seed = seed};
@@ -2672,7 +2673,8 @@ static void judge_reading(retrofit_front *front, const reading *what, const floa
     front->counts.proposed += what->kind == READ_FIRST;
     front->counts.kept_second += what->kind == READ_SECOND && confirmed;
     front->counts.kept += what->kind == READ_ANSWER && confirmed;
-    propose(front, &draft, id, sampling.seed);
+    front->counts.restarts += begun && !confirmed;
+    if (!confirmed) propose(front, &draft, id, sampling.seed);
     if (what->kind != READ_ANSWER) return;
 
     if (front->tuning) judge_guesses(front->tuning, &draft, id);
@@ -3794,6 +3796,14 @@ static act *act_at(const retrofit_ops *ops, act *p, size_t i) {
 
 // ---- What a caller gives and gets --------------------------------------------------------------
 
+static void set_shape(retrofit_buffers *buffers, size_t b, size_t t) {
+    buffers->b = b;
+    buffers->t = t;
+    buffers->N = b * t;
+    buffers->n = 0;
+    buffers->k = 0;
+}
+
 // Checks the next batch's token ids and uploads them.
 static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t) {
     const retrofit_model *model = buffers->model;
@@ -3806,11 +3816,7 @@ static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b
             return retrofit_fail("token %zu is %d, but the vocabulary has %zu entries", i,
                                  (int)tokens[i], V);
     }
-    buffers->b = b;
-    buffers->t = t;
-    buffers->N = b * t;
-    buffers->n = 0;
-    buffers->k = 0;
+    set_shape(buffers, b, t);
     model->ops->upload(buffers->tokens, tokens, buffers->N * sizeof *tokens);
     return true;
 }
@@ -10340,8 +10346,8 @@ static void print_options(const retrofit_option *table, size_t count, const char
             continue;
         }
         const char *argument = option->argument ? option->argument : "";
-        bool may_miss = option->type == RETROFIT_SWITCH;
-        const char *shape = may_miss ? "  --%s[=%s]" : "  --%s %s";
+        const char *shape = "  --%s %s";
+        if (option->type == RETROFIT_SWITCH) shape = "  --%s[=%s]";
         if (option->type == RETROFIT_MAYBE) shape = "  --%s [%s]";
         int width = printf(shape, option->name, argument);
         if (width > HELP_COLUMN - 2) {

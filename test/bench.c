@@ -292,14 +292,30 @@ static void report(const char *name, step *s, void (*run)(step *), const rates *
 static void measure_step(const char *name, step s, const rates *rate) {
     size_t N = s.B * s.T, d = s.H * s.h, Q = (s.H + 2 * s.G) * s.h;
     size_t logits = retrofit_max(retrofit_max(N * s.V, s.parameters), N * s.F);
-    float **arrays[] = {&s.qkv, &s.dqkv, &s.y,    &s.dy,     &s.lse,    &s.delta,
-                        &s.x,   &s.rstd, &s.weight, &s.gate_up, &s.dgate_up, &s.logits,
-                        &s.table, &s.w,  &s.m,    &s.v,      &s.losses};
-    size_t counts[] = {N * Q, N * Q, N * d, N * d,           N * s.H,       N * s.H,
-                       N * d, N,     d,     2 * N * s.F,     2 * N * s.F,   logits,
-                       s.T * s.h, s.parameters, s.parameters, s.parameters, N};
-    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
-        *arrays[i] = random_floats(counts[i]);
+    const struct {
+        float **at;
+        size_t n;
+    } arrays[] = {
+        {&s.qkv, N * Q},
+        {&s.dqkv, N * Q},
+        {&s.y, N * d},
+        {&s.dy, N * d},
+        {&s.x, N * d},
+        {&s.lse, N * s.H},
+        {&s.delta, N * s.H},
+        {&s.rstd, N},
+        {&s.losses, N},
+        {&s.weight, d},
+        {&s.gate_up, 2 * N * s.F},
+        {&s.dgate_up, 2 * N * s.F},
+        {&s.logits, logits},
+        {&s.table, s.T * s.h},
+        {&s.w, s.parameters},
+        {&s.m, s.parameters},
+        {&s.v, s.parameters},
+    };
+    size_t count = sizeof arrays / sizeof *arrays;
+    for (size_t i = 0; i < count; i++) *arrays[i].at = random_floats(arrays[i].n);
     for (size_t i = 0; i < s.parameters; i++) s.v[i] = fabsf(s.v[i]);
     s.labels = calloc(N, sizeof *s.labels);
     if (!s.labels) die("out of memory");
@@ -321,7 +337,7 @@ static void measure_step(const char *name, step s, const rates *rate) {
            2 * n * V);
     report("AdamW", &s, adamw, rate, 0, 0, 7 * (double)s.parameters);
     report("the gradient's norm", &s, gradient_norm, rate, 0, 0, (double)s.parameters);
-    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) free(*arrays[i]);
+    for (size_t i = 0; i < count; i++) free(*arrays[i].at);
     free(s.labels);
 }
 
