@@ -886,19 +886,20 @@ static retrofit_type pick_kv_type(void) {
     return on_cpu && trial % 2 ? RETROFIT_BF16 : ops->act_type;
 }
 
-// Which of 2·B + 1 lanes each row has: its own in half of the trials, or any, each row another.
+// Whether rows get other lanes than their own: with either type of keys.
+static bool picks_lanes(void) { return trial / 2 % 2; }
+
+// Which of 2·B + 1 lanes each row has, each row another.
 static array pick_lanes(size_t B) {
     double *lanes = zeros(B);
-    size_t first = trial % 2 ? random_between(0, 2 * B) : 0;
-    for (size_t b = 0; b < B; b++) {
-        size_t any = (first + 2 * b) % (2 * B + 1);
-        lanes[b] = (double)(trial % 2 ? any : b);
-    }
+    size_t first = random_between(0, 2 * B);
+    for (size_t b = 0; b < B; b++)
+        lanes[b] = (double)(picks_lanes() ? (first + 2 * b) % (2 * B + 1) : b);
     return array_of(RETROFIT_I32, B, lanes);
 }
 
 // What operations get for them.
-static const int32_t *given_lanes(array lanes) { return trial % 2 ? lanes.i32 : NULL; }
+static const int32_t *given_lanes(array lanes) { return picks_lanes() ? lanes.i32 : NULL; }
 
 static void test_kv_store(void) {
     attention_shape s = pick_attention(20);
