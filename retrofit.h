@@ -2950,6 +2950,9 @@ bool retrofit_check_writable(const char *path);
 // Maps a whole file into memory, to be read only; munmap gives it back. NULL or error, also if the
 // file is empty.
 void *retrofit_map_file(const char *path, size_t *size);
+// Lets go of the memory that holds a part of a mapped file which has been read; whoever reads it
+// again gets it from the file.
+void retrofit_release_pages(const void *data, size_t bytes);
 // Brings what was written to the disk and closes the file. If `ok` is false, or if any of it failed
 // since the file was opened, the file is removed: false or error.
 bool retrofit_finish_file(FILE *file, const char *path, bool ok);
@@ -3162,8 +3165,10 @@ void retrofit_safetensors_close(retrofit_map *map);
 const retrofit_tensor *retrofit_safetensors_find(const retrofit_map *map, const char *name);
 const char *retrofit_safetensors_metadata(const retrofit_map *map, const char *key);
 // Looks at all numbers. Sets *infinite to the first tensor that has one that is infinite or no
-// number, *zeros to the first that has zeros alone; each to map->count if there is none.
-void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size_t *zeros);
+// number, *zeros to the first that has zeros alone; each to map->count if there is none. release:
+// the file takes no memory meanwhile, at any time; but who reads it again pays for its pages again.
+void retrofit_safetensors_survey(const retrofit_map *map, bool release, size_t *infinite,
+                                 size_t *zeros);
 // Writes tensors whose data lie in memory of `ops`. Floats are stored as `type`: F32, BF16, or F16
 // if they are F16 already; integers stay as they are. metadata: key, value, …, NULL; or just NULL.
 // false or error, and then there is no file.
@@ -5308,6 +5313,20 @@ static number_kinds kinds_of_numbers(const char *data, retrofit_type type, size_
     return (number_kinds){infinite, nonzero};
 }
 
+static number_kinds kinds_in_tensor(const retrofit_tensor *tensor, bool release) {
+    number_kinds kinds = {false, false};
+    size_t size = retrofit_type_size(tensor->type);
+    for (size_t i = 0; i < tensor->count; i += CONVERSION_CHUNK) {
+        size_t n = retrofit_min(tensor->count - i, CONVERSION_CHUNK);
+        const char *data = (const char *)tensor->data + i * size;
+        number_kinds found = kinds_of_numbers(data, tensor->type, n);
+        kinds.infinite |= found.infinite;
+        kinds.nonzero |= found.nonzero;
+        if (release) retrofit_release_pages(data, n * size);
+    }
+    return kinds;
+}
+
 static bool is_first_thread(void) {
 #ifdef _OPENMP
     return omp_get_thread_num() == 0;
@@ -5316,7 +5335,8 @@ static bool is_first_thread(void) {
 #endif
 }
 
-void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size_t *zeros) {
+void retrofit_safetensors_survey(const retrofit_map *map, bool release, size_t *infinite,
+                                 size_t *zeros) {
     size_t wrong = map->count, zero = map->count;
 #ifdef _OPENMP
 #pragma omp parallel for reduction(min : wrong, zero) schedule(dynamic)
@@ -5325,7 +5345,7 @@ void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size
         const retrofit_tensor *tensor = &map->tensors[i];
         if (is_first_thread()) retrofit_show_share(i, map->count, "%s read", map->path);
         if (tensor->type == RETROFIT_I32) continue;
-        number_kinds kinds = kinds_of_numbers(tensor->data, tensor->type, tensor->count);
+        number_kinds kinds = kinds_in_tensor(tensor, release);
         if (kinds.infinite) wrong = retrofit_min(wrong, i);
         if (!kinds.nonzero) zero = retrofit_min(zero, i);
     }
@@ -5337,7 +5357,7 @@ void retrofit_safetensors_survey(const retrofit_map *map, size_t *infinite, size
 // A tensor of zeros alone is what a download with a hole in it leaves, but may be meant.
 static bool check_values(const retrofit_map *map) {
     size_t wrong, zero;
-    retrofit_safetensors_survey(map, &wrong, &zero);
+    retrofit_safetensors_survey(map, false, &wrong, &zero);
     if (zero < map->count)
         retrofit_note("%s: tensor %s holds zeros alone: if that is not meant, the download is not "
                       "complete", map->path, map->tensors[zero].name);
@@ -10006,6 +10026,13 @@ void *retrofit_map_file(const char *path, size_t *size) {
         base = fail_null("%s: mapping its %zu bytes failed: %s", path, *size, strerror(errno));
     fclose(file);
     return base;
+}
+
+// A page that holds other data too, at either end, stays.
+void retrofit_release_pages(const void *data, size_t bytes) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), start = (size_t)data;
+    size_t first = (start + page - 1) / page * page, end = (start + bytes) / page * page;
+    if (first < end) madvise((void *)first, end - first, MADV_DONTNEED);
 }
 
 // FNV-1a over words of 8 bytes. hash ^= hash >> 32 follows each word, since a product only carries

@@ -1245,7 +1245,7 @@ static bool check_finite(const char *directory, const char *name) {
     if (!retrofit_path(path, directory, name)) return false;
     if (!retrofit_safetensors_open(&file, path)) return false;
     size_t infinite, zeros;
-    retrofit_safetensors_survey(&file, &infinite, &zeros);
+    retrofit_safetensors_survey(&file, true, &infinite, &zeros);
     bool ok = infinite == file.count;
     if (!ok)
         retrofit_fail("step %zu: %s of %s holds nan or infinity: not saved; try a lower --lr",

@@ -446,7 +446,7 @@ static void fuzz_safetensors(input in) {
     size_t infinite, zeros;
     write_input("m/model.safetensors", in);
     if (!retrofit_safetensors_open(&map, in_work("m/model.safetensors"))) return;
-    retrofit_safetensors_survey(&map, &infinite, &zeros);
+    retrofit_safetensors_survey(&map, false, &infinite, &zeros);
     retrofit_safetensors_metadata(&map, "step");
     for (size_t i = 0; i < map.count; i++) retrofit_safetensors_find(&map, map.tensors[i].name);
     retrofit_safetensors_close(&map);

@@ -1423,6 +1423,44 @@ static void f16_files(void) {
     free(path);
 }
 
+// KB of mapped files that are in this process' memory; 0 where the system does not say.
+static long resident_files(void) {
+    char line[256];
+    long kilobytes = 0;
+    FILE *status = fopen("/proc/self/status", "r");
+    while (status && fgets(line, sizeof line, status)) sscanf(line, "RssFile: %ld", &kilobytes);
+    if (status) fclose(status);
+    return kilobytes;
+}
+
+// A survey that releases what it has read sees the same, and leaves nothing of the file in memory:
+// train looks so at what it has saved, while weights, gradients and moments fill the memory.
+static void released_surveys(void) {
+    enum { NUMBERS = 1 << 22 };
+    static float numbers[NUMBERS];
+    for (size_t i = 0; i < NUMBERS; i++) numbers[i] = 1;
+    numbers[NUMBERS - 1] = INFINITY;
+    retrofit_tensor tensor = {.name = "a", .type = RETROFIT_F32, .data = numbers};
+    tensor.dims = 1;
+    tensor.shape[0] = NUMBERS;
+    tensor.count = NUMBERS;
+    const char *path = at("large.safetensors");
+    need(retrofit_safetensors_write(path, &retrofit_cpu, &tensor, 1, RETROFIT_F32, NULL), path);
+    for (int release = 1; release >= 0; release--) {
+        retrofit_map file;
+        size_t infinite, zeros;
+        need(retrofit_safetensors_open(&file, path), path);
+        long before = resident_files();
+        retrofit_safetensors_survey(&file, release, &infinite, &zeros);
+        long more = resident_files() - before;
+        check(infinite == 0 && zeros == 1, "what a survey finds, release %d", release);
+        if (before)
+            check(release ? more < 2048 : more > 8192, "%ld KB are left, release %d", more, release);
+        retrofit_safetensors_close(&file);
+    }
+    remove(path);
+}
+
 // A model in shards is as good as a whole one; but not without one of its shards, with a tensor in
 // two of them, or with a shard from outside of its directory.
 static void hostile_shards(void) {
@@ -1979,6 +2017,7 @@ int main(void) {
     hostile_headers();
     hostile_tensors();
     f16_files();
+    released_surveys();
     hostile_shards();
     hostile_configs();
     rows_of_shards();
