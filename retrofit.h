@@ -217,6 +217,7 @@ typedef struct {
 //   rmsnorm           out (N,d), rstd (N); dweight may be NULL
 //   matmul            out (N,O) = inp (N,I)·wᵀ, w (O,I); dinp (N,I); dw (O,I), rows `stride` apart
 //   matmul_residual   the same into fp32, plus residual (N,O): NULL for zero, or out itself
+//   matmul_symmetric  out (N,N) = inp (N,I)·inpᵀ
 //   rope              in place on q and k of qkv (N,Q); table (positions,h/2,{cos, sin}); row b
 //                     begins at position past[b], or at 0 if past is NULL
 //   attention         out (N,d), lse (N,H) from qkv (N,Q); dqkv (N,Q), delta (N,H)
@@ -246,6 +247,7 @@ typedef struct {
       size_t I, size_t O)) \
     X(matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, \
       size_t N, size_t I, size_t O)) \
+    X(matmul_symmetric, (act *out, const act *inp, size_t N, size_t I)) \
     X(rope_forward, (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, \
       size_t H, size_t G, size_t h)) \
     X(rope_backward, (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, \
@@ -1138,12 +1140,10 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
 // w_gate_up, 1 for the others, makes a tall matrix's step change its output as much as a wide
 // one's.
 //
-// w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. The
-// step's size stays the same, thanks to the last factor, but it is shared out differently: if two
+// w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. If two
 // stacked gradients both have the input direction x, with singular values s₁ and s₂, the stack has
-// it once, with √(s₁² + s₂²), and their steps along x are s₁ and s₂ over that instead of 1 each.
-// The authors' models are fused like ours. Their baseline is Hugging Face's Llama, whose q, k, v,
-// gate and up are matrices of their own; ours has them fused there too.
+// it once, with √(s₁² + s₂²), and their steps along x are s₁ and s₂ over that instead of 1 each. So
+// it is in the authors' models; only their baseline, Hugging Face's Llama, has matrices apart.
 static void muon_momentum(float *u, float *m, const float *g, size_t n, float scale,
                           float momentum) {
     PARALLEL_FOR(n)
@@ -1170,10 +1170,10 @@ static void newton_schulz(retrofit_model *model, size_t rows, size_t cols) {
     const retrofit_ops *ops = model->ops;
     size_t r = retrofit_min(rows, cols), c = retrofit_max(rows, cols);
     act *X = model->muon_x, *Y = model->muon_y, *M = model->muon_a, *B = model->muon_b;
-    retrofit_weight x = {X, ops->act_type, c}, m = {M, ops->act_type, r};
+    retrofit_weight x = {X, ops->act_type, c};
     for (int i = 0; i < 5; i++) {
-        ops->matmul_forward(M, X, x, r, c, r);               // M = X·Xᵀ
-        ops->matmul_forward(B, M, m, r, r, r);               // B = M·Mᵀ = M², M being symmetric
+        ops->matmul_symmetric(M, X, r, c);                   // M = X·Xᵀ
+        ops->matmul_symmetric(B, M, r, r);                   // B = M·Mᵀ = M², M being symmetric
         ops->axpby(B, M, r * r, -4.7750f, 2.0315f);          // B = b·M + c·M²
         ops->matmul_backward_input(Y, B, x, r, c, r);        // Y = B·X
         ops->axpby(X, Y, r * c, 1, 3.4445f);                 // X = Y + a·X
@@ -6866,6 +6866,27 @@ static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t
         uint64_t key = retrofit_hash(retrofit_hash(seed, n / T), position);
         for (size_t c = 0; c < d; c++)
             s[n * d + c] = sigma == 0 ? 0 : sigma * retrofit_hash_normal(key, c);
+    }
+}
+
+// Of a symmetric matrix the squares on the diagonal and below it are computed; what lies above is
+// their mirror image: the same sums of the same terms in the same order.
+static void matmul_symmetric(act *out, const act *inp, size_t N, size_t I) {
+    enum { SQUARE = 96 };
+    float *c = out;
+    matrix_view A = view(inp, I);
+    matrix_product all = {N, N, I, A, transposed(A), c, NULL, N, 0};
+    size_t side = ceil_of(N, SQUARE);
+    PARALLEL_TASKS(N * N * I)
+    for (size_t task = 0; task < side * side; task++) {
+        size_t i = task / side * SQUARE, i_end = retrofit_min(i + SQUARE, N);
+        size_t j = task % side * SQUARE, j_end = retrofit_min(j + SQUARE, N);
+        if (j > i) continue;
+        matrix_product square = product_part(&all, i, i_end - i, j, j_end - j);
+        multiply(&square, false);
+        for (size_t row = i; row < i_end && j < i; row++)
+            for (size_t column = j; column < j_end; column++)
+                c[column * N + row] = c[row * N + column];
     }
 }
 

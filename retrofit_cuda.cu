@@ -1221,6 +1221,11 @@ static void matmul_backward_weight(float *dw, size_t stride, const act *dout, co
     gemm<true, true>(p);
 }
 
+template <typename E>
+static void matmul_symmetric(act *out, const act *inp, size_t N, size_t I) {
+    matmul_forward<E>(out, inp, {inp, sizeof(E) == 2 ? RETROFIT_BF16 : RETROFIT_F32, I}, N, I, N);
+}
+
 // ---- RoPE: (x, y) = elements i and i + h/2 of a head turn by the angle φ = position·θ_i --------
 //     x ← x·cos φ - y·sin φ      y ← y·cos φ + x·sin φ         backward: by -φ
 // One thread per eight pairs of a head; the heads are the H of the queries and the G of the keys.

@@ -338,8 +338,7 @@ OP(rmsnorm_backward, ALL, "Nd") {
                           in(F32, d), N, d);
 }
 
-OP(matmul_forward, ROWS, "NdQ w_qkv", "NdW fc", "CdV head", "dWd muon", "ddd muon", "1dQ w_qkv",
-   "1dW fc") {
+OP(matmul_forward, ROWS, "NdQ w_qkv", "NdW fc", "CdV head", "1dQ w_qkv", "1dW fc") {
     size_t N = s[0], I = s[1], O = s[2];
     multiplies(N, I, O, I);
     ops->matmul_forward(out(ACT, N * O), in(ACT, N * I), matrix(O, I, 0), N, I, O);
@@ -375,6 +374,13 @@ OP(matmul_backward_weight, ROWS, "QNd w_qkv", "dNd proj", "WNd fc", "dNF w_down"
     ops->matmul_backward_weight(both(F32, (O - 1) * stride + I), stride,
                                 next_array('i', ACT, N * O, N, uncut, NULL), in(ACT, N * I), N, I,
                                 O);
+}
+
+// Newton-Schulz' products, whose halves are the same.
+OP(matmul_symmetric, ALL, "dW muon", "dd muon") {
+    size_t N = s[0], I = s[1];
+    multiplies(N, I, N, I);
+    ops->matmul_symmetric(out(ACT, N * N), in(ACT, N * I), N, I);
 }
 
 // Queries and keys are turned, not values; each is read and written.

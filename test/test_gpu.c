@@ -107,6 +107,11 @@ static void rounded_cast(act *out, const float *x, size_t n) {
     round_all(out, n);
 }
 
+static void rounded_matmul_symmetric(act *out, const act *inp, size_t N, size_t I) {
+    matmul_symmetric(out, inp, N, I);
+    round_all(out, N * N);
+}
+
 static void rounded_muon_load(act *x, const float *u, const double *squares, size_t rows,
                               size_t cols) {
     muon_load(x, u, squares, rows, cols);
@@ -134,6 +139,7 @@ static void fill_rounded_table(void) {
     rounded.swiglu_forward = rounded_swiglu_forward;
     rounded.swiglu_backward = rounded_swiglu_backward;
     rounded.cross_entropy = rounded_cross_entropy;
+    rounded.matmul_symmetric = rounded_matmul_symmetric;
     rounded.cast = rounded_cast;
     rounded.muon_load = rounded_muon_load;
     rounded.axpby = rounded_axpby;

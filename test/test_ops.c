@@ -594,6 +594,22 @@ static void test_matmul_backward_weight(void) {
     check_near("dw by differences", dw, differences, terms, sum_error(N));
 }
 
+// Newton-Schulz needs what is symmetric to be so to the bit.
+static void test_matmul_symmetric(void) {
+    size_t N = trial % 4 ? pick_size(1, 100) : pick_size(90, 300), I = pick_size(1, 200);
+    describe("N %zu I %zu", N, I);
+    array inp = random_act(N * I, 1), out = unset_act(N * N);
+    double *want = zeros(N * N), *terms = zeros(N * N);
+    add_product(want, terms, N, N, N, I, by_rows(inp.host, I), by_columns(inp.host, I));
+    ops->matmul_symmetric(out.data, inp.data, N, I);
+    check_near("out", out, want, terms, sum_error(I));
+    const double *got = download(out);
+    size_t differ = 0;
+    for (size_t i = 0; i < N; i++)
+        for (size_t j = 0; j < i; j++) differ += got[i * N + j] != got[j * N + i];
+    check(!differ, "%s, %s: %zu elements differ from their mirror image", op, sizes, differ);
+}
+
 // ---- RoPE --------------------------------------------------------------------------------------
 typedef struct {
     size_t B, T, H, G, h, Q;
