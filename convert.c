@@ -401,14 +401,11 @@ static float *new_adapter(size_t d) {
 static const retrofit_parameter **add_layers(const retrofit_parameter **next,
                                              const retrofit_model *source,
                                              const layer_numbers *list) {
+    size_t ends = source->config.tied ? 2 : 3; // embedding, final norm, head
+    size_t of_layer = (source->parameter_count - ends) / source->config.coda;
     for (size_t i = 0; i < list->count; i++) {
-        const retrofit_layer *layer = &source->coda[list->layers[i]];
-        *next++ = &layer->norm_1;
-        *next++ = &layer->w_qkv;
-        *next++ = &layer->w_out;
-        *next++ = &layer->norm_2;
-        *next++ = &layer->w_gate_up;
-        *next++ = &layer->w_down;
+        for (size_t j = 0; j < of_layer; j++)
+            *next++ = source->parameters[1 + list->layers[i] * of_layer + j];
     }
     return next;
 }
@@ -578,7 +575,7 @@ static bool writes_to_residual_stream(const retrofit_parameter *p) {
 
 // Huginn's rule, after Takase. With d the width and L = P + C·R + D the unrolled model's depth:
 //
-//     norms                   1
+//     norms                   1       biases    0
 //     W_out, W_down           N(0, σ²/(2L)), since 2L of them add to the residual stream
 //     every other matrix      N(0, σ²),      σ² = 2/(5d)
 //
@@ -592,7 +589,8 @@ static void initialise(retrofit_model *model) {
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *p = model->parameters[i];
         size_t count = p->rows * p->cols;
-        bool is_norm = p->kind == RETROFIT_NORM;
+        float fixed = p->kind == RETROFIT_NORM ? 1 : 0;
+        bool drawn = p->kind != RETROFIT_NORM && p->kind != RETROFIT_BIAS;
         float std = (float)(writes_to_residual_stream(p) ? sigma / sqrt(2 * depth) : sigma);
         uint64_t key = retrofit_hash(options.seed, i);
         for (size_t first = 0; first < count; first += CHUNK) {
@@ -601,7 +599,7 @@ static void initialise(retrofit_model *model) {
 #pragma omp parallel for schedule(static)
 #endif
             for (size_t j = first; j < end; j++)
-                p->master[j] = is_norm ? 1 : std * retrofit_hash_normal(key, j);
+                p->master[j] = drawn ? std * retrofit_hash_normal(key, j) : fixed;
             done += end - first;
             retrofit_show_share(done, model->weight_count, "the model's numbers drawn");
         }

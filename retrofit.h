@@ -68,24 +68,24 @@
    A_s has grown. In a short training this choice decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   686
-       s_0                                             retrofit_init_state               709
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            714
-       s_i, without and with gradient                  retrofit_recur                    750
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               579
-       its gradient                                    block_backward                    611
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     762
-       L                                               retrofit_loss                     816
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               839
-       dA_e, de                                        injection_backward                857
-       floating-point operations                       retrofit_flops_per_token          890
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         953
-       the curriculum r̄(t)                             retrofit_curriculum               988
-       a training step                                 retrofit_training_step            1057
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1266
-       Newton-Schulz                                   newton_schulz                     1169
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1305
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2223
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   781
+       s_0                                             retrofit_init_state               804
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            809
+       s_i, without and with gradient                  retrofit_recur                    845
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               671
+       its gradient                                    block_backward                    706
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     857
+       L                                               retrofit_loss                     911
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               934
+       dA_e, de                                        injection_backward                952
+       floating-point operations                       retrofit_flops_per_token          3395
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1013
+       the curriculum r̄(t)                             retrofit_curriculum               1048
+       a training step                                 retrofit_training_step            1117
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1324
+       Newton-Schulz                                   newton_schulz                     1227
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1363
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2281
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -119,12 +119,18 @@ const char *retrofit_error(void);
 typedef enum { RETROFIT_F32, RETROFIT_BF16, RETROFIT_F16, RETROFIT_I32,
                RETROFIT_F64 } retrofit_type;
 
+// Norms of q and k before RoPE: none, of all of q and of all of k, or of each head.
+typedef enum { RETROFIT_QK_NORM_NONE, RETROFIT_QK_NORM_FULL,
+               RETROFIT_QK_NORM_HEAD } retrofit_qk_norm;
+
 typedef struct {
     size_t n_embd, n_heads, n_kv_heads, head_dim;  // d, H, G, h
     size_t intermediate, vocab, context;           // F, V, the longest sequence
     size_t prelude, core, coda;                    // P, C, D; a plain Llama has P = C = 0
     float norm_eps, state_std;                     // ε of every norm; σ of s_0
     double rope_theta;
+    bool post_norm, qkv_bias;                      // OLMo-2's norms behind branches; Qwen2's biases
+    retrofit_qk_norm qk_norm;                      // none; full: OLMo-2's; head: Qwen3's
     bool rope_llama3;                              // Llama-3.2's rescaled frequencies, by these;
     double rope_factor, rope_low, rope_high, rope_original_context; // if not, ω_i/factor for all i
     size_t mean_recurrence, backprop_depth;        // R and K that the model was trained for,
@@ -152,7 +158,8 @@ typedef struct {
     size_t stride;
 } retrofit_weight;
 
-typedef enum { RETROFIT_EMBEDDING, RETROFIT_HEAD, RETROFIT_NORM, RETROFIT_MATRIX } retrofit_kind;
+typedef enum { RETROFIT_EMBEDDING, RETROFIT_HEAD, RETROFIT_NORM, RETROFIT_BIAS,
+               RETROFIT_MATRIX } retrofit_kind;
 typedef enum { // RETROFIT_PARTS is their number
     RETROFIT_PART_EMBEDDING, RETROFIT_PART_PRELUDE, RETROFIT_PART_ADAPTER, RETROFIT_PART_CORE,
     RETROFIT_PART_CODA, RETROFIT_PART_NORM, RETROFIT_PART_HEAD, RETROFIT_PARTS
@@ -183,6 +190,8 @@ typedef struct {
     retrofit_parameter norm_2;    // (d)
     retrofit_parameter w_gate_up; // (2F,d)  rows gate, then up              mlp.fc
     retrofit_parameter w_down;    // (d,F)                                   mlp.proj
+    retrofit_parameter b_qkv;     // (Q,1)   no rows without qkv_bias        attn.Wqkv.bias
+    retrofit_parameter q_norm, k_norm; // (H·h), (G·h), or (h) both; no rows without qk_norm
 } retrofit_layer;
 
 typedef struct retrofit_ops retrofit_ops;
@@ -215,9 +224,12 @@ typedef struct {
 // `act` is the table's type. The formulas stand at the definitions.
 //   embedding         x (N,d) from wte (V,d)
 //   rmsnorm           out (N,d), rstd (N); dweight may be NULL
+//   rmsnorm_residual  out (N,d) = residual + the norm of x, in fp32; dinp is set, from dout in fp32
 //   matmul            out (N,O) = inp (N,I)·wᵀ, w (O,I); dinp (N,I); dw (O,I), rows `stride` apart
 //   matmul_residual   the same into fp32, plus residual (N,O): NULL for zero, or out itself
 //   matmul_symmetric  out (N,N) = inp (N,I)·inpᵀ
+//   bias, qk_norm     in place on y (N,O); on q and k of qkv, which go to qk (N,(H+G)·h) before if
+//                     it is not NULL, as then rstd (N, norms of a token)
 //   rope              in place on q and k of qkv (N,Q); table (positions,h/2,{cos, sin}); row b
 //                     begins at position past[b], or at 0 if past is NULL
 //   attention         out (N,d), lse (N,H) from qkv (N,Q); dqkv (N,Q), delta (N,H)
@@ -237,6 +249,10 @@ typedef struct {
       size_t d, float eps)) \
     X(rmsnorm_backward, (float *dx, float *dweight, const act *dout, const float *x, \
       const float *rstd, const float *weight, size_t N, size_t d)) \
+    X(rmsnorm_residual_forward, (float *out, float *rstd, const float *residual, const float *x, \
+      const float *weight, size_t N, size_t d, float eps)) \
+    X(rmsnorm_residual_backward, (act *dinp, float *dweight, const float *dout, const float *x, \
+      const float *rstd, const float *weight, size_t N, size_t d)) \
     X(matmul_forward, (act *out, const act *inp, retrofit_weight w, size_t N, size_t I, \
       size_t O)) \
     X(matmul_residual_forward, (float *out, const float *residual, const act *inp, \
@@ -248,6 +264,13 @@ typedef struct {
     X(matmul_backward_weight, (float *dw, size_t stride, const act *dout, const act *inp, \
       size_t N, size_t I, size_t O)) \
     X(matmul_symmetric, (act *out, const act *inp, size_t N, size_t I)) \
+    X(bias_forward, (act *y, const float *bias, size_t N, size_t O)) \
+    X(bias_backward, (float *dbias, const act *dy, size_t N, size_t O)) \
+    X(qk_norm_forward, (act *qkv, act *qk, float *rstd, const float *q_norm, \
+      const float *k_norm, size_t N, size_t H, size_t G, size_t h, bool per_head, float eps)) \
+    X(qk_norm_backward, (act *dqkv, float *dq_norm, float *dk_norm, const act *qk, \
+      const float *rstd, const float *q_norm, const float *k_norm, size_t N, size_t H, size_t G, \
+      size_t h, bool per_head)) \
     X(rope_forward, (act *qkv, const float *table, const int32_t *past, size_t B, size_t T, \
       size_t H, size_t G, size_t h)) \
     X(rope_backward, (act *dqkv, const float *table, size_t B, size_t T, size_t H, size_t G, \
@@ -331,6 +354,9 @@ typedef struct {
     float *mid;              // (N,d)   the residual stream between attention and MLP
     act *gate_up;            // (N,2F)
     float *out;              // (N,d)
+    float *projected_1, *projected_2; // (N,d)  W_out·a and W_down·s, if norms stand behind them
+    act *qk;                 // (N,(H+G)·h)  q and k before their norms, if they have any, and
+    float *rstd_qk;          // (N,2) or (N,H+G)  of those
 } retrofit_block;
 
 // What a forward pass saves for backward.
@@ -348,6 +374,7 @@ typedef struct {
     act *dinner;                      // (N,d)   of a norm's output
     act *dattention, *dqkv;           // (N,d), (N,Q)
     act *dswiglu, *dgate_up;          // (N,F), (N,2F)
+    float *dstream;                   // (N,d)   what a branch adds to dx, with norms behind it
     act *dfinal;                      // (N,d)   of the final norm's output
 } retrofit_gradients;
 
@@ -542,6 +569,10 @@ enum { FEW_ELEMENTS = 1 << 14, FEW_MULTIPLY_ADDS = 1 << 16 }; // quicker done th
 static void attend_to_cache(retrofit_buffers *buffers, retrofit_block *block, size_t slot);
 static size_t core_slot(const retrofit_buffers *buffers, size_t i);
 static size_t coda_slot(const retrofit_buffers *buffers);
+// Section 10: biases and norms of q and k, where a model has them, and their gradients.
+static void finish_qkv(retrofit_buffers *buffers, const retrofit_layer *layer, retrofit_block *to);
+static void finish_qkv_backward(retrofit_buffers *buffers, retrofit_layer *layer,
+                                const retrofit_block *block);
 // Normal numbers for every state.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed);
 // Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0
@@ -577,37 +608,99 @@ void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t 
 // With RETROFIT_KEEP_INPUTS only out, the next block's input, is kept, 4d bytes (8 KB), and the
 // rest is computed again as well: a quarter more work. Each of the k recurrences keeps its C blocks
 // and y_i, the n nothing: memory grows with P + D + k·C.
+//
+// Other families differ in where a norm stands. Qwen2 adds a bias to W_qkv·RMSNorm_1(x), Qwen3 has
+// a norm of each head of q and k, OLMo-2 of q and k whole; rope comes after. And OLMo-2's branches
+// read the stream itself, while what they give passes a norm before it is added:
+//     mid = x + RMSNorm_1(W_out·attention(…))            out = mid + RMSNorm_2(W_down·swiglu(…))
+// The four functions that follow are the two ends of a branch, and their gradients; finish_qkv, in
+// section 10, is what Qwen2 and Qwen3 add between W_qkv and rope.
+
+// What a branch reads of the stream: its norm, or, with norms behind branches, the stream, cast.
+static void branch_input(retrofit_buffers *buffers, float *rstd, const float *x,
+                         const retrofit_parameter *norm) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t N = buffers->N, d = c->n_embd;
+    if (c->post_norm) ops->cast(buffers->norm, x, N * d);
+    else ops->rmsnorm_forward(buffers->norm, rstd, x, norm->weight.data, N, d, c->norm_eps);
+}
+
+// out = x + w·inp, or out = x + RMSNorm(w·inp); inp (N,I).
+static void branch_output(retrofit_buffers *buffers, float *out, const float *x, const act *inp,
+                          retrofit_weight w, size_t I, float *projected, float *rstd,
+                          const retrofit_parameter *norm) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t N = buffers->N, d = c->n_embd;
+    ops->matmul_residual_forward(c->post_norm ? projected : out, c->post_norm ? NULL : x, inp, w, N,
+                                 I, d);
+    if (c->post_norm)
+        ops->rmsnorm_residual_forward(out, rstd, x, projected, norm->weight.data, N, d,
+                                      c->norm_eps);
+}
+
+// dbranch, the gradient of w·inp, from dx.
+static void branch_output_backward(retrofit_buffers *buffers, const float *projected,
+                                   const float *rstd, const retrofit_parameter *norm) {
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_gradients *g = &buffers->gradients;
+    size_t N = buffers->N, d = buffers->model->config.n_embd;
+    if (!buffers->model->config.post_norm) ops->cast(g->dbranch, g->dx, N * d);
+    else ops->rmsnorm_residual_backward(g->dbranch, norm->grad, g->dx, projected, rstd,
+                                        norm->weight.data, N, d);
+}
+
+// Adds to dx what comes through the branch's first matrix w (O,d), from dout (N,O).
+static void branch_input_backward(retrofit_buffers *buffers, const act *dout, retrofit_weight w,
+                                  size_t O, const float *x, const float *rstd,
+                                  const retrofit_parameter *norm) {
+    const retrofit_ops *ops = buffers->model->ops;
+    const retrofit_gradients *g = &buffers->gradients;
+    size_t N = buffers->N, d = buffers->model->config.n_embd;
+    if (buffers->model->config.post_norm) {
+        ops->matmul_residual_backward_input(g->dstream, dout, w, N, d, O);
+        ops->add(g->dx, g->dstream, N * d, 1);
+        return;
+    }
+    ops->matmul_backward_input(g->dinner, dout, w, N, d, O);
+    ops->rmsnorm_backward(g->dx, norm->grad, g->dinner, x, rstd, norm->weight.data, N, d);
+}
+
 // slot: where the layer's keys and values go in the KV cache, if there is one.
 static void block_until_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
                                 retrofit_block *block, const float *x, size_t slot) {
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
-    const float *norm_1 = layer->norm_1.weight.data, *norm_2 = layer->norm_2.weight.data;
     size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, F = c->intermediate;
     size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim, Q = retrofit_qkv_width(c);
     const int32_t *past = buffers->decoder ? buffers->past : NULL;
-    act *norm = buffers->norm;
     block->x = x;
 
-    ops->rmsnorm_forward(norm, block->rstd_1, x, norm_1, N, d, c->norm_eps);
-    ops->matmul_forward(block->qkv, norm, layer->w_qkv.weight, N, d, Q);
+    branch_input(buffers, block->rstd_1, x, &layer->norm_1);
+    ops->matmul_forward(block->qkv, buffers->norm, layer->w_qkv.weight, N, d, Q);
+    finish_qkv(buffers, layer, block);
     ops->rope_forward(block->qkv, buffers->rope, past, b, t, H, G, h);
     if (buffers->decoder) attend_to_cache(buffers, block, slot);
     else ops->attention_forward(block->attention, block->lse, block->qkv, b, t, H, G, h);
-    ops->matmul_residual_forward(block->mid, x, block->attention, layer->w_out.weight, N, d, d);
-    ops->rmsnorm_forward(norm, block->rstd_2, block->mid, norm_2, N, d, c->norm_eps);
-    ops->matmul_forward(block->gate_up, norm, layer->w_gate_up.weight, N, d, 2 * F);
+    branch_output(buffers, block->mid, x, block->attention, layer->w_out.weight, d,
+                  block->projected_1, block->rstd_1, &layer->norm_1);
+    branch_input(buffers, block->rstd_2, block->mid, &layer->norm_2);
+    ops->matmul_forward(block->gate_up, buffers->norm, layer->w_gate_up.weight, N, d, 2 * F);
+}
+
+static void block_after_gate_up(retrofit_buffers *buffers, const retrofit_layer *layer,
+                                retrofit_block *block) {
+    size_t F = buffers->model->config.intermediate;
+    buffers->model->ops->swiglu_forward(buffers->swiglu, block->gate_up, buffers->N, F);
+    branch_output(buffers, block->out, block->mid, buffers->swiglu, layer->w_down.weight, F,
+                  block->projected_2, block->rstd_2, &layer->norm_2);
 }
 
 static void block_forward(retrofit_buffers *buffers, const retrofit_layer *layer,
                           retrofit_block *block, const float *x, size_t slot) {
-    const retrofit_ops *ops = buffers->model->ops;
-    const retrofit_config *c = &buffers->model->config;
-    size_t N = buffers->N, d = c->n_embd, F = c->intermediate;
-    act *swiglu = buffers->swiglu;
     block_until_gate_up(buffers, layer, block, x, slot);
-    ops->swiglu_forward(swiglu, block->gate_up, N, F);
-    ops->matmul_residual_forward(block->out, block->mid, swiglu, layer->w_down.weight, N, F, d);
+    block_after_gate_up(buffers, layer, block);
 }
 
 static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer,
@@ -615,41 +708,41 @@ static void block_backward(retrofit_buffers *buffers, retrofit_layer *layer,
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     const retrofit_gradients *g = &buffers->gradients;
-    const float *norm_1 = layer->norm_1.weight.data, *norm_2 = layer->norm_2.weight.data;
     size_t N = buffers->N, b = buffers->b, t = buffers->t, d = c->n_embd, F = c->intermediate;
     size_t H = c->n_heads, G = c->n_kv_heads, h = c->head_dim, Q = retrofit_qkv_width(c);
     act *norm = buffers->norm, *swiglu = buffers->swiglu;
     bool trained = !layer->w_qkv.frozen; // a layer is frozen as a whole
 
-    if (buffers->keep == RETROFIT_KEEP_INPUTS)
+    if (buffers->keep == RETROFIT_KEEP_INPUTS) {
         block_until_gate_up(buffers, layer, block, block->x, 0);
+        if (c->post_norm) block_after_gate_up(buffers, layer, block); // for projected_2
+    }
 
-    ops->cast(g->dbranch, g->dx, N * d);
+    branch_output_backward(buffers, block->projected_2, block->rstd_2, &layer->norm_2);
     ops->matmul_backward_input(g->dswiglu, g->dbranch, layer->w_down.weight, N, F, d);
     ops->swiglu_backward(g->dgate_up, swiglu, g->dswiglu, block->gate_up, N, F);
     if (trained) {
         ops->matmul_backward_weight(layer->w_down.grad, F, g->dbranch, swiglu, N, F, d);
-        ops->rmsnorm_forward(norm, block->rstd_2, block->mid, norm_2, N, d, c->norm_eps);
+        branch_input(buffers, block->rstd_2, block->mid, &layer->norm_2);
         ops->matmul_backward_weight(layer->w_gate_up.grad, d, g->dgate_up, norm, N, d, 2 * F);
     }
-    ops->matmul_backward_input(g->dinner, g->dgate_up, layer->w_gate_up.weight, N, d, 2 * F);
-    ops->rmsnorm_backward(g->dx, layer->norm_2.grad, g->dinner, block->mid, block->rstd_2, norm_2,
-                          N, d);
+    branch_input_backward(buffers, g->dgate_up, layer->w_gate_up.weight, 2 * F, block->mid,
+                          block->rstd_2, &layer->norm_2);
 
-    ops->cast(g->dbranch, g->dx, N * d);
+    branch_output_backward(buffers, block->projected_1, block->rstd_1, &layer->norm_1);
     if (trained)
         ops->matmul_backward_weight(layer->w_out.grad, d, g->dbranch, block->attention, N, d, d);
     ops->matmul_backward_input(g->dattention, g->dbranch, layer->w_out.weight, N, d, d);
     ops->attention_backward(g->dqkv, g->delta, g->dattention, block->qkv, block->attention,
                             block->lse, b, t, H, G, h);
     ops->rope_backward(g->dqkv, buffers->rope, b, t, H, G, h);
+    finish_qkv_backward(buffers, layer, block);
     if (trained) {
-        ops->rmsnorm_forward(norm, block->rstd_1, block->x, norm_1, N, d, c->norm_eps);
+        branch_input(buffers, block->rstd_1, block->x, &layer->norm_1);
         ops->matmul_backward_weight(layer->w_qkv.grad, d, g->dqkv, norm, N, d, Q);
     }
-    ops->matmul_backward_input(g->dinner, g->dqkv, layer->w_qkv.weight, N, d, Q);
-    ops->rmsnorm_backward(g->dx, layer->norm_1.grad, g->dinner, block->x, block->rstd_1, norm_1, N,
-                          d);
+    branch_input_backward(buffers, g->dqkv, layer->w_qkv.weight, Q, block->x, block->rstd_1,
+                          &layer->norm_1);
 }
 
 // Blocks in a row: each into its own buffers (`saved`), or all of them in place on x. Returns where
@@ -881,41 +974,6 @@ void retrofit_backward(retrofit_buffers *buffers) {
         blocks_backward(buffers, model->prelude, c->prelude, buffers->saved.prelude);
     }
     model->ops->embedding_backward(model->wte.grad, buffers->tokens, dx, buffers->N, c->n_embd);
-}
-
-// ---- What it costs -----------------------------------------------------------------------------
-// A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
-// costs 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless
-// they are frozen. Recurrences without gradient cost 1. A_e·e and its gradients are computed once,
-// whatever r is. (A_sᵀ·dY_{n+1}, which truncation never computes, is counted all the same.)
-// TinyLlama (4,8,4) with n = 25, k = 8 costs 6 times as much as the 22 layers of its source.
-double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
-                                size_t n, size_t k) {
-    static const int passes[4][5] = { // over prelude, A_e, core, A_s, coda with head
-        {1, 1, 1, 1, 1},              // inference
-        {3, 3, 3, 3, 3},              // training all of it,
-        {1, 2, 3, 3, 2},              // the adapter and the core,
-        {1, 2, 2, 3, 2},              // the adapter
-    };
-    const int *times = passes[mode];
-    double d = (double)config->n_embd, F = (double)config->intermediate, V = (double)config->vocab;
-    double P = (double)config->prelude, C = (double)config->core, D = (double)config->coda;
-    double weights = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F;
-    double layer = 2 * weights + 2 * (double)T * d;
-    double half = retrofit_is_plain(config) ? 0 : 2 * d * d; // A_s or A_e
-    double once = times[0] * P * layer + times[1] * half + times[4] * (D * layer + 2 * d * V);
-    double with_gradient = times[2] * C * layer + times[3] * half;
-    return once + (double)n * (C * layer + half) + (double)k * with_gradient;
-}
-
-// As the paper's figures count: 6·N_1 + 2·N_2, N_1 the parameters of prelude, k times the core, and
-// coda, N_2 those of n times the core. Attention, adapter, embedding, head and freezing do not
-// count: it is a measure of the body's size times its passes.
-double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k) {
-    double d = (double)config->n_embd, F = (double)config->intermediate;
-    double layer = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F + 2 * d;
-    size_t with_gradient = config->prelude + k * config->core + config->coda;
-    return layer * (6 * (double)with_gradient + 2 * (double)(n * config->core));
 }
 
 // =================================================================================================
@@ -3198,8 +3256,8 @@ void retrofit_abandon_on_signals(const char *program);
 
 // Whether the numbers make a model; `where` begins the error. false or error.
 bool retrofit_config_check(const retrofit_config *config, const char *where);
-// Reads directory/config.json, of model_type huginn_raven or llama. false or error, also if it asks
-// for what is not supported.
+// Reads directory/config.json, of model_type huginn_raven, llama, qwen2, qwen3 or olmo2. false or
+// error, also if it asks for what is not supported.
 bool retrofit_config_read(retrofit_config *config, const char *directory);
 // The same of a config.json under any name. false or error.
 bool retrofit_config_read_file(retrofit_config *config, const char *path);
@@ -3326,6 +3384,41 @@ bool retrofit_is_plain(const retrofit_config *config) { return config->core == 0
 
 size_t retrofit_qkv_width(const retrofit_config *config) {
     return (config->n_heads + 2 * config->n_kv_heads) * config->head_dim;
+}
+
+// ---- What it costs -----------------------------------------------------------------------------
+// A multiply-add of a matrix is 2 operations; causal attention reads T/2 keys on average. Forward
+// costs 1 pass; backward 1 for the gradient of what came in and 1 for that of the weights, unless
+// they are frozen. Recurrences without gradient cost 1. A_e·e and its gradients are computed once,
+// whatever r is. (A_sᵀ·dY_{n+1}, which truncation never computes, is counted all the same.)
+// TinyLlama (4,8,4) with n = 25, k = 8 costs 6 times as much as the 22 layers of its source.
+double retrofit_flops_per_token(const retrofit_config *config, retrofit_mode mode, size_t T,
+                                size_t n, size_t k) {
+    static const int passes[4][5] = { // over prelude, A_e, core, A_s, coda with head
+        {1, 1, 1, 1, 1},              // inference
+        {3, 3, 3, 3, 3},              // training all of it,
+        {1, 2, 3, 3, 2},              // the adapter and the core,
+        {1, 2, 2, 3, 2},              // the adapter
+    };
+    const int *times = passes[mode];
+    double d = (double)config->n_embd, F = (double)config->intermediate, V = (double)config->vocab;
+    double P = (double)config->prelude, C = (double)config->core, D = (double)config->coda;
+    double weights = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F;
+    double layer = 2 * weights + 2 * (double)T * d;
+    double half = retrofit_is_plain(config) ? 0 : 2 * d * d; // A_s or A_e
+    double once = times[0] * P * layer + times[1] * half + times[4] * (D * layer + 2 * d * V);
+    double with_gradient = times[2] * C * layer + times[3] * half;
+    return once + (double)n * (C * layer + half) + (double)k * with_gradient;
+}
+
+// As the paper's figures count: 6·N_1 + 2·N_2, N_1 the parameters of prelude, k times the core, and
+// coda, N_2 those of n times the core. Attention, adapter, embedding, head and freezing do not
+// count: it is a measure of the body's size times its passes.
+double retrofit_paper_flops_per_token(const retrofit_config *config, size_t n, size_t k) {
+    double d = (double)config->n_embd, F = (double)config->intermediate;
+    double layer = d * (double)retrofit_qkv_width(config) + d * d + 3 * d * F + 2 * d;
+    size_t with_gradient = config->prelude + k * config->core + config->coda;
+    return layer * (6 * (double)with_gradient + 2 * (double)(n * config->core));
 }
 
 // ---- The CPU as a device -----------------------------------------------------------------------
@@ -3467,7 +3560,8 @@ typedef struct {
 static void add_source(retrofit_parameter *parameter, const char *prefix, const char *name,
                        size_t rows) {
     retrofit_source_tensor *source = &parameter->source[parameter->sources++];
-    snprintf(source->name, sizeof source->name, "%s%s.weight", prefix, name);
+    const char *what = parameter->kind == RETROFIT_BIAS ? "bias" : "weight";
+    snprintf(source->name, sizeof source->name, "%s%s.%s", prefix, name, what);
     source->rows = rows;
 }
 
@@ -3475,6 +3569,8 @@ static void list_parameter(retrofit_model *model, const listed *row, const char 
                            retrofit_part part) {
     retrofit_parameter *parameter = row->parameter;
     bool plain = retrofit_is_plain(&model->config);
+    if (row->plain[0].rows == 0) return; // another family's
+    parameter->kind = row->kind;
     for (size_t i = 0; i < 3 && row->plain[i].rows > 0; i++) {
         parameter->rows += row->plain[i].rows;
         if (plain) add_source(parameter, prefix, row->plain[i].name, row->plain[i].rows);
@@ -3482,7 +3578,6 @@ static void list_parameter(retrofit_model *model, const listed *row, const char 
     if (!plain) add_source(parameter, prefix, row->recurrent, parameter->rows);
 
     parameter->cols = row->cols;
-    parameter->kind = row->kind;
     parameter->part = part;
     parameter->weight.type = RETROFIT_F32;
     parameter->weight.stride = row->cols;
@@ -3490,24 +3585,35 @@ static void list_parameter(retrofit_model *model, const listed *row, const char 
     model->weight_count += parameter->rows * parameter->cols;
 }
 
-enum { LAYER_PARAMETERS = 6 };
+enum { LAYER_PARAMETERS = 9 }; // at most
 
 // The parameters of one layer; matrices are (outputs,inputs).
 static void list_layer(retrofit_model *model, retrofit_layer *layer, const char *prefix,
                        retrofit_part part) {
     const retrofit_config *c = &model->config;
     size_t d = c->n_embd, F = c->intermediate, kv = c->n_kv_heads * c->head_dim; // kv = G·h
+    bool per_head = c->qk_norm == RETROFIT_QK_NORM_HEAD;
+    size_t q_cols = per_head ? c->head_dim : d, k_cols = per_head ? c->head_dim : kv;
+    size_t q_bias = c->qkv_bias ? d : 0, k_bias = c->qkv_bias ? kv : 0; // 0: the family has none
+    size_t n = c->qk_norm ? 1 : 0;
+    const char *norm_1 = c->post_norm ? "post_attention_layernorm" : "input_layernorm";
+    const char *norm_2 = c->post_norm ? "post_feedforward_layernorm" : "post_attention_layernorm";
     // clang-format off
     const listed rows[LAYER_PARAMETERS] = {
-        {&layer->norm_1,    RETROFIT_NORM,   d, "norm_1",    {{"input_layernorm",          1}}},
-        {&layer->w_qkv,     RETROFIT_MATRIX, d, "attn.Wqkv", {{"self_attn.q_proj",         d},
-                                                              {"self_attn.k_proj",         kv},
-                                                              {"self_attn.v_proj",         kv}}},
-        {&layer->w_out,     RETROFIT_MATRIX, d, "attn.proj", {{"self_attn.o_proj",         d}}},
-        {&layer->norm_2,    RETROFIT_NORM,   d, "norm_2",    {{"post_attention_layernorm", 1}}},
-        {&layer->w_gate_up, RETROFIT_MATRIX, d, "mlp.fc",    {{"mlp.gate_proj",            F},
-                                                              {"mlp.up_proj",              F}}},
-        {&layer->w_down,    RETROFIT_MATRIX, F, "mlp.proj",  {{"mlp.down_proj",            d}}}};
+        {&layer->norm_1,    RETROFIT_NORM,   d,      "norm_1",      {{norm_1,             1}}},
+        {&layer->w_qkv,     RETROFIT_MATRIX, d,      "attn.Wqkv",   {{"self_attn.q_proj", d},
+                                                                     {"self_attn.k_proj", kv},
+                                                                     {"self_attn.v_proj", kv}}},
+        {&layer->b_qkv,     RETROFIT_BIAS,   1,      "attn.Wqkv",   {{"self_attn.q_proj", q_bias},
+                                                                     {"self_attn.k_proj", k_bias},
+                                                                     {"self_attn.v_proj", k_bias}}},
+        {&layer->q_norm,    RETROFIT_NORM,   q_cols, "attn.q_norm", {{"self_attn.q_norm", n}}},
+        {&layer->k_norm,    RETROFIT_NORM,   k_cols, "attn.k_norm", {{"self_attn.k_norm", n}}},
+        {&layer->w_out,     RETROFIT_MATRIX, d,      "attn.proj",   {{"self_attn.o_proj", d}}},
+        {&layer->norm_2,    RETROFIT_NORM,   d,      "norm_2",      {{norm_2,             1}}},
+        {&layer->w_gate_up, RETROFIT_MATRIX, d,      "mlp.fc",      {{"mlp.gate_proj",    F},
+                                                                     {"mlp.up_proj",      F}}},
+        {&layer->w_down,    RETROFIT_MATRIX, F,      "mlp.proj",    {{"mlp.down_proj",    d}}}};
     // clang-format on
     for (size_t i = 0; i < LAYER_PARAMETERS; i++) list_parameter(model, &rows[i], prefix, part);
 }
@@ -3636,9 +3742,14 @@ static void lay_out_grads(retrofit_model *model, arena *a) {
     if (model->config.tied) tie_head(model);
 }
 
+// Norms and biases are one-dimensional in files, and fp32 where operations read them.
+static bool is_vector(retrofit_kind kind) {
+    return kind == RETROFIT_NORM || kind == RETROFIT_BIAS;
+}
+
 // The type in which operations read a parameter.
 static retrofit_type compute_type(const retrofit_model *model, retrofit_kind kind) {
-    if (kind == RETROFIT_NORM || kind == RETROFIT_EMBEDDING) return RETROFIT_F32;
+    if (is_vector(kind) || kind == RETROFIT_EMBEDDING) return RETROFIT_F32;
     return model->ops->act_type;
 }
 
@@ -3890,13 +4001,23 @@ size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
 //     all of a block     scratch             with KEEP_INPUTS, but for its out
 
 static void lay_out_block(retrofit_block *block, arena *a, const retrofit_config *c, size_t N,
-                          size_t size) {
+                          size_t size, retrofit_keep keep) {
+    size_t H = c->n_heads, G = c->n_kv_heads;
     block->rstd_1 = arena_alloc(a, N, sizeof(float));
     block->rstd_2 = arena_alloc(a, N, sizeof(float));
     block->qkv = arena_alloc(a, N * retrofit_qkv_width(c), size);
     block->attention = arena_alloc(a, N * c->n_embd, size);
-    block->lse = arena_alloc(a, N * c->n_heads, sizeof(float));
+    block->lse = arena_alloc(a, N * H, sizeof(float));
     block->gate_up = arena_alloc(a, N * 2 * c->intermediate, size);
+    if (c->post_norm) {
+        block->projected_1 = arena_alloc(a, N * c->n_embd, sizeof(float));
+        block->projected_2 = block->projected_1;
+        if (keep) block->projected_2 = arena_alloc(a, N * c->n_embd, sizeof(float));
+    }
+    if (c->qk_norm && keep) {
+        block->qk = arena_alloc(a, N * (H + G) * c->head_dim, size);
+        block->rstd_qk = arena_alloc(a, N * (H + G), sizeof(float));
+    }
 }
 
 static void lay_out_saved_blocks(retrofit_buffers *buffers, retrofit_block *blocks, size_t count,
@@ -3905,7 +4026,7 @@ static void lay_out_saved_blocks(retrofit_buffers *buffers, retrofit_block *bloc
     for (size_t i = 0; i < count; i++) {
         if (buffers->keep == RETROFIT_KEEP_INPUTS) blocks[i] = buffers->scratch;
         else {
-            lay_out_block(&blocks[i], a, c, N, size);
+            lay_out_block(&blocks[i], a, c, N, size, buffers->keep);
             blocks[i].mid = arena_alloc(a, N * c->n_embd, sizeof(float));
         }
         blocks[i].out = arena_alloc(a, N * c->n_embd, sizeof(float));
@@ -3932,6 +4053,7 @@ static void lay_out_gradients(retrofit_buffers *buffers, arena *a, const retrofi
     g->dbranch = arena_alloc(a, N * d, size);
     g->dinner = arena_alloc(a, N * d, size);
     g->dswiglu = arena_alloc(a, N * c->intermediate, size);
+    if (c->post_norm) g->dstream = arena_alloc(a, N * d, sizeof(float));
     g->dinjected = buffers->injected;
     g->dfinal = g->dinner;
     if (buffers->keep == RETROFIT_KEEP_ALL) {
@@ -3985,7 +4107,7 @@ static void lay_out_buffers(retrofit_buffers *buffers, arena *a, const retrofit_
     buffers->state = arena_alloc(a, N * d, sizeof(float));
     buffers->injected = arena_alloc(a, N * d, sizeof(float));
     if (!buffers->keep) buffers->x = arena_alloc(a, N * d, sizeof(float));
-    lay_out_block(&buffers->scratch, a, c, N, size);
+    lay_out_block(&buffers->scratch, a, c, N, size, buffers->keep);
     if (buffers->keep == RETROFIT_KEEP_INPUTS)
         buffers->scratch.mid = arena_alloc(a, N * d, sizeof(float));
     if (buffers->keep) lay_out_saved(buffers, a, c, size);
@@ -4483,7 +4605,42 @@ static bool check_config_numbers(const retrofit_config *c, const char *where) {
     return true;
 }
 
+// The families of plain models, which differ in their blocks: section 2 says how.
+typedef struct {
+    const char *type, *class;  // as config.json calls them
+    bool post_norm, qkv_bias;
+    retrofit_qk_norm qk_norm;
+    double norm_eps;           // without rms_norm_eps
+} model_family;
+static const model_family model_families[] = {
+    {"llama", "LlamaForCausalLM", false, false, RETROFIT_QK_NORM_NONE, 1e-6},
+    {"qwen2", "Qwen2ForCausalLM", false, true, RETROFIT_QK_NORM_NONE, 1e-6},
+    {"qwen3", "Qwen3ForCausalLM", false, false, RETROFIT_QK_NORM_HEAD, 1e-6},
+    {"olmo2", "Olmo2ForCausalLM", true, false, RETROFIT_QK_NORM_FULL, 1e-5},
+};
+enum { MODEL_FAMILIES = sizeof model_families / sizeof *model_families };
+
+// Of that model_type, or NULL: it is recurrent, or not supported.
+static const model_family *find_family(const retrofit_json *type) {
+    for (size_t i = 0; i < MODEL_FAMILIES; i++)
+        if (retrofit_json_is(type, model_families[i].type)) return &model_families[i];
+    return NULL;
+}
+
+// The family whose blocks a model has; NULL if it mixes those of several.
+static const model_family *family_of(const retrofit_config *c) {
+    for (size_t i = 0; i < MODEL_FAMILIES; i++) {
+        const model_family *family = &model_families[i];
+        if (family->post_norm == c->post_norm && family->qkv_bias == c->qkv_bias &&
+            family->qk_norm == c->qk_norm)
+            return family;
+    }
+    return NULL;
+}
+
 bool retrofit_config_check(const retrofit_config *config, const char *where) {
+    if (retrofit_is_plain(config) && !family_of(config))
+        return retrofit_fail("%s: these blocks are of no family", where);
     return check_config_sizes(config, where) && check_config_heads(config, where) &&
            check_config_numbers(config, where);
 }
@@ -4558,10 +4715,13 @@ static bool config_is_true(const retrofit_json *json, const char *key) {
     return value && value->type == RETROFIT_JSON_BOOL && value->number != 0;
 }
 
+// As config.json calls them, by retrofit_qk_norm.
+static const char *const qk_norm_names[] = {"none", "full", "head"};
+
 // All keys of a config.json that are known: those of transformers' Llama and its base class, those
 // of the authors' models, and some of other families that a Llama would not be with.
 static const retrofit_key config_keys[] = {
-    {"model_type", NULL, "llama or huginn_raven"},
+    {"model_type", NULL, "llama, qwen2, qwen3, olmo2 or huginn_raven"},
     {"hidden_size n_embd", NULL, "the width d"},
     {"num_attention_heads n_heads", NULL, "H"},
     {"num_key_value_heads", NULL, "G; H without it"},
@@ -4572,6 +4732,9 @@ static const retrofit_key config_keys[] = {
     {"max_position_embeddings", NULL, "the longest context; 2048 without it"},
     {"mean_recurrence mean_backprop_depth", NULL, "R and K"},
     {"trained_seq_len", NULL, "ours: T of the training, which --eval takes"},
+    {"block_norm", NULL, "ours, of a recurrent model: pre, or post as in OLMo-2's blocks"},
+    {"qk_norm", NULL, "ours: norms of q and k: none, full (OLMo-2's) or head (Qwen3's)"},
+    {"qkv_bias", NULL, "ours: whether q, k and v have biases, as Qwen2's"},
     {"trained_state_init", NULL, "ours: s_0 of the training, normal or zero, which infer takes"},
     {"rms_norm_eps norm_eps", NULL, "of a plain Llama; of a recurrent model"},
     {"rope_theta", NULL, "the base of RoPE's frequencies; 10000 without it"},
@@ -4598,7 +4761,7 @@ static const retrofit_key config_keys[] = {
     {"tie_embeddings", "false", "a recurrent model has a head of its own"},
     {"partial_rotary_factor", "1", "RoPE turns whole heads here"},
     {"rope_interleaved", "false", "RoPE turns halves of a head here"},
-    {"sliding_window", "null", "attention is over the whole context here"},
+    {"sliding_window", NULL, "null, no other; Qwen's counts only with use_sliding_window"},
     {"use_sliding_window", "false", "attention is over the whole context here"},
     {"quantization_config compression_config", "null", "take the model before it was quantized"},
     {"logit_scale logits_scaling", "1", "logits are not scaled here"},
@@ -4612,7 +4775,8 @@ static const retrofit_key config_keys[] = {
     {"padding_multiple", "*", "the vocabulary is padded already"},
     {"test_time_noise_type max_window_layers", "*", "of what is off"},
     {"init_orthogonal init_strategy initializer_range", "*", "of weights from scratch"},
-    {"auto_map tokenizer_class", "*", "names of classes"},
+    {"auto_map", NULL, "that the authors' model is of OLMo-2's blocks"},
+    {"tokenizer_class", "*", "names of classes"},
     {"is_llama_config", "*", "where it comes from"},
     {"_name_or_path name_or_path transformers_version unsloth_*", "*", "where it comes from"},
     {"dtype torch_dtype", "*", "the file's tensors say it"},
@@ -4672,9 +4836,16 @@ static bool check_config_keys(const retrofit_json *json, const char *where) {
     const retrofit_json *classes = retrofit_json_get(json, "architectures");
     const retrofit_json *class = classes ? classes->child : NULL;
     bool named = class && class->type == RETROFIT_JSON_STRING;
-    if (named && strncmp(class->string, "Llama", 5) && strncmp(class->string, "Raven", 5))
+    const model_family *family = find_family(retrofit_json_get(json, "model_type"));
+    const char *usual = family ? family->class : "RavenForCausalLM";
+    if (named && strncmp(class->string, usual, 5))
         retrofit_note("%s: architectures says %s: read as the model_type says", where,
                       class->string);
+    const retrofit_json *window = retrofit_json_get(json, "sliding_window");
+    bool qwen = family && !strncmp(family->type, "qwen", 4);
+    if (window && window->type != RETROFIT_JSON_NULL && !qwen)
+        return retrofit_fail("%s: \"sliding_window\" is %s: attention is over the whole context "
+                             "here", where, retrofit_json_value_text(window));
     return retrofit_keys_check(json, KEYS(config_keys), where) &&
            check_config_member(json, "rope_scaling", KEYS(rope_keys), where) &&
            check_config_member(json, "rope_parameters", KEYS(rope_keys), where) &&
@@ -4776,15 +4947,16 @@ static bool read_config_ids(retrofit_config *c, const retrofit_json *json, const
     return true;
 }
 
-static bool read_config_numbers(retrofit_config *c, const retrofit_json *json, bool plain,
-                                const char *where) {
+static bool read_config_numbers(retrofit_config *c, const retrofit_json *json,
+                                const model_family *family, const char *where) {
     const retrofit_json *init = retrofit_json_get(json, "init_values");
-    double head_dim = (double)c->head_dim, eps = plain ? 1e-6 : 0, std = RETROFIT_STATE_STD;
+    double head_dim = (double)c->head_dim, std = RETROFIT_STATE_STD;
+    double eps = family ? family->norm_eps : 0;
     if (!read_config_number(&head_dim, json, "head_dim", where)) return false;
     if (head_dim != (double)c->head_dim)
         return retrofit_fail("%s: head_dim is not %zu / %zu: such models are not supported", where,
                              c->n_embd, c->n_heads);
-    if (!read_config_number(&eps, json, plain ? "rms_norm_eps" : "norm_eps", where)) return false;
+    if (!read_config_number(&eps, json, family ? "rms_norm_eps" : "norm_eps", where)) return false;
     if (!read_config_number(&std, init, "std", where)) return false;
     c->norm_eps = (float)eps;
     c->state_std = (float)std;
@@ -4800,11 +4972,58 @@ static bool read_config_state(retrofit_config *c, const retrofit_json *json, con
     return retrofit_fail("%s: trained_state_init is neither \"normal\" nor \"zero\"", where);
 }
 
+static void set_family(retrofit_config *c, const model_family *family) {
+    c->post_norm = family->post_norm;
+    c->qkv_bias = family->qkv_bias;
+    c->qk_norm = family->qk_norm;
+}
+
+// One of the names, by its number in *out, which stays as it is without the key. false or error.
+static bool read_config_choice(size_t *out, const retrofit_json *json, const char *key,
+                               const char *const *names, size_t count, const char *where) {
+    const retrofit_json *value = retrofit_json_get(json, key);
+    if (!value || value->type == RETROFIT_JSON_NULL) return true;
+    for (size_t i = 0; i < count; i++) {
+        if (!retrofit_json_is(value, names[i])) continue;
+        *out = i;
+        return true;
+    }
+    return retrofit_fail("%s: \"%s\" is %s: not known here", where, key,
+                         retrofit_json_value_text(value));
+}
+
+// A plain model's blocks are its family's. The authors' models say by the name of their code alone
+// that theirs are OLMo-2's; ours have keys for what differs from Llama's.
+static bool read_config_blocks(retrofit_config *c, const retrofit_json *json,
+                               const model_family *family, const char *where) {
+    static const char *const norms[] = {"pre", "post"}, *const keys[] = {"block_norm", "qk_norm",
+                                                                         "qkv_bias"};
+    const retrofit_json *code = retrofit_json_get(json, "auto_map");
+    code = retrofit_json_get(code, "AutoModelForCausalLM");
+    bool olmo = code && code->type == RETROFIT_JSON_STRING && strstr(code->string, "_olmo.");
+    if (!family && olmo) set_family(c, &model_families[MODEL_FAMILIES - 1]);
+    if (family) set_family(c, family);
+    for (size_t i = 0; family && i < 3; i++) {
+        if (retrofit_json_get(json, keys[i]))
+            return retrofit_fail("%s: \"%s\" is a recurrent model's: a %s has the blocks of its "
+                                 "family", where, keys[i], family->type);
+    }
+    size_t norm = c->post_norm, qk_norm = c->qk_norm;
+    bool ok = read_config_choice(&norm, json, "block_norm", norms, 2, where) &&
+              read_config_choice(&qk_norm, json, "qk_norm", qk_norm_names, 3, where);
+    c->post_norm = norm;
+    c->qk_norm = (retrofit_qk_norm)qk_norm;
+    c->qkv_bias = c->qkv_bias || config_is_true(json, "qkv_bias");
+    return ok;
+}
+
 static bool config_parse(retrofit_config *c, const retrofit_json *json, const char *where) {
     const retrofit_json *type = retrofit_json_get(json, "model_type");
-    bool plain = retrofit_json_is(type, "llama");
+    const model_family *family = find_family(type);
+    bool plain = family != NULL;
     if (!plain && !retrofit_json_is(type, "huginn_raven"))
-        return retrofit_fail("%s: model_type is %.40s: only llama and huginn_raven are supported",
+        return retrofit_fail("%s: model_type is %.40s: only llama, qwen2, qwen3, olmo2 and "
+                             "huginn_raven are supported",
                              where, type && type->string ? type->string : "missing");
     memset(c, 0, sizeof *c);
     c->mean_recurrence = 1;
@@ -4820,7 +5039,8 @@ static bool config_parse(retrofit_config *c, const retrofit_json *json, const ch
         return retrofit_fail("%s: tie_word_embeddings is true: a recurrent model has a head of its "
                              "own", where);
     return check_config_keys(json, where) && read_config_sizes(c, json, plain, where) &&
-           read_config_rope(c, json, where) && read_config_numbers(c, json, plain, where) &&
+           read_config_blocks(c, json, family, where) && read_config_rope(c, json, where) &&
+           read_config_numbers(c, json, family, where) &&
            read_config_state(c, json, where) && retrofit_config_check(c, where);
 }
 
@@ -4901,18 +5121,12 @@ static void write_config_sizes(FILE *file, const retrofit_config *c, bool plain)
 
 // What config.json says of every plain Llama, and of every model for the authors' modelling code.
 static const char config_plain_words[] =
-    "  \"architectures\": [\"LlamaForCausalLM\"],\n"
-    "  \"model_type\": \"llama\",\n"
     "  \"hidden_act\": \"silu\",\n"
     "  \"attention_bias\": false,\n"
     "  \"mlp_bias\": false,\n";
 static const char config_recurrent_words[] =
     "  \"architectures\": [\"RavenForCausalLM\"],\n"
     "  \"model_type\": \"huginn_raven\",\n"
-    "  \"auto_map\": {\n"
-    "    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
-    "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n"
-    "  },\n"
     "  \"architecture_class_name\": \"RecurrentGPT\",\n"
     "  \"block_class_name\": \"SandwichBlock\",\n"
     "  \"norm_class_name\": \"RMSNorm_llama\",\n"
@@ -4928,6 +5142,30 @@ static const char config_recurrent_words[] =
     "  \"qk_bias\": false,\n"
     "  \"tie_embeddings\": false,\n";
 
+static void write_config_plain(FILE *file, const retrofit_config *c) {
+    const model_family *family = family_of(c);
+    fprintf(file, "  \"architectures\": [\"%s\"],\n", family->class);
+    fprintf(file, "  \"model_type\": \"%s\",\n", family->type);
+    fputs(config_plain_words, file);
+}
+
+// What blocks have that Llama's have not, and the authors' code that runs them, if there is any.
+static void write_config_blocks(FILE *file, const retrofit_config *c) {
+    const model_family *family = family_of(c);
+    bool olmo = c->post_norm && c->qk_norm == RETROFIT_QK_NORM_FULL && !c->qkv_bias;
+    bool llama = family == &model_families[0];
+    if (llama || olmo)
+        fprintf(file,
+                "  \"auto_map\": {\n"
+                "    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
+                "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_%s.RavenForCausalLM\"\n"
+                "  },\n", olmo ? "olmo" : "llama");
+    if (llama) return;
+    fprintf(file, "  \"block_norm\": \"%s\",\n", c->post_norm ? "post" : "pre");
+    fprintf(file, "  \"qk_norm\": \"%s\",\n", qk_norm_names[c->qk_norm]);
+    fprintf(file, "  \"qkv_bias\": %s,\n", c->qkv_bias ? "true" : "false");
+}
+
 // init_values are the standard deviations that a training from scratch would start with, by
 // Huginn's rule: σ for every matrix, σ/√(2·depth) for those that write to the residual stream.
 static void write_config_recurrent(FILE *file, const retrofit_config *c) {
@@ -4936,6 +5174,7 @@ static void write_config_recurrent(FILE *file, const retrofit_config *c) {
     double sigma = sqrt(2.0 / (5.0 * (double)c->n_embd));
     bool usual = c->state_std == (float)RETROFIT_STATE_STD;
     fputs(config_recurrent_words, file);
+    write_config_blocks(file, c);
     fprintf(file, "  \"vocab_size\": %zu,\n  \"block_size\": %zu,\n", c->vocab, c->context);
     fprintf(file, "  \"n_layers\": %zu,\n", c->prelude + c->core + c->coda);
     fprintf(file, "  \"effective_expected_depth\": %zu,\n", depth);
@@ -4983,7 +5222,7 @@ bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
     errno = 0; // so that what retrofit_finish_file reports comes from writing
     fprintf(file, "{\n");
     write_config_sizes(file, config, plain);
-    if (plain) fputs(config_plain_words, file);
+    if (plain) write_config_plain(file, config);
     else write_config_recurrent(file, config);
     write_config_ids(file, config);
     if (config->rope_llama3 || config->rope_factor > 1) write_config_rope(file, config);
@@ -5110,7 +5349,8 @@ static const retrofit_tensor *find_source(const retrofit_model *model,
     size_t cols = norm ? 1 : parameter->cols;
     size_t found_rows = tensor->dims > 0 ? tensor->shape[0] : 1;
     size_t found_cols = tensor->dims > 1 ? tensor->shape[1] : 1;
-    bool fits = tensor->dims == (norm ? 1 : 2) && found_rows == rows && found_cols == cols;
+    size_t dims = is_vector(parameter->kind) ? 1 : 2;
+    bool fits = tensor->dims == dims && found_rows == rows && found_cols == cols;
     if (!fits || tensor->type == RETROFIT_I32)
         return fail_null("%s: tensor %s has the shape (%zu, %zu), the config asks for (%zu, %zu)",
                          where, tensor->name, found_rows, found_cols, rows, cols);
@@ -5131,7 +5371,7 @@ static bool find_sources(const retrofit_model *model, source_tensors *sources, c
 // The type in which a loaded parameter is read. On a CPU all but norms may also stay in bf16.
 static retrofit_type loaded_type(const retrofit_model *model, const retrofit_parameter *parameter,
                                  const source_tensors *sources) {
-    if (model->ops != &retrofit_cpu || parameter->kind == RETROFIT_NORM)
+    if (model->ops != &retrofit_cpu || is_vector(parameter->kind))
         return compute_type(model, parameter->kind);
     for (size_t j = 0; j < parameter->sources; j++) {
         if (sources->tensor[j]->type != RETROFIT_BF16) return compute_type(model, parameter->kind);
@@ -5609,9 +5849,9 @@ static bool list_weights(const retrofit_model *model, tensor_list *list) {
             retrofit_tensor *tensor =
                 tensor_list_add(list, "", source->name, type, source->rows, parameter->cols, data);
             data += tensor->count * retrofit_type_size(type);
-            if (parameter->kind != RETROFIT_NORM) continue;
+            if (!is_vector(parameter->kind)) continue;
             tensor->dims = 1;
-            tensor->shape[0] = parameter->cols;
+            if (parameter->kind == RETROFIT_NORM) tensor->shape[0] = parameter->cols;
         }
     }
     return true;
@@ -6854,6 +7094,156 @@ static void attention_backward(act *dqkv, float *delta, const act *dout, const a
                 .dy = view(dy + first * h, H * h), .lse = lse + first, .delta = delta + first});
         }
     }
+}
+
+// ---- Other families' blocks: norms behind branches, norms of q and k, biases -------------------
+// The norms are section 6's, y = ρ·x∘w. Behind a branch y is added to the stream, unrounded, and
+// the gradient of y is that of the stream.
+static void rmsnorm_residual_forward(float *out, float *rstd, const float *residual, const float *x,
+                                     const float *weight, size_t N, size_t d, float eps) {
+    PARALLEL_FOR(N * d)
+    for (size_t n = 0; n < N; n++) {
+        const float *xn = x + n * d, *base = residual + n * d;
+        float rho = 1.0f / sqrtf(dot(xn, xn, d) / (float)d + eps);
+        for (size_t c = 0; c < d; c++) out[n * d + c] = base[c] + xn[c] * rho * weight[c];
+        rstd[n] = rho;
+    }
+}
+
+static void rmsnorm_residual_backward(act *dinp, float *dweight, const float *dout, const float *x,
+                                      const float *rstd, const float *weight, size_t N, size_t d) {
+    memset(dinp, 0, N * d * sizeof(float)); // rmsnorm_backward adds
+    rmsnorm_backward(dinp, dweight, dout, x, rstd, weight, N, d);
+}
+
+// y += bias          dbias += Σ_n dy_n
+static void bias_forward(act *y_, const float *bias, size_t N, size_t O) {
+    float *y = y_;
+    PARALLEL_FOR(N * O)
+    for (size_t n = 0; n < N; n++)
+        for (size_t o = 0; o < O; o++) y[n * O + o] += bias[o];
+}
+
+static void bias_backward(float *dbias, const act *dy_, size_t N, size_t O) {
+    const float *dy = dy_;
+    PARALLEL_FOR(N * O)
+    for (size_t first = 0; first < O; first += COLUMNS) {
+        size_t end = retrofit_min(first + COLUMNS, O);
+        for (size_t n = 0; n < N; n++)
+            for (size_t o = first; o < end; o++) dbias[o] += dy[n * O + o];
+    }
+}
+
+// The norms of each token's q and k: of each head, or one of q and one of k.
+typedef struct {
+    size_t N, H, G, h, Q;
+    size_t both;  // (H+G)·h, the numbers of q and k
+    size_t count; // of the norms
+} qk_norms;
+
+static qk_norms qk_norms_of(size_t N, size_t H, size_t G, size_t h, bool per_head) {
+    return (qk_norms){N, H, G, h, (H + 2 * G) * h, (H + G) * h, per_head ? H + G : 2};
+}
+
+// Norm number i is of `width` numbers, from `first` on.
+typedef struct {
+    size_t first, width;
+    bool of_q;
+} qk_norm;
+
+static qk_norm qk_norm_at(const qk_norms *norms, size_t i) {
+    size_t H = norms->H, G = norms->G, h = norms->h;
+    if (norms->count == H + G) return (qk_norm){i * h, h, i < H};
+    return i == 0 ? (qk_norm){0, H * h, true} : (qk_norm){H * h, G * h, false};
+}
+
+static void qk_norm_forward(act *qkv, act *qk, float *rstd, const float *q_norm,
+                            const float *k_norm, size_t N, size_t H, size_t G, size_t h,
+                            bool per_head, float eps) {
+    qk_norms norms = qk_norms_of(N, H, G, h, per_head);
+    PARALLEL_FOR(N * norms.both)
+    for (size_t n = 0; n < N; n++) {
+        float *row = (float *)qkv + n * norms.Q;
+        if (qk) memcpy((float *)qk + n * norms.both, row, norms.both * sizeof *row);
+        for (size_t i = 0; i < norms.count; i++) {
+            qk_norm norm = qk_norm_at(&norms, i);
+            const float *weight = norm.of_q ? q_norm : k_norm;
+            float *x = row + norm.first;
+            float rho = 1.0f / sqrtf(dot(x, x, norm.width) / (float)norm.width + eps);
+            for (size_t c = 0; c < norm.width; c++) x[c] = x[c] * rho * weight[c];
+            if (rstd) rstd[n * norms.count + i] = rho;
+        }
+    }
+}
+
+// dw += Σ ρ·dy∘x over the tokens, and over all `count` norms from number i on, which share weights.
+static void qk_weight_backward(float *dw, const float *dy, const float *x, const float *rstd,
+                               const qk_norms *norms, size_t i, size_t count) {
+    size_t width = qk_norm_at(norms, i).width;
+    PARALLEL_FOR(norms->N * count * width)
+    for (size_t column = 0; column < width; column += COLUMNS) {
+        size_t end = retrofit_min(column + COLUMNS, width);
+        for (size_t task = 0; task < norms->N * count; task++) {
+            size_t n = task / count, norm = i + task % count;
+            size_t first = qk_norm_at(norms, norm).first;
+            const float *dyn = dy + n * norms->Q + first, *xn = x + n * norms->both + first;
+            for (size_t c = column; c < end; c++)
+                dw[c] += dyn[c] * xn[c] * rstd[n * norms->count + norm];
+        }
+    }
+}
+
+static void qk_norm_backward(act *dqkv, float *dq_norm, float *dk_norm, const act *qk,
+                             const float *rstd, const float *q_norm, const float *k_norm, size_t N,
+                             size_t H, size_t G, size_t h, bool per_head) {
+    qk_norms norms = qk_norms_of(N, H, G, h, per_head);
+    size_t of_q = per_head ? H : 1;
+    const float *x = qk;
+    float *dy = dqkv; // it becomes dx, when the weights have had it
+    if (dq_norm) qk_weight_backward(dq_norm, dy, x, rstd, &norms, 0, of_q);
+    if (dk_norm) qk_weight_backward(dk_norm, dy, x, rstd, &norms, of_q, norms.count - of_q);
+    PARALLEL_FOR(N * norms.both)
+    for (size_t n = 0; n < N; n++) {
+        for (size_t i = 0; i < norms.count; i++) {
+            qk_norm norm = qk_norm_at(&norms, i);
+            const float *weight = norm.of_q ? q_norm : k_norm;
+            const float *xn = x + n * norms.both + norm.first;
+            float *dyn = dy + n * norms.Q + norm.first, rho = rstd[n * norms.count + i];
+            float along =
+                weighted_dot(dyn, weight, xn, norm.width) * rho * rho / (float)norm.width;
+            for (size_t c = 0; c < norm.width; c++)
+                dyn[c] = rho * (dyn[c] * weight[c] - xn[c] * along);
+        }
+    }
+}
+
+static void finish_qkv(retrofit_buffers *buffers, const retrofit_layer *layer,
+                       retrofit_block *block) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    size_t N = buffers->N, H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    const float *q_norm = layer->q_norm.weight.data, *k_norm = layer->k_norm.weight.data;
+    bool per_head = c->qk_norm == RETROFIT_QK_NORM_HEAD;
+    if (c->qkv_bias)
+        ops->bias_forward(block->qkv, layer->b_qkv.weight.data, N, retrofit_qkv_width(c));
+    if (c->qk_norm)
+        ops->qk_norm_forward(block->qkv, block->qk, block->rstd_qk, q_norm, k_norm, N, H, G, h,
+                             per_head, c->norm_eps);
+}
+
+static void finish_qkv_backward(retrofit_buffers *buffers, retrofit_layer *layer,
+                                const retrofit_block *block) {
+    const retrofit_config *c = &buffers->model->config;
+    const retrofit_ops *ops = buffers->model->ops;
+    act *dqkv = buffers->gradients.dqkv;
+    size_t N = buffers->N, H = c->n_heads, G = c->n_kv_heads, h = c->head_dim;
+    const float *q_norm = layer->q_norm.weight.data, *k_norm = layer->k_norm.weight.data;
+    bool per_head = c->qk_norm == RETROFIT_QK_NORM_HEAD;
+    if (c->qk_norm)
+        ops->qk_norm_backward(dqkv, layer->q_norm.grad, layer->k_norm.grad, block->qk,
+                              block->rstd_qk, q_norm, k_norm, N, H, G, h, per_head);
+    if (c->qkv_bias && !layer->b_qkv.frozen)
+        ops->bias_backward(layer->b_qkv.grad, dqkv, N, retrofit_qkv_width(c));
 }
 
 // ---- Operations without a formula worth a place in Part I --------------------------------------

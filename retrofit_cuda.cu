@@ -1087,13 +1087,15 @@ static void embedding_backward(float *dwte, const int32_t *tokens, const float *
 }
 
 // ---- RMSNorm: y = x·ρ·w, ρ = 1/√(mean(x²) + eps) -----------------------------------------------
-// One block per row.
+// One block per row. Of rmsnorm_residual, whose out is fp32, y is added to residual; else residual
+// is NULL.
 template <typename E>
-__global__ void rmsnorm_forward_kernel(E *out, float *rstd, const float *x, const float *weight,
-                                       size_t d, float eps) {
+__global__ void rmsnorm_forward_kernel(E *out, float *rstd, const float *residual, const float *x,
+                                       const float *weight, size_t d, float eps) {
     float squares = 0;
     x += blockIdx.x * d;
     out += blockIdx.x * d;
+    if (residual) residual += blockIdx.x * d;
     for (size_t c = 8 * threadIdx.x; c < d; c += 8 * THREADS) {
         float v[8];
         load8(v, x + c, d - c);
@@ -1101,10 +1103,11 @@ __global__ void rmsnorm_forward_kernel(E *out, float *rstd, const float *x, cons
     }
     float scale = 1.0f / sqrtf(block_sum(squares) / (float)d + eps); // ρ
     for (size_t c = 8 * threadIdx.x; c < d; c += 8 * THREADS) {
-        float v[8], w[8];
+        float v[8], w[8], base[8] = {0};
         load8(v, x + c, d - c);
         load8(w, weight + c, d - c);
-        for (int i = 0; i < 8; i++) v[i] *= scale * w[i];
+        if (residual) load8(base, residual + c, d - c);
+        for (int i = 0; i < 8; i++) v[i] = base[i] + v[i] * (scale * w[i]);
         store8(out + c, v, d - c);
     }
     if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
@@ -1113,12 +1116,20 @@ __global__ void rmsnorm_forward_kernel(E *out, float *rstd, const float *x, cons
 template <typename E>
 static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
                             size_t d, float eps) {
-    LAUNCH(rmsnorm_forward_kernel<E>, N, THREADS, 0, (E *)out, rstd, x, weight, d, eps);
+    const float *none = NULL;
+    LAUNCH(rmsnorm_forward_kernel<E>, N, THREADS, 0, (E *)out, rstd, none, x, weight, d, eps);
+}
+
+template <typename E>
+static void rmsnorm_residual_forward(float *out, float *rstd, const float *residual, const float *x,
+                                     const float *weight, size_t N, size_t d, float eps) {
+    LAUNCH(rmsnorm_forward_kernel<float>, N, THREADS, 0, out, rstd, residual, x, weight, d, eps);
 }
 
 // Backward, with g = dy·w:   dx += ρ·(g - x·ρ²·mean(g·x))      dw += Σ_n dy·x·ρ
 // At most 1024 blocks. Block i takes the rows i, i + blocks, … and adds up dw over them in its own
-// row of the workspace (blocks,d); add_rows_kernel then adds the rows to dw.
+// row of the workspace (blocks,d); add_rows_kernel then adds the rows to dw. Of rmsnorm_residual,
+// whose dy is fp32, dx has the type of activations and is set; else it is fp32 and added to.
 
 // along = ρ²·mean(g·x), in every thread
 template <typename E>
@@ -1133,8 +1144,8 @@ DEVICE float rmsnorm_along(const E *dout, const float *x, const float *weight, f
     return block_sum(along) * r * r / (float)d;
 }
 
-template <typename E>
-__global__ void rmsnorm_backward_kernel(float *dx, float *dw_rows, const E *dout, const float *x,
+template <bool ADD, typename D, typename E>
+__global__ void rmsnorm_backward_kernel(D *dx, float *dw_rows, const E *dout, const float *x,
                                         const float *rstd, const float *weight, size_t N,
                                         size_t d) {
     float *dw_row = dw_rows + blockIdx.x * d;
@@ -1148,7 +1159,7 @@ __global__ void rmsnorm_backward_kernel(float *dx, float *dw_rows, const E *dout
             load8(sum, dw_row + c, n < gridDim.x ? 0 : d - c); // at the first row: zeros
             for (int i = 0; i < 8; i++) sum[i] += dy[i] * v[i] * r;
             store8(dw_row + c, sum, d - c);
-            load8(sum, dx + n * d + c, d - c);
+            load8(sum, dx + n * d + c, ADD ? d - c : 0);
             for (int i = 0; i < 8; i++) sum[i] += r * (dy[i] * w[i] - v[i] * along);
             store8(dx + n * d + c, sum, d - c);
         }
@@ -1169,14 +1180,192 @@ __global__ void add_rows_kernel(float *out, const float *rows, size_t count, siz
     out[c] += sum;
 }
 
+// How many blocks take turns with N rows, each with a row of d sums in the workspace.
+static size_t blocks_with_sums(size_t N, size_t d) {
+    return retrofit_min(retrofit_min(N, 1024), WORKSPACE / sizeof(float) / d);
+}
+
 template <typename E>
 static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const float *x,
                              const float *rstd, const float *weight, size_t N, size_t d) {
     float *rows = (float *)workspace;
-    size_t blocks = retrofit_min(retrofit_min(N, 1024), WORKSPACE / sizeof(float) / d);
-    LAUNCH(rmsnorm_backward_kernel<E>, blocks, THREADS, 0, dx, rows, (const E *)dout, x, rstd,
-           weight, N, d);
+    size_t blocks = blocks_with_sums(N, d);
+    auto kernel = rmsnorm_backward_kernel<true, float, E>;
+    LAUNCH(kernel, blocks, THREADS, 0, dx, rows, (const E *)dout, x, rstd, weight, N, d);
     if (dweight) LAUNCH(add_rows_kernel, ceil_of(d, 32), THREADS, 0, dweight, rows, blocks, d);
+}
+
+template <typename E>
+static void rmsnorm_residual_backward(act *dinp, float *dweight, const float *dout, const float *x,
+                                      const float *rstd, const float *weight, size_t N, size_t d) {
+    float *rows = (float *)workspace;
+    size_t blocks = blocks_with_sums(N, d);
+    auto kernel = rmsnorm_backward_kernel<false, E, float>;
+    LAUNCH(kernel, blocks, THREADS, 0, (E *)dinp, rows, dout, x, rstd, weight, N, d);
+    if (dweight) LAUNCH(add_rows_kernel, ceil_of(d, 32), THREADS, 0, dweight, rows, blocks, d);
+}
+
+// ---- Biases: y += b, db += Σ_n dy_n --------------------------------------------------------------
+// One thread per eight elements.
+template <typename E>
+__global__ void bias_forward_kernel(E *y, const float *bias, size_t N, size_t O) {
+    size_t o, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (O + 7) / 8, o);
+    if (n >= N) return;
+    o *= 8;
+    float v[8], b[8];
+    load8(v, y + n * O + o, O - o);
+    load8(b, bias + o, O - o);
+    for (int i = 0; i < 8; i++) v[i] += b[i];
+    store8(y + n * O + o, v, O - o);
+}
+
+template <typename E> static void bias_forward(act *y, const float *bias, size_t N, size_t O) {
+    LAUNCH(bias_forward_kernel<E>, ceil_of(N * ceil_of(O, 8), THREADS), THREADS, 0, (E *)y, bias, N,
+           O);
+}
+
+// Block i adds up the rows i, i + blocks, … in its own row of the workspace (blocks,O).
+template <typename E>
+__global__ void bias_backward_kernel(float *sums, const E *dy, size_t N, size_t O) {
+    for (size_t o = 8 * threadIdx.x; o < O; o += 8 * THREADS) {
+        float sum[8] = {0}, v[8];
+        for (size_t n = blockIdx.x; n < N; n += gridDim.x) {
+            load8(v, dy + n * O + o, O - o);
+            for (int i = 0; i < 8; i++) sum[i] += v[i];
+        }
+        store8(sums + blockIdx.x * O + o, sum, O - o);
+    }
+}
+
+template <typename E> static void bias_backward(float *dbias, const act *dy, size_t N, size_t O) {
+    float *rows = (float *)workspace;
+    size_t blocks = blocks_with_sums(N, O);
+    LAUNCH(bias_backward_kernel<E>, blocks, THREADS, 0, rows, (const E *)dy, N, O);
+    LAUNCH(add_rows_kernel, ceil_of(O, 32), THREADS, 0, dbias, rows, blocks, O);
+}
+
+// ---- Norms of q and k, in place: of each head, or one of q and one of k --------------------------
+struct qk_norms {
+    size_t N, H, G, h;
+    bool per_head;
+    __host__ __device__ size_t Q() const { return (H + 2 * G) * h; }
+    __host__ __device__ size_t both() const { return (H + G) * h; } // numbers of q and k
+    __host__ __device__ size_t count() const { return per_head ? H + G : 2; } // norms of a token
+    __host__ __device__ size_t q_width() const { return per_head ? h : H * h; }
+    __host__ __device__ size_t k_width() const { return per_head ? h : G * h; }
+};
+
+// One warp per norm: its number among the token's, and where its numbers are.
+struct qk_norm_at {
+    size_t n, i, first, width, lane;
+    bool of_q;
+    DEVICE qk_norm_at(const qk_norms &s) {
+        size_t thread = (size_t)blockIdx.x * THREADS + threadIdx.x;
+        n = divide(thread / 32, s.count(), i);
+        lane = thread % 32;
+        of_q = s.per_head ? i < s.H : i == 0;
+        width = of_q ? s.q_width() : s.k_width();
+        first = s.per_head ? i * s.h : i * s.H * s.h;
+    }
+};
+
+template <typename E>
+__global__ void qk_norm_forward_kernel(E *qkv, E *qk, float *rstd, const float *q_norm,
+                                       const float *k_norm, qk_norms s, float eps) {
+    qk_norm_at at(s);
+    if (at.n >= s.N) return;
+    E *x = qkv + at.n * s.Q() + at.first, *kept = qk ? qk + at.n * s.both() + at.first : NULL;
+    const float *weight = at.of_q ? q_norm : k_norm;
+    float v[8], w[8], squares = 0;
+    for (size_t c = 8 * at.lane; c < at.width; c += 8 * 32) {
+        load8(v, x + c, at.width - c);
+        if (kept) store8(kept + c, v, at.width - c);
+        for (int i = 0; i < 8; i++) squares += v[i] * v[i];
+    }
+    float scale = 1.0f / sqrtf(warp_sum(squares) / (float)at.width + eps); // ρ
+    for (size_t c = 8 * at.lane; c < at.width; c += 8 * 32) {
+        load8(v, x + c, at.width - c);
+        load8(w, weight + c, at.width - c);
+        for (int i = 0; i < 8; i++) v[i] *= scale * w[i];
+        store8(x + c, v, at.width - c);
+    }
+    if (rstd && at.lane == 0) rstd[at.n * s.count() + at.i] = scale;
+}
+
+template <typename E>
+static void qk_norm_forward(act *qkv, act *qk, float *rstd, const float *q_norm,
+                            const float *k_norm, size_t N, size_t H, size_t G, size_t h,
+                            bool per_head, float eps) {
+    qk_norms s = {N, H, G, h, per_head};
+    LAUNCH(qk_norm_forward_kernel<E>, ceil_of(32 * N * s.count(), THREADS), THREADS, 0, (E *)qkv,
+           (E *)qk, rstd, q_norm, k_norm, s, eps);
+}
+
+// dx = ρ·(g - x·ρ²·mean(g·x)), g = dy·w. Warps as above.
+template <typename E>
+__global__ void qk_norm_backward_kernel(E *dqkv, const E *qk, const float *rstd,
+                                        const float *q_norm, const float *k_norm, qk_norms s) {
+    qk_norm_at at(s);
+    if (at.n >= s.N) return;
+    E *dy = dqkv + at.n * s.Q() + at.first;
+    const E *x = qk + at.n * s.both() + at.first;
+    const float *weight = at.of_q ? q_norm : k_norm;
+    float g[8], v[8], w[8], along = 0, scale = rstd[at.n * s.count() + at.i];
+    for (size_t c = 8 * at.lane; c < at.width; c += 8 * 32) {
+        load8(g, dy + c, at.width - c);
+        load8(v, x + c, at.width - c);
+        load8(w, weight + c, at.width - c);
+        for (int i = 0; i < 8; i++) along += g[i] * w[i] * v[i];
+    }
+    along = warp_sum(along) * scale * scale / (float)at.width;
+    for (size_t c = 8 * at.lane; c < at.width; c += 8 * 32) {
+        load8(g, dy + c, at.width - c);
+        load8(v, x + c, at.width - c);
+        load8(w, weight + c, at.width - c);
+        for (int i = 0; i < 8; i++) g[i] = scale * (g[i] * w[i] - v[i] * along);
+        store8(dy + c, g, at.width - c);
+    }
+}
+
+// dw = Σ dy·x·ρ over the tokens, and over the heads that share it: block i adds up the tokens i,
+// i + blocks, … in its own rows of the workspace, (blocks,q_width) and (blocks,k_width). One thread
+// per column.
+template <typename E>
+__global__ void qk_weight_kernel(float *q_rows, float *k_rows, const E *dqkv, const E *qk,
+                                 const float *rstd, qk_norms s) {
+    size_t wq = s.q_width(), wk = s.k_width();
+    for (size_t c = threadIdx.x; c < wq + wk; c += THREADS) {
+        bool of_q = c < wq;
+        size_t first = of_q ? c : s.H * s.h + c - wq, norm = of_q ? 0 : s.per_head ? s.H : 1;
+        size_t heads = s.per_head ? (of_q ? s.H : s.G) : 1;
+        float sum = 0;
+        for (size_t n = blockIdx.x; n < s.N; n += gridDim.x) {
+            for (size_t j = 0; j < heads; j++) {
+                float dy = to_float(dqkv[n * s.Q() + first + j * s.h]);
+                float x = to_float(qk[n * s.both() + first + j * s.h]);
+                sum += dy * x * rstd[n * s.count() + norm + j];
+            }
+        }
+        if (of_q) q_rows[blockIdx.x * wq + c] = sum;
+        else k_rows[blockIdx.x * wk + c - wq] = sum;
+    }
+}
+
+template <typename E>
+static void qk_norm_backward(act *dqkv, float *dq_norm, float *dk_norm, const act *qk,
+                             const float *rstd, const float *q_norm, const float *k_norm, size_t N,
+                             size_t H, size_t G, size_t h, bool per_head) {
+    qk_norms s = {N, H, G, h, per_head};
+    size_t wq = s.q_width(), wk = s.k_width(), blocks = blocks_with_sums(N, wq + wk);
+    float *q_rows = (float *)workspace, *k_rows = q_rows + blocks * wq;
+    if (dq_norm) {
+        LAUNCH(qk_weight_kernel<E>, blocks, THREADS, 0, q_rows, k_rows, (const E *)dqkv,
+               (const E *)qk, rstd, s);
+        LAUNCH(add_rows_kernel, ceil_of(wq, 32), THREADS, 0, dq_norm, q_rows, blocks, wq);
+        LAUNCH(add_rows_kernel, ceil_of(wk, 32), THREADS, 0, dk_norm, k_rows, blocks, wk);
+    }
+    LAUNCH(qk_norm_backward_kernel<E>, ceil_of(32 * N * s.count(), THREADS), THREADS, 0, (E *)dqkv,
+           (const E *)qk, rstd, q_norm, k_norm, s);
 }
 
 // ---- Linear layers: out = inp·wᵀ, dinp = dout·w, dw += doutᵀ·inp -------------------------------

@@ -338,6 +338,29 @@ OP(rmsnorm_backward, ALL, "Nd") {
                           in(F32, d), N, d);
 }
 
+OP(rmsnorm_residual_forward, ALL, "Nd") {
+    size_t N = s[0], d = s[1], n = N * d;
+    info.terms = d;
+    ops->rmsnorm_residual_forward(out(F32, n), out(F32, N), in(F32, n), in(F32, n), in(F32, d), N,
+                                  d, 1e-5f);
+}
+
+OP(rmsnorm_residual_backward, ALL, "Nd") {
+    size_t N = s[0], d = s[1], n = N * d;
+    info.terms = N;
+    ops->rmsnorm_residual_backward(out(ACT, n), both(F32, d), in(F32, n), in(F32, n), in(F32, N),
+                                   in(F32, d), N, d);
+}
+
+OP(bias_forward, ALL, "NQ") {
+    ops->bias_forward(both(ACT, s[0] * s[1]), in(F32, s[1]), s[0], s[1]);
+}
+
+OP(bias_backward, ALL, "NQ") {
+    info.terms = s[0];
+    ops->bias_backward(both(F32, s[1]), in(ACT, s[0] * s[1]), s[0], s[1]);
+}
+
 OP(matmul_forward, ROWS, "NdQ w_qkv", "NdW fc", "CdV head", "1dQ w_qkv", "1dW fc") {
     size_t N = s[0], I = s[1], O = s[2];
     multiplies(N, I, O, I);
@@ -386,6 +409,22 @@ OP(matmul_symmetric, ALL, "dW muon", "dd muon") {
 // Queries and keys are turned, not values; each is read and written.
 static double rope_bytes(size_t B, size_t T, size_t H, size_t G, size_t h) {
     return 2 * (double)B * T * (H + G) * h * size_of(ACT) + 4.0 * T * h;
+}
+
+// Of each head, as Qwen3's.
+OP(qk_norm_forward, ALL, "NHGh") {
+    size_t N = s[0], H = s[1], G = s[2], h = s[3], both_heads = (H + G) * h;
+    info.terms = h;
+    ops->qk_norm_forward(both(ACT, N * (H + 2 * G) * h), out(ACT, N * both_heads),
+                         out(F32, N * (H + G)), in(F32, h), in(F32, h), N, H, G, h, true, 1e-5f);
+}
+
+OP(qk_norm_backward, ALL, "NHGh") {
+    size_t N = s[0], H = s[1], G = s[2], h = s[3];
+    info.terms = N * H;
+    ops->qk_norm_backward(both(ACT, N * (H + 2 * G) * h), both(F32, h), both(F32, h),
+                          in(ACT, N * (H + G) * h), in(F32, N * (H + G)), in(F32, h), in(F32, h), N,
+                          H, G, h, true);
 }
 
 OP(rope_forward, SEQUENCE, "BTHGh") {

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The contents table at the top of retrofit.h names functions and the lines they stand on. It must
-# be true, and Part I at most 1,500 lines. FIX=1 (make lines) corrects the table.
+# be true, and Part I at most 1,560 lines. FIX=1 (make lines) corrects the table.
 . test/check.sh
 
 # The line on which a function or a constant is defined: its name begins a definition, and the
@@ -31,8 +31,8 @@ for name in $names; do
     check "contents: line of $name (make lines corrects it)" is "$said" "$is"
 done
 
-# Part I is at most 1,500 lines.
+# Part I is at most 1,560 lines.
 end=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
-check "Part I of $end lines" is "$([ "$end" -le 1500 ] && echo short)" short
+check "Part I of $end lines" is "$([ "$end" -le 1560 ] && echo short)" short
 printf '%-24s %d passed, %d failed\n' contents $passed $failed
 [ $failed -eq 0 ]

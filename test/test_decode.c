@@ -447,6 +447,7 @@ int main(void) {
     decode("llama3/recurrent", 33);
     decode("head64/recurrent", 26);
     decode("tiny/base", 110);
+    decode("olmo2/recurrent", 26);
     errors();
     make_logits();
     filters();

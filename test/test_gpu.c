@@ -33,6 +33,32 @@ static void rounded_rmsnorm_forward(act *out, float *rstd, const float *x, const
     round_all(out, N * d);
 }
 
+static void rounded_rmsnorm_residual_backward(act *dinp, float *dweight, const float *dout,
+                                              const float *x, const float *rstd,
+                                              const float *weight, size_t N, size_t d) {
+    rmsnorm_residual_backward(dinp, dweight, dout, x, rstd, weight, N, d);
+    round_all(dinp, N * d);
+}
+
+static void rounded_bias_forward(act *y, const float *bias, size_t N, size_t O) {
+    bias_forward(y, bias, N, O);
+    round_all(y, N * O);
+}
+
+static void rounded_qk_norm_forward(act *qkv, act *qk, float *rstd, const float *q_norm,
+                                    const float *k_norm, size_t N, size_t H, size_t G, size_t h,
+                                    bool per_head, float eps) {
+    qk_norm_forward(qkv, qk, rstd, q_norm, k_norm, N, H, G, h, per_head, eps);
+    round_all(qkv, N * (H + 2 * G) * h);
+}
+
+static void rounded_qk_norm_backward(act *dqkv, float *dq_norm, float *dk_norm, const act *qk,
+                                     const float *rstd, const float *q_norm, const float *k_norm,
+                                     size_t N, size_t H, size_t G, size_t h, bool per_head) {
+    qk_norm_backward(dqkv, dq_norm, dk_norm, qk, rstd, q_norm, k_norm, N, H, G, h, per_head);
+    round_all(dqkv, N * (H + 2 * G) * h);
+}
+
 static void rounded_matmul_residual_forward(float *out, const float *residual, const act *inp,
                                             retrofit_weight w, size_t N, size_t I, size_t O) {
     retrofit_weight copy = rounded_weight(w, O, I);
@@ -128,6 +154,10 @@ static retrofit_ops rounded; // retrofit_cpu with the above
 static void fill_rounded_table(void) {
     rounded = retrofit_cpu;
     rounded.rmsnorm_forward = rounded_rmsnorm_forward;
+    rounded.rmsnorm_residual_backward = rounded_rmsnorm_residual_backward;
+    rounded.bias_forward = rounded_bias_forward;
+    rounded.qk_norm_forward = rounded_qk_norm_forward;
+    rounded.qk_norm_backward = rounded_qk_norm_backward;
     rounded.matmul_residual_forward = rounded_matmul_residual_forward;
     rounded.matmul_forward = rounded_matmul_forward;
     rounded.matmul_residual_backward_input = rounded_matmul_residual_backward_input;
@@ -684,18 +714,25 @@ int main(void) {
     fixture_runs("tiny", "n2k3", 2, 3);
     if (all) fixture_runs("llama3", "n1k2", 1, 2);
     fixture_runs("head64", "n1k2", 1, 2);
+    fixture_runs("olmo2", "n1k2", 1, 2);
+    fixture_runs("qwen2", "n1k2", 1, 2);
+    fixture_runs("qwen3", "n1k2", 1, 2);
     training("tiny/recurrent", RETROFIT_MUON);
     training("tiny/recurrent", RETROFIT_ELLISADAM);
     if (all) {
         training("tiny/recurrent", RETROFIT_ADAMW);
         training("head64/recurrent", RETROFIT_ADAMW);
         training("tiny/base", RETROFIT_ADAMW); // the plain Llama
+        training("olmo2/recurrent", RETROFIT_MUON);
+        training("qwen2/recurrent", RETROFIT_ADAMW);
+        training("qwen3/base", RETROFIT_MUON);
     }
     decoding(&retrofit_cuda, "tiny/recurrent", 0.03);
     decoding_as_on_a_cpu(&retrofit_cuda_fp32, "tiny/recurrent");
     if (all) {
         decoding(&retrofit_cuda_fp32, "tiny/recurrent", 1e-5);
         decoding(&retrofit_cuda_fp32, "head64/recurrent", 1e-5);
+        decoding(&retrofit_cuda_fp32, "olmo2/recurrent", 1e-5);
     }
     memory();
     repetition(all ? 20 : 3);

@@ -116,13 +116,16 @@ static void compare_depths(const char *name) {
 }
 
 int main(void) {
-    static const char *const names[] = {"tiny", "llama3", "head64"};
+    static const char *const names[] = {"tiny", "llama3", "head64", "olmo2", "qwen2", "qwen3"};
     compare("tiny", "n0k1", 0, 1);
     compare("tiny", "n2k3", 2, 3);
     compare("llama3", "n1k2", 1, 2);
     compare("llama3", "n5k4", 5, 4);
     compare("head64", "n1k2", 1, 2);
-    for (int i = 0; i < 3; i++) {
+    compare("olmo2", "n1k2", 1, 2);
+    compare("qwen2", "n1k2", 1, 2);
+    compare("qwen3", "n1k2", 1, 2);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         compare_base(names[i]);
         compare_depths(names[i]);
     }

@@ -406,6 +406,82 @@ static void test_rmsnorm_backward(void) {
     check_near("dweight with NaN", dweight, dweight_nan, NULL, 0);
 }
 
+// ---- RMSNorm behind a branch -------------------------------------------------------------------
+static void test_rmsnorm_residual_forward(void) {
+    size_t N = pick_size(1, 70), d = trial == 2 ? 2500 : pick_size(1, 100);
+    float eps = trial % 2 ? 1e-5f : 0.1f;
+    bool in_place = trial % 3 == 1;
+    describe("N %zu d %zu eps %g%s", N, d, eps, in_place ? ", in place" : "");
+    array x = random_f32(N * d), weight = random_f32(d), residual = random_f32(N * d);
+    array out = in_place ? residual : unset_f32(N * d), rstd = unset_f32(N);
+    double *want = zeros(N * d), *want_rstd = zeros(N), *terms = zeros(N * d);
+    reference_rmsnorm(want, want_rstd, x.host, weight.host, N, d, eps);
+    for (size_t i = 0; i < N * d; i++) {
+        terms[i] = fabs(want[i]) + fabs(residual.host[i]);
+        want[i] += residual.host[i];
+    }
+    ops->rmsnorm_residual_forward(out.f32, rstd.f32, residual.f32, x.f32, weight.f32, N, d, eps);
+    check_near("out", out, want, terms, sum_error(d));
+    check_near("rstd", rstd, want_rstd, want_rstd, sum_error(d));
+}
+
+static void test_rmsnorm_residual_backward(void) {
+    size_t N = trial == 2 ? 2500 : pick_size(1, 70);
+    size_t d = trial == 2 ? 4 : trial == 3 ? 2100 : pick_size(1, 100);
+    if (trial == 3) N = 2;
+    double eps = trial % 2 ? 1e-5 : 0.1;
+    describe("N %zu d %zu eps %g", N, d, eps);
+    array x = random_f32(N * d), weight = random_f32(d), dout = random_f32(N * d);
+    array dinp = unset_act(N * d), dweight = random_f32(d);
+    double *y = zeros(N * d), *r = zeros(N), *want = zeros(N * d);
+    double *want_weight = copy_of(dweight.host, d);
+    DIFFERENCES(want_weight, weight.host, d,
+                reference_rmsnorm(y, r, x.host, weight.host, N, d, eps), y, dout.host, N * d);
+    for (size_t n = 0; n < N; n++) {
+        double *row = x.host + n * d;
+        DIFFERENCES(want + n * d, row, d, reference_rmsnorm(y, r, row, weight.host, 1, d, eps), y,
+                    dout.host + n * d, d);
+    }
+    reference_rmsnorm(y, r, x.host, weight.host, N, d, eps);
+    array rstd = array_of(RETROFIT_F32, N, r);
+    double *terms = magnitudes(dweight.host, d);
+    for (size_t i = 0; i < N * d; i++)
+        terms[i % d] += fabs(dout.host[i] * x.host[i] * rstd.host[i / d]);
+    ops->rmsnorm_residual_backward(dinp.data, dweight.f32, dout.f32, x.f32, rstd.f32, weight.f32, N,
+                                   d);
+    check_tensor("dinp", dinp, want);
+    check_near("dweight", dweight, want_weight, terms, sum_error(N));
+    ops->rmsnorm_residual_backward(dinp.data, NULL, dout.f32, x.f32, rstd.f32, weight.f32, N, d);
+    check_tensor("dinp without dweight", dinp, want);
+}
+
+// ---- Biases ------------------------------------------------------------------------------------
+static void test_bias_forward(void) {
+    size_t N = pick_size(1, 70), O = trial == 2 ? 2500 : pick_size(1, 100);
+    describe("N %zu O %zu", N, O);
+    array y = random_act(N * O, 1), bias = random_f32(O);
+    double *want = zeros(N * O), *terms = zeros(N * O);
+    for (size_t i = 0; i < N * O; i++) {
+        want[i] = y.host[i] + bias.host[i % O];
+        terms[i] = fabs(y.host[i]) + fabs(bias.host[i % O]);
+    }
+    ops->bias_forward(y.data, bias.f32, N, O);
+    check_near("y", y, want, terms, 2 * U);
+}
+
+static void test_bias_backward(void) {
+    size_t N = trial == 2 ? 2500 : pick_size(1, 70), O = trial == 3 ? 2500 : pick_size(1, 100);
+    describe("N %zu O %zu", N, O);
+    array dy = random_act(N * O, 1), dbias = random_f32(O);
+    double *want = copy_of(dbias.host, O), *terms = magnitudes(dbias.host, O);
+    for (size_t i = 0; i < N * O; i++) {
+        want[i % O] += dy.host[i];
+        terms[i % O] += fabs(dy.host[i]);
+    }
+    ops->bias_backward(dbias.f32, dy.data, N, O);
+    check_near("dbias", dbias, want, terms, sum_error(N));
+}
+
 // ---- Matrix products ---------------------------------------------------------------------------
 // Element (i, j) of a matrix is x[i·row + j·col].
 typedef struct {
@@ -698,6 +774,83 @@ static void test_rope_backward(void) {
     for (size_t i = 0; i < dqkv.n; i++)
         if (i % s.Q >= rotated) terms[i] += 1e-3 * fabs(want[i]);
     check_near("dqkv", dqkv, want, terms, 3 * U);
+}
+
+// ---- Norms of q and k --------------------------------------------------------------------------
+// Of one token: y (Q) from x (Q), and the norms' rstd, H + G of them, or 2.
+static void reference_qk_norm(double *y, double *rstd, const double *x, const double *q_norm,
+                              const double *k_norm, attention_shape s, bool per_head, double eps) {
+    size_t widths[] = {s.H * s.h, s.G * s.h}, first = 0, count = 0;
+    memcpy(y, x, s.Q * sizeof *y);
+    for (int of_k = 0; of_k < 2; of_k++) {
+        size_t width = per_head ? s.h : widths[of_k];
+        for (size_t end = first + widths[of_k]; first < end; first += width)
+            reference_rmsnorm(y + first, rstd + count++, x + first, of_k ? k_norm : q_norm, 1,
+                              width, eps);
+    }
+}
+
+static void test_qk_norm_forward(void) {
+    attention_shape s = pick_attention(trial == 3 ? 90 : 20);
+    size_t N = s.B * s.T, both = (s.H + s.G) * s.h;
+    bool per_head = trial % 2, keeps = trial % 3;
+    size_t count = per_head ? s.H + s.G : 2;
+    size_t q_width = per_head ? s.h : s.H * s.h, k_width = per_head ? s.h : s.G * s.h;
+    float eps = trial % 4 ? 1e-5f : 0.1f;
+    array qkv = random_act(N * s.Q, 1), qk = unset_act(N * both), rstd = unset_f32(N * count);
+    array q_norm = random_f32(q_width), k_norm = random_f32(k_width);
+    double *want = zeros(qkv.n), *want_rstd = zeros(rstd.n), *want_qk = zeros(qk.n);
+    for (size_t n = 0; n < N; n++) {
+        const double *x = qkv.host + n * s.Q;
+        memcpy(want_qk + n * both, x, both * sizeof *x);
+        reference_qk_norm(want + n * s.Q, want_rstd + n * count, x, q_norm.host, k_norm.host, s,
+                          per_head, eps);
+    }
+    ops->qk_norm_forward(qkv.data, keeps ? qk.data : NULL, keeps ? rstd.f32 : NULL, q_norm.f32,
+                         k_norm.f32, N, s.H, s.G, s.h, per_head, eps);
+    check_near("qkv", qkv, want, want, sum_error(s.H * s.h));
+    if (!keeps) return;
+    check_near("rstd", rstd, want_rstd, want_rstd, sum_error(s.H * s.h));
+    check_near("qk", qk, want_qk, NULL, 0);
+}
+
+static void test_qk_norm_backward(void) {
+    attention_shape s = pick_attention(trial == 3 ? 90 : 12);
+    size_t N = s.B * s.T, both = (s.H + s.G) * s.h;
+    bool per_head = trial % 2;
+    size_t count = per_head ? s.H + s.G : 2;
+    size_t q_width = per_head ? s.h : s.H * s.h, k_width = per_head ? s.h : s.G * s.h;
+    double eps = 0.1, *x = zeros(s.Q), *y = zeros(s.Q);
+    array dqkv = random_act(N * s.Q, 1), qk = random_act(N * both, 1);
+    array q_norm = random_f32(q_width), k_norm = random_f32(k_width);
+    array dq_norm = random_f32(q_width), dk_norm = random_f32(k_width);
+    double *want = zeros(dqkv.n), *rstds = zeros(N * count);
+    double *want_q = copy_of(dq_norm.host, q_width), *want_k = copy_of(dk_norm.host, k_width);
+    for (size_t n = 0; n < N; n++) {
+        double *rstd = rstds + n * count, *dy = dqkv.host + n * s.Q;
+        memcpy(x, qk.host + n * both, both * sizeof *x);
+        memset(x + both, 0, (s.Q - both) * sizeof *x); // values pass unchanged, whatever they are
+        DIFFERENCES(want + n * s.Q, x, s.Q,
+                    reference_qk_norm(y, rstd, x, q_norm.host, k_norm.host, s, per_head, eps), y,
+                    dy, s.Q);
+        DIFFERENCES(want_q, q_norm.host, q_width,
+                    reference_qk_norm(y, rstd, x, q_norm.host, k_norm.host, s, per_head, eps), y,
+                    dy, s.Q);
+        DIFFERENCES(want_k, k_norm.host, k_width,
+                    reference_qk_norm(y, rstd, x, q_norm.host, k_norm.host, s, per_head, eps), y,
+                    dy, s.Q);
+        reference_qk_norm(y, rstd, x, q_norm.host, k_norm.host, s, per_head, eps);
+    }
+    array rstd = array_of(RETROFIT_F32, N * count, rstds);
+    for (int frozen = 0; frozen < 2; frozen++) {
+        upload(dqkv);
+        ops->qk_norm_backward(dqkv.data, frozen ? NULL : dq_norm.f32, frozen ? NULL : dk_norm.f32,
+                              qk.data, rstd.f32, q_norm.f32, k_norm.f32, N, s.H, s.G, s.h,
+                              per_head);
+        check_tensor("dqkv", dqkv, want);
+    }
+    check_tensor("dq_norm", dq_norm, want_q);
+    check_tensor("dk_norm", dk_norm, want_k);
 }
 
 // ---- Attention ---------------------------------------------------------------------------------

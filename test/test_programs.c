@@ -1016,7 +1016,7 @@ static void write_shards(void) {
 int main(void) {
     static const char *const optimizers[] = {"muon", "adamw", "ellisadam"};
     static const char *const styles[] = {"llama2_style", "llama3_style", "smollm_style"};
-    static const char *const models[] = {"tiny", "llama3", "head64"};
+    static const char *const models[] = {"tiny", "llama3", "head64", "olmo2"};
     static const char *const train_options[] = {
         "--model",  "--seed",       "--seq-len",           "--state-init",
         "--device", "--save-every", "--curriculum-warmup", "  --dry-run[=schedule] ",

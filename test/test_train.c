@@ -1455,7 +1455,8 @@ static void released_surveys(void) {
         long more = resident_files() - before;
         check(infinite == 0 && zeros == 1, "what a survey finds, release %d", release);
         if (before)
-            check(release ? more < 2048 : more > 8192, "%ld KB are left, release %d", more, release);
+            check(release ? more < 2048 : more > 8192, "%ld KB are left, release %d", more,
+                  release);
         retrofit_safetensors_close(&file);
     }
     remove(path);
