@@ -16,7 +16,7 @@
 # make bench-cuda      each operation against its limit, training steps against PyTorch (see test/bench_cuda.sh), decoding
 # CC= picks the compiler, OPENMP= leaves threads out, MARCH= the machine's own instructions, STRICT=1 makes warnings errors.
 # CUDA=0 leaves the GPU out, CUARCH=sm_90 builds for one kind (default: the one that is here, else sm_80 and sm_90), CUBLAS=0 does with our
-# own matrix products. Whatever one of these alters is compiled anew.
+# own matrix products, NVCC= names the nvcc to take (doc/gpu.md). Whatever one of these alters is compiled anew.
 # make clean        removes what was compiled; make distclean also what make demo and make smollm2 downloaded and trained
 
 CC ?= cc
@@ -40,20 +40,29 @@ BIN := $(if $(SAN),build/san,.)
 OUT := $(if $(SAN),build/san,build)
 
 # ---- The GPU: retrofit_cuda.cu by nvcc, linked into C programs by the C compiler ----
-NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+# The toolkit is that of CUDA_HOME, or of the nvcc that is found. An nvcc given to make decides: its folder is the toolkit then,
+# whatever CUDA_HOME the environment has. A toolkit of pip's packages has no lib64; its nvcc is …/site-packages/nvidia/cu13/bin/nvcc.
+ifeq ($(origin NVCC),undefined)
+NVCC := $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+endif
 ifeq ($(CUDA),0)
-NVCC :=
+override NVCC :=
 endif
 ifneq ($(NVCC),)
-CUDA_HOME ?= $(patsubst %/bin/,%,$(dir $(realpath $(NVCC))))
+NVCC_FILE := $(realpath $(shell command -v $(lastword $(NVCC)) 2>/dev/null))
+ifneq ($(filter command,$(origin NVCC))$(if $(CUDA_HOME),,none),)
+CUDA_HOME := $(patsubst %/bin/,%,$(dir $(NVCC_FILE)))
+endif
 CUBLAS ?= $(if $(wildcard $(CUDA_HOME)/include/cublasLt.h),1,0)
 CUARCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),native)
 GENCODE = $(if $(CUARCH),-arch=$(CUARCH),-gencode arch=compute_80$(comma)code=sm_80 -gencode arch=compute_90$(comma)code=[sm_90$(comma)compute_90])
 NVFLAGS = -std=c++17 -O3 $(GENCODE) --threads 0 -Xcompiler -Wall$(comma)-Wextra$(comma)-fPIC$(comma)-fno-exceptions$(comma)-fno-threadsafe-statics \
           $(if $(STRICT),-Werror all-warnings) $(if $(filter 0,$(CUBLAS)),-DRETROFIT_NO_CUBLAS)
-CUDA_LIB := $(firstword $(wildcard $(CUDA_HOME)/lib64 $(CUDA_HOME)/targets/x86_64-linux/lib))
+LIB_FOLDERS := lib64 targets/x86_64-linux/lib targets/sbsa-linux/lib lib lib/x86_64-linux-gnu lib/aarch64-linux-gnu
+CUDA_LIB := $(patsubst %/libcudart_static.a,%,$(firstword $(wildcard $(LIB_FOLDERS:%=$(CUDA_HOME)/%/libcudart_static.a))))
 CUDA_LINK = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -lpthread -ldl -lrt
 CUDA_OBJECT := build/retrofit_cuda$(if $(CUARCH),_$(CUARCH))$(if $(filter 0,$(CUBLAS)),_own).o
+GEMM = $(if $(filter 0,$(CUBLAS)),our own kernels,cuBLASLt)
 FOR_GPU = -DRETROFIT_CUDA $(CUDA_OBJECT) $(CUDA_LINK)
 endif
 
@@ -67,6 +76,9 @@ WITH_C := $(call noted,$(OUT)/flags_c,$(CC) $(FLAGS))
 WITH_CPP := $(call noted,$(OUT)/flags_cpp,$(EMULATE) $(SANITIZE))
 WITH_LINK := $(call noted,$(OUT)/flags_link,$(FOR_GPU))
 ifneq ($(NVCC),)
+$(if $(NVCC_FILE),,$(error NVCC=$(NVCC) was not found: name nvcc's file, or leave the GPU out with CUDA=0))
+$(if $(CUDA_LIB),,$(error no libcudart_static.a below $(CUDA_HOME), in none of $(LIB_FOLDERS): install CUDA's runtime \
+    (pip: nvidia-cuda-runtime), name its folder with CUDA_LIB=, or leave the GPU out with CUDA=0))
 WITH_NVCC := $(call noted,$(CUDA_OBJECT:.o=.flags),$(NVCC) $(NVFLAGS))
 endif
 endif
@@ -88,10 +100,11 @@ $(BIN)/train $(BIN)/infer: $(BIN)/%: %.c retrofit.h $(CUDA_OBJECT) $(WITH_C) $(W
 
 $(CUDA_OBJECT): retrofit_cuda.cu retrofit.h $(WITH_NVCC)
 	@mkdir -p $(@D)
+	@echo 'for GPUs: CUDA_HOME=$(CUDA_HOME), libraries in $(CUDA_LIB), matrix products by $(GEMM)'
 	$(NVCC) $(NVFLAGS) -c $< -o $@
 
 # What only reads and writes compiles in a third of the time without -O3, which it does not need.
-READERS := $(addprefix $(OUT)/test_,chat convert output programs reports scale tokenizer)
+READERS := $(addprefix $(OUT)/test_,chat convert output programs reports scale surgery tokenizer)
 $(READERS) $(HOOKED): private CFLAGS := $(if $(SAN),$(CFLAGS),-O1)
 
 # Static functions a test does not call are no fault of the test.

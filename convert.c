@@ -22,7 +22,8 @@
 // Layers in no list (here 4 and 5) are gone. The paper takes the last layers before the coda for
 // the core, and --preset names its choices; its ablations take evenly spaced layers or those that a
 // pruning score keeps, so --prelude, --core and --coda accept any lists, in any order. A layer may
-// stand in two of the lists; it is then copied to both places.
+// stand in two of the lists; it is then copied to both places. --core auto measures on a text how
+// much each layer does, and takes those that do most.
 //
 // The chosen layers are copied whole, and so are the embedding, the final norm and the head. Where
 // the source ties its head to the embedding, the new model gets a head of its own with the same
@@ -60,13 +61,18 @@
 
 static struct {
     const char *from, *to, *prelude, *core, *coda, *random, *tokenizer, *field;
+    const char *const *files; // [file_count] the arguments that are no options
+    size_t file_count;
     int preset, adapter_init, dtype;              // which of the alternatives; -1: not given
     int encoding_errors;                          // the same
     size_t mean_recurrence, backprop_depth, seed; // SIZE_MAX: not given
-    bool tokenize;
+    size_t text_tokens;                           // the same
+    bool tokenize, text, report;
 } options = {.preset = -1, .adapter_init = -1, .dtype = -1, .encoding_errors = -1,
-             .mean_recurrence = SIZE_MAX, .backprop_depth = SIZE_MAX, .seed = SIZE_MAX};
+             .mean_recurrence = SIZE_MAX, .backprop_depth = SIZE_MAX, .seed = SIZE_MAX,
+             .text_tokens = SIZE_MAX};
 
+enum { MAX_TEXT_TOKENS = 1 << 24 };         // --text-tokens
 enum { ADAPTER_DEFAULT, ADAPTER_IDENTITY }; // --adapter-init
 enum { DTYPE_F32, DTYPE_BF16 };             // --dtype
 enum { ERRORS_STRICT, ERRORS_REPLACE };     // --encoding-errors
@@ -79,11 +85,13 @@ static const retrofit_option option_table[] = {
      "what to make; a directory must not exist yet"},
     {"prelude", RETROFIT_STRING, &options.prelude, "LAYERS",
      "layers of the source, like 0-3 or 2,5,8-9, or none"},
-    {"core", RETROFIT_STRING, &options.core, "LAYERS", "the layers to repeat"},
+    {"core", RETROFIT_STRING, &options.core, "LAYERS|auto[:N]",
+     "the layers to repeat; auto: those, N of them, that do most to the states of --text"},
     {"coda", RETROFIT_STRING, &options.coda, "LAYERS", "layers of the source, or none"},
-    {"preset", RETROFIT_CHOICE, &options.preset, "tinyllama|llama3.2|llama3.2-2-4-2|smollm2",
-     "the paper's layers (smollm2: 0-3, 20-25, 26-29 of 30, by its rule): "
-     "the core is the last before the coda"},
+    {"preset", RETROFIT_CHOICE, &options.preset, 
+     "tinyllama|llama3.2|llama3.2-2-4-2|olmo2|smollm2|smollm2-360m",
+     "the paper's layers, the core the last before the coda; the smollm2's by its rule: "
+     "0-3, 20-25, 26-29 of 30, 0-3, 14-27, 28-31 of 32"},
     {"adapter-init", RETROFIT_CHOICE, &options.adapter_init, "default|identity",
      "random as in the paper, or [0 | I]: starts as the source without the dropped layers "
      "(default)"},
@@ -92,6 +100,13 @@ static const retrofit_option option_table[] = {
     {"backprop-depth", RETROFIT_SIZE, &options.backprop_depth, "K", "recorded for train (8)"},
     {"dtype", RETROFIT_CHOICE, &options.dtype, "f32|bf16", "of the numbers written (f32)"},
     {"seed", RETROFIT_SIZE, &options.seed, "N", "of what is random (1)"},
+    {"Measuring what layers do", RETROFIT_HEADING, NULL, NULL, NULL},
+    {"text", RETROFIT_FLAG, &options.text, "FILE...",
+     "what to measure on, for --core auto: .txt or .jsonl as below"},
+    {"text-tokens", RETROFIT_SIZE, &options.text_tokens, "N",
+     "how much of it, from each file alike (4096)"},
+    {"report", RETROFIT_FLAG, &options.report, NULL,
+     "print what was measured, with the choice that follows, and make nothing"},
     {"From scratch", RETROFIT_HEADING, NULL, NULL, NULL},
     {"random", RETROFIT_STRING, &options.random, "CONFIG.json",
      "a random model of this shape, plain or recurrent; or a directory with a config.json"},
@@ -109,6 +124,8 @@ static const retrofit_option option_table[] = {
 static const char usage[] =
     "convert --from DIR|FILE.gguf --to DIR --preset NAME | --prelude LAYERS --core LAYERS "
     "--coda LAYERS [options]\n"
+    "convert --from DIR|FILE.gguf --to DIR --core auto --text FILE... [options]\n"
+    "convert --from DIR|FILE.gguf --report --text FILE... [options]\n"
     "convert --random CONFIG.json --to DIR [options]\n"
     "convert --tokenize FILE... --tokenizer DIR --to OUT.bin [options]\n"
     "Cuts a plain Llama into a recurrent model, makes a random one, or turns text into token "
@@ -144,15 +161,22 @@ static bool ends_with(const char *text, const char *end) {
 }
 
 // What the program is asked to do. The values are bits, so that an option can name several.
-enum { SURGERY = 1, REWRITE = 2, RANDOM = 4, TOKENIZE = 8 };
+enum { SURGERY = 1, REWRITE = 2, RANDOM = 4, TOKENIZE = 8, REPORT = 16 };
 
 static bool lists_given(void) { return options.prelude || options.core || options.coda; }
+
+// --core auto or auto:N
+static bool core_is_auto(void) {
+    const char *core = options.core;
+    return core && (!strcmp(core, "auto") || !strncmp(core, "auto:", 5));
+}
 
 static int find_task(void) {
     if ((options.from != NULL) + (options.random != NULL) + options.tokenize != 1)
         die(2, "give one of --from, --random and --tokenize (see --help)");
     if (options.tokenize) return TOKENIZE;
     if (options.random) return RANDOM;
+    if (options.report) return REPORT;
     return lists_given() || options.preset >= 0 ? SURGERY : REWRITE;
 }
 
@@ -163,20 +187,26 @@ static void check_options_fit(int task) {
         bool given;
         int tasks;
     } table[] = {
-        {"prelude", options.prelude, SURGERY},
-        {"core", options.core, SURGERY},
-        {"coda", options.coda, SURGERY},
-        {"preset", options.preset >= 0, SURGERY},
+        {"to", options.to, SURGERY | REWRITE | RANDOM | TOKENIZE},
+        {"prelude", options.prelude, SURGERY | REPORT},
+        {"core", options.core, SURGERY | REPORT},
+        {"coda", options.coda, SURGERY | REPORT},
+        {"preset", options.preset >= 0, SURGERY | REPORT},
+        {"text", options.text, SURGERY | REPORT},
+        {"text-tokens", options.text_tokens != SIZE_MAX, SURGERY | REPORT},
+        {"report", options.report, REPORT},
         {"adapter-init", options.adapter_init >= 0, SURGERY},
         {"mean-recurrence", options.mean_recurrence != SIZE_MAX, SURGERY | RANDOM},
         {"backprop-depth", options.backprop_depth != SIZE_MAX, SURGERY | RANDOM},
         {"dtype", options.dtype >= 0, SURGERY | REWRITE | RANDOM},
         {"seed", options.seed != SIZE_MAX, SURGERY | RANDOM},
         {"tokenizer", options.tokenizer, RANDOM | TOKENIZE},
-        {"field", options.field, TOKENIZE},
-        {"encoding-errors", options.encoding_errors >= 0, TOKENIZE},
+        {"field", options.field, TOKENIZE | (options.text ? SURGERY | REPORT : 0)},
+        {"encoding-errors", options.encoding_errors >= 0,
+         TOKENIZE | (options.text ? SURGERY | REPORT : 0)},
     };
     const char *task_name = task == TOKENIZE ? "tokenize" : task == RANDOM ? "random" : "from";
+    if (task == REPORT) task_name = "report";
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
         if (!table[i].given || table[i].tasks & task) continue;
         if (task == REWRITE)
@@ -187,6 +217,8 @@ static void check_options_fit(int task) {
 
 // The place to write to, and the arguments that are no options.
 static void check_files(int task, const char *const *files, size_t count) {
+    if (options.text && !count) die(2, "--text needs files");
+    if (task == REPORT) return;
     if (!options.to) die(2, "--to is needed: what shall be made?");
     if (task == TOKENIZE) {
         if (!count) die(2, "--tokenize needs files");
@@ -199,7 +231,26 @@ static void check_files(int task, const char *const *files, size_t count) {
     // training.
     if (retrofit_is_there(options.to))
         die(1, "%s exists already: remove it or choose another --to", options.to);
-    if (count) die(2, "'%s' is not an option: options begin with -- (see --help)", files[0]);
+    if (count && !options.text)
+        die(2, "'%s' is not an option: options begin with -- (see --help)", files[0]);
+}
+
+// Which layers: by a preset, by three lists, or, for what --core auto leaves open, by measurement.
+static void check_choice(int task) {
+    bool fixed_core = options.core && !core_is_auto();
+    if (options.preset >= 0 && (options.prelude || fixed_core || options.coda))
+        die(2, "--preset and lists of layers exclude each other, but for --core auto");
+    if (task == REPORT && !options.text)
+        die(2, "--report needs --text FILE...: what shall the layers be measured on?");
+    if (core_is_auto() && !options.text)
+        die(2, "--core auto needs --text FILE...: what shall the layers be measured on?");
+    if (options.text_tokens != SIZE_MAX && !options.text)
+        die(2, "--text-tokens goes with --text");
+    size_t tokens = options.text_tokens;
+    if (tokens == 0 || (tokens != SIZE_MAX && tokens > MAX_TEXT_TOKENS))
+        die(2, "--text-tokens %zu is not between 1 and %d", tokens, MAX_TEXT_TOKENS);
+    if (lists_given() && !core_is_auto() && !(options.prelude && options.core && options.coda))
+        die(2, "--prelude, --core and --coda go together; an empty one is none");
 }
 
 static void check_recurrence(const char *option, size_t n) {
@@ -210,10 +261,7 @@ static void check_recurrence(const char *option, size_t n) {
 static void check_options(int task, const char *const *files, size_t count) {
     check_options_fit(task);
     check_files(task, files, count);
-    if (lists_given() && options.preset >= 0)
-        die(2, "--preset and lists of layers exclude each other");
-    if (lists_given() && !(options.prelude && options.core && options.coda))
-        die(2, "--prelude, --core and --coda go together; an empty one is none");
+    check_choice(task);
     check_recurrence("mean-recurrence", options.mean_recurrence);
     check_recurrence("backprop-depth", options.backprop_depth);
 }
@@ -221,6 +269,8 @@ static void check_options(int task, const char *const *files, size_t count) {
 static void set_defaults(int task) {
     if (options.seed == SIZE_MAX) options.seed = 1;
     if (!options.field) options.field = "text";
+    if (options.text_tokens == SIZE_MAX) options.text_tokens = 4096;
+    if (task == REPORT && !lists_given() && options.preset < 0) options.core = "auto";
     if (task != SURGERY) return; // a random model takes its recurrence from config.json
     if (options.mean_recurrence == SIZE_MAX) options.mean_recurrence = 8;
     if (options.backprop_depth == SIZE_MAX) options.backprop_depth = 8;
@@ -252,6 +302,14 @@ typedef struct {
 static void write_model(const retrofit_model *model, const retrofit_parameter *const *origin,
                         const layer_choice *choice, tokenizer_source tokenizer);
 
+// Section 5. Rows of tokens from the files of --text.
+typedef struct {
+    int32_t *ids;          // [begins[rows]] those of row i are begins[i] … begins[i + 1] - 1
+    size_t *begins, rows;  // [rows + 1]
+    size_t longest;        // row
+} text_sample;
+static void read_sample(text_sample *sample, tokenizer_source tokenizer, size_t context);
+
 // ---- Choosing layers ----------------------------------------------------------------------------
 
 typedef struct {
@@ -265,7 +323,9 @@ static const layer_preset presets[] = {
     {"tinyllama", 22, "0-3", "10-17", "18-21"},
     {"llama3.2", 16, "0-3", "6-11", "12-15"},
     {"llama3.2-2-4-2", 16, "0-1", "10-13", "14-15"},
+    {"olmo2", 16, "0-3", "6-11", "12-15"},
     {"smollm2", 30, "0-3", "20-25", "26-29"},
+    {"smollm2-360m", 32, "0-3", "14-27", "28-31"},
 };
 
 // Reads "4" or "4-7" and returns where it ends, at a comma or the text's end. NULL if it is
@@ -311,8 +371,8 @@ static void read_layers(layer_numbers *list, const char *option, const char *tex
     }
 }
 
-// The inverse, in a column of 12 characters.
-static void print_layers(const layer_numbers *list) {
+// The inverse. Returns the number of characters.
+static int print_layers(const layer_numbers *list) {
     int width = list->count ? 0 : printf("none");
     size_t end;
     for (size_t i = 0; i < list->count; i = end) {
@@ -322,24 +382,81 @@ static void print_layers(const layer_numbers *list) {
         width += printf("%zu", list->layers[i]);
         if (end > i + 1) width += printf("-%zu", list->layers[end - 1]);
     }
+    return width;
+}
+
+// In a column of 12 characters.
+static void print_layer_column(const layer_numbers *list) {
+    int width = print_layers(list);
     printf("%*s", width < 12 ? 12 - width : 1, "");
 }
 
-static void choose_layers(layer_choice *choice, size_t available) {
-    const char *prelude = options.prelude, *core = options.core, *coda = options.coda;
-    if (options.preset >= 0) {
-        const layer_preset *preset = &presets[options.preset];
-        if (preset->source_layers != available)
-            die(2, "--preset %s is for a model of %zu layers, this one has %zu", preset->name,
-                preset->source_layers, available);
-        prelude = preset->prelude;
-        core = preset->core;
-        coda = preset->coda;
+static void take_layers(layer_numbers *list, size_t first, size_t count) {
+    list->count = count;
+    for (size_t i = 0; i < count; i++) list->layers[i] = first + i;
+}
+
+// How many of the three lists a layer stands in.
+static size_t count_places(const layer_choice *choice, size_t layer) {
+    return count_layer(&choice->prelude, layer) + count_layer(&choice->core, layer) +
+           count_layer(&choice->coda, layer);
+}
+
+static size_t count_dropped(const layer_choice *choice, size_t available) {
+    size_t dropped = 0;
+    for (size_t layer = 0; layer < available; layer++) dropped += !count_places(choice, layer);
+    return dropped;
+}
+
+// How many layers an automatic core has, of `between` that are in neither prelude nor coda: what
+// --core auto:N says; the preset's number; or, as in all the paper's models, as many as prelude and
+// coda have together, but three quarters of those between at most.
+static size_t automatic_count(const layer_choice *choice, const layer_preset *preset,
+                              size_t between) {
+    const char *text = options.core + strlen("auto");
+    size_t ends = choice->prelude.count + choice->coda.count, most = between * 3 / 4;
+    char *end = NULL;
+    if (*text && isdigit((unsigned char)text[1])) {
+        size_t count = (size_t)strtoull(text + 1, &end, 10);
+        if (*end == 0 && count >= 1 && count <= between) return count;
     }
-    read_layers(&choice->prelude, "prelude", prelude, available);
-    read_layers(&choice->core, "core", core, available);
-    read_layers(&choice->coda, "coda", coda, available);
+    if (*text)
+        die(2, "--core %s: after auto: stands a number of layers, from 1 to the %zu that are in "
+               "neither prelude nor coda", options.core, between);
+    if (preset) {
+        layer_numbers core;
+        read_layers(&core, "core", preset->core, preset->source_layers);
+        return core.count;
+    }
+    return retrofit_max(ends ? retrofit_min(ends, most) : most, 1);
+}
+
+// Reads the lists that were given or that the preset has. Beside an automatic core, a prelude and a
+// coda that were not given are the source's first and last four layers, as in the paper, or a
+// quarter of its layers each if that is fewer. Returns how many layers an automatic core shall
+// have, 0 if the core is known.
+static size_t read_choice(layer_choice *choice, size_t available) {
+    const layer_preset *preset = options.preset >= 0 ? &presets[options.preset] : NULL;
+    if (preset && preset->source_layers != available)
+        die(2, "--preset %s is for a model of %zu layers, this one has %zu", preset->name,
+            preset->source_layers, available);
+    const char *prelude = preset ? preset->prelude : options.prelude;
+    const char *coda = preset ? preset->coda : options.coda;
+    size_t ends = retrofit_max(retrofit_min(available / 4, 4), 1);
+    if (prelude) read_layers(&choice->prelude, "prelude", prelude, available);
+    else take_layers(&choice->prelude, 0, ends);
+    if (coda) read_layers(&choice->coda, "coda", coda, available);
+    else take_layers(&choice->coda, available - ends, ends);
+
+    choice->core.count = 0;
+    if (core_is_auto()) {
+        size_t between = count_dropped(choice, available);
+        if (!between) die(2, "--core auto: prelude and coda leave no layer of %zu", available);
+        return automatic_count(choice, preset, between);
+    }
+    read_layers(&choice->core, "core", preset ? preset->core : options.core, available);
     if (!choice->core.count) die(2, "--core none: there must be a layer to repeat");
+    return 0;
 }
 
 // Says which layers are gone and how many parameters went with them. A plain Llama's layers, all of
@@ -348,8 +465,7 @@ static void print_dropped(const retrofit_model *source, const layer_choice *choi
     const retrofit_config *c = &source->config;
     layer_numbers dropped = {.count = 0};
     for (size_t layer = 0; layer < c->coda; layer++) {
-        size_t places = count_layer(&choice->prelude, layer) + count_layer(&choice->core, layer) +
-                        count_layer(&choice->coda, layer);
+        size_t places = count_places(choice, layer);
         if (places == 0) dropped.layers[dropped.count++] = layer;
         if (places > 1)
             fprintf(stderr, "convert: note: layer %zu is copied to %zu places\n", layer, places);
@@ -357,8 +473,176 @@ static void print_dropped(const retrofit_model *source, const layer_choice *choi
     size_t outside = 2 * c->vocab * c->n_embd + c->n_embd; // embedding, head, final norm
     size_t per_layer = (source->weight_count - outside) / c->coda;
     printf("%-12s", "dropped");
-    print_layers(&dropped);
+    print_layer_column(&dropped);
     printf("%16zu\n\n", dropped.count * per_layer);
+}
+
+// ---- What each layer does -----------------------------------------------------------------------
+
+// Which layers a model can do without, measured on a text. Let x_i be the residual stream that
+// enters layer i; x_L leaves the last layer, before the final norm. Then, as means over the tokens,
+//
+//     influence_i = 1 - cos(x_i, x_{i+1})
+//     distance_i  = arccos(cos(x_i, x_{i+n})) / π
+//
+// The first is ShortGPT's block influence (Men et al., arXiv 2403.03853): a layer that hardly turns
+// the stream is hardly missed. The paper's ablation keeps the layers with the most, in their order.
+// The second is what dropping the n layers from i on would skip, the angular distance of "The
+// Unreasonable Ineffectiveness of the Deeper Layers" (Gromov et al., arXiv 2403.17887), there of a
+// text's last token; n is the number of layers that the choice at hand drops.
+typedef struct {
+    size_t n, tokens;
+    double *influence, *distance; // [L] sums over the tokens, in the end their means
+} layer_scores;
+
+static double cosine(const float *a, const float *b, size_t d) {
+    double product = 0, squares_a = 0, squares_b = 0;
+    for (size_t i = 0; i < d; i++) {
+        product += (double)a[i] * (double)b[i];
+        squares_a += (double)a[i] * (double)a[i];
+        squares_b += (double)b[i] * (double)b[i];
+    }
+    return fmin(fmax(product / sqrt(squares_a * squares_b), -1), 1);
+}
+
+// x_i of the row that was computed last, [tokens of the row][d].
+static const float *stream_into(const retrofit_buffers *buffers, size_t i) {
+    const retrofit_block *blocks = buffers->saved.coda; // a plain Llama's layers
+    return i == 0 ? blocks[0].x : blocks[i - 1].out;
+}
+
+// With RETROFIT_KEEP_INPUTS the stream is there before and behind every layer.
+static void score_row(layer_scores *scores, retrofit_buffers *buffers, const int32_t *ids,
+                      size_t count) {
+    const retrofit_config *c = &buffers->model->config;
+    const double pi = 3.14159265358979323846;
+    size_t d = c->n_embd, layers = c->coda;
+    must(retrofit_forward(buffers, ids, 1, count, 0, 0, 0, 0));
+    for (size_t i = 0; i < layers; i++) {
+        const float *x = stream_into(buffers, i), *next = stream_into(buffers, i + 1);
+        const float *later = stream_into(buffers, retrofit_min(i + scores->n, layers));
+        for (size_t t = 0; t < count * d; t += d) {
+            scores->influence[i] += 1 - cosine(x + t, next + t, d);
+            scores->distance[i] += acos(cosine(x + t, later + t, d)) / pi;
+        }
+    }
+    scores->tokens += count;
+}
+
+// n: for the distances. To be freed with free_scores.
+static layer_scores measure_layers(const retrofit_model *source, const text_sample *sample,
+                                   size_t n) {
+    size_t layers = source->config.coda;
+    layer_scores scores = {.n = n};
+    scores.influence = allocate_or_die(layers, sizeof *scores.influence);
+    scores.distance = allocate_or_die(layers, sizeof *scores.distance);
+    retrofit_buffers *buffers =
+        retrofit_buffers_new(source, 1, sample->longest, 0, RETROFIT_KEEP_INPUTS, NULL);
+    must(buffers != NULL);
+    for (size_t i = 0; i < sample->rows; i++) {
+        size_t begin = sample->begins[i], count = sample->begins[i + 1] - begin;
+        score_row(&scores, buffers, sample->ids + begin, count);
+        retrofit_show_share(i + 1, sample->rows, "the layers measured");
+    }
+    retrofit_buffers_free(buffers);
+    for (size_t i = 0; i < layers; i++) {
+        scores.influence[i] /= (double)scores.tokens;
+        scores.distance[i] /= (double)scores.tokens;
+        if (!isfinite(scores.influence[i]))
+            die(1, "%s: what layer %zu makes of the text is zero or not finite: is it a trained "
+                   "model?", options.from, i);
+    }
+    return scores;
+}
+
+static void free_scores(layer_scores *scores) {
+    free(scores->influence);
+    free(scores->distance);
+}
+
+// The layer's place among those in no list, by influence; of equal ones the first comes first.
+static size_t rank_of(size_t layer, const layer_choice *choice, const double *influence,
+                      size_t layers) {
+    size_t rank = 0;
+    for (size_t i = 0; i < layers; i++) {
+        bool before = influence[i] > influence[layer] ||
+                      (influence[i] == influence[layer] && i < layer);
+        rank += before && !count_places(choice, i);
+    }
+    return rank;
+}
+
+// Makes the `count` layers of most influence, of those in no list, the core.
+static void choose_core(layer_choice *choice, const double *influence, size_t layers,
+                        size_t count) {
+    layer_numbers core = {.count = 0};
+    for (size_t layer = 0; layer < layers; layer++) {
+        bool is_free = !count_places(choice, layer);
+        if (is_free && rank_of(layer, choice, influence, layers) < count)
+            core.layers[core.count++] = layer;
+    }
+    choice->core = core;
+}
+
+static void print_parts(const layer_choice *choice, size_t layer) {
+    const char *separator = "";
+    const struct {
+        const char *name;
+        const layer_numbers *list;
+    } parts[] = {
+        {"prelude", &choice->prelude}, {"core", &choice->core}, {"coda", &choice->coda}};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        if (!count_layer(parts[i].list, layer)) continue;
+        printf("%s%s", separator, parts[i].name);
+        separator = ", ";
+    }
+    printf("%s\n", *separator ? "" : "dropped");
+}
+
+static void print_scores(const layer_scores *scores, const layer_choice *choice, size_t layers) {
+    printf("measured on %zu tokens: influence, 1 - cos(input, output) of each layer; distance, the "
+           "angle / π\nbetween its input and the stream %zu %s later\n\n", scores->tokens,
+           scores->n, scores->n == 1 ? "layer" : "layers");
+    printf("%5s%12s%12s  %s\n", "layer", "influence", "distance", "part");
+    for (size_t layer = 0; layer < layers; layer++) {
+        printf("%5zu%12.6f", layer, scores->influence[layer]);
+        if (layer + scores->n <= layers) printf("%12.6f  ", scores->distance[layer]);
+        else printf("%12s  ", "-");
+        print_parts(choice, layer);
+    }
+    printf("\n");
+}
+
+// Reads the choice of layers, measures them if there is a text, chooses what is left open, and
+// prints what was measured.
+static void choose_layers(layer_choice *choice, const retrofit_model *source,
+                          tokenizer_source tokenizer) {
+    size_t layers = source->config.coda;
+    if (!retrofit_is_plain(&source->config))
+        die(1, "%s is recurrent already: surgery starts from a plain Llama", options.from);
+    size_t automatic = read_choice(choice, layers);
+    if (!options.text) return;
+    size_t dropped = count_dropped(choice, layers) - automatic;
+    text_sample sample;
+    read_sample(&sample, tokenizer, source->config.context);
+    layer_scores scores = measure_layers(source, &sample, retrofit_max(dropped, 1));
+    if (automatic) choose_core(choice, scores.influence, layers, automatic);
+    print_scores(&scores, choice, layers);
+    free_scores(&scores);
+    free(sample.ids);
+    free(sample.begins);
+}
+
+static void report(const retrofit_model *source, tokenizer_source tokenizer) {
+    layer_choice choice;
+    choose_layers(&choice, source, tokenizer);
+    printf("next: convert --from %s --to DIR --prelude ", options.from);
+    print_layers(&choice.prelude);
+    printf(" --core ");
+    print_layers(&choice.core);
+    printf(" --coda ");
+    print_layers(&choice.coda);
+    printf("\n");
 }
 
 // ---- The new model ------------------------------------------------------------------------------
@@ -427,10 +711,8 @@ static const retrofit_parameter **list_origins(const retrofit_model *model,
 }
 
 static void surgery(const retrofit_model *source, tokenizer_source tokenizer) {
-    if (!retrofit_is_plain(&source->config))
-        die(1, "%s is recurrent already: surgery starts from a plain Llama", options.from);
     layer_choice choice;
-    choose_layers(&choice, source->config.coda);
+    choose_layers(&choice, source, tokenizer);
 
     retrofit_config config = recurrent_config(&source->config, &choice);
     retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
@@ -513,9 +795,9 @@ static void print_part(retrofit_part part, const layer_choice *choice, bool plai
                                         "coda",      "final norm", "head"};
     const char *adapter = options.adapter_init == ADAPTER_IDENTITY ? "[0 | I]" : "random";
     printf("%-12s", part == RETROFIT_PART_CODA && plain ? "layers" : names[part]);
-    if (choice && part == RETROFIT_PART_PRELUDE) print_layers(&choice->prelude);
-    else if (choice && part == RETROFIT_PART_CORE) print_layers(&choice->core);
-    else if (choice && part == RETROFIT_PART_CODA) print_layers(&choice->coda);
+    if (choice && part == RETROFIT_PART_PRELUDE) print_layer_column(&choice->prelude);
+    else if (choice && part == RETROFIT_PART_CORE) print_layer_column(&choice->core);
+    else if (choice && part == RETROFIT_PART_CODA) print_layer_column(&choice->coda);
     else printf("%-12s", choice && part == RETROFIT_PART_ADAPTER ? adapter : "");
     printf("%16zu\n", count);
 }
@@ -1145,6 +1427,113 @@ static void tokenize(const char *const *files, size_t count) {
     for (int i = 0; i < LOSSES; i++)
         if (writer.lost[i]) printf("%zu %s\n", writer.lost[i], loss_texts[i]);
     retrofit_tokenizer_free(writer.tokenizer);
+}
+
+// ---- Rows of tokens for section 2 ---------------------------------------------------------------
+
+// A row is up to 512 tokens of one document. Of a file no more is read than so many documents, or
+// of a .txt so many bytes, as surely have the tokens.
+enum { ROW_TOKENS = 512, BYTES_PER_TOKEN = 64 };
+
+// Adds a document's first `most` tokens at most to the sample. Returns how many it added.
+static size_t add_document(text_sample *sample, const document *document, size_t most,
+                           size_t row) {
+    size_t count = retrofit_min(document->count, most), at = sample->begins[sample->rows];
+    if (!count) return 0;
+    memcpy(sample->ids + at, document->ids, count * sizeof *sample->ids);
+    for (size_t i = 0; i < count; i += row) {
+        size_t length = retrofit_min(count - i, row);
+        sample->begins[++sample->rows] = at + i + length;
+        sample->longest = retrofit_max(sample->longest, length);
+    }
+    return count;
+}
+
+// The beginning of a .txt, up to a whole character; or a line of a .jsonl. false at the end.
+static bool read_document(FILE *file, const char *path, document *document, size_t most) {
+    if (document->line > 0) return read_line(file, path, document);
+    size_t limit = most * BYTES_PER_TOKEN;
+    char *raw = allocate_or_die(limit + 1, 1);
+    size_t size = fread(raw, 1, limit + 1, file);
+    if (ferror(file)) die(1, "%s: %s", path, strerror(errno));
+    bool is_cut = size > limit;
+    if (is_cut) size = limit;
+    while (is_cut && size > 0 && (raw[size] & 0xc0) == 0x80) size--; // amid a character
+    document->raw = raw;
+    document->size = size;
+    return true;
+}
+
+// Adds up to `most` tokens of a file to the sample. Returns how many it added.
+static size_t sample_file(text_sample *sample, const retrofit_tokenizer *tokenizer,
+                          const char *path, size_t most, size_t row) {
+    FILE *file = fopen(path, "rb");
+    if (!file) die(1, "%s: %s", path, strerror(errno));
+    text_report report = {0};
+    bool has_lines = ends_with(path, ".jsonl");
+    size_t count = 0;
+    for (size_t line = has_lines; count < most; line++) {
+        document document = {.line = line};
+        if (!read_document(file, path, &document, most)) break;
+        if (!encode_document(tokenizer, &document, path)) die(1, "%s", retrofit_error());
+        count += add_document(sample, &document, most - count, row);
+        add_losses(&report, &document);
+        free(document.raw);
+        free(document.ids);
+        if (!has_lines) break;
+    }
+    fclose(file);
+    check_member(&report, path);
+    return count;
+}
+
+// A GGUF's tokenizer becomes files for as long as it takes to read them: beside what is to be made,
+// or, for a report, in a directory of its own.
+static char report_directory[RETROFIT_PATH];
+static void remove_report_directory(void) { rmdir(report_directory); }
+
+static retrofit_tokenizer *load_gguf_tokenizer(const gguf_file *gguf) {
+    char path[RETROFIT_PATH];
+    const char *beside = options.to, *temporary = getenv("TMPDIR");
+    if (!beside) {
+        must(retrofit_path(report_directory, temporary && *temporary ? temporary : "/tmp",
+                           "retrofit-XXXXXX"));
+        if (!mkdtemp(report_directory)) die(1, "%s: %s", report_directory, strerror(errno));
+        atexit(remove_report_directory);
+        must(retrofit_path(path, report_directory, "tokenizer"));
+        beside = path;
+    }
+    char *directory = retrofit_directory_begin(beside);
+    must(directory != NULL);
+    gguf_write_tokenizer(gguf, directory);
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    must(tokenizer != NULL);
+    retrofit_directory_abandon(directory);
+    free(directory);
+    return tokenizer;
+}
+
+// Each file gives the same number of tokens, and what one lacks those behind it give.
+static void read_sample(text_sample *sample, tokenizer_source source, size_t context) {
+    size_t row = retrofit_min(context, ROW_TOKENS), left = options.text_tokens;
+    for (size_t i = 0; i < options.file_count; i++) {
+        check_name(options.files[i]);
+        check_kind(options.files[i]);
+    }
+    memset(sample, 0, sizeof *sample);
+    sample->ids = allocate_or_die(left, sizeof *sample->ids);
+    sample->begins = allocate_or_die(left + 1, sizeof *sample->begins);
+    retrofit_tokenizer *tokenizer = source.gguf ? load_gguf_tokenizer(source.gguf)
+                                                : retrofit_tokenizer_load(source.directory);
+    must(tokenizer != NULL);
+    for (size_t i = 0; i < options.file_count; i++) {
+        size_t files = options.file_count - i, share = left / files + (left % files > 0);
+        if (share) left -= sample_file(sample, tokenizer, options.files[i], share, row);
+    }
+    if (!sample->rows)
+        die(1, "there is no text in %s%s", options.files[0],
+            options.file_count > 1 ? " and the others" : "");
+    retrofit_tokenizer_free(tokenizer);
 }
 
 // =================================================================================================
@@ -2427,7 +2816,10 @@ static void mend_ids(retrofit_model *source, const char *directory) {
 
 static void convert(int task) {
     struct stat status;
-    bool is_file = !stat(options.from, &status) && S_ISREG(status.st_mode);
+    bool is_there = !stat(options.from, &status);
+    bool is_file = is_there && S_ISREG(status.st_mode);
+    if (!is_there && ends_with(options.from, ".gguf"))
+        die(1, "%s: %s", options.from, strerror(errno));
     gguf_file gguf;
     char path[RETROFIT_PATH];
     tokenizer_source tokenizer = {NULL, NULL};
@@ -2443,6 +2835,7 @@ static void convert(int task) {
         mend_ids(source, tokenizer.directory);
     }
     if (task == SURGERY) surgery(source, tokenizer);
+    else if (task == REPORT) report(source, tokenizer);
     else rewrite(source, tokenizer);
     retrofit_free(source);
     if (is_file) gguf_close(&gguf);
@@ -2456,11 +2849,13 @@ int main(int argc, char **argv) {
                                 sizeof option_table / sizeof *option_table, usage, files, &count);
     if (code < 0) {
         int task = find_task();
+        options.files = files;
+        options.file_count = count;
         check_options(task, files, count);
         set_defaults(task);
         retrofit_abandon_on_signals("convert");
         retrofit_shows_shares = true;
-        if (task == SURGERY || task == REWRITE) convert(task);
+        if (options.from) convert(task);
         if (task == RANDOM) make_random();
         if (task == TOKENIZE) tokenize(files, count);
         must(retrofit_flush_stdout());

@@ -1,13 +1,13 @@
 #!/bin/sh
-# The README's two pictures: doc/architecture.svg and, from what `make demo` trained,
-# doc/recurrences.svg. Both are readable on light and dark pages: colours follow the reader's
-# preference.
+# The pictures of README and doc/: doc/architecture.svg; from what `make demo` trained,
+# doc/recurrences.svg; of what `make smollm2` downloads, doc/layers.svg. All are readable on light
+# and dark pages: colours follow the reader's preference.
 set -e
 export LC_ALL=C
 tasks=test/fixtures/lookup/tasks.jsonl
 depths=1,2,3,4,6,8,12,16,24,32
 
-# What both pictures begin with. $1, $2: width and height.
+# What all pictures begin with. $1, $2: width and height.
 begin_picture() {
     cat <<SVG
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 $1 $2" width="$1" height="$2"
@@ -123,6 +123,90 @@ recurrences() { # $1: the base's accuracy; stdin: numbers
     echo '</svg>'
 }
 
+# ---- What each layer does -----------------------------------------------------------------------
+
+model=local/smollm2/base measured=local/smollm2/train.jsonl
+
+# "n layer influence distance part" a line, of a core of so many layers.
+report() {
+    ./convert --from $model --report --core "auto:$1" --text $measured 2>/dev/null | awk '
+        NR == 2 { n = $(NF - 2) }
+        $1 ~ /^[0-9]+$/ { print n, $1, $2, $3, $4 }'
+}
+
+layers() { # stdin: reports; the first one is drawn as bars, the distances of all as curves
+    begin_picture 760 310
+    cat <<SVG
+<style>
+  .gone { fill: #f6f8fa; stroke: #8c959f; }
+  @media (prefers-color-scheme: dark) { .gone { fill: #21262d; stroke: #6e7681; } }
+</style>
+SVG
+    awk '
+        function tag(name, attributes) { printf "<%s %s/>\n", name, attributes }
+        function line(class, x1, y1, x2, y2) {
+            tag("line", sprintf("class=\"%s\" x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\"",
+                class, x1, y1, x2, y2))
+        }
+        function box(class, at_x, at_y, width, height) {
+            tag("rect", sprintf("class=\"%s\" x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\"",
+                class, at_x, at_y, width, height))
+        }
+        function text(class, at_x, at_y, anchor, words) {
+            printf "<text class=\"%s\" x=\"%.1f\" y=\"%.1f\" text-anchor=\"%s\">%s</text>\n",
+                class, at_x, at_y, anchor, words
+        }
+        function influence_y(v) { return 240 - 100 * log(v / 0.01) / log(10) }
+        function distance_y(v) { return 240 - 400 * v }
+        function class_of(part) {
+            return part == "core" ? "core" : part == "dropped" ? "gone" : "part"
+        }
+        function axis(x0, width, title) { # layers that are `width` apart
+            text("label", x0, 22, "start", title)
+            for (i = 0; i < layers; i += 5)
+                text("small", x0 + width * (i + 0.5), 258, "middle", i)
+        }
+        BEGIN { layers = 0 }
+        !($1 in first) { first[$1] = ++reports; n[reports] = $1 }
+        first[$1] == 1 { influence[layers] = $3; part[layers] = $5; layers++ }
+        { count[$1]++; distance[$1, $2] = $4 }
+        END {
+            axis(50, 11, "influence: 1 - cos(input, output)")
+            for (v = 0.01; v < 2; v *= 10) {
+                line("thin", 50, influence_y(v), 380, influence_y(v))
+                text("small", 44, influence_y(v) + 4, "end", v)
+            }
+            for (i = 0; i < layers; i++)
+                box(class_of(part[i]), 51 + 11 * i, influence_y(influence[i]), 9,
+                    240 - influence_y(influence[i]))
+            x = 50
+            split("prelude, coda;core;dropped", names, ";")
+            split("part;core;gone", classes, ";")
+            for (i = 1; i <= 3; i++) {
+                box(classes[i], x, 280, 11, 11)
+                text("small", x + 16, 290, "start", names[i])
+                x += i == 1 ? 110 : 64
+            }
+
+            axis(430, 10, "angle / π between the inputs of layers i and i + n")
+            for (v = 0; v < 0.55; v += 0.1) {
+                line("thin", 430, distance_y(v), 730, distance_y(v))
+                text("small", 424, distance_y(v) + 4, "end", v)
+            }
+            for (k = 1; k <= reports; k++) {
+                last = layers - n[k]
+                printf "<polyline class=\"%s\" points=\"", k == 1 ? "line" : "base"
+                for (i = 0; i <= last; i++)
+                    printf "%.1f,%.1f ", 435 + 10 * i, distance_y(distance[n[k], i])
+                print "\"/>"
+                text("small", 440 + 10 * last, distance_y(distance[n[k], last]) + 4, "start",
+                    "n = " n[k])
+            }
+            text("small", 580, 290, "middle", "the first layer i of n that are skipped")
+        }'
+    echo '</svg>'
+}
+
 architecture >doc/architecture.svg
 if [ -d build/demo/run ] && [ -d build/demo/base ]; then
     base=$(./infer --model build/demo/base --tasks $tasks --json | numbers | cut -d ' ' -f 2)
@@ -130,4 +214,9 @@ if [ -d build/demo/run ] && [ -d build/demo/base ]; then
         numbers | recurrences "$base" >doc/recurrences.svg
 else
     echo "doc/recurrences.svg needs what make demo trains" >&2
+fi
+if [ -d $model ] && [ -e $measured ]; then
+    for core in 16 6 20; do report $core; done | layers >doc/layers.svg
+else
+    echo "doc/layers.svg needs what make smollm2 downloads" >&2
 fi

@@ -77,6 +77,7 @@ static void set_up(void) {
     setenv("TESTS", tests, 1);
     setenv("ASAN_OPTIONS", "detect_leaks=0", 1);
     require_test(mkdtemp(work) && chdir(work) == 0, work);
+    setenv("TMPDIR", work, 1);
     write_text("config.json", config_json);
     write_text("a.jsonl", "{\"text\":\"four five\"}\n\n{\"text\":\"\\ud800 six\",\"x\":NaN}\n");
     write_text("b.txt", "the cat \xc3\xa9\n");
@@ -107,6 +108,10 @@ static void set_up_more(void) {
 
 static const scenario scenarios[] = {
     {"surgery", "--from p --to o/m --prelude none --core 0 --coda none", NULL, NULL},
+    {"measured", "--from p --to o/m --prelude none --core auto:1 --coda none --text a.jsonl b.txt",
+     NULL, NULL},
+    {"report", "--from spm.gguf --report --prelude none --core 0 --coda none --text b.txt", NULL,
+     NULL},
     {"rewrite", "--from p --to o/m --dtype bf16", NULL, NULL},
     {"gguf", "--from spm.gguf --to o/m", NULL, NULL},
     {"gguf2", "--from bpe.gguf --to o/m --prelude none --core 0 --coda none", NULL, NULL},

@@ -1106,6 +1106,27 @@ static void same_encoding(const char *directory, const char *style) {
     retrofit_tokenizer_free(tokenizer);
 }
 
+// What is measured of a GGUF's layers is what is measured of the directory that was made of it. The
+// file's tokenizer leaves nothing behind.
+static void same_report(const char *gguf, const char *directory) {
+    static const char options[] = "--report --prelude none --core 0 --coda 1 --text";
+    const char *temporary = in_work("temporary"), *text = in_work("measured.txt");
+    write_string(text, "Once upon a time there were 2 layers. Their angles were measured.");
+    mkdir(temporary, 0777);
+    setenv("TMPDIR", temporary, 1);
+    works("--from %s %s %s", directory, options, text);
+    char *expected = read_text(in_work("out"));
+    works("--from %s %s %s", gguf, options, text);
+    char *measured = read_text(in_work("out")), *end = strstr(expected, "next:");
+    bool same = end && !strncmp(expected, measured, (size_t)(end - expected));
+    check(same && strstr(expected, "influence"), "%s: measured '%s', not '%s'", gguf, measured,
+          expected);
+    check(rmdir(temporary) == 0, "%s: the report leaves something in TMPDIR", gguf);
+    unsetenv("TMPDIR");
+    free(expected);
+    free(measured);
+}
+
 static void good_gguf(const gguf_case *file) {
     const char *path = in_work("%s.gguf", file->name), *name = file->name;
     char plain[256], cut[256];
@@ -1124,6 +1145,7 @@ static void good_gguf(const gguf_case *file) {
     same_numbers(name, &recurrent->lm_head, &expected->lm_head, true);
     same_encoding(plain, file->style);
     same_encoding(cut, file->style);
+    same_report(path, plain);
     retrofit_free(m);
     retrofit_free(recurrent);
     retrofit_free(expected);
