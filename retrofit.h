@@ -2989,6 +2989,9 @@ void retrofit_text_append_item(retrofit_text *text, const char *item);
 void retrofit_strip(const char **text, size_t *size);
 // The same at its beginning alone.
 void retrofit_strip_begin(const char **text, size_t *size);
+// The bytes of that at the text's beginning; the size of the text without it at its end.
+size_t retrofit_spaces_at(const char *text, size_t size);
+size_t retrofit_size_without_spaces(const char *text, size_t size);
 // Moves the text's beginning behind the byte order mark that some editors put there.
 void retrofit_skip_mark(const char **text, size_t *size);
 
@@ -3131,6 +3134,32 @@ int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *t
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer);
 // A hash, never 0, of all that decides ids, however the file is laid out.
 uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer);
+
+// ---- Chat templates ----------------------------------------------------------------------------
+
+// A model's own chat template, which writes a conversation out as the text that the model knows.
+// Once loaded nothing changes it, so that threads may share one.
+typedef struct retrofit_chat retrofit_chat;
+
+typedef struct {
+    const char *role, *content;
+    size_t size;               // of content
+    const retrofit_json *json; // with all else it has, if it is of a file; or NULL
+} retrofit_message;
+
+// Reads the template of a directory as transformers does: chat_template.jinja, or what
+// tokenizer_config.json has. The tokenizer must stay until it is freed. NULL or error.
+retrofit_chat *retrofit_chat_load(const char *directory, const retrofit_tokenizer *tokenizer);
+void retrofit_chat_free(retrofit_chat *chat);                // or NULL
+const char *retrofit_chat_where(const retrofit_chat *chat);  // the file, for errors
+// The text of a conversation; prompt: up to where the model answers, by add_generation_prompt.
+// Special tokens are spelt out in it, BOS too where the template has one: it is encoded without
+// with_special. Freed with free(text->bytes). false or error, and then it is empty.
+bool retrofit_chat_render(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
+                          bool prompt, retrofit_text *text);
+// The same, and a template that writes nothing of a message, for its role mostly, is an error.
+bool retrofit_chat_write(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
+                         bool prompt, retrofit_text *text);
 
 // ---- Files -------------------------------------------------------------------------------------
 
@@ -6891,7 +6920,7 @@ static void sum_squares(double *sum, const float *x, size_t n) {
 }
 
 // =================================================================================================
-// 11  JSON, tokenizer
+// 11  JSON, tokenizer, chat templates
 // =================================================================================================
 
 // ---- UTF-8 -------------------------------------------------------------------------------------
@@ -6999,6 +7028,18 @@ void retrofit_strip(const char **text, size_t *size) {
         if (!is_space(code_point)) break;
         *size -= length;
     }
+}
+
+size_t retrofit_spaces_at(const char *text, size_t size) {
+    const char *stripped = text;
+    retrofit_strip_begin(&stripped, &size);
+    return (size_t)(stripped - text);
+}
+
+size_t retrofit_size_without_spaces(const char *text, size_t size) {
+    const char *stripped = text;
+    retrofit_strip(&stripped, &size);
+    return size ? (size_t)(stripped - text) + size : 0;
 }
 
 void retrofit_skip_mark(const char **text, size_t *size) {
@@ -9770,6 +9811,993 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer) {
     free(tokenizer->nfc);
     free(tokenizer);
 }
+
+// ---- Chat templates: their pieces --------------------------------------------------------------
+
+// A chat template is a program in Jinja that writes a conversation out. What follows runs the small
+// part of Jinja that chat templates are written in, just as transformers has it run (trim_blocks,
+// lstrip_blocks). All else is refused by its name, as soon as a conversation comes to it: what a
+// template has for tools does no harm. Templates are hostile: nesting, steps, memory are limited.
+enum { CHAT_MAX_NESTING = 60, CHAT_MAX_STEPS = 50 * 1000 * 1000, CHAT_MAX_MEMORY = 1 << 28 };
+
+typedef enum {
+    CHAT_END, CHAT_TEXT, CHAT_STATEMENT, CHAT_OUTPUT, CHAT_CLOSE, CHAT_WORD, CHAT_QUOTED,
+    CHAT_INTEGER, CHAT_OPERATOR
+} chat_token_kind;
+
+// Text, {% {{ %} or }}, or what is between those: a word, string, whole number or operator.
+typedef struct {
+    chat_token_kind kind;
+    const char *bytes; // of a string: without its quotes
+    size_t size;
+} chat_token;
+
+typedef enum {
+    CHAT_UNDEFINED, CHAT_NONE, CHAT_BOOL, CHAT_NUMBER, CHAT_STRING, CHAT_LIST, CHAT_MESSAGE,
+    CHAT_LOOP, CHAT_FUNCTION
+} chat_value_type;
+
+typedef struct chat_value {
+    chat_value_type type;
+    int64_t number;                 // BOOL, NUMBER
+    const char *bytes;              // STRING
+    const struct chat_value *items; // LIST
+    size_t size;                    // of bytes or items
+    const retrofit_message *message;
+} chat_value;
+
+typedef struct {
+    chat_token name;
+    chat_value value;
+} chat_variable;
+
+typedef struct chat_block { // of memory that a rendering needs
+    struct chat_block *next;
+    max_align_t bytes[];
+} chat_block;
+
+struct retrofit_chat {
+    char where[RETROFIT_PATH + 32]; // which file
+    char *text;                     // each line ends in \n
+    retrofit_text tokens;           // its bytes are chat_token
+    retrofit_json *config;          // tokenizer_config.json, which names special tokens; or NULL
+    const retrofit_tokenizer *tokenizer;
+    time_t now;                     // as at the start: one day for a whole conversation
+};
+
+typedef struct {
+    const retrofit_chat *chat;
+    size_t at, steps, nesting;     // at which token; so far; blocks and brackets around it
+    size_t unused;                 // > 0: expressions are read, but not evaluated
+    chat_variable *variables;      // [variable_count], those of the innermost loop from scope on
+    size_t variable_count, variable_capacity, scope;
+    size_t loop_index, loop_count; // of the innermost loop
+    chat_block *memory;
+    size_t memory_size;
+    retrofit_text output;
+    char problem[512]; // why it cannot go on; else ""
+} chat_rendering;
+
+static const chat_token *chat_peek(const chat_rendering *run) {
+    return (const chat_token *)(const void *)run->chat->tokens.bytes + run->at;
+}
+
+// Ends the rendering: it goes to the end of the tokens, and finds none there.
+static void chat_end(chat_rendering *run) {
+    while (chat_peek(run)->kind != CHAT_END) run->at++;
+}
+
+static void chat_too_much(chat_rendering *run, const char *what) {
+    if (!*run->problem) snprintf(run->problem, sizeof run->problem, "it takes too much %s", what);
+    chat_end(run);
+}
+
+// The same where something is not followed.
+__attribute__((format(printf, 2, 3))) static void chat_refuse(chat_rendering *run,
+                                                              const char *format, ...) {
+    if (*run->problem) return;
+    size_t line = 1;
+    for (const char *c = run->chat->text; c < chat_peek(run)->bytes; c++) line += *c == '\n';
+    int n = snprintf(run->problem, sizeof run->problem, "line %zu: ", line);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(run->problem + n, sizeof run->problem - (size_t)n, format, args);
+    va_end(args);
+    for (char *c = run->problem; *c; c++)
+        if ((unsigned char)*c < ' ') *c = ' ';
+    chat_end(run);
+}
+
+static void chat_spend(chat_rendering *run, size_t steps) {
+    run->steps += steps;
+    if (run->steps > CHAT_MAX_STEPS) chat_too_much(run, "time");
+}
+
+// What goes over so many bytes of a text.
+static void chat_spend_on(chat_rendering *run, size_t bytes) { chat_spend(run, bytes / 64); }
+
+static const chat_token *chat_take(chat_rendering *run) {
+    chat_spend(run, 1);
+    const chat_token *token = chat_peek(run);
+    if (token->kind != CHAT_END) run->at++;
+    return token;
+}
+
+static bool chat_is_text(const char *bytes, size_t size, const char *word) {
+    return size == strlen(word) && !memcmp(bytes, word, size);
+}
+
+static bool chat_is_word(const chat_token *token, const char *word) {
+    bool fits = token->kind == CHAT_WORD || token->kind == CHAT_OPERATOR;
+    return fits && chat_is_text(token->bytes, token->size, word);
+}
+
+static bool chat_accept(chat_rendering *run, const char *word) {
+    bool found = chat_is_word(chat_peek(run), word);
+    if (found) chat_take(run);
+    return found;
+}
+
+static void chat_refuse_token(chat_rendering *run, const chat_token *token) {
+    int size = (int)retrofit_min(token->size, 40);
+    if (token->kind == CHAT_END) chat_refuse(run, "it ends within a block or a tag");
+    else chat_refuse(run, "'%.*s' is not followed here", size, token->bytes);
+}
+
+static void chat_expect(chat_rendering *run, const char *word) {
+    if (!chat_accept(run, word)) chat_refuse_token(run, chat_peek(run));
+}
+
+static const chat_token *chat_expect_kind(chat_rendering *run, chat_token_kind kind) {
+    if (chat_peek(run)->kind != kind) chat_refuse_token(run, chat_peek(run));
+    return chat_take(run);
+}
+
+static void chat_add_token(retrofit_chat *chat, chat_token_kind kind, const char *bytes,
+                           size_t size) {
+    retrofit_text_append(&chat->tokens, &(chat_token){kind, bytes, size}, sizeof(chat_token));
+}
+
+static void chat_enter(chat_rendering *run) {
+    if (++run->nesting > CHAT_MAX_NESTING) chat_too_much(run, "nesting");
+}
+
+// The size of the text before a tag. {%- takes all white space before it, and {% or {# that begins
+// its line what is before it on that line.
+static size_t chat_text_before(const retrofit_chat *chat, const char *text, size_t size,
+                               const char *tag) {
+    if (tag[2] == '-') return retrofit_size_without_spaces(text, size);
+    if (tag[2] == '+' || tag[1] == '{') return size;
+    size_t line = size;
+    while (line > 0 && text[line - 1] != '\n') line--;
+    bool begins = line > 0 || text == chat->text || text[-1] == '\n';
+    return begins && retrofit_spaces_at(text + line, size - line) == size - line ? line : size;
+}
+
+// The bytes of a tag's end, with the white space it takes: all behind -%}, a newline behind %}.
+// 0: it does not end here. text ends in a NUL.
+static size_t chat_tag_end(const char *text, const char *end, char close) {
+    bool variable = close == '}', minus = *text == '-';
+    size_t sign = minus || (*text == '+' && !variable);
+    if (text[sign] != close || text[sign + 1] != '}') return 0;
+    const char *behind = text + sign + 2;
+    if (minus) return 3 + retrofit_spaces_at(behind, (size_t)(end - behind));
+    return sign + 2 + (!sign && !variable && *behind == '\n');
+}
+
+static bool chat_is_letter(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_';
+}
+
+static bool chat_is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// The bytes of the token at the beginning of a tag's text; 0: it has no end.
+static size_t chat_token_size(const char *text, const char *end, chat_token_kind *kind) {
+    static const char *const pairs[] = {"==", "!=", "<=", ">=", "//", "**"};
+    const char *c = text + 1;
+    *kind = CHAT_OPERATOR;
+    if (*text == '\'' || *text == '"') {
+        *kind = CHAT_QUOTED;
+        while (c < end && *c != *text) c += *c == '\\' ? 2 : 1;
+        return c < end ? (size_t)(c + 1 - text) : 0;
+    }
+    if (chat_is_letter(*text) || chat_is_digit(*text)) {
+        *kind = chat_is_letter(*text) ? CHAT_WORD : CHAT_INTEGER;
+        while (chat_is_letter(*c) || chat_is_digit(*c)) c++;
+        return (size_t)(c - text);
+    }
+    for (size_t i = 0; i < 6; i++)
+        if (!strncmp(text, pairs[i], 2)) return 2;
+    return 1;
+}
+
+// Adds the tokens from behind {% or {{ to the end of the tag. NULL: it has none; else what follows.
+static const char *chat_read_tag(retrofit_chat *chat, const char *at, const char *end,
+                                 char close) {
+    size_t brackets = 0; // in which no tag ends
+    for (;;) {
+        at += retrofit_spaces_at(at, (size_t)(end - at));
+        if (at == end) return NULL;
+        chat_token_kind kind;
+        size_t size = brackets ? 0 : chat_tag_end(at, end, close);
+        if (size) {
+            chat_add_token(chat, CHAT_CLOSE, at, 2);
+            return at + size;
+        }
+        size = chat_token_size(at, end, &kind);
+        if (size == 0) return NULL;
+        if (kind == CHAT_OPERATOR && strchr("([{", *at)) brackets++;
+        if (kind == CHAT_OPERATOR && brackets && strchr(")]}", *at)) brackets--;
+        size_t quote = kind == CHAT_QUOTED;
+        chat_add_token(chat, kind, at + quote, size - 2 * quote);
+        at += size;
+    }
+}
+
+static const char *chat_behind_comment(const char *at, const char *end) { // NULL: it has no end
+    for (; at < end; at++) {
+        size_t size = chat_tag_end(at, end, '#');
+        if (size) return at + size;
+    }
+    return NULL;
+}
+
+// Cuts the template into tokens, in which white space is as Jinja leaves it. false or error.
+static bool chat_read_tokens(retrofit_chat *chat, const char *end) {
+    const char *at = chat->text; // what is not yet in tokens
+    for (const char *tag = at; tag < end; tag++) {
+        if (*tag != '{' || !tag[1] || !strchr("%{#", tag[1])) continue;
+        size_t before = chat_text_before(chat, at, (size_t)(tag - at), tag);
+        if (before) chat_add_token(chat, CHAT_TEXT, at, before);
+        const char *inside = tag + 2;
+        if (*inside == '-' || *inside == '+') inside++;
+        if (tag[1] != '#')
+            chat_add_token(chat, tag[1] == '%' ? CHAT_STATEMENT : CHAT_OUTPUT, tag, 2);
+        if (tag[1] == '#') at = chat_behind_comment(inside, end);
+        else at = chat_read_tag(chat, inside, end, tag[1] == '%' ? '%' : '}');
+        if (!at)
+            return retrofit_fail("%s: a '%.2s' of the chat template has no end", chat->where, tag);
+        tag = at - 1;
+    }
+    const chat_token *tokens = (const void *)chat->tokens.bytes;
+    for (size_t i = 1; i < chat->tokens.size / sizeof *tokens; i++)
+        if (tokens[i - 1].kind == CHAT_STATEMENT && chat_is_word(&tokens[i], "raw"))
+            return retrofit_fail("%s: 'raw' in the chat template is not followed here",
+                                 chat->where);
+    if (at < end) chat_add_token(chat, CHAT_TEXT, at, (size_t)(end - at));
+    chat_add_token(chat, CHAT_END, end, 0);
+    return !chat->tokens.failed;
+}
+
+// ---- Chat templates: values --------------------------------------------------------------------
+
+// Memory until the rendering is over. NULL, and the rendering has ended, if there is too little.
+static void *chat_memory(chat_rendering *run, size_t size) {
+    run->memory_size += size + sizeof(chat_block);
+    bool fits = size <= CHAT_MAX_MEMORY && run->memory_size <= CHAT_MAX_MEMORY;
+    chat_block *block = fits ? retrofit_allocate(1, sizeof *block + size) : NULL;
+    if (!block) {
+        chat_too_much(run, "memory");
+        return NULL;
+    }
+    block->next = run->memory;
+    run->memory = block;
+    return block->bytes;
+}
+
+static chat_value chat_nothing(void) { return (chat_value){.type = CHAT_UNDEFINED}; }
+
+static chat_value chat_of_bool(bool truth) {
+    return (chat_value){.type = CHAT_BOOL, .number = truth};
+}
+
+static chat_value chat_of_number(chat_rendering *run, int64_t number) {
+    if (number > INT32_MAX || number < INT32_MIN)
+        chat_refuse(run, "a number of this size is not followed");
+    return (chat_value){.type = CHAT_NUMBER, .number = number};
+}
+
+static chat_value chat_of_string(const char *bytes, size_t size) {
+    return (chat_value){.type = CHAT_STRING, .bytes = bytes, .size = size};
+}
+
+static chat_value chat_of_token(chat_rendering *run, const chat_token *token) { // a quoted string
+    static const char escapes[] = "nrt\\'\"", meanings[] = "\n\r\t\\'\"";
+    if (!memchr(token->bytes, '\\', token->size)) return chat_of_string(token->bytes, token->size);
+    char *bytes = chat_memory(run, token->size);
+    size_t size = 0;
+    for (size_t i = 0; bytes && i < token->size; i++) {
+        bytes[size] = token->bytes[i];
+        if (bytes[size] == '\\') {
+            char c = token->bytes[++i];
+            const char *escape = memchr(escapes, c, sizeof escapes - 1);
+            if (!escape) chat_refuse(run, "the escape \\%c is not followed here", c);
+            else bytes[size] = meanings[escape - escapes];
+        }
+        size++;
+    }
+    return chat_of_string(bytes, size);
+}
+
+static bool chat_is_true(chat_value v) {
+    if (v.type == CHAT_BOOL || v.type == CHAT_NUMBER) return v.number != 0;
+    if (v.type == CHAT_STRING || v.type == CHAT_LIST) return v.size > 0;
+    return v.type >= CHAT_MESSAGE;
+}
+
+static bool chat_are_equal(chat_rendering *run, chat_value a, chat_value b) {
+    bool numbers = (a.type == CHAT_BOOL || a.type == CHAT_NUMBER) &&
+                   (b.type == CHAT_BOOL || b.type == CHAT_NUMBER);
+    if (numbers) return a.number == b.number;
+    if (a.type != b.type) return false;
+    if (a.type == CHAT_STRING && a.size == b.size) chat_spend_on(run, a.size);
+    if (a.type == CHAT_STRING) return a.size == b.size && !memcmp(a.bytes, b.bytes, a.size);
+    if (a.type > CHAT_STRING) chat_refuse(run, "lists and messages are not compared here");
+    return true;
+}
+
+// What {{ }} writes of a value.
+static chat_value chat_text_of(chat_rendering *run, chat_value v) {
+    if (v.type != CHAT_STRING && v.type != CHAT_UNDEFINED)
+        chat_refuse(run, "only text is written out here");
+    return v.type == CHAT_STRING ? v : chat_of_string("", 0);
+}
+
+static chat_value chat_joined(chat_rendering *run, chat_value a, chat_value b) {
+    char *bytes = chat_memory(run, a.size + b.size);
+    if (!bytes) return chat_nothing();
+    memcpy(bytes, a.bytes, a.size);
+    memcpy(bytes + a.size, b.bytes, b.size);
+    return chat_of_string(bytes, a.size + b.size);
+}
+
+static chat_value chat_message_member(chat_rendering *run, const retrofit_message *message,
+                                      const chat_token *name) {
+    if (chat_is_text(name->bytes, name->size, "role"))
+        return chat_of_string(message->role, strlen(message->role));
+    if (chat_is_text(name->bytes, name->size, "content"))
+        return chat_of_string(message->content, message->size);
+    const retrofit_json *other = message->json ? message->json->child : NULL;
+    chat_spend(run, message->json ? message->json->count / 4 : 0);
+    for (; other; other = other->next)
+        if (chat_is_text(name->bytes, name->size, other->key)) chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+static chat_value chat_member(chat_rendering *run, chat_value of, const chat_token *name) {
+    int64_t i = (int64_t)run->loop_index, n = (int64_t)run->loop_count;
+    if (of.type == CHAT_MESSAGE) return chat_message_member(run, of.message, name);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "index0")) return chat_of_number(run, i);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "index")) return chat_of_number(run, i + 1);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "first")) return chat_of_bool(i == 0);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "last")) return chat_of_bool(i == n - 1);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "length")) return chat_of_number(run, n);
+    chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+static chat_variable *chat_find_variable(chat_rendering *run, const chat_token *name) {
+    chat_spend(run, run->variable_count / 4);
+    for (size_t i = run->variable_count; i > 0; i--) {
+        const chat_token *other = &run->variables[i - 1].name;
+        bool same = other->size == name->size && !memcmp(other->bytes, name->bytes, name->size);
+        if (same) return &run->variables[i - 1];
+    }
+    return NULL;
+}
+
+// Makes room for one more: it doubles when it is full. false: the rendering has ended.
+static bool chat_grow_variables(chat_rendering *run) {
+    size_t count = run->variable_count, capacity = run->variable_capacity;
+    if (count < capacity) return true;
+    size_t size = sizeof *run->variables;
+    chat_variable *more = chat_memory(run, (2 * capacity + 16) * size);
+    if (!more) return false;
+    if (count > 0) memcpy(more, run->variables, count * size);
+    run->variables = more;
+    run->variable_capacity = 2 * capacity + 16;
+    return true;
+}
+
+// As in Jinja, what is set in a loop is gone behind it.
+static void chat_set_variable(chat_rendering *run, const chat_token *name, chat_value value) {
+    chat_variable *variable = chat_find_variable(run, name);
+    if (!variable || variable < run->variables + run->scope) {
+        if (!chat_grow_variables(run)) return;
+        variable = &run->variables[run->variable_count++];
+    }
+    *variable = (chat_variable){*name, value};
+}
+
+// ---- Chat templates: expressions ---------------------------------------------------------------
+
+static chat_value chat_read_expression(chat_rendering *run);
+
+// The day, in a format whose parts C and Python write alike.
+static chat_value chat_format_now(chat_rendering *run, chat_value format) {
+    enum { SIZE = 128 };
+    char text[SIZE] = "", *out = chat_memory(run, SIZE);
+    bool known = out && format.type == CHAT_STRING && format.size > 0 && format.size < SIZE;
+    struct tm now;
+    if (known) memcpy(text, format.bytes, format.size);
+    for (const char *c = text; known && (c = strchr(c, '%')); c++) {
+        c += c[1] == '-' ? 2 : 1;
+        known = *c && strchr("aAbBdHIjmMpSyY%", *c);
+    }
+    size_t size = known ? strftime(out, SIZE, text, localtime_r(&run->chat->now, &now)) : 0;
+    if (size == 0) chat_refuse(run, "this call of strftime_now is not followed here");
+    return chat_of_string(out, size);
+}
+
+// Calls a function or, where its name is behind `of`, a method with no argument or one.
+static chat_value chat_read_call(chat_rendering *run, chat_value of, const chat_token *name) {
+    bool given = !chat_is_word(chat_peek(run), ")");
+    chat_value argument = given ? chat_read_expression(run) : chat_nothing();
+    chat_expect(run, ")");
+    if (run->unused) return chat_nothing();
+    bool both = chat_is_word(name, "strip"), left = both || chat_is_word(name, "lstrip");
+    bool right = both || chat_is_word(name, "rstrip"), function = of.type == CHAT_FUNCTION;
+    if (of.type == CHAT_STRING && (left || right) && !given) {
+        chat_spend_on(run, of.size);
+        size_t spaces = left ? retrofit_spaces_at(of.bytes, of.size) : 0, size = of.size - spaces;
+        if (right) size = retrofit_size_without_spaces(of.bytes + spaces, size);
+        return chat_of_string(of.bytes + spaces, size);
+    }
+    if (function && chat_is_word(name, "strftime_now")) return chat_format_now(run, argument);
+    if (function && chat_is_word(name, "raise_exception") && argument.type == CHAT_STRING)
+        chat_refuse(run, "it does not take this conversation: %.*s",
+                    (int)retrofit_min(argument.size, 300), argument.bytes);
+    chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+// The text of BOS or EOS. Where no file names them, some classes of tokenizers have their own.
+static chat_value chat_special_token(chat_rendering *run, int32_t id, const chat_token *name) {
+    const retrofit_json *class = retrofit_json_get(run->chat->config, "tokenizer_class");
+    bool none = id < 0 && retrofit_json_is(class, "PreTrainedTokenizerFast");
+    if (id < 0 && !none)
+        chat_refuse(run, "%.9s, which no file names, is not followed here", name->bytes);
+    if (id < 0) return chat_nothing();
+    size_t size;
+    char *text = retrofit_decode(run->chat->tokenizer, &id, 1, false, &size);
+    char *copy = text ? chat_memory(run, size) : NULL;
+    if (copy) memcpy(copy, text, size);
+    else chat_too_much(run, "memory");
+    free(text);
+    return copy ? chat_of_string(copy, size) : chat_nothing();
+}
+
+static chat_value chat_read_name(chat_rendering *run, const chat_token *name) {
+    static const char *const functions[] = {"raise_exception", "strftime_now", "namespace",
+                                            "range", "dict", "lipsum", "cycler", "joiner"};
+    static const char *const tokens[] = {"unk_token", "pad_token", "sep_token", "cls_token",
+                                         "mask_token", "additional_special_tokens"};
+    const chat_variable *variable = chat_find_variable(run, name);
+    if (run->unused) return chat_nothing();
+    if (chat_is_word(name, "true") || chat_is_word(name, "True")) return chat_of_bool(true);
+    if (chat_is_word(name, "false") || chat_is_word(name, "False")) return chat_of_bool(false);
+    if (chat_is_word(name, "none") || chat_is_word(name, "None"))
+        return (chat_value){.type = CHAT_NONE};
+    if (variable) return variable->value;
+    if (chat_is_word(name, "loop") && run->loop_count) return (chat_value){.type = CHAT_LOOP};
+    if (chat_is_word(name, "bos_token"))
+        return chat_special_token(run, retrofit_tokenizer_bos(run->chat->tokenizer), name);
+    if (chat_is_word(name, "eos_token"))
+        return chat_special_token(run, retrofit_tokenizer_eos(run->chat->tokenizer), name);
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
+        if (chat_is_word(name, functions[i])) return (chat_value){.type = CHAT_FUNCTION};
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
+        if (chat_is_word(name, tokens[i])) chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+// What is between brackets: one value, or a list.
+static chat_value chat_read_items(chat_rendering *run, const char *close, bool list) {
+    enum { MAX = 8 };
+    chat_value *items = chat_memory(run, MAX * sizeof *items);
+    size_t count = 0;
+    while (items && !chat_accept(run, close)) {
+        if (count > 0) {
+            chat_expect(run, ",");
+            list = true;
+            if (chat_accept(run, close)) break;
+        }
+        if (count == MAX || chat_peek(run)->kind == CHAT_END) {
+            chat_refuse(run, "a list of more than %d is not followed here", MAX);
+            return chat_nothing();
+        }
+        items[count++] = chat_read_expression(run);
+    }
+    if (!items) return chat_nothing();
+    if (!list && count == 1) return items[0];
+    return (chat_value){.type = CHAT_LIST, .items = items, .size = count};
+}
+
+static chat_value chat_read_primary(chat_rendering *run) {
+    const chat_token *token = chat_take(run);
+    if (token->kind == CHAT_WORD) return chat_read_name(run, token);
+    if (token->kind == CHAT_QUOTED) {
+        chat_value text = chat_of_token(run, token);
+        while (chat_peek(run)->kind == CHAT_QUOTED)
+            text = chat_joined(run, text, chat_of_token(run, chat_take(run)));
+        return text;
+    }
+    if (token->kind == CHAT_INTEGER && token->size < 10) {
+        char *end;
+        int64_t number = strtol(token->bytes, &end, 10);
+        if (end == token->bytes + token->size) return chat_of_number(run, number);
+    }
+    bool round = chat_is_word(token, "(");
+    if (round || chat_is_word(token, "[")) return chat_read_items(run, round ? ")" : "]", !round);
+    chat_refuse_token(run, token);
+    return chat_nothing();
+}
+
+// list[i], list[i:j], message['role']
+static chat_value chat_read_subscript(chat_rendering *run, chat_value of) {
+    chat_value none = {.type = CHAT_NONE}, from = none, to = none;
+    if (!chat_is_word(chat_peek(run), ":")) from = chat_read_expression(run);
+    bool slice = chat_accept(run, ":");
+    if (slice && !chat_is_word(chat_peek(run), "]")) to = chat_read_expression(run);
+    chat_expect(run, "]");
+    if (run->unused) return chat_nothing();
+    const chat_token name = {CHAT_WORD, from.bytes, from.size};
+    if (!slice && from.type == CHAT_STRING) return chat_member(run, of, &name);
+
+    int64_t n = (int64_t)of.size, i = from.type == CHAT_NUMBER ? from.number : 0;
+    int64_t j = to.type == CHAT_NUMBER ? to.number : n;
+    bool numbers = from.type == CHAT_NUMBER || (slice && from.type == CHAT_NONE);
+    numbers = numbers && (to.type == CHAT_NUMBER || to.type == CHAT_NONE);
+    if (of.type != CHAT_LIST || !numbers) {
+        chat_refuse(run, "this use of [ ] is not followed here");
+        return chat_nothing();
+    }
+    if (i < 0) i += n;
+    if (j < 0) j += n;
+    if (!slice) return i >= 0 && i < n ? of.items[i] : chat_nothing();
+    i = i < 0 ? 0 : i > n ? n : i;
+    j = j < i ? i : j > n ? n : j;
+    return (chat_value){.type = CHAT_LIST, .items = of.items + i, .size = (size_t)(j - i)};
+}
+
+static chat_value chat_read_test(chat_rendering *run, chat_value v) {
+    bool negated = chat_accept(run, "not"), yes = false;
+    const chat_token *name = chat_expect_kind(run, CHAT_WORD);
+    if (chat_is_word(name, "defined")) yes = v.type != CHAT_UNDEFINED;
+    else if (chat_is_word(name, "undefined")) yes = v.type == CHAT_UNDEFINED;
+    else if (chat_is_word(name, "none")) yes = v.type == CHAT_NONE;
+    else if (chat_is_word(name, "string")) yes = v.type == CHAT_STRING;
+    else if (chat_is_word(name, "mapping")) yes = v.type == CHAT_MESSAGE;
+    else if (chat_is_word(name, "true")) yes = v.type == CHAT_BOOL && v.number;
+    else if (chat_is_word(name, "false")) yes = v.type == CHAT_BOOL && !v.number;
+    else chat_refuse_token(run, name);
+    return chat_of_bool(yes != negated);
+}
+
+static chat_value chat_read_filter(chat_rendering *run, chat_value v) {
+    const chat_token *name = chat_expect_kind(run, CHAT_WORD);
+    bool trims = chat_is_word(name, "trim"),
+         length = chat_is_word(name, "length") || chat_is_word(name, "count");
+    if (chat_is_word(chat_peek(run), "(")) chat_refuse_token(run, chat_peek(run));
+    if (run->unused) return chat_nothing();
+    if (trims) {
+        v = chat_text_of(run, v);
+        chat_spend_on(run, v.size);
+        retrofit_strip(&v.bytes, &v.size);
+        return v;
+    }
+    if (length && v.type == CHAT_LIST) return chat_of_number(run, (int64_t)v.size);
+    chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+// A value with all that is behind it: .name [i] (argument) | filter, is test
+static chat_value chat_read_operand(chat_rendering *run) {
+    const chat_token *name = chat_peek(run);
+    bool minus = chat_accept(run, "-");
+    chat_value v = chat_read_primary(run);
+    for (;;) {
+        if (chat_accept(run, "(")) v = chat_read_call(run, v, name);
+        else if (chat_accept(run, "[")) v = chat_read_subscript(run, v);
+        else if (chat_accept(run, ".")) {
+            name = chat_expect_kind(run, CHAT_WORD);
+            if (v.type == CHAT_STRING) chat_expect(run, "(");
+            if (v.type == CHAT_STRING) v = chat_read_call(run, v, name);
+            else if (!run->unused) v = chat_member(run, v, name);
+        } else break;
+    }
+    if (minus && v.type != CHAT_NUMBER && !run->unused)
+        chat_refuse(run, "- of this is not followed here");
+    if (minus) v.number = -v.number;
+    for (;;) {
+        if (chat_accept(run, "|")) v = chat_read_filter(run, v);
+        else if (chat_accept(run, "is")) v = chat_read_test(run, v);
+        else return v;
+    }
+}
+
+static chat_value chat_is_in(chat_rendering *run, chat_value part, chat_value whole) {
+    bool found = false;
+    chat_spend_on(run, whole.type == CHAT_STRING ? whole.size : 0);
+    if (part.type == CHAT_STRING && whole.type == CHAT_STRING)
+        found = memmem(whole.bytes, whole.size, part.bytes, part.size);
+    else if (part.type == CHAT_STRING && whole.type == CHAT_MESSAGE) {
+        const chat_token name = {CHAT_WORD, part.bytes, part.size};
+        found = chat_message_member(run, whole.message, &name).type != CHAT_UNDEFINED;
+    } else if (whole.type == CHAT_LIST) {
+        for (size_t i = 0; i < whole.size; i++)
+            found = found || chat_are_equal(run, part, whole.items[i]);
+    } else chat_refuse(run, "'in' is followed for texts, lists and messages only");
+    return chat_of_bool(found);
+}
+
+// From what binds least: each level's operators. `not` stands between the second and the third.
+enum { CHAT_COMPARISON = 2, CHAT_LEVELS = 6, CHAT_MAX_OPERATORS = 8 };
+static const char *const chat_operators[CHAT_LEVELS][CHAT_MAX_OPERATORS] = {
+    {"or"}, {"and"}, {"==", "!=", "<", ">", "<=", ">=", "in", "not"}, {"+", "-"}, {"~"}, {"%"},
+};
+
+static chat_value chat_apply(chat_rendering *run, const char *operator, chat_value a,
+                             chat_value b) {
+    bool numbers = a.type == CHAT_NUMBER && b.type == CHAT_NUMBER;
+    if (!strcmp(operator, "or") || !strcmp(operator, "and")) return b;
+    if (!strcmp(operator, "==")) return chat_of_bool(chat_are_equal(run, a, b));
+    if (!strcmp(operator, "!=")) return chat_of_bool(!chat_are_equal(run, a, b));
+    if (!strcmp(operator, "in")) return chat_is_in(run, a, b);
+    if (!strcmp(operator, "not")) return chat_of_bool(!chat_is_true(chat_is_in(run, a, b)));
+    if (*operator== '~') return chat_joined(run, chat_text_of(run, a), chat_text_of(run, b));
+    if (*operator== '+' && a.type == CHAT_STRING && b.type == CHAT_STRING)
+        return chat_joined(run, a, b);
+    if (*operator== '+' && numbers) return chat_of_number(run, a.number + b.number);
+    if (*operator== '-' && numbers) return chat_of_number(run, a.number - b.number);
+    if (*operator== '%' && numbers && b.number> 0)
+        return chat_of_number(run, (a.number % b.number + b.number) % b.number);
+    if (*operator== '<' && numbers)
+        return chat_of_bool(operator[1] ? a.number <= b.number : a.number<b.number);
+    if (*operator== '>' && numbers)
+        return chat_of_bool(operator[1] ? a.number >= b.number : a.number> b.number);
+    chat_refuse(run, "'%s' of these is not followed here", operator);
+    return chat_nothing();
+}
+
+static const char *chat_accept_operator(chat_rendering *run, size_t level) {
+    for (size_t i = 0; i < CHAT_MAX_OPERATORS && chat_operators[level][i]; i++) {
+        if (!chat_accept(run, chat_operators[level][i])) continue;
+        if (!strcmp(chat_operators[level][i], "not")) chat_expect(run, "in");
+        return chat_operators[level][i];
+    }
+    return NULL;
+}
+
+static chat_value chat_read_level(chat_rendering *run, size_t level) {
+    if (level == CHAT_LEVELS) return chat_read_operand(run);
+    if (level == CHAT_COMPARISON && chat_accept(run, "not")) {
+        chat_enter(run);
+        chat_value negated = chat_read_level(run, CHAT_COMPARISON);
+        run->nesting--;
+        return chat_of_bool(!chat_is_true(negated));
+    }
+    chat_value v = chat_read_level(run, level + 1);
+    for (;;) {
+        const char *operator= chat_accept_operator(run, level);
+        if (!operator) return v;
+        bool decided = (level == 0 && chat_is_true(v)) || (level == 1 && !chat_is_true(v));
+        run->unused += decided;
+        chat_value right = chat_read_level(run, level + 1);
+        run->unused -= decided;
+        if (run->unused) v = chat_nothing();
+        else if (!decided) v = chat_apply(run, operator, v, right);
+        if (level == CHAT_COMPARISON) return v; // a second one would be about all three
+    }
+}
+
+static chat_value chat_read_expression(chat_rendering *run) {
+    chat_enter(run);
+    chat_value v = chat_read_level(run, 0);
+    run->nesting--;
+    return v;
+}
+
+// ---- Chat templates: statements ----------------------------------------------------------------
+
+static const chat_token *chat_run_block(chat_rendering *run);
+
+static void chat_write_out(chat_rendering *run, const char *bytes, size_t size) {
+    if (run->output.size + size > CHAT_MAX_MEMORY) chat_too_much(run, "memory");
+    retrofit_text_append(&run->output, bytes, size);
+}
+
+static void chat_skip_tag(chat_rendering *run) {
+    while (chat_peek(run)->kind != CHAT_CLOSE && chat_peek(run)->kind != CHAT_END) chat_take(run);
+    chat_take(run);
+}
+
+// The word behind {% that ends a block or begins the next part of one.
+static bool chat_ends_block(const chat_token *word) {
+    return chat_is_word(word, "elif") || chat_is_word(word, "else") ||
+           (word->kind == CHAT_WORD && word->size > 3 && !memcmp(word->bytes, "end", 3));
+}
+
+// {% set name %} without a value has a block.
+static bool chat_begins_block(const chat_token *word) {
+    static const char *const words[] = {"if",         "for",  "macro", "call",       "filter",
+                                        "generation", "with", "block", "autoescape", "trans"};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (chat_is_word(word, words[i])) return true;
+    return chat_is_word(word, "set") && word[1].kind == CHAT_WORD && word[2].kind == CHAT_CLOSE;
+}
+
+// Goes over what is not run, to the same word where run_block would end.
+static const chat_token *chat_skip_block(chat_rendering *run) {
+    for (size_t depth = 0; chat_peek(run)->kind != CHAT_END;) {
+        if (chat_take(run)->kind != CHAT_STATEMENT) continue;
+        const chat_token *word = chat_take(run);
+        if (depth == 0 && chat_ends_block(word)) return word;
+        if (chat_begins_block(word)) depth++;
+        else if (chat_ends_block(word) && *word->bytes == 'e' && word->bytes[1] == 'n') depth--;
+    }
+    return chat_peek(run);
+}
+
+static void chat_run_if(chat_rendering *run) {
+    bool done = false;
+    const chat_token *word = NULL;
+    do {
+        bool last = word && chat_is_word(word, "else");
+        bool chosen = !done && (last || chat_is_true(chat_read_expression(run)));
+        if (done) chat_skip_tag(run);
+        else chat_expect_kind(run, CHAT_CLOSE);
+        done = done || chosen;
+        word = chosen ? chat_run_block(run) : chat_skip_block(run);
+        if (last && !chat_is_word(word, "endif")) chat_refuse_token(run, word);
+    } while (chat_is_word(word, "elif") || chat_is_word(word, "else"));
+    if (!chat_is_word(word, "endif")) chat_refuse_token(run, word);
+    chat_expect_kind(run, CHAT_CLOSE);
+}
+
+static void chat_run_for(chat_rendering *run) {
+    const chat_token *name = chat_expect_kind(run, CHAT_WORD), *word = NULL;
+    chat_expect(run, "in");
+    chat_value list = chat_read_expression(run);
+    chat_expect_kind(run, CHAT_CLOSE);
+    bool loops = list.type == CHAT_LIST || list.type == CHAT_UNDEFINED;
+    if (!loops) chat_refuse(run, "a loop over this is not followed here");
+    size_t body = run->at, index = run->loop_index, count = run->loop_count;
+    size_t scope = run->scope;
+    run->scope = run->variable_count;
+    for (size_t i = 0; i < list.size && !*run->problem; i++) {
+        run->at = body;
+        run->loop_index = i;
+        run->loop_count = list.size;
+        run->variable_count = run->scope;
+        chat_set_variable(run, name, list.items[i]);
+        word = chat_run_block(run);
+    }
+    if (list.size == 0) word = chat_skip_block(run);
+    run->variable_count = run->scope;
+    run->scope = scope;
+    run->loop_index = index;
+    run->loop_count = count;
+    if (word && !chat_is_word(word, "endfor")) chat_refuse_token(run, word);
+    chat_expect_kind(run, CHAT_CLOSE);
+}
+
+// What training marks as the model's own.
+static void chat_run_generation(chat_rendering *run) {
+    size_t scope = run->scope;
+    chat_expect_kind(run, CHAT_CLOSE);
+    run->scope = run->variable_count;
+    const chat_token *word = chat_run_block(run);
+    run->variable_count = run->scope;
+    run->scope = scope;
+    if (!chat_is_word(word, "endgeneration")) chat_refuse_token(run, word);
+    chat_expect_kind(run, CHAT_CLOSE);
+}
+
+static void chat_run_set(chat_rendering *run) {
+    const chat_token *name = chat_expect_kind(run, CHAT_WORD);
+    chat_expect(run, "=");
+    chat_set_variable(run, name, chat_read_expression(run));
+    chat_expect_kind(run, CHAT_CLOSE);
+}
+
+// Runs the template to a word that belongs to the block around it, which it returns, or to the end.
+static const chat_token *chat_run_block(chat_rendering *run) {
+    chat_enter(run);
+    const chat_token *word;
+    for (;;) {
+        const chat_token *token = chat_take(run);
+        word = token->kind == CHAT_STATEMENT ? chat_take(run) : token;
+        if (token->kind == CHAT_TEXT) chat_write_out(run, token->bytes, token->size);
+        else if (token->kind == CHAT_OUTPUT) {
+            chat_value text = chat_text_of(run, chat_read_expression(run));
+            chat_write_out(run, text.bytes, text.size);
+            chat_expect_kind(run, CHAT_CLOSE);
+        } else if (chat_is_word(word, "if")) chat_run_if(run);
+        else if (chat_is_word(word, "for")) chat_run_for(run);
+        else if (chat_is_word(word, "set")) chat_run_set(run);
+        else if (chat_is_word(word, "generation")) chat_run_generation(run);
+        else break;
+    }
+    run->nesting--;
+    return word;
+}
+
+// ---- Chat templates: the model's ---------------------------------------------------------------
+
+static void chat_define(chat_rendering *run, const char *name, chat_value value) {
+    chat_set_variable(run, &(chat_token){CHAT_WORD, name, strlen(name)}, value);
+}
+
+static void chat_define_all(chat_rendering *run, const retrofit_message *messages, size_t count,
+                            bool prompt) {
+    chat_value *items = chat_memory(run, count * sizeof *items), none = {.type = CHAT_NONE};
+    for (size_t i = 0; items && i < count; i++)
+        items[i] = (chat_value){.type = CHAT_MESSAGE, .message = &messages[i]};
+    chat_define(run, "messages", (chat_value){.type = CHAT_LIST, .items = items, .size = count});
+    chat_define(run, "add_generation_prompt", chat_of_bool(prompt));
+    chat_define(run, "tools", none);
+    chat_define(run, "documents", none);
+}
+
+bool retrofit_chat_render(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
+                          bool prompt, retrofit_text *text) {
+    chat_rendering run = {.chat = chat};
+    chat_define_all(&run, messages, count, prompt);
+    chat_write_out(&run, "", 0); // so that there are bytes even if there is no text
+    const chat_token *end = chat_run_block(&run);
+    if (end->kind != CHAT_END) chat_refuse_token(&run, end);
+    while (run.memory) {
+        chat_block *block = run.memory;
+        run.memory = block->next;
+        free(block);
+    }
+    *text = run.output;
+    if (!*run.problem && !text->failed) return true;
+    free(text->bytes);
+    *text = (retrofit_text){0};
+    return *run.problem && retrofit_fail("%s: chat template: %s", chat->where, run.problem);
+}
+
+// Copies of messages, each with a mark \1number\1 at the end of its content. NULL or error.
+static retrofit_message *chat_mark_messages(const retrofit_message *messages, size_t count) {
+    enum { MARK = 32 };
+    size_t size = 0;
+    for (size_t i = 0; i < count; i++) size += messages[i].size + MARK;
+    retrofit_message *marked = retrofit_allocate(1, count * sizeof *marked + size);
+    if (!marked) return NULL;
+    char *content = (char *)(marked + count);
+    for (size_t i = 0; i < count; i++) {
+        marked[i] = messages[i];
+        marked[i].content = content;
+        memcpy(content, messages[i].content, messages[i].size);
+        content += messages[i].size;
+        marked[i].size += (size_t)snprintf(content, MARK, "\1%zu\1", i);
+        content += MARK;
+    }
+    return marked;
+}
+
+// Whether each mark is in the text. false or error.
+static bool chat_check_marks(const retrofit_chat *chat, const retrofit_message *messages,
+                             const retrofit_message *marked, size_t count, retrofit_text text) {
+    const char *end = text.bytes + text.size, *found = text.bytes; // where the mark before is
+    for (size_t i = 0; i < count; i++) {
+        const char *mark = marked[i].content + messages[i].size;
+        size_t size = marked[i].size - messages[i].size;
+        found = memmem(found, (size_t)(end - found), mark, size); // mostly they come in order
+        if (!found) found = memmem(text.bytes, text.size, mark, size);
+        if (!found)
+            return retrofit_fail("%s: chat template: it writes nothing of a message of the role "
+                                 "\"%s\"", chat->where, messages[i].role);
+    }
+    return true;
+}
+
+// A template may pass over a message, for its role mostly, of which nobody would hear: so it writes
+// them all once more, each with a mark, for a check.
+bool retrofit_chat_write(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
+                         bool prompt, retrofit_text *text) {
+    retrofit_message *marked = chat_mark_messages(messages, count);
+    if (!marked) return false;
+    bool ok = retrofit_chat_render(chat, marked, count, prompt, text);
+    if (ok) ok = chat_check_marks(chat, messages, marked, count, *text);
+    free(text->bytes);
+    free(marked);
+    *text = (retrofit_text){0};
+    return ok && retrofit_chat_render(chat, messages, count, prompt, text);
+}
+
+// ---- Chat templates: loading -------------------------------------------------------------------
+
+// tokenizer_config.json has one template or a list of named ones, of which "default" counts: its
+// value, or NULL. false or error.
+static bool chat_find_template(retrofit_chat *chat, const retrofit_json **found) {
+    const retrofit_json *entry = retrofit_json_get(chat->config, "chat_template");
+    *found = entry && entry->type == RETROFIT_JSON_NULL ? NULL : entry;
+    if (entry && entry->type == RETROFIT_JSON_ARRAY) {
+        *found = NULL;
+        for (entry = entry->child; entry; entry = entry->next)
+            if (retrofit_json_is(retrofit_json_get(entry, "name"), "default"))
+                *found = retrofit_json_get(entry, "template");
+        if (!*found)
+            return retrofit_fail("%s: none of its chat templates is named \"default\"",
+                                 chat->where);
+    }
+    if (!*found || (*found)->type == RETROFIT_JSON_STRING) return true;
+    return retrofit_fail("%s: chat_template is no text", chat->where);
+}
+
+// The template as it lies in the directory. Where several do, the order is that of transformers.
+// false or error, also where there is none.
+static bool chat_read_file(retrofit_chat *chat, const char *directory, size_t *size) {
+    static const char *const files[] = {"additional_chat_templates/default.jinja",
+                                        "chat_template.jinja"};
+    char path[RETROFIT_PATH];
+    for (size_t i = 0; i < 2; i++) {
+        if (!retrofit_path(chat->where, directory, files[i])) return false;
+        if (!retrofit_is_there(chat->where)) continue;
+        chat->text = retrofit_read_file(chat->where, size);
+        return chat->text;
+    }
+    if (!retrofit_path(path, directory, "additional_chat_templates")) return false;
+    if (retrofit_is_there(path))
+        return retrofit_fail("%s: without a chat_template.jinja beside it, it does not say which "
+                             "chat template is for chats", path);
+    const retrofit_json *found = NULL;
+    if (!retrofit_path(chat->where, directory, "tokenizer_config.json")) return false;
+    if (chat->config && !chat_find_template(chat, &found)) return false;
+    if (!found)
+        return retrofit_fail("%s: no chat template, neither chat_template.jinja nor chat_template "
+                             "in tokenizer_config.json: a base model", directory);
+    *size = found->length;
+    chat->text = retrofit_allocate(found->length + 1, 1);
+    if (chat->text) memcpy(chat->text, found->string, found->length);
+    return chat->text;
+}
+
+static bool chat_load(retrofit_chat *chat, const char *directory) {
+    char path[RETROFIT_PATH];
+    size_t size = 0, kept = 0;
+    if (!retrofit_path(path, directory, "tokenizer_config.json")) return false;
+    if (retrofit_is_there(path)) {
+        chat->config = retrofit_json_read(path, NULL);
+        if (!chat->config) return false;
+    }
+    if (!chat_read_file(chat, directory, &size)) return false;
+    if (retrofit_find_invalid(chat->text, 0, size) < size)
+        return retrofit_fail("%s: the chat template is not UTF-8", chat->where);
+
+    // Jinja reads \r\n and \r as \n, and drops one at the end.
+    for (size_t i = 0; i < size; i++) {
+        char c = chat->text[i];
+        if (c == '\r' && chat->text[i + 1] == '\n') continue;
+        chat->text[kept++] = c == '\r' ? '\n' : c;
+    }
+    if (kept > 0 && chat->text[kept - 1] == '\n') kept--;
+    chat->text[kept] = 0;
+    return chat_read_tokens(chat, chat->text + kept);
+}
+
+retrofit_chat *retrofit_chat_load(const char *directory, const retrofit_tokenizer *tokenizer) {
+    retrofit_chat *chat = retrofit_allocate(1, sizeof *chat);
+    if (!chat) return NULL;
+    chat->tokenizer = tokenizer;
+    chat->now = time(NULL);
+    if (chat_load(chat, directory)) return chat;
+    retrofit_chat_free(chat);
+    return NULL;
+}
+
+void retrofit_chat_free(retrofit_chat *chat) {
+    if (!chat) return;
+    free(chat->text);
+    free(chat->tokens.bytes);
+    retrofit_json_free(chat->config);
+    free(chat);
+}
+
+const char *retrofit_chat_where(const retrofit_chat *chat) { return chat->where; }
 
 // =================================================================================================
 // 12  Errors, files, random numbers, command lines

@@ -417,7 +417,7 @@ static void set_up(void) {
 
 static void reset_program(void) {
     reset_options();
-    memset(&template, 0, sizeof template);
+    chat = NULL;
     memset(&task_set, 0, sizeof task_set);
     memset(&answer_regex, 0, sizeof answer_regex);
     memset(&drafts, 0, sizeof drafts);
@@ -532,14 +532,14 @@ static void fuzz_decode(input in) {
 }
 
 static void fuzz_template(input in) {
-    static const struct message messages[] = {
+    static const retrofit_message messages[] = {
         {"system", "be <|brief|>", 12, NULL}, {"user", " 1+1? ", 6, NULL},
         {"assistant", "2", 1, NULL}, {"user", "\xc3\xa9", 2, NULL}};
     write_input("chat/chat_template.jinja", in);
     options.chat = true;
     read_chat_template();
     free(write_messages(messages, 4, "").bytes);
-    free_chat_template();
+    retrofit_chat_free(chat);
 }
 
 static void fuzz_batch_file(input in) {
@@ -555,7 +555,7 @@ static void fuzz_batch_file(input in) {
     struct sequence *sequences = read_batch(&count);
     for (size_t i = 0; i < count; i++) free_sequence(&sequences[i]);
     free(sequences);
-    free_chat_template();
+    retrofit_chat_free(chat);
 }
 
 static void fuzz_tasks_file(input in) {
