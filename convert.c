@@ -667,6 +667,8 @@ typedef struct {
     FILE *file;
     char *path; // of the file, until it is finished
     retrofit_tokenizer *tokenizer;
+    retrofit_encoder **encoders;              // [threads] one for each thread
+    size_t threads;
     int32_t eos;                              // to add to each document; -1: the tokenizer adds it
     bool narrow;                              // ids are written as uint16
     size_t documents, tokens;                 // so far
@@ -737,6 +739,27 @@ static void check_kind(const char *path) {
     if (nuls > 1 && nuls >= size / 4)
         die(1, "%s: %zu of its first %zu bytes are NUL, so it is UTF-16 text without a byte order "
                "mark (convert it first: iconv -f UTF-16LE -t UTF-8), or no text", path, nuls, size);
+}
+
+// ---- Progress -----------------------------------------------------------------------------------
+
+// part: bytes of the document at work that are done.
+static void show_progress(const shard_writer *writer, size_t part) {
+    if (!retrofit_live_line_due()) return;
+    double read = (double)(writer->read_bytes + part), all = (double)writer->all_bytes;
+    double elapsed = retrofit_seconds() - writer->start;
+    char text[160], speed[64] = "";
+    if (read > 0)
+        snprintf(speed, sizeof speed, ", %.1f MB/s, ETA %.0f s", read / 1e6 / elapsed,
+                 (all - read) * elapsed / read);
+    snprintf(text, sizeof text, "%.1f of %.1f MB, %zu documents, %zu tokens%s", read / 1e6,
+             all / 1e6, writer->documents, writer->tokens, speed);
+    retrofit_live_line(text);
+}
+
+// The same while a long document is encoded.
+static void show_part(void *writer, size_t part) {
+    show_progress(writer, part);
 }
 
 // ---- One document -------------------------------------------------------------------------------
@@ -823,8 +846,16 @@ static retrofit_json *parse_line(document *document, const char *where, const ch
     return line;
 }
 
+static retrofit_encoder *own_encoder(const shard_writer *writer) {
+#ifdef _OPENMP
+    return writer->encoders[omp_get_thread_num()];
+#else
+    return writer->encoders[0];
+#endif
+}
+
 // Encodes the text of a document, which is UTF-8. false or error.
-static bool encode_text(const retrofit_tokenizer *tokenizer, document *document, const char *where,
+static bool encode_text(shard_writer *writer, document *document, const char *where,
                         const char *text, size_t size) {
     retrofit_json *line = NULL;
     retrofit_skip_mark(&text, &size);
@@ -836,22 +867,23 @@ static bool encode_text(const retrofit_tokenizer *tokenizer, document *document,
     }
     document->text_bytes = size;
     for (size_t i = 0; i < size; i++) document->lost[LOST_NUL] += text[i] == 0;
-    if (size > 0) document->ids = retrofit_encode(tokenizer, text, size, true, &document->count);
+    if (size > 0)
+        document->ids = retrofit_encode_with(own_encoder(writer), text, size, true,
+                                             &document->count, show_part, writer);
     else document->lost[LOST_EMPTY] = !document->lost[LOST_MEMBER] && !document->lost[LOST_NULL];
     retrofit_json_free(line);
     return size == 0 || document->ids;
 }
 
 // Several threads do this at a time. false or error.
-static bool encode_document(const retrofit_tokenizer *tokenizer, document *document,
-                            const char *path) {
+static bool encode_document(shard_writer *writer, document *document, const char *path) {
     char where[RETROFIT_PATH + 32];
     const char *text = document->raw;
     size_t size = document->size, invalid = retrofit_find_invalid(text, 0, size);
     if (document->line == 0) snprintf(where, sizeof where, "%s", path);
     else snprintf(where, sizeof where, "%s: line %zu", path, document->line);
     if (document->line > 0) document->lost[LOST_HALF] = mend_line(document->raw, size);
-    if (invalid == size) return encode_text(tokenizer, document, where, text, size);
+    if (invalid == size) return encode_text(writer, document, where, text, size);
 
     if (options.encoding_errors != ERRORS_REPLACE)
         return retrofit_fail("%s: byte %zu: not UTF-8 (%02X): convert it first, e.g. iconv -f "
@@ -859,19 +891,25 @@ static bool encode_document(const retrofit_tokenizer *tokenizer, document *docum
                              (unsigned char)text[invalid]);
     retrofit_text valid = {0};
     document->lost[LOST_BYTES] = retrofit_append_valid(&valid, text, size);
-    bool ok = !valid.failed && encode_text(tokenizer, document, where, valid.bytes, valid.size);
+    bool ok = !valid.failed && encode_text(writer, document, where, valid.bytes, valid.size);
     free(valid.bytes);
     return ok;
 }
 
-static void write_id(shard_writer *writer, int32_t id) {
-    uint16_t narrow = (uint16_t)id;
-    size_t written = writer->narrow ? fwrite(&narrow, sizeof narrow, 1, writer->file)
-                                    : fwrite(&id, sizeof id, 1, writer->file);
-    if (written != 1) die(1, "%s: writing failed: %s", options.to, strerror(errno));
-    writer->tokens++;
-    if (writer->tokens > INT32_MAX)
+static void write_ids(shard_writer *writer, const int32_t *ids, size_t count) {
+    enum { BLOCK = 4096 };
+    uint16_t narrow[BLOCK];
+    size_t width = writer->narrow ? sizeof *narrow : sizeof *ids;
+    if (writer->tokens + count > INT32_MAX)
         die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
+    for (size_t i = 0; i < count; i += BLOCK) {
+        size_t some = retrofit_min(count - i, BLOCK);
+        for (size_t j = 0; j < some; j++) narrow[j] = (uint16_t)ids[i + j];
+        const void *block = writer->narrow ? (const void *)narrow : ids + i;
+        if (fwrite(block, width, some, writer->file) != some)
+            die(1, "%s: writing failed: %s", options.to, strerror(errno));
+    }
+    writer->tokens += count;
 }
 
 // Adds what was lost of a document to what its file lost.
@@ -891,27 +929,12 @@ static void write_document(shard_writer *writer, const document *document) {
     writer->read_bytes += document->size;
     writer->text_bytes += document->text_bytes;
     if (document->text_bytes == 0) return;
-    for (size_t i = 0; i < document->count; i++) write_id(writer, document->ids[i]);
-    if (writer->eos >= 0) write_id(writer, writer->eos);
+    write_ids(writer, document->ids, document->count);
+    if (writer->eos >= 0) write_ids(writer, &writer->eos, 1);
     writer->documents++;
 }
 
 // ---- Files of documents -------------------------------------------------------------------------
-
-// next: bytes of the document that comes. One that takes long by itself is told before.
-static void show_progress(const shard_writer *writer, size_t next) {
-    enum { LONG = 1 << 24 };
-    if (!retrofit_live_line_due() && next < LONG) return;
-    double read = (double)writer->read_bytes, all = (double)writer->all_bytes;
-    double elapsed = retrofit_seconds() - writer->start;
-    char text[160], speed[64] = "";
-    if (read > 0)
-        snprintf(speed, sizeof speed, ", %.1f MB/s, ETA %.0f s", read / 1e6 / elapsed,
-                 (all - read) * elapsed / read);
-    snprintf(text, sizeof text, "%.1f of %.1f MB, %zu documents, %zu tokens%s", read / 1e6,
-             all / 1e6, writer->documents, writer->tokens, speed);
-    retrofit_live_line(text);
-}
 
 // Says what was lost of a file, after its last line. Empty documents are counted only in the end:
 // mostly they are empty lines.
@@ -934,10 +957,10 @@ static void report_file(shard_writer *writer, const char *path) {
 // Encodes documents in parallel and writes them in their order.
 static void write_batch(shard_writer *writer, document *batch, size_t count, const char *path) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (count > 1)
 #endif
     for (size_t i = 0; i < count; i++) {
-        if (encode_document(writer->tokenizer, &batch[i], path)) continue;
+        if (encode_document(writer, &batch[i], path)) continue;
         batch[i].failed = true;
         batch[i].error = retrofit_copy_string(retrofit_error()); // of the thread's own
     }
@@ -1001,7 +1024,6 @@ static void tokenize_whole(shard_writer *writer, const char *path) {
     document document = {.line = 0};
     document.raw = retrofit_read_file(path, &document.size);
     must(document.raw != NULL);
-    show_progress(writer, document.size);
     write_batch(writer, &document, 1, path);
     report_file(writer, path);
 }
@@ -1101,6 +1123,24 @@ static void open_tokenizer(shard_writer *writer) {
     writer->narrow = size <= 65536;
 }
 
+static void make_encoders(shard_writer *writer) {
+    writer->threads = 1;
+#ifdef _OPENMP
+    writer->threads = (size_t)omp_get_max_threads();
+#endif
+    writer->encoders = allocate_or_die(writer->threads, sizeof *writer->encoders);
+    for (size_t i = 0; i < writer->threads; i++) {
+        writer->encoders[i] = retrofit_encoder_new(writer->tokenizer);
+        must(writer->encoders[i] != NULL);
+    }
+}
+
+static void free_encoders(shard_writer *writer) {
+    for (size_t i = 0; i < writer->threads; i++) retrofit_encoder_free(writer->encoders[i]);
+    free(writer->encoders);
+    retrofit_tokenizer_free(writer->tokenizer);
+}
+
 static void create_shard(shard_writer *writer) {
     static const int32_t header[256]; // its numbers are known at the end
     writer->path = retrofit_file_begin(options.to);
@@ -1131,6 +1171,7 @@ static void finish_shard(shard_writer *writer) {
 static void tokenize(const char *const *files, size_t count) {
     shard_writer writer = {.all_bytes = check_text_files(files, count), .files = count};
     open_tokenizer(&writer);
+    make_encoders(&writer);
     create_shard(&writer);
     writer.start = retrofit_seconds();
     for (size_t i = 0; i < count; i++) {
@@ -1146,7 +1187,7 @@ static void tokenize(const char *const *files, size_t count) {
            (double)writer.text_bytes / (double)writer.tokens, retrofit_seconds() - writer.start);
     for (int i = 0; i < LOSSES; i++)
         if (writer.lost[i]) printf("%zu %s\n", writer.lost[i], loss_texts[i]);
-    retrofit_tokenizer_free(writer.tokenizer);
+    free_encoders(&writer);
 }
 
 // =================================================================================================

@@ -3091,6 +3091,16 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 // and *count; NULL or error if memory is out.
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                          bool with_special, size_t *count);
+// The same for many texts, or a long one, several times as fast: an encoder keeps its memory, and
+// the ids of words that it has seen. Each thread needs its own. A text of megabytes is shared out
+// to all threads, with the same ids; `progress`, unless it is NULL, is then called now and then by
+// the first thread, with the context, when about so many bytes of the text are done.
+typedef struct retrofit_encoder retrofit_encoder;
+retrofit_encoder *retrofit_encoder_new(const retrofit_tokenizer *tokenizer); // NULL or error
+void retrofit_encoder_free(retrofit_encoder *encoder);                       // or NULL
+int32_t *retrofit_encode_with(retrofit_encoder *encoder, const char *text, size_t size,
+                              bool with_special, size_t *count,
+                              void (*progress)(void *context, size_t bytes), void *context);
 // Decodes ids to malloc'd valid UTF-8 with a NUL at its end, which *size does not count.
 // skip_special leaves special tokens out. An id that no token has gives no text, as the ids that a
 // model has beyond its tokenizer's. NULL or error for one that no tokenizer could have.
@@ -7818,6 +7828,8 @@ typedef struct {
 // Instead of class 0, for code points that may be composed with one before them.
 enum { TOK_NFC_JOINS = 255 };
 
+enum { TOK_CHAR_IDS = 0x180 }; // Latin letters, and the byte-level alphabet
+
 struct retrofit_tokenizer {
     // The vocabulary
     tok_token *tokens;     // by id
@@ -7828,6 +7840,7 @@ struct retrofit_tokenizer {
     size_t merge_mask;     // number of its slots minus 1
     bool joins[256][256];  // whether a merge joins text that ends in the first byte to text that
                            // begins with the second
+    int32_t char_ids[TOK_CHAR_IDS]; // by code point: tok_find_in_model of this one character
     int32_t byte_ids[256]; // id + 1 of the token that stands for a byte, as <0x0A> does; 0 if none
     char *strings;         // the bytes of all tokens' texts
 
@@ -7896,6 +7909,13 @@ static int32_t tok_find_in_model(const retrofit_tokenizer *tokenizer, const char
                                  size_t size) {
     int32_t id = tok_find(tokenizer, text, size);
     return id >= 0 && tokenizer->tokens[id].in_model ? id : -1;
+}
+
+// The same for the first character of a text, of `length` bytes.
+static int32_t tok_find_character(const retrofit_tokenizer *tokenizer, uint32_t code_point,
+                                  const char *text, size_t length) {
+    if (code_point < TOK_CHAR_IDS) return tokenizer->char_ids[code_point];
+    return tok_find_in_model(tokenizer, text, length);
 }
 
 static uint64_t tok_pair(int32_t left, int32_t right) {
@@ -8113,8 +8133,9 @@ static size_t tok_run(const retrofit_tokenizer *tokenizer, const char *text, siz
                       int classes, size_t most) {
     size_t end = 0;
     for (size_t i = 0; i < most && end < size; i++) {
-        uint32_t code_point;
-        size_t length = retrofit_utf8_next(text + end, size - end, &code_point);
+        uint32_t code_point = (unsigned char)text[end];
+        size_t length = 1;
+        if (code_point >= 0x80) length = retrofit_utf8_next(text + end, size - end, &code_point);
         if (!(tokenizer->classes[code_point] & classes)) break;
         end += length;
     }
@@ -8218,8 +8239,21 @@ typedef struct {
     uint32_t length; // in characters, or byte tokens
 } tok_symbol;
 
+// A piece that was encoded before, and its ids: 64 bytes, as a cache line has. A longer piece, or
+// one of more ids, is not kept. Each piece has one place, by its hash, where the newest stays.
+enum { TOK_CACHE = 1 << 15, TOK_CACHED_TEXT = 30, TOK_CACHED_IDS = 8 };
 typedef struct {
+    uint8_t size, count; // of text and ids; size 0: nothing yet
+    char text[TOK_CACHED_TEXT];
+    int32_t ids[TOK_CACHED_IDS];
+} tok_cached;
+
+typedef struct retrofit_encoder {
     const retrofit_tokenizer *tokenizer;
+    tok_cached *cache;        // [TOK_CACHE], or NULL
+    void (*progress)(void *context, size_t bytes);
+    void *context;
+    size_t done;              // bytes of a text that are encoded
     retrofit_text valid;      // the text with U+FFFD for what is not UTF-8, if there is any
     retrofit_text normalized; // what is between two added tokens
     retrofit_text stretch;    // text to be cut into pieces, with a space or "▁" before it
@@ -8387,7 +8421,7 @@ static void tok_encode_piece(tok_encoder *encoder, const char *text, size_t size
     for (size_t i = 0; i < size; i += length) {
         uint32_t code_point;
         length = retrofit_utf8_next(text + i, size - i, &code_point);
-        int32_t id = tok_find_in_model(tokenizer, text + i, length);
+        int32_t id = tok_find_character(tokenizer, code_point, text + i, length);
         if (id >= 0) {
             const bool *joins = known ? tokenizer->joins[(unsigned char)text[i - 1]] : NULL;
             if (joins && !joins[(unsigned char)text[i]]) tok_merge_symbols(encoder);
@@ -8422,6 +8456,33 @@ static void tok_encode_bytes(tok_encoder *encoder, const char *text, size_t size
     tok_encode_piece(encoder, encoder->piece.bytes, encoder->piece.size);
 }
 
+static void tok_encode_uncached(tok_encoder *encoder, const char *text, size_t size) {
+    if (encoder->tokenizer->byte_level) tok_encode_bytes(encoder, text, size);
+    else tok_encode_piece(encoder, text, size);
+}
+
+// A piece has the same ids wherever it stands.
+static void tok_encode_cached(tok_encoder *encoder, const char *text, size_t size) {
+    if (!encoder->cache || size == 0 || size > TOK_CACHED_TEXT) {
+        tok_encode_uncached(encoder, text, size);
+        return;
+    }
+    uint64_t hash = tok_hash_text(RETROFIT_HASH_START, text, size);
+    tok_cached *cached = &encoder->cache[(hash ^ hash >> 32) % TOK_CACHE];
+    if (cached->size == size && !memcmp(cached->text, text, size)) {
+        retrofit_text_append(&encoder->ids, cached->ids, cached->count * sizeof(int32_t));
+        return;
+    }
+    size_t begin = encoder->ids.size;
+    tok_encode_uncached(encoder, text, size);
+    size_t bytes = encoder->ids.size - begin;
+    if (encoder->ids.failed || bytes > sizeof cached->ids) return;
+    cached->size = (uint8_t)size;
+    cached->count = (uint8_t)(bytes / sizeof(int32_t));
+    memcpy(cached->text, text, size);
+    if (bytes > 0) memcpy(cached->ids, encoder->ids.bytes + begin, bytes);
+}
+
 // The Metaspace step: "▁" for each space, and one in front, if there is none and this is `first` or
 // it is so everywhere. Each "▁" begins a piece, or else all is one.
 static void tok_encode_metaspace(tok_encoder *encoder, const char *text, size_t size, bool first) {
@@ -8439,7 +8500,7 @@ static void tok_encode_metaspace(tok_encoder *encoder, const char *text, size_t 
         if (has[TOK_METASPACE_SPLIT])
             next = memmem(at + 1, (size_t)(end - at) - 1, TOK_MARK, mark);
         if (!next) next = end;
-        tok_encode_piece(encoder, at, (size_t)(next - at));
+        tok_encode_cached(encoder, at, (size_t)(next - at));
         at = next;
     }
 }
@@ -8462,14 +8523,13 @@ static void tok_encode_stretch(tok_encoder *encoder, const char *text, size_t si
     size_t length;
     for (size_t i = 0; i < size; i += length) {
         length = tok_match(tokenizer, text + i, size - i);
-        if (tokenizer->byte_level) tok_encode_bytes(encoder, text + i, length);
-        else tok_encode_piece(encoder, text + i, length);
+        tok_encode_cached(encoder, text + i, length);
     }
 }
 
 // Cuts normalized text into pieces and encodes them; `first`: it is the beginning of all text. With
 // a Digits step each digit, or each run of them, and each stretch between is cut on its own.
-static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size, bool first) {
+static void tok_encode_part(tok_encoder *encoder, const char *text, size_t size, bool first) {
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
     size_t most = tokenizer->has[TOK_SPLIT_DIGITS]    ? 1
                   : tokenizer->has[TOK_SPLIT_NUMBERS] ? SIZE_MAX
@@ -8481,6 +8541,90 @@ static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t siz
         if (!length) length = tok_run(tokenizer, text + i, size - i, TOK_NUMBER, most);
         tok_encode_stretch(encoder, text + i, length, first && !i);
     }
+}
+
+// Whether both sides of text[at] can be encoded apart, whatever is further away, with the same ids:
+// a space, or its mark, behind a letter of ASCII always begins a piece, since what the patterns
+// match goes on behind a letter only with letters. Where the text is not cut into pieces, no merge
+// may join the two: as in tok_encode_piece, the letter then must have a token.
+static bool tok_can_cut(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                        size_t at) {
+    size_t mark = strlen(TOK_MARK);
+    unsigned char letter = (unsigned char)text[at - 1], space = (unsigned char)text[at];
+    bool marked = size - at >= mark && !memcmp(text + at, TOK_MARK, mark);
+    if (letter >= 0x80 || !(tokenizer->classes[letter] & TOK_LETTER)) return false;
+    if (space != ' ' && !marked) return false;
+    const bool *has = tokenizer->has;
+    if (has[TOK_METASPACE] && has[TOK_METASPACE_SPLIT]) return true;
+    if (has[TOK_METASPACE]) space = (unsigned char)*TOK_MARK;
+    else if (tokenizer->pattern >= 0) return space == ' ';
+    else if (tokenizer->byte_level) return false;
+    return !tokenizer->joins[letter][space] && tok_find_in_model(tokenizer, text + at - 1, 1) >= 0;
+}
+
+// Where the parts begin, each of about TOK_PART bytes, and the size at the end. NULL or error.
+enum { TOK_PART = 1 << 18 };
+static size_t *tok_cut_parts(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                             size_t *parts) {
+    size_t *begins = retrofit_allocate(size / TOK_PART + 2, sizeof *begins), count = 1;
+    if (!begins) return NULL;
+    for (size_t at = TOK_PART; at < size; at++) {
+        if (!tok_can_cut(tokenizer, text, size, at)) continue;
+        begins[count++] = at;
+        at += TOK_PART - 1;
+    }
+    begins[count] = size;
+    *parts = count;
+    return begins;
+}
+
+static void tok_add_progress(tok_encoder *encoder, size_t bytes) {
+    PRAGMA(omp atomic)
+    encoder->done += bytes;
+    if (encoder->progress && is_first_thread()) encoder->progress(encoder->context, encoder->done);
+}
+
+// What a thread does: the parts whose turn comes.
+static void tok_encode_some_parts(tok_encoder *encoder, const char *text, const size_t *begins,
+                                  size_t parts, bool first, retrofit_text *results) {
+    retrofit_encoder *own = retrofit_encoder_new(encoder->tokenizer);
+    PRAGMA(omp for schedule(dynamic))
+    for (size_t i = 0; i < parts; i++) {
+        results[i].failed = !own;
+        if (!own) continue;
+        size_t size = begins[i + 1] - begins[i];
+        own->ids = (retrofit_text){0};
+        tok_encode_part(own, text + begins[i], size, first && i == 0);
+        own->ids.failed = own->ids.failed || own->stretch.failed || own->piece.failed;
+        results[i] = own->ids;
+        tok_add_progress(encoder, size);
+    }
+    if (own) own->ids = (retrofit_text){0};
+    retrofit_encoder_free(own);
+}
+
+// A long text is cut into parts for all threads, whose ids are put together in their order.
+static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size, bool first) {
+    if (size < 2 * TOK_PART) {
+        tok_encode_part(encoder, text, size, first);
+        return;
+    }
+    size_t parts = 0, *begins = tok_cut_parts(encoder->tokenizer, text, size, &parts);
+    retrofit_text *results = begins ? retrofit_allocate(parts, sizeof *results) : NULL;
+    if (results) {
+        PRAGMA(omp parallel)
+        tok_encode_some_parts(encoder, text, begins, parts, first, results);
+    }
+    bool failed = !results;
+    for (size_t i = 0; i < parts && results; i++) {
+        failed = failed || results[i].failed;
+        retrofit_text_append(&encoder->ids, results[i].bytes, results[i].size);
+        free(results[i].bytes);
+    }
+    if (failed) retrofit_fail("out of memory: %zu bytes of text", size); // each thread has its own
+    encoder->ids.failed = encoder->ids.failed || failed;
+    free(results);
+    free(begins);
 }
 
 // The longest of the added tokens number low … high - 1 that text begins with, or NULL. In their
@@ -8597,34 +8741,73 @@ static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size,
     tok_encode_between(encoder, text + done, size - done, normalized, first && !done);
 }
 
-int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
-                         bool with_special, size_t *count) {
-    tok_encoder encoder = {.tokenizer = tokenizer};
+retrofit_encoder *retrofit_encoder_new(const retrofit_tokenizer *tokenizer) {
+    retrofit_encoder *encoder = retrofit_allocate(1, sizeof *encoder);
+    if (!encoder) return NULL;
+    encoder->tokenizer = tokenizer;
+    encoder->cache = retrofit_allocate(TOK_CACHE, sizeof *encoder->cache);
+    if (encoder->cache) return encoder;
+    free(encoder);
+    return NULL;
+}
+
+static void tok_free_memory(tok_encoder *encoder) {
+    free(encoder->cache);
+    free(encoder->valid.bytes);
+    free(encoder->normalized.bytes);
+    free(encoder->stretch.bytes);
+    free(encoder->piece.bytes);
+    free(encoder->ids.bytes);
+    free(encoder->symbols);
+    free(encoder->heap);
+}
+
+void retrofit_encoder_free(retrofit_encoder *encoder) {
+    if (!encoder) return;
+    tok_free_memory(encoder);
+    free(encoder);
+}
+
+int32_t *retrofit_encode_with(retrofit_encoder *encoder, const char *text, size_t size,
+                              bool with_special, size_t *count,
+                              void (*progress)(void *context, size_t bytes), void *context) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    encoder->progress = progress;
+    encoder->context = context;
+    encoder->done = 0;
+    encoder->valid.size = 0;
     if (retrofit_find_invalid(text, 0, size) < size) {
-        retrofit_append_valid(&encoder.valid, text, size);
-        text = encoder.valid.bytes;
-        size = encoder.valid.size;
+        retrofit_append_valid(&encoder->valid, text, size);
+        text = encoder->valid.bytes;
+        size = encoder->valid.size;
     }
     size_t before = with_special ? tokenizer->before.count : 0;
     size_t after = with_special ? tokenizer->after.count : 0;
-    retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
-    if (!encoder.valid.failed) tok_encode_text(&encoder, text, size, false, true);
-    retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
+    retrofit_text_append(&encoder->ids, tokenizer->before.ids, before * sizeof(int32_t));
+    if (!encoder->valid.failed) tok_encode_text(encoder, text, size, false, true);
+    retrofit_text_append(&encoder->ids, tokenizer->after.ids, after * sizeof(int32_t));
 
-    bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.stretch.failed;
-    failed = failed || encoder.piece.failed;
-    free(encoder.valid.bytes);
-    free(encoder.normalized.bytes);
-    free(encoder.stretch.bytes);
-    free(encoder.piece.bytes);
-    free(encoder.symbols);
-    free(encoder.heap);
-    if (failed || encoder.ids.failed) {
-        free(encoder.ids.bytes);
-        return NULL;
-    }
-    *count = encoder.ids.size / sizeof(int32_t);
-    return (int32_t *)(void *)encoder.ids.bytes;
+    // The ids are the caller's. What failed for want of memory may do so only this once.
+    retrofit_text ids = encoder->ids;
+    encoder->ids = (retrofit_text){0};
+    bool failed = ids.failed || encoder->valid.failed || encoder->normalized.failed ||
+                  encoder->stretch.failed || encoder->piece.failed;
+    encoder->valid.failed = false;
+    encoder->normalized.failed = false;
+    encoder->stretch.failed = false;
+    encoder->piece.failed = false;
+    *count = ids.size / sizeof(int32_t);
+    if (!failed) return (int32_t *)(void *)ids.bytes;
+    free(ids.bytes);
+    return NULL;
+}
+
+int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                         bool with_special, size_t *count) {
+    tok_encoder encoder = {.tokenizer = tokenizer};
+    int32_t *ids = retrofit_encode_with(&encoder, text, size, with_special, count, NULL, NULL);
+    tok_free_memory(&encoder);
+    return ids;
 }
 
 // ---- Tokenizer: from ids to text ---------------------------------------------------------------
@@ -9752,6 +9935,14 @@ static size_t tok_count(const retrofit_json *object, const char *key) {
     return list ? list->count : 0;
 }
 
+static void tok_index_characters(retrofit_tokenizer *tokenizer) {
+    for (uint32_t code_point = 0; code_point < TOK_CHAR_IDS; code_point++) {
+        char text[4];
+        size_t length = utf8_put(code_point, text);
+        tokenizer->char_ids[code_point] = tok_find_in_model(tokenizer, text, length);
+    }
+}
+
 static void tok_load_directory(tok_loader *loader, const char *directory) {
     size_t size = 0;
     loader->directory = directory;
@@ -9769,6 +9960,7 @@ static void tok_load_directory(tok_loader *loader, const char *directory) {
     if (!retrofit_path(loader->path, directory, "tokenizer.json")) loader->failed = true;
     tok_load_tokenizer(loader, loader->root);
     if (!loader->failed) tok_load_config(loader, directory);
+    if (!loader->failed) tok_index_characters(loader->tokenizer);
 }
 
 // A directory may have SentencePiece's file alone, which we don't read.
