@@ -355,7 +355,7 @@ static void find_end_of_turn(void) {
     const retrofit_message user = {.role = "user", .content = "1", .size = 1};
     const retrofit_message messages[] = {user, answer, user};
     retrofit_text text;
-    bool rendered = retrofit_chat_render(chat, messages, 3, true, &text);
+    bool rendered = retrofit_chat_render(chat, messages, 3, true, &text, NULL);
     const char *at = rendered ? memmem(text.bytes, text.size, answer.content, answer.size) : NULL;
     if (at) {
         const char *end = text.bytes + text.size;
@@ -380,7 +380,7 @@ static void read_chat_template(void) {
 static retrofit_text write_messages(const retrofit_message *messages, size_t count,
                                     const char *where) {
     retrofit_text text;
-    if (!retrofit_chat_write(chat, messages, count, true, &text))
+    if (!retrofit_chat_write(chat, messages, count, true, &text, NULL))
         die(1, "%s%s%s; without --chat a prompt is taken as it is", where, *where ? ": " : "",
             retrofit_error());
     return text;
@@ -1477,6 +1477,7 @@ static void close_evaluation(struct evaluation *evaluation) {
 struct decoding {
     double loss, full_loss;      // token by token through the cache; by a full pass over each row
     double recurrences, seconds; // that tokens took; of decoding alone
+    size_t labels;               // that count in the losses
 };
 
 // b rows token by token.
@@ -1494,7 +1495,9 @@ static void decode_rows(const struct evaluation *evaluation, retrofit_buffers *b
         require(logits != NULL);
         for (size_t i = 0; i < b; i++) {
             int32_t label = evaluation->labels[i * T + t];
-            sums->loss += token_loss(logits + i * model->config.vocab, label);
+            bool counts = label != RETROFIT_IGNORED;
+            if (counts) sums->loss += token_loss(logits + i * model->config.vocab, label);
+            sums->labels += counts;
             sums->recurrences += buffers->decoder->used[i];
         }
     }
@@ -1509,7 +1512,8 @@ static void full_pass_rows(const struct evaluation *evaluation, retrofit_buffers
     for (size_t i = 0; i < b; i++) {
         const int32_t *tokens = evaluation->tokens + i * T, *labels = evaluation->labels + i * T;
         require(retrofit_forward(buffers, tokens, 1, T, start_sigma(), options.seed, r, 0));
-        sums->full_loss += retrofit_loss(buffers, labels, 0) * (double)T;
+        double counted = (double)retrofit_count_labels(labels, T);
+        sums->full_loss += retrofit_loss(buffers, labels, 0) * counted;
     }
 }
 
@@ -1532,7 +1536,8 @@ static void print_eval_loss(size_t r, double loss, double seconds, bool first) {
 // Sums over n tokens.
 static void print_decoding(size_t r, const struct decoding *sums, double n, size_t cache_bytes,
                            bool first) {
-    double loss = sums->loss / n, full_loss = sums->full_loss / n, mean = sums->recurrences / n;
+    double labels = (double)sums->labels, mean = sums->recurrences / n;
+    double loss = sums->loss / labels, full_loss = sums->full_loss / labels;
     if (!options.json) {
         printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r, loss, exp(loss), full_loss,
                mean, cache_bytes, sums->seconds);
@@ -1583,12 +1588,13 @@ static void evaluate_decoding(void) {
 }
 
 // b rows at every r of the list: one pass of states, of which the coda reads s_r at each r. Adds
-// b times the mean loss, and the seconds that a pass at this r alone would take.
+// the sum of the losses, and the seconds that a pass at this r alone would take.
 static void evaluate_rows(const struct evaluation *evaluation, retrofit_buffers *buffers, size_t b,
                           uint64_t seed, const struct depth_list *depths, double *loss,
                           double *seconds) {
     const size_t *r = depths->r;
     retrofit_recurrence_options recurrence = recurrence_options(r[depths->count - 1]);
+    double counted = (double)retrofit_count_labels(evaluation->labels, b * evaluation->T);
     double began = retrofit_seconds(), coda = 0;
     require(retrofit_prelude(buffers, evaluation->tokens, b, evaluation->T));
     if (r[0] > 0) retrofit_init_state(buffers, start_sigma(), seed);
@@ -1596,7 +1602,7 @@ static void evaluate_rows(const struct evaluation *evaluation, retrofit_buffers 
         retrofit_recur_noisy(buffers, &recurrence, r[i] - (i ? r[i - 1] : 0));
         double before = retrofit_seconds();
         retrofit_coda(buffers);
-        loss[i] += retrofit_loss(buffers, evaluation->labels, 0) * (double)b;
+        loss[i] += retrofit_loss(buffers, evaluation->labels, 0) * counted;
         seconds[i] += retrofit_seconds() - began - coda;
         show_progress((double)b * (double)(i + 1) / (double)(depths->count + 1));
         coda += retrofit_seconds() - before;
@@ -1607,6 +1613,7 @@ static void evaluate_full_pass(void) {
     struct depth_list depths = read_depths(MAX_DEPTHS, "1,2,4,8,16,32");
     struct evaluation evaluation = open_evaluation();
     size_t T = evaluation.T, rows = evaluation.rows, B = retrofit_min(rows, 1 + 1024 / T), b;
+    size_t labels = 0; // that count
     retrofit_buffers *buffers = new_buffers(B, T, NULL);
     allocate_rows(&evaluation, B);
     double loss[MAX_DEPTHS] = {0}, seconds[MAX_DEPTHS] = {0};
@@ -1616,6 +1623,7 @@ static void evaluate_full_pass(void) {
         uint64_t seed = retrofit_hash(options.seed, at);
         read_rows(&evaluation, at, b);
         evaluate_rows(&evaluation, buffers, b, seed, &depths, loss, seconds);
+        labels += retrofit_count_labels(evaluation.labels, b * T);
         advance_progress(b);
     }
     if (options.json) print_eval_begin(rows, T);
@@ -1623,7 +1631,7 @@ static void evaluate_full_pass(void) {
         printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss",
                "perplexity", "seconds", rows, T);
     for (size_t i = 0; i < depths.count; i++) {
-        double mean = loss[i] / (double)rows;
+        double mean = loss[i] / (double)labels;
         if (options.json) print_eval_loss(depths.r[i], mean, seconds[i], i == 0);
         if (options.json) putchar('}');
         else printf("%11zu %10.4f %12.3f %9.2f\n", depths.r[i], mean, exp(mean), seconds[i]);

@@ -396,7 +396,8 @@ void retrofit_coda(retrofit_buffers *buffers); // and the final norm
 // All four. false or error.
 bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
                       float sigma, uint64_t seed, size_t n, size_t k);
-// The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V.
+// The mean loss, in nats, over labels (b,t) that are not -100, of which there may be none; NaN or
+// error if one is not below V.
 // Unless scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
@@ -542,10 +543,9 @@ static size_t core_slot(const retrofit_buffers *buffers, size_t i);
 static size_t coda_slot(const retrofit_buffers *buffers);
 // Normal numbers for every state.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed);
-// Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0
-// and an error if one is not below V or none counts.
+// Section 8: checks the next batch's token ids and uploads them; counts the labels. false or error.
 static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
-static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels);
+static bool count_labels(const retrofit_buffers *buffers, const int32_t *labels, size_t *counted);
 static act *act_at(const retrofit_ops *ops, act *p, size_t i); // element i
 // Section 8: masters to where operations read them. Counter-based random bits.
 void retrofit_refresh_weights(retrofit_model *model);
@@ -790,8 +790,8 @@ bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b
 // ---- Loss --------------------------------------------------------------------------------------
 // The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A
 // step accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has,
-// so a step's loss is the mean of its micro-batches' means, not that of all its tokens. A
-// micro-batch without a label has the loss NaN, and its step changes no parameter.
+// so a step's loss is the mean of its micro-batches' means, not that of all its tokens. One without
+// a label has the loss 0 and no gradient (torch's mean over nothing, NaN, would undo its step).
 
 // The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place
 // and goes on to the head and to dfinal before the next chunk is computed.
@@ -817,9 +817,9 @@ double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float sca
     const retrofit_model *model = buffers->model;
     const retrofit_ops *ops = model->ops;
     const retrofit_gradients *g = &buffers->gradients;
-    size_t N = buffers->N, d = model->config.n_embd;
-    size_t counted = count_labels(buffers, labels);
-    if (counted == 0) return NAN;
+    size_t N = buffers->N, d = model->config.n_embd, counted = 0;
+    if (!count_labels(buffers, labels, &counted)) return NAN;
+    if (counted == 0) counted = 1; // all sums are 0
     ops->upload(buffers->labels, labels, N * sizeof *labels);
     head_and_loss(buffers, scale / (float)counted);
     if (scale != 0) {
@@ -3164,12 +3164,16 @@ void retrofit_chat_free(retrofit_chat *chat);                // or NULL
 const char *retrofit_chat_where(const retrofit_chat *chat);  // the file, for errors
 // The text of a conversation; prompt: up to where the model answers, by add_generation_prompt.
 // Special tokens are spelt out in it, BOS too where the template has one: it is encoded without
-// with_special. Freed with free(text->bytes). false or error, and then it is empty.
+// with_special. marks: NULL, or gets where in the text each {% generation %} begins and ends, pairs
+// of size_t. Freed with free(text->bytes) and free(marks->bytes). false or error, and then both are
+// empty.
 bool retrofit_chat_render(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
-                          bool prompt, retrofit_text *text);
+                          bool prompt, retrofit_text *text, retrofit_text *marks);
+// Whether the template marks what the model says itself, by {% generation %}.
+bool retrofit_chat_has_marks(const retrofit_chat *chat);
 // The same, and a template that writes nothing of a message, for its role mostly, is an error.
 bool retrofit_chat_write(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
-                         bool prompt, retrofit_text *text);
+                         bool prompt, retrofit_text *text, retrofit_text *marks);
 
 // ---- Files -------------------------------------------------------------------------------------
 
@@ -3223,8 +3227,9 @@ void retrofit_directory_abandon(const char *temporary);
 char *retrofit_file_begin(const char *final);
 // Gives the file, which is on the disk, its final name. false or error.
 bool retrofit_file_commit(const char *temporary, const char *final);
-// Removes what was begun last and is neither committed nor abandoned, if it is a file or holds no
-// other files than retrofit_model_files. For programs that end early, in a signal handler too.
+// Removes what was begun last, two at most, and is neither committed nor abandoned, if it is a file
+// or holds no other files than retrofit_model_files. For programs that end early, in a signal
+// handler too.
 void retrofit_abandon(void);
 // From here on SIGINT, SIGTERM, SIGHUP and SIGPIPE do that, say so on stderr and end the program,
 // which has this name. Those that it was started to ignore (by nohup, say) it still ignores.
@@ -3268,13 +3273,21 @@ bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const cha
 
 // Token shards: llm.c's .bin files. A header of 256 int32, then the tokens as uint16 or uint32. The
 // header begins with {magic, version, number of tokens}. Ours go on with the hash of the tokenizer,
-// its low half in int32 3 and its high half in int32 4; llm.c's have zeros there.
+// its low half in int32 3 and its high half in int32 4, and with 1 in int32 5 if labels go with it;
+// llm.c's have zeros there.
 #define RETROFIT_SHARD_MAGIC_16 20240520 // version 1, uint16
 #define RETROFIT_SHARD_MAGIC_32 20240801 // version 7, uint32
+// Not all that is read need be learned: NAME.bin.labels has a label for each token of NAME.bin, the
+// token itself or -100, which does not count. A header of 256 int32, which begins with {magic, 1,
+// number of labels, low and high half of NAME.bin's retrofit_sample_hash}; then the labels as int32.
+#define RETROFIT_LABELS_MAGIC 20251107
+#define RETROFIT_LABELS_SUFFIX ".labels"
+enum { RETROFIT_IGNORED = -100 };
+size_t retrofit_count_labels(const int32_t *labels, size_t n); // those of n that count
 // Opens every file that the glob matches, in the order of their names, as rows of T + 1 tokens that
 // do not overlap; a file with just that name is taken as it is. Files that are too short for a row
 // are said in a note. vocab: ids must be below it. shuffle: rows come in a random order, which
-// differs from epoch to epoch. NULL or error.
+// differs from epoch to epoch. NULL or error, also if labels are not there or not a shard's own.
 retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
                                   uint64_t seed);
 void retrofit_data_close(retrofit_data *data);
@@ -3283,7 +3296,8 @@ size_t retrofit_data_rows(const retrofit_data *data);
 // could not be loaded. What cannot be checked is said in a note: why there is no tokenizer, by
 // retrofit_error; which shards do not say what made them.
 bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *tokenizer);
-// Reads all tokens of all shards. false or error if an id is not below vocab.
+// Reads all tokens of all shards, and their labels; a note says how many count. false or error if
+// an id is not below vocab, or a label is neither -100 nor its token.
 bool retrofit_data_check_ids(const retrofit_data *data);
 // false or error if a shard of `data` is also one of `other`: the same file, or the same contents.
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other);
@@ -3291,8 +3305,8 @@ bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *o
 // its name without directories, its size in bytes and its retrofit_sample_hash. Freed with free().
 // NULL or error.
 char *retrofit_data_describe(const retrofit_data *data);
-// Row `index`, which counts on over the epochs: T tokens, and as labels the token after each. false
-// or error if an id is not below vocab.
+// Row `index`, which counts on over the epochs: T tokens, and as labels the token after each, or
+// -100 where the shard's own labels say so. false or error if an id is not below vocab.
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
 
 // ---- Command lines -----------------------------------------------------------------------------
@@ -3860,20 +3874,22 @@ static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b
     return true;
 }
 
-// How many labels count; 0 and an error if one is not below V, or none counts.
-static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels) {
-    size_t V = buffers->model->config.vocab, counted = 0;
-    for (size_t i = 0; i < buffers->N; i++) {
-        if (labels[i] == -100) continue;
-        if (labels[i] < 0 || (size_t)labels[i] >= V) {
-            retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i, (int)labels[i],
-                          V);
-            return 0;
-        }
-        counted++;
-    }
-    if (counted == 0) retrofit_fail("all labels of the batch are -100: there is no loss");
+size_t retrofit_count_labels(const int32_t *labels, size_t n) {
+    size_t counted = 0;
+    for (size_t i = 0; i < n; i++) counted += labels[i] != RETROFIT_IGNORED;
     return counted;
+}
+
+// How many labels count. false or error if one is not below V.
+static bool count_labels(const retrofit_buffers *buffers, const int32_t *labels, size_t *counted) {
+    size_t V = buffers->model->config.vocab;
+    for (size_t i = 0; i < buffers->N; i++) {
+        if (labels[i] == RETROFIT_IGNORED || (labels[i] >= 0 && (size_t)labels[i] < V)) continue;
+        return retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i,
+                             (int)labels[i], V);
+    }
+    *counted = retrofit_count_labels(labels, buffers->N);
+    return true;
 }
 
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits) {
@@ -5427,46 +5443,55 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
 
 // ---- Checkpoints -------------------------------------------------------------------------------
 
-// What has its temporary name still. The flag is set once the name is complete: a signal handler
-// may come in between.
+// What has its temporary name still: two at most, a shard and its labels. The flag is set once the
+// name is complete: a signal handler may come in between.
+enum { UNFINISHED = 2 };
 static struct {
     char path[RETROFIT_PATH];
     volatile sig_atomic_t set;
-    const char *program; // that ends on signals
-} unfinished;
+} unfinished[UNFINISHED];
+static const char *signalled_program; // that ends on signals
 
+// The second place is taken where the first one is in use.
 static void set_unfinished(const char *path) {
-    unfinished.set = false;
-    snprintf(unfinished.path, sizeof unfinished.path, "%s", path);
-    unfinished.set = true;
+    size_t i = unfinished[0].set ? 1 : 0;
+    unfinished[i].set = false;
+    snprintf(unfinished[i].path, sizeof unfinished[i].path, "%s", path);
+    unfinished[i].set = true;
 }
 
 static void clear_unfinished(const char *path) {
-    if (unfinished.set && !strcmp(unfinished.path, path)) unfinished.set = false;
+    for (size_t i = 0; i < UNFINISHED; i++)
+        if (unfinished[i].set && !strcmp(unfinished[i].path, path)) unfinished[i].set = false;
 }
 
 // Calls nothing but what a signal handler may call, and opens nothing, since there may be no
 // descriptor left.
-void retrofit_abandon(void) {
+static void abandon(const char *begun) {
     static char path[RETROFIT_PATH + 64];
-    size_t length = strlen(unfinished.path);
-    if (!unfinished.set) return;
-    memcpy(path, unfinished.path, length);
+    size_t length = strlen(begun);
+    memcpy(path, begun, length);
     path[length] = '/';
     for (size_t i = 0; retrofit_model_files[i]; i++) {
         const char *name = retrofit_model_files[i];
         memcpy(path + length + 1, name, strlen(name) + 1);
         unlink(path);
     }
-    if (unlink(unfinished.path)) rmdir(unfinished.path);
-    unfinished.set = false;
+    if (unlink(begun)) rmdir(begun);
+}
+
+void retrofit_abandon(void) {
+    for (size_t i = 0; i < UNFINISHED; i++) {
+        if (unfinished[i].set) abandon(unfinished[i].path);
+        unfinished[i].set = false;
+    }
 }
 
 // Ends the program by the signal itself, so that who waits for it sees which one it was.
 static void end_by_signal(int number) {
     static const char text[] = ": stopped by a signal; nothing half-written is left behind\n";
-    const char *program = unfinished.program;
-    bool tell = unfinished.set;
+    const char *program = signalled_program;
+    bool tell = unfinished[0].set || unfinished[1].set;
     retrofit_live_line(NULL);
     retrofit_abandon();
     tell = tell && write(STDERR_FILENO, program, strlen(program)) > 0;
@@ -5479,7 +5504,7 @@ void retrofit_abandon_on_signals(const char *program) {
     enum { SIGNALS = 4 };
     static const int signals[SIGNALS] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     struct sigaction action = {.sa_handler = end_by_signal}, before;
-    unfinished.program = program;
+    signalled_program = program;
     for (size_t i = 0; i < SIGNALS; i++) sigaddset(&action.sa_mask, signals[i]);
     for (size_t i = 0; i < SIGNALS; i++) {
         bool ignored = !sigaction(signals[i], NULL, &before) && before.sa_handler == SIG_IGN;
@@ -5808,6 +5833,8 @@ typedef struct {
     void *base;
     size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
     size_t first_row;          // how many rows are in the shards before
+    void *label_file;          // as it lies in memory; NULL: every token counts
+    size_t label_bytes;        // of it
     uint64_t hash;             // retrofit_sample_hash of all of it; 0: not computed yet
     struct stat status;        // of the file when it was opened
 } token_shard;
@@ -5827,6 +5854,40 @@ static bool looks_like_text(const unsigned char *bytes, size_t size) {
         if (bytes[i] < ' ' && !space) return false;
     }
     return true;
+}
+
+static uint64_t shard_hash(token_shard *shard) {
+    if (!shard->hash) shard->hash = retrofit_sample_hash(shard->base, shard->bytes);
+    return shard->hash;
+}
+
+static const int32_t *shard_labels(const token_shard *shard) {
+    if (!shard->label_file) return NULL;
+    return (const void *)((const char *)shard->label_file + SHARD_HEADER);
+}
+
+// The labels beside a shard, if there are any, must be those that were made with it.
+static bool open_labels(token_shard *shard, const char *path) {
+    char name[RETROFIT_PATH + sizeof RETROFIT_LABELS_SUFFIX];
+    const int32_t *header = shard->base;
+    size_t bytes = SHARD_HEADER + (size_t)header[2] * sizeof(int32_t);
+    snprintf(name, sizeof name, "%s%s", path, RETROFIT_LABELS_SUFFIX);
+    if (!retrofit_is_there(name)) {
+        if (!header[5]) return true;
+        return retrofit_fail("%s: not there, but %s was made with labels, which say what of it is "
+                             "to be learned: keep the two together, or make both anew", name, path);
+    }
+    shard->label_file = retrofit_map_file(name, &shard->label_bytes);
+    if (!shard->label_file) return false;
+    const uint32_t *labels = shard->label_file;
+    bool known = shard->label_bytes >= SHARD_HEADER && labels[0] == RETROFIT_LABELS_MAGIC;
+    if (!known || labels[1] != 1)
+        return retrofit_fail("%s: no labels of a token shard, or of a version that is not known",
+                             name);
+    bool fits = labels[2] == (uint32_t)header[2] && shard->label_bytes == bytes;
+    if (fits && (labels[3] | (uint64_t)labels[4] << 32) == shard_hash(shard)) return true;
+    return retrofit_fail("%s: not the labels of %s as it is now: make both anew with convert "
+                         "--tokenize%s", name, path, header[5] ? "" : ", or remove it");
 }
 
 static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
@@ -5851,10 +5912,13 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
     if (header[2] < 0 || (size_t)header[2] != tokens || !whole)
         return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated, "
                              "or damaged", path, header[2], tokens);
+    if (header[5] < 0 || header[5] > 1)
+        return retrofit_fail("%s: of a version that is not known: %d in its header", path,
+                             header[5]);
     shard->rows = tokens / (data->T + 1);
     shard->first_row = data->rows;
     data->rows += shard->rows;
-    return true;
+    return open_labels(shard, path);
 }
 
 // The name of a file as a pattern that matches it alone. NULL or error.
@@ -5943,7 +6007,9 @@ retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, b
 void retrofit_data_close(retrofit_data *data) {
     if (!data) return;
     for (size_t i = 0; data->shards && i < data->files.gl_pathc; i++) {
-        if (data->shards[i].base) munmap(data->shards[i].base, data->shards[i].bytes);
+        token_shard *shard = &data->shards[i];
+        if (shard->base) munmap(shard->base, shard->bytes);
+        if (shard->label_file) munmap(shard->label_file, shard->label_bytes);
     }
     globfree(&data->files);
     free(data->shards);
@@ -5988,8 +6054,69 @@ static bool fail_id(const retrofit_data *data, size_t shard, size_t i, uint32_t 
                          "another model?", data->files.gl_pathv[shard], i, id, data->vocab);
 }
 
-// The largest id of a shard decides; only if it is too large is the first such one looked for.
+static bool fail_label(const retrofit_data *data, size_t shard, size_t i, int32_t label) {
+    return retrofit_fail("%s%s: label %zu is %d, neither -100 nor the token there: damaged; make "
+                         "it anew with convert --tokenize", data->files.gl_pathv[shard],
+                         RETROFIT_LABELS_SUFFIX, i, (int)label);
+}
+
+static bool label_fits(const token_shard *shard, size_t i) {
+    int32_t label = shard_labels(shard)[i];
+    return label == RETROFIT_IGNORED || label == (int32_t)shard_id(shard, i);
+}
+
+static bool check_labels(const retrofit_data *data) {
+    for (size_t s = 0; s < data->files.gl_pathc; s++) {
+        const token_shard *shard = &data->shards[s];
+        size_t count = (shard->bytes - SHARD_HEADER) / shard->width, wrong = count;
+        if (!shard->label_file) continue;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(min : wrong) schedule(static)
+#endif
+        for (size_t i = 0; i < count; i++)
+            if (!label_fits(shard, i)) wrong = retrofit_min(wrong, i);
+        if (wrong < count) return fail_label(data, s, wrong, shard_labels(shard)[wrong]);
+    }
+    return true;
+}
+
+// Says how many labels count in rows, if there are any but the tokens themselves.
+static void note_labels(const retrofit_data *data) {
+    size_t T = data->T, counted = 0, rows = 0, shards = 0, without = 0;
+    for (size_t s = 0; s < data->files.gl_pathc; s++) {
+        const token_shard *shard = &data->shards[s];
+        const int32_t *labels = shard_labels(shard);
+        if (!labels) continue;
+        shards++;
+        rows += shard->rows;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(+ : counted, without) schedule(static)
+#endif
+        for (size_t row = 0; row < shard->rows; row++) {
+            size_t n = retrofit_count_labels(labels + row * (T + 1) + 1, T);
+            counted += n;
+            without += n == 0;
+        }
+    }
+    if (!shards) return;
+    char none[128] = "";
+    if (without)
+        snprintf(none, sizeof none, "; %zu rows have none, and a micro-batch of such rows alone "
+                 "counts as 0, without a gradient", without);
+    retrofit_note("%zu of %zu shards have labels: by them %zu of %zu tokens in %zu rows count%s",
+                  shards, data->files.gl_pathc, counted, rows * T, rows, none);
+}
+
+static bool check_ids(const retrofit_data *data);
+
 bool retrofit_data_check_ids(const retrofit_data *data) {
+    if (!check_ids(data) || !check_labels(data)) return false;
+    note_labels(data);
+    return true;
+}
+
+// The largest id of a shard decides; only if it is too large is the first such one looked for.
+static bool check_ids(const retrofit_data *data) {
     for (size_t s = 0; s < data->files.gl_pathc; s++) {
         const token_shard *shard = &data->shards[s];
         size_t count = (shard->bytes - SHARD_HEADER) / shard->width, i = 0;
@@ -6009,11 +6136,6 @@ bool retrofit_data_check_ids(const retrofit_data *data) {
         return fail_id(data, s, i, shard_id(shard, i));
     }
     return true;
-}
-
-static uint64_t shard_hash(token_shard *shard) {
-    if (!shard->hash) shard->hash = retrofit_sample_hash(shard->base, shard->bytes);
-    return shard->hash;
 }
 
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other) {
@@ -6040,6 +6162,8 @@ char *retrofit_data_describe(const retrofit_data *data) {
         token_shard *shard = &data->shards[i];
         char line[64];
         unsigned long long hash = shard_hash(shard);
+        if (shard->label_file)
+            hash = retrofit_hash(hash, retrofit_sample_hash(shard->label_file, shard->label_bytes));
         snprintf(line, sizeof line, " %zu %016llx\n", shard->bytes, hash);
         const char *name = slash ? slash + 1 : path;
         retrofit_text_append(&text, name, strlen(name));
@@ -6075,6 +6199,21 @@ static size_t find_shard(const retrofit_data *data, size_t row) {
     return low;
 }
 
+// A file that became shorter ends the program where the missing part is touched.
+static bool is_still_whole(const token_shard *shard, const char *path) {
+    char name[RETROFIT_PATH + sizeof RETROFIT_LABELS_SUFFIX];
+    struct stat status;
+    snprintf(name, sizeof name, "%s", path);
+    bool shorter = stat(name, &status) == 0 && (size_t)status.st_size < shard->bytes;
+    if (!shorter && shard->label_file) {
+        snprintf(name, sizeof name, "%s%s", path, RETROFIT_LABELS_SUFFIX);
+        shorter = stat(name, &status) == 0 && (size_t)status.st_size < shard->label_bytes;
+    }
+    if (!shorter) return true;
+    return retrofit_fail("%s: became shorter while it was read: a shard must not change during a "
+                         "run", name);
+}
+
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels) {
     uint64_t epoch = index / data->rows;
     size_t row = (size_t)(index % data->rows);
@@ -6083,18 +6222,17 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
     size_t s = find_shard(data, row);
     row -= data->shards[s].first_row;
 
-    // A file that became shorter ends the program where the missing part is touched.
     size_t first = row * (data->T + 1);
-    const char *path = data->files.gl_pathv[s];
-    struct stat status;
-    if (stat(path, &status) == 0 && (size_t)status.st_size < data->shards[s].bytes)
-        return retrofit_fail("%s: became shorter while it was read: a shard must not change during "
-                             "a run", path);
+    const token_shard *shard = &data->shards[s];
+    const int32_t *own = shard_labels(shard);
+    if (!is_still_whole(shard, data->files.gl_pathv[s])) return false;
     for (size_t t = 0; t <= data->T; t++) {
-        uint32_t id = shard_id(&data->shards[s], first + t);
+        uint32_t id = shard_id(shard, first + t);
         if (id >= data->vocab) return fail_id(data, s, first + t, id);
+        if (own && !label_fits(shard, first + t))
+            return fail_label(data, s, first + t, own[first + t]);
         if (t < data->T) tokens[t] = (int32_t)id;
-        if (t > 0) labels[t - 1] = (int32_t)id;
+        if (t > 0) labels[t - 1] = own ? own[first + t] : (int32_t)id;
     }
     return true;
 }
@@ -10066,7 +10204,7 @@ typedef struct {
     size_t loop_index, loop_count; // of the innermost loop
     chat_block *memory;
     size_t memory_size;
-    retrofit_text output;
+    retrofit_text output, marks; // marks: pairs of size_t, places in the output
     char problem[512]; // why it cannot go on; else ""
 } chat_rendering;
 
@@ -10776,10 +10914,12 @@ static void chat_run_for(chat_rendering *run) {
 
 // What training marks as the model's own.
 static void chat_run_generation(chat_rendering *run) {
-    size_t scope = run->scope;
+    size_t scope = run->scope, mark[2] = {run->output.size};
     chat_expect_kind(run, CHAT_CLOSE);
     run->scope = run->variable_count;
     const chat_token *word = chat_run_block(run);
+    mark[1] = run->output.size;
+    retrofit_text_append(&run->marks, mark, sizeof mark);
     run->variable_count = run->scope;
     run->scope = scope;
     if (!chat_is_word(word, "endgeneration")) chat_refuse_token(run, word);
@@ -10833,7 +10973,7 @@ static void chat_define_all(chat_rendering *run, const retrofit_message *message
 }
 
 bool retrofit_chat_render(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
-                          bool prompt, retrofit_text *text) {
+                          bool prompt, retrofit_text *text, retrofit_text *marks) {
     chat_rendering run = {.chat = chat};
     chat_define_all(&run, messages, count, prompt);
     chat_write_out(&run, "", 0); // so that there are bytes even if there is no text
@@ -10844,10 +10984,12 @@ bool retrofit_chat_render(const retrofit_chat *chat, const retrofit_message *mes
         run.memory = block->next;
         free(block);
     }
-    *text = run.output;
-    if (!*run.problem && !text->failed) return true;
-    free(text->bytes);
-    *text = (retrofit_text){0};
+    bool ok = !*run.problem && !run.output.failed && !run.marks.failed;
+    if (!ok || !marks) free(run.marks.bytes);
+    if (!ok) free(run.output.bytes);
+    *text = ok ? run.output : (retrofit_text){0};
+    if (marks) *marks = ok ? run.marks : (retrofit_text){0};
+    if (ok) return true;
     return *run.problem && retrofit_fail("%s: chat template: %s", chat->where, run.problem);
 }
 
@@ -10889,15 +11031,17 @@ static bool chat_check_marks(const retrofit_chat *chat, const retrofit_message *
 // A template may pass over a message, for its role mostly, of which nobody would hear: so it writes
 // them all once more, each with a mark, for a check.
 bool retrofit_chat_write(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
-                         bool prompt, retrofit_text *text) {
+                         bool prompt, retrofit_text *text, retrofit_text *marks) {
+    *text = (retrofit_text){0};
+    if (marks) *marks = (retrofit_text){0};
     retrofit_message *marked = chat_mark_messages(messages, count);
     if (!marked) return false;
-    bool ok = retrofit_chat_render(chat, marked, count, prompt, text);
+    bool ok = retrofit_chat_render(chat, marked, count, prompt, text, NULL);
     if (ok) ok = chat_check_marks(chat, messages, marked, count, *text);
     free(text->bytes);
     free(marked);
     *text = (retrofit_text){0};
-    return ok && retrofit_chat_render(chat, messages, count, prompt, text);
+    return ok && retrofit_chat_render(chat, messages, count, prompt, text, marks);
 }
 
 // ---- Chat templates: loading -------------------------------------------------------------------
@@ -10990,6 +11134,14 @@ void retrofit_chat_free(retrofit_chat *chat) {
 }
 
 const char *retrofit_chat_where(const retrofit_chat *chat) { return chat->where; }
+
+bool retrofit_chat_has_marks(const retrofit_chat *chat) {
+    const chat_token *tokens = (const void *)chat->tokens.bytes;
+    for (size_t i = 0; tokens[i].kind != CHAT_END; i++)
+        if (tokens[i].kind == CHAT_STATEMENT && chat_is_word(&tokens[i + 1], "generation"))
+            return true;
+    return false;
+}
 
 // =================================================================================================
 // 12  Errors, files, random numbers, command lines
