@@ -894,6 +894,7 @@ typedef struct {
     retrofit_message *messages; // [count]
     size_t count;
     retrofit_text text, marks;  // as the template writes it
+    size_t size;                // of the text without white space at its end
     size_t text_at, ids_at;     // a place in the text, and how many of the ids are before it
 } conversation;
 
@@ -951,25 +952,42 @@ static bool check_line(const retrofit_json *line, const char *where) {
     return true;
 }
 
-// How many ids come from text[0 … to): a token that reaches over `to` is not among them. Mostly
-// what is between the last such place and this one has the same ids by itself; where it has not,
-// because tokens reach over, all before `to` is encoded and compared. false or error.
-static bool count_ids(conversation *c, size_t to) {
+// Whether the ids of text[from … to) by itself are the document's from number `at` on: how many of
+// them are, *same, and whether that is all, *all. at is SIZE_MAX for those at its end. false or
+// error.
+static bool compare_ids(const conversation *c, size_t from, size_t to, size_t at, size_t *same,
+                        bool *all) {
     const document *document = c->document;
-    retrofit_encoder *encoder = own_encoder(c->writer);
-    for (int all = 0; all < 2; all++) {
-        size_t from = all ? 0 : c->text_at, at = all ? 0 : c->ids_at, count, same = 0;
-        int32_t *ids = retrofit_encode_with(encoder, c->text.bytes + from, to - from, false, &count,
-                                            NULL, NULL);
-        if (!ids) return false;
-        while (same < count && at + same < document->count && ids[same] == document->ids[at + same])
-            same++;
-        free(ids);
-        if (same < count && !all) continue;
-        c->text_at = to;
-        c->ids_at = at + same;
-        return true;
+    size_t count, n = 0;
+    int32_t *ids = retrofit_encode_with(own_encoder(c->writer), c->text.bytes + from, to - from,
+                                        false, &count, NULL, NULL);
+    if (!ids) return false;
+    if (at == SIZE_MAX) at = document->count - retrofit_min(count, document->count);
+    while (n < count && at + n < document->count && ids[n] == document->ids[at + n]) n++;
+    *same = n;
+    *all = n == count;
+    free(ids);
+    return true;
+}
+
+// How many ids come from text[0 … to), as c->ids_at. Mostly what is between the last such place and
+// this one has the same ids by itself, or what follows has. If neither has, since a token reaches
+// over the place, they are those that are the same if the text ends there. false or error.
+static bool count_ids(conversation *c, size_t to) {
+    size_t same, ids;
+    bool all;
+    if (!compare_ids(c, c->text_at, to, c->ids_at, &same, &all)) return false;
+    ids = c->ids_at + same;
+    if (!all) {
+        if (!compare_ids(c, to, c->size, SIZE_MAX, &same, &all)) return false;
+        ids = c->document->count - same;
     }
+    if (!all) {
+        if (!compare_ids(c, 0, to, 0, &same, &all)) return false;
+        ids = same;
+    }
+    c->text_at = to;
+    c->ids_at = ids;
     return true;
 }
 
@@ -1025,22 +1043,22 @@ static bool measure_prefix(const conversation *c, size_t count, bool prompt, siz
                          prompt ? ", up to the assistant's answer," : "", c->count, same);
 }
 
-static bool label_turns(conversation *c, size_t size) {
+static bool label_turns(conversation *c) {
     for (size_t i = 0; i < c->count; i++) {
         size_t begin, end;
         if (!is_assistant(&c->messages[i])) continue;
         if (!measure_prefix(c, i, true, &begin)) return false;
         if (!measure_prefix(c, i + 1, false, &end)) return false;
-        end = retrofit_min(end, size);
+        end = retrofit_min(end, c->size);
         if (begin < end && !label_turn(c, begin, end, false)) return false;
     }
     return true;
 }
 
-static bool label_marks(conversation *c, size_t size) {
+static bool label_marks(conversation *c) {
     const size_t *marks = (const void *)c->marks.bytes;
     for (size_t i = 0; i < c->marks.size / sizeof *marks; i += 2) {
-        size_t end = retrofit_min(marks[i + 1], size);
+        size_t end = retrofit_min(marks[i + 1], c->size);
         if (marks[i] < end && !label_turn(c, marks[i], end, true)) return false;
     }
     return true;
@@ -1053,17 +1071,17 @@ static bool label_conversation(conversation *c, const retrofit_json *list) {
     if (!read_messages(c, list)) return false;
     if (!retrofit_chat_write(chat, c->messages, c->count, false, &c->text, &c->marks))
         return retrofit_fail("%s: %s", c->where, retrofit_error());
-    size_t size = retrofit_size_without_spaces(c->text.bytes, c->text.size);
-    document->text_bytes = size;
-    document->lost[LOST_EMPTY] = size == 0;
-    if (size == 0) return true;
-    document->ids = retrofit_encode_with(own_encoder(c->writer), c->text.bytes, size, false,
+    c->size = retrofit_size_without_spaces(c->text.bytes, c->text.size);
+    document->text_bytes = c->size;
+    document->lost[LOST_EMPTY] = c->size == 0;
+    if (c->size == 0) return true;
+    document->ids = retrofit_encode_with(own_encoder(c->writer), c->text.bytes, c->size, false,
                                          &document->count, NULL, NULL);
     document->labels = retrofit_allocate(document->count, sizeof(int32_t));
     if (!document->ids || !document->labels) return false;
     for (size_t i = 0; i < document->count; i++) document->labels[i] = RETROFIT_IGNORED;
     bool marked = retrofit_chat_has_marks(chat);
-    if (!(marked ? label_marks(c, size) : label_turns(c, size))) return false;
+    if (!(marked ? label_marks(c) : label_turns(c))) return false;
     size_t counted = retrofit_count_labels(document->labels, document->count);
     document->lost[LOST_UNSAID] = counted == 0;
     return true;
@@ -1258,8 +1276,8 @@ static bool read_line(FILE *file, const char *path, document *document) {
 // A line without the text is skipped. Where no line up to now has one, the text has another name.
 static void check_member(const text_report *report, const char *path) {
     if (report->counts[LOST_MEMBER] && !report->members)
-        die(1, "%s: line %zu: no \"%s\" in it, nor in any other up to line %zu%s: name another with "
-               "--field", path, report->lines[LOST_MEMBER],
+        die(1, "%s: line %zu: no \"%s\" in it, nor in any other up to line %zu%s: name another "
+               "with --field", path, report->lines[LOST_MEMBER],
             options.field ? options.field : "text", report->last_line,
             options.field ? "" : ", and no \"messages\"");
 }

@@ -3279,7 +3279,7 @@ bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const cha
 #define RETROFIT_SHARD_MAGIC_32 20240801 // version 7, uint32
 // Not all that is read need be learned: NAME.bin.labels has a label for each token of NAME.bin, the
 // token itself or -100, which does not count. A header of 256 int32, which begins with {magic, 1,
-// number of labels, low and high half of NAME.bin's retrofit_sample_hash}; then the labels as int32.
+// number of labels, low and high half of NAME.bin's retrofit_sample_hash}; then int32 labels.
 #define RETROFIT_LABELS_MAGIC 20251107
 #define RETROFIT_LABELS_SUFFIX ".labels"
 enum { RETROFIT_IGNORED = -100 };
