@@ -104,7 +104,7 @@ $(CUDA_OBJECT): retrofit_cuda.cu retrofit.h $(WITH_NVCC)
 	$(NVCC) $(NVFLAGS) -c $< -o $@
 
 # What only reads and writes compiles in a third of the time without -O3, which it does not need.
-READERS := $(addprefix $(OUT)/test_,chat convert output programs reports scale surgery tokenizer)
+READERS := $(addprefix $(OUT)/test_,chat conversations convert output programs reports scale surgery tokenizer)
 $(READERS) $(HOOKED): private CFLAGS := $(if $(SAN),$(CFLAGS),-O1)
 
 # Static functions a test does not call are no fault of the test.

@@ -116,7 +116,7 @@ static const retrofit_option option_table[] = {
     {"tokenizer", RETROFIT_STRING, &options.tokenizer, "DIR",
      "where tokenizer.json is; with --random: to be carried along"},
     {"field", RETROFIT_STRING, &options.field, "NAME",
-     "the member of a line that is the text (text)"},
+     "the member of a line that is the text, or the messages of a conversation (text or messages)"},
     {"encoding-errors", RETROFIT_CHOICE, &options.encoding_errors, "strict|replace",
      "text that is not UTF-8 is refused (strict), or what is wrong in it becomes U+FFFD"},
 };
@@ -268,7 +268,6 @@ static void check_options(int task, const char *const *files, size_t count) {
 
 static void set_defaults(int task) {
     if (options.seed == SIZE_MAX) options.seed = 1;
-    if (!options.field) options.field = "text";
     if (options.text_tokens == SIZE_MAX) options.text_tokens = 4096;
     if (task == REPORT && !lists_given() && options.preset < 0) options.core = "auto";
     if (task != SURGERY) return; // a random model takes its recurrence from config.json
@@ -923,9 +922,16 @@ static void make_random(void) {
 // text (BOS, where it has one), the text's ids, EOS. Documents follow each other in the order of
 // files and lines. A shard is llm.c's .bin: 256 int32 of header, then the ids, as uint16 if the
 // tokenizer has at most 65,536 of them, else as uint32.
+//
+// A line may have a conversation instead, "messages": the model's own chat template writes it out,
+// with BOS where the template has it, and EOS follows unless the template ends with it. Labels go
+// with such a shard, in a file of their own: the tokens that the assistant says, with the one that
+// ends its turn, and -100 for all others.
 
 // What may be lost of a text. None of it stops the work, all of it is counted and said.
-enum { LOST_EMPTY, LOST_NULL, LOST_MEMBER, LOST_HALF, LOST_BYTES, LOST_NUL, LOSSES };
+enum {
+    LOST_EMPTY, LOST_NULL, LOST_MEMBER, LOST_HALF, LOST_BYTES, LOST_NUL, LOST_UNSAID, LOSSES
+};
 static const char *const loss_texts[LOSSES] = {
     "empty documents were skipped",
     "lines whose text is null were skipped",
@@ -933,6 +939,7 @@ static const char *const loss_texts[LOSSES] = {
     "halves of surrogate pairs (as \\ud800) became U+FFFD",
     "stretches that are not UTF-8 became U+FFFD",
     "NUL characters are in the text",
+    "conversations have nothing that the assistant says: nothing of them will be learned",
 };
 
 typedef struct {
@@ -944,10 +951,16 @@ typedef struct {
 } text_report;
 
 typedef struct {
-    FILE *file;
-    char *path; // of the file, until it is finished
+    FILE *file, *label_file;
+    char *path, *label_path; // of the files, until they are finished
     retrofit_tokenizer *tokenizer;
-    int32_t eos;                              // to add to each document; -1: the tokenizer adds it
+    retrofit_chat *chat;                      // NULL: there is none, or it cannot be followed
+    char *no_chat;                            // and why
+    size_t conversations, labels;             // among the documents; labels that count
+    retrofit_encoder **encoders;              // [threads] one for each thread
+    size_t threads;
+    int32_t eos;                              // to add to each document
+    bool adds_eos;                            // the tokenizer adds it to a text
     bool narrow;                              // ids are written as uint16
     size_t documents, tokens;                 // so far
     size_t text_bytes, read_bytes, all_bytes; // of stripped text; of the files, so far and in all
@@ -964,6 +977,8 @@ typedef struct {
     size_t text_bytes; // of the stripped text
     int32_t *ids;      // [count] of it, NULL if it is empty
     size_t count;
+    int32_t *labels;   // [count] of a conversation; NULL: it is a text
+    bool eos_counts;   // whether EOS behind the conversation is learned
     size_t lost[LOSSES];
     bool failed;
     char *error; // what was wrong with it; NULL if memory is out even for that
@@ -1017,6 +1032,27 @@ static void check_kind(const char *path) {
     if (nuls > 1 && nuls >= size / 4)
         die(1, "%s: %zu of its first %zu bytes are NUL, so it is UTF-16 text without a byte order "
                "mark (convert it first: iconv -f UTF-16LE -t UTF-8), or no text", path, nuls, size);
+}
+
+// ---- Progress -----------------------------------------------------------------------------------
+
+// part: bytes of the document at work that are done.
+static void show_progress(const shard_writer *writer, size_t part) {
+    if (writer->all_bytes == 0 || !retrofit_live_line_due()) return;
+    double read = (double)(writer->read_bytes + part), all = (double)writer->all_bytes;
+    double elapsed = retrofit_seconds() - writer->start;
+    char text[160], speed[64] = "";
+    if (read > 0)
+        snprintf(speed, sizeof speed, ", %.1f MB/s, ETA %.0f s", read / 1e6 / elapsed,
+                 (all - read) * elapsed / read);
+    snprintf(text, sizeof text, "%.1f of %.1f MB, %zu documents, %zu tokens%s", read / 1e6,
+             all / 1e6, writer->documents, writer->tokens, speed);
+    retrofit_live_line(text);
+}
+
+// The same while a long document is encoded.
+static void show_part(void *writer, size_t part) {
+    show_progress(writer, part);
 }
 
 // ---- One document -------------------------------------------------------------------------------
@@ -1073,65 +1109,303 @@ static const char *json_kind(const retrofit_json *value) {
     return kinds[value->type];
 }
 
-// Parses a line of a .jsonl file and finds its text, which lies within the tree that is returned;
-// it is empty where the member is null or not there, as datasets has it. NULL or error.
-static retrofit_json *parse_line(document *document, const char *where, const char **text,
-                                 size_t *size) {
-    retrofit_json *line = retrofit_json_parse(*text, *size, where);
-    if (!line && **text == '[')
+// The member of a line that --field names; without it "text" or, where that is null or not there,
+// "messages". *member: NULL if it is null. false or error, also if it cannot be either.
+static bool find_member(document *document, const char *where, const retrofit_json *line,
+                        const retrofit_json **member) {
+    const char *name = options.field ? options.field : "text";
+    if (line->type != RETROFIT_JSON_OBJECT)
+        return retrofit_fail("%s: %s, not an object with a \"%s\"", where, json_kind(line), name);
+    const retrofit_json *found = retrofit_json_get(line, name);
+    const retrofit_json *messages = options.field ? NULL : retrofit_json_get(line, "messages");
+    bool has_text = found && found->type != RETROFIT_JSON_NULL;
+    bool has_messages = messages && messages->type != RETROFIT_JSON_NULL;
+    if (has_text && has_messages)
+        return retrofit_fail("%s: it has both \"text\" and \"messages\": say which with --field",
+                             where);
+    if (has_messages && messages->type != RETROFIT_JSON_ARRAY)
+        return retrofit_fail("%s: \"messages\" is %s, not an array", where, json_kind(messages));
+    bool fits = !has_text || found->type == RETROFIT_JSON_STRING;
+    if (!fits && !(options.field && found->type == RETROFIT_JSON_ARRAY))
+        return retrofit_fail("%s: \"%s\" is %s, not a string: name another with --field", where,
+                             name, json_kind(found));
+    *member = has_text ? found : has_messages ? messages : NULL;
+    document->has_member = found || messages;
+    document->lost[LOST_MEMBER] = !document->has_member;
+    document->lost[LOST_NULL] = document->has_member && !*member;
+    return true;
+}
+
+// Parses a line of a .jsonl file. NULL or error.
+static retrofit_json *parse_line(const char *where, const char *text, size_t size) {
+    retrofit_json *line = retrofit_json_parse(text, size, where);
+    if (!line && *text == '[')
         retrofit_fail("%s: a JSON array: each line of a .jsonl file has an object of its own; "
                       "jq -c '.[]' makes such lines", where);
-    if (!line) return NULL;
-    const retrofit_json *member = retrofit_json_get(line, options.field);
-    bool missing = !member || member->type == RETROFIT_JSON_NULL;
-    bool ok = true;
-    if (line->type != RETROFIT_JSON_OBJECT)
-        ok = retrofit_fail("%s: %s, not an object with a \"%s\"", where, json_kind(line),
-                           options.field);
-    else if (!missing && member->type != RETROFIT_JSON_STRING)
-        ok = retrofit_fail("%s: \"%s\" is %s, not a string: name another with --field", where,
-                           options.field, json_kind(member));
-    if (!ok) {
-        retrofit_json_free(line);
-        return NULL;
-    }
-    document->has_member = member != NULL;
-    document->lost[LOST_MEMBER] = !member;
-    document->lost[LOST_NULL] = member && missing;
-    *text = missing ? "" : member->string;
-    *size = missing ? 0 : member->length;
     return line;
 }
 
-// Encodes the text of a document, which is UTF-8. false or error.
-static bool encode_text(const retrofit_tokenizer *tokenizer, document *document, const char *where,
-                        const char *text, size_t size) {
-    retrofit_json *line = NULL;
-    retrofit_skip_mark(&text, &size);
+static retrofit_encoder *own_encoder(const shard_writer *writer) {
+#ifdef _OPENMP
+    return writer->encoders[omp_get_thread_num()];
+#else
+    return writer->encoders[0];
+#endif
+}
+
+// Encodes a text, which is UTF-8. false or error.
+static bool encode_text(shard_writer *writer, document *document, const char *text, size_t size) {
     retrofit_strip(&text, &size);
-    if (document->line > 0 && size > 0) {
-        line = parse_line(document, where, &text, &size);
-        if (!line) return false;
-        retrofit_strip(&text, &size);
-    }
     document->text_bytes = size;
     for (size_t i = 0; i < size; i++) document->lost[LOST_NUL] += text[i] == 0;
-    if (size > 0) document->ids = retrofit_encode(tokenizer, text, size, true, &document->count);
-    else document->lost[LOST_EMPTY] = !document->lost[LOST_MEMBER] && !document->lost[LOST_NULL];
+    document->lost[LOST_EMPTY] = size == 0;
+    if (size == 0) return true;
+    document->ids = retrofit_encode_with(own_encoder(writer), text, size, true, &document->count,
+                                         show_part, writer);
+    return document->ids;
+}
+
+// ---- Conversations ------------------------------------------------------------------------------
+
+typedef struct {
+    shard_writer *writer;
+    document *document;
+    const char *where;
+    retrofit_message *messages; // [count]
+    size_t count;
+    retrofit_text text, marks;  // as the template writes it
+    size_t size;                // of the text without white space at its end
+    size_t text_at, ids_at;     // a place in the text, and how many of the ids are before it
+} conversation;
+
+static bool is_assistant(const retrofit_message *message) {
+    return !strcmp(message->role, "assistant");
+}
+
+// A member of message number i, from 1, which must be a string. NULL or error.
+static const retrofit_json *message_string(const conversation *c, const retrofit_json *message,
+                                           size_t i, const char *name) {
+    if (message->type != RETROFIT_JSON_OBJECT) {
+        retrofit_fail("%s: message %zu is %s, not an object with \"role\" and \"content\"",
+                      c->where, i, json_kind(message));
+        return NULL;
+    }
+    const retrofit_json *value = retrofit_json_get(message, name);
+    if (!value) {
+        retrofit_fail("%s: message %zu has no \"%s\"", c->where, i, name);
+        return NULL;
+    }
+    if (value->type == RETROFIT_JSON_STRING) return value;
+    retrofit_fail("%s: \"%s\" of message %zu is %s, not a string: only text is followed here",
+                  c->where, name, i, json_kind(value));
+    return NULL;
+}
+
+static bool read_messages(conversation *c, const retrofit_json *list) {
+    if (list->count == 0) return retrofit_fail("%s: a conversation without messages", c->where);
+    c->messages = retrofit_allocate(list->count, sizeof *c->messages);
+    if (!c->messages) return false;
+    for (const retrofit_json *json = list->child; json; json = json->next) {
+        const retrofit_json *role = message_string(c, json, c->count + 1, "role");
+        if (!role) return false;
+        const retrofit_json *content = message_string(c, json, c->count + 1, "content");
+        if (!content) return false;
+        if (strlen(role->string) != role->length)
+            return retrofit_fail("%s: a NUL in the role of message %zu", c->where, c->count + 1);
+        c->messages[c->count++] =
+            (retrofit_message){role->string, content->string, content->length, json};
+    }
+    return true;
+}
+
+// What else of a line would change how a template writes it.
+static bool check_line(const retrofit_json *line, const char *where) {
+    static const char *const names[] = {"tools", "documents", "chat_template_kwargs"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const retrofit_json *member = retrofit_json_get(line, names[i]);
+        bool has_members = member && member->type >= RETROFIT_JSON_ARRAY;
+        bool empty = !member || member->type == RETROFIT_JSON_NULL;
+        if (!empty && !(has_members && member->count == 0))
+            return retrofit_fail("%s: \"%s\" is not followed here: make it part of the messages, "
+                                 "or remove it", where, names[i]);
+    }
+    return true;
+}
+
+// Whether the ids of text[from … to) by itself are the document's from number `at` on: how many of
+// them are, *same, and whether that is all, *all. at is SIZE_MAX for those at its end. false or
+// error.
+static bool compare_ids(const conversation *c, size_t from, size_t to, size_t at, size_t *same,
+                        bool *all) {
+    const document *document = c->document;
+    size_t count, n = 0;
+    int32_t *ids = retrofit_encode_with(own_encoder(c->writer), c->text.bytes + from, to - from,
+                                        false, &count, NULL, NULL);
+    if (!ids) return false;
+    if (at == SIZE_MAX) at = document->count - retrofit_min(count, document->count);
+    while (n < count && at + n < document->count && ids[n] == document->ids[at + n]) n++;
+    *same = n;
+    *all = n == count;
+    free(ids);
+    return true;
+}
+
+// How many ids come from text[0 … to), as c->ids_at. Mostly what is between the last such place and
+// this one has the same ids by itself, or what follows has. If neither has, since a token reaches
+// over the place, they are those that are the same if the text ends there. false or error.
+static bool count_ids(conversation *c, size_t to) {
+    size_t same, ids;
+    bool all;
+    if (!compare_ids(c, c->text_at, to, c->ids_at, &same, &all)) return false;
+    ids = c->ids_at + same;
+    if (!all) {
+        if (!compare_ids(c, to, c->size, SIZE_MAX, &same, &all)) return false;
+        ids = c->document->count - same;
+    }
+    if (!all) {
+        if (!compare_ids(c, 0, to, 0, &same, &all)) return false;
+        ids = same;
+    }
+    c->text_at = to;
+    c->ids_at = ids;
+    return true;
+}
+
+static bool is_special(const retrofit_tokenizer *tokenizer, int32_t id) {
+    size_t size = 1;
+    free(retrofit_decode(tokenizer, &id, 1, true, &size));
+    return size == 0;
+}
+
+// Ids first … end - 1 count. EOS does too where it is what ends the assistant's turn.
+static void count_as_said(conversation *c, size_t first, size_t end) {
+    document *document = c->document;
+    for (size_t i = first; i < end; i++) document->labels[i] = document->ids[i];
+    bool last = first < end && end == document->count;
+    document->eos_counts = last && !is_special(c->writer->tokenizer, document->ids[end - 1]);
+}
+
+// The assistant says text[begin … end). Templates mostly write white space behind the token that
+// ends a turn: that is not said, unless there is no such token.
+static bool label_turn(conversation *c, size_t begin, size_t end, bool marked) {
+    if (!count_ids(c, begin)) return false;
+    size_t first = c->ids_at;
+    size_t filled = retrofit_size_without_spaces(c->text.bytes + begin, end - begin);
+    if (!marked && filled > 0) {
+        if (!count_ids(c, begin + filled)) return false;
+        size_t ids = c->ids_at;
+        bool ends = ids > first && is_special(c->writer->tokenizer, c->document->ids[ids - 1]);
+        if (ends) end = begin + filled;
+    }
+    if (!count_ids(c, end)) return false;
+    count_as_said(c, first, c->ids_at);
+    return true;
+}
+
+// The size of the first `count` messages as the template writes them, which must be how it begins
+// the whole conversation. false or error.
+static bool measure_prefix(const conversation *c, size_t count, bool prompt, size_t *size) {
+    const retrofit_chat *chat = c->writer->chat;
+    retrofit_text part;
+    if (!retrofit_chat_render(chat, c->messages, count, prompt, &part, NULL))
+        return retrofit_fail("%s: the first %zu messages alone: %s", c->where, count,
+                             retrofit_error());
+    size_t same = 0, most = retrofit_min(part.size, c->text.size);
+    while (same < most && part.bytes[same] == c->text.bytes[same]) same++;
+    bool begins = same == part.size;
+    free(part.bytes);
+    *size = same;
+    if (begins) return true;
+    return retrofit_fail("%s: %s: chat template: what it writes of the first %zu messages%s is not "
+                         "how it begins all %zu of them (from byte %zu on), so that it cannot be "
+                         "told what the assistant says: mark that with {%% generation %%} in it",
+                         c->where, retrofit_chat_where(chat), count,
+                         prompt ? ", up to the assistant's answer," : "", c->count, same);
+}
+
+static bool label_turns(conversation *c) {
+    for (size_t i = 0; i < c->count; i++) {
+        size_t begin, end;
+        if (!is_assistant(&c->messages[i])) continue;
+        if (!measure_prefix(c, i, true, &begin)) return false;
+        if (!measure_prefix(c, i + 1, false, &end)) return false;
+        end = retrofit_min(end, c->size);
+        if (begin < end && !label_turn(c, begin, end, false)) return false;
+    }
+    return true;
+}
+
+static bool label_marks(conversation *c) {
+    const size_t *marks = (const void *)c->marks.bytes;
+    for (size_t i = 0; i < c->marks.size / sizeof *marks; i += 2) {
+        size_t end = retrofit_min(marks[i + 1], c->size);
+        if (marks[i] < end && !label_turn(c, marks[i], end, true)) return false;
+    }
+    return true;
+}
+
+static bool label_conversation(conversation *c, const retrofit_json *list) {
+    document *document = c->document;
+    const retrofit_chat *chat = c->writer->chat;
+    if (!chat) return retrofit_fail("%s: a conversation, but %s", c->where, c->writer->no_chat);
+    if (!read_messages(c, list)) return false;
+    if (!retrofit_chat_write(chat, c->messages, c->count, false, &c->text, &c->marks))
+        return retrofit_fail("%s: %s", c->where, retrofit_error());
+    c->size = retrofit_size_without_spaces(c->text.bytes, c->text.size);
+    document->text_bytes = c->size;
+    document->lost[LOST_EMPTY] = c->size == 0;
+    if (c->size == 0) return true;
+    document->ids = retrofit_encode_with(own_encoder(c->writer), c->text.bytes, c->size, false,
+                                         &document->count, NULL, NULL);
+    document->labels = retrofit_allocate(document->count, sizeof(int32_t));
+    if (!document->ids || !document->labels) return false;
+    for (size_t i = 0; i < document->count; i++) document->labels[i] = RETROFIT_IGNORED;
+    bool marked = retrofit_chat_has_marks(chat);
+    if (!(marked ? label_marks(c) : label_turns(c))) return false;
+    size_t counted = retrofit_count_labels(document->labels, document->count);
+    document->lost[LOST_UNSAID] = counted == 0;
+    return true;
+}
+
+// Encodes a list of messages and labels what the assistant says. false or error.
+static bool encode_conversation(shard_writer *writer, document *document, const char *where,
+                                const retrofit_json *list) {
+    conversation c = {.writer = writer, .document = document, .where = where};
+    bool ok = label_conversation(&c, list);
+    free(c.messages);
+    free(c.text.bytes);
+    free(c.marks.bytes);
+    return ok;
+}
+
+// ---- A file, or a line --------------------------------------------------------------------------
+
+// Encodes what is in a line, or in a whole file; it is UTF-8. false or error.
+static bool encode_valid(shard_writer *writer, document *document, const char *where,
+                         const char *text, size_t size) {
+    retrofit_skip_mark(&text, &size);
+    retrofit_strip(&text, &size);
+    if (document->line == 0 || size == 0) return encode_text(writer, document, text, size);
+    retrofit_json *line = parse_line(where, text, size);
+    const retrofit_json *member = NULL;
+    bool ok = line && find_member(document, where, line, &member);
+    if (ok && member && member->type == RETROFIT_JSON_STRING)
+        ok = encode_text(writer, document, member->string, member->length);
+    else if (ok && member)
+        ok = check_line(line, where) && encode_conversation(writer, document, where, member);
     retrofit_json_free(line);
-    return size == 0 || document->ids;
+    return ok;
 }
 
 // Several threads do this at a time. false or error.
-static bool encode_document(const retrofit_tokenizer *tokenizer, document *document,
-                            const char *path) {
+static bool encode_document(shard_writer *writer, document *document, const char *path) {
     char where[RETROFIT_PATH + 32];
     const char *text = document->raw;
     size_t size = document->size, invalid = retrofit_find_invalid(text, 0, size);
     if (document->line == 0) snprintf(where, sizeof where, "%s", path);
     else snprintf(where, sizeof where, "%s: line %zu", path, document->line);
     if (document->line > 0) document->lost[LOST_HALF] = mend_line(document->raw, size);
-    if (invalid == size) return encode_text(tokenizer, document, where, text, size);
+    if (invalid == size) return encode_valid(writer, document, where, text, size);
 
     if (options.encoding_errors != ERRORS_REPLACE)
         return retrofit_fail("%s: byte %zu: not UTF-8 (%02X): convert it first, e.g. iconv -f "
@@ -1139,19 +1413,65 @@ static bool encode_document(const retrofit_tokenizer *tokenizer, document *docum
                              (unsigned char)text[invalid]);
     retrofit_text valid = {0};
     document->lost[LOST_BYTES] = retrofit_append_valid(&valid, text, size);
-    bool ok = !valid.failed && encode_text(tokenizer, document, where, valid.bytes, valid.size);
+    bool ok = !valid.failed && encode_valid(writer, document, where, valid.bytes, valid.size);
     free(valid.bytes);
     return ok;
 }
 
-static void write_id(shard_writer *writer, int32_t id) {
-    uint16_t narrow = (uint16_t)id;
-    size_t written = writer->narrow ? fwrite(&narrow, sizeof narrow, 1, writer->file)
-                                    : fwrite(&id, sizeof id, 1, writer->file);
-    if (written != 1) die(1, "%s: writing failed: %s", options.to, strerror(errno));
-    writer->tokens++;
-    if (writer->tokens > INT32_MAX)
+// The name of the labels that go with the shard.
+static const char *label_name(void) {
+    static char name[RETROFIT_PATH + sizeof RETROFIT_LABELS_SUFFIX];
+    snprintf(name, sizeof name, "%s%s", options.to, RETROFIT_LABELS_SUFFIX);
+    return name;
+}
+
+static void write_ids(shard_writer *writer, const int32_t *ids, size_t count) {
+    enum { BLOCK = 4096 };
+    uint16_t narrow[BLOCK];
+    size_t width = writer->narrow ? sizeof *narrow : sizeof *ids;
+    if (writer->tokens + count > INT32_MAX)
         die(1, "more than %d tokens, the most a shard can hold: split the input", INT32_MAX);
+    for (size_t i = 0; i < count; i += BLOCK) {
+        size_t some = retrofit_min(count - i, BLOCK);
+        for (size_t j = 0; j < some; j++) narrow[j] = (uint16_t)ids[i + j];
+        const void *block = writer->narrow ? (const void *)narrow : ids + i;
+        if (fwrite(block, width, some, writer->file) != some)
+            die(1, "%s: writing failed: %s", options.to, strerror(errno));
+    }
+    writer->tokens += count;
+}
+
+// A shard has labels or none.
+static void check_one_kind(const shard_writer *writer, const document *document, const char *path) {
+    bool conversation = document->labels != NULL;
+    if (writer->documents == 0 || conversation == (writer->conversations > 0)) return;
+    die(1, "%s: line %zu: %s: make a shard of each", path, document->line,
+        conversation ? "a conversation, behind texts" : "a text, behind conversations");
+}
+
+static void write_labels(shard_writer *writer, const int32_t *labels, size_t count) {
+    static const int32_t header[256]; // its numbers are known at the end
+    if (!writer->label_file) {
+        writer->label_path = retrofit_file_begin(label_name());
+        must(writer->label_path != NULL);
+        writer->label_file = fopen(writer->label_path, "wb");
+        bool ok = writer->label_file && fwrite(header, sizeof header, 1, writer->label_file) == 1;
+        if (!ok) die(1, "%s: %s", writer->label_path, strerror(errno));
+    }
+    if (fwrite(labels, sizeof *labels, count, writer->label_file) != count)
+        die(1, "%s: writing failed: %s", label_name(), strerror(errno));
+    writer->labels += retrofit_count_labels(labels, count);
+}
+
+static void write_conversation(shard_writer *writer, const document *document) {
+    int32_t eos_label = document->eos_counts ? writer->eos : RETROFIT_IGNORED;
+    write_ids(writer, document->ids, document->count);
+    write_labels(writer, document->labels, document->count);
+    if (document->ids[document->count - 1] != writer->eos) {
+        write_ids(writer, &writer->eos, 1);
+        write_labels(writer, &eos_label, 1);
+    }
+    writer->conversations++;
 }
 
 // Adds what was lost of a document to what its file lost.
@@ -1165,33 +1485,22 @@ static void add_losses(text_report *report, const document *document) {
     }
 }
 
-static void write_document(shard_writer *writer, const document *document) {
+static void write_document(shard_writer *writer, const document *document, const char *path) {
     if (document->failed) die(1, "%s", document->error ? document->error : "out of memory");
     add_losses(&writer->report, document);
     writer->read_bytes += document->size;
     writer->text_bytes += document->text_bytes;
     if (document->text_bytes == 0) return;
-    for (size_t i = 0; i < document->count; i++) write_id(writer, document->ids[i]);
-    if (writer->eos >= 0) write_id(writer, writer->eos);
+    check_one_kind(writer, document, path);
+    if (document->labels) write_conversation(writer, document);
+    else {
+        write_ids(writer, document->ids, document->count);
+        if (!writer->adds_eos) write_ids(writer, &writer->eos, 1);
+    }
     writer->documents++;
 }
 
 // ---- Files of documents -------------------------------------------------------------------------
-
-// next: bytes of the document that comes. One that takes long by itself is told before.
-static void show_progress(const shard_writer *writer, size_t next) {
-    enum { LONG = 1 << 24 };
-    if (!retrofit_live_line_due() && next < LONG) return;
-    double read = (double)writer->read_bytes, all = (double)writer->all_bytes;
-    double elapsed = retrofit_seconds() - writer->start;
-    char text[160], speed[64] = "";
-    if (read > 0)
-        snprintf(speed, sizeof speed, ", %.1f MB/s, ETA %.0f s", read / 1e6 / elapsed,
-                 (all - read) * elapsed / read);
-    snprintf(text, sizeof text, "%.1f of %.1f MB, %zu documents, %zu tokens%s", read / 1e6,
-             all / 1e6, writer->documents, writer->tokens, speed);
-    retrofit_live_line(text);
-}
 
 // Says what was lost of a file, after its last line. Empty documents are counted only in the end:
 // mostly they are empty lines.
@@ -1214,17 +1523,18 @@ static void report_file(shard_writer *writer, const char *path) {
 // Encodes documents in parallel and writes them in their order.
 static void write_batch(shard_writer *writer, document *batch, size_t count, const char *path) {
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (count > 1)
 #endif
     for (size_t i = 0; i < count; i++) {
-        if (encode_document(writer->tokenizer, &batch[i], path)) continue;
+        if (encode_document(writer, &batch[i], path)) continue;
         batch[i].failed = true;
         batch[i].error = retrofit_copy_string(retrofit_error()); // of the thread's own
     }
     for (size_t i = 0; i < count; i++) {
-        write_document(writer, &batch[i]);
+        write_document(writer, &batch[i], path);
         free(batch[i].raw);
         free(batch[i].ids);
+        free(batch[i].labels);
     }
     show_progress(writer, 0);
 }
@@ -1246,8 +1556,10 @@ static bool read_line(FILE *file, const char *path, document *document) {
 // A line without the text is skipped. Where no line up to now has one, the text has another name.
 static void check_member(const text_report *report, const char *path) {
     if (report->counts[LOST_MEMBER] && !report->members)
-        die(1, "%s: line %zu: no \"%s\" in it, nor in any other up to line %zu: name another with "
-               "--field", path, report->lines[LOST_MEMBER], options.field, report->last_line);
+        die(1, "%s: line %zu: no \"%s\" in it, nor in any other up to line %zu%s: name another "
+               "with --field", path, report->lines[LOST_MEMBER],
+            options.field ? options.field : "text", report->last_line,
+            options.field ? "" : ", and no \"messages\"");
 }
 
 // .jsonl: a document in each line.
@@ -1281,7 +1593,6 @@ static void tokenize_whole(shard_writer *writer, const char *path) {
     document document = {.line = 0};
     document.raw = retrofit_read_file(path, &document.size);
     must(document.raw != NULL);
-    show_progress(writer, document.size);
     write_batch(writer, &document, 1, path);
     report_file(writer, path);
 }
@@ -1377,8 +1688,31 @@ static void open_tokenizer(shard_writer *writer) {
             "token for the end of a document: add one",
             directory);
     writer->tokenizer = tokenizer;
-    writer->eos = retrofit_tokenizer_adds_at_end(tokenizer, eos) ? -1 : eos;
+    writer->eos = eos;
+    writer->adds_eos = retrofit_tokenizer_adds_at_end(tokenizer, eos);
+    writer->chat = retrofit_chat_load(directory, tokenizer);
+    if (!writer->chat) writer->no_chat = retrofit_copy_string(retrofit_error());
     writer->narrow = size <= 65536;
+}
+
+static void make_encoders(shard_writer *writer) {
+    writer->threads = 1;
+#ifdef _OPENMP
+    writer->threads = (size_t)omp_get_max_threads();
+#endif
+    writer->encoders = allocate_or_die(writer->threads, sizeof *writer->encoders);
+    for (size_t i = 0; i < writer->threads; i++) {
+        writer->encoders[i] = retrofit_encoder_new(writer->tokenizer);
+        must(writer->encoders[i] != NULL);
+    }
+}
+
+static void free_encoders(shard_writer *writer) {
+    for (size_t i = 0; i < writer->threads; i++) retrofit_encoder_free(writer->encoders[i]);
+    free(writer->encoders);
+    retrofit_chat_free(writer->chat);
+    free(writer->no_chat);
+    retrofit_tokenizer_free(writer->tokenizer);
 }
 
 static void create_shard(shard_writer *writer) {
@@ -1391,6 +1725,27 @@ static void create_shard(shard_writer *writer) {
         die(1, "%s: %s", writer->path, strerror(errno));
 }
 
+static void finish_file(FILE *file, const char *path, const int32_t header[256]) {
+    errno = 0;
+    bool ok = !fseek(file, 0, SEEK_SET) && fwrite(header, 256 * sizeof *header, 1, file) == 1;
+    must(retrofit_finish_file(file, path, ok));
+}
+
+// The labels get their name before the shard does: if the program ends in between, those of the
+// shard that was there before are not its own, and it is refused.
+static void finish_labels(shard_writer *writer) {
+    size_t size;
+    void *shard = retrofit_map_file(writer->path, &size);
+    must(shard != NULL);
+    uint64_t hash = retrofit_sample_hash(shard, size);
+    munmap(shard, size);
+    int32_t header[256] = {RETROFIT_LABELS_MAGIC, 1, (int32_t)writer->tokens,
+                           (int32_t)(uint32_t)hash, (int32_t)(uint32_t)(hash >> 32)};
+    finish_file(writer->label_file, writer->label_path, header);
+    must(retrofit_file_commit(writer->label_path, label_name()));
+    free(writer->label_path);
+}
+
 // Writes the header, and gives the file its name once it is on the disk.
 static void finish_shard(shard_writer *writer) {
     uint64_t hash = retrofit_tokenizer_hash(writer->tokenizer);
@@ -1400,17 +1755,20 @@ static void finish_shard(shard_writer *writer) {
     header[2] = (int32_t)writer->tokens;
     header[3] = (int32_t)(uint32_t)hash;
     header[4] = (int32_t)(uint32_t)(hash >> 32);
-    errno = 0;
-    bool ok = !fseek(writer->file, 0, SEEK_SET);
-    ok = ok && fwrite(header, sizeof header, 1, writer->file) == 1;
-    must(retrofit_finish_file(writer->file, writer->path, ok));
+    header[5] = writer->conversations > 0;
+    finish_file(writer->file, writer->path, header);
+    if (writer->conversations > 0) finish_labels(writer);
     must(retrofit_file_commit(writer->path, options.to));
     free(writer->path);
+    if (writer->conversations > 0 || !retrofit_is_there(label_name())) return;
+    if (unlink(label_name())) die(1, "%s: %s", label_name(), strerror(errno));
+    retrofit_note("%s: removed: it was the labels of another shard of this name", label_name());
 }
 
 static void tokenize(const char *const *files, size_t count) {
     shard_writer writer = {.all_bytes = check_text_files(files, count), .files = count};
     open_tokenizer(&writer);
+    make_encoders(&writer);
     create_shard(&writer);
     writer.start = retrofit_seconds();
     for (size_t i = 0; i < count; i++) {
@@ -1424,9 +1782,12 @@ static void tokenize(const char *const *files, size_t count) {
     printf("%s: %zu documents, %zu tokens of %d bits, %.2f bytes of text per token, %.1f s\n",
            options.to, writer.documents, writer.tokens, writer.narrow ? 16 : 32,
            (double)writer.text_bytes / (double)writer.tokens, retrofit_seconds() - writer.start);
+    if (writer.conversations > 0)
+        printf("%s: %zu of these tokens are what the assistant says, and count\n", label_name(),
+               writer.labels);
     for (int i = 0; i < LOSSES; i++)
         if (writer.lost[i]) printf("%zu %s\n", writer.lost[i], loss_texts[i]);
-    retrofit_tokenizer_free(writer.tokenizer);
+    free_encoders(&writer);
 }
 
 // ---- Rows of tokens for section 2 ---------------------------------------------------------------
@@ -1465,8 +1826,8 @@ static bool read_document(FILE *file, const char *path, document *document, size
 }
 
 // Adds up to `most` tokens of a file to the sample. Returns how many it added.
-static size_t sample_file(text_sample *sample, const retrofit_tokenizer *tokenizer,
-                          const char *path, size_t most, size_t row) {
+static size_t sample_file(text_sample *sample, shard_writer *reader, const char *path, size_t most,
+                          size_t row) {
     FILE *file = fopen(path, "rb");
     if (!file) die(1, "%s: %s", path, strerror(errno));
     text_report report = {0};
@@ -1475,11 +1836,12 @@ static size_t sample_file(text_sample *sample, const retrofit_tokenizer *tokeniz
     for (size_t line = has_lines; count < most; line++) {
         document document = {.line = line};
         if (!read_document(file, path, &document, most)) break;
-        if (!encode_document(tokenizer, &document, path)) die(1, "%s", retrofit_error());
+        if (!encode_document(reader, &document, path)) die(1, "%s", retrofit_error());
         count += add_document(sample, &document, most - count, row);
         add_losses(&report, &document);
         free(document.raw);
         free(document.ids);
+        free(document.labels);
         if (!has_lines) break;
     }
     fclose(file);
@@ -1513,6 +1875,22 @@ static retrofit_tokenizer *load_gguf_tokenizer(const gguf_file *gguf) {
     return tokenizer;
 }
 
+// What reads texts but writes no shard; conversations are read by the model's template.
+static void open_reader(shard_writer *reader, tokenizer_source source) {
+    memset(reader, 0, sizeof *reader);
+    reader->start = retrofit_seconds();
+    if (source.gguf) {
+        reader->tokenizer = load_gguf_tokenizer(source.gguf);
+        reader->no_chat = retrofit_copy_string("a GGUF's template is not read: give text");
+    } else {
+        reader->tokenizer = retrofit_tokenizer_load(source.directory);
+        must(reader->tokenizer != NULL);
+        reader->chat = retrofit_chat_load(source.directory, reader->tokenizer);
+        if (!reader->chat) reader->no_chat = retrofit_copy_string(retrofit_error());
+    }
+    make_encoders(reader);
+}
+
 // Each file gives the same number of tokens, and what one lacks those behind it give.
 static void read_sample(text_sample *sample, tokenizer_source source, size_t context) {
     size_t row = retrofit_min(context, ROW_TOKENS), left = options.text_tokens;
@@ -1523,17 +1901,16 @@ static void read_sample(text_sample *sample, tokenizer_source source, size_t con
     memset(sample, 0, sizeof *sample);
     sample->ids = allocate_or_die(left, sizeof *sample->ids);
     sample->begins = allocate_or_die(left + 1, sizeof *sample->begins);
-    retrofit_tokenizer *tokenizer = source.gguf ? load_gguf_tokenizer(source.gguf)
-                                                : retrofit_tokenizer_load(source.directory);
-    must(tokenizer != NULL);
+    shard_writer reader;
+    open_reader(&reader, source);
     for (size_t i = 0; i < options.file_count; i++) {
         size_t files = options.file_count - i, share = left / files + (left % files > 0);
-        if (share) left -= sample_file(sample, tokenizer, options.files[i], share, row);
+        if (share) left -= sample_file(sample, &reader, options.files[i], share, row);
     }
     if (!sample->rows)
         die(1, "there is no text in %s%s", options.files[0],
             options.file_count > 1 ? " and the others" : "");
-    retrofit_tokenizer_free(tokenizer);
+    free_encoders(&reader);
 }
 
 // =================================================================================================

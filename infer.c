@@ -1,6 +1,6 @@
 // infer: text from a model at any number of recurrences, and what that number is worth: loss and
 // accuracy by recurrences.
-// In order: command line; recurrences and KV cache; chat templates; reading prompts; sequences and
+// In order: command line; recurrences and KV cache; chats; reading prompts; sequences and
 // stop strings; generation; --exit; --trace; then the modes: a prompt, many, a conversation, loss,
 // tasks, logits, token ids; and which options go together.
 #define RETROFIT_IMPLEMENTATION
@@ -331,851 +331,9 @@ static retrofit_kv_cache cache_options(size_t capacity, size_t r) {
     return cache;
 }
 
-// ---- Chat templates: their pieces --------------------------------------------------------------
+// ---- Chats -------------------------------------------------------------------------------------
 
-// A chat template is a program in Jinja that writes a conversation out. What follows runs the small
-// part of Jinja that chat templates are written in, just as transformers has it run (trim_blocks,
-// lstrip_blocks). All else is refused by its name, as soon as a conversation comes to it: what a
-// template has for tools does no harm. Templates are hostile: nesting, steps, memory are limited.
-enum { MAX_NESTING = 60, MAX_STEPS = 50 * 1000 * 1000, MAX_MEMORY = 1 << 28 };
-
-enum token_kind { TEMPLATE_END, TEXT, STATEMENT, OUTPUT, CLOSE, WORD, QUOTED, INTEGER, OPERATOR };
-
-// Text, {% {{ %} or }}, or what is between those: a word, string, whole number or operator.
-struct token {
-    enum token_kind kind;
-    const char *bytes; // of a string: without its quotes
-    size_t size;
-};
-
-struct message {
-    const char *role, *content;
-    size_t size;               // of content
-    const retrofit_json *json; // with all else it has, if it is of a file; or NULL
-};
-
-enum value_type { UNDEFINED, NONE, BOOL, NUMBER, STRING, LIST, MESSAGE, LOOP, FUNCTION };
-
-struct value {
-    enum value_type type;
-    int64_t number;               // BOOL, NUMBER
-    const char *bytes;            // STRING
-    const struct value *items;    // LIST
-    size_t size;                  // of bytes or items
-    const struct message *message;
-};
-
-struct variable {
-    struct token name;
-    struct value value;
-};
-
-struct block { // of memory that a rendering needs
-    struct block *next;
-    max_align_t bytes[];
-};
-
-static struct {
-    char where[RETROFIT_PATH + 32]; // which file
-    char *text;                     // each line ends in \n
-    struct token *tokens;
-    retrofit_json *config; // tokenizer_config.json, which names special tokens; or NULL
-    time_t now;            // as at the start: one day for a whole conversation
-
-    // The rendering:
-    size_t at, steps, nesting;     // at which token; so far; blocks and brackets around it
-    size_t unused;                 // > 0: expressions are read, but not evaluated
-    struct variable *variables;    // [variable_count], those of the innermost loop from scope on
-    size_t variable_count, scope;
-    size_t loop_index, loop_count; // of the innermost loop
-    struct block *memory;
-    size_t memory_size;
-    retrofit_text output;
-    char problem[512]; // why it cannot go on; else ""
-} template;
-
-static const struct token *peek(void) { return &template.tokens[template.at]; }
-
-static void too_much(const char *what) {
-    die(1, "%s: this chat template takes too much %s", template.where, what);
-}
-
-// Ends the rendering: it goes to the end of the tokens, and finds none there.
-__attribute__((format(printf, 1, 2))) static void refuse(const char *format, ...) {
-    if (*template.problem) return;
-    size_t line = 1;
-    for (const char *c = template.text; c < peek()->bytes; c++) line += *c == '\n';
-    int n = snprintf(template.problem, sizeof template.problem, "line %zu: ", line);
-    va_list args;
-    va_start(args, format);
-    vsnprintf(template.problem + n, sizeof template.problem - (size_t)n, format, args);
-    va_end(args);
-    for (char *c = template.problem; *c; c++)
-        if ((unsigned char)*c < ' ') *c = ' ';
-    while (peek()->kind != TEMPLATE_END) template.at++;
-}
-
-static void spend(size_t steps) {
-    template.steps += steps;
-    if (template.steps > MAX_STEPS) too_much("time");
-}
-
-// What goes over so many bytes of a text.
-static void spend_on(size_t bytes) { spend(bytes / 64); }
-
-static const struct token *take(void) {
-    spend(1);
-    return peek()->kind == TEMPLATE_END ? peek() : &template.tokens[template.at++];
-}
-
-static bool is_text(const char *bytes, size_t size, const char *word) {
-    return size == strlen(word) && !memcmp(bytes, word, size);
-}
-
-static bool is_word(const struct token *token, const char *word) {
-    bool fits = token->kind == WORD || token->kind == OPERATOR;
-    return fits && is_text(token->bytes, token->size, word);
-}
-
-static bool accept(const char *word) {
-    bool found = is_word(peek(), word);
-    if (found) take();
-    return found;
-}
-
-static void refuse_token(const struct token *token) {
-    int size = (int)retrofit_min(token->size, 40);
-    if (token->kind == TEMPLATE_END) refuse("it ends within a block or a tag");
-    else refuse("'%.*s' is not followed here", size, token->bytes);
-}
-
-static void expect(const char *word) {
-    if (!accept(word)) refuse_token(peek());
-}
-
-static const struct token *expect_kind(enum token_kind kind) {
-    if (peek()->kind != kind) refuse_token(peek());
-    return take();
-}
-
-static void add_token(size_t *count, enum token_kind kind, const char *bytes, size_t size) {
-    template.tokens = grow_array(template.tokens, *count, sizeof *template.tokens);
-    template.tokens[(*count)++] = (struct token){kind, bytes, size};
-}
-
-static void enter(void) {
-    if (++template.nesting > MAX_NESTING) too_much("nesting");
-}
-
-// Of the white space at the beginning of text.
-static size_t spaces_at(const char *text, size_t size) {
-    const char *stripped = text;
-    retrofit_strip_begin(&stripped, &size);
-    return (size_t)(stripped - text);
-}
-
-// Of text without the white space at its end.
-static size_t size_without_spaces(const char *text, size_t size) {
-    const char *stripped = text;
-    retrofit_strip(&stripped, &size);
-    return size ? (size_t)(stripped - text) + size : 0;
-}
-
-// The size of the text before a tag. {%- takes all white space before it, and {% or {# that begins
-// its line what is before it on that line.
-static size_t text_before(const char *text, size_t size, const char *tag) {
-    if (tag[2] == '-') return size_without_spaces(text, size);
-    if (tag[2] == '+' || tag[1] == '{') return size;
-    size_t line = size;
-    while (line > 0 && text[line - 1] != '\n') line--;
-    bool begins = line > 0 || text == template.text || text[-1] == '\n';
-    return begins && spaces_at(text + line, size - line) == size - line ? line : size;
-}
-
-// The bytes of a tag's end, with the white space it takes: all behind -%}, a newline behind %}.
-// 0: it does not end here. text ends in a NUL.
-static size_t tag_end(const char *text, const char *end, char close) {
-    bool variable = close == '}', minus = *text == '-';
-    size_t sign = minus || (*text == '+' && !variable);
-    if (text[sign] != close || text[sign + 1] != '}') return 0;
-    const char *behind = text + sign + 2;
-    if (minus) return 3 + spaces_at(behind, (size_t)(end - behind));
-    return sign + 2 + (!sign && !variable && *behind == '\n');
-}
-
-static bool is_letter(char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_';
-}
-
-static bool is_digit(char c) { return c >= '0' && c <= '9'; }
-
-// The bytes of the token at the beginning of a tag's text; 0: it has no end.
-static size_t token_size(const char *text, const char *end, enum token_kind *kind) {
-    static const char *const pairs[] = {"==", "!=", "<=", ">=", "//", "**"};
-    const char *c = text + 1;
-    *kind = OPERATOR;
-    if (*text == '\'' || *text == '"') {
-        *kind = QUOTED;
-        while (c < end && *c != *text) c += *c == '\\' ? 2 : 1;
-        return c < end ? (size_t)(c + 1 - text) : 0;
-    }
-    if (is_letter(*text) || is_digit(*text)) {
-        *kind = is_letter(*text) ? WORD : INTEGER;
-        while (is_letter(*c) || is_digit(*c)) c++;
-        return (size_t)(c - text);
-    }
-    for (size_t i = 0; i < 6; i++)
-        if (!strncmp(text, pairs[i], 2)) return 2;
-    return 1;
-}
-
-// Adds the tokens from behind {% or {{ to the end of the tag. NULL: it has none; else what follows.
-static const char *read_tag(const char *at, const char *end, char close, size_t *count) {
-    size_t brackets = 0; // in which no tag ends
-    for (;;) {
-        at += spaces_at(at, (size_t)(end - at));
-        if (at == end) return NULL;
-        enum token_kind kind;
-        size_t size = brackets ? 0 : tag_end(at, end, close);
-        if (size) {
-            add_token(count, CLOSE, at, 2);
-            return at + size;
-        }
-        size = token_size(at, end, &kind);
-        if (size == 0) return NULL;
-        if (kind == OPERATOR && strchr("([{", *at)) brackets++;
-        if (kind == OPERATOR && brackets && strchr(")]}", *at)) brackets--;
-        size_t quote = kind == QUOTED;
-        add_token(count, kind, at + quote, size - 2 * quote);
-        at += size;
-    }
-}
-
-static const char *behind_comment(const char *at, const char *end) { // NULL: it has no end
-    for (; at < end; at++) {
-        size_t size = tag_end(at, end, '#');
-        if (size) return at + size;
-    }
-    return NULL;
-}
-
-// Cuts the template into tokens, in which white space is as Jinja leaves it.
-static void read_tokens(const char *end) {
-    const char *at = template.text; // what is not yet in tokens
-    size_t count = 0;
-    for (const char *tag = at; tag < end; tag++) {
-        if (*tag != '{' || !tag[1] || !strchr("%{#", tag[1])) continue;
-        size_t before = text_before(at, (size_t)(tag - at), tag);
-        if (before) add_token(&count, TEXT, at, before);
-        const char *inside = tag + 2;
-        if (*inside == '-' || *inside == '+') inside++;
-        if (tag[1] != '#') add_token(&count, tag[1] == '%' ? STATEMENT : OUTPUT, tag, 2);
-        if (tag[1] == '#') at = behind_comment(inside, end);
-        else at = read_tag(inside, end, tag[1] == '%' ? '%' : '}', &count);
-        if (!at) die(1, "%s: a '%.2s' of the chat template has no end", template.where, tag);
-        tag = at - 1;
-    }
-    for (size_t i = 1; i < count; i++)
-        if (template.tokens[i - 1].kind == STATEMENT && is_word(&template.tokens[i], "raw"))
-            die(1, "%s: 'raw' in the chat template is not followed here", template.where);
-    if (at < end) add_token(&count, TEXT, at, (size_t)(end - at));
-    add_token(&count, TEMPLATE_END, end, 0);
-}
-
-// ---- Chat templates: values --------------------------------------------------------------------
-
-static void *template_memory(size_t size) {
-    template.memory_size += size + sizeof(struct block);
-    if (size > MAX_MEMORY || template.memory_size > MAX_MEMORY) too_much("memory");
-    struct block *block = new_array(1, sizeof *block + size);
-    block->next = template.memory;
-    template.memory = block;
-    return block->bytes;
-}
-
-static struct value nothing(void) { return (struct value){.type = UNDEFINED}; }
-
-static struct value of_bool(bool truth) { return (struct value){.type = BOOL, .number = truth}; }
-
-static struct value of_number(int64_t number) {
-    if (number > INT32_MAX || number < INT32_MIN) refuse("a number of this size is not followed");
-    return (struct value){.type = NUMBER, .number = number};
-}
-
-static struct value of_string(const char *bytes, size_t size) {
-    return (struct value){.type = STRING, .bytes = bytes, .size = size};
-}
-
-static struct value of_token(const struct token *token) { // a quoted string
-    static const char escapes[] = "nrt\\'\"", meanings[] = "\n\r\t\\'\"";
-    if (!memchr(token->bytes, '\\', token->size)) return of_string(token->bytes, token->size);
-    char *bytes = template_memory(token->size);
-    size_t size = 0;
-    for (size_t i = 0; i < token->size; i++) {
-        bytes[size] = token->bytes[i];
-        if (bytes[size] == '\\') {
-            char c = token->bytes[++i];
-            const char *escape = memchr(escapes, c, sizeof escapes - 1);
-            if (!escape) refuse("the escape \\%c is not followed here", c);
-            else bytes[size] = meanings[escape - escapes];
-        }
-        size++;
-    }
-    return of_string(bytes, size);
-}
-
-static bool is_true(struct value v) {
-    if (v.type == BOOL || v.type == NUMBER) return v.number != 0;
-    if (v.type == STRING || v.type == LIST) return v.size > 0;
-    return v.type >= MESSAGE;
-}
-
-static bool are_equal(struct value a, struct value b) {
-    bool numbers = (a.type == BOOL || a.type == NUMBER) && (b.type == BOOL || b.type == NUMBER);
-    if (numbers) return a.number == b.number;
-    if (a.type != b.type) return false;
-    if (a.type == STRING && a.size == b.size) spend_on(a.size);
-    if (a.type == STRING) return a.size == b.size && !memcmp(a.bytes, b.bytes, a.size);
-    if (a.type > STRING) refuse("lists and messages are not compared here");
-    return true;
-}
-
-// What {{ }} writes of a value.
-static struct value text_of(struct value v) {
-    if (v.type != STRING && v.type != UNDEFINED) refuse("only text is written out here");
-    return v.type == STRING ? v : of_string("", 0);
-}
-
-static struct value joined(struct value a, struct value b) {
-    char *bytes = template_memory(a.size + b.size);
-    memcpy(bytes, a.bytes, a.size);
-    memcpy(bytes + a.size, b.bytes, b.size);
-    return of_string(bytes, a.size + b.size);
-}
-
-static struct value message_member(const struct message *message, const struct token *name) {
-    if (is_text(name->bytes, name->size, "role"))
-        return of_string(message->role, strlen(message->role));
-    if (is_text(name->bytes, name->size, "content"))
-        return of_string(message->content, message->size);
-    const retrofit_json *other = message->json ? message->json->child : NULL;
-    spend(message->json ? message->json->count / 4 : 0);
-    for (; other; other = other->next)
-        if (is_text(name->bytes, name->size, other->key)) refuse_token(name);
-    return nothing();
-}
-
-static struct value member(struct value of, const struct token *name) {
-    int64_t i = (int64_t)template.loop_index, n = (int64_t)template.loop_count;
-    if (of.type == MESSAGE) return message_member(of.message, name);
-    if (of.type == LOOP && is_word(name, "index0")) return of_number(i);
-    if (of.type == LOOP && is_word(name, "index")) return of_number(i + 1);
-    if (of.type == LOOP && is_word(name, "first")) return of_bool(i == 0);
-    if (of.type == LOOP && is_word(name, "last")) return of_bool(i == n - 1);
-    if (of.type == LOOP && is_word(name, "length")) return of_number(n);
-    refuse_token(name);
-    return nothing();
-}
-
-static struct variable *find_variable(const struct token *name) {
-    spend(template.variable_count / 4);
-    for (size_t i = template.variable_count; i > 0; i--) {
-        const struct token *other = &template.variables[i - 1].name;
-        bool same = other->size == name->size && !memcmp(other->bytes, name->bytes, name->size);
-        if (same) return &template.variables[i - 1];
-    }
-    return NULL;
-}
-
-// As in Jinja, what is set in a loop is gone behind it.
-static void set_variable(const struct token *name, struct value value) {
-    struct variable *variable = find_variable(name);
-    if (!variable || variable < template.variables + template.scope) {
-        template.variables =
-            grow_array(template.variables, template.variable_count, sizeof *variable);
-        variable = &template.variables[template.variable_count++];
-    }
-    *variable = (struct variable){*name, value};
-}
-
-// ---- Chat templates: expressions ---------------------------------------------------------------
-
-static struct value read_expression(void);
-
-// The day, in a format whose parts C and Python write alike.
-static struct value format_now(struct value format) {
-    enum { SIZE = 128 };
-    char text[SIZE] = "", *out = template_memory(SIZE);
-    bool known = format.type == STRING && format.size > 0 && format.size < SIZE;
-    if (known) memcpy(text, format.bytes, format.size);
-    for (const char *c = text; known && (c = strchr(c, '%')); c++) {
-        c += c[1] == '-' ? 2 : 1;
-        known = *c && strchr("aAbBdHIjmMpSyY%", *c);
-    }
-    size_t size = known ? strftime(out, SIZE, text, localtime(&template.now)) : 0;
-    if (size == 0) refuse("this call of strftime_now is not followed here");
-    return of_string(out, size);
-}
-
-// Calls a function or, where its name is behind `of`, a method with no argument or one.
-static struct value read_call(struct value of, const struct token *name) {
-    bool given = !is_word(peek(), ")");
-    struct value argument = given ? read_expression() : nothing();
-    expect(")");
-    if (template.unused) return nothing();
-    bool both = is_word(name, "strip"), left = both || is_word(name, "lstrip");
-    bool right = both || is_word(name, "rstrip"), function = of.type == FUNCTION;
-    if (of.type == STRING && (left || right) && !given) {
-        spend_on(of.size);
-        size_t spaces = left ? spaces_at(of.bytes, of.size) : 0, size = of.size - spaces;
-        if (right) size = size_without_spaces(of.bytes + spaces, size);
-        return of_string(of.bytes + spaces, size);
-    }
-    if (function && is_word(name, "strftime_now")) return format_now(argument);
-    if (function && is_word(name, "raise_exception") && argument.type == STRING)
-        refuse("it does not take this conversation: %.*s",
-               (int)retrofit_min(argument.size, 300), argument.bytes);
-    refuse_token(name);
-    return nothing();
-}
-
-// The text of BOS or EOS. Where no file names them, some classes of tokenizers have their own.
-static struct value special_token(int32_t id, const struct token *name) {
-    const retrofit_json *class = retrofit_json_get(template.config, "tokenizer_class");
-    bool none = id < 0 && retrofit_json_is(class, "PreTrainedTokenizerFast");
-    if (id < 0 && !none) refuse("%.9s, which no file names, is not followed here", name->bytes);
-    if (id < 0) return nothing();
-    size_t size;
-    char *text = require_pointer(retrofit_decode(tokenizer, &id, 1, false, &size));
-    char *copy = memcpy(template_memory(size), text, size);
-    free(text);
-    return of_string(copy, size);
-}
-
-static struct value read_name(const struct token *name) {
-    static const char *const functions[] = {"raise_exception", "strftime_now", "namespace",
-                                            "range", "dict", "lipsum", "cycler", "joiner"};
-    static const char *const tokens[] = {"unk_token", "pad_token", "sep_token", "cls_token",
-                                         "mask_token", "additional_special_tokens"};
-    const struct variable *variable = find_variable(name);
-    if (template.unused) return nothing();
-    if (is_word(name, "true") || is_word(name, "True")) return of_bool(true);
-    if (is_word(name, "false") || is_word(name, "False")) return of_bool(false);
-    if (is_word(name, "none") || is_word(name, "None")) return (struct value){.type = NONE};
-    if (variable) return variable->value;
-    if (is_word(name, "loop") && template.loop_count) return (struct value){.type = LOOP};
-    if (is_word(name, "bos_token"))
-        return special_token(retrofit_tokenizer_bos(tokenizer), name);
-    if (is_word(name, "eos_token"))
-        return special_token(retrofit_tokenizer_eos(tokenizer), name);
-    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
-        if (is_word(name, functions[i])) return (struct value){.type = FUNCTION};
-    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
-        if (is_word(name, tokens[i])) refuse_token(name);
-    return nothing();
-}
-
-// What is between brackets: one value, or a list.
-static struct value read_items(const char *close, bool list) {
-    enum { MAX = 8 };
-    struct value *items = template_memory(MAX * sizeof *items);
-    size_t count = 0;
-    while (!accept(close)) {
-        if (count > 0) {
-            expect(",");
-            list = true;
-            if (accept(close)) break;
-        }
-        if (count == MAX || peek()->kind == TEMPLATE_END) {
-            refuse("a list of more than %d is not followed here", MAX);
-            return nothing();
-        }
-        items[count++] = read_expression();
-    }
-    if (!list && count == 1) return items[0];
-    return (struct value){.type = LIST, .items = items, .size = count};
-}
-
-static struct value read_primary(void) {
-    const struct token *token = take();
-    if (token->kind == WORD) return read_name(token);
-    if (token->kind == QUOTED) {
-        struct value text = of_token(token);
-        while (peek()->kind == QUOTED) text = joined(text, of_token(take()));
-        return text;
-    }
-    if (token->kind == INTEGER && token->size < 10) {
-        char *end;
-        int64_t number = strtol(token->bytes, &end, 10);
-        if (end == token->bytes + token->size) return of_number(number);
-    }
-    bool round = is_word(token, "(");
-    if (round || is_word(token, "[")) return read_items(round ? ")" : "]", !round);
-    refuse_token(token);
-    return nothing();
-}
-
-// list[i], list[i:j], message['role']
-static struct value read_subscript(struct value of) {
-    struct value none = {.type = NONE}, from = none, to = none;
-    if (!is_word(peek(), ":")) from = read_expression();
-    bool slice = accept(":");
-    if (slice && !is_word(peek(), "]")) to = read_expression();
-    expect("]");
-    if (template.unused) return nothing();
-    const struct token name = {WORD, from.bytes, from.size};
-    if (!slice && from.type == STRING) return member(of, &name);
-
-    int64_t n = (int64_t)of.size, i = from.type == NUMBER ? from.number : 0;
-    int64_t j = to.type == NUMBER ? to.number : n;
-    bool numbers = from.type == NUMBER || (slice && from.type == NONE);
-    numbers = numbers && (to.type == NUMBER || to.type == NONE);
-    if (of.type != LIST || !numbers) {
-        refuse("this use of [ ] is not followed here");
-        return nothing();
-    }
-    if (i < 0) i += n;
-    if (j < 0) j += n;
-    if (!slice) return i >= 0 && i < n ? of.items[i] : nothing();
-    i = i < 0 ? 0 : i > n ? n : i;
-    j = j < i ? i : j > n ? n : j;
-    return (struct value){.type = LIST, .items = of.items + i, .size = (size_t)(j - i)};
-}
-
-static struct value read_test(struct value v) {
-    bool negated = accept("not"), yes = false;
-    const struct token *name = expect_kind(WORD);
-    if (is_word(name, "defined")) yes = v.type != UNDEFINED;
-    else if (is_word(name, "undefined")) yes = v.type == UNDEFINED;
-    else if (is_word(name, "none")) yes = v.type == NONE;
-    else if (is_word(name, "string")) yes = v.type == STRING;
-    else if (is_word(name, "mapping")) yes = v.type == MESSAGE;
-    else if (is_word(name, "true")) yes = v.type == BOOL && v.number;
-    else if (is_word(name, "false")) yes = v.type == BOOL && !v.number;
-    else refuse_token(name);
-    return of_bool(yes != negated);
-}
-
-static struct value read_filter(struct value v) {
-    const struct token *name = expect_kind(WORD);
-    bool trims = is_word(name, "trim"), length = is_word(name, "length") || is_word(name, "count");
-    if (is_word(peek(), "(")) refuse_token(peek());
-    if (template.unused) return nothing();
-    if (trims) {
-        v = text_of(v);
-        spend_on(v.size);
-        retrofit_strip(&v.bytes, &v.size);
-        return v;
-    }
-    if (length && v.type == LIST) return of_number((int64_t)v.size);
-    refuse_token(name);
-    return nothing();
-}
-
-// A value with all that is behind it: .name [i] (argument) | filter, is test
-static struct value read_operand(void) {
-    const struct token *name = peek();
-    bool minus = accept("-");
-    struct value v = read_primary();
-    for (;;) {
-        if (accept("(")) v = read_call(v, name);
-        else if (accept("[")) v = read_subscript(v);
-        else if (accept(".")) {
-            name = expect_kind(WORD);
-            if (v.type == STRING) expect("(");
-            if (v.type == STRING) v = read_call(v, name);
-            else if (!template.unused) v = member(v, name);
-        } else break;
-    }
-    if (minus && v.type != NUMBER && !template.unused) refuse("- of this is not followed here");
-    if (minus) v.number = -v.number;
-    for (;;) {
-        if (accept("|")) v = read_filter(v);
-        else if (accept("is")) v = read_test(v);
-        else return v;
-    }
-}
-
-static struct value is_in(struct value part, struct value whole) {
-    bool found = false;
-    spend_on(whole.type == STRING ? whole.size : 0);
-    if (part.type == STRING && whole.type == STRING)
-        found = memmem(whole.bytes, whole.size, part.bytes, part.size);
-    else if (part.type == STRING && whole.type == MESSAGE) {
-        const struct token name = {WORD, part.bytes, part.size};
-        found = message_member(whole.message, &name).type != UNDEFINED;
-    } else if (whole.type == LIST) {
-        for (size_t i = 0; i < whole.size; i++) found = found || are_equal(part, whole.items[i]);
-    } else refuse("'in' is followed for texts, lists and messages only");
-    return of_bool(found);
-}
-
-// From what binds least: each level's operators. `not` stands between the second and the third.
-enum { COMPARISON = 2, LEVELS = 6, MAX_OPERATORS = 8 };
-static const char *const operators[LEVELS][MAX_OPERATORS] = {
-    {"or"}, {"and"}, {"==", "!=", "<", ">", "<=", ">=", "in", "not"}, {"+", "-"}, {"~"}, {"%"},
-};
-
-static struct value apply(const char *operator, struct value a, struct value b) {
-    bool numbers = a.type == NUMBER && b.type == NUMBER;
-    if (!strcmp(operator, "or") || !strcmp(operator, "and")) return b;
-    if (!strcmp(operator, "==")) return of_bool(are_equal(a, b));
-    if (!strcmp(operator, "!=")) return of_bool(!are_equal(a, b));
-    if (!strcmp(operator, "in")) return is_in(a, b);
-    if (!strcmp(operator, "not")) return of_bool(!is_true(is_in(a, b)));
-    if (*operator == '~') return joined(text_of(a), text_of(b));
-    if (*operator == '+' && a.type == STRING && b.type == STRING) return joined(a, b);
-    if (*operator == '+' && numbers) return of_number(a.number + b.number);
-    if (*operator == '-' && numbers) return of_number(a.number - b.number);
-    if (*operator == '%' && numbers && b.number > 0)
-        return of_number((a.number % b.number + b.number) % b.number);
-    if (*operator == '<' && numbers)
-        return of_bool(operator[1] ? a.number <= b.number : a.number < b.number);
-    if (*operator == '>' && numbers)
-        return of_bool(operator[1] ? a.number >= b.number : a.number > b.number);
-    refuse("'%s' of these is not followed here", operator);
-    return nothing();
-}
-
-static const char *accept_operator(size_t level) {
-    for (size_t i = 0; i < MAX_OPERATORS && operators[level][i]; i++) {
-        if (!accept(operators[level][i])) continue;
-        if (!strcmp(operators[level][i], "not")) expect("in");
-        return operators[level][i];
-    }
-    return NULL;
-}
-
-static struct value read_level(size_t level) {
-    if (level == LEVELS) return read_operand();
-    if (level == COMPARISON && accept("not")) {
-        enter();
-        struct value negated = read_level(COMPARISON);
-        template.nesting--;
-        return of_bool(!is_true(negated));
-    }
-    struct value v = read_level(level + 1);
-    for (;;) {
-        const char *operator = accept_operator(level);
-        if (!operator) return v;
-        bool decided = (level == 0 && is_true(v)) || (level == 1 && !is_true(v));
-        template.unused += decided;
-        struct value right = read_level(level + 1);
-        template.unused -= decided;
-        if (template.unused) v = nothing();
-        else if (!decided) v = apply(operator, v, right);
-        if (level == COMPARISON) return v; // a second one would be about all three
-    }
-}
-
-static struct value read_expression(void) {
-    enter();
-    struct value v = read_level(0);
-    template.nesting--;
-    return v;
-}
-
-// ---- Chat templates: statements ----------------------------------------------------------------
-
-static const struct token *run_block(void);
-
-static void write_out(const char *bytes, size_t size) {
-    if (template.output.size + size > MAX_MEMORY) too_much("memory");
-    retrofit_text_append(&template.output, bytes, size);
-}
-
-static void skip_tag(void) {
-    while (peek()->kind != CLOSE && peek()->kind != TEMPLATE_END) take();
-    take();
-}
-
-// The word behind {% that ends a block or begins the next part of one.
-static bool ends_block(const struct token *word) {
-    return is_word(word, "elif") || is_word(word, "else") ||
-           (word->kind == WORD && word->size > 3 && !memcmp(word->bytes, "end", 3));
-}
-
-// {% set name %} without a value has a block.
-static bool begins_block(const struct token *word) {
-    static const char *const words[] = {"if", "for", "macro", "call", "filter", "generation",
-                                        "with", "block", "autoescape", "trans"};
-    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
-        if (is_word(word, words[i])) return true;
-    return is_word(word, "set") && word[1].kind == WORD && word[2].kind == CLOSE;
-}
-
-// Goes over what is not run, to the same word where run_block would end.
-static const struct token *skip_block(void) {
-    for (size_t depth = 0; peek()->kind != TEMPLATE_END;) {
-        if (take()->kind != STATEMENT) continue;
-        const struct token *word = take();
-        if (depth == 0 && ends_block(word)) return word;
-        if (begins_block(word)) depth++;
-        else if (ends_block(word) && *word->bytes == 'e' && word->bytes[1] == 'n') depth--;
-    }
-    return peek();
-}
-
-static void run_if(void) {
-    bool done = false;
-    const struct token *word = NULL;
-    do {
-        bool last = word && is_word(word, "else");
-        bool run = !done && (last || is_true(read_expression()));
-        if (done) skip_tag();
-        else expect_kind(CLOSE);
-        done = done || run;
-        word = run ? run_block() : skip_block();
-        if (last && !is_word(word, "endif")) refuse_token(word);
-    } while (is_word(word, "elif") || is_word(word, "else"));
-    if (!is_word(word, "endif")) refuse_token(word);
-    expect_kind(CLOSE);
-}
-
-static void run_for(void) {
-    const struct token *name = expect_kind(WORD), *word = NULL;
-    expect("in");
-    struct value list = read_expression();
-    expect_kind(CLOSE);
-    bool loops = list.type == LIST || list.type == UNDEFINED;
-    if (!loops) refuse("a loop over this is not followed here");
-    size_t body = template.at, index = template.loop_index, count = template.loop_count;
-    size_t scope = template.scope;
-    template.scope = template.variable_count;
-    for (size_t i = 0; i < list.size && !*template.problem; i++) {
-        template.at = body;
-        template.loop_index = i;
-        template.loop_count = list.size;
-        template.variable_count = template.scope;
-        set_variable(name, list.items[i]);
-        word = run_block();
-    }
-    if (list.size == 0) word = skip_block();
-    template.variable_count = template.scope;
-    template.scope = scope;
-    template.loop_index = index;
-    template.loop_count = count;
-    if (word && !is_word(word, "endfor")) refuse_token(word);
-    expect_kind(CLOSE);
-}
-
-// What training marks as the model's own.
-static void run_generation(void) {
-    size_t scope = template.scope;
-    expect_kind(CLOSE);
-    template.scope = template.variable_count;
-    const struct token *word = run_block();
-    template.variable_count = template.scope;
-    template.scope = scope;
-    if (!is_word(word, "endgeneration")) refuse_token(word);
-    expect_kind(CLOSE);
-}
-
-static void run_set(void) {
-    const struct token *name = expect_kind(WORD);
-    expect("=");
-    set_variable(name, read_expression());
-    expect_kind(CLOSE);
-}
-
-// Runs the template to a word that belongs to the block around it, which it returns, or to the end.
-static const struct token *run_block(void) {
-    enter();
-    const struct token *word;
-    for (;;) {
-        const struct token *token = take();
-        word = token->kind == STATEMENT ? take() : token;
-        if (token->kind == TEXT) write_out(token->bytes, token->size);
-        else if (token->kind == OUTPUT) {
-            struct value text = text_of(read_expression());
-            write_out(text.bytes, text.size);
-            expect_kind(CLOSE);
-        } else if (is_word(word, "if")) run_if();
-        else if (is_word(word, "for")) run_for();
-        else if (is_word(word, "set")) run_set();
-        else if (is_word(word, "generation")) run_generation();
-        else break;
-    }
-    template.nesting--;
-    return word;
-}
-
-// ---- Chat templates: the model's ---------------------------------------------------------------
-
-static void define(const char *name, struct value value) {
-    set_variable(&(struct token){WORD, name, strlen(name)}, value);
-}
-
-// The text of a conversation up to where the model answers. false: template.problem says why not.
-static bool render(const struct message *messages, size_t count, retrofit_text *text) {
-    template.at = 0;
-    template.steps = 0;
-    template.variable_count = 0;
-    template.memory_size = 0;
-    *template.problem = 0;
-    struct value *items = template_memory(count * sizeof *items);
-    for (size_t i = 0; i < count; i++)
-        items[i] = (struct value){.type = MESSAGE, .message = &messages[i]};
-    define("messages", (struct value){.type = LIST, .items = items, .size = count});
-    define("add_generation_prompt", of_bool(true));
-    define("tools", (struct value){.type = NONE});
-    define("documents", (struct value){.type = NONE});
-
-    write_out("", 0); // so that there are bytes even if there is no text
-    const struct token *end = run_block();
-    if (end->kind != TEMPLATE_END) refuse_token(end);
-    require(!template.output.failed);
-    while (template.memory) {
-        struct block *block = template.memory;
-        template.memory = block->next;
-        free(block);
-    }
-    *text = template.output;
-    template.output = (retrofit_text){0};
-    return !*template.problem;
-}
-
-// tokenizer_config.json has one template or a list of named ones, of which "default" counts.
-static const retrofit_json *find_template(const retrofit_json *config) {
-    const retrofit_json *entry = retrofit_json_get(config, "chat_template"), *found = NULL;
-    if (!entry || entry->type != RETROFIT_JSON_ARRAY) return entry;
-    for (entry = entry->child; entry; entry = entry->next)
-        if (retrofit_json_is(retrofit_json_get(entry, "name"), "default"))
-            found = retrofit_json_get(entry, "template");
-    if (!found) die(1, "%s: none of its chat templates is named \"default\"", template.where);
-    return found;
-}
-
-// The template as it lies in the directory; NULL: it has none. Where several do, the order is that
-// of transformers.
-static char *read_template(const char *directory, size_t *size) {
-    static const char *const files[] = {"additional_chat_templates/default.jinja",
-                                        "chat_template.jinja"};
-    char path[RETROFIT_PATH];
-    for (size_t i = 0; i < 2; i++)
-        if (retrofit_path(template.where, directory, files[i]) && retrofit_is_there(template.where))
-            return require_pointer(retrofit_read_file(template.where, size));
-    require(retrofit_path(path, directory, "additional_chat_templates"));
-    if (retrofit_is_there(path))
-        die(1, "%s: without a chat_template.jinja beside it, it does not say which chat template "
-               "is for chats", path);
-    if (!template.config) return NULL;
-    require(retrofit_path(template.where, directory, "tokenizer_config.json"));
-    const retrofit_json *text = find_template(template.config);
-    if (!text || text->type == RETROFIT_JSON_NULL) return NULL;
-    if (text->type != RETROFIT_JSON_STRING)
-        die(1, "%s: chat_template is no text", template.where);
-    *size = text->length;
-    char *copy = new_array(text->length + 1, 1);
-    return memcpy(copy, text->string, text->length);
-}
-
-static void read_tokenizer_config(const char *directory) {
-    char path[RETROFIT_PATH];
-    require(retrofit_path(path, directory, "tokenizer_config.json"));
-    if (!retrofit_is_there(path)) return;
-    template.config = require_pointer(retrofit_json_read(path, NULL));
-}
+static retrofit_chat *chat; // the model's template
 
 // Whether text begins with a special token, which is then *id: tokenizers cut there, so that what
 // follows has the same ids whatever is before it.
@@ -1190,19 +348,19 @@ static bool begins_with_special(const int32_t *ids, size_t count, const char *te
 }
 
 // Stands for what the model says where only the text around it matters.
-static const struct message answer = {.role = "assistant", .content = "\1answer\1", .size = 8};
+static const retrofit_message answer = {.role = "assistant", .content = "\1answer\1", .size = 8};
 
 // The special token that the template writes behind what the model says.
 static void find_end_of_turn(void) {
-    const struct message user = {.role = "user", .content = "1", .size = 1};
-    const struct message messages[] = {user, answer, user};
+    const retrofit_message user = {.role = "user", .content = "1", .size = 1};
+    const retrofit_message messages[] = {user, answer, user};
     retrofit_text text;
-    bool rendered = render(messages, 3, &text);
+    bool rendered = retrofit_chat_render(chat, messages, 3, true, &text, NULL);
     const char *at = rendered ? memmem(text.bytes, text.size, answer.content, answer.size) : NULL;
     if (at) {
         const char *end = text.bytes + text.size;
         at += answer.size;
-        at += spaces_at(at, (size_t)(end - at));
+        at += retrofit_spaces_at(at, (size_t)(end - at));
         size_t size = (size_t)(end - at), count;
         int32_t *ids = require_pointer(retrofit_encode(tokenizer, at, size, false, &count));
         if (begins_with_special(ids, count, at, size)) add_end_token(*ids);
@@ -1212,75 +370,20 @@ static void find_end_of_turn(void) {
 }
 
 static void read_chat_template(void) {
-    const char *directory = tokenizer_directory;
-    size_t size = 0, kept = 0;
-    read_tokenizer_config(directory);
-    template.now = time(NULL);
-    template.text = read_template(directory, &size);
-    if (!template.text)
-        die(1, "%s: no chat template, neither chat_template.jinja nor chat_template in "
-               "tokenizer_config.json: a base model; without --chat it continues a text",
-            directory);
-    if (retrofit_find_invalid(template.text, 0, size) < size)
-        die(1, "%s: the chat template is not UTF-8", template.where);
-
-    // Jinja reads \r\n and \r as \n, and drops one at the end.
-    for (size_t i = 0; i < size; i++) {
-        char c = template.text[i];
-        if (c == '\r' && template.text[i + 1] == '\n') continue;
-        template.text[kept++] = c == '\r' ? '\n' : c;
-    }
-    if (kept > 0 && template.text[kept - 1] == '\n') kept--;
-    template.text[kept] = 0;
-    read_tokens(template.text + kept);
+    chat = retrofit_chat_load(tokenizer_directory, tokenizer);
+    if (!chat) die(1, "%s; without --chat a prompt is taken as it is", retrofit_error());
     find_end_of_turn();
 }
 
-static void free_chat_template(void) {
-    free(template.text);
-    free(template.tokens);
-    free(template.variables);
-    retrofit_json_free(template.config);
-}
-
-// Renders or ends the program. where: of the messages in a file, for errors; "" for --prompt.
-static retrofit_text render_or_die(const struct message *messages, size_t count,
-                                   const char *where) {
-    retrofit_text text;
-    if (!render(messages, count, &text))
-        die(1, "%s%s%s: chat template: %s; without --chat a prompt is taken as it is", where,
-            *where ? ": " : "", template.where, template.problem);
-    return text;
-}
-
-// The text of a conversation. A template may pass over a message, for its role mostly, of which
-// nobody would hear: so it writes them all once more, each with a mark at its end, for a check.
-static retrofit_text write_messages(const struct message *messages, size_t count,
+// The text of a conversation up to where the model answers. where: of the messages in a file, for
+// errors; "" for --prompt.
+static retrofit_text write_messages(const retrofit_message *messages, size_t count,
                                     const char *where) {
-    struct message *marked = new_array(count, sizeof *marked);
-    for (size_t i = 0; i < count; i++) {
-        char *content = new_array(messages[i].size + 32, 1);
-        memcpy(content, messages[i].content, messages[i].size);
-        int mark = sprintf(content + messages[i].size, "\1%zu\1", i);
-        marked[i] = messages[i];
-        marked[i].content = content;
-        marked[i].size += (size_t)mark;
-    }
-    retrofit_text text = render_or_die(marked, count, where);
-    const char *end = text.bytes + text.size, *found = text.bytes; // where the mark before is
-    for (size_t i = 0; i < count; i++) {
-        const char *mark = marked[i].content + messages[i].size;
-        size_t size = strlen(mark);
-        found = memmem(found, (size_t)(end - found), mark, size); // mostly they come in order
-        if (!found) found = memmem(text.bytes, text.size, mark, size);
-        if (!found)
-            die(1, "%s%s%s: chat template: it writes nothing of a message of the role \"%s\"",
-                where, *where ? ": " : "", template.where, messages[i].role);
-        free((char *)marked[i].content);
-    }
-    free(marked);
-    free(text.bytes);
-    return render_or_die(messages, count, where);
+    retrofit_text text;
+    if (!retrofit_chat_write(chat, messages, count, true, &text, NULL))
+        die(1, "%s%s%s; without --chat a prompt is taken as it is", where, *where ? ": " : "",
+            retrofit_error());
+    return text;
 }
 
 // ---- Reading prompts ---------------------------------------------------------------------------
@@ -1310,16 +413,16 @@ static int32_t *encode_conversation(retrofit_text *text, size_t *count) {
     return require_pointer(ids);
 }
 
-static void add_message(struct message **messages, size_t *count, struct message message) {
+static void add_message(retrofit_message **messages, size_t *count, retrofit_message message) {
     *messages = grow_array(*messages, *count, sizeof **messages);
     (*messages)[(*count)++] = message;
 }
 
 // --system's message, if there is one.
-static void add_system_option(struct message **messages, size_t *count) {
+static void add_system_option(retrofit_message **messages, size_t *count) {
     const char *content = options.system;
     if (!content) return;
-    struct message system = {.role = "system", .content = content, .size = strlen(content)};
+    retrofit_message system = {.role = "system", .content = content, .size = strlen(content)};
     add_message(messages, count, system);
 }
 
@@ -1327,10 +430,10 @@ static void add_system_option(struct message **messages, size_t *count) {
 static int32_t *encode_prompt(const char *prompt, size_t size, size_t *count) {
     if (!options.chat)
         return require_pointer(retrofit_encode(tokenizer, prompt, size, true, count));
-    struct message *messages = NULL;
+    retrofit_message *messages = NULL;
     size_t said = 0;
     add_system_option(&messages, &said);
-    struct message user = {.role = "user", .content = prompt, .size = size};
+    retrofit_message user = {.role = "user", .content = prompt, .size = size};
     add_message(&messages, &said, user);
     retrofit_text text = write_messages(messages, said, "");
     free(messages);
@@ -1348,7 +451,7 @@ static const char *message_role(const retrofit_json *message) {
 
 // The ids of a list of messages. A system message that comes first replaces --system.
 static int32_t *encode_messages(const retrofit_json *list, const char *where, size_t *count) {
-    struct message *messages = NULL;
+    retrofit_message *messages = NULL;
     size_t said = 0;
     if (list->type != RETROFIT_JSON_ARRAY || list->count == 0)
         die(1, "%s: \"messages\" is no list, or empty", where);
@@ -1358,7 +461,7 @@ static int32_t *encode_messages(const retrofit_json *list, const char *where, si
         if (!role) die(1, "%s: a message needs a string \"role\" and a string \"content\"", where);
         if (json == list->child && strcmp(role, "system") != 0) add_system_option(&messages, &said);
         const retrofit_json *content = retrofit_json_get(json, "content");
-        struct message message = {role, content->string, content->length, json};
+        retrofit_message message = {role, content->string, content->length, json};
         add_message(&messages, &said, message);
     }
     retrofit_text text = write_messages(messages, said, where);
@@ -2229,28 +1332,28 @@ struct conversation {
 // model's last turn, the user's turn and the beginning of the model's. The template writes the
 // whole conversation, so that it must begin as it did one turn before.
 static int32_t *encode_turn(bool first, const char *line, size_t size, size_t *count) {
-    static struct message *messages;
+    static retrofit_message *messages;
     static size_t said;
     static retrofit_text before;
     if (first) add_system_option(&messages, &said);
     else add_message(&messages, &said, answer);
     char *content = new_array(size + 1, 1);
     memcpy(content, line, size);
-    struct message user = {.role = "user", .content = content, .size = size};
+    retrofit_message user = {.role = "user", .content = content, .size = size};
     add_message(&messages, &said, user);
     retrofit_text text = write_messages(messages, said, ""), added = text;
 
     size_t at = before.size; // where the new text begins
     bool same = at <= text.size && (first || !memcmp(text.bytes, before.bytes, at));
     if (!first && same) {
-        at += spaces_at(text.bytes + at, text.size - at); // with which the model begins
+        at += retrofit_spaces_at(text.bytes + at, text.size - at); // with which the model begins
         same = text.size - at > answer.size;
         same = same && !memcmp(text.bytes + at, answer.content, answer.size);
         at += answer.size;
     }
     if (!same)
         die(1, "%s: chat template: it writes earlier turns in another way when there are more; "
-               "--interactive cannot follow that", template.where);
+               "--interactive cannot follow that", retrofit_chat_where(chat));
     added.size = text.size - at;
     added.bytes = new_array(added.size, 1);
     memcpy(added.bytes, text.bytes + at, added.size);
@@ -2261,7 +1364,8 @@ static int32_t *encode_turn(bool first, const char *line, size_t size, size_t *c
     require(ids != NULL);
     if (!first && !begins_with_special(ids, *count, added.bytes, added.size))
         die(1, "%s: chat template: no special token comes right behind what the model says, so "
-               "that a token may reach across; --interactive cannot follow that", template.where);
+               "that a token may reach across; --interactive cannot follow that",
+            retrofit_chat_where(chat));
     free(added.bytes);
     return ids;
 }
@@ -2373,6 +1477,7 @@ static void close_evaluation(struct evaluation *evaluation) {
 struct decoding {
     double loss, full_loss;      // token by token through the cache; by a full pass over each row
     double recurrences, seconds; // that tokens took; of decoding alone
+    size_t labels;               // that count in the losses
 };
 
 // b rows token by token.
@@ -2390,7 +1495,9 @@ static void decode_rows(const struct evaluation *evaluation, retrofit_buffers *b
         require(logits != NULL);
         for (size_t i = 0; i < b; i++) {
             int32_t label = evaluation->labels[i * T + t];
-            sums->loss += token_loss(logits + i * model->config.vocab, label);
+            bool counts = label != RETROFIT_IGNORED;
+            if (counts) sums->loss += token_loss(logits + i * model->config.vocab, label);
+            sums->labels += counts;
             sums->recurrences += buffers->decoder->used[i];
         }
     }
@@ -2405,7 +1512,8 @@ static void full_pass_rows(const struct evaluation *evaluation, retrofit_buffers
     for (size_t i = 0; i < b; i++) {
         const int32_t *tokens = evaluation->tokens + i * T, *labels = evaluation->labels + i * T;
         require(retrofit_forward(buffers, tokens, 1, T, start_sigma(), options.seed, r, 0));
-        sums->full_loss += retrofit_loss(buffers, labels, 0) * (double)T;
+        double counted = (double)retrofit_count_labels(labels, T);
+        sums->full_loss += retrofit_loss(buffers, labels, 0) * counted;
     }
 }
 
@@ -2428,7 +1536,8 @@ static void print_eval_loss(size_t r, double loss, double seconds, bool first) {
 // Sums over n tokens.
 static void print_decoding(size_t r, const struct decoding *sums, double n, size_t cache_bytes,
                            bool first) {
-    double loss = sums->loss / n, full_loss = sums->full_loss / n, mean = sums->recurrences / n;
+    double labels = (double)sums->labels, mean = sums->recurrences / n;
+    double loss = sums->loss / labels, full_loss = sums->full_loss / labels;
     if (!options.json) {
         printf("%11zu %10.4f %12.3f %12.4f %12.2f %14zu %9.2f\n", r, loss, exp(loss), full_loss,
                mean, cache_bytes, sums->seconds);
@@ -2479,12 +1588,13 @@ static void evaluate_decoding(void) {
 }
 
 // b rows at every r of the list: one pass of states, of which the coda reads s_r at each r. Adds
-// b times the mean loss, and the seconds that a pass at this r alone would take.
+// the sum of the losses, and the seconds that a pass at this r alone would take.
 static void evaluate_rows(const struct evaluation *evaluation, retrofit_buffers *buffers, size_t b,
                           uint64_t seed, const struct depth_list *depths, double *loss,
                           double *seconds) {
     const size_t *r = depths->r;
     retrofit_recurrence_options recurrence = recurrence_options(r[depths->count - 1]);
+    double counted = (double)retrofit_count_labels(evaluation->labels, b * evaluation->T);
     double began = retrofit_seconds(), coda = 0;
     require(retrofit_prelude(buffers, evaluation->tokens, b, evaluation->T));
     if (r[0] > 0) retrofit_init_state(buffers, start_sigma(), seed);
@@ -2492,7 +1602,7 @@ static void evaluate_rows(const struct evaluation *evaluation, retrofit_buffers 
         retrofit_recur_noisy(buffers, &recurrence, r[i] - (i ? r[i - 1] : 0));
         double before = retrofit_seconds();
         retrofit_coda(buffers);
-        loss[i] += retrofit_loss(buffers, evaluation->labels, 0) * (double)b;
+        loss[i] += retrofit_loss(buffers, evaluation->labels, 0) * counted;
         seconds[i] += retrofit_seconds() - began - coda;
         show_progress((double)b * (double)(i + 1) / (double)(depths->count + 1));
         coda += retrofit_seconds() - before;
@@ -2503,6 +1613,7 @@ static void evaluate_full_pass(void) {
     struct depth_list depths = read_depths(MAX_DEPTHS, "1,2,4,8,16,32");
     struct evaluation evaluation = open_evaluation();
     size_t T = evaluation.T, rows = evaluation.rows, B = retrofit_min(rows, 1 + 1024 / T), b;
+    size_t labels = 0; // that count
     retrofit_buffers *buffers = new_buffers(B, T, NULL);
     allocate_rows(&evaluation, B);
     double loss[MAX_DEPTHS] = {0}, seconds[MAX_DEPTHS] = {0};
@@ -2512,6 +1623,7 @@ static void evaluate_full_pass(void) {
         uint64_t seed = retrofit_hash(options.seed, at);
         read_rows(&evaluation, at, b);
         evaluate_rows(&evaluation, buffers, b, seed, &depths, loss, seconds);
+        labels += retrofit_count_labels(evaluation.labels, b * T);
         advance_progress(b);
     }
     if (options.json) print_eval_begin(rows, T);
@@ -2519,7 +1631,7 @@ static void evaluate_full_pass(void) {
         printf("%11s %10s %12s %9s   (%zu rows of %zu tokens)\n", "recurrences", "loss",
                "perplexity", "seconds", rows, T);
     for (size_t i = 0; i < depths.count; i++) {
-        double mean = loss[i] / (double)rows;
+        double mean = loss[i] / (double)labels;
         if (options.json) print_eval_loss(depths.r[i], mean, seconds[i], i == 0);
         if (options.json) putchar('}');
         else printf("%11zu %10.4f %12.3f %9.2f\n", depths.r[i], mean, exp(mean), seconds[i]);
@@ -2653,7 +1765,7 @@ static void read_continuation(const retrofit_json *prompt, const retrofit_json *
     both.characters = count_characters(answer->string + space, answer->length - space);
     both.ids = encode_open_text(text, size, special, &both.count);
 
-    size_t prompt_size = size_without_spaces(text, prompt->length);
+    size_t prompt_size = retrofit_size_without_spaces(text, prompt->length);
     int32_t *alone = encode_open_text(text, prompt_size, special, &both.prompt);
     size_t common = retrofit_min(both.prompt, both.count);
     task_set.merged += memcmp(alone, both.ids, common * sizeof *alone) != 0;
@@ -3875,7 +2987,7 @@ int main(int argc, char **argv) {
     retrofit_tokenizer_free(tokenizer);
     retrofit_free(model);
     free(stops[0]);
-    free_chat_template();
+    retrofit_chat_free(chat);
     flush_output();
     return 0;
 }

@@ -78,7 +78,7 @@
        L                                               retrofit_loss                     911
        dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               934
        dA_e, de                                        injection_backward                952
-       floating-point operations                       retrofit_flops_per_token          3395
+       floating-point operations                       retrofit_flops_per_token          3448
        n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1013
        the curriculum r̄(t)                             retrofit_curriculum               1048
        a training step                                 retrofit_training_step            1117
@@ -425,7 +425,8 @@ void retrofit_coda(retrofit_buffers *buffers); // and the final norm
 // All four. false or error.
 bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
                       float sigma, uint64_t seed, size_t n, size_t k);
-// The loss, in nats, over labels (b,t) that are not -100; NaN or error if one is not below V.
+// The mean loss, in nats, over labels (b,t) that are not -100, of which there may be none; NaN or
+// error if one is not below V.
 // Unless scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
@@ -575,10 +576,9 @@ static void finish_qkv_backward(retrofit_buffers *buffers, retrofit_layer *layer
                                 const retrofit_block *block);
 // Normal numbers for every state.
 static void draw_states(retrofit_buffers *buffers, float *states, float sigma, uint64_t seed);
-// Section 8: checks the next batch's token ids and uploads them; the number of labels that count, 0
-// and an error if one is not below V or none counts.
+// Section 8: checks the next batch's token ids and uploads them; counts the labels. false or error.
 static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
-static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels);
+static bool count_labels(const retrofit_buffers *buffers, const int32_t *labels, size_t *counted);
 static act *act_at(const retrofit_ops *ops, act *p, size_t i); // element i
 // Section 8: masters to where operations read them. Counter-based random bits.
 void retrofit_refresh_weights(retrofit_model *model);
@@ -885,8 +885,8 @@ bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b
 // ---- Loss --------------------------------------------------------------------------------------
 // The mean of -log softmax(logits)[label] over the labels of a micro-batch that are not -100. A
 // step accumulates micro-batches: each counts 1/accumulate (`scale`), however many labels it has,
-// so a step's loss is the mean of its micro-batches' means, not that of all its tokens. A
-// micro-batch without a label has the loss NaN, and its step changes no parameter.
+// so a step's loss is the mean of its micro-batches' means, not that of all its tokens. One without
+// a label has the loss 0 and no gradient (torch's mean over nothing, NaN, would undo its step).
 
 // The logits exist in chunks of rows, never all (N,V) at once: a chunk's gradient takes its place
 // and goes on to the head and to dfinal before the next chunk is computed.
@@ -912,9 +912,9 @@ double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float sca
     const retrofit_model *model = buffers->model;
     const retrofit_ops *ops = model->ops;
     const retrofit_gradients *g = &buffers->gradients;
-    size_t N = buffers->N, d = model->config.n_embd;
-    size_t counted = count_labels(buffers, labels);
-    if (counted == 0) return NAN;
+    size_t N = buffers->N, d = model->config.n_embd, counted = 0;
+    if (!count_labels(buffers, labels, &counted)) return NAN;
+    if (counted == 0) counted = 1; // all sums are 0
     ops->upload(buffers->labels, labels, N * sizeof *labels);
     head_and_loss(buffers, scale / (float)counted);
     if (scale != 0) {
@@ -3050,6 +3050,9 @@ void retrofit_text_append_item(retrofit_text *text, const char *item);
 void retrofit_strip(const char **text, size_t *size);
 // The same at its beginning alone.
 void retrofit_strip_begin(const char **text, size_t *size);
+// The bytes of that at the text's beginning; the size of the text without it at its end.
+size_t retrofit_spaces_at(const char *text, size_t size);
+size_t retrofit_size_without_spaces(const char *text, size_t size);
 // Moves the text's beginning behind the byte order mark that some editors put there.
 void retrofit_skip_mark(const char **text, size_t *size);
 
@@ -3149,6 +3152,16 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer); // or NULL
 // and *count; NULL or error if memory is out.
 int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                          bool with_special, size_t *count);
+// The same for many texts, or a long one, several times as fast: an encoder keeps its memory, and
+// the ids of words that it has seen. Each thread needs its own. A text of megabytes is shared out
+// to all threads, with the same ids; `progress`, unless it is NULL, is then called now and then by
+// the first thread, with the context, when about so many bytes of the text are done.
+typedef struct retrofit_encoder retrofit_encoder;
+retrofit_encoder *retrofit_encoder_new(const retrofit_tokenizer *tokenizer); // NULL or error
+void retrofit_encoder_free(retrofit_encoder *encoder);                       // or NULL
+int32_t *retrofit_encode_with(retrofit_encoder *encoder, const char *text, size_t size,
+                              bool with_special, size_t *count,
+                              void (*progress)(void *context, size_t bytes), void *context);
 // Decodes ids to malloc'd valid UTF-8 with a NUL at its end, which *size does not count.
 // skip_special leaves special tokens out. An id that no token has gives no text, as the ids that a
 // model has beyond its tokenizer's. NULL or error for one that no tokenizer could have.
@@ -3192,6 +3205,36 @@ int32_t retrofit_tokenizer_id(const retrofit_tokenizer *tokenizer, const char *t
 size_t retrofit_tokenizer_size(const retrofit_tokenizer *tokenizer);
 // A hash, never 0, of all that decides ids, however the file is laid out.
 uint64_t retrofit_tokenizer_hash(const retrofit_tokenizer *tokenizer);
+
+// ---- Chat templates ----------------------------------------------------------------------------
+
+// A model's own chat template, which writes a conversation out as the text that the model knows.
+// Once loaded nothing changes it, so that threads may share one.
+typedef struct retrofit_chat retrofit_chat;
+
+typedef struct {
+    const char *role, *content;
+    size_t size;               // of content
+    const retrofit_json *json; // with all else it has, if it is of a file; or NULL
+} retrofit_message;
+
+// Reads the template of a directory as transformers does: chat_template.jinja, or what
+// tokenizer_config.json has. The tokenizer must stay until it is freed. NULL or error.
+retrofit_chat *retrofit_chat_load(const char *directory, const retrofit_tokenizer *tokenizer);
+void retrofit_chat_free(retrofit_chat *chat);                // or NULL
+const char *retrofit_chat_where(const retrofit_chat *chat);  // the file, for errors
+// The text of a conversation; prompt: up to where the model answers, by add_generation_prompt.
+// Special tokens are spelt out in it, BOS too where the template has one: it is encoded without
+// with_special. marks: NULL, or gets where in the text each {% generation %} begins and ends, pairs
+// of size_t. Freed with free(text->bytes) and free(marks->bytes). false or error, and then both are
+// empty.
+bool retrofit_chat_render(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
+                          bool prompt, retrofit_text *text, retrofit_text *marks);
+// Whether the template marks what the model says itself, by {% generation %}.
+bool retrofit_chat_has_marks(const retrofit_chat *chat);
+// The same, and a template that writes nothing of a message, for its role mostly, is an error.
+bool retrofit_chat_write(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
+                         bool prompt, retrofit_text *text, retrofit_text *marks);
 
 // ---- Files -------------------------------------------------------------------------------------
 
@@ -3247,8 +3290,9 @@ void retrofit_directory_abandon(const char *temporary);
 char *retrofit_file_begin(const char *final);
 // Gives the file, which is on the disk, its final name. false or error.
 bool retrofit_file_commit(const char *temporary, const char *final);
-// Removes what was begun last and is neither committed nor abandoned, if it is a file or holds no
-// other files than retrofit_model_files. For programs that end early, in a signal handler too.
+// Removes what was begun last, two at most, and is neither committed nor abandoned, if it is a file
+// or holds no other files than retrofit_model_files. For programs that end early, in a signal
+// handler too.
 void retrofit_abandon(void);
 // From here on SIGINT, SIGTERM, SIGHUP and SIGPIPE do that, say so on stderr and end the program,
 // which has this name. Those that it was started to ignore (by nohup, say) it still ignores.
@@ -3292,13 +3336,21 @@ bool retrofit_load_optimizer(retrofit_model *model, retrofit_map *map, const cha
 
 // Token shards: llm.c's .bin files. A header of 256 int32, then the tokens as uint16 or uint32. The
 // header begins with {magic, version, number of tokens}. Ours go on with the hash of the tokenizer,
-// its low half in int32 3 and its high half in int32 4; llm.c's have zeros there.
+// its low half in int32 3 and its high half in int32 4, and with 1 in int32 5 if labels go with it;
+// llm.c's have zeros there.
 #define RETROFIT_SHARD_MAGIC_16 20240520 // version 1, uint16
 #define RETROFIT_SHARD_MAGIC_32 20240801 // version 7, uint32
+// Not all that is read need be learned: NAME.bin.labels has a label for each token of NAME.bin, the
+// token itself or -100, which does not count. A header of 256 int32, which begins with {magic, 1,
+// number of labels, low and high half of NAME.bin's retrofit_sample_hash}; then int32 labels.
+#define RETROFIT_LABELS_MAGIC 20251107
+#define RETROFIT_LABELS_SUFFIX ".labels"
+enum { RETROFIT_IGNORED = -100 };
+size_t retrofit_count_labels(const int32_t *labels, size_t n); // those of n that count
 // Opens every file that the glob matches, in the order of their names, as rows of T + 1 tokens that
 // do not overlap; a file with just that name is taken as it is. Files that are too short for a row
 // are said in a note. vocab: ids must be below it. shuffle: rows come in a random order, which
-// differs from epoch to epoch. NULL or error.
+// differs from epoch to epoch. NULL or error, also if labels are not there or not a shard's own.
 retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, bool shuffle,
                                   uint64_t seed);
 void retrofit_data_close(retrofit_data *data);
@@ -3307,7 +3359,8 @@ size_t retrofit_data_rows(const retrofit_data *data);
 // could not be loaded. What cannot be checked is said in a note: why there is no tokenizer, by
 // retrofit_error; which shards do not say what made them.
 bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *tokenizer);
-// Reads all tokens of all shards. false or error if an id is not below vocab.
+// Reads all tokens of all shards, and their labels; a note says how many count. false or error if
+// an id is not below vocab, or a label is neither -100 nor its token.
 bool retrofit_data_check_ids(const retrofit_data *data);
 // false or error if a shard of `data` is also one of `other`: the same file, or the same contents.
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other);
@@ -3315,8 +3368,8 @@ bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *o
 // its name without directories, its size in bytes and its retrofit_sample_hash. Freed with free().
 // NULL or error.
 char *retrofit_data_describe(const retrofit_data *data);
-// Row `index`, which counts on over the epochs: T tokens, and as labels the token after each. false
-// or error if an id is not below vocab.
+// Row `index`, which counts on over the epochs: T tokens, and as labels the token after each, or
+// -100 where the shard's own labels say so. false or error if an id is not below vocab.
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels);
 
 // ---- Command lines -----------------------------------------------------------------------------
@@ -3937,20 +3990,22 @@ static bool set_batch(retrofit_buffers *buffers, const int32_t *tokens, size_t b
     return true;
 }
 
-// How many labels count; 0 and an error if one is not below V, or none counts.
-static size_t count_labels(const retrofit_buffers *buffers, const int32_t *labels) {
-    size_t V = buffers->model->config.vocab, counted = 0;
-    for (size_t i = 0; i < buffers->N; i++) {
-        if (labels[i] == -100) continue;
-        if (labels[i] < 0 || (size_t)labels[i] >= V) {
-            retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i, (int)labels[i],
-                          V);
-            return 0;
-        }
-        counted++;
-    }
-    if (counted == 0) retrofit_fail("all labels of the batch are -100: there is no loss");
+size_t retrofit_count_labels(const int32_t *labels, size_t n) {
+    size_t counted = 0;
+    for (size_t i = 0; i < n; i++) counted += labels[i] != RETROFIT_IGNORED;
     return counted;
+}
+
+// How many labels count. false or error if one is not below V.
+static bool count_labels(const retrofit_buffers *buffers, const int32_t *labels, size_t *counted) {
+    size_t V = buffers->model->config.vocab;
+    for (size_t i = 0; i < buffers->N; i++) {
+        if (labels[i] == RETROFIT_IGNORED || (labels[i] >= 0 && (size_t)labels[i] < V)) continue;
+        return retrofit_fail("label %zu is %d, but the vocabulary has %zu entries", i,
+                             (int)labels[i], V);
+    }
+    *counted = retrofit_count_labels(labels, buffers->N);
+    return true;
 }
 
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits) {
@@ -5648,46 +5703,55 @@ retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, re
 
 // ---- Checkpoints -------------------------------------------------------------------------------
 
-// What has its temporary name still. The flag is set once the name is complete: a signal handler
-// may come in between.
+// What has its temporary name still: two at most, a shard and its labels. The flag is set once the
+// name is complete: a signal handler may come in between.
+enum { UNFINISHED = 2 };
 static struct {
     char path[RETROFIT_PATH];
     volatile sig_atomic_t set;
-    const char *program; // that ends on signals
-} unfinished;
+} unfinished[UNFINISHED];
+static const char *signalled_program; // that ends on signals
 
+// The second place is taken where the first one is in use.
 static void set_unfinished(const char *path) {
-    unfinished.set = false;
-    snprintf(unfinished.path, sizeof unfinished.path, "%s", path);
-    unfinished.set = true;
+    size_t i = unfinished[0].set ? 1 : 0;
+    unfinished[i].set = false;
+    snprintf(unfinished[i].path, sizeof unfinished[i].path, "%s", path);
+    unfinished[i].set = true;
 }
 
 static void clear_unfinished(const char *path) {
-    if (unfinished.set && !strcmp(unfinished.path, path)) unfinished.set = false;
+    for (size_t i = 0; i < UNFINISHED; i++)
+        if (unfinished[i].set && !strcmp(unfinished[i].path, path)) unfinished[i].set = false;
 }
 
 // Calls nothing but what a signal handler may call, and opens nothing, since there may be no
 // descriptor left.
-void retrofit_abandon(void) {
+static void abandon(const char *begun) {
     static char path[RETROFIT_PATH + 64];
-    size_t length = strlen(unfinished.path);
-    if (!unfinished.set) return;
-    memcpy(path, unfinished.path, length);
+    size_t length = strlen(begun);
+    memcpy(path, begun, length);
     path[length] = '/';
     for (size_t i = 0; retrofit_model_files[i]; i++) {
         const char *name = retrofit_model_files[i];
         memcpy(path + length + 1, name, strlen(name) + 1);
         unlink(path);
     }
-    if (unlink(unfinished.path)) rmdir(unfinished.path);
-    unfinished.set = false;
+    if (unlink(begun)) rmdir(begun);
+}
+
+void retrofit_abandon(void) {
+    for (size_t i = 0; i < UNFINISHED; i++) {
+        if (unfinished[i].set) abandon(unfinished[i].path);
+        unfinished[i].set = false;
+    }
 }
 
 // Ends the program by the signal itself, so that who waits for it sees which one it was.
 static void end_by_signal(int number) {
     static const char text[] = ": stopped by a signal; nothing half-written is left behind\n";
-    const char *program = unfinished.program;
-    bool tell = unfinished.set;
+    const char *program = signalled_program;
+    bool tell = unfinished[0].set || unfinished[1].set;
     retrofit_live_line(NULL);
     retrofit_abandon();
     tell = tell && write(STDERR_FILENO, program, strlen(program)) > 0;
@@ -5700,7 +5764,7 @@ void retrofit_abandon_on_signals(const char *program) {
     enum { SIGNALS = 4 };
     static const int signals[SIGNALS] = {SIGINT, SIGTERM, SIGHUP, SIGPIPE};
     struct sigaction action = {.sa_handler = end_by_signal}, before;
-    unfinished.program = program;
+    signalled_program = program;
     for (size_t i = 0; i < SIGNALS; i++) sigaddset(&action.sa_mask, signals[i]);
     for (size_t i = 0; i < SIGNALS; i++) {
         bool ignored = !sigaction(signals[i], NULL, &before) && before.sa_handler == SIG_IGN;
@@ -6029,6 +6093,8 @@ typedef struct {
     void *base;
     size_t bytes, width, rows; // width: bytes of a token; rows: what is left at the end is not used
     size_t first_row;          // how many rows are in the shards before
+    void *label_file;          // as it lies in memory; NULL: every token counts
+    size_t label_bytes;        // of it
     uint64_t hash;             // retrofit_sample_hash of all of it; 0: not computed yet
     struct stat status;        // of the file when it was opened
 } token_shard;
@@ -6048,6 +6114,40 @@ static bool looks_like_text(const unsigned char *bytes, size_t size) {
         if (bytes[i] < ' ' && !space) return false;
     }
     return true;
+}
+
+static uint64_t shard_hash(token_shard *shard) {
+    if (!shard->hash) shard->hash = retrofit_sample_hash(shard->base, shard->bytes);
+    return shard->hash;
+}
+
+static const int32_t *shard_labels(const token_shard *shard) {
+    if (!shard->label_file) return NULL;
+    return (const void *)((const char *)shard->label_file + SHARD_HEADER);
+}
+
+// The labels beside a shard, if there are any, must be those that were made with it.
+static bool open_labels(token_shard *shard, const char *path) {
+    char name[RETROFIT_PATH + sizeof RETROFIT_LABELS_SUFFIX];
+    const int32_t *header = shard->base;
+    size_t bytes = SHARD_HEADER + (size_t)header[2] * sizeof(int32_t);
+    snprintf(name, sizeof name, "%s%s", path, RETROFIT_LABELS_SUFFIX);
+    if (!retrofit_is_there(name)) {
+        if (!header[5]) return true;
+        return retrofit_fail("%s: not there, but %s was made with labels, which say what of it is "
+                             "to be learned: keep the two together, or make both anew", name, path);
+    }
+    shard->label_file = retrofit_map_file(name, &shard->label_bytes);
+    if (!shard->label_file) return false;
+    const uint32_t *labels = shard->label_file;
+    bool known = shard->label_bytes >= SHARD_HEADER && labels[0] == RETROFIT_LABELS_MAGIC;
+    if (!known || labels[1] != 1)
+        return retrofit_fail("%s: no labels of a token shard, or of a version that is not known",
+                             name);
+    bool fits = labels[2] == (uint32_t)header[2] && shard->label_bytes == bytes;
+    if (fits && (labels[3] | (uint64_t)labels[4] << 32) == shard_hash(shard)) return true;
+    return retrofit_fail("%s: not the labels of %s as it is now: make both anew with convert "
+                         "--tokenize%s", name, path, header[5] ? "" : ", or remove it");
 }
 
 static bool open_shard(retrofit_data *data, token_shard *shard, const char *path) {
@@ -6072,10 +6172,13 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
     if (header[2] < 0 || (size_t)header[2] != tokens || !whole)
         return retrofit_fail("%s: the header promises %d tokens, the file holds %zu: truncated, "
                              "or damaged", path, header[2], tokens);
+    if (header[5] < 0 || header[5] > 1)
+        return retrofit_fail("%s: of a version that is not known: %d in its header", path,
+                             header[5]);
     shard->rows = tokens / (data->T + 1);
     shard->first_row = data->rows;
     data->rows += shard->rows;
-    return true;
+    return open_labels(shard, path);
 }
 
 // The name of a file as a pattern that matches it alone. NULL or error.
@@ -6164,7 +6267,9 @@ retrofit_data *retrofit_data_open(const char *pattern, size_t T, size_t vocab, b
 void retrofit_data_close(retrofit_data *data) {
     if (!data) return;
     for (size_t i = 0; data->shards && i < data->files.gl_pathc; i++) {
-        if (data->shards[i].base) munmap(data->shards[i].base, data->shards[i].bytes);
+        token_shard *shard = &data->shards[i];
+        if (shard->base) munmap(shard->base, shard->bytes);
+        if (shard->label_file) munmap(shard->label_file, shard->label_bytes);
     }
     globfree(&data->files);
     free(data->shards);
@@ -6209,8 +6314,69 @@ static bool fail_id(const retrofit_data *data, size_t shard, size_t i, uint32_t 
                          "another model?", data->files.gl_pathv[shard], i, id, data->vocab);
 }
 
-// The largest id of a shard decides; only if it is too large is the first such one looked for.
+static bool fail_label(const retrofit_data *data, size_t shard, size_t i, int32_t label) {
+    return retrofit_fail("%s%s: label %zu is %d, neither -100 nor the token there: damaged; make "
+                         "it anew with convert --tokenize", data->files.gl_pathv[shard],
+                         RETROFIT_LABELS_SUFFIX, i, (int)label);
+}
+
+static bool label_fits(const token_shard *shard, size_t i) {
+    int32_t label = shard_labels(shard)[i];
+    return label == RETROFIT_IGNORED || label == (int32_t)shard_id(shard, i);
+}
+
+static bool check_labels(const retrofit_data *data) {
+    for (size_t s = 0; s < data->files.gl_pathc; s++) {
+        const token_shard *shard = &data->shards[s];
+        size_t count = (shard->bytes - SHARD_HEADER) / shard->width, wrong = count;
+        if (!shard->label_file) continue;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(min : wrong) schedule(static)
+#endif
+        for (size_t i = 0; i < count; i++)
+            if (!label_fits(shard, i)) wrong = retrofit_min(wrong, i);
+        if (wrong < count) return fail_label(data, s, wrong, shard_labels(shard)[wrong]);
+    }
+    return true;
+}
+
+// Says how many labels count in rows, if there are any but the tokens themselves.
+static void note_labels(const retrofit_data *data) {
+    size_t T = data->T, counted = 0, rows = 0, shards = 0, without = 0;
+    for (size_t s = 0; s < data->files.gl_pathc; s++) {
+        const token_shard *shard = &data->shards[s];
+        const int32_t *labels = shard_labels(shard);
+        if (!labels) continue;
+        shards++;
+        rows += shard->rows;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(+ : counted, without) schedule(static)
+#endif
+        for (size_t row = 0; row < shard->rows; row++) {
+            size_t n = retrofit_count_labels(labels + row * (T + 1) + 1, T);
+            counted += n;
+            without += n == 0;
+        }
+    }
+    if (!shards) return;
+    char none[128] = "";
+    if (without)
+        snprintf(none, sizeof none, "; %zu rows have none, and a micro-batch of such rows alone "
+                 "counts as 0, without a gradient", without);
+    retrofit_note("%zu of %zu shards have labels: by them %zu of %zu tokens in %zu rows count%s",
+                  shards, data->files.gl_pathc, counted, rows * T, rows, none);
+}
+
+static bool check_ids(const retrofit_data *data);
+
 bool retrofit_data_check_ids(const retrofit_data *data) {
+    if (!check_ids(data) || !check_labels(data)) return false;
+    note_labels(data);
+    return true;
+}
+
+// The largest id of a shard decides; only if it is too large is the first such one looked for.
+static bool check_ids(const retrofit_data *data) {
     for (size_t s = 0; s < data->files.gl_pathc; s++) {
         const token_shard *shard = &data->shards[s];
         size_t count = (shard->bytes - SHARD_HEADER) / shard->width, i = 0;
@@ -6230,11 +6396,6 @@ bool retrofit_data_check_ids(const retrofit_data *data) {
         return fail_id(data, s, i, shard_id(shard, i));
     }
     return true;
-}
-
-static uint64_t shard_hash(token_shard *shard) {
-    if (!shard->hash) shard->hash = retrofit_sample_hash(shard->base, shard->bytes);
-    return shard->hash;
 }
 
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other) {
@@ -6261,6 +6422,8 @@ char *retrofit_data_describe(const retrofit_data *data) {
         token_shard *shard = &data->shards[i];
         char line[64];
         unsigned long long hash = shard_hash(shard);
+        if (shard->label_file)
+            hash = retrofit_hash(hash, retrofit_sample_hash(shard->label_file, shard->label_bytes));
         snprintf(line, sizeof line, " %zu %016llx\n", shard->bytes, hash);
         const char *name = slash ? slash + 1 : path;
         retrofit_text_append(&text, name, strlen(name));
@@ -6296,6 +6459,21 @@ static size_t find_shard(const retrofit_data *data, size_t row) {
     return low;
 }
 
+// A file that became shorter ends the program where the missing part is touched.
+static bool is_still_whole(const token_shard *shard, const char *path) {
+    char name[RETROFIT_PATH + sizeof RETROFIT_LABELS_SUFFIX];
+    struct stat status;
+    snprintf(name, sizeof name, "%s", path);
+    bool shorter = stat(name, &status) == 0 && (size_t)status.st_size < shard->bytes;
+    if (!shorter && shard->label_file) {
+        snprintf(name, sizeof name, "%s%s", path, RETROFIT_LABELS_SUFFIX);
+        shorter = stat(name, &status) == 0 && (size_t)status.st_size < shard->label_bytes;
+    }
+    if (!shorter) return true;
+    return retrofit_fail("%s: became shorter while it was read: a shard must not change during a "
+                         "run", name);
+}
+
 bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int32_t *labels) {
     uint64_t epoch = index / data->rows;
     size_t row = (size_t)(index % data->rows);
@@ -6304,18 +6482,17 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
     size_t s = find_shard(data, row);
     row -= data->shards[s].first_row;
 
-    // A file that became shorter ends the program where the missing part is touched.
     size_t first = row * (data->T + 1);
-    const char *path = data->files.gl_pathv[s];
-    struct stat status;
-    if (stat(path, &status) == 0 && (size_t)status.st_size < data->shards[s].bytes)
-        return retrofit_fail("%s: became shorter while it was read: a shard must not change during "
-                             "a run", path);
+    const token_shard *shard = &data->shards[s];
+    const int32_t *own = shard_labels(shard);
+    if (!is_still_whole(shard, data->files.gl_pathv[s])) return false;
     for (size_t t = 0; t <= data->T; t++) {
-        uint32_t id = shard_id(&data->shards[s], first + t);
+        uint32_t id = shard_id(shard, first + t);
         if (id >= data->vocab) return fail_id(data, s, first + t, id);
+        if (own && !label_fits(shard, first + t))
+            return fail_label(data, s, first + t, own[first + t]);
         if (t < data->T) tokens[t] = (int32_t)id;
-        if (t > 0) labels[t - 1] = (int32_t)id;
+        if (t > 0) labels[t - 1] = own ? own[first + t] : (int32_t)id;
     }
     return true;
 }
@@ -7322,7 +7499,7 @@ static void sum_squares(double *sum, const float *x, size_t n) {
 }
 
 // =================================================================================================
-// 11  JSON, tokenizer
+// 11  JSON, tokenizer, chat templates
 // =================================================================================================
 
 // ---- UTF-8 -------------------------------------------------------------------------------------
@@ -7430,6 +7607,18 @@ void retrofit_strip(const char **text, size_t *size) {
         if (!is_space(code_point)) break;
         *size -= length;
     }
+}
+
+size_t retrofit_spaces_at(const char *text, size_t size) {
+    const char *stripped = text;
+    retrofit_strip_begin(&stripped, &size);
+    return (size_t)(stripped - text);
+}
+
+size_t retrofit_size_without_spaces(const char *text, size_t size) {
+    const char *stripped = text;
+    retrofit_strip(&stripped, &size);
+    return size ? (size_t)(stripped - text) + size : 0;
 }
 
 void retrofit_skip_mark(const char **text, size_t *size) {
@@ -8208,6 +8397,8 @@ typedef struct {
 // Instead of class 0, for code points that may be composed with one before them.
 enum { TOK_NFC_JOINS = 255 };
 
+enum { TOK_CHAR_IDS = 0x180 }; // Latin letters, and the byte-level alphabet
+
 struct retrofit_tokenizer {
     // The vocabulary
     tok_token *tokens;     // by id
@@ -8218,6 +8409,7 @@ struct retrofit_tokenizer {
     size_t merge_mask;     // number of its slots minus 1
     bool joins[256][256];  // whether a merge joins text that ends in the first byte to text that
                            // begins with the second
+    int32_t char_ids[TOK_CHAR_IDS]; // by code point: tok_find_in_model of this one character
     int32_t byte_ids[256]; // id + 1 of the token that stands for a byte, as <0x0A> does; 0 if none
     char *strings;         // the bytes of all tokens' texts
 
@@ -8286,6 +8478,13 @@ static int32_t tok_find_in_model(const retrofit_tokenizer *tokenizer, const char
                                  size_t size) {
     int32_t id = tok_find(tokenizer, text, size);
     return id >= 0 && tokenizer->tokens[id].in_model ? id : -1;
+}
+
+// The same for the first character of a text, of `length` bytes.
+static int32_t tok_find_character(const retrofit_tokenizer *tokenizer, uint32_t code_point,
+                                  const char *text, size_t length) {
+    if (code_point < TOK_CHAR_IDS) return tokenizer->char_ids[code_point];
+    return tok_find_in_model(tokenizer, text, length);
 }
 
 static uint64_t tok_pair(int32_t left, int32_t right) {
@@ -8503,8 +8702,9 @@ static size_t tok_run(const retrofit_tokenizer *tokenizer, const char *text, siz
                       int classes, size_t most) {
     size_t end = 0;
     for (size_t i = 0; i < most && end < size; i++) {
-        uint32_t code_point;
-        size_t length = retrofit_utf8_next(text + end, size - end, &code_point);
+        uint32_t code_point = (unsigned char)text[end];
+        size_t length = 1;
+        if (code_point >= 0x80) length = retrofit_utf8_next(text + end, size - end, &code_point);
         if (!(tokenizer->classes[code_point] & classes)) break;
         end += length;
     }
@@ -8608,8 +8808,21 @@ typedef struct {
     uint32_t length; // in characters, or byte tokens
 } tok_symbol;
 
+// A piece that was encoded before, and its ids: 64 bytes, as a cache line has. A longer piece, or
+// one of more ids, is not kept. Each piece has one place, by its hash, where the newest stays.
+enum { TOK_CACHE = 1 << 15, TOK_CACHED_TEXT = 30, TOK_CACHED_IDS = 8 };
 typedef struct {
+    uint8_t size, count; // of text and ids; size 0: nothing yet
+    char text[TOK_CACHED_TEXT];
+    int32_t ids[TOK_CACHED_IDS];
+} tok_cached;
+
+typedef struct retrofit_encoder {
     const retrofit_tokenizer *tokenizer;
+    tok_cached *cache;        // [TOK_CACHE], or NULL
+    void (*progress)(void *context, size_t bytes);
+    void *context;
+    size_t done;              // bytes of a text that are encoded
     retrofit_text valid;      // the text with U+FFFD for what is not UTF-8, if there is any
     retrofit_text normalized; // what is between two added tokens
     retrofit_text stretch;    // text to be cut into pieces, with a space or "▁" before it
@@ -8777,7 +8990,7 @@ static void tok_encode_piece(tok_encoder *encoder, const char *text, size_t size
     for (size_t i = 0; i < size; i += length) {
         uint32_t code_point;
         length = retrofit_utf8_next(text + i, size - i, &code_point);
-        int32_t id = tok_find_in_model(tokenizer, text + i, length);
+        int32_t id = tok_find_character(tokenizer, code_point, text + i, length);
         if (id >= 0) {
             const bool *joins = known ? tokenizer->joins[(unsigned char)text[i - 1]] : NULL;
             if (joins && !joins[(unsigned char)text[i]]) tok_merge_symbols(encoder);
@@ -8812,6 +9025,33 @@ static void tok_encode_bytes(tok_encoder *encoder, const char *text, size_t size
     tok_encode_piece(encoder, encoder->piece.bytes, encoder->piece.size);
 }
 
+static void tok_encode_uncached(tok_encoder *encoder, const char *text, size_t size) {
+    if (encoder->tokenizer->byte_level) tok_encode_bytes(encoder, text, size);
+    else tok_encode_piece(encoder, text, size);
+}
+
+// A piece has the same ids wherever it stands.
+static void tok_encode_cached(tok_encoder *encoder, const char *text, size_t size) {
+    if (!encoder->cache || size == 0 || size > TOK_CACHED_TEXT) {
+        tok_encode_uncached(encoder, text, size);
+        return;
+    }
+    uint64_t hash = tok_hash_text(RETROFIT_HASH_START, text, size);
+    tok_cached *cached = &encoder->cache[(hash ^ hash >> 32) % TOK_CACHE];
+    if (cached->size == size && !memcmp(cached->text, text, size)) {
+        retrofit_text_append(&encoder->ids, cached->ids, cached->count * sizeof(int32_t));
+        return;
+    }
+    size_t begin = encoder->ids.size;
+    tok_encode_uncached(encoder, text, size);
+    size_t bytes = encoder->ids.size - begin;
+    if (encoder->ids.failed || bytes > sizeof cached->ids) return;
+    cached->size = (uint8_t)size;
+    cached->count = (uint8_t)(bytes / sizeof(int32_t));
+    memcpy(cached->text, text, size);
+    if (bytes > 0) memcpy(cached->ids, encoder->ids.bytes + begin, bytes);
+}
+
 // The Metaspace step: "▁" for each space, and one in front, if there is none and this is `first` or
 // it is so everywhere. Each "▁" begins a piece, or else all is one.
 static void tok_encode_metaspace(tok_encoder *encoder, const char *text, size_t size, bool first) {
@@ -8829,7 +9069,7 @@ static void tok_encode_metaspace(tok_encoder *encoder, const char *text, size_t 
         if (has[TOK_METASPACE_SPLIT])
             next = memmem(at + 1, (size_t)(end - at) - 1, TOK_MARK, mark);
         if (!next) next = end;
-        tok_encode_piece(encoder, at, (size_t)(next - at));
+        tok_encode_cached(encoder, at, (size_t)(next - at));
         at = next;
     }
 }
@@ -8852,14 +9092,13 @@ static void tok_encode_stretch(tok_encoder *encoder, const char *text, size_t si
     size_t length;
     for (size_t i = 0; i < size; i += length) {
         length = tok_match(tokenizer, text + i, size - i);
-        if (tokenizer->byte_level) tok_encode_bytes(encoder, text + i, length);
-        else tok_encode_piece(encoder, text + i, length);
+        tok_encode_cached(encoder, text + i, length);
     }
 }
 
 // Cuts normalized text into pieces and encodes them; `first`: it is the beginning of all text. With
 // a Digits step each digit, or each run of them, and each stretch between is cut on its own.
-static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size, bool first) {
+static void tok_encode_part(tok_encoder *encoder, const char *text, size_t size, bool first) {
     const retrofit_tokenizer *tokenizer = encoder->tokenizer;
     size_t most = tokenizer->has[TOK_SPLIT_DIGITS]    ? 1
                   : tokenizer->has[TOK_SPLIT_NUMBERS] ? SIZE_MAX
@@ -8871,6 +9110,90 @@ static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t siz
         if (!length) length = tok_run(tokenizer, text + i, size - i, TOK_NUMBER, most);
         tok_encode_stretch(encoder, text + i, length, first && !i);
     }
+}
+
+// Whether both sides of text[at] can be encoded apart, whatever is further away, with the same ids:
+// a space, or its mark, behind a letter of ASCII always begins a piece, since what the patterns
+// match goes on behind a letter only with letters. Where the text is not cut into pieces, no merge
+// may join the two: as in tok_encode_piece, the letter then must have a token.
+static bool tok_can_cut(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                        size_t at) {
+    size_t mark = strlen(TOK_MARK);
+    unsigned char letter = (unsigned char)text[at - 1], space = (unsigned char)text[at];
+    bool marked = size - at >= mark && !memcmp(text + at, TOK_MARK, mark);
+    if (letter >= 0x80 || !(tokenizer->classes[letter] & TOK_LETTER)) return false;
+    if (space != ' ' && !marked) return false;
+    const bool *has = tokenizer->has;
+    if (has[TOK_METASPACE] && has[TOK_METASPACE_SPLIT]) return true;
+    if (has[TOK_METASPACE]) space = (unsigned char)*TOK_MARK;
+    else if (tokenizer->pattern >= 0) return space == ' ';
+    else if (tokenizer->byte_level) return false;
+    return !tokenizer->joins[letter][space] && tok_find_in_model(tokenizer, text + at - 1, 1) >= 0;
+}
+
+// Where the parts begin, each of about TOK_PART bytes, and the size at the end. NULL or error.
+enum { TOK_PART = 1 << 18 };
+static size_t *tok_cut_parts(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                             size_t *parts) {
+    size_t *begins = retrofit_allocate(size / TOK_PART + 2, sizeof *begins), count = 1;
+    if (!begins) return NULL;
+    for (size_t at = TOK_PART; at < size; at++) {
+        if (!tok_can_cut(tokenizer, text, size, at)) continue;
+        begins[count++] = at;
+        at += TOK_PART - 1;
+    }
+    begins[count] = size;
+    *parts = count;
+    return begins;
+}
+
+static void tok_add_progress(tok_encoder *encoder, size_t bytes) {
+    PRAGMA(omp atomic)
+    encoder->done += bytes;
+    if (encoder->progress && is_first_thread()) encoder->progress(encoder->context, encoder->done);
+}
+
+// What a thread does: the parts whose turn comes.
+static void tok_encode_some_parts(tok_encoder *encoder, const char *text, const size_t *begins,
+                                  size_t parts, bool first, retrofit_text *results) {
+    retrofit_encoder *own = retrofit_encoder_new(encoder->tokenizer);
+    PRAGMA(omp for schedule(dynamic))
+    for (size_t i = 0; i < parts; i++) {
+        results[i].failed = !own;
+        if (!own) continue;
+        size_t size = begins[i + 1] - begins[i];
+        own->ids = (retrofit_text){0};
+        tok_encode_part(own, text + begins[i], size, first && i == 0);
+        own->ids.failed = own->ids.failed || own->stretch.failed || own->piece.failed;
+        results[i] = own->ids;
+        tok_add_progress(encoder, size);
+    }
+    if (own) own->ids = (retrofit_text){0};
+    retrofit_encoder_free(own);
+}
+
+// A long text is cut into parts for all threads, whose ids are put together in their order.
+static void tok_encode_pieces(tok_encoder *encoder, const char *text, size_t size, bool first) {
+    if (size < 2 * TOK_PART) {
+        tok_encode_part(encoder, text, size, first);
+        return;
+    }
+    size_t parts = 0, *begins = tok_cut_parts(encoder->tokenizer, text, size, &parts);
+    retrofit_text *results = begins ? retrofit_allocate(parts, sizeof *results) : NULL;
+    if (results) {
+        PRAGMA(omp parallel)
+        tok_encode_some_parts(encoder, text, begins, parts, first, results);
+    }
+    bool failed = !results;
+    for (size_t i = 0; i < parts && results; i++) {
+        failed = failed || results[i].failed;
+        retrofit_text_append(&encoder->ids, results[i].bytes, results[i].size);
+        free(results[i].bytes);
+    }
+    if (failed) retrofit_fail("out of memory: %zu bytes of text", size); // each thread has its own
+    encoder->ids.failed = encoder->ids.failed || failed;
+    free(results);
+    free(begins);
 }
 
 // The longest of the added tokens number low … high - 1 that text begins with, or NULL. In their
@@ -8987,34 +9310,73 @@ static void tok_encode_text(tok_encoder *encoder, const char *text, size_t size,
     tok_encode_between(encoder, text + done, size - done, normalized, first && !done);
 }
 
-int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
-                         bool with_special, size_t *count) {
-    tok_encoder encoder = {.tokenizer = tokenizer};
+retrofit_encoder *retrofit_encoder_new(const retrofit_tokenizer *tokenizer) {
+    retrofit_encoder *encoder = retrofit_allocate(1, sizeof *encoder);
+    if (!encoder) return NULL;
+    encoder->tokenizer = tokenizer;
+    encoder->cache = retrofit_allocate(TOK_CACHE, sizeof *encoder->cache);
+    if (encoder->cache) return encoder;
+    free(encoder);
+    return NULL;
+}
+
+static void tok_free_memory(tok_encoder *encoder) {
+    free(encoder->cache);
+    free(encoder->valid.bytes);
+    free(encoder->normalized.bytes);
+    free(encoder->stretch.bytes);
+    free(encoder->piece.bytes);
+    free(encoder->ids.bytes);
+    free(encoder->symbols);
+    free(encoder->heap);
+}
+
+void retrofit_encoder_free(retrofit_encoder *encoder) {
+    if (!encoder) return;
+    tok_free_memory(encoder);
+    free(encoder);
+}
+
+int32_t *retrofit_encode_with(retrofit_encoder *encoder, const char *text, size_t size,
+                              bool with_special, size_t *count,
+                              void (*progress)(void *context, size_t bytes), void *context) {
+    const retrofit_tokenizer *tokenizer = encoder->tokenizer;
+    encoder->progress = progress;
+    encoder->context = context;
+    encoder->done = 0;
+    encoder->valid.size = 0;
     if (retrofit_find_invalid(text, 0, size) < size) {
-        retrofit_append_valid(&encoder.valid, text, size);
-        text = encoder.valid.bytes;
-        size = encoder.valid.size;
+        retrofit_append_valid(&encoder->valid, text, size);
+        text = encoder->valid.bytes;
+        size = encoder->valid.size;
     }
     size_t before = with_special ? tokenizer->before.count : 0;
     size_t after = with_special ? tokenizer->after.count : 0;
-    retrofit_text_append(&encoder.ids, tokenizer->before.ids, before * sizeof(int32_t));
-    if (!encoder.valid.failed) tok_encode_text(&encoder, text, size, false, true);
-    retrofit_text_append(&encoder.ids, tokenizer->after.ids, after * sizeof(int32_t));
+    retrofit_text_append(&encoder->ids, tokenizer->before.ids, before * sizeof(int32_t));
+    if (!encoder->valid.failed) tok_encode_text(encoder, text, size, false, true);
+    retrofit_text_append(&encoder->ids, tokenizer->after.ids, after * sizeof(int32_t));
 
-    bool failed = encoder.valid.failed || encoder.normalized.failed || encoder.stretch.failed;
-    failed = failed || encoder.piece.failed;
-    free(encoder.valid.bytes);
-    free(encoder.normalized.bytes);
-    free(encoder.stretch.bytes);
-    free(encoder.piece.bytes);
-    free(encoder.symbols);
-    free(encoder.heap);
-    if (failed || encoder.ids.failed) {
-        free(encoder.ids.bytes);
-        return NULL;
-    }
-    *count = encoder.ids.size / sizeof(int32_t);
-    return (int32_t *)(void *)encoder.ids.bytes;
+    // The ids are the caller's. What failed for want of memory may do so only this once.
+    retrofit_text ids = encoder->ids;
+    encoder->ids = (retrofit_text){0};
+    bool failed = ids.failed || encoder->valid.failed || encoder->normalized.failed ||
+                  encoder->stretch.failed || encoder->piece.failed;
+    encoder->valid.failed = false;
+    encoder->normalized.failed = false;
+    encoder->stretch.failed = false;
+    encoder->piece.failed = false;
+    *count = ids.size / sizeof(int32_t);
+    if (!failed) return (int32_t *)(void *)ids.bytes;
+    free(ids.bytes);
+    return NULL;
+}
+
+int32_t *retrofit_encode(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                         bool with_special, size_t *count) {
+    tok_encoder encoder = {.tokenizer = tokenizer};
+    int32_t *ids = retrofit_encode_with(&encoder, text, size, with_special, count, NULL, NULL);
+    tok_free_memory(&encoder);
+    return ids;
 }
 
 // ---- Tokenizer: from ids to text ---------------------------------------------------------------
@@ -10142,6 +10504,14 @@ static size_t tok_count(const retrofit_json *object, const char *key) {
     return list ? list->count : 0;
 }
 
+static void tok_index_characters(retrofit_tokenizer *tokenizer) {
+    for (uint32_t code_point = 0; code_point < TOK_CHAR_IDS; code_point++) {
+        char text[4];
+        size_t length = utf8_put(code_point, text);
+        tokenizer->char_ids[code_point] = tok_find_in_model(tokenizer, text, length);
+    }
+}
+
 static void tok_load_directory(tok_loader *loader, const char *directory) {
     size_t size = 0;
     loader->directory = directory;
@@ -10159,6 +10529,7 @@ static void tok_load_directory(tok_loader *loader, const char *directory) {
     if (!retrofit_path(loader->path, directory, "tokenizer.json")) loader->failed = true;
     tok_load_tokenizer(loader, loader->root);
     if (!loader->failed) tok_load_config(loader, directory);
+    if (!loader->failed) tok_index_characters(loader->tokenizer);
 }
 
 // A directory may have SentencePiece's file alone, which we don't read.
@@ -10200,6 +10571,1007 @@ void retrofit_tokenizer_free(retrofit_tokenizer *tokenizer) {
     free(tokenizer->classes);
     free(tokenizer->nfc);
     free(tokenizer);
+}
+
+// ---- Chat templates: their pieces --------------------------------------------------------------
+
+// A chat template is a program in Jinja that writes a conversation out. What follows runs the small
+// part of Jinja that chat templates are written in, just as transformers has it run (trim_blocks,
+// lstrip_blocks). All else is refused by its name, as soon as a conversation comes to it: what a
+// template has for tools does no harm. Templates are hostile: nesting, steps, memory are limited.
+enum { CHAT_MAX_NESTING = 60, CHAT_MAX_STEPS = 50 * 1000 * 1000, CHAT_MAX_MEMORY = 1 << 28 };
+
+typedef enum {
+    CHAT_END, CHAT_TEXT, CHAT_STATEMENT, CHAT_OUTPUT, CHAT_CLOSE, CHAT_WORD, CHAT_QUOTED,
+    CHAT_INTEGER, CHAT_OPERATOR
+} chat_token_kind;
+
+// Text, {% {{ %} or }}, or what is between those: a word, string, whole number or operator.
+typedef struct {
+    chat_token_kind kind;
+    const char *bytes; // of a string: without its quotes
+    size_t size;
+} chat_token;
+
+typedef enum {
+    CHAT_UNDEFINED, CHAT_NONE, CHAT_BOOL, CHAT_NUMBER, CHAT_STRING, CHAT_LIST, CHAT_MESSAGE,
+    CHAT_LOOP, CHAT_FUNCTION
+} chat_value_type;
+
+typedef struct chat_value {
+    chat_value_type type;
+    int64_t number;                 // BOOL, NUMBER
+    const char *bytes;              // STRING
+    const struct chat_value *items; // LIST
+    size_t size;                    // of bytes or items
+    const retrofit_message *message;
+} chat_value;
+
+typedef struct {
+    chat_token name;
+    chat_value value;
+} chat_variable;
+
+typedef struct chat_block { // of memory that a rendering needs
+    struct chat_block *next;
+    max_align_t bytes[];
+} chat_block;
+
+struct retrofit_chat {
+    char where[RETROFIT_PATH + 32]; // which file
+    char *text;                     // each line ends in \n
+    retrofit_text tokens;           // its bytes are chat_token
+    retrofit_json *config;          // tokenizer_config.json, which names special tokens; or NULL
+    const retrofit_tokenizer *tokenizer;
+    time_t now;                     // as at the start: one day for a whole conversation
+};
+
+typedef struct {
+    const retrofit_chat *chat;
+    size_t at, steps, nesting;     // at which token; so far; blocks and brackets around it
+    size_t unused;                 // > 0: expressions are read, but not evaluated
+    chat_variable *variables;      // [variable_count], those of the innermost loop from scope on
+    size_t variable_count, variable_capacity, scope;
+    size_t loop_index, loop_count; // of the innermost loop
+    chat_block *memory;
+    size_t memory_size;
+    retrofit_text output, marks; // marks: pairs of size_t, places in the output
+    char problem[512]; // why it cannot go on; else ""
+} chat_rendering;
+
+static const chat_token *chat_peek(const chat_rendering *run) {
+    return (const chat_token *)(const void *)run->chat->tokens.bytes + run->at;
+}
+
+// Ends the rendering: it goes to the end of the tokens, and finds none there.
+static void chat_end(chat_rendering *run) {
+    while (chat_peek(run)->kind != CHAT_END) run->at++;
+}
+
+static void chat_too_much(chat_rendering *run, const char *what) {
+    if (!*run->problem) snprintf(run->problem, sizeof run->problem, "it takes too much %s", what);
+    chat_end(run);
+}
+
+// The same where something is not followed.
+__attribute__((format(printf, 2, 3))) static void chat_refuse(chat_rendering *run,
+                                                              const char *format, ...) {
+    if (*run->problem) return;
+    size_t line = 1;
+    for (const char *c = run->chat->text; c < chat_peek(run)->bytes; c++) line += *c == '\n';
+    int n = snprintf(run->problem, sizeof run->problem, "line %zu: ", line);
+    va_list args;
+    va_start(args, format);
+    vsnprintf(run->problem + n, sizeof run->problem - (size_t)n, format, args);
+    va_end(args);
+    for (char *c = run->problem; *c; c++)
+        if ((unsigned char)*c < ' ') *c = ' ';
+    chat_end(run);
+}
+
+static void chat_spend(chat_rendering *run, size_t steps) {
+    run->steps += steps;
+    if (run->steps > CHAT_MAX_STEPS) chat_too_much(run, "time");
+}
+
+// What goes over so many bytes of a text.
+static void chat_spend_on(chat_rendering *run, size_t bytes) { chat_spend(run, bytes / 64); }
+
+static const chat_token *chat_take(chat_rendering *run) {
+    chat_spend(run, 1);
+    const chat_token *token = chat_peek(run);
+    if (token->kind != CHAT_END) run->at++;
+    return token;
+}
+
+static bool chat_is_text(const char *bytes, size_t size, const char *word) {
+    return size == strlen(word) && !memcmp(bytes, word, size);
+}
+
+static bool chat_is_word(const chat_token *token, const char *word) {
+    bool fits = token->kind == CHAT_WORD || token->kind == CHAT_OPERATOR;
+    return fits && chat_is_text(token->bytes, token->size, word);
+}
+
+static bool chat_accept(chat_rendering *run, const char *word) {
+    bool found = chat_is_word(chat_peek(run), word);
+    if (found) chat_take(run);
+    return found;
+}
+
+static void chat_refuse_token(chat_rendering *run, const chat_token *token) {
+    int size = (int)retrofit_min(token->size, 40);
+    if (token->kind == CHAT_END) chat_refuse(run, "it ends within a block or a tag");
+    else chat_refuse(run, "'%.*s' is not followed here", size, token->bytes);
+}
+
+static void chat_expect(chat_rendering *run, const char *word) {
+    if (!chat_accept(run, word)) chat_refuse_token(run, chat_peek(run));
+}
+
+static const chat_token *chat_expect_kind(chat_rendering *run, chat_token_kind kind) {
+    if (chat_peek(run)->kind != kind) chat_refuse_token(run, chat_peek(run));
+    return chat_take(run);
+}
+
+static void chat_add_token(retrofit_chat *chat, chat_token_kind kind, const char *bytes,
+                           size_t size) {
+    retrofit_text_append(&chat->tokens, &(chat_token){kind, bytes, size}, sizeof(chat_token));
+}
+
+static void chat_enter(chat_rendering *run) {
+    if (++run->nesting > CHAT_MAX_NESTING) chat_too_much(run, "nesting");
+}
+
+// The size of the text before a tag. {%- takes all white space before it, and {% or {# that begins
+// its line what is before it on that line.
+static size_t chat_text_before(const retrofit_chat *chat, const char *text, size_t size,
+                               const char *tag) {
+    if (tag[2] == '-') return retrofit_size_without_spaces(text, size);
+    if (tag[2] == '+' || tag[1] == '{') return size;
+    size_t line = size;
+    while (line > 0 && text[line - 1] != '\n') line--;
+    bool begins = line > 0 || text == chat->text || text[-1] == '\n';
+    return begins && retrofit_spaces_at(text + line, size - line) == size - line ? line : size;
+}
+
+// The bytes of a tag's end, with the white space it takes: all behind -%}, a newline behind %}.
+// 0: it does not end here. text ends in a NUL.
+static size_t chat_tag_end(const char *text, const char *end, char close) {
+    bool variable = close == '}', minus = *text == '-';
+    size_t sign = minus || (*text == '+' && !variable);
+    if (text[sign] != close || text[sign + 1] != '}') return 0;
+    const char *behind = text + sign + 2;
+    if (minus) return 3 + retrofit_spaces_at(behind, (size_t)(end - behind));
+    return sign + 2 + (!sign && !variable && *behind == '\n');
+}
+
+static bool chat_is_letter(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_';
+}
+
+static bool chat_is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// The bytes of the token at the beginning of a tag's text; 0: it has no end.
+static size_t chat_token_size(const char *text, const char *end, chat_token_kind *kind) {
+    static const char *const pairs[] = {"==", "!=", "<=", ">=", "//", "**"};
+    const char *c = text + 1;
+    *kind = CHAT_OPERATOR;
+    if (*text == '\'' || *text == '"') {
+        *kind = CHAT_QUOTED;
+        while (c < end && *c != *text) c += *c == '\\' ? 2 : 1;
+        return c < end ? (size_t)(c + 1 - text) : 0;
+    }
+    if (chat_is_letter(*text) || chat_is_digit(*text)) {
+        *kind = chat_is_letter(*text) ? CHAT_WORD : CHAT_INTEGER;
+        while (chat_is_letter(*c) || chat_is_digit(*c)) c++;
+        return (size_t)(c - text);
+    }
+    for (size_t i = 0; i < 6; i++)
+        if (!strncmp(text, pairs[i], 2)) return 2;
+    return 1;
+}
+
+// Adds the tokens from behind {% or {{ to the end of the tag. NULL: it has none; else what follows.
+static const char *chat_read_tag(retrofit_chat *chat, const char *at, const char *end,
+                                 char close) {
+    size_t brackets = 0; // in which no tag ends
+    for (;;) {
+        at += retrofit_spaces_at(at, (size_t)(end - at));
+        if (at == end) return NULL;
+        chat_token_kind kind;
+        size_t size = brackets ? 0 : chat_tag_end(at, end, close);
+        if (size) {
+            chat_add_token(chat, CHAT_CLOSE, at, 2);
+            return at + size;
+        }
+        size = chat_token_size(at, end, &kind);
+        if (size == 0) return NULL;
+        if (kind == CHAT_OPERATOR && strchr("([{", *at)) brackets++;
+        if (kind == CHAT_OPERATOR && brackets && strchr(")]}", *at)) brackets--;
+        size_t quote = kind == CHAT_QUOTED;
+        chat_add_token(chat, kind, at + quote, size - 2 * quote);
+        at += size;
+    }
+}
+
+static const char *chat_behind_comment(const char *at, const char *end) { // NULL: it has no end
+    for (; at < end; at++) {
+        size_t size = chat_tag_end(at, end, '#');
+        if (size) return at + size;
+    }
+    return NULL;
+}
+
+// Cuts the template into tokens, in which white space is as Jinja leaves it. false or error.
+static bool chat_read_tokens(retrofit_chat *chat, const char *end) {
+    const char *at = chat->text; // what is not yet in tokens
+    for (const char *tag = at; tag < end; tag++) {
+        if (*tag != '{' || !tag[1] || !strchr("%{#", tag[1])) continue;
+        size_t before = chat_text_before(chat, at, (size_t)(tag - at), tag);
+        if (before) chat_add_token(chat, CHAT_TEXT, at, before);
+        const char *inside = tag + 2;
+        if (*inside == '-' || *inside == '+') inside++;
+        if (tag[1] != '#')
+            chat_add_token(chat, tag[1] == '%' ? CHAT_STATEMENT : CHAT_OUTPUT, tag, 2);
+        if (tag[1] == '#') at = chat_behind_comment(inside, end);
+        else at = chat_read_tag(chat, inside, end, tag[1] == '%' ? '%' : '}');
+        if (!at)
+            return retrofit_fail("%s: a '%.2s' of the chat template has no end", chat->where, tag);
+        tag = at - 1;
+    }
+    const chat_token *tokens = (const void *)chat->tokens.bytes;
+    for (size_t i = 1; i < chat->tokens.size / sizeof *tokens; i++)
+        if (tokens[i - 1].kind == CHAT_STATEMENT && chat_is_word(&tokens[i], "raw"))
+            return retrofit_fail("%s: 'raw' in the chat template is not followed here",
+                                 chat->where);
+    if (at < end) chat_add_token(chat, CHAT_TEXT, at, (size_t)(end - at));
+    chat_add_token(chat, CHAT_END, end, 0);
+    return !chat->tokens.failed;
+}
+
+// ---- Chat templates: values --------------------------------------------------------------------
+
+// Memory until the rendering is over. NULL, and the rendering has ended, if there is too little.
+static void *chat_memory(chat_rendering *run, size_t size) {
+    run->memory_size += size + sizeof(chat_block);
+    bool fits = size <= CHAT_MAX_MEMORY && run->memory_size <= CHAT_MAX_MEMORY;
+    chat_block *block = fits ? retrofit_allocate(1, sizeof *block + size) : NULL;
+    if (!block) {
+        chat_too_much(run, "memory");
+        return NULL;
+    }
+    block->next = run->memory;
+    run->memory = block;
+    return block->bytes;
+}
+
+static chat_value chat_nothing(void) { return (chat_value){.type = CHAT_UNDEFINED}; }
+
+static chat_value chat_of_bool(bool truth) {
+    return (chat_value){.type = CHAT_BOOL, .number = truth};
+}
+
+static chat_value chat_of_number(chat_rendering *run, int64_t number) {
+    if (number > INT32_MAX || number < INT32_MIN)
+        chat_refuse(run, "a number of this size is not followed");
+    return (chat_value){.type = CHAT_NUMBER, .number = number};
+}
+
+static chat_value chat_of_string(const char *bytes, size_t size) {
+    return (chat_value){.type = CHAT_STRING, .bytes = bytes, .size = size};
+}
+
+static chat_value chat_of_token(chat_rendering *run, const chat_token *token) { // a quoted string
+    static const char escapes[] = "nrt\\'\"", meanings[] = "\n\r\t\\'\"";
+    if (!memchr(token->bytes, '\\', token->size)) return chat_of_string(token->bytes, token->size);
+    char *bytes = chat_memory(run, token->size);
+    size_t size = 0;
+    for (size_t i = 0; bytes && i < token->size; i++) {
+        bytes[size] = token->bytes[i];
+        if (bytes[size] == '\\') {
+            char c = token->bytes[++i];
+            const char *escape = memchr(escapes, c, sizeof escapes - 1);
+            if (!escape) chat_refuse(run, "the escape \\%c is not followed here", c);
+            else bytes[size] = meanings[escape - escapes];
+        }
+        size++;
+    }
+    return chat_of_string(bytes, size);
+}
+
+static bool chat_is_true(chat_value v) {
+    if (v.type == CHAT_BOOL || v.type == CHAT_NUMBER) return v.number != 0;
+    if (v.type == CHAT_STRING || v.type == CHAT_LIST) return v.size > 0;
+    return v.type >= CHAT_MESSAGE;
+}
+
+static bool chat_are_equal(chat_rendering *run, chat_value a, chat_value b) {
+    bool numbers = (a.type == CHAT_BOOL || a.type == CHAT_NUMBER) &&
+                   (b.type == CHAT_BOOL || b.type == CHAT_NUMBER);
+    if (numbers) return a.number == b.number;
+    if (a.type != b.type) return false;
+    if (a.type == CHAT_STRING && a.size == b.size) chat_spend_on(run, a.size);
+    if (a.type == CHAT_STRING) return a.size == b.size && !memcmp(a.bytes, b.bytes, a.size);
+    if (a.type > CHAT_STRING) chat_refuse(run, "lists and messages are not compared here");
+    return true;
+}
+
+// What {{ }} writes of a value.
+static chat_value chat_text_of(chat_rendering *run, chat_value v) {
+    if (v.type != CHAT_STRING && v.type != CHAT_UNDEFINED)
+        chat_refuse(run, "only text is written out here");
+    return v.type == CHAT_STRING ? v : chat_of_string("", 0);
+}
+
+static chat_value chat_joined(chat_rendering *run, chat_value a, chat_value b) {
+    char *bytes = chat_memory(run, a.size + b.size);
+    if (!bytes) return chat_nothing();
+    memcpy(bytes, a.bytes, a.size);
+    memcpy(bytes + a.size, b.bytes, b.size);
+    return chat_of_string(bytes, a.size + b.size);
+}
+
+static chat_value chat_message_member(chat_rendering *run, const retrofit_message *message,
+                                      const chat_token *name) {
+    if (chat_is_text(name->bytes, name->size, "role"))
+        return chat_of_string(message->role, strlen(message->role));
+    if (chat_is_text(name->bytes, name->size, "content"))
+        return chat_of_string(message->content, message->size);
+    const retrofit_json *other = message->json ? message->json->child : NULL;
+    chat_spend(run, message->json ? message->json->count / 4 : 0);
+    for (; other; other = other->next)
+        if (chat_is_text(name->bytes, name->size, other->key)) chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+static chat_value chat_member(chat_rendering *run, chat_value of, const chat_token *name) {
+    int64_t i = (int64_t)run->loop_index, n = (int64_t)run->loop_count;
+    if (of.type == CHAT_MESSAGE) return chat_message_member(run, of.message, name);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "index0")) return chat_of_number(run, i);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "index")) return chat_of_number(run, i + 1);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "first")) return chat_of_bool(i == 0);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "last")) return chat_of_bool(i == n - 1);
+    if (of.type == CHAT_LOOP && chat_is_word(name, "length")) return chat_of_number(run, n);
+    chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+static chat_variable *chat_find_variable(chat_rendering *run, const chat_token *name) {
+    chat_spend(run, run->variable_count / 4);
+    for (size_t i = run->variable_count; i > 0; i--) {
+        const chat_token *other = &run->variables[i - 1].name;
+        bool same = other->size == name->size && !memcmp(other->bytes, name->bytes, name->size);
+        if (same) return &run->variables[i - 1];
+    }
+    return NULL;
+}
+
+// Makes room for one more: it doubles when it is full. false: the rendering has ended.
+static bool chat_grow_variables(chat_rendering *run) {
+    size_t count = run->variable_count, capacity = run->variable_capacity;
+    if (count < capacity) return true;
+    size_t size = sizeof *run->variables;
+    chat_variable *more = chat_memory(run, (2 * capacity + 16) * size);
+    if (!more) return false;
+    if (count > 0) memcpy(more, run->variables, count * size);
+    run->variables = more;
+    run->variable_capacity = 2 * capacity + 16;
+    return true;
+}
+
+// As in Jinja, what is set in a loop is gone behind it.
+static void chat_set_variable(chat_rendering *run, const chat_token *name, chat_value value) {
+    chat_variable *variable = chat_find_variable(run, name);
+    if (!variable || variable < run->variables + run->scope) {
+        if (!chat_grow_variables(run)) return;
+        variable = &run->variables[run->variable_count++];
+    }
+    *variable = (chat_variable){*name, value};
+}
+
+// ---- Chat templates: expressions ---------------------------------------------------------------
+
+static chat_value chat_read_expression(chat_rendering *run);
+
+// The day, in a format whose parts C and Python write alike.
+static chat_value chat_format_now(chat_rendering *run, chat_value format) {
+    enum { SIZE = 128 };
+    char text[SIZE] = "", *out = chat_memory(run, SIZE);
+    bool known = out && format.type == CHAT_STRING && format.size > 0 && format.size < SIZE;
+    struct tm now;
+    if (known) memcpy(text, format.bytes, format.size);
+    for (const char *c = text; known && (c = strchr(c, '%')); c++) {
+        c += c[1] == '-' ? 2 : 1;
+        known = *c && strchr("aAbBdHIjmMpSyY%", *c);
+    }
+    size_t size = known ? strftime(out, SIZE, text, localtime_r(&run->chat->now, &now)) : 0;
+    if (size == 0) chat_refuse(run, "this call of strftime_now is not followed here");
+    return chat_of_string(out, size);
+}
+
+// Calls a function or, where its name is behind `of`, a method with no argument or one.
+static chat_value chat_read_call(chat_rendering *run, chat_value of, const chat_token *name) {
+    bool given = !chat_is_word(chat_peek(run), ")");
+    chat_value argument = given ? chat_read_expression(run) : chat_nothing();
+    chat_expect(run, ")");
+    if (run->unused) return chat_nothing();
+    bool both = chat_is_word(name, "strip"), left = both || chat_is_word(name, "lstrip");
+    bool right = both || chat_is_word(name, "rstrip"), function = of.type == CHAT_FUNCTION;
+    if (of.type == CHAT_STRING && (left || right) && !given) {
+        chat_spend_on(run, of.size);
+        size_t spaces = left ? retrofit_spaces_at(of.bytes, of.size) : 0, size = of.size - spaces;
+        if (right) size = retrofit_size_without_spaces(of.bytes + spaces, size);
+        return chat_of_string(of.bytes + spaces, size);
+    }
+    if (function && chat_is_word(name, "strftime_now")) return chat_format_now(run, argument);
+    if (function && chat_is_word(name, "raise_exception") && argument.type == CHAT_STRING)
+        chat_refuse(run, "it does not take this conversation: %.*s",
+                    (int)retrofit_min(argument.size, 300), argument.bytes);
+    chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+// The text of BOS or EOS. Where no file names them, some classes of tokenizers have their own.
+static chat_value chat_special_token(chat_rendering *run, int32_t id, const chat_token *name) {
+    const retrofit_json *class = retrofit_json_get(run->chat->config, "tokenizer_class");
+    bool none = id < 0 && retrofit_json_is(class, "PreTrainedTokenizerFast");
+    if (id < 0 && !none)
+        chat_refuse(run, "%.9s, which no file names, is not followed here", name->bytes);
+    if (id < 0) return chat_nothing();
+    size_t size;
+    char *text = retrofit_decode(run->chat->tokenizer, &id, 1, false, &size);
+    char *copy = text ? chat_memory(run, size) : NULL;
+    if (copy) memcpy(copy, text, size);
+    else chat_too_much(run, "memory");
+    free(text);
+    return copy ? chat_of_string(copy, size) : chat_nothing();
+}
+
+static chat_value chat_read_name(chat_rendering *run, const chat_token *name) {
+    static const char *const functions[] = {"raise_exception", "strftime_now", "namespace",
+                                            "range", "dict", "lipsum", "cycler", "joiner"};
+    static const char *const tokens[] = {"unk_token", "pad_token", "sep_token", "cls_token",
+                                         "mask_token", "additional_special_tokens"};
+    const chat_variable *variable = chat_find_variable(run, name);
+    if (run->unused) return chat_nothing();
+    if (chat_is_word(name, "true") || chat_is_word(name, "True")) return chat_of_bool(true);
+    if (chat_is_word(name, "false") || chat_is_word(name, "False")) return chat_of_bool(false);
+    if (chat_is_word(name, "none") || chat_is_word(name, "None"))
+        return (chat_value){.type = CHAT_NONE};
+    if (variable) return variable->value;
+    if (chat_is_word(name, "loop") && run->loop_count) return (chat_value){.type = CHAT_LOOP};
+    if (chat_is_word(name, "bos_token"))
+        return chat_special_token(run, retrofit_tokenizer_bos(run->chat->tokenizer), name);
+    if (chat_is_word(name, "eos_token"))
+        return chat_special_token(run, retrofit_tokenizer_eos(run->chat->tokenizer), name);
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
+        if (chat_is_word(name, functions[i])) return (chat_value){.type = CHAT_FUNCTION};
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
+        if (chat_is_word(name, tokens[i])) chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+// What is between brackets: one value, or a list.
+static chat_value chat_read_items(chat_rendering *run, const char *close, bool list) {
+    enum { MAX = 8 };
+    chat_value *items = chat_memory(run, MAX * sizeof *items);
+    size_t count = 0;
+    while (items && !chat_accept(run, close)) {
+        if (count > 0) {
+            chat_expect(run, ",");
+            list = true;
+            if (chat_accept(run, close)) break;
+        }
+        if (count == MAX || chat_peek(run)->kind == CHAT_END) {
+            chat_refuse(run, "a list of more than %d is not followed here", MAX);
+            return chat_nothing();
+        }
+        items[count++] = chat_read_expression(run);
+    }
+    if (!items) return chat_nothing();
+    if (!list && count == 1) return items[0];
+    return (chat_value){.type = CHAT_LIST, .items = items, .size = count};
+}
+
+static chat_value chat_read_primary(chat_rendering *run) {
+    const chat_token *token = chat_take(run);
+    if (token->kind == CHAT_WORD) return chat_read_name(run, token);
+    if (token->kind == CHAT_QUOTED) {
+        chat_value text = chat_of_token(run, token);
+        while (chat_peek(run)->kind == CHAT_QUOTED)
+            text = chat_joined(run, text, chat_of_token(run, chat_take(run)));
+        return text;
+    }
+    if (token->kind == CHAT_INTEGER && token->size < 10) {
+        char *end;
+        int64_t number = strtol(token->bytes, &end, 10);
+        if (end == token->bytes + token->size) return chat_of_number(run, number);
+    }
+    bool round = chat_is_word(token, "(");
+    if (round || chat_is_word(token, "[")) return chat_read_items(run, round ? ")" : "]", !round);
+    chat_refuse_token(run, token);
+    return chat_nothing();
+}
+
+// list[i], list[i:j], message['role']
+static chat_value chat_read_subscript(chat_rendering *run, chat_value of) {
+    chat_value none = {.type = CHAT_NONE}, from = none, to = none;
+    if (!chat_is_word(chat_peek(run), ":")) from = chat_read_expression(run);
+    bool slice = chat_accept(run, ":");
+    if (slice && !chat_is_word(chat_peek(run), "]")) to = chat_read_expression(run);
+    chat_expect(run, "]");
+    if (run->unused) return chat_nothing();
+    const chat_token name = {CHAT_WORD, from.bytes, from.size};
+    if (!slice && from.type == CHAT_STRING) return chat_member(run, of, &name);
+
+    int64_t n = (int64_t)of.size, i = from.type == CHAT_NUMBER ? from.number : 0;
+    int64_t j = to.type == CHAT_NUMBER ? to.number : n;
+    bool numbers = from.type == CHAT_NUMBER || (slice && from.type == CHAT_NONE);
+    numbers = numbers && (to.type == CHAT_NUMBER || to.type == CHAT_NONE);
+    if (of.type != CHAT_LIST || !numbers) {
+        chat_refuse(run, "this use of [ ] is not followed here");
+        return chat_nothing();
+    }
+    if (i < 0) i += n;
+    if (j < 0) j += n;
+    if (!slice) return i >= 0 && i < n ? of.items[i] : chat_nothing();
+    i = i < 0 ? 0 : i > n ? n : i;
+    j = j < i ? i : j > n ? n : j;
+    return (chat_value){.type = CHAT_LIST, .items = of.items + i, .size = (size_t)(j - i)};
+}
+
+static chat_value chat_read_test(chat_rendering *run, chat_value v) {
+    bool negated = chat_accept(run, "not"), yes = false;
+    const chat_token *name = chat_expect_kind(run, CHAT_WORD);
+    if (chat_is_word(name, "defined")) yes = v.type != CHAT_UNDEFINED;
+    else if (chat_is_word(name, "undefined")) yes = v.type == CHAT_UNDEFINED;
+    else if (chat_is_word(name, "none")) yes = v.type == CHAT_NONE;
+    else if (chat_is_word(name, "string")) yes = v.type == CHAT_STRING;
+    else if (chat_is_word(name, "mapping")) yes = v.type == CHAT_MESSAGE;
+    else if (chat_is_word(name, "true")) yes = v.type == CHAT_BOOL && v.number;
+    else if (chat_is_word(name, "false")) yes = v.type == CHAT_BOOL && !v.number;
+    else chat_refuse_token(run, name);
+    return chat_of_bool(yes != negated);
+}
+
+static chat_value chat_read_filter(chat_rendering *run, chat_value v) {
+    const chat_token *name = chat_expect_kind(run, CHAT_WORD);
+    bool trims = chat_is_word(name, "trim"),
+         length = chat_is_word(name, "length") || chat_is_word(name, "count");
+    if (chat_is_word(chat_peek(run), "(")) chat_refuse_token(run, chat_peek(run));
+    if (run->unused) return chat_nothing();
+    if (trims) {
+        v = chat_text_of(run, v);
+        chat_spend_on(run, v.size);
+        retrofit_strip(&v.bytes, &v.size);
+        return v;
+    }
+    if (length && v.type == CHAT_LIST) return chat_of_number(run, (int64_t)v.size);
+    chat_refuse_token(run, name);
+    return chat_nothing();
+}
+
+// A value with all that is behind it: .name [i] (argument) | filter, is test
+static chat_value chat_read_operand(chat_rendering *run) {
+    const chat_token *name = chat_peek(run);
+    bool minus = chat_accept(run, "-");
+    chat_value v = chat_read_primary(run);
+    for (;;) {
+        if (chat_accept(run, "(")) v = chat_read_call(run, v, name);
+        else if (chat_accept(run, "[")) v = chat_read_subscript(run, v);
+        else if (chat_accept(run, ".")) {
+            name = chat_expect_kind(run, CHAT_WORD);
+            if (v.type == CHAT_STRING) chat_expect(run, "(");
+            if (v.type == CHAT_STRING) v = chat_read_call(run, v, name);
+            else if (!run->unused) v = chat_member(run, v, name);
+        } else break;
+    }
+    if (minus && v.type != CHAT_NUMBER && !run->unused)
+        chat_refuse(run, "- of this is not followed here");
+    if (minus) v.number = -v.number;
+    for (;;) {
+        if (chat_accept(run, "|")) v = chat_read_filter(run, v);
+        else if (chat_accept(run, "is")) v = chat_read_test(run, v);
+        else return v;
+    }
+}
+
+static chat_value chat_is_in(chat_rendering *run, chat_value part, chat_value whole) {
+    bool found = false;
+    chat_spend_on(run, whole.type == CHAT_STRING ? whole.size : 0);
+    if (part.type == CHAT_STRING && whole.type == CHAT_STRING)
+        found = memmem(whole.bytes, whole.size, part.bytes, part.size);
+    else if (part.type == CHAT_STRING && whole.type == CHAT_MESSAGE) {
+        const chat_token name = {CHAT_WORD, part.bytes, part.size};
+        found = chat_message_member(run, whole.message, &name).type != CHAT_UNDEFINED;
+    } else if (whole.type == CHAT_LIST) {
+        for (size_t i = 0; i < whole.size; i++)
+            found = found || chat_are_equal(run, part, whole.items[i]);
+    } else chat_refuse(run, "'in' is followed for texts, lists and messages only");
+    return chat_of_bool(found);
+}
+
+// From what binds least: each level's operators. `not` stands between the second and the third.
+enum { CHAT_COMPARISON = 2, CHAT_LEVELS = 6, CHAT_MAX_OPERATORS = 8 };
+static const char *const chat_operators[CHAT_LEVELS][CHAT_MAX_OPERATORS] = {
+    {"or"}, {"and"}, {"==", "!=", "<", ">", "<=", ">=", "in", "not"}, {"+", "-"}, {"~"}, {"%"},
+};
+
+static chat_value chat_apply(chat_rendering *run, const char *operator, chat_value a,
+                             chat_value b) {
+    bool numbers = a.type == CHAT_NUMBER && b.type == CHAT_NUMBER;
+    if (!strcmp(operator, "or") || !strcmp(operator, "and")) return b;
+    if (!strcmp(operator, "==")) return chat_of_bool(chat_are_equal(run, a, b));
+    if (!strcmp(operator, "!=")) return chat_of_bool(!chat_are_equal(run, a, b));
+    if (!strcmp(operator, "in")) return chat_is_in(run, a, b);
+    if (!strcmp(operator, "not")) return chat_of_bool(!chat_is_true(chat_is_in(run, a, b)));
+    if (*operator== '~') return chat_joined(run, chat_text_of(run, a), chat_text_of(run, b));
+    if (*operator== '+' && a.type == CHAT_STRING && b.type == CHAT_STRING)
+        return chat_joined(run, a, b);
+    if (*operator== '+' && numbers) return chat_of_number(run, a.number + b.number);
+    if (*operator== '-' && numbers) return chat_of_number(run, a.number - b.number);
+    if (*operator== '%' && numbers && b.number> 0)
+        return chat_of_number(run, (a.number % b.number + b.number) % b.number);
+    if (*operator== '<' && numbers)
+        return chat_of_bool(operator[1] ? a.number <= b.number : a.number<b.number);
+    if (*operator== '>' && numbers)
+        return chat_of_bool(operator[1] ? a.number >= b.number : a.number> b.number);
+    chat_refuse(run, "'%s' of these is not followed here", operator);
+    return chat_nothing();
+}
+
+static const char *chat_accept_operator(chat_rendering *run, size_t level) {
+    for (size_t i = 0; i < CHAT_MAX_OPERATORS && chat_operators[level][i]; i++) {
+        if (!chat_accept(run, chat_operators[level][i])) continue;
+        if (!strcmp(chat_operators[level][i], "not")) chat_expect(run, "in");
+        return chat_operators[level][i];
+    }
+    return NULL;
+}
+
+static chat_value chat_read_level(chat_rendering *run, size_t level) {
+    if (level == CHAT_LEVELS) return chat_read_operand(run);
+    if (level == CHAT_COMPARISON && chat_accept(run, "not")) {
+        chat_enter(run);
+        chat_value negated = chat_read_level(run, CHAT_COMPARISON);
+        run->nesting--;
+        return chat_of_bool(!chat_is_true(negated));
+    }
+    chat_value v = chat_read_level(run, level + 1);
+    for (;;) {
+        const char *operator= chat_accept_operator(run, level);
+        if (!operator) return v;
+        bool decided = (level == 0 && chat_is_true(v)) || (level == 1 && !chat_is_true(v));
+        run->unused += decided;
+        chat_value right = chat_read_level(run, level + 1);
+        run->unused -= decided;
+        if (run->unused) v = chat_nothing();
+        else if (!decided) v = chat_apply(run, operator, v, right);
+        if (level == CHAT_COMPARISON) return v; // a second one would be about all three
+    }
+}
+
+static chat_value chat_read_expression(chat_rendering *run) {
+    chat_enter(run);
+    chat_value v = chat_read_level(run, 0);
+    run->nesting--;
+    return v;
+}
+
+// ---- Chat templates: statements ----------------------------------------------------------------
+
+static const chat_token *chat_run_block(chat_rendering *run);
+
+static void chat_write_out(chat_rendering *run, const char *bytes, size_t size) {
+    if (run->output.size + size > CHAT_MAX_MEMORY) chat_too_much(run, "memory");
+    retrofit_text_append(&run->output, bytes, size);
+}
+
+static void chat_skip_tag(chat_rendering *run) {
+    while (chat_peek(run)->kind != CHAT_CLOSE && chat_peek(run)->kind != CHAT_END) chat_take(run);
+    chat_take(run);
+}
+
+// The word behind {% that ends a block or begins the next part of one.
+static bool chat_ends_block(const chat_token *word) {
+    return chat_is_word(word, "elif") || chat_is_word(word, "else") ||
+           (word->kind == CHAT_WORD && word->size > 3 && !memcmp(word->bytes, "end", 3));
+}
+
+// {% set name %} without a value has a block.
+static bool chat_begins_block(const chat_token *word) {
+    static const char *const words[] = {"if",         "for",  "macro", "call",       "filter",
+                                        "generation", "with", "block", "autoescape", "trans"};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (chat_is_word(word, words[i])) return true;
+    return chat_is_word(word, "set") && word[1].kind == CHAT_WORD && word[2].kind == CHAT_CLOSE;
+}
+
+// Goes over what is not run, to the same word where run_block would end.
+static const chat_token *chat_skip_block(chat_rendering *run) {
+    for (size_t depth = 0; chat_peek(run)->kind != CHAT_END;) {
+        if (chat_take(run)->kind != CHAT_STATEMENT) continue;
+        const chat_token *word = chat_take(run);
+        if (depth == 0 && chat_ends_block(word)) return word;
+        if (chat_begins_block(word)) depth++;
+        else if (chat_ends_block(word) && *word->bytes == 'e' && word->bytes[1] == 'n') depth--;
+    }
+    return chat_peek(run);
+}
+
+static void chat_run_if(chat_rendering *run) {
+    bool done = false;
+    const chat_token *word = NULL;
+    do {
+        bool last = word && chat_is_word(word, "else");
+        bool chosen = !done && (last || chat_is_true(chat_read_expression(run)));
+        if (done) chat_skip_tag(run);
+        else chat_expect_kind(run, CHAT_CLOSE);
+        done = done || chosen;
+        word = chosen ? chat_run_block(run) : chat_skip_block(run);
+        if (last && !chat_is_word(word, "endif")) chat_refuse_token(run, word);
+    } while (chat_is_word(word, "elif") || chat_is_word(word, "else"));
+    if (!chat_is_word(word, "endif")) chat_refuse_token(run, word);
+    chat_expect_kind(run, CHAT_CLOSE);
+}
+
+static void chat_run_for(chat_rendering *run) {
+    const chat_token *name = chat_expect_kind(run, CHAT_WORD), *word = NULL;
+    chat_expect(run, "in");
+    chat_value list = chat_read_expression(run);
+    chat_expect_kind(run, CHAT_CLOSE);
+    bool loops = list.type == CHAT_LIST || list.type == CHAT_UNDEFINED;
+    if (!loops) chat_refuse(run, "a loop over this is not followed here");
+    size_t body = run->at, index = run->loop_index, count = run->loop_count;
+    size_t scope = run->scope;
+    run->scope = run->variable_count;
+    for (size_t i = 0; i < list.size && !*run->problem; i++) {
+        run->at = body;
+        run->loop_index = i;
+        run->loop_count = list.size;
+        run->variable_count = run->scope;
+        chat_set_variable(run, name, list.items[i]);
+        word = chat_run_block(run);
+    }
+    if (list.size == 0) word = chat_skip_block(run);
+    run->variable_count = run->scope;
+    run->scope = scope;
+    run->loop_index = index;
+    run->loop_count = count;
+    if (word && !chat_is_word(word, "endfor")) chat_refuse_token(run, word);
+    chat_expect_kind(run, CHAT_CLOSE);
+}
+
+// What training marks as the model's own.
+static void chat_run_generation(chat_rendering *run) {
+    size_t scope = run->scope, mark[2] = {run->output.size};
+    chat_expect_kind(run, CHAT_CLOSE);
+    run->scope = run->variable_count;
+    const chat_token *word = chat_run_block(run);
+    mark[1] = run->output.size;
+    retrofit_text_append(&run->marks, mark, sizeof mark);
+    run->variable_count = run->scope;
+    run->scope = scope;
+    if (!chat_is_word(word, "endgeneration")) chat_refuse_token(run, word);
+    chat_expect_kind(run, CHAT_CLOSE);
+}
+
+static void chat_run_set(chat_rendering *run) {
+    const chat_token *name = chat_expect_kind(run, CHAT_WORD);
+    chat_expect(run, "=");
+    chat_set_variable(run, name, chat_read_expression(run));
+    chat_expect_kind(run, CHAT_CLOSE);
+}
+
+// Runs the template to a word that belongs to the block around it, which it returns, or to the end.
+static const chat_token *chat_run_block(chat_rendering *run) {
+    chat_enter(run);
+    const chat_token *word;
+    for (;;) {
+        const chat_token *token = chat_take(run);
+        word = token->kind == CHAT_STATEMENT ? chat_take(run) : token;
+        if (token->kind == CHAT_TEXT) chat_write_out(run, token->bytes, token->size);
+        else if (token->kind == CHAT_OUTPUT) {
+            chat_value text = chat_text_of(run, chat_read_expression(run));
+            chat_write_out(run, text.bytes, text.size);
+            chat_expect_kind(run, CHAT_CLOSE);
+        } else if (chat_is_word(word, "if")) chat_run_if(run);
+        else if (chat_is_word(word, "for")) chat_run_for(run);
+        else if (chat_is_word(word, "set")) chat_run_set(run);
+        else if (chat_is_word(word, "generation")) chat_run_generation(run);
+        else break;
+    }
+    run->nesting--;
+    return word;
+}
+
+// ---- Chat templates: the model's ---------------------------------------------------------------
+
+static void chat_define(chat_rendering *run, const char *name, chat_value value) {
+    chat_set_variable(run, &(chat_token){CHAT_WORD, name, strlen(name)}, value);
+}
+
+static void chat_define_all(chat_rendering *run, const retrofit_message *messages, size_t count,
+                            bool prompt) {
+    chat_value *items = chat_memory(run, count * sizeof *items), none = {.type = CHAT_NONE};
+    for (size_t i = 0; items && i < count; i++)
+        items[i] = (chat_value){.type = CHAT_MESSAGE, .message = &messages[i]};
+    chat_define(run, "messages", (chat_value){.type = CHAT_LIST, .items = items, .size = count});
+    chat_define(run, "add_generation_prompt", chat_of_bool(prompt));
+    chat_define(run, "tools", none);
+    chat_define(run, "documents", none);
+}
+
+bool retrofit_chat_render(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
+                          bool prompt, retrofit_text *text, retrofit_text *marks) {
+    chat_rendering run = {.chat = chat};
+    chat_define_all(&run, messages, count, prompt);
+    chat_write_out(&run, "", 0); // so that there are bytes even if there is no text
+    const chat_token *end = chat_run_block(&run);
+    if (end->kind != CHAT_END) chat_refuse_token(&run, end);
+    while (run.memory) {
+        chat_block *block = run.memory;
+        run.memory = block->next;
+        free(block);
+    }
+    bool ok = !*run.problem && !run.output.failed && !run.marks.failed;
+    if (!ok || !marks) free(run.marks.bytes);
+    if (!ok) free(run.output.bytes);
+    *text = ok ? run.output : (retrofit_text){0};
+    if (marks) *marks = ok ? run.marks : (retrofit_text){0};
+    if (ok) return true;
+    return *run.problem && retrofit_fail("%s: chat template: %s", chat->where, run.problem);
+}
+
+// Copies of messages, each with a mark \1number\1 at the end of its content. NULL or error.
+static retrofit_message *chat_mark_messages(const retrofit_message *messages, size_t count) {
+    enum { MARK = 32 };
+    size_t size = 0;
+    for (size_t i = 0; i < count; i++) size += messages[i].size + MARK;
+    retrofit_message *marked = retrofit_allocate(1, count * sizeof *marked + size);
+    if (!marked) return NULL;
+    char *content = (char *)(marked + count);
+    for (size_t i = 0; i < count; i++) {
+        marked[i] = messages[i];
+        marked[i].content = content;
+        memcpy(content, messages[i].content, messages[i].size);
+        content += messages[i].size;
+        marked[i].size += (size_t)snprintf(content, MARK, "\1%zu\1", i);
+        content += MARK;
+    }
+    return marked;
+}
+
+// Whether each mark is in the text. false or error.
+static bool chat_check_marks(const retrofit_chat *chat, const retrofit_message *messages,
+                             const retrofit_message *marked, size_t count, retrofit_text text) {
+    const char *end = text.bytes + text.size, *found = text.bytes; // where the mark before is
+    for (size_t i = 0; i < count; i++) {
+        const char *mark = marked[i].content + messages[i].size;
+        size_t size = marked[i].size - messages[i].size;
+        found = memmem(found, (size_t)(end - found), mark, size); // mostly they come in order
+        if (!found) found = memmem(text.bytes, text.size, mark, size);
+        if (!found)
+            return retrofit_fail("%s: chat template: it writes nothing of a message of the role "
+                                 "\"%s\"", chat->where, messages[i].role);
+    }
+    return true;
+}
+
+// A template may pass over a message, for its role mostly, of which nobody would hear: so it writes
+// them all once more, each with a mark, for a check.
+bool retrofit_chat_write(const retrofit_chat *chat, const retrofit_message *messages, size_t count,
+                         bool prompt, retrofit_text *text, retrofit_text *marks) {
+    *text = (retrofit_text){0};
+    if (marks) *marks = (retrofit_text){0};
+    retrofit_message *marked = chat_mark_messages(messages, count);
+    if (!marked) return false;
+    bool ok = retrofit_chat_render(chat, marked, count, prompt, text, NULL);
+    if (ok) ok = chat_check_marks(chat, messages, marked, count, *text);
+    free(text->bytes);
+    free(marked);
+    *text = (retrofit_text){0};
+    return ok && retrofit_chat_render(chat, messages, count, prompt, text, marks);
+}
+
+// ---- Chat templates: loading -------------------------------------------------------------------
+
+// tokenizer_config.json has one template or a list of named ones, of which "default" counts: its
+// value, or NULL. false or error.
+static bool chat_find_template(retrofit_chat *chat, const retrofit_json **found) {
+    const retrofit_json *entry = retrofit_json_get(chat->config, "chat_template");
+    *found = entry && entry->type == RETROFIT_JSON_NULL ? NULL : entry;
+    if (entry && entry->type == RETROFIT_JSON_ARRAY) {
+        *found = NULL;
+        for (entry = entry->child; entry; entry = entry->next)
+            if (retrofit_json_is(retrofit_json_get(entry, "name"), "default"))
+                *found = retrofit_json_get(entry, "template");
+        if (!*found)
+            return retrofit_fail("%s: none of its chat templates is named \"default\"",
+                                 chat->where);
+    }
+    if (!*found || (*found)->type == RETROFIT_JSON_STRING) return true;
+    return retrofit_fail("%s: chat_template is no text", chat->where);
+}
+
+// The template as it lies in the directory. Where several do, the order is that of transformers.
+// false or error, also where there is none.
+static bool chat_read_file(retrofit_chat *chat, const char *directory, size_t *size) {
+    static const char *const files[] = {"additional_chat_templates/default.jinja",
+                                        "chat_template.jinja"};
+    char path[RETROFIT_PATH];
+    for (size_t i = 0; i < 2; i++) {
+        if (!retrofit_path(chat->where, directory, files[i])) return false;
+        if (!retrofit_is_there(chat->where)) continue;
+        chat->text = retrofit_read_file(chat->where, size);
+        return chat->text;
+    }
+    if (!retrofit_path(path, directory, "additional_chat_templates")) return false;
+    if (retrofit_is_there(path))
+        return retrofit_fail("%s: without a chat_template.jinja beside it, it does not say which "
+                             "chat template is for chats", path);
+    const retrofit_json *found = NULL;
+    if (!retrofit_path(chat->where, directory, "tokenizer_config.json")) return false;
+    if (chat->config && !chat_find_template(chat, &found)) return false;
+    if (!found)
+        return retrofit_fail("%s: no chat template, neither chat_template.jinja nor chat_template "
+                             "in tokenizer_config.json: a base model", directory);
+    *size = found->length;
+    chat->text = retrofit_allocate(found->length + 1, 1);
+    if (chat->text) memcpy(chat->text, found->string, found->length);
+    return chat->text;
+}
+
+static bool chat_load(retrofit_chat *chat, const char *directory) {
+    char path[RETROFIT_PATH];
+    size_t size = 0, kept = 0;
+    if (!retrofit_path(path, directory, "tokenizer_config.json")) return false;
+    if (retrofit_is_there(path)) {
+        chat->config = retrofit_json_read(path, NULL);
+        if (!chat->config) return false;
+    }
+    if (!chat_read_file(chat, directory, &size)) return false;
+    if (retrofit_find_invalid(chat->text, 0, size) < size)
+        return retrofit_fail("%s: the chat template is not UTF-8", chat->where);
+
+    // Jinja reads \r\n and \r as \n, and drops one at the end.
+    for (size_t i = 0; i < size; i++) {
+        char c = chat->text[i];
+        if (c == '\r' && chat->text[i + 1] == '\n') continue;
+        chat->text[kept++] = c == '\r' ? '\n' : c;
+    }
+    if (kept > 0 && chat->text[kept - 1] == '\n') kept--;
+    chat->text[kept] = 0;
+    return chat_read_tokens(chat, chat->text + kept);
+}
+
+retrofit_chat *retrofit_chat_load(const char *directory, const retrofit_tokenizer *tokenizer) {
+    retrofit_chat *chat = retrofit_allocate(1, sizeof *chat);
+    if (!chat) return NULL;
+    chat->tokenizer = tokenizer;
+    chat->now = time(NULL);
+    if (chat_load(chat, directory)) return chat;
+    retrofit_chat_free(chat);
+    return NULL;
+}
+
+void retrofit_chat_free(retrofit_chat *chat) {
+    if (!chat) return;
+    free(chat->text);
+    free(chat->tokens.bytes);
+    retrofit_json_free(chat->config);
+    free(chat);
+}
+
+const char *retrofit_chat_where(const retrofit_chat *chat) { return chat->where; }
+
+bool retrofit_chat_has_marks(const retrofit_chat *chat) {
+    const chat_token *tokens = (const void *)chat->tokens.bytes;
+    for (size_t i = 0; tokens[i].kind != CHAT_END; i++)
+        if (tokens[i].kind == CHAT_STATEMENT && chat_is_word(&tokens[i + 1], "generation"))
+            return true;
+    return false;
 }
 
 // =================================================================================================

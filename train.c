@@ -718,15 +718,17 @@ static void show_evaluation(const char *what, size_t done, size_t count) {
     retrofit_live_line(text);
 }
 
-// Adds b times the mean loss of rows first … first + b - 1 to loss[i], at the i-th of the
-// recurrences. Rows and start states are the same in every validation. A deeper state goes on from
-// the one before it in the list; where the list goes down again, it starts anew.
-static void validate_rows(size_t first, size_t b, double *loss) {
+// Adds the sum of the losses of rows first … first + b - 1 to loss[i], at the i-th of the
+// recurrences, and returns how many labels it is over. Rows and start states are the same in every
+// validation. A deeper state goes on from the one before it in the list; where the list goes down
+// again, it starts anew.
+static size_t validate_rows(size_t first, size_t b, double *loss) {
     retrofit_buffers *buffers = run.buffers;
     int32_t *tokens = buffers->host_tokens, *labels = buffers->host_labels;
     size_t T = options.seq_len, done = 0;
     for (size_t i = 0; i < b; i++)
         require(retrofit_data_row(run.val, first + i, tokens + i * T, labels + i * T));
+    size_t counted = retrofit_count_labels(labels, b * T);
 
     require(retrofit_prelude(buffers, tokens, b, T));
     for (size_t i = 0; i < eval_count; i++) {
@@ -738,17 +740,18 @@ static void validate_rows(size_t first, size_t b, double *loss) {
         retrofit_recur(buffers, r - done, 0);
         done = r;
         retrofit_coda(buffers);
-        loss[i] += retrofit_loss(buffers, labels, 0) * (double)b;
+        loss[i] += retrofit_loss(buffers, labels, 0) * (double)counted;
     }
+    return counted;
 }
 
 // Prints the mean losses and logs them.
-static void report_validation(const double *loss, size_t rows) {
+static void report_validation(const double *loss, size_t labels) {
     end_live_line();
     fprintf(stderr, "step %zu: validation loss", progress.step);
     fprintf(run.log, "{\"step\":%zu,\"val\":{", progress.step);
     for (size_t i = 0; i < eval_count; i++) {
-        double mean = loss[i] / (double)rows;
+        double mean = loss[i] / (double)labels;
         if (eval_recurrences[i] > 0) fprintf(stderr, "  r=%zu", eval_recurrences[i]);
         fprintf(stderr, " %.4f", mean);
         fprintf(run.log, "%s\"%zu\":", i ? "," : "", eval_recurrences[i]);
@@ -762,13 +765,13 @@ static void report_validation(const double *loss, size_t rows) {
 static bool validate(void) {
     double loss[MAX_EVALS] = {0};
     size_t rows = retrofit_min(retrofit_data_rows(run.val), options.eval_rows);
-    size_t micro = options.micro_batch_size;
+    size_t micro = options.micro_batch_size, labels = 0;
     for (size_t first = 0; first < rows; first += micro) {
         if (should_stop(0)) return false;
         show_evaluation("row", first, rows);
-        validate_rows(first, retrofit_min(rows - first, micro), loss);
+        labels += validate_rows(first, retrofit_min(rows - first, micro), loss);
     }
-    report_validation(loss, rows);
+    report_validation(loss, labels);
     return true;
 }
 

@@ -298,11 +298,15 @@ static void set_up(void) {
     mkdir(in_work("out"), 0777);
     copy_to_work(REPORTS "brackets_a/model/tokenizer.json", "t/tokenizer.json");
     copy_to_work(REPORTS "brackets_a/model/tokenizer_config.json", "t/tokenizer_config.json");
+    static const char template[] =
+        "{% for m in messages %}{{ m.role + m.content }}{% if m.role == 'user' %}{{ eos_token }}\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}";
+    write_input("t/chat_template.jinja", (input){template, sizeof template - 1});
 }
 
 static void reset_program(void) {
     reset_options();
-    unfinished.set = false;
+    memset(unfinished, 0, sizeof unfinished);
 }
 
 static void fuzz_gguf(input in) {
@@ -314,26 +318,35 @@ static void fuzz_gguf(input in) {
     gguf_close(&gguf);
 }
 
+// Whether a line may have a conversation is up to the input; none has a file of labels to itself.
 static void tokenize_as(const char *name, input in) {
     static retrofit_tokenizer *tokenizer;
+    static retrofit_chat *chat;
     if (!tokenizer) {
         hooks.round--;
         tokenizer = retrofit_tokenizer_load(in_work("t"));
+        chat = retrofit_chat_load(in_work("t"), tokenizer);
         hooks.round++;
-        require_test(tokenizer != NULL, "t");
+        require_test(tokenizer && chat, "t");
     }
     char path[128];
     strcpy(path, in_work(name));
     write_input(name, in);
     shard_writer writer = {.tokenizer = tokenizer, .eos = 1, .narrow = true, .files = 1};
+    writer.chat = chat;
+    make_encoders(&writer);
     options.to = "/dev/null";
-    options.field = "text";
+    options.field = in.size % 3 ? NULL : "text";
     options.encoding_errors = in.size % 2 ? ERRORS_STRICT : ERRORS_REPLACE;
     check_kind(path);
     writer.file = fopen("/dev/null", "wb");
+    writer.label_file = fopen("/dev/null", "wb");
     if (ends_with(name, ".txt")) tokenize_whole(&writer, path);
     else tokenize_lines(&writer, path);
     fclose(writer.file);
+    fclose(writer.label_file);
+    for (size_t i = 0; i < writer.threads; i++) retrofit_encoder_free(writer.encoders[i]);
+    free(writer.encoders);
 }
 
 static void fuzz_text(input in) { tokenize_as("x.txt", in); }
@@ -367,7 +380,10 @@ static const target targets[] = {
     {"gguf", fuzz_gguf, {REPORTS "gguf_rope_a/*.gguf"}, {0}, false},
     {"lines", fuzz_lines, {REPORTS "small_shards_a/*.jsonl", REPORTS "prompts_*/*.jsonl"},
      {"{\"text\":\"x\\ud800y\"}\n{\"text\":NaN,\"a\":[-Infinity,Infinity]}\n{\"text\":null}\n",
-      "{\"other\":1}\n\n{\"text\":\"\\\\ud800 \\ud83d\\ude00\"}\r\n[1]\n", "\"text\""}, false},
+      "{\"other\":1}\n\n{\"text\":\"\\\\ud800 \\ud83d\\ude00\"}\r\n[1]\n", "\"text\"",
+      "{\"messages\":[{\"role\":\"user\",\"content\":\"the cat\"},"
+      "{\"role\":\"assistant\",\"content\":\" sat \"}]}\n",
+      "{\"messages\":[{\"role\":\"assistant\",\"content\":null}],\"tools\":[1]}\n"}, false},
     {"text", fuzz_text, {REPORTS "crlf_prompts_a/*.txt"},
      {"\xef\xbb\xbfthe cat\r\nsat  <|eos|> \xe9 12345", "\xff\xfe" "a\0b", "1AY&SY"}, false},
     {"layers", fuzz_layers, {0},
@@ -417,7 +433,7 @@ static void set_up(void) {
 
 static void reset_program(void) {
     reset_options();
-    memset(&template, 0, sizeof template);
+    chat = NULL;
     memset(&task_set, 0, sizeof task_set);
     memset(&answer_regex, 0, sizeof answer_regex);
     memset(&drafts, 0, sizeof drafts);
@@ -532,14 +548,14 @@ static void fuzz_decode(input in) {
 }
 
 static void fuzz_template(input in) {
-    static const struct message messages[] = {
+    static const retrofit_message messages[] = {
         {"system", "be <|brief|>", 12, NULL}, {"user", " 1+1? ", 6, NULL},
         {"assistant", "2", 1, NULL}, {"user", "\xc3\xa9", 2, NULL}};
     write_input("chat/chat_template.jinja", in);
     options.chat = true;
     read_chat_template();
     free(write_messages(messages, 4, "").bytes);
-    free_chat_template();
+    retrofit_chat_free(chat);
 }
 
 static void fuzz_batch_file(input in) {
@@ -555,7 +571,7 @@ static void fuzz_batch_file(input in) {
     struct sequence *sequences = read_batch(&count);
     for (size_t i = 0; i < count; i++) free_sequence(&sequences[i]);
     free(sequences);
-    free_chat_template();
+    retrofit_chat_free(chat);
 }
 
 static void fuzz_tasks_file(input in) {
@@ -709,6 +725,12 @@ static void set_up(void) {
     free(file);
     int32_t shard[256 + 20] = {RETROFIT_SHARD_MAGIC_16, 1, 40, 1, 1};
     add_seed("shard", shard, sizeof shard);
+    write_input("y.bin", (input){(const char *)shard, sizeof shard});
+    uint64_t hash = retrofit_sample_hash(shard, sizeof shard);
+    int32_t labels[256 + 40] = {RETROFIT_LABELS_MAGIC, 1, 40, (int32_t)(uint32_t)hash,
+                                (int32_t)(uint32_t)(hash >> 32)};
+    for (size_t i = 256; i < 276; i++) labels[i] = RETROFIT_IGNORED;
+    add_seed("labels", labels, sizeof labels);
     shard[0] = RETROFIT_SHARD_MAGIC_32;
     shard[1] = 7;
     shard[2] = 20;
@@ -768,10 +790,9 @@ static void fuzz_prompts(input in) {
     close_samples();
 }
 
-static void fuzz_shard(input in) {
+static void read_data(const char *name, bool shuffle) {
     int32_t tokens[9], labels[9];
-    write_input("x.bin", in);
-    retrofit_data *data = retrofit_data_open(in_work("x.bin"), 8, 300, in.size % 2, 1);
+    retrofit_data *data = retrofit_data_open(in_work(name), 8, 300, shuffle, 1);
     if (!data) return;
     if (retrofit_data_check_ids(data)) {
         for (uint64_t i = 0; i < 3; i++) retrofit_data_row(data, i, tokens, labels);
@@ -779,6 +800,17 @@ static void fuzz_shard(input in) {
     retrofit_data_check(data, NULL);
     free(retrofit_data_describe(data));
     retrofit_data_close(data);
+}
+
+static void fuzz_shard(input in) {
+    write_input("x.bin", in);
+    read_data("x.bin", in.size % 2);
+}
+
+// Those of the first shard above.
+static void fuzz_labels(input in) {
+    write_input("y.bin.labels", in);
+    read_data("y.bin", in.size % 2);
 }
 
 static void fuzz_command(input in) {
@@ -808,6 +840,7 @@ static const target targets[] = {
     {"prompts", fuzz_prompts, {REPORTS "crlf_prompts_a/*.txt"}, {"four five\nsix\r\n"}, false},
     {"shard", fuzz_shard,
      {REPORTS "*/*.bin"}, {0}, false},
+    {"labels", fuzz_labels, {0}, {0}, false},
     {"command", fuzz_command, {0},
      {FLAGS "--fixed-recurrences=2,3\n--seq-len\n8\n--lr=1e-3\n--warmup\n.1\n--resume",
       FLAGS "--eval-recurrences\n1,2,4\n--val\nv\n--optimizer=adamw\n--clip\n0\n--throttle",

@@ -788,6 +788,52 @@ static void hashes(void) {
                   i < OTHERS ? others[i].json : "nothing", others[j].json);
 }
 
+// A text of several parts, of words, spaces and what tokenizers do special things with.
+static char *make_long_text(size_t *size) {
+    static const char *const words[] = {
+        "the", " the", " of", "ing", " Hello", " don't", "'ll", "'", "123", " 4567", "\n", "\n\n",
+        " ", "  ", "   ", "\t", "\xc3\xa9", " e\xcc\x81", "\xe2\x96\x81", "\xe2\x96\x81of",
+        "a\xe2\x80\x99s", "\xf0\x9f\x98\x80", " .", "...", "A", "z", "<", "<s", " </s", "_",
+        "\r\n", "\xe4\xb8\xad"};
+    enum { WORDS = sizeof words / sizeof *words, SIZE = 5 * TOK_PART };
+    retrofit_text text = {0};
+    for (uint64_t i = 0; text.size < SIZE; i++) {
+        const char *word = words[retrofit_hash(7, i) % WORDS];
+        retrofit_text_append(&text, word, strlen(word));
+    }
+    need(!text.failed, "memory");
+    *size = text.size;
+    return text.bytes;
+}
+
+// What is cut into parts, and what the cache knows, has the ids of a text that is encoded as one.
+static void long_text(const char *directory) {
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    need(tokenizer != NULL, directory);
+    size_t size, count, parts = 0;
+    char *text = make_long_text(&size);
+    tok_encoder whole = {.tokenizer = tokenizer}, none = {.tokenizer = tokenizer};
+    tok_normalize(tokenizer, &none.normalized, text, size);
+    tok_encode_part(&whole, none.normalized.bytes, none.normalized.size, true);
+
+    free(tok_cut_parts(tokenizer, none.normalized.bytes, none.normalized.size, &parts));
+    check(parts >= 4, "%s: a long text has %zu parts", directory, parts);
+    retrofit_encoder *encoder = retrofit_encoder_new(tokenizer);
+    for (int pass = 0; pass < 3; pass++) {
+        int32_t *ids = pass ? retrofit_encode_with(encoder, text, size, false, &count, NULL, NULL)
+                            : retrofit_encode(tokenizer, text, size, false, &count);
+        bool same = ids && count * sizeof *ids == whole.ids.size;
+        check(same && !memcmp(ids, whole.ids.bytes, whole.ids.size),
+              "%s: a long text has other ids in parts (pass %d)", directory, pass);
+        free(ids);
+    }
+    retrofit_encoder_free(encoder);
+    tok_free_memory(&whole);
+    tok_free_memory(&none);
+    free(text);
+    retrofit_tokenizer_free(tokenizer);
+}
+
 static void speed(const char *directory, const char *file) {
     double start = retrofit_seconds();
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
@@ -841,6 +887,7 @@ int main(int count, char **args) {
         char directory[256];
         snprintf(directory, sizeof directory, FIXTURES "tokenizers/%s", kinds[i]);
         run_cases(directory, "cases.json");
+        long_text(directory);
         hostile(directory, 997, 600);
         if (i) round_trips(directory, 1500); // llama2_style does not keep all spaces
     }
