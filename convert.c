@@ -2306,7 +2306,7 @@ static void gguf_read_config(gguf_file *gguf, retrofit_config *c) {
 static void gguf_add_piece(gguf_file *gguf, const char *name, size_t rows, size_t cols,
                            size_t head_dim) {
     gguf_tensor *tensor = gguf_find_tensor(gguf, name);
-    if (!tensor) gguf_die(gguf, "tensor %s is missing: damaged, or no Llama", name);
+    if (!tensor) gguf_die(gguf, "tensor %s is missing: damaged, or not all of a model", name);
     tensor->used = true;
     if (tensor->rows != rows || tensor->cols != cols)
         gguf_die(tensor->file, "tensor %s is %zu x %zu, the metadata ask for %zu x %zu",
@@ -2897,7 +2897,8 @@ static void mend_ids(retrofit_model *source, const char *directory) {
 
 static void convert(int task) {
     struct stat status;
-    bool is_file = !stat(options.from, &status) && S_ISREG(status.st_mode);
+    bool is_there = !stat(options.from, &status);
+    bool is_file = is_there ? S_ISREG(status.st_mode) : ends_with(options.from, ".gguf");
     gguf_file gguf;
     char path[RETROFIT_PATH];
     tokenizer_source tokenizer = {NULL, NULL};

@@ -2,7 +2,7 @@
 # Python package gguf 0.19 (pip install gguf==0.19.0). Nothing in make test needs it.
 #
 # Of each type that convert reads: blocks of random bytes, in which the scales take every kind of
-# value that they can have, and the numbers that gguf makes of them, as TYPE.blocks and TYPE.values.
+# value that they can have (TYPE.blocks), and the numbers that gguf makes of them (TYPE.values).
 import json
 import sys
 
@@ -56,6 +56,7 @@ def make_blocks(name, random):
     else:  # F32 and BF16, whose last byte has seven bits of the exponent: not all of them set
         blocks[:, -1] = numpy.where(blocks[:, -1] & 127 == 127, 60, blocks[:, -1])
     dequantized = gguf.quants.dequantize(blocks.reshape(-1), kind).astype(numpy.float32)
+    dequantized = dequantized.reshape(len(blocks), values)
     assert numpy.isfinite(dequantized).all(), name
     return blocks, dequantized
 
@@ -63,7 +64,7 @@ def make_blocks(name, random):
 def write(path, tensors):
     header, offset = {}, 0
     for name, array in tensors.items():
-        dtype = "U8" if array.dtype == numpy.uint8 else "F32"
+        dtype = "F32" if array.dtype == numpy.float32 else "I32"
         header[name] = {"dtype": dtype, "shape": list(array.shape),
                         "data_offsets": [offset, offset + array.nbytes]}
         offset += array.nbytes
@@ -79,8 +80,9 @@ def main():
     random = numpy.random.default_rng(18)
     values, blocks = {}, {}
     for name in list(OFFSETS) + OTHERS:
-        blocks[name + ".blocks"], values[name + ".values"] = make_blocks(name, random)
-    write(sys.argv[1], values | blocks)  # what needs alignment first
+        packed, values[name + ".values"] = make_blocks(name, random)
+        blocks[name + ".blocks"] = packed.reshape(-1).view("<i4")  # four bytes a word
+    write(sys.argv[1], blocks | values)
 
 
 main()
