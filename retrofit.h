@@ -5134,21 +5134,28 @@ static retrofit_type loaded_type(const retrofit_model *model, const retrofit_par
     return RETROFIT_BF16;
 }
 
+// Tensors that make up a parameter lie one below the other in files that we wrote.
 static bool stays_in_file(const retrofit_model *model, const retrofit_parameter *parameter,
-                          const retrofit_tensor *tensor) {
-    bool aligned = (uintptr_t)tensor->data % retrofit_type_size(tensor->type) == 0;
-    bool as_it_is = parameter->sources == 1 && tensor->type == parameter->weight.type;
-    return model->ops == &retrofit_cpu && as_it_is && aligned;
+                          const source_tensors *sources) {
+    size_t size = retrofit_type_size(parameter->weight.type);
+    const char *next = sources->tensor[0]->data;
+    bool as_it_is = (uintptr_t)next % size == 0;
+    for (size_t j = 0; j < parameter->sources; j++) {
+        const retrofit_tensor *tensor = sources->tensor[j];
+        as_it_is = as_it_is && tensor->type == parameter->weight.type && tensor->data == next;
+        next += tensor->count * size;
+    }
+    return model->ops == &retrofit_cpu && as_it_is;
 }
 
 static void lay_out_loaded(retrofit_model *model, arena *a, const source_tensors *sources) {
     for (size_t i = 0; i < model->parameter_count; i++) {
         retrofit_parameter *parameter = model->parameters[i];
-        const retrofit_tensor *tensor = sources[i].tensor[0];
         retrofit_type type = loaded_type(model, parameter, &sources[i]);
         size_t count = parameter->rows * parameter->cols;
         parameter->weight.type = type;
-        if (stays_in_file(model, parameter, tensor)) parameter->weight.data = tensor->data;
+        if (stays_in_file(model, parameter, &sources[i]))
+            parameter->weight.data = sources[i].tensor[0]->data;
         else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
     }
     if (model->config.tied) lay_out_tied_head(model, a);
