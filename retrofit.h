@@ -10173,13 +10173,18 @@ uint16_t retrofit_float_to_bf16(float f) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The bits, where an F32 has them, are those of a number that is 2^112 times too small, since an
+// exponent of 15 there means what 127 does here: subnormal numbers too. No product is rounded.
 float retrofit_f16_to_float(uint16_t x) {
-    int exponent = x >> 10 & 31, mantissa = x & 1023;
+    uint32_t bits = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
     float f;
-    if (exponent == 31) f = mantissa ? NAN : INFINITY;
-    else if (exponent == 0) f = ldexpf((float)mantissa, -24);
-    else f = ldexpf((float)(mantissa + 1024), exponent - 25);
-    return x >> 15 ? -f : f;
+    memcpy(&f, &bits, 4);
+    f *= 0x1p112f;
+    if (bits >= 31u << 23) f = bits == 31u << 23 ? INFINITY : NAN;
+    memcpy(&bits, &f, 4);
+    bits |= sign;
+    memcpy(&f, &bits, 4);
+    return f;
 }
 
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n) {
