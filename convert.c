@@ -1550,7 +1550,8 @@ static const gguf_type gguf_types[] = {
     [20] = {"IQ4_NL", 32, 18, read_iq4_nl}, [23] = {"IQ4_XS", 256, 136, read_iq4_xs},
     [30] = {"BF16", 1, 2, read_bf16},       [34] = {"TQ1_0", 256, 54, read_tq1_0},
     [35] = {"TQ2_0", 256, 66, read_tq2_0},  [39] = {"MXFP4", 32, 17, read_mxfp4},
-    // Not read: too few bits to train on, of products in passing, or gone from llama.cpp.
+    // Not read: codes of 1 to 3 bits, newer types, types of intermediate results, whole numbers,
+    // and those that llama.cpp has given up.
     [16] = {.name = "IQ2_XXS"},    [17] = {.name = "IQ2_XS"},     [18] = {.name = "IQ3_XXS"},
     [19] = {.name = "IQ1_S"},      [21] = {.name = "IQ3_S"},      [22] = {.name = "IQ2_S"},
     [29] = {.name = "IQ1_M"},      [40] = {.name = "NVFP4"},      [41] = {.name = "Q1_0"},
@@ -2129,7 +2130,9 @@ static void gguf_unpack(const gguf_piece *piece, size_t first, size_t count, flo
     const gguf_type *type = gguf_find_type(tensor->type);
     size_t cols = tensor->cols, row_bytes = cols / type->values * type->bytes;
     size_t end = first + count, last_row = (end - 1) / cols;
-#pragma omp parallel for
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static)
+#endif
     for (size_t row = first / cols; row <= last_row; row++) {
         size_t from = retrofit_max(first, row * cols), to = retrofit_min(end, (row + 1) * cols);
         size_t skipped = (from - row * cols) / type->values * type->bytes;
