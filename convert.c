@@ -46,6 +46,7 @@
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <math.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -612,6 +613,20 @@ static void print_scores(const layer_scores *scores, const layer_choice *choice,
     printf("\n");
 }
 
+// A GGUF's numbers are packed: this is a model that can be run, for as long as layers are measured.
+static retrofit_model *unpack(const retrofit_model *source) {
+    retrofit_model *model = retrofit_model_new(&source->config, &retrofit_cpu);
+    must(model != NULL);
+    must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        size_t bytes = p->rows * p->cols * sizeof *p->master;
+        source->ops->download(p->master, source->parameters[i]->weight.data, bytes);
+        retrofit_show_share(i + 1, model->parameter_count, "%s unpacked", options.from);
+    }
+    return model;
+}
+
 // Reads the choice of layers, measures them if there is a text, chooses what is left open, and
 // prints what was measured.
 static void choose_layers(layer_choice *choice, const retrofit_model *source,
@@ -624,7 +639,10 @@ static void choose_layers(layer_choice *choice, const retrofit_model *source,
     size_t dropped = count_dropped(choice, layers) - automatic;
     text_sample sample;
     read_sample(&sample, tokenizer, source->config.context);
-    layer_scores scores = measure_layers(source, &sample, retrofit_max(dropped, 1));
+    retrofit_model *unpacked = tokenizer.gguf ? unpack(source) : NULL;
+    layer_scores scores =
+        measure_layers(unpacked ? unpacked : source, &sample, retrofit_max(dropped, 1));
+    retrofit_free(unpacked);
     if (automatic) choose_core(choice, scores.influence, layers, automatic);
     print_scores(&scores, choice, layers);
     free_scores(&scores);
@@ -714,7 +732,7 @@ static void surgery(const retrofit_model *source, tokenizer_source tokenizer) {
     choose_layers(&choice, source, tokenizer);
 
     retrofit_config config = recurrent_config(&source->config, &choice);
-    retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
+    retrofit_model *model = retrofit_model_new(&config, source->ops);
     must(model != NULL);
     float *adapter = new_adapter(config.n_embd);
     model->adapter.weight.data = adapter;
@@ -745,18 +763,23 @@ static void rewrite(retrofit_model *source, tokenizer_source tokenizer) {
 // Section 7. Writes tokenizer.json and tokenizer_config.json.
 static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory);
 
-// Numbers first … first + n - 1 of a parameter as fp32, on the way rounded to bf16 if asked for.
-static void read_numbers(float *out, const retrofit_parameter *p, size_t first, size_t n,
-                         bool rounded) {
+enum { CHUNK = 1 << 16 };
+
+// Numbers first … first + n - 1 of a parameter as fp32, on the way rounded to bf16 if asked for. At
+// most a chunk; ops are those of its model.
+static void read_numbers(float *out, const retrofit_parameter *p, const retrofit_ops *ops,
+                         size_t first, size_t n, bool rounded) {
+    static float raw[CHUNK]; // memory for elements of any type
     const char *data = p->weight.data;
-    retrofit_type type = p->weight.type;
-    retrofit_to_float(out, data + first * retrofit_type_size(type), type, n);
+    size_t size = retrofit_type_size(p->weight.type);
+    ops->download(raw, data + first * size, n * size);
+    retrofit_to_float(out, raw, p->weight.type, n);
     if (!rounded) return;
     for (size_t i = 0; i < n; i++) out[i] = retrofit_bf16_to_float(retrofit_float_to_bf16(out[i]));
 }
 
-static void verify_parameter(const retrofit_parameter *written, const retrofit_parameter *origin) {
-    enum { CHUNK = 1 << 16 };
+static void verify_parameter(const retrofit_parameter *written, const retrofit_parameter *origin,
+                             const retrofit_ops *ops) {
     static float now[CHUNK], before[CHUNK];
     const char *name = written->source[0].name;
     if (written->rows != origin->rows || written->cols != origin->cols)
@@ -764,8 +787,8 @@ static void verify_parameter(const retrofit_parameter *written, const retrofit_p
     size_t count = written->rows * written->cols;
     for (size_t i = 0; i < count; i += CHUNK) {
         size_t n = retrofit_min(count - i, CHUNK);
-        read_numbers(now, written, i, n, false);
-        read_numbers(before, origin, i, n, options.dtype == DTYPE_BF16);
+        read_numbers(now, written, &retrofit_cpu, i, n, false);
+        read_numbers(before, origin, ops, i, n, options.dtype == DTYPE_BF16);
         if (memcmp(now, before, n * sizeof *now))
             die(1, "%s: what was written reads back as something else: is the disk sound?", name);
     }
@@ -774,13 +797,14 @@ static void verify_parameter(const retrofit_parameter *written, const retrofit_p
 // Reads back what was written and compares it with where it came from, bit for bit. Returns the
 // size of the file of weights.
 static size_t verify(const char *directory, const retrofit_parameter *const *origin,
-                     size_t count) {
+                     const retrofit_model *model) {
+    size_t count = model->parameter_count;
     retrofit_model *written = retrofit_load(directory, &retrofit_cpu, RETROFIT_INFERENCE);
     if (!written) die(1, "reading back what was written: %s", retrofit_error());
     if (written->parameter_count != count)
         die(1, "reading back what was written: not all of it is there");
     for (size_t i = 0; i < count; i++) {
-        verify_parameter(written->parameters[i], origin[i]);
+        verify_parameter(written->parameters[i], origin[i], model->ops);
         retrofit_show_share(i + 1, count, "%s compared with its source", directory);
     }
     size_t bytes = written->maps[0].bytes;
@@ -824,7 +848,7 @@ static void write_model(const retrofit_model *model, const retrofit_parameter *c
     retrofit_type type = options.dtype == DTYPE_BF16 ? RETROFIT_BF16 : RETROFIT_F32;
     must(retrofit_save(model, directory, type, tokenizer.directory));
     if (tokenizer.gguf) gguf_write_tokenizer(tokenizer.gguf, directory);
-    size_t bytes = verify(directory, origin, model->parameter_count);
+    size_t bytes = verify(directory, origin, model);
     must(retrofit_directory_commit(directory, options.to));
     free(directory);
     print_summary(model, choice, bytes);
@@ -1946,11 +1970,13 @@ typedef struct {
     uint32_t type, element_type; // the same unless type is GGUF_ARRAY
     size_t count;                // of elements; 1 unless type is GGUF_ARRAY
     const char *data;
+    size_t bytes;
 } gguf_value;
 
 enum { GGUF_MAX_NAME = 64, GGUF_MAX_KEY = 255 }; // bytes that we read; keys may have 65535
 typedef struct {
     char name[GGUF_MAX_NAME + 1];
+    const gguf_file *file;
     uint32_t type;
     size_t rows, cols; // cols is the fastest dimension, rows the product of the others
     size_t offset, bytes;
@@ -1958,16 +1984,28 @@ typedef struct {
     bool used;
 } gguf_tensor;
 
+// A tensor whose numbers are the model's from number `first` on: see "The model" below.
+typedef struct {
+    size_t first;
+    const gguf_tensor *tensor;
+    size_t head_dim; // of q and k, whose rows stand in llama.cpp's order; else 0
+} gguf_piece;
+
 struct gguf_file {
-    const char *path;
+    char path[RETROFIT_PATH];
     char *bytes; // the whole file, mapped
     size_t size;
     size_t position; // of what is read next, up to the data
     gguf_value *values;
     size_t value_count;
-    gguf_tensor *tensors; // by name
+    gguf_tensor *tensors; // by name; the first file of a split model has those of all
     size_t tensor_count;
+    gguf_file *next;       // the next file of a split model
     retrofit_text unknown; // keys of metadata that are not known, for a note
+    void *range;           // addresses of the model's numbers, range_size bytes
+    size_t range_size;
+    gguf_piece *pieces; // where they are, in the order of `first`
+    size_t piece_count;
 };
 
 #define DAMAGED "damaged, fetch it again"
@@ -1990,9 +2028,19 @@ static bool gguf_string_is(gguf_string string, const char *text) {
 
 // ---- Types of tensors ---------------------------------------------------------------------------
 
-// Tensors are stored in blocks of 1 or 32 values. Below, d is a block's scale and m its minimum,
-// both fp16. Two values of four bits share a byte: byte i has value i in its low half, i + 16 in
-// its high half.
+// Numbers are stored in blocks, of which each function below reads so many, one after the other, to
+// the same bits as llama.cpp's own. Its comment has the block's parts in their order, with their
+// sizes in bytes, and what they mean:
+//
+//     x       a number
+//     d, m    a scale and an offset, fp16
+//     q       a small whole number for each x, in 1 to 8 bits
+//
+// The types with a K, and IQ4_XS, have blocks of 256 numbers in 8 or 16 groups, which have scales s
+// (and offsets o) of their own: whole numbers of 4 to 8 bits, in units of the block's d (and m).
+//
+// No product of d, s and q needs more than the 24 bits that a float has, so it does not matter
+// whether a compiler fuses a multiplication with an addition.
 
 static float f16_at(const uint8_t *bytes) {
     return retrofit_f16_to_float((uint16_t)(bytes[0] | bytes[1] << 8));
@@ -2010,77 +2058,303 @@ static void read_bf16(float *out, const uint8_t *data, size_t count) {
     retrofit_to_float(out, data, RETROFIT_BF16, count);
 }
 
-// d (2 bytes), q (32 signed bytes): x = d·q
+// x = d·q. A zero has the sign of d.
+static void scale(float *out, const int8_t *q, size_t n, float d) {
+    for (size_t i = 0; i < n; i++) out[i] = d * (float)q[i];
+}
+
+// x = d·q + m
+static void scale_and_shift(float *out, const int8_t *q, size_t n, float d, float m) {
+    for (size_t i = 0; i < n; i++) out[i] = d * (float)q[i] + m;
+}
+
+// 4 bits of 2n numbers in n bytes: number i is the low half of byte i, number i + n its high half.
+static void unpack_4_bits(int8_t *q, const uint8_t *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        q[i] = (int8_t)(bytes[i] & 15);
+        q[i + n] = (int8_t)(bytes[i] >> 4);
+    }
+}
+
+// 2 bits of 256 numbers in 64 bytes: each half of the numbers has 32 bytes, in whose lowest bits
+// its first 32 numbers are, then the next 32.
+static void unpack_2_bits(int8_t *q, const uint8_t *bytes) {
+    for (size_t i = 0; i < 256; i += 32)
+        for (size_t j = 0; j < 32; j++)
+            q[i + j] = (int8_t)(bytes[i / 128 * 32 + j] >> i % 128 / 32 * 2 & 3);
+}
+
+// 1 bit of 256 numbers in 32 bytes, the first 32 numbers in the lowest bits.
+static void unpack_1_bit(int8_t *q, const uint8_t *bytes) {
+    for (size_t i = 0; i < 256; i += 32)
+        for (size_t j = 0; j < 32; j++) q[i + j] = (int8_t)(bytes[j] >> i / 32 & 1);
+}
+
+// d 2, q 32 of 8 bits with a sign: x = d·q
 static void read_q8_0(float *out, const uint8_t *block, size_t blocks) {
-    for (size_t b = 0; b < blocks; b++, block += 34, out += 32) {
-        float d = f16_at(block);
-        for (size_t i = 0; i < 32; i++) out[i] = d * (float)(int8_t)block[2 + i];
-    }
+    for (size_t b = 0; b < blocks; b++, block += 34, out += 32)
+        scale(out, (const int8_t *)block + 2, 32, f16_at(block));
 }
 
-// The 32 values d·q + m whose q lie in 16 bytes.
-static void read_4_bits(float *out, const uint8_t *q, float d, float m) {
-    for (size_t i = 0; i < 16; i++) {
-        out[i] = d * (float)(q[i] & 15) + m;
-        out[i + 16] = d * (float)(q[i] >> 4) + m;
-    }
-}
-
-// d (2 bytes), q (32 of 4 bits in 16 bytes): x = d·(q - 8)
+// d 2, q 16 of 4 bits: x = d·(q - 8)
 static void read_q4_0(float *out, const uint8_t *block, size_t blocks) {
     for (size_t b = 0; b < blocks; b++, block += 18, out += 32) {
-        float d = f16_at(block);
-        read_4_bits(out, block + 2, d, -8 * d);
+        int8_t q[32];
+        unpack_4_bits(q, block + 2, 16);
+        for (size_t i = 0; i < 32; i++) q[i] -= 8;
+        scale(out, q, 32, f16_at(block));
     }
 }
 
-// d (2 bytes), m (2 bytes), q (32 of 4 bits in 16 bytes): x = d·q + m
+// d 2, m 2, q 16 of 4 bits: x = d·q + m
 static void read_q4_1(float *out, const uint8_t *block, size_t blocks) {
-    for (size_t b = 0; b < blocks; b++, block += 20, out += 32)
-        read_4_bits(out, block + 4, f16_at(block), f16_at(block + 2));
+    for (size_t b = 0; b < blocks; b++, block += 20, out += 32) {
+        int8_t q[32];
+        unpack_4_bits(q, block + 4, 16);
+        scale_and_shift(out, q, 32, f16_at(block), f16_at(block + 2));
+    }
+}
+
+// q of 5 bits: the highest ones in 4 bytes, number i's in bit i; then 16 bytes of the other four.
+static void unpack_5_bits(int8_t *q, const uint8_t *bytes) {
+    uint32_t high;
+    memcpy(&high, bytes, sizeof high);
+    unpack_4_bits(q, bytes + 4, 16);
+    for (uint32_t i = 0; i < 32; i++) q[i] += (int8_t)((high >> i & 1) << 4);
+}
+
+// d 2, q 20 of 5 bits: x = d·(q - 16)
+static void read_q5_0(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 22, out += 32) {
+        int8_t q[32];
+        unpack_5_bits(q, block + 2);
+        for (size_t i = 0; i < 32; i++) q[i] -= 16;
+        scale(out, q, 32, f16_at(block));
+    }
+}
+
+// d 2, m 2, q 20 of 5 bits: x = d·q + m
+static void read_q5_1(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 24, out += 32) {
+        int8_t q[32];
+        unpack_5_bits(q, block + 4);
+        scale_and_shift(out, q, 32, f16_at(block), f16_at(block + 2));
+    }
+}
+
+// s and o 16 of 4 bits each, q 64 of 2 bits, d 2, m 2: x = d·s·q - m·o, for each 16 numbers
+static void read_q2_k(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 84, out += 256) {
+        float d = f16_at(block + 80), m = f16_at(block + 82);
+        int8_t q[256];
+        unpack_2_bits(q, block + 16);
+        for (size_t i = 0; i < 16; i++) {
+            float offset = m * (float)(block[i] >> 4);
+            scale_and_shift(out + 16 * i, q + 16 * i, 16, d * (float)(block[i] & 15), -offset);
+        }
+    }
+}
+
+// high 32 of 1 bit, q 64 of 2 bits, s 12 of 6 bits, d 2:
+// x = d·(s - 32)·(q + 4·high - 4), for each 16 numbers
+//
+// The low 4 bits of s lie in 8 bytes like other 4 bits. Of its high 2 bits, those of the first four
+// groups are the lowest of 4 bytes, then come those of the next four.
+static void read_q3_k(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 110, out += 256) {
+        const uint8_t *scales = block + 96;
+        float d = f16_at(block + 108);
+        int8_t q[256], high[256], s[16];
+        unpack_1_bit(high, block);
+        unpack_2_bits(q, block + 32);
+        for (size_t i = 0; i < 256; i++) q[i] += (int8_t)(4 * high[i] - 4);
+        unpack_4_bits(s, scales, 8);
+        for (size_t i = 0; i < 16; i++) {
+            s[i] += (int8_t)((scales[8 + i % 4] >> i / 4 * 2 & 3) << 4);
+            scale(out + 16 * i, q + 16 * i, 16, d * (float)(s[i] - 32));
+        }
+    }
+}
+
+// The 6 bits of s and o of 8 groups in 12 bytes. Those of the first four groups are the low bits of
+// bytes 0-3 and 4-7, in whose 2 high bits the high ones of the last four are; their 4 low bits are
+// bytes 8-11, s in the low half.
+static void unpack_scales(uint8_t s[8], uint8_t o[8], const uint8_t *bytes) {
+    for (size_t i = 0; i < 4; i++) {
+        s[i] = bytes[i] & 63;
+        o[i] = bytes[i + 4] & 63;
+        s[i + 4] = (uint8_t)((bytes[i + 8] & 15) | bytes[i] >> 6 << 4);
+        o[i + 4] = (uint8_t)(bytes[i + 8] >> 4 | bytes[i + 4] >> 6 << 4);
+    }
+}
+
+// x = d·s·q - m·o, for each 32 numbers. The block begins with d 2, m 2, s and o 12 of 6 bits each.
+static void scale_groups(float *out, const int8_t q[256], const uint8_t *block) {
+    float d = f16_at(block), m = f16_at(block + 2);
+    uint8_t s[8], o[8];
+    unpack_scales(s, o, block + 4);
+    for (size_t i = 0; i < 8; i++)
+        scale_and_shift(out + 32 * i, q + 32 * i, 32, d * (float)s[i], -(m * (float)o[i]));
+}
+
+// d 2, m 2, s and o 12 of 6 bits each, q 128 of 4 bits, 64 numbers after the other:
+// x = d·s·q - m·o, for each 32 numbers
+static void read_q4_k(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 144, out += 256) {
+        int8_t q[256];
+        for (size_t i = 0; i < 4; i++) unpack_4_bits(q + 64 * i, block + 16 + 32 * i, 32);
+        scale_groups(out, q, block);
+    }
+}
+
+// d 2, m 2, s and o 12 of 6 bits each, high 32 of 1 bit, q 128 of 4 bits as above:
+// x = d·s·(q + 16·high) - m·o, for each 32 numbers
+static void read_q5_k(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 176, out += 256) {
+        int8_t q[256], high[256];
+        unpack_1_bit(high, block + 16);
+        for (size_t i = 0; i < 4; i++) unpack_4_bits(q + 64 * i, block + 48 + 32 * i, 32);
+        for (size_t i = 0; i < 256; i++) q[i] += (int8_t)(high[i] << 4);
+        scale_groups(out, q, block);
+    }
+}
+
+// q 128 of 4 bits, 128 numbers after the other, high 64 of 2 bits, s 16 of 8 bits with a sign, d 2:
+// x = d·s·(q + 16·high - 32), for each 16 numbers
+static void read_q6_k(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 210, out += 256) {
+        float d = f16_at(block + 208);
+        int8_t q[256], high[256];
+        unpack_4_bits(q, block, 64);
+        unpack_4_bits(q + 128, block + 64, 64);
+        unpack_2_bits(high, block + 128);
+        for (size_t i = 0; i < 256; i++) q[i] += (int8_t)(16 * high[i] - 32);
+        for (size_t i = 0; i < 16; i++)
+            scale(out + 16 * i, q + 16 * i, 16, d * (float)(int8_t)block[192 + i]);
+    }
+}
+
+// Numbers of 4 bits that name one of 16 values.
+static void look_up_4_bits(int8_t *q, const uint8_t *bytes, const int8_t values[16]) {
+    unpack_4_bits(q, bytes, 16);
+    for (size_t i = 0; i < 32; i++) q[i] = values[q[i]];
+}
+
+// The values of IQ4_NL and IQ4_XS: close together near 0, where most weights are.
+static const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                      1,    13,   25,  38,  53,  69,  89,  113};
+
+// d 2, q 16 of 4 bits: x = d·value[q]
+static void read_iq4_nl(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 18, out += 32) {
+        int8_t q[32];
+        look_up_4_bits(q, block + 2, iq4_values);
+        scale(out, q, 32, f16_at(block));
+    }
+}
+
+// d 2, s 2 with the high 2 bits and 4 with the low 4 bits, two groups a byte, q 128 of 4 bits:
+// x = d·(s - 32)·value[q], for each 32 numbers
+static void read_iq4_xs(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 136, out += 256) {
+        float d = f16_at(block);
+        int high = block[2] | block[3] << 8;
+        for (size_t i = 0; i < 8; i++) {
+            int s = (block[4 + i / 2] >> i % 2 * 4 & 15) + (high >> 2 * i & 3) * 16;
+            int8_t q[32];
+            look_up_4_bits(q, block + 8 + 16 * i, iq4_values);
+            scale(out + 32 * i, q, 32, d * (float)(s - 32));
+        }
+    }
+}
+
+// e 1, q 16 of 4 bits: x = 2^(e - 128)·value[q], the values being twice those of a float of 4 bits.
+// Below 2^-126 the scale is a subnormal number. Where e is 254 or 255, a NaN for the Open Compute
+// Project, the larger values are beyond a float, here as in llama.cpp.
+static void read_mxfp4(float *out, const uint8_t *block, size_t blocks) {
+    static const int8_t values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    for (size_t b = 0; b < blocks; b++, block += 17, out += 32) {
+        int8_t q[32];
+        look_up_4_bits(q, block + 1, values);
+        scale(out, q, 32, ldexpf(1, block[0] - 128));
+    }
+}
+
+// Five numbers 0, 1, 2 in a byte, as digits of a fraction c/256 to the base 3. 3·c is the first
+// digit times 256, plus the fraction without it. Digit i of each of the n bytes, less one.
+static void unpack_digit(int8_t *q, const uint8_t *bytes, size_t n, size_t i) {
+    static const uint8_t powers[5] = {1, 3, 9, 27, 81};
+    for (size_t j = 0; j < n; j++) {
+        uint8_t rest = (uint8_t)(bytes[j] * powers[i]);
+        q[j] = (int8_t)((rest * 3 >> 8) - 1);
+    }
+}
+
+// q 32 with the first digits of 32 numbers, then the second ones, to the fifth; 16 of 16 numbers
+// likewise; 4 of 4 numbers with four digits; d 2: x = d·(q - 1)
+static void read_tq1_0(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 54, out += 256) {
+        int8_t q[256];
+        for (size_t i = 0; i < 5; i++) {
+            unpack_digit(q + 32 * i, block, 32, i);
+            unpack_digit(q + 160 + 16 * i, block + 32, 16, i);
+        }
+        for (size_t i = 0; i < 4; i++) unpack_digit(q + 240 + 4 * i, block + 48, 4, i);
+        scale(out, q, 256, f16_at(block + 52));
+    }
+}
+
+// q 64 of 2 bits, d 2: x = d·(q - 1)
+static void read_tq2_0(float *out, const uint8_t *block, size_t blocks) {
+    for (size_t b = 0; b < blocks; b++, block += 66, out += 256) {
+        int8_t q[256];
+        unpack_2_bits(q, block);
+        for (size_t i = 0; i < 256; i++) q[i] -= 1;
+        scale(out, q, 256, f16_at(block + 64));
+    }
 }
 
 typedef struct {
     const char *name;
-    uint32_t number;      // in files
     size_t values, bytes; // of a block
-    void (*read)(float *out, const uint8_t *data, size_t blocks);
+    void (*read)(float *out, const uint8_t *data, size_t blocks); // NULL: only its name is known
 } gguf_type;
 
+// By their numbers in files, up to those of llama.cpp in the autumn of 2026.
 static const gguf_type gguf_types[] = {
-    {"F32", 0, 1, 4, read_f32},     {"F16", 1, 1, 2, read_f16},     {"Q4_0", 2, 32, 18, read_q4_0},
-    {"Q4_1", 3, 32, 20, read_q4_1}, {"Q8_0", 8, 32, 34, read_q8_0}, {"BF16", 30, 1, 2, read_bf16},
+    [0] = {"F32", 1, 4, read_f32},          [1] = {"F16", 1, 2, read_f16},
+    [2] = {"Q4_0", 32, 18, read_q4_0},      [3] = {"Q4_1", 32, 20, read_q4_1},
+    [6] = {"Q5_0", 32, 22, read_q5_0},      [7] = {"Q5_1", 32, 24, read_q5_1},
+    [8] = {"Q8_0", 32, 34, read_q8_0},      [10] = {"Q2_K", 256, 84, read_q2_k},
+    [11] = {"Q3_K", 256, 110, read_q3_k},   [12] = {"Q4_K", 256, 144, read_q4_k},
+    [13] = {"Q5_K", 256, 176, read_q5_k},   [14] = {"Q6_K", 256, 210, read_q6_k},
+    [20] = {"IQ4_NL", 32, 18, read_iq4_nl}, [23] = {"IQ4_XS", 256, 136, read_iq4_xs},
+    [30] = {"BF16", 1, 2, read_bf16},       [34] = {"TQ1_0", 256, 54, read_tq1_0},
+    [35] = {"TQ2_0", 256, 66, read_tq2_0},  [39] = {"MXFP4", 32, 17, read_mxfp4},
+    // Not read: codes of 1 to 3 bits, newer types, types of intermediate results, whole numbers,
+    // and those that llama.cpp has given up.
+    [16] = {.name = "IQ2_XXS"},    [17] = {.name = "IQ2_XS"},     [18] = {.name = "IQ3_XXS"},
+    [19] = {.name = "IQ1_S"},      [21] = {.name = "IQ3_S"},      [22] = {.name = "IQ2_S"},
+    [29] = {.name = "IQ1_M"},      [40] = {.name = "NVFP4"},      [41] = {.name = "Q1_0"},
+    [42] = {.name = "Q2_0"},       [9] = {.name = "Q8_1"},        [15] = {.name = "Q8_K"},
+    [24] = {.name = "I8"},         [25] = {.name = "I16"},        [26] = {.name = "I32"},
+    [27] = {.name = "I64"},        [28] = {.name = "F64"},        [4] = {.name = "Q4_2"},
+    [5] = {.name = "Q4_3"},        [31] = {.name = "Q4_0_4_4"},   [32] = {.name = "Q4_0_4_8"},
+    [33] = {.name = "Q4_0_8_8"},   [36] = {.name = "IQ4_NL_4_4"}, [37] = {.name = "IQ4_NL_4_8"},
+    [38] = {.name = "IQ4_NL_8_8"},
 };
+enum { GGUF_TENSOR_TYPES = sizeof gguf_types / sizeof *gguf_types };
 
-// What the files of tensors that we don't read are called.
-static const char *gguf_type_name(uint32_t number) {
-    static const char *const names[] = {
-        [6] = "Q5_0", [7] = "Q5_1", [9] = "Q8_1", [10] = "Q2_K", [11] = "Q3_K", [12] = "Q4_K",
-        [13] = "Q5_K", [14] = "Q6_K", [15] = "Q8_K", [16] = "IQ2_XXS", [17] = "IQ2_XS",
-        [18] = "IQ3_XXS", [19] = "IQ1_S", [20] = "IQ4_NL", [21] = "IQ3_S", [22] = "IQ2_S",
-        [23] = "IQ4_XS", [24] = "I8", [25] = "I16", [26] = "I32", [27] = "I64", [28] = "F64",
-        [29] = "IQ1_M", [34] = "TQ1_0", [35] = "TQ2_0", [39] = "MXFP4",
-    };
-    static char text[32];
-    if (number < sizeof names / sizeof *names && names[number]) return names[number];
-    snprintf(text, sizeof text, "number %u", number);
-    return text;
-}
-
+// NULL if tensors of this type are not read.
 static const gguf_type *gguf_find_type(uint32_t number) {
-    for (size_t i = 0; i < sizeof gguf_types / sizeof *gguf_types; i++)
-        if (gguf_types[i].number == number) return &gguf_types[i];
-    return NULL;
+    bool is_read = number < GGUF_TENSOR_TYPES && gguf_types[number].read;
+    return is_read ? &gguf_types[number] : NULL;
 }
 
-// All numbers of a tensor, rows · cols of them.
-static void gguf_read_numbers(const gguf_file *gguf, const gguf_tensor *tensor, float *out) {
-    const gguf_type *type = gguf_find_type(tensor->type);
-    size_t count = tensor->rows * tensor->cols;
-    type->read(out, tensor->data, count / type->values);
-    for (size_t i = 0; i < count; i++)
-        if (!isfinite(out[i]))
-            gguf_die(gguf, "tensor %s: number %zu is not finite: " DAMAGED, tensor->name, i);
+// What a type that is not read is called: by its number, if it is newer than the table.
+static void gguf_type_name(uint32_t number, char name[32]) {
+    if (number < GGUF_TENSOR_TYPES) snprintf(name, 32, "%s", gguf_types[number].name);
+    else snprintf(name, 32, "number %u", number);
 }
 
 // ---- Opening a file: every length is checked before it is used ----------------------------------
@@ -2136,6 +2410,7 @@ static void gguf_read_value(gguf_file *gguf, gguf_value *value) {
     if (value->element_type == GGUF_STRING)
         for (uint64_t i = 0; i < count; i++) gguf_read_string(gguf);
     gguf_read_bytes(gguf, count * gguf_sizes[value->element_type]);
+    value->bytes = (size_t)(gguf->bytes + gguf->position - value->data);
 }
 
 // rows and cols. No product of a tensor's sizes overflows, not even times the 4 bytes of a float.
@@ -2155,17 +2430,24 @@ static void gguf_read_shape(gguf_file *gguf, gguf_tensor *tensor) {
                  tensor->name);
 }
 
+__attribute__((noreturn)) static void gguf_die_type(const gguf_tensor *tensor) {
+    char name[32];
+    gguf_type_name(tensor->type, name);
+    gguf_die(tensor->file,
+             "tensor %s is of type %s; F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, "
+             "IQ4_NL, IQ4_XS, MXFP4, TQ1_0 and TQ2_0 are read: get such a file of this model",
+             tensor->name, name);
+}
+
 static void gguf_read_tensor(gguf_file *gguf, gguf_tensor *tensor) {
     gguf_string name = gguf_read_name(gguf, GGUF_MAX_NAME);
     memcpy(tensor->name, name.text, name.length);
+    tensor->file = gguf;
     gguf_read_shape(gguf, tensor);
     tensor->type = (uint32_t)gguf_read_number(gguf, 4);
     tensor->offset = (size_t)gguf_read_number(gguf, 8);
     const gguf_type *type = gguf_find_type(tensor->type);
-    if (!type)
-        gguf_die(gguf, "tensor %s is of type %s; F32, F16, BF16, Q8_0, Q4_0 and Q4_1 are read: "
-                       "get such a file of this model", tensor->name,
-                 gguf_type_name(tensor->type));
+    if (!type) gguf_die_type(tensor);
     if (tensor->cols % type->values)
         gguf_die(gguf, "tensor %s: rows of %zu are no blocks of %zu: " DAMAGED, tensor->name,
                  tensor->cols, type->values);
@@ -2178,32 +2460,16 @@ static int compare_names(const void *a, const void *b) {
     return order ? order : (x->length > y->length) - (x->length < y->length);
 }
 
-// A tensor begins with its name.
-static int compare_tensors(const void *a, const void *b) { return strcmp(a, b); }
-
 // Of two entries of one name readers take one or the other.
-static void gguf_check_twice(const gguf_file *gguf, gguf_string *names, size_t count,
-                             const char *what) {
-    if (count) qsort(names, count, sizeof *names, compare_names);
-    for (size_t i = 1; i < count; i++)
-        if (!compare_names(&names[i - 1], &names[i]))
-            gguf_die(gguf, "%s %.*s is there twice: remove the one that should not count", what,
-                     GGUF_SHOW(names[i]));
-}
-
-// Sorts the tensors, so that they can be found by their names.
-static void gguf_check_names(gguf_file *gguf) {
-    size_t most = retrofit_max(gguf->value_count, gguf->tensor_count);
-    gguf_string *names = allocate_or_die(most, sizeof *names);
-    for (size_t i = 0; i < gguf->value_count; i++) names[i] = gguf->values[i].key;
-    gguf_check_twice(gguf, names, gguf->value_count, "metadata");
-    qsort(gguf->tensors, gguf->tensor_count, sizeof *gguf->tensors, compare_tensors);
-    for (size_t i = 0; i < gguf->tensor_count; i++) {
-        const char *name = gguf->tensors[i].name;
-        names[i] = (gguf_string){name, strlen(name)};
-    }
-    gguf_check_twice(gguf, names, gguf->tensor_count, "tensor");
-    free(names);
+static void gguf_check_keys_once(const gguf_file *gguf) {
+    gguf_string *keys = allocate_or_die(gguf->value_count, sizeof *keys);
+    for (size_t i = 0; i < gguf->value_count; i++) keys[i] = gguf->values[i].key;
+    if (gguf->value_count) qsort(keys, gguf->value_count, sizeof *keys, compare_names);
+    for (size_t i = 1; i < gguf->value_count; i++)
+        if (!compare_names(&keys[i - 1], &keys[i]))
+            gguf_die(gguf, "metadata %.*s is there twice: remove the one that should not count",
+                     GGUF_SHOW(keys[i]));
+    free(keys);
 }
 
 static void gguf_read_header(gguf_file *gguf) {
@@ -2223,23 +2489,25 @@ static void gguf_read_header(gguf_file *gguf) {
     gguf->tensors = allocate_or_die(gguf->tensor_count, sizeof *gguf->tensors);
     for (size_t i = 0; i < gguf->value_count; i++) gguf_read_value(gguf, &gguf->values[i]);
     for (size_t i = 0; i < gguf->tensor_count; i++) gguf_read_tensor(gguf, &gguf->tensors[i]);
-    gguf_check_names(gguf);
+    gguf_check_keys_once(gguf);
+}
+
+static int compare_offsets(const void *a, const void *b) {
+    const gguf_tensor *x = a, *y = b;
+    return (x->offset > y->offset) - (x->offset < y->offset);
 }
 
 static uint32_t gguf_u32(const gguf_file *gguf, const char *key, uint32_t otherwise);
 
-static void gguf_open(gguf_file *gguf, const char *path) {
-    memset(gguf, 0, sizeof *gguf);
-    gguf->path = path;
-    gguf->bytes = retrofit_map_file(path, &gguf->size);
-    must(gguf->bytes != NULL);
-    gguf_read_header(gguf);
-
+// Finds each tensor's data, which must be within the file and no other's. Sorts the tensors.
+static void gguf_find_data(gguf_file *gguf) {
     uint32_t alignment = gguf_u32(gguf, "general.alignment", 32);
     if (!alignment || alignment & (alignment - 1))
         gguf_die(gguf, "general.alignment %u is no power of two", alignment);
     size_t start = gguf->position + (alignment - gguf->position % alignment) % alignment;
-    size_t available = start < gguf->size ? gguf->size - start : 0;
+    size_t available = start < gguf->size ? gguf->size - start : 0, end = 0;
+    if (gguf->tensor_count)
+        qsort(gguf->tensors, gguf->tensor_count, sizeof *gguf->tensors, compare_offsets);
     for (size_t i = 0; i < gguf->tensor_count; i++) {
         gguf_tensor *tensor = &gguf->tensors[i];
         if (tensor->offset % alignment || tensor->offset > available ||
@@ -2247,14 +2515,134 @@ static void gguf_open(gguf_file *gguf, const char *path) {
             gguf_die(gguf,
                      "tensor %s: %zu bytes at offset %zu are unaligned or past the file's end: "
                      CUT_OFF, tensor->name, tensor->bytes, tensor->offset);
+        if (tensor->offset < end)
+            gguf_die(gguf, "tensor %s: its data begin within those of %s: " DAMAGED, tensor->name,
+                     gguf->tensors[i - 1].name);
+        end = tensor->offset + tensor->bytes;
         tensor->data = (const uint8_t *)gguf->bytes + start + tensor->offset;
     }
 }
 
+static void gguf_open_file(gguf_file *gguf, const char *path) {
+    memset(gguf, 0, sizeof *gguf);
+    snprintf(gguf->path, sizeof gguf->path, "%s", path);
+    gguf->bytes = retrofit_map_file(path, &gguf->size);
+    must(gguf->bytes != NULL);
+    gguf_read_header(gguf);
+    gguf_find_data(gguf);
+}
+
+// ---- Models in several files --------------------------------------------------------------------
+
+// llama-gguf-split cuts a model into files NAME-00001-of-00003.gguf and so on. Each has metadata
+// split.no, which counts from 0, and split.count; the first one has all others, too.
+
+// Writes the name of part `number`, counted from 1, of the model of which path is the part `own`.
+static bool gguf_part_path(char part[RETROFIT_PATH], const char *path, size_t own, size_t number,
+                           size_t count) {
+    char end[64];
+    snprintf(end, sizeof end, "-%05zu-of-%05zu.gguf", own, count);
+    if (!ends_with(path, end)) return false;
+    int length = (int)(strlen(path) - strlen(end));
+    int size = snprintf(part, RETROFIT_PATH, "%.*s-%05zu-of-%05zu.gguf", length, path, number,
+                        count);
+    return size < RETROFIT_PATH;
+}
+
+// Metadata of a later part say nothing else than the first part's.
+static void gguf_check_part_keys(const gguf_file *first, const gguf_file *part) {
+    static const char split[] = "split.";
+    for (size_t i = 0; i < part->value_count; i++) {
+        const gguf_value *value = &part->values[i], *same = NULL;
+        if (gguf_string_is(value->key, "general.alignment")) continue; // of this file
+        if (value->key.length > 6 && !memcmp(value->key.text, split, 6)) continue;
+        for (size_t j = 0; j < first->value_count && !same; j++)
+            if (!compare_names(&first->values[j].key, &value->key)) same = &first->values[j];
+        if (!same || same->type != value->type || same->element_type != value->element_type ||
+            same->bytes != value->bytes || memcmp(same->data, value->data, same->bytes))
+            gguf_die(part, "metadata %.*s is not as in %s: only the first part's count",
+                     GGUF_SHOW(value->key), first->path);
+    }
+}
+
+// Opens part `number`, counted from 1, as the one behind `last`.
+static gguf_file *gguf_open_part(const gguf_file *first, gguf_file *last, size_t number,
+                                 size_t count) {
+    char path[RETROFIT_PATH];
+    if (!gguf_part_path(path, first->path, 1, number, count))
+        gguf_die(first, "it is the first of %zu parts, but is not called …-00001-of-%05zu.gguf, "
+                        "from which the others' names follow", count, count);
+    if (!retrofit_is_there(path))
+        gguf_die(first, "part %zu of %zu is missing: %s must lie beside it", number, count, path);
+    gguf_file *part = allocate_or_die(1, sizeof *part);
+    last->next = part;
+    gguf_open_file(part, path);
+    if (gguf_u32(part, "split.no", 0) != number - 1 || gguf_u32(part, "split.count", 0) != count)
+        gguf_die(part, "it is not part %zu of %zu, as its name says: split.no is %u, split.count "
+                       "%u", number, count, gguf_u32(part, "split.no", 0),
+                 gguf_u32(part, "split.count", 0));
+    gguf_check_part_keys(first, part);
+    return part;
+}
+
+// Lists the tensors of all parts in the first.
+static void gguf_join_tensors(gguf_file *first) {
+    size_t count = 0;
+    for (const gguf_file *part = first; part; part = part->next) count += part->tensor_count;
+    gguf_tensor *tensors = allocate_or_die(count, sizeof *tensors), *next = tensors;
+    for (const gguf_file *part = first; part; part = part->next) {
+        memcpy(next, part->tensors, part->tensor_count * sizeof *next);
+        next += part->tensor_count;
+    }
+    free(first->tensors);
+    first->tensors = tensors;
+    first->tensor_count = count;
+    uint32_t promised = gguf_u32(first, "split.tensors.count", (uint32_t)count);
+    if (promised != count)
+        gguf_die(first, "split.tensors.count is %u, but its parts have %zu tensors: " DAMAGED,
+                 promised, count);
+}
+
+static void gguf_open_parts(gguf_file *first) {
+    uint32_t number = gguf_u32(first, "split.no", 0), count = gguf_u32(first, "split.count", 1);
+    if (number >= retrofit_max(count, 1) || count > 99999)
+        gguf_die(first, "split.no is %u, split.count %u: " DAMAGED, number, count);
+    char path[RETROFIT_PATH];
+    if (number > 0 && !gguf_part_path(path, first->path, number + 1, 1, count))
+        snprintf(path, sizeof path, "…-00001-of-%05u.gguf", count);
+    if (number > 0)
+        gguf_die(first, "it is part %u of %u: give the first, %s", number + 1, count, path);
+    gguf_file *last = first;
+    for (size_t i = 2; i <= count; i++) last = gguf_open_part(first, last, i, count);
+    gguf_join_tensors(first);
+}
+
+// A tensor begins with its name.
+static int compare_tensors(const void *a, const void *b) { return strcmp(a, b); }
+
+// Opens a model by its file, or the first of its files.
+static void gguf_open(gguf_file *gguf, const char *path) {
+    gguf_open_file(gguf, path);
+    gguf_open_parts(gguf);
+    qsort(gguf->tensors, gguf->tensor_count, sizeof *gguf->tensors, compare_tensors);
+    for (size_t i = 1; i < gguf->tensor_count; i++) {
+        const gguf_tensor *tensor = &gguf->tensors[i], *before = tensor - 1;
+        if (!strcmp(before->name, tensor->name))
+            gguf_die(before->file, "tensor %s is there twice, here and in %s: remove the one that "
+                                   "should not count", tensor->name, tensor->file->path);
+    }
+}
+
 static void gguf_close(gguf_file *gguf) {
-    munmap(gguf->bytes, gguf->size);
-    free(gguf->values);
-    free(gguf->tensors);
+    for (gguf_file *part = gguf, *next; part; part = next) {
+        next = part->next;
+        munmap(part->bytes, part->size);
+        free(part->values);
+        free(part->tensors);
+        if (part != gguf) free(part);
+    }
+    if (gguf->range) munmap(gguf->range, gguf->range_size);
+    free(gguf->pieces);
     free(gguf->unknown.bytes);
 }
 
@@ -2370,8 +2758,8 @@ static const retrofit_key gguf_keys[] = {
      "its blocks of numbers are of an older format: convert the model again with a newer "
      "llama.cpp"},
     {"general.*", "*", "says where the file comes from"},
-    {"split.count", "0|1", "a part of a model: llama-gguf-split --merge makes one file of all"},
-    {"split.*", "*", "says which tensors are in the other parts"},
+    {"split.no split.count split.tensors.count", NULL, "see below"},
+    {"split.*", "*", "says how the model was split"},
     {"adapter.*", "", "an adapter must be merged into its model first"},
     {"clip.*", "", "an encoder of images or sound"},
     {"diffusion.*", "", "not a model that predicts the next token"},
@@ -2502,20 +2890,100 @@ static void gguf_check_attention(const gguf_file *gguf, const retrofit_config *c
                  window, c->context);
 }
 
+// ---- Unpacking numbers --------------------------------------------------------------------------
+
+// RoPE rotates pairs of a head's h components. llama.cpp's converter moves the rows of q and k so
+// that the two of a pair become neighbours:
+//
+//     row in Hugging Face's order   0  1  …  h/2-1  h/2  h/2+1  …  h-1     pairs (i, i + h/2)
+//     row in llama.cpp's order      0  2  …   h-2    1     3    …  h-1     pairs (2i, 2i + 1)
+//
+// Returns where a row of Hugging Face's order stands in the file.
+static size_t gguf_row(const gguf_piece *piece, size_t row) {
+    if (piece->head_dim == 0) return row;
+    size_t i = row % piece->head_dim, half = piece->head_dim / 2;
+    return row - i + i % half * 2 + i / half;
+}
+
+// Numbers first … first + count - 1 of a tensor. Both ends must be those of blocks.
+static void gguf_unpack(const gguf_piece *piece, size_t first, size_t count, float *out) {
+    const gguf_tensor *tensor = piece->tensor;
+    const gguf_type *type = gguf_find_type(tensor->type);
+    size_t cols = tensor->cols, row_bytes = cols / type->values * type->bytes;
+    size_t end = first + count, last_row = (end - 1) / cols;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static)
+#endif
+    for (size_t row = first / cols; row <= last_row; row++) {
+        size_t from = retrofit_max(first, row * cols), to = retrofit_min(end, (row + 1) * cols);
+        size_t skipped = (from - row * cols) / type->values * type->bytes;
+        const uint8_t *data = tensor->data + gguf_row(piece, row) * row_bytes + skipped;
+        type->read(out + (from - first), data, (to - from) / type->values);
+    }
+    bool finite = true;
+    for (size_t i = 0; i < count; i++) finite &= fabsf(out[i]) <= FLT_MAX;
+    for (size_t i = 0; i < count && !finite; i++)
+        if (!isfinite(out[i]))
+            gguf_die(tensor->file, "tensor %s: number %zu is not finite: " DAMAGED, tensor->name,
+                     first + i);
+}
+
 // ---- The model ----------------------------------------------------------------------------------
+
+// Unpacked, a model takes up to twenty times the memory that its file takes. So its numbers stay
+// where they are until they are written. As on a GPU, whose memory cannot be looked at, the model's
+// weights are addresses, here of a range with no memory behind it, and whoever wants numbers calls
+// `download` of the model's operations, which unpacks the tensors that lie there.
+
+static const gguf_file *gguf_device; // whose range it is
+
+// The piece that number `first` of the range is in.
+static const gguf_piece *gguf_find_piece(const gguf_file *gguf, size_t first) {
+    size_t low = 0, high = gguf->piece_count; // it is in low … high - 1
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (gguf->pieces[middle].first <= first) low = middle;
+        else high = middle;
+    }
+    return &gguf->pieces[low];
+}
+
+// Addresses that are not in the range, as the adapter's, are those of memory.
+static void gguf_download(void *host, const void *from, size_t bytes) {
+    const gguf_file *gguf = gguf_device;
+    uintptr_t offset = (uintptr_t)from - (uintptr_t)gguf->range;
+    if (offset >= gguf->range_size) {
+        memcpy(host, from, bytes);
+        return;
+    }
+    float *out = host;
+    size_t first = offset / sizeof *out, end = first + bytes / sizeof *out;
+    while (first < end) {
+        const gguf_piece *piece = gguf_find_piece(gguf, first);
+        size_t begin = first - piece->first;
+        size_t size = piece->tensor->rows * piece->tensor->cols;
+        size_t n = retrofit_min(end - first, size - begin);
+        gguf_unpack(piece, begin, n, out);
+        first += n;
+        out += n;
+    }
+}
 
 static gguf_tensor *gguf_find_tensor(const gguf_file *gguf, const char *name) {
     return bsearch(name, gguf->tensors, gguf->tensor_count, sizeof *gguf->tensors,
                    compare_tensors);
 }
 
-// Llama 3.x divides its rotary frequencies θ^(-2i/h) by numbers f_i, which a GGUF has as tensor
-// rope_freqs.weight. If frequency i makes t_i turns in the original context of 8192 tokens, then
+// Llama 3.x divides its rotary frequencies θ^(-2i/h) by numbers f_i, and a GGUF has nothing but
+// these, as tensor rope_freqs.weight. If frequency i makes t_i turns in the original context of L
+// tokens, then
 //
-//     t_i = 8192·θ^(-2i/h)/2π      s_i = min(max((t_i - 1)/(4 - 1), 0), 1)
+//     t_i = L·θ^(-2i/h)/2π      s_i = min(max((t_i - low)/(high - low), 0), 1)
 //     1/f_i = (1 - s_i)/factor + s_i
 //
-// so the last one, of the slowest frequency, is the factor itself. All of them are checked.
+// so the last one, of the slowest frequency, is the factor itself: 8 in Llama 3.1, 32 in 3.2. low
+// and high are 1 and 4 in all of them, and L is 8192; models of others may have another power of 2.
+// The numbers that are found must give all of the divisors again.
 static bool is_llama3_scaling(const retrofit_config *c, const float *divisors) {
     for (size_t i = 0; i < c->head_dim / 2; i++) {
         double frequency = pow(c->rope_theta, -2.0 * (double)i / (double)c->head_dim);
@@ -2528,25 +2996,42 @@ static bool is_llama3_scaling(const retrofit_config *c, const float *divisors) {
     return true;
 }
 
+static bool find_llama3_scaling(retrofit_config *c, const float *divisors) {
+    c->rope_llama3 = true;
+    c->rope_factor = (double)divisors[c->head_dim / 2 - 1];
+    c->rope_low = 1;
+    c->rope_high = 4;
+    c->rope_original_context = 8192;
+    if (c->rope_factor < 1) return false;
+    if (is_llama3_scaling(c, divisors)) return true;
+    for (double context = 1 << 6; context <= 1 << 24; context *= 2) {
+        c->rope_original_context = context;
+        if (is_llama3_scaling(c, divisors)) return true;
+    }
+    return false;
+}
+
+// Divisors that are all 1 change nothing.
 static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
     gguf_tensor *tensor = gguf_find_tensor(gguf, "rope_freqs.weight");
     c->rope_factor = gguf_linear_factor(gguf);
     if (!tensor) return;
-    if (c->rope_factor > 0)
+    tensor->used = true;
+    size_t n = c->head_dim / 2;
+    if (tensor->rows != 1 || tensor->cols != n)
+        gguf_die(tensor->file, "tensor rope_freqs.weight is %zu x %zu, heads of %zu need 1 x %zu",
+                 tensor->rows, tensor->cols, c->head_dim, n);
+    float *divisors = allocate_or_die(n, sizeof *divisors);
+    const gguf_piece all = {0, tensor, 0};
+    gguf_unpack(&all, 0, n, divisors);
+    bool scaled = false;
+    for (size_t i = 0; i < n; i++) scaled = scaled || divisors[i] != 1;
+    if (scaled && c->rope_factor > 0)
         gguf_die(gguf, "RoPE is scaled twice, by rope_freqs.weight and by llama.rope.scaling or "
                        "llama.rope.scale_linear: not supported");
-    tensor->used = true;
-    float *divisors = allocate_or_die(tensor->rows * tensor->cols, sizeof *divisors);
-    gguf_read_numbers(gguf, tensor, divisors);
-    c->rope_llama3 = true;
-    c->rope_factor = (double)divisors[tensor->cols - 1];
-    c->rope_low = 1;
-    c->rope_high = 4;
-    c->rope_original_context = 8192;
-    if (tensor->rows != 1 || tensor->cols != c->head_dim / 2 || c->rope_factor < 1 ||
-        !is_llama3_scaling(c, divisors))
-        gguf_die(gguf, "rope_freqs.weight is not Llama 3's scaling (low 1, high 4, original "
-                       "context 8192): not supported");
+    if (scaled && !find_llama3_scaling(c, divisors))
+        gguf_die(tensor->file, "tensor rope_freqs.weight is not Llama 3's scaling (low 1, high 4, "
+                               "original context 8192 or another power of 2): not supported");
     free(divisors);
 }
 
@@ -2600,89 +3085,92 @@ static void gguf_read_config(gguf_file *gguf, retrofit_config *c) {
     gguf_read_rope(gguf, c);
 }
 
-// RoPE rotates pairs of a head's h components. llama.cpp's converter moves the rows of q and k so
-// that the two of a pair become neighbours. This moves them back, in place:
-//
-//     row in Hugging Face's order   0  1  …  h/2-1  h/2  h/2+1  …  h-1     pairs (i, i + h/2)
-//     row in llama.cpp's order      0  2  …   h-2    1     3    …  h-1     pairs (2i, 2i + 1)
-static void gguf_unpermute(float *weight, size_t head_dim, size_t heads, size_t cols) {
-    size_t size = head_dim * cols;
-    float *permuted = allocate_or_die(size, sizeof *permuted);
-    for (float *head = weight; head < weight + heads * size; head += size) {
-        memcpy(permuted, head, size * sizeof *head);
-        for (size_t i = 0; i < head_dim; i++) {
-            size_t row = i % 2 * (head_dim / 2) + i / 2;
-            memcpy(head + row * cols, permuted + i * cols, cols * sizeof *head);
-        }
-    }
-    free(permuted);
-}
-
-// The numbers of the tensor `name`, which must be of this shape.
-static void gguf_load_tensor(const gguf_file *gguf, const char *name, float *out, size_t rows,
-                             size_t cols) {
+// The tensor `name`, which must be of this shape, is what lies in the range next. head_dim is that
+// of q and k, else 0.
+static void gguf_add_piece(gguf_file *gguf, const char *name, size_t rows, size_t cols,
+                           size_t head_dim) {
     gguf_tensor *tensor = gguf_find_tensor(gguf, name);
-    if (!tensor)
-        gguf_die(gguf, "tensor %s is missing: damaged, or one part of a split model", name);
+    if (!tensor) gguf_die(gguf, "tensor %s is missing: damaged, or not all of a model", name);
     tensor->used = true;
     if (tensor->rows != rows || tensor->cols != cols)
-        gguf_die(gguf, "tensor %s is %zu x %zu, the metadata ask for %zu x %zu", tensor->name,
-                 tensor->rows, tensor->cols, rows, cols);
-    gguf_read_numbers(gguf, tensor, out);
-}
-
-static void gguf_load_parameter(const gguf_file *gguf, const char *name,
-                                const retrofit_parameter *p) {
-    gguf_load_tensor(gguf, name, p->master, p->rows, p->cols);
-}
-
-static void gguf_load_layer(const gguf_file *gguf, const retrofit_config *c, size_t number,
-                            const retrofit_layer *layer) {
-    const struct {
-        const retrofit_parameter *parameter;
-        const char *tensors[3]; // they stand in the parameter one below the other
-    } table[] = {
-        {&layer->norm_1, {"attn_norm"}},
-        {&layer->w_qkv, {"attn_q", "attn_k", "attn_v"}},
-        {&layer->w_out, {"attn_output"}},
-        {&layer->norm_2, {"ffn_norm"}},
-        {&layer->w_gate_up, {"ffn_gate", "ffn_up"}},
-        {&layer->w_down, {"ffn_down"}},
-    };
-    for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
-        const retrofit_parameter *p = table[i].parameter;
-        float *out = p->master;
-        for (size_t j = 0; j < p->sources; j++) {
-            char name[65];
-            size_t rows = p->source[j].rows;
-            snprintf(name, sizeof name, "blk.%zu.%s.weight", number, table[i].tensors[j]);
-            gguf_load_tensor(gguf, name, out, rows, p->cols);
-            if (p == &layer->w_qkv && j < 2)
-                gguf_unpermute(out, c->head_dim, rows / c->head_dim, p->cols);
-            out += rows * p->cols;
-        }
+        gguf_die(tensor->file, "tensor %s is %zu x %zu, the metadata ask for %zu x %zu",
+                 tensor->name, tensor->rows, tensor->cols, rows, cols);
+    size_t first = 0;
+    if (gguf->piece_count > 0) {
+        const gguf_piece *last = &gguf->pieces[gguf->piece_count - 1];
+        first = last->first + last->tensor->rows * last->tensor->cols;
     }
+    gguf->pieces[gguf->piece_count++] = (gguf_piece){first, tensor, head_dim};
 }
 
+// The parameter's numbers are those of tensors that stand in it one below the other: their names,
+// between `prefix` and .weight.
+static void gguf_place(gguf_file *gguf, const char *prefix, const char *const names[3],
+                       retrofit_parameter *p, size_t head_dim) {
+    size_t index = gguf->piece_count;
+    for (size_t i = 0; i < p->sources; i++) {
+        char name[GGUF_MAX_NAME + 1];
+        snprintf(name, sizeof name, "%s%s.weight", prefix, names[i]);
+        gguf_add_piece(gguf, name, p->source[i].rows, p->cols, i < 2 ? head_dim : 0);
+    }
+    p->weight.data = (const float *)gguf->range + gguf->pieces[index].first;
+}
+
+static void gguf_place_layer(gguf_file *gguf, const retrofit_config *c, size_t number,
+                             retrofit_layer *layer) {
+    const struct {
+        retrofit_parameter *parameter;
+        const char *names[3];
+        size_t head_dim;
+    } table[] = {
+        {&layer->norm_1, {"attn_norm"}, 0},
+        {&layer->w_qkv, {"attn_q", "attn_k", "attn_v"}, c->head_dim},
+        {&layer->w_out, {"attn_output"}, 0},
+        {&layer->norm_2, {"ffn_norm"}, 0},
+        {&layer->w_gate_up, {"ffn_gate", "ffn_up"}, 0},
+        {&layer->w_down, {"ffn_down"}, 0},
+    };
+    char prefix[32];
+    snprintf(prefix, sizeof prefix, "blk.%zu.", number);
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        gguf_place(gguf, prefix, table[i].names, table[i].parameter, table[i].head_dim);
+}
+
+// Addresses for all of the model's numbers, which nobody may read or write.
+static void gguf_reserve(gguf_file *gguf, const retrofit_model *model) {
+    gguf->range_size = model->weight_count * sizeof(float);
+    gguf->range = mmap(NULL, gguf->range_size, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (gguf->range == MAP_FAILED)
+        gguf_die(gguf, "no addresses for its %zu numbers: %s", model->weight_count,
+                 strerror(errno));
+    gguf->pieces = allocate_or_die(3 * model->parameter_count, sizeof *gguf->pieces);
+    gguf_device = gguf;
+}
+
+// The model is good until the file is closed.
 static retrofit_model *gguf_load(gguf_file *gguf) {
+    static retrofit_ops ops;
+    ops = retrofit_cpu;
+    ops.download = gguf_download;
     retrofit_config config;
     gguf_read_config(gguf, &config);
-    retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
+    retrofit_model *model = retrofit_model_new(&config, &ops);
     must(model != NULL);
-    must(retrofit_model_allocate(model, RETROFIT_INFERENCE));
+    gguf_reserve(gguf, model);
 
-    gguf_load_parameter(gguf, "token_embd.weight", &model->wte);
-    for (size_t i = 0; i < config.coda; i++) {
-        gguf_load_layer(gguf, &config, i, &model->coda[i]);
-        retrofit_show_share(i + 1, config.coda, "%s read", gguf->path);
-    }
-    gguf_load_parameter(gguf, "output_norm.weight", &model->ln_f);
-    if (!config.tied) gguf_load_parameter(gguf, "output.weight", &model->lm_head);
+    gguf_place(gguf, "", (const char *[3]){"token_embd"}, &model->wte, 0);
+    for (size_t i = 0; i < config.coda; i++)
+        gguf_place_layer(gguf, &config, i, &model->coda[i]);
+    gguf_place(gguf, "", (const char *[3]){"output_norm"}, &model->ln_f, 0);
+    if (config.tied) model->lm_head.weight = model->wte.weight;
+    else gguf_place(gguf, "", (const char *[3]){"output"}, &model->lm_head, 0);
 
     for (size_t i = 0; i < gguf->tensor_count; i++)
         if (!gguf->tensors[i].used)
-            gguf_die(gguf, "tensor %s has no place in a Llama of these metadata "
-                           "(biases, say, are not supported)", gguf->tensors[i].name);
+            gguf_die(gguf->tensors[i].file, "tensor %s has no place in a Llama of these metadata "
+                                            "(biases, say, are not supported)",
+                     gguf->tensors[i].name);
     if (gguf->unknown.size > 1)
         retrofit_note("%s: not known here, and not used: %s", gguf->path, gguf->unknown.bytes);
     return model;
@@ -3194,9 +3682,7 @@ static void mend_ids(retrofit_model *source, const char *directory) {
 static void convert(int task) {
     struct stat status;
     bool is_there = !stat(options.from, &status);
-    bool is_file = is_there && S_ISREG(status.st_mode);
-    if (!is_there && ends_with(options.from, ".gguf"))
-        die(1, "%s: %s", options.from, strerror(errno));
+    bool is_file = is_there ? S_ISREG(status.st_mode) : ends_with(options.from, ".gguf");
     gguf_file gguf;
     char path[RETROFIT_PATH];
     tokenizer_source tokenizer = {NULL, NULL};

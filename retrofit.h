@@ -5434,21 +5434,28 @@ static retrofit_type loaded_type(const retrofit_model *model, const retrofit_par
     return RETROFIT_BF16;
 }
 
+// Tensors that make up a parameter lie one below the other in files that we wrote.
 static bool stays_in_file(const retrofit_model *model, const retrofit_parameter *parameter,
-                          const retrofit_tensor *tensor) {
-    bool aligned = (uintptr_t)tensor->data % retrofit_type_size(tensor->type) == 0;
-    bool as_it_is = parameter->sources == 1 && tensor->type == parameter->weight.type;
-    return model->ops == &retrofit_cpu && as_it_is && aligned;
+                          const source_tensors *sources) {
+    size_t size = retrofit_type_size(parameter->weight.type);
+    const char *next = sources->tensor[0]->data;
+    bool as_it_is = (uintptr_t)next % size == 0;
+    for (size_t j = 0; j < parameter->sources; j++) {
+        const retrofit_tensor *tensor = sources->tensor[j];
+        as_it_is = as_it_is && tensor->type == parameter->weight.type && tensor->data == next;
+        next += tensor->count * size;
+    }
+    return model->ops == &retrofit_cpu && as_it_is;
 }
 
 static void lay_out_loaded(retrofit_model *model, arena *a, const source_tensors *sources) {
     for (size_t i = 0; i < model->parameter_count; i++) {
         retrofit_parameter *parameter = model->parameters[i];
-        const retrofit_tensor *tensor = sources[i].tensor[0];
         retrofit_type type = loaded_type(model, parameter, &sources[i]);
         size_t count = parameter->rows * parameter->cols;
         parameter->weight.type = type;
-        if (stays_in_file(model, parameter, tensor)) parameter->weight.data = tensor->data;
+        if (stays_in_file(model, parameter, &sources[i]))
+            parameter->weight.data = sources[i].tensor[0]->data;
         else parameter->weight.data = arena_alloc(a, count, retrofit_type_size(type));
     }
     if (model->config.tied) lay_out_tied_head(model, a);
@@ -11976,13 +11983,18 @@ uint16_t retrofit_float_to_bf16(float f) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The bits, where an F32 has them, are those of a number that is 2^112 times too small, since an
+// exponent of 15 there means what 127 does here: subnormal numbers too. No product is rounded.
 float retrofit_f16_to_float(uint16_t x) {
-    int exponent = x >> 10 & 31, mantissa = x & 1023;
+    uint32_t bits = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
     float f;
-    if (exponent == 31) f = mantissa ? NAN : INFINITY;
-    else if (exponent == 0) f = ldexpf((float)mantissa, -24);
-    else f = ldexpf((float)(mantissa + 1024), exponent - 25);
-    return x >> 15 ? -f : f;
+    memcpy(&f, &bits, 4);
+    f *= 0x1p112f;
+    if (bits >= 31u << 23) f = bits == 31u << 23 ? INFINITY : NAN;
+    memcpy(&bits, &f, 4);
+    bits |= sign;
+    memcpy(&f, &bits, 4);
+    return f;
 }
 
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n) {

@@ -100,10 +100,12 @@ enum { SAMPLE = 7 };
 
 static void set_up_more(void) {
     char command[8192];
-    snprintf(command, sizeof command, "mkdir seeds && cd $F/../../.. && SEEDS=%s/seeds TARGET=gguf "
+    snprintf(command, sizeof command, "mkdir seeds && cd $F/../../.. && SEEDS=%s/seeds "
              "$TESTS/fuzz_convert >%s/said", work, work);
     shell(command);
     shell("mv seeds/convert-gguf/seed0 spm.gguf && mv seeds/convert-gguf/seed1 bpe.gguf");
+    shell("mv seeds/convert-gguf/seed10 split-00001-of-00002.gguf");
+    shell("mv seeds/convert-part/seed0 split-00002-of-00002.gguf");
 }
 
 static const scenario scenarios[] = {
@@ -115,6 +117,7 @@ static const scenario scenarios[] = {
     {"rewrite", "--from p --to o/m --dtype bf16", NULL, NULL},
     {"gguf", "--from spm.gguf --to o/m", NULL, NULL},
     {"gguf2", "--from bpe.gguf --to o/m --prelude none --core 0 --coda none", NULL, NULL},
+    {"split", "--from split-00001-of-00002.gguf --to o/m --dtype bf16", NULL, NULL},
     {"random", "--random config.json --to o/m --tokenizer p", NULL, NULL},
     {"tokenize", "--tokenize a.jsonl b.txt --tokenizer p --to o/x.bin", NULL, NULL},
     {"help", "--help", NULL, NULL},

@@ -174,7 +174,7 @@ static void reset_options(void) {
 
 // A file that grows in memory.
 typedef struct {
-    char bytes[1 << 14];
+    char bytes[1 << 16];
     size_t size;
 } section;
 
@@ -211,17 +211,18 @@ static void put_array(section *s, const char *key, uint32_t type, size_t count) 
     put_number(s, count, 8);
 }
 
-enum { GGUF_D = 32, GGUF_LAYER_TENSORS = 9, GGUF_SEED_ENTRIES = 19 };
+enum { GGUF_LAYER_TENSORS = 9, GGUF_SEED_ENTRIES = 19 };
 
-static void put_tensor(section *s, const char *name, size_t rows, uint32_t type, size_t *offset) {
+static void put_tensor(section *s, const char *name, size_t rows, size_t cols, uint32_t type,
+                       size_t *offset) {
     put_string(s, name);
     put_number(s, rows > 1 ? 2 : 1, 4);
-    put_number(s, GGUF_D, 8);
+    put_number(s, cols, 8);
     if (rows > 1) put_number(s, rows, 8);
     put_number(s, type, 4);
     put_number(s, *offset, 8);
     const gguf_type *kind = gguf_find_type(type);
-    size_t bytes = rows * (GGUF_D / kind->values) * kind->bytes;
+    size_t bytes = rows * (cols / kind->values) * kind->bytes;
     *offset += (bytes + 31) / 32 * 32;
 }
 
@@ -254,46 +255,108 @@ static void put_vocabulary(section *s, bool sentencepiece, uint32_t bos) {
     }
 }
 
-// A model of one layer, whose numbers are zeros.
-static void add_gguf(uint32_t type, bool sentencepiece, uint32_t bos) {
-    static const char *const names[GGUF_LAYER_TENSORS] = {
-        "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate",
-        "ffn_up", "ffn_down"};
-    static section s;
-    size_t offset = 0;
+// A model of one layer, and the types of its tensors: of the layer's, in their order, of the
+// embedding and the head.
+typedef struct {
+    size_t d, heads, kv_heads, F;
+    uint32_t types[GGUF_LAYER_TENSORS], embedding, head;
+} gguf_shape;
+
+// Heads of 16, and all matrices of one type, in blocks of up to 32.
+static gguf_shape small_shape(uint32_t type) {
+    gguf_shape shape = {.d = 32, .heads = 2, .kv_heads = 2, .F = 32, .embedding = type,
+                        .head = type};
+    for (size_t i = 0; i < GGUF_LAYER_TENSORS; i++) // but the norms
+        if (i != 0 && i != 5) shape.types[i] = type;
+    return shape;
+}
+
+static void put_header(section *s, size_t tensors, size_t entries) {
+    memset(s, 0, sizeof *s);
+    put(s, "GGUF", 4);
+    put_number(s, 3, 4);
+    put_number(s, tensors, 8);
+    put_number(s, entries, 8);
+    put_text(s, "general.architecture", "llama");
+}
+
+static void put_metadata(section *s, const gguf_shape *shape, bool sentencepiece, uint32_t bos) {
+    put_u32(s, "llama.embedding_length", (uint32_t)shape->d);
+    put_u32(s, "llama.attention.head_count", (uint32_t)shape->heads);
+    put_u32(s, "llama.attention.head_count_kv", (uint32_t)shape->kv_heads);
+    put_u32(s, "llama.block_count", 1);
+    put_u32(s, "llama.feed_forward_length", (uint32_t)shape->F);
+    put_u32(s, "llama.context_length", 64);
+    put_key(s, "llama.attention.layer_norm_rms_epsilon", GGUF_F32);
+    put(s, &(float){1e-5f}, 4);
+    put_vocabulary(s, sentencepiece, bos);
+}
+
+// Their numbers are zeros, but for the divisors of rotary frequencies, which are ones.
+enum { GGUF_TENSORS = GGUF_LAYER_TENSORS + 4 };
+static void put_tensors(section *s, const gguf_shape *shape) {
+    size_t d = shape->d, F = shape->F, head_dim = d / shape->heads, offset = 0;
+    size_t kv = shape->kv_heads * head_dim;
+    const struct {
+        const char *name;
+        size_t rows, cols;
+    } table[GGUF_LAYER_TENSORS] = {{"attn_norm", 1, d}, {"attn_q", d, d}, {"attn_k", kv, d},
+                                   {"attn_v", kv, d}, {"attn_output", d, d}, {"ffn_norm", 1, d},
+                                   {"ffn_gate", F, d}, {"ffn_up", F, d}, {"ffn_down", d, F}};
     char name[64];
-    memset(&s, 0, sizeof s);
-    put(&s, "GGUF", 4);
-    put_number(&s, 3, 4);
-    put_number(&s, 2 + GGUF_LAYER_TENSORS, 8);
-    put_number(&s, GGUF_SEED_ENTRIES, 8);
-    put_text(&s, "general.architecture", "llama");
-    put_u32(&s, "llama.embedding_length", GGUF_D);
-    put_u32(&s, "llama.attention.head_count", 2);
-    put_u32(&s, "llama.attention.head_count_kv", 2);
-    put_u32(&s, "llama.block_count", 1);
-    put_u32(&s, "llama.feed_forward_length", GGUF_D);
-    put_u32(&s, "llama.context_length", 64);
-    put_key(&s, "llama.attention.layer_norm_rms_epsilon", GGUF_F32);
-    put(&s, &(float){1e-5f}, 4);
-    put_vocabulary(&s, sentencepiece, bos);
-    put_tensor(&s, "token_embd.weight", 8, type, &offset);
+    put_tensor(s, "rope_freqs.weight", 1, head_dim / 2, 0, &offset);
+    put_tensor(s, "token_embd.weight", 8, d, shape->embedding, &offset);
     for (size_t i = 0; i < GGUF_LAYER_TENSORS; i++) {
-        bool is_norm = strstr(names[i], "norm");
-        snprintf(name, sizeof name, "blk.0.%s.weight", names[i]);
-        put_tensor(&s, name, is_norm ? 1 : GGUF_D, is_norm ? 0 : type, &offset);
+        snprintf(name, sizeof name, "blk.0.%s.weight", table[i].name);
+        put_tensor(s, name, table[i].rows, table[i].cols, shape->types[i], &offset);
     }
-    put_tensor(&s, "output_norm.weight", 1, 0, &offset);
-    s.size = (s.size + 31) / 32 * 32 + offset;
-    require_test(s.size < sizeof s.bytes, "gguf");
+    put_tensor(s, "output_norm.weight", 1, d, 0, &offset);
+    put_tensor(s, "output.weight", 8, d, shape->head, &offset);
+    size_t start = (s->size + 31) / 32 * 32;
+    for (size_t i = 0; i < head_dim / 2; i++)
+        memcpy(s->bytes + start + 4 * i, &(float){1}, 4);
+    s->size = start + offset;
+    require_test(s->size < sizeof s->bytes, "gguf");
+}
+
+static void add_gguf(const gguf_shape *shape, bool sentencepiece, uint32_t bos) {
+    static section s;
+    put_header(&s, GGUF_TENSORS, GGUF_SEED_ENTRIES);
+    put_metadata(&s, shape, sentencepiece, bos);
+    put_tensors(&s, shape);
     add_seed("gguf", s.bytes, s.size);
 }
 
+// A model in two files: metadata, which stay as they are, and tensors.
+static void add_split(void) {
+    static section s;
+    gguf_shape shape = small_shape(7);
+    for (uint32_t number = 0; number < 2; number++) {
+        put_header(&s, number ? GGUF_TENSORS : 0, number ? 4 : GGUF_SEED_ENTRIES + 3);
+        put_u32(&s, "split.no", number);
+        put_u32(&s, "split.count", 2);
+        put_u32(&s, "split.tensors.count", GGUF_TENSORS);
+        if (number) put_tensors(&s, &shape);
+        else put_metadata(&s, &shape, true, 1);
+        add_seed(number ? "part" : "gguf", s.bytes, s.size);
+        if (!number) write_input("split-00001-of-00002.gguf", (input){s.bytes, s.size});
+    }
+}
+
 static void set_up(void) {
-    add_gguf(8, true, 1);
-    add_gguf(2, false, 0);
-    add_gguf(8, true, NO_TOKEN); // which is added to each text all the same
-    add_gguf(2, false, NO_TOKEN);
+    // All types in blocks of 32 numbers, then all others.
+    static const uint32_t types[] = {8, 2, 3, 6, 7, 20, 39};
+    static const gguf_shape mixed = {256, 8, 1, 32, {1, 34, 11, 12, 35, 30, 13, 23, 20}, 14, 10};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        gguf_shape shape = small_shape(types[i]);
+        add_gguf(&shape, i % 2 == 0, i % 2 == 0);
+    }
+    for (size_t i = 0; i < 2; i++) {
+        gguf_shape shape = small_shape(types[i]);
+        add_gguf(&shape, i == 0, NO_TOKEN); // which is added to each text all the same
+    }
+    add_gguf(&mixed, true, 1);
+    add_split();
     mkdir(in_work("t"), 0777);
     mkdir(in_work("out"), 0777);
     copy_to_work(REPORTS "brackets_a/model/tokenizer.json", "t/tokenizer.json");
@@ -309,13 +372,30 @@ static void reset_program(void) {
     memset(unfinished, 0, sizeof unfinished);
 }
 
-static void fuzz_gguf(input in) {
+static void read_gguf(const char *name) {
     gguf_file gguf;
-    write_input("model.gguf", in);
-    gguf_open(&gguf, in_work("model.gguf"));
-    retrofit_free(gguf_load(&gguf));
+    gguf_open(&gguf, in_work(name));
+    retrofit_model *source = gguf_load(&gguf);
+    for (size_t i = 0; i < gguf.piece_count; i++) {
+        const gguf_tensor *tensor = gguf.pieces[i].tensor;
+        size_t count = tensor->rows * tensor->cols;
+        float *x = malloc(count * sizeof *x);
+        if (x) gguf_download(x, (float *)gguf.range + gguf.pieces[i].first, count * sizeof *x);
+        free(x);
+    }
     gguf_write_tokenizer(&gguf, in_work("out"));
+    retrofit_free(source);
     gguf_close(&gguf);
+}
+
+static void fuzz_gguf(input in) {
+    write_input("model.gguf", in);
+    read_gguf("model.gguf");
+}
+
+static void fuzz_part(input in) {
+    write_input("split-00002-of-00002.gguf", in);
+    read_gguf("split-00001-of-00002.gguf");
 }
 
 // Whether a line may have a conversation is up to the input; none has a file of labels to itself.
@@ -378,6 +458,7 @@ static void fuzz_command(input in) {
 
 static const target targets[] = {
     {"gguf", fuzz_gguf, {REPORTS "gguf_rope_a/*.gguf"}, {0}, false},
+    {"part", fuzz_part, {0}, {0}, false},
     {"lines", fuzz_lines, {REPORTS "small_shards_a/*.jsonl", REPORTS "prompts_*/*.jsonl"},
      {"{\"text\":\"x\\ud800y\"}\n{\"text\":NaN,\"a\":[-Infinity,Infinity]}\n{\"text\":null}\n",
       "{\"other\":1}\n\n{\"text\":\"\\\\ud800 \\ud83d\\ude00\"}\r\n[1]\n", "\"text\"",

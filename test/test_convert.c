@@ -653,14 +653,15 @@ static void text_files(void) {
 // GGUF
 // =================================================================================================
 
-enum { GGML_F32 = 0, GGML_F16 = 1, GGML_Q4_0 = 2, GGML_Q4_1 = 3, GGML_Q8_0 = 8, GGML_Q4_K = 12,
-       GGML_BF16 = 30 };
+enum { GGML_F32 = 0, GGML_F16 = 1, GGML_Q4_0 = 2, GGML_Q8_0 = 8, GGML_Q4_K = 12, GGML_BF16 = 30,
+       GGML_MXFP4 = 39 };
 enum { META_U16 = 2, META_U32 = 4, META_I32 = 5, META_F32 = 6, META_BOOL = 7, META_STRING = 8,
        META_ARRAY = 9, META_U64 = 10, META_F64 = 12 };
 
 // What is wrong with a file.
 enum { GOOD, BAD_TYPE, EXTRA_TENSOR, NO_TENSOR, BAD_ARCHITECTURE, BAD_OFFSET, NOT_FINITE, BAD_PRE,
-       FEW_ROWS, BAD_ROPE, BAD_VERSION, TENSOR_TWICE };
+       FEW_ROWS, BAD_ROPE, BAD_VERSION, TENSOR_TWICE, OVERLAP, UNALIGNED, ROPE_SIZE, PART_KEY,
+       PART_COUNT };
 
 // A further entry of the metadata. Of an array, `text` is the only element; there is none if it is
 // NULL.
@@ -677,7 +678,14 @@ typedef struct {
     const char *style; // of its tokenizer
     bool tied, llama3;
     int flaw;
-    bool wide; // counts are u64
+    uint32_t bad_type; // of one tensor, where that is the flaw
+    bool wide;         // counts are u64
+    const char *model; // the directory that its numbers are from; NULL: those of the fixture
+    struct {
+        double factor, low, high, context;
+    } rope;           // Llama 3's scaling; all 0: Llama 3.2's
+    size_t parts;     // files; 0: one, called NAME.gguf
+    size_t alignment; // 0: 32, as without metadata
     const gguf_entry *entries;
     size_t entry_count;
 } gguf_case;
@@ -691,7 +699,9 @@ typedef struct {
 
 typedef struct {
     section metadata, tensors, data;
+    size_t alignment;
     int flaw;
+    uint32_t bad_type;
 } gguf_writer;
 
 static void open_section(section *s) {
@@ -723,6 +733,11 @@ static void put_u32(section *m, const char *key, uint32_t n) {
 static void put_f32(section *m, const char *key, float x) {
     put_key(m, key, META_F32);
     fwrite(&x, 4, 1, m->file);
+}
+
+static void put_u16(section *m, const char *key, size_t n) {
+    put_key(m, key, META_U16);
+    put_number(m->file, n, 2);
 }
 
 static void put_bool(section *m, const char *key, bool b) {
@@ -872,61 +887,53 @@ static void put_metadata(section *m, const retrofit_config *c, const gguf_case *
     }
     put_f32(m, "llama.attention.layer_norm_rms_epsilon", c->norm_eps);
     if (file->llama3) put_f32(m, "llama.rope.freq_base", (float)c->rope_theta);
+    if (file->alignment) put_u32(m, "general.alignment", (uint32_t)file->alignment);
     for (size_t i = 0; i < file->entry_count; i++) put_entry(m, &file->entries[i]);
     put_tokenizer(m, file);
 }
 
 // ---- Tensors ------------------------------------------------------------------------------------
 
-// An fp16 number (1024 + m)·2^(e-25) of a middling exponent e, from random bits. Returns it.
-static float put_f16(FILE *f, uint32_t bits) {
-    uint32_t e = 8 + bits % 5, m = bits >> 8 & 1023, negative = bits >> 31;
-    put_number(f, negative << 15 | e << 10 | m, 2);
-    return ldexpf((float)(1024 + m), (int)e - 25) * (negative ? -1 : 1);
+// What is read, by the numbers in files.
+static const char *const type_names[] = {
+    [0] = "F32",   [1] = "F16",   [2] = "Q4_0",  [3] = "Q4_1",   [6] = "Q5_0",    [7] = "Q5_1",
+    [8] = "Q8_0",  [10] = "Q2_K", [11] = "Q3_K", [12] = "Q4_K",  [13] = "Q5_K",   [14] = "Q6_K",
+    [20] = "IQ4_NL", [23] = "IQ4_XS", [30] = "BF16", [34] = "TQ1_0", [35] = "TQ2_0",
+    [39] = "MXFP4"};
+enum { TYPES = sizeof type_names / sizeof *type_names };
+
+// Blocks of each type and the numbers in them, as the Python package gguf has them: see
+// test/gguf_blocks.py. Bytes are kept four to a word.
+static retrofit_map blocks_file;
+
+// Numbers in a block of the type.
+static size_t block_size(uint32_t type) {
+    return fixture(&blocks_file, "%s.values", type_names[type])->shape[1];
 }
 
-// 32 numbers d·q + m of a type in blocks.
-static void put_block(FILE *f, uint32_t type, float *expected, uint64_t seed, size_t first) {
-    float d = put_f16(f, (uint32_t)retrofit_hash(seed, first)), m = -8 * d;
-    if (type == GGML_Q4_1) {
-        put_number(f, 0xb400, 2);
-        m = -0.25f;
-    }
-    for (size_t i = 0; i < (type == GGML_Q8_0 ? 32 : 16); i++) {
-        uint8_t q = (uint8_t)(retrofit_hash(seed + 1, first + i) >> 9);
-        put_number(f, q, 1);
-        if (type == GGML_Q8_0) expected[i] = d * (float)(int8_t)q;
-        else {
-            expected[i] = d * (float)(q % 16) + m;
-            expected[i + 16] = d * (float)(q / 16) + m;
-        }
-    }
-}
-
-// n numbers of a type as llama.cpp stores them, with the numbers they stand for, from random bits.
+// n numbers of a type from the fixture's blocks, beginning anywhere, and what they are.
 static void put_numbers(FILE *f, uint32_t type, float *expected, size_t n, uint64_t seed) {
-    bool blocks = type == GGML_Q8_0 || type == GGML_Q4_0 || type == GGML_Q4_1;
-    for (size_t i = 0; i < n; i += blocks ? 32 : 1) {
-        uint32_t bits = (uint32_t)retrofit_hash(seed, i);
-        if (blocks) put_block(f, type, expected + i, seed, i);
-        else if (type == GGML_F16) expected[i] = put_f16(f, bits);
-        else if (type == GGML_F32) {
-            expected[i] = retrofit_hash_normal(seed, i);
-            fwrite(&expected[i], 4, 1, f);
-        } else { // bf16, near 1
-            uint16_t half = (uint16_t)(0x3c00 | (bits & 0x81ff));
-            expected[i] = retrofit_bf16_to_float(half);
-            put_number(f, half, 2);
-        }
+    const retrofit_tensor *bytes = fixture(&blocks_file, "%s.blocks", type_names[type]);
+    const retrofit_tensor *values = fixture(&blocks_file, "%s.values", type_names[type]);
+    size_t count = values->shape[0], size = values->shape[1], length = 4 * bytes->count / count;
+    need(n % size == 0, "rows of whole blocks");
+    for (size_t i = 0; i < n / size; i++) {
+        size_t block = (size_t)(retrofit_hash(seed, 0) + i) % count;
+        fwrite((const char *)bytes->data + block * length, 1, length, f);
+        memcpy(expected + i * size, (const float *)values->data + block * size, size * 4);
     }
 }
 
 // Describes a tensor whose data come next. rows is 0 for a vector.
 static void put_tensor(gguf_writer *w, const char *name, uint32_t type, size_t rows, size_t cols) {
-    while (ftell(w->data.file) % 32) fputc(0, w->data.file);
+    while ((size_t)ftell(w->data.file) % w->alignment) fputc(0, w->data.file);
     uint64_t offset = (uint64_t)ftell(w->data.file);
-    if (w->flaw == BAD_TYPE && !strcmp(name, "blk.0.attn_output.weight")) type = GGML_Q4_K;
-    if (w->flaw == BAD_OFFSET && !strcmp(name, "blk.0.ffn_norm.weight")) offset = 1 << 30;
+    if (w->flaw == BAD_TYPE && !strcmp(name, "blk.0.attn_output.weight")) type = w->bad_type;
+    if (!strcmp(name, "blk.0.ffn_norm.weight")) {
+        if (w->flaw == BAD_OFFSET) offset = 1 << 30;
+        if (w->flaw == UNALIGNED) offset += 8;
+        if (w->flaw == OVERLAP) offset = w->alignment; // within the embedding
+    }
     FILE *f = w->tensors.file;
     put_string(f, name);
     put_number(f, rows ? 2 : 1, 4);
@@ -951,28 +958,32 @@ static void name_tensor(char name[64], const retrofit_model *model, size_t i, si
 
 // The numbers in the file, and in `out` as Hugging Face orders them: row 2n + s of a head of q or k
 // in llama.cpp's order is row s·h/2 + n in Hugging Face's. head_dim is 0 where the orders agree.
+// given: the numbers are those in `out`, F32.
 static void put_rows(FILE *f, uint32_t type, float *out, size_t rows, size_t cols, size_t head_dim,
-                     uint64_t seed) {
+                     uint64_t seed, bool given) {
     float *x = retrofit_allocate(rows * cols, sizeof *x);
-    put_numbers(f, type, x, rows * cols, seed);
+    if (!given) put_numbers(f, type, x, rows * cols, seed);
     for (size_t r = 0; r < rows; r++) {
         size_t row = r;
         if (head_dim) {
             size_t within = r % head_dim;
             row = r - within + within % 2 * (head_dim / 2) + within / 2;
         }
-        memcpy(out + row * cols, x + r * cols, cols * sizeof *x);
+        if (given) fwrite(out + row * cols, sizeof *out, cols, f);
+        else memcpy(out + row * cols, x + r * cols, cols * sizeof *x);
     }
     free(x);
 }
 
-static void put_parameter(gguf_writer *w, const retrofit_model *model, size_t i,
+// Tensors go to the writers in turn.
+static void put_parameter(gguf_writer *writers, const retrofit_model *model, size_t i,
                           const gguf_case *file) {
     const retrofit_parameter *p = model->parameters[i];
     float *out = p->master;
     bool is_norm = p->kind == RETROFIT_NORM;
     uint32_t type = is_norm ? GGML_F32 : file->type; // llama.cpp never quantises norms
     for (size_t j = 0; j < p->sources; j++) {
+        gguf_writer *w = &writers[file->parts ? (i + j) % file->parts : 0];
         char name[64];
         size_t rows = p->source[j].rows;
         bool permuted = p->sources == 3 && j < 2; // q and k
@@ -980,24 +991,29 @@ static void put_parameter(gguf_writer *w, const retrofit_model *model, size_t i,
         if (file->flaw != NO_TENSOR || strcmp(name, "blk.1.ffn_up.weight")) {
             put_tensor(w, name, type, is_norm ? 0 : rows, p->cols);
             put_rows(w->data.file, type, out, rows, p->cols, permuted ? model->config.head_dim : 0,
-                     i * 8 + j);
+                     i * 8 + j, file->model != NULL);
         }
         out += rows * p->cols;
     }
 }
 
-// Llama 3's divisors of the frequencies, by wavelengths as Hugging Face computes them.
-static void put_rope_divisors(gguf_writer *w, const retrofit_config *c, bool wrong) {
-    put_tensor(w, "rope_freqs.weight", GGML_F32, 0, c->head_dim / 2);
-    for (size_t i = 0; i < c->head_dim / 2; i++) {
-        double power = 2.0 * (double)i / (double)c->head_dim;
-        double wavelength = 2 * 3.14159265358979323846 * pow(500000, power);
-        double keep = (8192 / wavelength - 1) / 3;
-        if (wavelength < 2048) keep = 1;
-        if (wavelength > 8192) keep = 0;
-        float divisor = (float)(1 / (keep + (1 - keep) / 32)) + (wrong && i == 1);
+// Llama 3's divisors of the frequencies, by wavelengths and in floats, as llama.cpp's converter and
+// Hugging Face compute them.
+static void put_rope_divisors(gguf_writer *w, const gguf_case *file, const retrofit_config *c) {
+    size_t n = c->head_dim / 2;
+    put_tensor(w, "rope_freqs.weight", GGML_F32, 0, n + (file->flaw == ROPE_SIZE));
+    for (size_t i = 0; i < n; i++) {
+        float frequency = 1 / powf((float)c->rope_theta, (float)(2 * i) / (float)c->head_dim);
+        float wavelength = 2 * 3.14159265f / frequency, L = (float)file->rope.context;
+        float low = (float)file->rope.low, high = (float)file->rope.high;
+        float factor = (float)file->rope.factor, keep = (L / wavelength - low) / (high - low);
+        float divisor = 1 / ((1 - keep) / factor + keep);
+        if (wavelength < L / high) divisor = 1;
+        if (wavelength > L / low) divisor = factor;
+        if (file->flaw == BAD_ROPE && i == 1) divisor++;
         fwrite(&divisor, 4, 1, w->data.file);
     }
+    if (file->flaw == ROPE_SIZE) put_number(w->data.file, 0, 4);
 }
 
 static void put_bias(gguf_writer *w) {
@@ -1016,51 +1032,110 @@ static void put_file(const char *path, const gguf_writer *w, uint32_t version) {
     put_number(f, w->metadata.entries, 8);
     fwrite(w->metadata.bytes, 1, w->metadata.size, f);
     fwrite(w->tensors.bytes, 1, w->tensors.size, f);
-    while (ftell(f) % 32) fputc(0, f);
+    while ((size_t)ftell(f) % w->alignment) fputc(0, f);
     fwrite(w->data.bytes, 1, w->data.size, f);
     fclose(f);
 }
 
-// 2 layers, d = 32, 4 heads of 8, 2 kv, F = 64.
+static void open_writer(gguf_writer *w, const gguf_case *file) {
+    w->alignment = file->alignment ? file->alignment : 32;
+    w->flaw = file->flaw;
+    w->bad_type = file->bad_type;
+    open_section(&w->metadata);
+    open_section(&w->tensors);
+    open_section(&w->data);
+}
+
+static void close_writer(gguf_writer *w, const char *path) {
+    fclose(w->metadata.file);
+    fclose(w->tensors.file);
+    fclose(w->data.file);
+    if (w->flaw == NOT_FINITE) memset(w->data.bytes, 255, 4); // of the embedding
+    put_file(path, w, w->flaw == BAD_VERSION ? 1 : 3);
+    free(w->metadata.bytes);
+    free(w->tensors.bytes);
+    free(w->data.bytes);
+}
+
+// 2 layers, d = 32, 4 heads of 8, 2 kv, F = 64; with blocks of 256, d = 256, 4 heads of 64.
 static retrofit_config gguf_config(const gguf_case *file) {
-    retrofit_config c = {.n_embd = 32, .n_heads = 4, .n_kv_heads = 2, .head_dim = 8,
-                         .intermediate = 64, .vocab = file->flaw == FEW_ROWS ? 640 : 928,
-                         .context = 512, .coda = 2, .norm_eps = 1e-5f, .rope_theta = 10000,
-                         .mean_recurrence = 1, .backprop_depth = 1, .tied = file->tied};
-    if (file->llama3) {
-        c.rope_theta = 500000;
+    bool wide = block_size(file->type) == 256;
+    retrofit_config c = {.n_embd = wide ? 256 : 32, .n_heads = 4, .n_kv_heads = 2,
+                         .head_dim = wide ? 64 : 8, .intermediate = wide ? 256 : 64,
+                         .vocab = file->flaw == FEW_ROWS ? 640 : 928, .context = 512, .coda = 2,
+                         .norm_eps = 1e-5f, .rope_theta = 10000, .mean_recurrence = 1,
+                         .backprop_depth = 1, .tied = file->tied};
+    if (file->llama3) c.rope_theta = 500000;
+    if (file->llama3 && file->rope.factor > 1) {
         c.rope_llama3 = true;
-        c.rope_factor = 32;
-        c.rope_low = 1;
-        c.rope_high = 4;
-        c.rope_original_context = 8192;
+        c.rope_factor = file->rope.factor;
+        c.rope_low = file->rope.low;
+        c.rope_high = file->rope.high;
+        c.rope_original_context = file->rope.context;
     }
+    if (file->model) need(retrofit_config_read(&c, file->model), file->model);
     return c;
 }
 
-// Writes a Llama and returns what a reader should make of it.
-static retrofit_model *write_gguf(const char *path, const gguf_case *file) {
-    retrofit_config config = gguf_config(file);
-    retrofit_model *model = retrofit_model_new(&config, &retrofit_cpu);
+// A model with memory, and numbers where the file's are those of another model.
+static retrofit_model *begin_model(const retrofit_config *config, const gguf_case *file) {
+    retrofit_model *model = retrofit_model_new(config, &retrofit_cpu);
     need(model && retrofit_model_allocate(model, RETROFIT_INFERENCE), "model");
-    gguf_writer w = {.flaw = file->flaw};
-    open_section(&w.metadata);
-    open_section(&w.tensors);
-    open_section(&w.data);
-    put_metadata(&w.metadata, &config, file);
-    for (size_t i = 0; i < model->parameter_count; i++) put_parameter(&w, model, i, file);
-    if (file->llama3) put_rope_divisors(&w, &config, file->flaw == BAD_ROPE);
-    if (file->flaw == EXTRA_TENSOR) put_bias(&w);
-    if (file->flaw == TENSOR_TWICE) put_tensor(&w, "output_norm.weight", GGML_F32, 0, 32);
-    fclose(w.metadata.file);
-    fclose(w.tensors.file);
-    fclose(w.data.file);
+    if (!file->model) return model;
+    retrofit_model *given = load(file->model);
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        float *x = numbers(given->parameters[i]);
+        size_t n = model->parameters[i]->rows * model->parameters[i]->cols;
+        memcpy(model->parameters[i]->master, x, n * sizeof *x);
+        free(x);
+    }
+    retrofit_free(given);
+    return model;
+}
 
-    if (file->flaw == NOT_FINITE) memcpy(w.data.bytes, &(float){NAN}, 4); // of the embedding
-    put_file(path, &w, file->flaw == BAD_VERSION ? 1 : 3);
-    free(w.metadata.bytes);
-    free(w.tensors.bytes);
-    free(w.data.bytes);
+// The metadata of part `part`, from 0, that say so.
+static void put_split(section *m, const gguf_case *file, size_t part, size_t tensors) {
+    put_u16(m, "split.no", part);
+    put_u16(m, "split.count", file->parts);
+    put_key(m, "split.tensors.count", META_I32);
+    put_number(m->file, tensors + (file->flaw == PART_COUNT), 4);
+    if (part == 1) put_text(m, "general.architecture", "llama"); // as in the first part
+    if (part == 1 && file->flaw == PART_KEY) put_u32(m, "llama.context_length", 500);
+}
+
+static const char *part_name(const char *name, size_t part, size_t parts) {
+    return in_work("%s-%05zu-of-%05zu.gguf", name, part, parts);
+}
+
+// Writes a Llama and returns what a reader should make of it.
+enum { MAX_PARTS = 3 };
+static retrofit_model *write_gguf(const gguf_case *given) {
+    gguf_case complete = *given, *file = &complete;
+    if (file->rope.factor == 0) {
+        file->rope.factor = 32;
+        file->rope.low = 1;
+        file->rope.high = 4;
+        file->rope.context = 8192;
+    }
+    retrofit_config config = gguf_config(file);
+    retrofit_model *model = begin_model(&config, file);
+    gguf_writer w[MAX_PARTS];
+    size_t parts = file->parts ? file->parts : 1, tensors = 0;
+    for (size_t i = 0; i < parts; i++) open_writer(&w[i], file);
+    put_metadata(&w[0].metadata, &config, file);
+    for (size_t i = 0; i < model->parameter_count; i++) put_parameter(w, model, i, file);
+    if (file->llama3) put_rope_divisors(&w[0], file, &config);
+    if (file->flaw == EXTRA_TENSOR) put_bias(&w[0]);
+    if (file->flaw == TENSOR_TWICE) {
+        put_tensor(&w[parts - 1], "output_norm.weight", GGML_F32, 0, 32);
+        for (size_t i = 0; i < 32; i++) put_number(w[parts - 1].data.file, 0, 4);
+    }
+    for (size_t i = 0; i < parts; i++) tensors += w[i].tensors.entries;
+    for (size_t i = 0; i < parts; i++) {
+        if (file->parts) put_split(&w[i].metadata, file, i, tensors);
+        close_writer(&w[i], file->parts ? part_name(file->name, i + 1, parts)
+                                        : in_work("%s.gguf", file->name));
+    }
     return model;
 }
 
@@ -1128,11 +1203,12 @@ static void same_report(const char *gguf, const char *directory) {
 }
 
 static void good_gguf(const gguf_case *file) {
-    const char *path = in_work("%s.gguf", file->name), *name = file->name;
-    char plain[256], cut[256];
+    const char *name = file->name;
+    char path[256], plain[256], cut[256];
+    strcpy(path, file->parts ? part_name(name, 1, file->parts) : in_work("%s.gguf", name));
     strcpy(plain, in_work("gguf.%s", name));
     strcpy(cut, in_work("gguf.%s.cut", name));
-    retrofit_model *expected = write_gguf(path, file);
+    retrofit_model *expected = write_gguf(file);
     works("--from %s --to %s", path, plain);
     works("--from %s --to %s --prelude none --core 0 --coda 1 --dtype bf16", path, cut);
 
@@ -1152,29 +1228,78 @@ static void good_gguf(const gguf_case *file) {
 }
 
 static void flawed_gguf(int flaw, const char *what) {
-    gguf_case file = {.name = "flaw", .style = "llama2_style", .llama3 = flaw == BAD_ROPE,
-                      .flaw = flaw};
+    gguf_case file = {.name = "flaw", .style = "llama2_style", .flaw = flaw,
+                      .llama3 = flaw == BAD_ROPE || flaw == ROPE_SIZE};
     if (flaw == BAD_PRE) file.style = "llama3_style";
-    retrofit_free(write_gguf(in_work("flaw.gguf"), &file));
+    retrofit_free(write_gguf(&file));
     fails(1, what, "--from %s --to %s", in_work("flaw.gguf"), in_work("bad"));
 }
 
+// A tensor of a type that is not read, or whose rows are no blocks, is named, and so is the type.
+static void bad_types(void) {
+    static const struct {
+        uint32_t number;
+        const char *what;
+    } types[] = {
+        {4, "Q4_2;"}, {5, "Q4_3;"}, {9, "Q8_1;"}, {15, "Q8_K;"}, {16, "IQ2_XXS;"}, {17, "IQ2_XS;"},
+        {18, "IQ3_XXS;"}, {19, "IQ1_S;"}, {21, "IQ3_S;"}, {22, "IQ2_S;"}, {24, "I8;"}, {25, "I16;"},
+        {26, "I32;"}, {27, "I64;"}, {28, "F64;"}, {29, "IQ1_M;"}, {31, "Q4_0_4_4;"},
+        {32, "Q4_0_4_8;"}, {33, "Q4_0_8_8;"}, {36, "IQ4_NL_4_4;"}, {37, "IQ4_NL_4_8;"},
+        {38, "IQ4_NL_8_8;"}, {40, "NVFP4;"}, {41, "Q1_0;"}, {42, "Q2_0;"}, {43, "number 43;"},
+        {UINT32_MAX, "number 4294967295;"}};
+    char expected[128];
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        gguf_case file = {.name = "type", .style = "llama2_style", .flaw = BAD_TYPE,
+                          .bad_type = types[i].number};
+        retrofit_free(write_gguf(&file));
+        snprintf(expected, sizeof expected, "type.gguf: tensor blk.0.attn_output.weight is of type "
+                                            "%s", types[i].what);
+        fails(1, expected, "--from %s --to %s", in_work("type.gguf"), in_work("bad"));
+    }
+    for (uint32_t type = 0; type < TYPES; type++) {
+        if (!type_names[type] || block_size(type) < 256) continue;
+        gguf_case file = {.name = "rows", .style = "llama2_style", .flaw = BAD_TYPE,
+                          .bad_type = type};
+        retrofit_free(write_gguf(&file));
+        fails(1, "rows.gguf: tensor blk.0.attn_output.weight: rows of 32 are no blocks of 256",
+              "--from %s --to %s", in_work("rows.gguf"), in_work("bad"));
+    }
+}
+
+// Numbers that are not finite, whose scales are not, or that are too large: the first bytes of the
+// embedding are all ones. They are found when they are unpacked, with half of the output written.
+static void not_finite(void) {
+    static const uint32_t types[] = {GGML_F32, GGML_F16, GGML_BF16, GGML_Q4_0, GGML_Q8_0, GGML_Q4_K,
+                                     GGML_MXFP4};
+    for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
+        gguf_case file = {.name = "infinite", .type = types[i], .style = "llama2_style",
+                          .flaw = NOT_FINITE};
+        retrofit_free(write_gguf(&file));
+        fails(1, "infinite.gguf: tensor token_embd.weight: number 0 is not finite",
+              "--from %s --to %s", in_work("infinite.gguf"), in_work("bad"));
+    }
+}
+
 // A good file whose metadata ask for other shapes, and one cut off anywhere.
-static void damaged_gguf(void) {
-    static const gguf_case file = {.type = GGML_Q8_0, .style = "smollm_style", .tied = true};
+static void damaged_gguf(uint32_t type) {
+    const gguf_case file = {.name = "damaged", .type = type, .style = "smollm_style",
+                            .tied = true};
     static const double parts[] = {0, .00002, .0001, .001, .01, .1, .3, .5, .9, .999};
     static const char key[] = "llama.feed_forward_length";
     size_t size;
-    retrofit_free(write_gguf(in_work("damaged.gguf"), &file));
+    retrofit_free(write_gguf(&file));
     char *bytes = retrofit_read_file(in_work("damaged.gguf"), &size);
     need(bytes != NULL, "damaged.gguf");
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         write_text(in_work("cut.gguf"), bytes, (size_t)(parts[i] * (double)size));
         fails(1, "cut.gguf", "--from %s --to %s", in_work("cut.gguf"), in_work("bad"));
     }
+    write_text(in_work("cut.gguf"), bytes, size - 1);
+    fails(1, "cut.gguf: tensor output_norm.weight: ", "--from %s --to %s", in_work("cut.gguf"),
+          in_work("bad"));
     char *entry = memmem(bytes, size, key, strlen(key));
     need(entry != NULL, key);
-    entry[strlen(key) + 4] = 32; // behind the type; 64 before
+    entry[strlen(key) + 5] ^= 2; // behind the type; 512 numbers more or less
     write_text(in_work("shape.gguf"), bytes, size);
     fails(1, "metadata ask for", "--from %s --to %s", in_work("shape.gguf"), in_work("bad"));
     entry[strlen(key) - 1] = 0; // what is named with a NUL is not passed over
@@ -1191,6 +1316,7 @@ static void neutral_metadata(void) {
         {"general.quantization_version", META_U32, 2, NULL},
         {"general.file_type", META_U32, 7, NULL},
         {"general.tags", META_ARRAY, 0, "a tag"},
+        {"split.no", META_U16, 0, NULL},
         {"split.count", META_U16, 1, NULL},
         {"quantize.imatrix.chunks_count", META_I32, 40, NULL},
         {"llama.attention.key_length", META_U32, 8, NULL},
@@ -1222,7 +1348,7 @@ static void neutral_metadata(void) {
                                          {"some.numbers", META_ARRAY, 0, "1"}};
     file = (gguf_case){.name = "noted", .style = "llama2_style", .entries = unknown,
                        .entry_count = 2};
-    retrofit_free(write_gguf(in_work("noted.gguf"), &file));
+    retrofit_free(write_gguf(&file));
     works("--from %s --to %s", in_work("noted.gguf"), in_work("noted"));
     check(said("noted.gguf: not known here, and not used: some.flag, some.numbers\n"),
           "keys that are not known are named");
@@ -1234,7 +1360,11 @@ static void refused_metadata(void) {
         {"general.type", META_STRING, 0, "adapter"},
         {"adapter.type", META_STRING, 0, "lora"},
         {"general.quantization_version", META_U32, 1, NULL},
-        {"split.count", META_U16, 3, NULL},
+        {"general.alignment", META_U32, 48, NULL},
+        {"general.alignment", META_U32, 0, NULL},
+        {"split.no", META_U16, 3, NULL},
+        {"split.count", META_U32, 100000, NULL},
+        {"split.tensors.count", META_I32, 3, NULL},
         {"llama.vocab_size", META_U32, 900, NULL},
         {"llama.block_count", META_U32, 2, NULL},
         {"llama.attention.key_length", META_I32, -8, NULL},
@@ -1276,7 +1406,7 @@ static void refused_metadata(void) {
     for (size_t i = 0; i < sizeof entries / sizeof *entries; i++) {
         gguf_case file = {.name = "refused", .style = "llama2_style", .entries = &entries[i],
                           .entry_count = 1};
-        retrofit_free(write_gguf(in_work("refused.gguf"), &file));
+        retrofit_free(write_gguf(&file));
         fails(1, entries[i].key, "--from %s --to %s", in_work("refused.gguf"), in_work("bad"));
     }
     static const gguf_entry linear[] = {{"llama.rope.scaling.type", META_STRING, 0, "linear"},
@@ -1294,7 +1424,7 @@ static void gguf_linear_scaling(void) {
     for (size_t i = 0; i < 2; i++) {
         gguf_case file = {.name = "scaled", .style = "llama2_style", .entries = &entries[i],
                           .entry_count = 1};
-        retrofit_free(write_gguf(in_work("scaled.gguf"), &file));
+        retrofit_free(write_gguf(&file));
         works("--from %s --to %s", in_work("scaled.gguf"), in_work("scaled%zu", i));
         retrofit_model *model = load(in_work("scaled%zu", i));
         const retrofit_config *c = &model->config;
@@ -1314,7 +1444,7 @@ static void gguf_chat(void) {
     };
     gguf_case file = {.name = "chat", .style = "llama2_style", .entries = entries,
                       .entry_count = 4};
-    retrofit_free(write_gguf(in_work("chat.gguf"), &file));
+    retrofit_free(write_gguf(&file));
     works_quietly("--from %s --to %s", in_work("chat.gguf"), in_work("chat"));
     char *config = read_text(in_work("chat/tokenizer_config.json"));
     static const char templates[] =
@@ -1329,32 +1459,141 @@ static void gguf_chat(void) {
     free(generation);
 }
 
-static void gguf_files(void) {
-    static const gguf_case files[] = {
-        {.name = "f32", .type = GGML_F32, .style = "llama2_style"},
-        {.name = "f16", .type = GGML_F16, .style = "llama3_style", .llama3 = true},
-        {.name = "bf16", .type = GGML_BF16, .style = "smollm_style", .tied = true},
-        {.name = "q8_0", .type = GGML_Q8_0, .style = "llama2_style", .tied = true},
-        {.name = "q4_0", .type = GGML_Q4_0, .style = "llama3_style", .tied = true, .llama3 = true},
-        {.name = "q4_1", .type = GGML_Q4_1, .style = "smollm_style"},
+// Settings that are found from the divisors, those of Llama 3.1 and 3.2 first, and such as are not.
+static void gguf_rope(void) {
+    static const struct {
+        double factor, low, high, context;
+        uint32_t type; // in blocks of 256 for heads of 64
+        bool refused;
+    } cases[] = {
+        {8, 1, 4, 8192, GGML_Q4_K, false},  {32, 1, 4, 8192, GGML_Q4_K, false},
+        {1, 1, 4, 8192, GGML_Q4_K, false},  {1.5, 1, 4, 8192, GGML_Q4_K, false},
+        {16, 1, 4, 4096, GGML_Q4_K, false}, {8, 1, 4, 131072, GGML_Q4_K, false},
+        {8, 1, 4, 8192, GGML_F32, false},   {8, 1, 4, 5000, GGML_Q4_K, true},
+        {8, 1.5, 4, 8192, GGML_Q4_K, true}, {8, 1, 5, 8192, GGML_Q4_K, true},
+        {.5, 1, 4, 8192, GGML_Q4_K, true},
     };
-    for (size_t i = 0; i < sizeof files / sizeof *files; i++) good_gguf(&files[i]);
-    flawed_gguf(BAD_TYPE, "of type Q4_K;");
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        gguf_case file = {.name = "rope", .type = cases[i].type, .style = "llama2_style",
+                          .llama3 = true};
+        file.rope.factor = cases[i].factor;
+        file.rope.low = cases[i].low;
+        file.rope.high = cases[i].high;
+        file.rope.context = cases[i].context;
+        retrofit_model *expected = write_gguf(&file), *model = NULL;
+        const char *path = in_work("rope.gguf"), *to = in_work("rope%zu", i);
+        if (cases[i].refused)
+            fails(1, "rope.gguf: tensor rope_freqs.weight", "--from %s --to %s", path,
+                  in_work("bad"));
+        else {
+            works_quietly("--from %s --to %s", path, to);
+            model = load(to);
+            model->config.state_std = expected->config.state_std;
+            same_config("rope", &model->config, &expected->config);
+        }
+        retrofit_free(model);
+        retrofit_free(expected);
+    }
+}
+
+// The fixture with Llama 3.2's scaling, as a GGUF, becomes the fixture again.
+static void gguf_fixture(void) {
+    const gguf_case file = {.name = "llama3", .style = "../lookup/base", .llama3 = true,
+                            .model = FIXTURES "llama3/base"};
+    retrofit_free(write_gguf(&file));
+    works_quietly("--from %s --to %s", in_work("llama3.gguf"), in_work("gguf.fixture"));
+    retrofit_model *again = load(in_work("gguf.fixture")), *fixture = load(file.model);
+    check(fixture->config.rope_llama3, "the fixture has Llama 3's scaling");
+    same_config("llama3", &again->config, &fixture->config);
+    same_model("llama3", again, fixture, true, false);
+    retrofit_free(again);
+    retrofit_free(fixture);
+}
+
+// A model in several files opens by the first of them, beside which the others lie.
+static void split_gguf(void) {
+    gguf_case file = {.name = "split", .type = GGML_Q8_0, .style = "llama2_style", .llama3 = true,
+                      .parts = 3};
+    good_gguf(&file);
+    char first[256], second[256], third[256], bad[256], command[1024];
+    strcpy(first, part_name("split", 1, 3));
+    strcpy(second, part_name("split", 2, 3));
+    strcpy(third, part_name("split", 3, 3));
+    strcpy(bad, in_work("bad"));
+    fails(1, "part 2 of 3: give the first, /tmp", "--from %s --to %s", second, bad);
+    fails(1, "split-00001-of-00003.gguf", "--from %s --to %s", third, bad);
+    snprintf(command, sizeof command, "cp %s %s && cp %s %s", first, in_work("odd.gguf"), second,
+             in_work("even.gguf"));
+    need(system(command) == 0, command);
+    fails(1, "odd.gguf: it is the first of 3 parts, but is not called …-00001-of-00003.gguf",
+          "--from %s --to %s", in_work("odd.gguf"), bad);
+    fails(1, "even.gguf: it is part 2 of 3: give the first, …-00001-of-00003.gguf",
+          "--from %s --to %s", in_work("even.gguf"), bad);
+
+    size_t size;
+    char *bytes = retrofit_read_file(third, &size);
+    need(bytes != NULL, third);
+    write_text(third, bytes, size - 1);
+    fails(1, "split-00003-of-00003.gguf: tensor ", "--from %s --to %s", first, bad);
+    write_text(second, bytes, size);
+    fails(1, "split-00002-of-00003.gguf: it is not part 2 of 3", "--from %s --to %s", first, bad);
+    retrofit_free(write_gguf(&file));
+    need(unlink(third) == 0, third);
+    fails(1, "part 3 of 3 is missing: /tmp", "--from %s --to %s", first, bad);
+    need(mkdir(third, 0777) == 0, third);
+    fails(1, "split-00003-of-00003.gguf: not a regular file", "--from %s --to %s", first, bad);
+    free(bytes);
+
+    file = (gguf_case){.name = "parts", .style = "llama2_style", .parts = 2};
+    strcpy(first, part_name("parts", 1, 2));
+    file.flaw = TENSOR_TWICE;
+    retrofit_free(write_gguf(&file));
+    fails(1, "tensor output_norm.weight is there twice, here and in /tmp", "--from %s --to %s",
+          first, bad);
+    file.flaw = PART_KEY;
+    retrofit_free(write_gguf(&file));
+    fails(1, "parts-00002-of-00002.gguf: metadata llama.context_length is not as in",
+          "--from %s --to %s", first, bad);
+    file.flaw = PART_COUNT;
+    retrofit_free(write_gguf(&file));
+    fails(1, "parts-00001-of-00002.gguf: split.tensors.count is", "--from %s --to %s", first, bad);
+}
+
+// Every type with every tokenizer, and then the files that are not good.
+static void gguf_files(void) {
+    static const char *const styles[] = {"llama2_style", "llama3_style", "smollm_style"};
+    for (uint32_t type = 0; type < TYPES; type++) {
+        if (!type_names[type]) continue;
+        gguf_case file = {.name = type_names[type], .type = type, .style = styles[type % 3],
+                          .tied = type % 2, .llama3 = type % 3 == 1};
+        good_gguf(&file);
+    }
+    static const gguf_case aligned = {.name = "aligned", .type = GGML_MXFP4,
+                                      .style = "llama2_style", .alignment = 256};
+    good_gguf(&aligned);
     flawed_gguf(EXTRA_TENSOR, "no place");
     flawed_gguf(NO_TENSOR, "blk.1.ffn_up.weight is missing");
     flawed_gguf(BAD_ARCHITECTURE, "gemma");
-    flawed_gguf(BAD_OFFSET, "past the file's end");
-    flawed_gguf(NOT_FINITE, "not finite");
+    flawed_gguf(BAD_OFFSET, "tensor blk.0.ffn_norm.weight: 128 bytes at offset 1073741824 are");
+    flawed_gguf(UNALIGNED, "tensor blk.0.ffn_norm.weight: 128 bytes at offset ");
+    flawed_gguf(OVERLAP, "tensor blk.0.ffn_norm.weight: its data begin within those of token_embd");
     flawed_gguf(BAD_PRE, "qwen2");
     flawed_gguf(FEW_ROWS, "fewer embeddings");
-    flawed_gguf(BAD_ROPE, "rope_freqs");
+    flawed_gguf(BAD_ROPE, "tensor rope_freqs.weight is not Llama 3's");
+    flawed_gguf(ROPE_SIZE, "tensor rope_freqs.weight is 1 x 5, heads of 8 need 1 x 4");
     flawed_gguf(BAD_VERSION, "version 1");
     flawed_gguf(TENSOR_TWICE, "tensor output_norm.weight is there twice");
+    bad_types();
+    not_finite();
     neutral_metadata();
     refused_metadata();
     gguf_chat();
     gguf_linear_scaling();
-    damaged_gguf();
+    gguf_rope();
+    gguf_fixture();
+    split_gguf();
+    damaged_gguf(GGML_Q8_0);
+    damaged_gguf(GGML_Q4_K);
 }
 
 // =================================================================================================
@@ -1440,6 +1679,7 @@ static void bad_models(void) {
     strcpy(text, in_work("file"));
     fails(1, "recurrent already", "--from " FIXTURES "tiny/recurrent --to %s %s", bad, layers);
     fails(1, "No such file", "--from %s --to %s", in_work("missing"), bad);
+    fails(1, "missing.gguf: No such file", "--from %s --to %s", in_work("missing.gguf"), bad);
     fails(1, "No such file", "--random %s --to %s", in_work("missing"), bad);
     write_string(text, "text, no model\n");
     fails(1, "no GGUF", "--from %s --to %s", text, bad);
@@ -1510,6 +1750,7 @@ int main(void) {
     need(asprintf(&program, "%s/convert", getenv("BIN") ? getenv("BIN") : ".") > 0, "memory");
     strcpy(work, "/tmp/retrofit-convert-XXXXXX");
     need(access(program, X_OK) == 0 && mkdtemp(work), program);
+    need(retrofit_safetensors_open(&blocks_file, FIXTURES "gguf/blocks.safetensors"), "blocks");
     surgery("tiny", "--prelude 0-1 --core 3-5 --coda 6-7");
     surgery("llama3", "--prelude 0 --core 1,3 --coda 4");
     surgery("head64", "--prelude 0 --core 1 --coda 1");
@@ -1530,6 +1771,7 @@ int main(void) {
     lines_of_python();
     text_files();
     gguf_files();
+    retrofit_safetensors_close(&blocks_file);
     recorded_trainings();
     bad_usage();
     bad_layers();

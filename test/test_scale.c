@@ -428,14 +428,16 @@ static void put_key(FILE *file, const char *key, uint64_t number) {
     put(file, (uint32_t)number, 4);
 }
 
-// All tensors lie at the same place.
+static uint64_t data_size; // of the tensors up to now, each in 32 or 64 bytes
+
 static void put_tensor(FILE *file, const char *name, uint64_t cols, uint64_t rows) {
     put_name(file, name);
     put(file, rows ? 2 : 1, 4);
     put(file, cols, 8);
     if (rows) put(file, rows, 8);
     put(file, 0, 4);
-    put(file, 0, 8);
+    put(file, data_size, 8);
+    data_size += rows > 2 ? 64 : 32;
 }
 
 static void put_layer(FILE *file, size_t number) {
@@ -468,11 +470,12 @@ static void read_gguf(size_t n) {
     put_key(file, "llama.feed_forward_length", 1);
     put_key(file, "llama.context_length", 16);
     put_key(file, "llama.attention.layer_norm_rms_epsilon", 1ull << 32 | 0x3727c5ac); // 1e-5
+    data_size = 0;
     put_tensor(file, "token_embd.weight", 2, 8);
     put_tensor(file, "output_norm.weight", 2, 0);
     for (size_t i = 0; i < n; i++) put_layer(file, i);
     while (ftell(file) % 32) fputc(0, file);
-    for (size_t i = 0; i < 16; i++) put(file, 0x3f800000, 4); // 1
+    for (size_t i = 0; i < data_size / 4; i++) put(file, 0x3f800000, 4); // 1
     fclose(file);
     works("! convert --from made.gguf --to bad 2>why && grep -q 'tokenizer.ggml.model is' why");
 }
