@@ -3177,6 +3177,8 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
 char *retrofit_directory_begin(const char *final);
 // Renames it. Its files must be on the disk; `final` must not exist, or be empty. false or error.
 bool retrofit_directory_commit(const char *temporary, const char *final);
+// Copies a file. false or error, and then there is no copy.
+bool retrofit_copy_file(const char *from, const char *to);
 // Removes it and the files in it.
 void retrofit_directory_abandon(const char *temporary);
 // The name under which to write a file that is to become `final`; of a pipe or a device its own.
@@ -3203,7 +3205,8 @@ bool retrofit_config_read_file(retrofit_config *config, const char *path);
 // model's directory.
 void retrofit_config_mend_ids(retrofit_config *config, const retrofit_tokenizer *tokenizer,
                               const char *where);
-// Writes it. type: of the tensors beside it. false or error.
+// Writes it. type: of the tensors beside it. It names our own modelling code for Python where that
+// lies in the directory, else the authors'. false or error.
 bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
                            const char *directory);
 
@@ -3212,11 +3215,13 @@ bool retrofit_latest(const char *directory, char path[RETROFIT_PATH]);
 // Where the model is: in `directory`, or in directory/latest if `directory` has no config.json, as
 // the output of a training. Returns one of the two; the second one is written to `path`.
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
+// Our own modelling code for Python, at the root of retrofit and, maybe, beside a model.
+#define RETROFIT_MODELLING "modeling_retrofit.py"
 // The files that retrofit_save may write. The last one is NULL.
 extern const char *const retrofit_model_files[];
 // Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
-// the tokenizer's files from tokenizer_from, or its latest checkpoint; it may be NULL. false or
-// error.
+// the tokenizer's files and modelling code from tokenizer_from, or its latest checkpoint, unless
+// they are there already; it may be NULL. false or error.
 bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
                    const char *tokenizer_from);
 // Writes the optimizer's moments to directory/optimizer.safetensors; metadata as above. false or
@@ -4904,10 +4909,6 @@ static const char config_plain_words[] =
 static const char config_recurrent_words[] =
     "  \"architectures\": [\"RavenForCausalLM\"],\n"
     "  \"model_type\": \"huginn_raven\",\n"
-    "  \"auto_map\": {\n"
-    "    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
-    "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_llama.RavenForCausalLM\"\n"
-    "  },\n"
     "  \"architecture_class_name\": \"RecurrentGPT\",\n"
     "  \"block_class_name\": \"SandwichBlock\",\n"
     "  \"norm_class_name\": \"RMSNorm_llama\",\n"
@@ -4944,6 +4945,15 @@ static void write_config_recurrent(FILE *file, const retrofit_config *c) {
     fprintf(file, "\"out_proj\": %s, \"std\": %s},\n", out_proj, std);
 }
 
+// The modelling code that Python's AutoModelForCausalLM takes, ours or the authors'. The classes
+// have the same names in both.
+static void write_config_auto_map(FILE *file, bool ours) {
+    fprintf(file, "  \"auto_map\": {\n    \"AutoConfig\": \"%s.RavenConfig\",\n",
+            ours ? "modeling_retrofit" : "raven_config_minimal");
+    fprintf(file, "    \"AutoModelForCausalLM\": \"%s.RavenForCausalLM\"\n  },\n",
+            ours ? "modeling_retrofit" : "raven_modeling_minimal_llama");
+}
+
 static void write_config_rope(FILE *file, const retrofit_config *c) {
     char factor[32], high[32], low[32];
     if (!c->rope_llama3) {
@@ -4970,14 +4980,16 @@ static void write_config_ids(FILE *file, const retrofit_config *c) {
 
 bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
                            const char *directory) {
-    char path[RETROFIT_PATH], eps[32], theta[32];
+    char path[RETROFIT_PATH], modelling[RETROFIT_PATH], eps[32], theta[32];
     bool plain = retrofit_is_plain(config);
+    if (!retrofit_path(modelling, directory, RETROFIT_MODELLING)) return false;
     if (!retrofit_path(path, directory, "config.json")) return false;
     FILE *file = fopen(path, "wb");
     if (!file) return retrofit_fail("%s: %s", path, strerror(errno));
     errno = 0; // so that what retrofit_finish_file reports comes from writing
     fprintf(file, "{\n");
     write_config_sizes(file, config, plain);
+    if (!plain) write_config_auto_map(file, retrofit_is_there(modelling));
     if (plain) fputs(config_plain_words, file);
     else write_config_recurrent(file, config);
     write_config_ids(file, config);
@@ -5612,7 +5624,7 @@ static bool list_moments(const retrofit_model *model, tensor_list *list) {
     return true;
 }
 
-static bool copy_file(const char *from, const char *to) {
+bool retrofit_copy_file(const char *from, const char *to) {
     size_t size;
     char *text = retrofit_read_file(from, &size);
     if (!text) return false;
@@ -5624,12 +5636,12 @@ static bool copy_file(const char *from, const char *to) {
     return ok;
 }
 
-// First those that belong to a tokenizer or are the authors' modelling code, which are copied where
-// the source has them; then those that are written.
+// First those that belong to a tokenizer or are modelling code, the authors' or ours, which are
+// copied where the source has them; then those that are written.
 const char *const retrofit_model_files[] = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-    "raven_config_minimal.py", "raven_modeling_minimal_llama.py",
+    "raven_config_minimal.py", "raven_modeling_minimal_llama.py", RETROFIT_MODELLING,
     "config.json", "generation_config.json", "model.safetensors", NULL};
 
 static bool copy_companions(const char *from, const char *to) {
@@ -5638,7 +5650,8 @@ static bool copy_companions(const char *from, const char *to) {
         const char *name = retrofit_model_files[i];
         if (!retrofit_path(source, from, name)) return false;
         if (!retrofit_path(target, to, name)) return false;
-        if (retrofit_is_there(source) && !copy_file(source, target)) return false;
+        if (!retrofit_is_there(source) || retrofit_is_there(target)) continue;
+        if (!retrofit_copy_file(source, target)) return false;
     }
     if (!retrofit_path(source, from, "additional_chat_templates")) return false;
     if (retrofit_is_there(source))
@@ -5714,10 +5727,11 @@ bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_
     bool ok = list_weights(model, &list) && retrofit_path(path, directory, "model.safetensors") &&
               retrofit_safetensors_write(path, model->ops, list.tensors, list.count, type, NULL);
     tensor_list_free(&list);
-    if (!ok || !retrofit_config_write(&model->config, type, directory)) return false;
-    if (!tokenizer_from) return true;
-    tokenizer_from = retrofit_model_directory(tokenizer_from, latest);
-    return copy_companions(tokenizer_from, directory) &&
+    if (!ok) return false;
+    if (tokenizer_from) tokenizer_from = retrofit_model_directory(tokenizer_from, latest);
+    if (tokenizer_from && !copy_companions(tokenizer_from, directory)) return false;
+    if (!retrofit_config_write(&model->config, type, directory)) return false;
+    return !tokenizer_from ||
            copy_generation_config(&model->config, tokenizer_from, directory);
 }
 

@@ -376,6 +376,7 @@ static const target targets[] = {
      {"--from\na\n--to\nb\n--preset\nsmollm2\n--adapter-init=default\n--seed=3",
       "--tokenize\na.txt\n--tokenizer\nt\n--to\nx.bin\n--field=a\n--encoding-errors\nstrict",
       "--random\nc.json\n--to=d\n--dtype\nbf16\n--mean-recurrence\n8", "--help",
+      "--from=a\n--to=b\n--hf-code=modeling_retrofit.py",
       "--from=a\n--prelude=0\n--core=1-2\n--coda=none\n--to=b\n--backprop-depth=4"}, false},
 };
 
