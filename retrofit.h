@@ -4693,14 +4693,15 @@ static bool read_config_number(double *out, const retrofit_json *json, const cha
 }
 
 // The object that says how RoPE is scaled, or NULL. transformers 5 calls it rope_parameters, older
-// versions rope_scaling; where a file has both, they must not differ.
+// versions rope_scaling, and what says nothing is null or empty. Where a file has both, the older
+// one counts in all versions, and they must not differ.
 static bool find_config_rope(const retrofit_json **out, const retrofit_json *json,
                              const char *where) {
     const retrofit_json *old = retrofit_json_get(json, "rope_scaling");
     const retrofit_json *new = retrofit_json_get(json, "rope_parameters");
     if (old && old->count == 0) old = NULL;
     if (new && new->count == 0) new = NULL;
-    *out = new ? new : old;
+    *out = old ? old : new;
     if (!old || !new) return true;
     for (const retrofit_json *a = old->child; a; a = a->next) {
         const char *key = strcmp(a->key, "type") ? a->key : "rope_type";
@@ -4720,18 +4721,39 @@ static bool read_rope_numbers(retrofit_config *c, const retrofit_json *rope, con
                               where);
 }
 
+static bool fail_thetas(double a, double b, const char *where) {
+    return retrofit_fail("%s: rope_theta is %g, and %g where RoPE's scaling is: remove one of them",
+                         where, a, b);
+}
+
+// θ stands at the top, or, as transformers 5 has it, where the scaling is. transformers 4 does not
+// see it there: when it saves such a model again it puts its default at the top, 10000, which is
+// not the model's. Any other two that differ contradict each other.
+static bool read_rope_theta(retrofit_config *c, const retrofit_json *json,
+                            const retrofit_json *rope, const char *where) {
+    const retrofit_json *top = retrofit_json_get(json, "rope_theta");
+    const retrofit_json *new = retrofit_json_get(json, "rope_parameters");
+    c->rope_theta = 10000;
+    bool is_default = !top || top->number == c->rope_theta;
+    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
+    double at_top = c->rope_theta;
+    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
+    double theta = c->rope_theta;
+    if (theta != at_top && top && !(is_default && rope == new))
+        return fail_thetas(at_top, theta, where);
+    if (theta != at_top && top)
+        retrofit_note("%s: rope_theta 10000 is not used, but rope_parameters' %g: transformers 4 "
+                      "writes its default there when it saves a model of transformers 5", where,
+                      theta);
+    double in_new = theta;
+    if (!read_config_number(&in_new, new, "rope_theta", where)) return false;
+    return in_new == theta || fail_thetas(theta, in_new, where);
+}
+
 static bool read_config_rope(retrofit_config *c, const retrofit_json *json, const char *where) {
     const retrofit_json *rope;
     if (!find_config_rope(&rope, json, where)) return false;
-    c->rope_theta = 10000;
-    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
-    double theta = c->rope_theta;
-    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
-    if (c->rope_theta != theta && retrofit_json_get(json, "rope_theta"))
-        return retrofit_fail("%s: rope_theta is %g, and %g where RoPE's scaling is: remove one of "
-                             "them",
-                             where, theta, c->rope_theta);
-
+    if (!read_rope_theta(c, json, rope, where)) return false;
     const retrofit_json *type = retrofit_json_get(rope, "rope_type");
     if (!type) type = retrofit_json_get(rope, "type");
     if (!type && !retrofit_json_get(rope, "factor")) return true;
@@ -8883,18 +8905,23 @@ static const char *const tok_names[TOK_NAMES] = {
 
 // Classes of transformers, by their names without "Fast": the tokens that they have by themselves
 // ("" for none, also where tokenizer.json has one for padding); whether they put their own bos and
-// eos tokens around a text, not tokenizer.json's; and whether they set the flags of their tokens.
+// eos tokens around a text, not tokenizer.json's; whether they set the flags of their tokens; and
+// the steps before the merges that they have in transformers 5 whatever tokenizer.json says.
 #define TOK_END "<|endoftext|>"
+#define TOK_BIT(step) (1u << TOK_##step)
 static const struct tok_class {
     const char *name, *tokens[TOK_NAMES];
     bool own_ends, add_bos, sets_flags;
+    uint32_t steps_5; // bits; 0: those of tokenizer.json
 } tok_classes[] = {
     {.name = "PreTrainedTokenizer"},
     {.name = "TokenizersBackend"}, // the same, from transformers 5 on
-    {"LlamaTokenizer", {"<s>", "</s>", "<unk>"}, true, true, false},
-    {"GPTNeoXTokenizer", {TOK_END, TOK_END, TOK_END, NULL, ""}, true, false, false},
-    {"GPT2Tokenizer", {TOK_END, TOK_END, TOK_END}, false, false, false},
-    {"Qwen2Tokenizer", {NULL, TOK_END, TOK_END, NULL, TOK_END}, false, false, true},
+    {"LlamaTokenizer", {"<s>", "</s>", "<unk>"}, true, true, false, TOK_BIT(METASPACE)},
+    {"GPTNeoXTokenizer", {TOK_END, TOK_END, TOK_END, NULL, ""}, true, false, false,
+     TOK_BIT(NFC) | TOK_BIT(GPT2_BYTES)},
+    {"GPT2Tokenizer", {TOK_END, TOK_END, TOK_END}, false, false, false, TOK_BIT(GPT2_BYTES)},
+    {"Qwen2Tokenizer", {NULL, TOK_END, TOK_END, NULL, TOK_END}, false, false, true,
+     TOK_BIT(NFC) | TOK_BIT(SPLIT_QWEN2) | TOK_BIT(BYTE_LEVEL)},
 };
 enum { TOK_CLASSES = sizeof tok_classes / sizeof *tok_classes };
 
@@ -9583,8 +9610,8 @@ static void tok_note_missing_class(const tok_loader *loader) {
     retrofit_json *json = retrofit_json_read(path, NULL);
     if (retrofit_json_is(retrofit_json_get(json, "model_type"), "llama"))
         retrofit_note("%s/tokenizer_config.json: no tokenizer_class: tokenizer.json is followed as "
-                      "it is; transformers would take LlamaTokenizer, which adds its own <s>: name "
-                      "the class", loader->directory);
+                      "it is; transformers 4 would take LlamaTokenizer, which adds its own <s>: "
+                      "name the class", loader->directory);
     retrofit_json_free(json);
 }
 
@@ -9662,8 +9689,57 @@ static void tok_load_prefix(tok_loader *loader) {
                       "transformers 4", loader->path, wanted ? "true" : "false");
     } else if (value) {
         retrofit_note("%s: add_prefix_space %s is not followed, but tokenizer.json's steps, as in "
-                      "transformers", loader->path, wanted ? "true" : "false");
+                      "transformers 4", loader->path, wanted ? "true" : "false");
     }
+}
+
+// Whether a token of the vocabulary has a digit and something else: if not, it makes no difference
+// that digits are cut from each other.
+static bool tok_joins_digits(const retrofit_tokenizer *tokenizer) {
+    for (size_t id = 0; id < tokenizer->size; id++) {
+        const tok_token *token = &tokenizer->tokens[id];
+        if (!token->text || !token->in_model) continue;
+        for (size_t i = 0; i < token->size && token->size > 1; i++)
+            if (token->text[i] >= '0' && token->text[i] <= '9') return true;
+    }
+    return false;
+}
+
+// The steps before the merges, as bits.
+static uint32_t tok_steps_before(const retrofit_tokenizer *tokenizer) {
+    const uint32_t all = TOK_BIT(NFC) | TOK_BIT(PREPEND_MARK) | TOK_BIT(MARK_SPACES) |
+                         TOK_BIT(METASPACE) | TOK_BIT(METASPACE_ALWAYS) |
+                         TOK_BIT(METASPACE_FIRST) | TOK_BIT(METASPACE_SPLIT) |
+                         TOK_BIT(SPLIT_NUMBERS) | TOK_BIT(SPLIT_DIGITS) | TOK_BIT(SPLIT_GPT2) |
+                         TOK_BIT(SPLIT_QWEN2) | TOK_BIT(SPLIT_LLAMA3) | TOK_BIT(BYTE_LEVEL) |
+                         TOK_BIT(GPT2_BYTES);
+    const uint32_t split = TOK_BIT(SPLIT_GPT2) | TOK_BIT(BYTE_LEVEL);
+    uint32_t steps = 0;
+    for (int i = 0; i < TOK_STEPS; i++) steps |= tokenizer->has[i] ? 1u << i & all : 0;
+    if ((steps & split) == split) steps = (steps & ~split) | TOK_BIT(GPT2_BYTES);
+    if (!tok_joins_digits(tokenizer)) steps &= ~TOK_BIT(SPLIT_DIGITS);
+    return steps;
+}
+
+// transformers 5 makes the tokenizers of some classes from vocabulary and merges alone, with steps
+// of the class's own; LlamaTokenizer's depend on two keys, and where tokenizer.json is of the
+// byte-level kind it is followed after all. We follow it always, as transformers 4 does.
+static void tok_note_steps(const tok_loader *loader) {
+    const struct tok_class *class = loader->class;
+    const retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *prefix = retrofit_json_get(loader->config, "add_prefix_space");
+    const retrofit_json *legacy = retrofit_json_get(loader->config, "legacy");
+    if (!class || !class->steps_5) return;
+    uint32_t steps = class->steps_5;
+    bool llama = steps == TOK_BIT(METASPACE);
+    if (llama && (tokenizer->has[TOK_BYTE_LEVEL] || tokenizer->has[TOK_GPT2_BYTES])) return;
+    if (llama && !(prefix && prefix->type == RETROFIT_JSON_BOOL && prefix->number == 0))
+        steps |= legacy && legacy->number ? TOK_BIT(METASPACE_ALWAYS) : TOK_BIT(METASPACE_FIRST);
+    bool model = llama ? tokenizer->byte_fallback && tokenizer->fuse_unk : !tokenizer->fuse_unk;
+    if (steps == tok_steps_before(tokenizer) && model && !tokenizer->ignore_merges) return;
+    retrofit_note("%s: tokenizer.json's steps are followed, as in transformers 4; in transformers "
+                  "5 %s has its own: name PreTrainedTokenizerFast, which follows them in both",
+                  loader->path, class->name);
 }
 
 // What lies beside tokenizer.json, and tokenizer.json's post_processor, which needs all tokens.
@@ -9685,6 +9761,7 @@ static void tok_load_config(tok_loader *loader, const char *directory) {
     tok_load_prefix(loader);
     tokenizer->has[TOK_SPLIT_SPECIAL] = tok_flag(loader, config, "split_special_tokens", false);
     loader->tokenizer->cleans_up = tok_flag(loader, config, "clean_up_tokenization_spaces", false);
+    if (!loader->failed) tok_note_steps(loader);
 }
 
 // Memory for files of this size, and what does not depend on their contents.
