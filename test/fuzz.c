@@ -627,7 +627,7 @@ static const target targets[] = {
      {REPORTS "float8_m/*.safetensors", REPORTS "pickle_beside_m/*.safetensors",
       REPORTS "brackets_a/model/*.safetensors", REPORTS "dtypes_a/*.safetensors"}, {0}, true},
     {"config", fuzz_config,
-     {REPORTS "rope_*/config.json", REPORTS "config_*/config.json", FIXTURES "*/*/config.json"},
+     {REPORTS "*rope*_?/config.json", REPORTS "config_*/config.json", FIXTURES "*/*/config.json"},
      {small_config_json}, false},
     {"generation", fuzz_generation, {REPORTS "*/generation_config.json"},
      {"{\"eos_token_id\":[1,2,300,-1],\"bos_token_id\":0,\"temperature\":0.5,\"top_k\":7}"},
