@@ -151,7 +151,7 @@ def check_lm_eval(python, work, name):
         theirs = json.load(file)["results"]["lookup"]
     ours = json.loads(infer("--model", model, "--tasks", tasks, "--recurrences", "4", "--json",
                             "--state-init", "zero"))
-    accuracy, loss = ours["results"][0]["accuracy"], ours["results"][0]["loss"]
+    accuracy, loss = ours["results"][0]["acc"], ours["results"][0]["loss"]
     check(abs(theirs["acc,none"] - accuracy) < 1e-6, f"{name}: accuracy {theirs} {ours}")
     check(abs(math.log(theirs["perplexity,none"]) - loss) < 1e-4, f"{name}: loss {theirs} {ours}")
 
