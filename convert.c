@@ -61,7 +61,7 @@
 // =================================================================================================
 
 static struct {
-    const char *from, *to, *prelude, *core, *coda, *random, *tokenizer, *field;
+    const char *from, *to, *prelude, *core, *coda, *random, *tokenizer, *field, *hf_code;
     const char *const *files; // [file_count] the arguments that are no options
     size_t file_count;
     int preset, adapter_init, dtype;              // which of the alternatives; -1: not given
@@ -99,6 +99,8 @@ static const retrofit_option option_table[] = {
     {"mean-recurrence", RETROFIT_SIZE, &options.mean_recurrence, "R",
      "recorded for train and infer (8)"},
     {"backprop-depth", RETROFIT_SIZE, &options.backprop_depth, "K", "recorded for train (8)"},
+    {"hf-code", RETROFIT_STRING, &options.hf_code, RETROFIT_MODELLING,
+     "retrofit's file of this name is put beside the model: transformers can load it then"},
     {"dtype", RETROFIT_CHOICE, &options.dtype, "f32|bf16", "of the numbers written (f32)"},
     {"seed", RETROFIT_SIZE, &options.seed, "N", "of what is random (1)"},
     {"Measuring what layers do", RETROFIT_HEADING, NULL, NULL, NULL},
@@ -200,6 +202,7 @@ static void check_options_fit(int task) {
         {"mean-recurrence", options.mean_recurrence != SIZE_MAX, SURGERY | RANDOM},
         {"backprop-depth", options.backprop_depth != SIZE_MAX, SURGERY | RANDOM},
         {"dtype", options.dtype >= 0, SURGERY | REWRITE | RANDOM},
+        {"hf-code", options.hf_code, SURGERY | REWRITE | RANDOM},
         {"seed", options.seed != SIZE_MAX, SURGERY | RANDOM},
         {"tokenizer", options.tokenizer, RANDOM | TOKENIZE},
         {"field", options.field, TOKENIZE | (options.text ? SURGERY | REPORT : 0)},
@@ -254,6 +257,23 @@ static void check_choice(int task) {
         die(2, "--prelude, --core and --coda go together; an empty one is none");
 }
 
+// The modelling code must have the name that config.json will have for it.
+static void check_modelling(void) {
+    if (!options.hf_code) return;
+    const char *slash = strrchr(options.hf_code, '/');
+    if (strcmp(slash ? slash + 1 : options.hf_code, RETROFIT_MODELLING))
+        die(2, "--hf-code %s: only retrofit's own " RETROFIT_MODELLING " is known here",
+            options.hf_code);
+    struct stat status;
+    if (stat(options.hf_code, &status) || !S_ISREG(status.st_mode))
+        die(1, "%s: there is no such file: it lies beside retrofit.h", options.hf_code);
+}
+
+static void check_modelling_fits(const retrofit_config *config) {
+    if (options.hf_code && retrofit_is_plain(config))
+        die(2, "--hf-code is for a recurrent model: transformers has the code of a plain one");
+}
+
 static void check_recurrence(const char *option, size_t n) {
     if (n == SIZE_MAX || (n >= 1 && n <= 65536)) return;
     die(2, "--%s %zu is not between 1 and 65536", option, n);
@@ -263,6 +283,7 @@ static void check_options(int task, const char *const *files, size_t count) {
     check_options_fit(task);
     check_files(task, files, count);
     check_choice(task);
+    check_modelling();
     check_recurrence("mean-recurrence", options.mean_recurrence);
     check_recurrence("backprop-depth", options.backprop_depth);
 }
@@ -752,6 +773,7 @@ static void surgery(const retrofit_model *source, tokenizer_source tokenizer) {
 }
 
 static void rewrite(retrofit_model *source, tokenizer_source tokenizer) {
+    check_modelling_fits(&source->config);
     printf("no layers chosen: the model is only rewritten\n\n");
     write_model(source, (const retrofit_parameter *const *)source->parameters, NULL, tokenizer);
 }
@@ -843,8 +865,12 @@ static void print_summary(const retrofit_model *model, const layer_choice *choic
 
 static void write_model(const retrofit_model *model, const retrofit_parameter *const *origin,
                         const layer_choice *choice, tokenizer_source tokenizer) {
+    char path[RETROFIT_PATH];
     char *directory = retrofit_directory_begin(options.to);
     must(directory != NULL);
+    if (options.hf_code)
+        must(retrofit_path(path, directory, RETROFIT_MODELLING) &&
+             retrofit_copy_file(options.hf_code, path));
     retrofit_type type = options.dtype == DTYPE_BF16 ? RETROFIT_BF16 : RETROFIT_F32;
     must(retrofit_save(model, directory, type, tokenizer.directory));
     if (tokenizer.gguf) gguf_write_tokenizer(tokenizer.gguf, directory);
@@ -914,6 +940,7 @@ static void initialise(retrofit_model *model) {
 static void make_random(void) {
     retrofit_config config;
     read_shape(&config);
+    check_modelling_fits(&config);
     bool recurrence_given =
         options.mean_recurrence != SIZE_MAX || options.backprop_depth != SIZE_MAX;
     if (retrofit_is_plain(&config) && recurrence_given)

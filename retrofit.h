@@ -78,7 +78,7 @@
        L                                               retrofit_loss                     911
        dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               934
        dA_e, de                                        injection_backward                952
-       floating-point operations                       retrofit_flops_per_token          3448
+       floating-point operations                       retrofit_flops_per_token          3453
        n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1013
        the curriculum r̄(t)                             retrofit_curriculum               1048
        a training step                                 retrofit_training_step            1117
@@ -3283,6 +3283,8 @@ bool retrofit_safetensors_write(const char *path, const retrofit_ops *ops,
 char *retrofit_directory_begin(const char *final);
 // Renames it. Its files must be on the disk; `final` must not exist, or be empty. false or error.
 bool retrofit_directory_commit(const char *temporary, const char *final);
+// Copies a file. false or error, and then there is no copy.
+bool retrofit_copy_file(const char *from, const char *to);
 // Removes it and the files in it.
 void retrofit_directory_abandon(const char *temporary);
 // The name under which to write a file that is to become `final`; of a pipe or a device its own.
@@ -3310,7 +3312,8 @@ bool retrofit_config_read_file(retrofit_config *config, const char *path);
 // model's directory.
 void retrofit_config_mend_ids(retrofit_config *config, const retrofit_tokenizer *tokenizer,
                               const char *where);
-// Writes it. type: of the tensors beside it. false or error.
+// Writes it. type: of the tensors beside it. It names our own modelling code for Python where that
+// lies in the directory, else the authors'. false or error.
 bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
                            const char *directory);
 
@@ -3319,11 +3322,13 @@ bool retrofit_latest(const char *directory, char path[RETROFIT_PATH]);
 // Where the model is: in `directory`, or in directory/latest if `directory` has no config.json, as
 // the output of a training. Returns one of the two; the second one is written to `path`.
 const char *retrofit_model_directory(const char *directory, char path[RETROFIT_PATH]);
+// Our own modelling code for Python, at the root of retrofit and, maybe, beside a model.
+#define RETROFIT_MODELLING "modeling_retrofit.py"
 // The files that retrofit_save may write. The last one is NULL.
 extern const char *const retrofit_model_files[];
 // Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
-// the tokenizer's files from tokenizer_from, or its latest checkpoint; it may be NULL. false or
-// error.
+// the tokenizer's files and modelling code from tokenizer_from, or its latest checkpoint, unless
+// they are there already; it may be NULL. false or error.
 bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_type type,
                    const char *tokenizer_from);
 // Writes the optimizer's moments to directory/optimizer.safetensors; metadata as above. false or
@@ -4919,14 +4924,15 @@ static bool read_config_number(double *out, const retrofit_json *json, const cha
 }
 
 // The object that says how RoPE is scaled, or NULL. transformers 5 calls it rope_parameters, older
-// versions rope_scaling; where a file has both, they must not differ.
+// versions rope_scaling, and what says nothing is null or empty. Where a file has both, the older
+// one counts in all versions, and they must not differ.
 static bool find_config_rope(const retrofit_json **out, const retrofit_json *json,
                              const char *where) {
     const retrofit_json *old = retrofit_json_get(json, "rope_scaling");
     const retrofit_json *new = retrofit_json_get(json, "rope_parameters");
     if (old && old->count == 0) old = NULL;
     if (new && new->count == 0) new = NULL;
-    *out = new ? new : old;
+    *out = old ? old : new;
     if (!old || !new) return true;
     for (const retrofit_json *a = old->child; a; a = a->next) {
         const char *key = strcmp(a->key, "type") ? a->key : "rope_type";
@@ -4946,18 +4952,39 @@ static bool read_rope_numbers(retrofit_config *c, const retrofit_json *rope, con
                               where);
 }
 
+static bool fail_thetas(double a, double b, const char *where) {
+    return retrofit_fail("%s: rope_theta is %g, and %g where RoPE's scaling is: remove one of them",
+                         where, a, b);
+}
+
+// θ stands at the top, or, as transformers 5 has it, where the scaling is. transformers 4 does not
+// see it there: when it saves such a model again it puts its default at the top, 10000, which is
+// not the model's. Any other two that differ contradict each other.
+static bool read_rope_theta(retrofit_config *c, const retrofit_json *json,
+                            const retrofit_json *rope, const char *where) {
+    const retrofit_json *top = retrofit_json_get(json, "rope_theta");
+    const retrofit_json *new = retrofit_json_get(json, "rope_parameters");
+    c->rope_theta = 10000;
+    bool is_default = !top || top->number == c->rope_theta;
+    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
+    double at_top = c->rope_theta;
+    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
+    double theta = c->rope_theta;
+    if (theta != at_top && top && !(is_default && rope == new))
+        return fail_thetas(at_top, theta, where);
+    if (theta != at_top && top)
+        retrofit_note("%s: rope_theta 10000 is not used, but rope_parameters' %g: transformers 4 "
+                      "writes its default there when it saves a model of transformers 5", where,
+                      theta);
+    double in_new = theta;
+    if (!read_config_number(&in_new, new, "rope_theta", where)) return false;
+    return in_new == theta || fail_thetas(theta, in_new, where);
+}
+
 static bool read_config_rope(retrofit_config *c, const retrofit_json *json, const char *where) {
     const retrofit_json *rope;
     if (!find_config_rope(&rope, json, where)) return false;
-    c->rope_theta = 10000;
-    if (!read_config_number(&c->rope_theta, json, "rope_theta", where)) return false;
-    double theta = c->rope_theta;
-    if (!read_config_number(&c->rope_theta, rope, "rope_theta", where)) return false;
-    if (c->rope_theta != theta && retrofit_json_get(json, "rope_theta"))
-        return retrofit_fail("%s: rope_theta is %g, and %g where RoPE's scaling is: remove one of "
-                             "them",
-                             where, theta, c->rope_theta);
-
+    if (!read_rope_theta(c, json, rope, where)) return false;
     const retrofit_json *type = retrofit_json_get(rope, "rope_type");
     if (!type) type = retrofit_json_get(rope, "type");
     if (!type && !retrofit_json_get(rope, "factor")) return true;
@@ -5204,18 +5231,26 @@ static void write_config_plain(FILE *file, const retrofit_config *c) {
     fputs(config_plain_words, file);
 }
 
-// What blocks have that Llama's have not, and the authors' code that runs them, if there is any.
-static void write_config_blocks(FILE *file, const retrofit_config *c) {
+// The modelling code that Python's AutoModelForCausalLM takes: ours, if it lies there, or the
+// authors', who have some for Llama's blocks and for OLMo-2's. The classes have the same names.
+static void write_config_auto_map(FILE *file, const retrofit_config *c, bool ours) {
     const model_family *family = family_of(c);
-    bool olmo = c->post_norm && c->qk_norm == RETROFIT_QK_NORM_FULL && !c->qkv_bias;
+    const char *config_code = "raven_config_minimal", *code = "raven_modeling_minimal_llama";
     bool llama = family == &model_families[0];
-    if (llama || olmo)
-        fprintf(file,
-                "  \"auto_map\": {\n"
-                "    \"AutoConfig\": \"raven_config_minimal.RavenConfig\",\n"
-                "    \"AutoModelForCausalLM\": \"raven_modeling_minimal_%s.RavenForCausalLM\"\n"
-                "  },\n", olmo ? "olmo" : "llama");
-    if (llama) return;
+    bool olmo = c->post_norm && c->qk_norm == RETROFIT_QK_NORM_FULL && !c->qkv_bias;
+    if (olmo) code = "raven_modeling_minimal_olmo";
+    if (ours) {
+        config_code = "modeling_retrofit";
+        code = config_code;
+    }
+    if (!llama && !olmo && !ours) return;
+    fprintf(file, "  \"auto_map\": {\n    \"AutoConfig\": \"%s.RavenConfig\",\n", config_code);
+    fprintf(file, "    \"AutoModelForCausalLM\": \"%s.RavenForCausalLM\"\n  },\n", code);
+}
+
+// What a recurrent model's blocks have that Llama's have not.
+static void write_config_blocks(FILE *file, const retrofit_config *c) {
+    if (family_of(c) == &model_families[0]) return;
     fprintf(file, "  \"block_norm\": \"%s\",\n", c->post_norm ? "post" : "pre");
     fprintf(file, "  \"qk_norm\": \"%s\",\n", qk_norm_names[c->qk_norm]);
     fprintf(file, "  \"qkv_bias\": %s,\n", c->qkv_bias ? "true" : "false");
@@ -5269,14 +5304,16 @@ static void write_config_ids(FILE *file, const retrofit_config *c) {
 
 bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
                            const char *directory) {
-    char path[RETROFIT_PATH], eps[32], theta[32];
+    char path[RETROFIT_PATH], modelling[RETROFIT_PATH], eps[32], theta[32];
     bool plain = retrofit_is_plain(config);
+    if (!retrofit_path(modelling, directory, RETROFIT_MODELLING)) return false;
     if (!retrofit_path(path, directory, "config.json")) return false;
     FILE *file = fopen(path, "wb");
     if (!file) return retrofit_fail("%s: %s", path, strerror(errno));
     errno = 0; // so that what retrofit_finish_file reports comes from writing
     fprintf(file, "{\n");
     write_config_sizes(file, config, plain);
+    if (!plain) write_config_auto_map(file, config, retrofit_is_there(modelling));
     if (plain) write_config_plain(file, config);
     else write_config_recurrent(file, config);
     write_config_ids(file, config);
@@ -5943,7 +5980,7 @@ static bool list_moments(const retrofit_model *model, tensor_list *list) {
     return true;
 }
 
-static bool copy_file(const char *from, const char *to) {
+bool retrofit_copy_file(const char *from, const char *to) {
     size_t size;
     char *text = retrofit_read_file(from, &size);
     if (!text) return false;
@@ -5955,12 +5992,12 @@ static bool copy_file(const char *from, const char *to) {
     return ok;
 }
 
-// First those that belong to a tokenizer or are the authors' modelling code, which are copied where
-// the source has them; then those that are written.
+// First those that belong to a tokenizer or are modelling code, the authors' or ours, which are
+// copied where the source has them; then those that are written.
 const char *const retrofit_model_files[] = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-    "raven_config_minimal.py", "raven_modeling_minimal_llama.py",
+    "raven_config_minimal.py", "raven_modeling_minimal_llama.py", RETROFIT_MODELLING,
     "config.json", "generation_config.json", "model.safetensors", NULL};
 
 static bool copy_companions(const char *from, const char *to) {
@@ -5969,7 +6006,8 @@ static bool copy_companions(const char *from, const char *to) {
         const char *name = retrofit_model_files[i];
         if (!retrofit_path(source, from, name)) return false;
         if (!retrofit_path(target, to, name)) return false;
-        if (retrofit_is_there(source) && !copy_file(source, target)) return false;
+        if (!retrofit_is_there(source) || retrofit_is_there(target)) continue;
+        if (!retrofit_copy_file(source, target)) return false;
     }
     if (!retrofit_path(source, from, "additional_chat_templates")) return false;
     if (retrofit_is_there(source))
@@ -6045,10 +6083,11 @@ bool retrofit_save(const retrofit_model *model, const char *directory, retrofit_
     bool ok = list_weights(model, &list) && retrofit_path(path, directory, "model.safetensors") &&
               retrofit_safetensors_write(path, model->ops, list.tensors, list.count, type, NULL);
     tensor_list_free(&list);
-    if (!ok || !retrofit_config_write(&model->config, type, directory)) return false;
-    if (!tokenizer_from) return true;
-    tokenizer_from = retrofit_model_directory(tokenizer_from, latest);
-    return copy_companions(tokenizer_from, directory) &&
+    if (!ok) return false;
+    if (tokenizer_from) tokenizer_from = retrofit_model_directory(tokenizer_from, latest);
+    if (tokenizer_from && !copy_companions(tokenizer_from, directory)) return false;
+    if (!retrofit_config_write(&model->config, type, directory)) return false;
+    return !tokenizer_from ||
            copy_generation_config(&model->config, tokenizer_from, directory);
 }
 
@@ -9669,18 +9708,23 @@ static const char *const tok_names[TOK_NAMES] = {
 
 // Classes of transformers, by their names without "Fast": the tokens that they have by themselves
 // ("" for none, also where tokenizer.json has one for padding); whether they put their own bos and
-// eos tokens around a text, not tokenizer.json's; and whether they set the flags of their tokens.
+// eos tokens around a text, not tokenizer.json's; whether they set the flags of their tokens; and
+// the steps before the merges that they have in transformers 5 whatever tokenizer.json says.
 #define TOK_END "<|endoftext|>"
+#define TOK_BIT(step) (1u << TOK_##step)
 static const struct tok_class {
     const char *name, *tokens[TOK_NAMES];
     bool own_ends, add_bos, sets_flags;
+    uint32_t steps_5; // bits; 0: those of tokenizer.json
 } tok_classes[] = {
     {.name = "PreTrainedTokenizer"},
     {.name = "TokenizersBackend"}, // the same, from transformers 5 on
-    {"LlamaTokenizer", {"<s>", "</s>", "<unk>"}, true, true, false},
-    {"GPTNeoXTokenizer", {TOK_END, TOK_END, TOK_END, NULL, ""}, true, false, false},
-    {"GPT2Tokenizer", {TOK_END, TOK_END, TOK_END}, false, false, false},
-    {"Qwen2Tokenizer", {NULL, TOK_END, TOK_END, NULL, TOK_END}, false, false, true},
+    {"LlamaTokenizer", {"<s>", "</s>", "<unk>"}, true, true, false, TOK_BIT(METASPACE)},
+    {"GPTNeoXTokenizer", {TOK_END, TOK_END, TOK_END, NULL, ""}, true, false, false,
+     TOK_BIT(NFC) | TOK_BIT(GPT2_BYTES)},
+    {"GPT2Tokenizer", {TOK_END, TOK_END, TOK_END}, false, false, false, TOK_BIT(GPT2_BYTES)},
+    {"Qwen2Tokenizer", {NULL, TOK_END, TOK_END, NULL, TOK_END}, false, false, true,
+     TOK_BIT(NFC) | TOK_BIT(SPLIT_QWEN2) | TOK_BIT(BYTE_LEVEL)},
 };
 enum { TOK_CLASSES = sizeof tok_classes / sizeof *tok_classes };
 
@@ -10369,8 +10413,8 @@ static void tok_note_missing_class(const tok_loader *loader) {
     retrofit_json *json = retrofit_json_read(path, NULL);
     if (retrofit_json_is(retrofit_json_get(json, "model_type"), "llama"))
         retrofit_note("%s/tokenizer_config.json: no tokenizer_class: tokenizer.json is followed as "
-                      "it is; transformers would take LlamaTokenizer, which adds its own <s>: name "
-                      "the class", loader->directory);
+                      "it is; transformers 4 would take LlamaTokenizer, which adds its own <s>: "
+                      "name the class", loader->directory);
     retrofit_json_free(json);
 }
 
@@ -10448,8 +10492,57 @@ static void tok_load_prefix(tok_loader *loader) {
                       "transformers 4", loader->path, wanted ? "true" : "false");
     } else if (value) {
         retrofit_note("%s: add_prefix_space %s is not followed, but tokenizer.json's steps, as in "
-                      "transformers", loader->path, wanted ? "true" : "false");
+                      "transformers 4", loader->path, wanted ? "true" : "false");
     }
+}
+
+// Whether a token of the vocabulary has a digit and something else: if not, it makes no difference
+// that digits are cut from each other.
+static bool tok_joins_digits(const retrofit_tokenizer *tokenizer) {
+    for (size_t id = 0; id < tokenizer->size; id++) {
+        const tok_token *token = &tokenizer->tokens[id];
+        if (!token->text || !token->in_model) continue;
+        for (size_t i = 0; i < token->size && token->size > 1; i++)
+            if (token->text[i] >= '0' && token->text[i] <= '9') return true;
+    }
+    return false;
+}
+
+// The steps before the merges, as bits.
+static uint32_t tok_steps_before(const retrofit_tokenizer *tokenizer) {
+    const uint32_t all = TOK_BIT(NFC) | TOK_BIT(PREPEND_MARK) | TOK_BIT(MARK_SPACES) |
+                         TOK_BIT(METASPACE) | TOK_BIT(METASPACE_ALWAYS) |
+                         TOK_BIT(METASPACE_FIRST) | TOK_BIT(METASPACE_SPLIT) |
+                         TOK_BIT(SPLIT_NUMBERS) | TOK_BIT(SPLIT_DIGITS) | TOK_BIT(SPLIT_GPT2) |
+                         TOK_BIT(SPLIT_QWEN2) | TOK_BIT(SPLIT_LLAMA3) | TOK_BIT(BYTE_LEVEL) |
+                         TOK_BIT(GPT2_BYTES);
+    const uint32_t split = TOK_BIT(SPLIT_GPT2) | TOK_BIT(BYTE_LEVEL);
+    uint32_t steps = 0;
+    for (int i = 0; i < TOK_STEPS; i++) steps |= tokenizer->has[i] ? 1u << i & all : 0;
+    if ((steps & split) == split) steps = (steps & ~split) | TOK_BIT(GPT2_BYTES);
+    if (!tok_joins_digits(tokenizer)) steps &= ~TOK_BIT(SPLIT_DIGITS);
+    return steps;
+}
+
+// transformers 5 makes the tokenizers of some classes from vocabulary and merges alone, with steps
+// of the class's own; LlamaTokenizer's depend on two keys, and where tokenizer.json is of the
+// byte-level kind it is followed after all. We follow it always, as transformers 4 does.
+static void tok_note_steps(const tok_loader *loader) {
+    const struct tok_class *class = loader->class;
+    const retrofit_tokenizer *tokenizer = loader->tokenizer;
+    const retrofit_json *prefix = retrofit_json_get(loader->config, "add_prefix_space");
+    const retrofit_json *legacy = retrofit_json_get(loader->config, "legacy");
+    if (!class || !class->steps_5) return;
+    uint32_t steps = class->steps_5;
+    bool llama = steps == TOK_BIT(METASPACE);
+    if (llama && (tokenizer->has[TOK_BYTE_LEVEL] || tokenizer->has[TOK_GPT2_BYTES])) return;
+    if (llama && !(prefix && prefix->type == RETROFIT_JSON_BOOL && prefix->number == 0))
+        steps |= legacy && legacy->number ? TOK_BIT(METASPACE_ALWAYS) : TOK_BIT(METASPACE_FIRST);
+    bool model = llama ? tokenizer->byte_fallback && tokenizer->fuse_unk : !tokenizer->fuse_unk;
+    if (steps == tok_steps_before(tokenizer) && model && !tokenizer->ignore_merges) return;
+    retrofit_note("%s: tokenizer.json's steps are followed, as in transformers 4; in transformers "
+                  "5 %s has its own: name PreTrainedTokenizerFast, which follows them in both",
+                  loader->path, class->name);
 }
 
 // What lies beside tokenizer.json, and tokenizer.json's post_processor, which needs all tokens.
@@ -10471,6 +10564,7 @@ static void tok_load_config(tok_loader *loader, const char *directory) {
     tok_load_prefix(loader);
     tokenizer->has[TOK_SPLIT_SPECIAL] = tok_flag(loader, config, "split_special_tokens", false);
     loader->tokenizer->cleans_up = tok_flag(loader, config, "clean_up_tokenization_spaces", false);
+    if (!loader->failed) tok_note_steps(loader);
 }
 
 // Memory for files of this size, and what does not depend on their contents.

@@ -473,6 +473,7 @@ static const target targets[] = {
      {"--from\na\n--to\nb\n--preset\nsmollm2\n--adapter-init=default\n--seed=3",
       "--tokenize\na.txt\n--tokenizer\nt\n--to\nx.bin\n--field=a\n--encoding-errors\nstrict",
       "--random\nc.json\n--to=d\n--dtype\nbf16\n--mean-recurrence\n8", "--help",
+      "--from=a\n--to=b\n--hf-code=modeling_retrofit.py",
       "--from=a\n--prelude=0\n--core=1-2\n--coda=none\n--to=b\n--backprop-depth=4"}, false},
 };
 
@@ -723,7 +724,7 @@ static const target targets[] = {
      {REPORTS "float8_m/*.safetensors", REPORTS "pickle_beside_m/*.safetensors",
       REPORTS "brackets_a/model/*.safetensors", REPORTS "dtypes_a/*.safetensors"}, {0}, true},
     {"config", fuzz_config,
-     {REPORTS "rope_*/config.json", REPORTS "config_*/config.json", FIXTURES "*/*/config.json"},
+     {REPORTS "*rope*_?/config.json", REPORTS "config_*/config.json", FIXTURES "*/*/config.json"},
      {small_config_json}, false},
     {"generation", fuzz_generation, {REPORTS "*/generation_config.json"},
      {"{\"eos_token_id\":[1,2,300,-1],\"bos_token_id\":0,\"temperature\":0.5,\"top_k\":7}"},

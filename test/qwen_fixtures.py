@@ -119,7 +119,7 @@ def main():
     where = sys.argv[1]
     torch.set_num_threads(1)
     qwen2 = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True, sliding_window=4096, max_window_layers=3))
-    make(os.path.join(where, "qwen2"), qwen2, {"qkv_bias": True, "qk_norm": "none", "block_norm": "pre"})
+    make(os.path.join(where, "qwen2"), qwen2, {"qkv_bias": True, "qk_norm": None, "block_norm": "pre"})
     qwen3 = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False))
     make(os.path.join(where, "qwen3"), qwen3, {"qkv_bias": False, "qk_norm": "head", "block_norm": "pre"})
 

@@ -65,7 +65,7 @@ check "the example's exit code without a model" is $? 1
 part=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
 size() { wc -l <"$1" | tr -d ' '; }
 if [ -n "$FIX" ]; then
-    for file in train.c infer.c convert.c retrofit_cuda.cu; do
+    for file in train.c infer.c convert.c retrofit_cuda.cu modeling_retrofit.py; do
         sed "s/^| \`$file\` | [^|]* |/| \`$file\` | $(size $file) |/" README.md >README.new
         mv README.new README.md
     done
@@ -78,7 +78,7 @@ check "lines of Part I in the README (make lines corrects them)" is \
     "$(grep -c "^| \`retrofit.h\`, Part I | $part |" README.md)" 1
 check "lines of retrofit.h in the README (make lines corrects them)" is \
     "$(grep -c "the rest of the file, $(size retrofit.h) in all" README.md)" 1
-for file in train.c infer.c convert.c retrofit_cuda.cu; do
+for file in train.c infer.c convert.c retrofit_cuda.cu modeling_retrofit.py; do
     check "lines of $file in the README (make lines corrects them)" is \
         "$(grep -c "^| \`$file\` | $(size $file) |" README.md)" 1
 done

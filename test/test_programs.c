@@ -613,6 +613,37 @@ static void plain_stays_plain(void) {
     retrofit_free(trained);
 }
 
+// The modelling code for Python lies beside a recurrent model whose config.json names it; training
+// and rewriting carry both along, and a copy that is newer than the source's counts.
+static void modelling_code(void) {
+#define CODE   "modeling_retrofit.py"
+#define NAMED  "'\"AutoModelForCausalLM\": \"modeling_retrofit.RavenForCausalLM\"'"
+#define CUT    "convert --from f/tiny/base --prelude 0-1 --core 3-5 --coda 6-7 "
+    shell("mkdir code newer && cp f/../../" CODE " code && "
+          "sed '1s/$/ /' code/" CODE " >newer/" CODE);
+    works(CUT "--to bare && grep raven_modeling_minimal_llama bare/config.json && "
+              "! test -e bare/" CODE);
+    works(CUT "--hf-code code/" CODE " --to coded && cmp code/" CODE " coded/" CODE " && "
+              "grep " NAMED " coded/config.json && "
+              "grep '\"AutoConfig\": \"modeling_retrofit.RavenConfig\"' coded/config.json && "
+              "cmp bare/model.safetensors coded/model.safetensors");
+    works(TRAIN_A "coded --steps 2 --out trained && cmp code/" CODE " trained/latest/" CODE " && "
+                  "grep " NAMED " trained/latest/config.json");
+    works("convert --from trained --to again --hf-code newer/" CODE " && "
+          "cmp newer/" CODE " again/" CODE " && grep " NAMED " again/config.json && "
+          "cmp trained/latest/model.safetensors again/model.safetensors");
+    works("convert --random f/tiny/recurrent --hf-code code/" CODE " --to random && "
+          "grep " NAMED " random/config.json");
+    fails(2, "has the code of a plain one", "convert --from f/tiny/base --hf-code code/" CODE
+                                            " --to bad");
+    fails(2, "only retrofit's own " CODE, CUT "--hf-code rows.bin --to bad");
+    fails(1, "no such file: it lies beside retrofit.h", CUT "--hf-code no/" CODE " --to bad");
+    fails(2, "has the code of a plain one", "convert --random f/tiny/base --hf-code code/" CODE
+                                            " --to bad");
+    shell("mkdir -p folder/" CODE);
+    fails(1, "folder/" CODE ": there is no such file", CUT "--hf-code folder/" CODE " --to bad");
+}
+
 // Two rows can be learnt by heart. Where a run ended before its first checkpoint, another may
 // begin, with a log of its own.
 static void learning(void) {
@@ -1038,6 +1069,7 @@ int main(void) {
     other_tokenizers();
     nan_weight();
     plain_stays_plain();
+    modelling_code();
     learning();
     validation();
 
