@@ -1755,6 +1755,8 @@ int main(void) {
     surgery("llama3", "--prelude 0 --core 1,3 --coda 4");
     surgery("head64", "--prelude 0 --core 1 --coda 1");
     surgery("olmo2", "--prelude 0 --core 1-2 --coda 3");
+    surgery("qwen2", "--prelude 0 --core 2-3 --coda 4");
+    surgery("qwen3", "--prelude 0 --core 2-3 --coda 4");
     identity("tiny", "--prelude 0-1 --core 2-5 --coda 6-7");
     identity("tiny", "--prelude none --core 0-7 --coda none");
     identity("llama3", "--prelude 0-2 --core 3 --coda 4");
