@@ -4052,6 +4052,7 @@ size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
 //
 //     buffers            shares with         because
 //     final              norm                the head reads it before a block computes a norm again
+//     wide_logits        logits              one is for the host, the other for the loss
 //     dinjected          injected            the forward pass is over when its gradient begins
 //     dfinal             dinner              the head's gradient is used up before any block's
 //     dattention         scratch.attention   with RETROFIT_KEEP_ALL no block uses the scratch; with
@@ -4150,9 +4151,10 @@ static void lay_out_logits(retrofit_buffers *buffers, arena *a, const retrofit_c
     size_t N = buffers->B * buffers->T, V = c->vocab;
     size_t tiles = LOGITS_BYTES / (V * size) / LOGITS_TILE + 1;
     buffers->chunk = retrofit_min(N, tiles * LOGITS_TILE);
-    buffers->logits = arena_alloc(a, buffers->chunk * V, size);
     size_t wide_rows = retrofit_max(retrofit_min(buffers->chunk, WIDE_ROWS), buffers->B);
-    buffers->wide_logits = arena_alloc(a, wide_rows * V, sizeof(float));
+    size_t row_bytes = retrofit_max(buffers->chunk * size, wide_rows * sizeof(float));
+    buffers->logits = arena_alloc(a, row_bytes, V);
+    buffers->wide_logits = buffers->logits;
 }
 
 // Twice: with a.base NULL to measure, then to hand out the memory.
