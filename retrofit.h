@@ -68,24 +68,24 @@
    A_s has grown. In a short training this choice decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   781
-       s_0                                             retrofit_init_state               804
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            809
-       s_i, without and with gradient                  retrofit_recur                    845
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               671
-       its gradient                                    block_backward                    706
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     857
-       L                                               retrofit_loss                     911
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               934
-       dA_e, de                                        injection_backward                952
-       floating-point operations                       retrofit_flops_per_token          3453
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1013
-       the curriculum r̄(t)                             retrofit_curriculum               1048
-       a training step                                 retrofit_training_step            1117
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1324
-       Newton-Schulz                                   newton_schulz                     1227
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1363
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2281
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   782
+       s_0                                             retrofit_init_state               805
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            810
+       s_i, without and with gradient                  retrofit_recur                    846
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               672
+       its gradient                                    block_backward                    707
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     858
+       L                                               retrofit_loss                     912
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               935
+       dA_e, de                                        injection_backward                953
+       floating-point operations                       retrofit_flops_per_token          3454
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1014
+       the curriculum r̄(t)                             retrofit_curriculum               1049
+       a training step                                 retrofit_training_step            1118
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1325
+       Newton-Schulz                                   newton_schulz                     1228
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1364
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2282
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -633,11 +633,12 @@ static void branch_output(retrofit_buffers *buffers, float *out, const float *x,
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     size_t N = buffers->N, d = c->n_embd;
-    ops->matmul_residual_forward(c->post_norm ? projected : out, c->post_norm ? NULL : x, inp, w, N,
-                                 I, d);
-    if (c->post_norm)
-        ops->rmsnorm_residual_forward(out, rstd, x, projected, norm->weight.data, N, d,
-                                      c->norm_eps);
+    if (!c->post_norm) {
+        ops->matmul_residual_forward(out, x, inp, w, N, I, d);
+        return;
+    }
+    ops->matmul_residual_forward(projected, NULL, inp, w, N, I, d);
+    ops->rmsnorm_residual_forward(out, rstd, x, projected, norm->weight.data, N, d, c->norm_eps);
 }
 
 // dbranch, the gradient of w·inp, from dx.
