@@ -30,7 +30,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = os.path.abspath(os.environ.get("BIN", ROOT))
 FIXTURES = os.path.join(ROOT, "test/fixtures")
 CODE = os.path.join(ROOT, "modeling_retrofit.py")
-MODELS = ("tiny", "llama3", "head64", "olmo2")  # those that are there
+MODELS = ("tiny", "llama3", "head64", "olmo2", "qwen2", "qwen3")
 STYLES = ("llama2_style", "llama3_style", "smollm_style")
 TORCH = ["torch==2.15.0", "numpy==2.4.6"]
 ENVIRONMENTS = {
