@@ -1,14 +1,14 @@
 #!/bin/sh
-# AutoTokenizer of Hugging Face's transformers 5.23.0 does not follow the normalizer and the
-# pre_tokenizer of tokenizer.json where tokenizer_config.json names one of the classes LlamaTokenizer,
-# GPT2Tokenizer or Qwen2Tokenizer: it takes vocabulary and merges and builds the class's own steps.
-# 4.57.1 follows the file. So models whose files name a class for want of a better one (OLMo-2's says
+# AutoTokenizer of Hugging Face's transformers 5.23.0 does not follow normalizer and pre_tokenizer of
+# tokenizer.json where tokenizer_config.json names one of the classes LlamaTokenizer, GPT2Tokenizer
+# or Qwen2Tokenizer: it takes vocabulary and merges, and builds the steps that the class has. 4.57.1
+# follows the file. So models whose files name a class for want of a better one (OLMo-2's says
 # GPT2Tokenizer, its pattern is GPT-4's) get other ids than they were trained with, without a word:
 #
-#     tokenizer_class  in tokenizer.json                          text       4.57.1 and tokenizers   5.23.0
-#     GPT2Tokenizer    GPT-4's pattern: numbers in threes         "1234"     123 4                   1234
-#     Qwen2Tokenizer   GPT-2's pattern, no normalizer             "12"       12                      1 2
-#     LlamaTokenizer   Prepend and Replace of ▁                   "<s> a"    <s> ▁▁ a                <s> ▁ a
+#     class           tokenizer.json has              text    tokenizers, 4.57.1   5.23.0
+#     GPT2Tokenizer   GPT-4's pattern: 3 digits       1234    123 4                1234
+#     Qwen2Tokenizer  GPT-2's pattern                 12      12                   1 2
+#     LlamaTokenizer  Prepend and Replace of ▁        <s> a   <s> ▁▁ a             <s> ▁ a
 #
 # With PreTrainedTokenizerFast both versions follow the file. retrofit follows it too, and says in a
 # note where transformers 5 would not.
@@ -44,7 +44,8 @@ CASES = {
 }
 directory = sys.argv[1]
 follows_file = transformers.__version__.startswith("4.")
-for name, (normalizer, pre_tokenizer, words, merges, text, file_says, five_says) in CASES.items():
+for name, case in CASES.items():
+    normalizer, pre_tokenizer, words, merges, text, file_says, five_says = case
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", "<unk>"] + words)}
     special = [dict(id=i, content=word, single_word=False, lstrip=False, rstrip=False,
                     normalized=False, special=True)
@@ -72,6 +73,6 @@ for name, (normalizer, pre_tokenizer, words, merges, text, file_says, five_says)
 PYTHON
 mkdir "$work/tokenizer"
 for version in 4.57.1 5.23.0; do
-    HF_HUB_OFFLINE=1 "$work/$version/bin/python" "$work/ids.py" "$work/tokenizer" 2> "$work/errors" ||
-        { cat "$work/errors"; exit 1; }
+    HF_HUB_OFFLINE=1 "$work/$version/bin/python" "$work/ids.py" "$work/tokenizer" \
+        2> "$work/errors" || { cat "$work/errors"; exit 1; }
 done

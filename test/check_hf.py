@@ -104,7 +104,7 @@ def write_models(work):
 
 
 def write_tokenizer(source, target):
-    """With a class whose tokenizer.json is followed in transformers 4 and 5, or says what 5 does."""
+    """With a class by which transformers 4 and 5 follow tokenizer.json, or do what it says."""
     os.mkdir(target)
     shutil.copy(os.path.join(source, "tokenizer.json"), target)
     with open(os.path.join(source, "tokenizer_config.json")) as file:
