@@ -1,6 +1,6 @@
 #!/bin/sh
-# AutoTokenizer of Hugging Face's transformers 5.23.0 does not follow normalizer and pre_tokenizer of
-# tokenizer.json where tokenizer_config.json names one of the classes LlamaTokenizer, GPT2Tokenizer
+# AutoTokenizer of Hugging Face's transformers 5.23.0 does not follow normalizer and pre_tokenizer
+# of tokenizer.json where tokenizer_config.json names LlamaTokenizer, GPT2Tokenizer
 # or Qwen2Tokenizer: it takes vocabulary and merges, and builds the steps that the class has. 4.57.1
 # follows the file. So models whose files name a class for want of a better one (OLMo-2's says
 # GPT2Tokenizer, its pattern is GPT-4's) get other ids than they were trained with, without a word:
