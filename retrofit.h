@@ -8361,6 +8361,11 @@ enum {
 #define TOK_PATTERN(digits) \
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
     "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+// GPT-4's own spelling of what became Llama 3's pattern. ++ and ?+ give nothing back, but nothing
+// that follows here could begin with it; and \s* goes on to the last line break anyway.
+#define TOK_GPT4_PATTERN \
+    "'(?i:[sdmt]|ll|ve|re)|[^\\r\\n\\p{L}\\p{N}]?+\\p{L}+|\\p{N}{1,3}" \
+    "| ?[^\\s\\p{L}\\p{N}]++[\\r\\n]*|\\s*[\\r\\n]|\\s+(?!\\S)|\\s+"
 
 // How a file spells the steps, in the only order in which it may list them: the role, the type, and
 // the settings it must have (name, value, name, value, …; TOK_ANY is any value that is there). A
@@ -8379,6 +8384,7 @@ static const struct {
     {TOK_SPLIT_GPT2,    TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_GPT2_PATTERN}},
     {TOK_SPLIT_QWEN2,   TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_QWEN2_PATTERN}},
     {TOK_SPLIT_LLAMA3,  TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_LLAMA3_PATTERN}},
+    {TOK_SPLIT_LLAMA3,  TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_GPT4_PATTERN}},
     {TOK_BYTE_LEVEL,    TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", TOK_ANY,
                                                          "use_regex", "false"}},
     {TOK_GPT2_BYTES,    TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", TOK_ANY}},
