@@ -208,7 +208,10 @@ publish() {
 has() { grep -q -e "$1" "$2"; }
 has_not() { ! grep -q -e "$1" "$2"; }
 # The lines of a table of infer --eval: recurrences and loss.
-losses_are_finite() { awk '/^ *[0-9]/ { n++; if ($2 !~ /^[0-9.]+$/) bad = 1 } END { exit bad || n != 2 }' "$work/stdout"; }
+losses_are_finite() {
+    awk '/^ *[0-9]/ { lines++; if ($2 !~ /^[0-9.]+$/) bad = 1 } END { exit bad || lines != 2 }' \
+        "$work/stdout"
+}
 generate() { # directory, what
     timed "a text, $2" "$BIN/infer" --model "$1" --prompt "$prompt" --recurrences 2 --json \
         --temperature 1 --top-k 50 --max-tokens 40
