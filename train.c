@@ -189,7 +189,7 @@ static struct {
     char *data_shards, *val_shards; // what they are, by retrofit_data_describe; NULL for none
     retrofit_text options;          // for OUT/options.txt
     char *taken_up;                 // what it was when this program began; NULL if not used
-    uint64_t model_hash;            // of the files of weights of --model
+    uint64_t model_hash;            // of the files of weights of --model; 0: there are none
     uint64_t tokenizer_hash;        // 0: none that can be read
     bool training;                  // steps are being made: what fails now saves them first
     size_t first_step, saved_step;  // steps done when this program began; when it saved last
@@ -1397,11 +1397,21 @@ static const char *first_changed_shard(const char *theirs, const char *ours, cha
     return text;
 }
 
+// The model that a run began with may have been removed since: the checkpoint has all that was its.
+static void forgive_missing_model(const char *theirs) {
+    const char *name = " model=", *hash = strstr(theirs, name);
+    if (run.model_hash || !hash) return;
+    retrofit_note("%s: there are no weights any more: the run goes on with the checkpoint's, and "
+                  "cannot see whether it began with these", options.model);
+    run.model_hash = strtoull(hash + strlen(name), NULL, 16);
+}
+
 // Ends the program if the hyperparameters, the data, the model or the tokenizer are not those of
 // the checkpoint, or says which are not.
 static void check_hyperparameters(const retrofit_map *file) {
     char ours[HYPERPARAMETERS_SIZE], list[4 * HYPERPARAMETERS_SIZE], data[300], val[300];
     const char *theirs = read_metadata(file, "recipe");
+    forgive_missing_model(theirs);
     describe_hyperparameters(ours);
     if (!list_changes(theirs, ours, list, sizeof list)) return;
     first_changed_shard(retrofit_safetensors_metadata(file, "data"), run.data_shards, data);

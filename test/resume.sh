@@ -103,5 +103,12 @@ check "one shard: the same bits" same_steps one last # the moments' file names t
 everywhere "no accumulation" --micro-batch-size 4
 everywhere "rows one by one" --micro-batch-size 1 --throttle
 everywhere "the baseline" --model test/fixtures/tiny/base --shuffle
+
+# The model that the run began with is as large as a checkpoint: who needs the room removes it.
+cp -r $tiny "$work/model"
+everywhere "its own model" --model "$work/model"
+rm "$work/model/model.safetensors"
+check "the model's weights are gone" from 6 --model "$work/model"
+check "that is said" grep -q "there are no weights any more" "$work/said"
 printf '%-24s %d passed, %d failed\n' "resumed to the bit" $passed $failed
 [ $failed -eq 0 ]

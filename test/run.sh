@@ -35,7 +35,8 @@ count() { # name, exit code, output
         failed=$((failed + 1))
     fi
 }
-for test in "$@" make demos library compilers readme contents keys device runs outputs resume plot; do
+for test in "$@" make demos library compilers readme contents keys device runs outputs resume plot \
+    large; do
     case $test in
     */*) set -- "$test" ;;
     *) set -- sh "test/$test.sh" ;;
@@ -43,6 +44,7 @@ for test in "$@" make demos library compilers readme contents keys device runs o
     out=$(
         # This one's models are so small that a second thread waits more than it works.
         case $test in */test_thinking) export OMP_NUM_THREADS=1 ;; esac
+        case $test in large) export MODELS=small ;; esac # the others are for make test-large
         "$@" 2>&1
     )
     count "$*" $? "$out"
