@@ -523,7 +523,8 @@ static double cosine(const float *a, const float *b, size_t d) {
         squares_a += (double)a[i] * (double)a[i];
         squares_b += (double)b[i] * (double)b[i];
     }
-    return fmin(fmax(product / sqrt(squares_a * squares_b), -1), 1);
+    double quotient = product / sqrt(squares_a * squares_b); // NaN of what is zero or not finite
+    return quotient > 1 ? 1 : quotient < -1 ? -1 : quotient;
 }
 
 // x_i of the row that was computed last, [tokens of the row][d].
