@@ -5670,9 +5670,9 @@ static number_kinds kinds_in_tensor(const retrofit_tensor *tensor, bool release)
 
 static bool is_first_thread(void) {
 #ifdef _OPENMP
-    return omp_get_thread_num() == 0;
-#else
-    return true;
+// Of all threads: a region that another one encloses may count its own from 0.
+    for (int level = 1; level <= omp_get_level(); level++)
+        first = first && omp_get_ancestor_thread_num(level) == 0;
 #endif
 }
 
@@ -9196,9 +9196,10 @@ static size_t *tok_cut_parts(const retrofit_tokenizer *tokenizer, const char *te
 }
 
 static void tok_add_progress(tok_encoder *encoder, size_t bytes) {
-    PRAGMA(omp atomic)
-    encoder->done += bytes;
-    if (encoder->progress && is_first_thread()) encoder->progress(encoder->context, encoder->done);
+    size_t done;
+    PRAGMA(omp atomic capture)
+    done = encoder->done += bytes;
+    if (encoder->progress && is_first_thread()) encoder->progress(encoder->context, done);
 }
 
 // What a thread does: the parts whose turn comes.
