@@ -1519,7 +1519,8 @@ static void write_conversation(shard_writer *writer, const document *document) {
     int32_t eos_label = document->eos_counts ? writer->eos : RETROFIT_IGNORED;
     write_ids(writer, document->ids, document->count);
     write_labels(writer, document->labels, document->count);
-    if (document->ids[document->count - 1] != writer->eos) {
+    size_t count = document->count; // 0: the tokenizer has no token for any of it
+    if (!count || document->ids[count - 1] != writer->eos) {
         write_ids(writer, &writer->eos, 1);
         write_labels(writer, &eos_label, 1);
     }
