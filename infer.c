@@ -1451,6 +1451,7 @@ static struct evaluation open_evaluation(void) {
     check_shards(data);
     size_t rows = retrofit_data_rows(data);
     if (options.rows) rows = retrofit_min(options.rows, rows);
+    require(retrofit_data_check_counted(data, rows));
     return (struct evaluation){.data = data, .T = T, .rows = rows};
 }
 

@@ -78,7 +78,7 @@
        L                                               retrofit_loss                     911
        dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               934
        dA_e, de                                        injection_backward                952
-       floating-point operations                       retrofit_flops_per_token          3453
+       floating-point operations                       retrofit_flops_per_token          3455
        n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1013
        the curriculum r̄(t)                             retrofit_curriculum               1048
        a training step                                 retrofit_training_step            1117
@@ -3367,6 +3367,8 @@ bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *to
 // Reads all tokens of all shards, and their labels; a note says how many count. false or error if
 // an id is not below vocab, or a label is neither -100 nor its token.
 bool retrofit_data_check_ids(const retrofit_data *data);
+// false or error if none of the labels of the first `rows` rows of the files counts.
+bool retrofit_data_check_counted(const retrofit_data *data, size_t rows);
 // false or error if a shard of `data` is also one of `other`: the same file, or the same contents.
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other);
 // What the data are, to find out later whether they are still the same: for each shard a line of
@@ -5668,12 +5670,14 @@ static number_kinds kinds_in_tensor(const retrofit_tensor *tensor, bool release)
     return kinds;
 }
 
-static bool is_first_thread(void) {
-#ifdef _OPENMP
 // Of all threads: a region that another one encloses may count its own from 0.
+static bool is_first_thread(void) {
+    bool first = true;
+#ifdef _OPENMP
     for (int level = 1; level <= omp_get_level(); level++)
         first = first && omp_get_ancestor_thread_num(level) == 0;
 #endif
+    return first;
 }
 
 void retrofit_safetensors_survey(const retrofit_map *map, bool release, size_t *infinite,
@@ -6211,6 +6215,9 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
                              shard->bytes);
     if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) shard->width = 2;
     else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) shard->width = 4;
+    else if (header[0] == RETROFIT_LABELS_MAGIC)
+        return retrofit_fail("%s: labels, which are read with their token shard, not a shard: "
+                             "leave them out, as by '*.bin'", path);
     else
         return retrofit_fail("%s: not a token shard, or of a version that is not known: make one "
                              "with convert --tokenize FILE.txt --tokenizer MODEL --to NAME.bin",
@@ -6421,6 +6428,19 @@ bool retrofit_data_check_ids(const retrofit_data *data) {
     if (!check_ids(data) || !check_labels(data)) return false;
     note_labels(data);
     return true;
+}
+
+bool retrofit_data_check_counted(const retrofit_data *data, size_t rows) {
+    size_t T = data->T;
+    for (size_t s = 0; s < data->files.gl_pathc; s++) {
+        const token_shard *shard = &data->shards[s];
+        const int32_t *labels = shard_labels(shard);
+        for (size_t row = 0; row < shard->rows && shard->first_row + row < rows; row++)
+            if (!labels || retrofit_count_labels(labels + row * (T + 1) + 1, T)) return true;
+    }
+    return retrofit_fail("%s: by the labels nothing counts in the first %zu rows of %zu tokens: "
+                         "there is nothing to learn or to measure", data->files.gl_pathv[0],
+                         retrofit_min(rows, data->rows), T);
 }
 
 // The largest id of a shard decides; only if it is too large is the first such one looked for.
