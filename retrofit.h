@@ -4676,13 +4676,13 @@ typedef struct {
     retrofit_qk_norm qk_norm;
     double norm_eps;           // without rms_norm_eps
 } model_family;
-static const model_family model_families[] = {
-    {"llama", "LlamaForCausalLM", false, false, RETROFIT_QK_NORM_NONE, 1e-6},
-    {"qwen2", "Qwen2ForCausalLM", false, true, RETROFIT_QK_NORM_NONE, 1e-6},
-    {"qwen3", "Qwen3ForCausalLM", false, false, RETROFIT_QK_NORM_HEAD, 1e-6},
-    {"olmo2", "Olmo2ForCausalLM", true, false, RETROFIT_QK_NORM_FULL, 1e-5},
+enum { FAMILY_LLAMA, FAMILY_QWEN2, FAMILY_QWEN3, FAMILY_OLMO2, MODEL_FAMILIES };
+static const model_family model_families[MODEL_FAMILIES] = {
+    [FAMILY_LLAMA] = {"llama", "LlamaForCausalLM", false, false, RETROFIT_QK_NORM_NONE, 1e-6},
+    [FAMILY_QWEN2] = {"qwen2", "Qwen2ForCausalLM", false, true, RETROFIT_QK_NORM_NONE, 1e-6},
+    [FAMILY_QWEN3] = {"qwen3", "Qwen3ForCausalLM", false, false, RETROFIT_QK_NORM_HEAD, 1e-6},
+    [FAMILY_OLMO2] = {"olmo2", "Olmo2ForCausalLM", true, false, RETROFIT_QK_NORM_FULL, 1e-5},
 };
-enum { MODEL_FAMILIES = sizeof model_families / sizeof *model_families };
 
 // Of that model_type, or NULL: it is recurrent, or not supported.
 static const model_family *find_family(const retrofit_json *type) {
@@ -5087,7 +5087,7 @@ static bool read_config_blocks(retrofit_config *c, const retrofit_json *json,
     const retrofit_json *code = retrofit_json_get(json, "auto_map");
     code = retrofit_json_get(code, "AutoModelForCausalLM");
     bool olmo = code && code->type == RETROFIT_JSON_STRING && strstr(code->string, "_olmo.");
-    if (!family && olmo) set_family(c, &model_families[MODEL_FAMILIES - 1]);
+    if (!family && olmo) set_family(c, &model_families[FAMILY_OLMO2]);
     if (family) set_family(c, family);
     for (size_t i = 0; family && i < 3; i++) {
         if (retrofit_json_get(json, keys[i]))
@@ -5099,7 +5099,12 @@ static bool read_config_blocks(retrofit_config *c, const retrofit_json *json,
               read_config_choice(&qk_norm, json, "qk_norm", qk_norm_names, 3, where);
     c->post_norm = norm;
     c->qk_norm = (retrofit_qk_norm)qk_norm;
-    c->qkv_bias = c->qkv_bias || config_is_true(json, "qkv_bias");
+    const retrofit_json *bias = retrofit_json_get(json, "qkv_bias");
+    if (!bias || bias->type == RETROFIT_JSON_NULL) return ok;
+    c->qkv_bias = bias->number != 0;
+    if (ok && bias->type != RETROFIT_JSON_BOOL)
+        return retrofit_fail("%s: \"qkv_bias\" is %s, neither true nor false", where,
+                             retrofit_json_value_text(bias));
     return ok;
 }
 
@@ -5240,8 +5245,8 @@ static void write_config_plain(FILE *file, const retrofit_config *c) {
 static void write_config_auto_map(FILE *file, const retrofit_config *c, bool ours) {
     const model_family *family = family_of(c);
     const char *config_code = "raven_config_minimal", *code = "raven_modeling_minimal_llama";
-    bool llama = family == &model_families[0];
-    bool olmo = c->post_norm && c->qk_norm == RETROFIT_QK_NORM_FULL && !c->qkv_bias;
+    bool llama = family == &model_families[FAMILY_LLAMA];
+    bool olmo = family == &model_families[FAMILY_OLMO2];
     if (olmo) code = "raven_modeling_minimal_olmo";
     if (ours) {
         config_code = "modeling_retrofit";
@@ -5254,7 +5259,7 @@ static void write_config_auto_map(FILE *file, const retrofit_config *c, bool our
 
 // What a recurrent model's blocks have that Llama's have not.
 static void write_config_blocks(FILE *file, const retrofit_config *c) {
-    if (family_of(c) == &model_families[0]) return;
+    if (family_of(c) == &model_families[FAMILY_LLAMA]) return;
     fprintf(file, "  \"block_norm\": \"%s\",\n", c->post_norm ? "post" : "pre");
     fprintf(file, "  \"qk_norm\": \"%s\",\n", qk_norm_names[c->qk_norm]);
     fprintf(file, "  \"qkv_bias\": %s,\n", c->qkv_bias ? "true" : "false");
@@ -6003,7 +6008,8 @@ bool retrofit_copy_file(const char *from, const char *to) {
 const char *const retrofit_model_files[] = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-    "raven_config_minimal.py", "raven_modeling_minimal_llama.py", RETROFIT_MODELLING,
+    "raven_config_minimal.py", "raven_modeling_minimal_llama.py", "raven_modeling_minimal_olmo.py",
+    RETROFIT_MODELLING,
     "config.json", "generation_config.json", "model.safetensors", NULL};
 
 static bool copy_companions(const char *from, const char *to) {
