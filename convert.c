@@ -514,7 +514,8 @@ static void print_dropped(const retrofit_model *source, const layer_choice *choi
 typedef struct {
     size_t n, tokens;
     double *influence, *distance; // [L] sums over the tokens, in the end their means
-} layer_scores;
+    size_t *counted;              // [L] tokens in them: a stream of zeros (padding's embedding,
+} layer_scores;                   // say) has no direction
 
 static double cosine(const float *a, const float *b, size_t d) {
     double product = 0, squares_a = 0, squares_b = 0;
@@ -523,8 +524,14 @@ static double cosine(const float *a, const float *b, size_t d) {
         squares_a += (double)a[i] * (double)a[i];
         squares_b += (double)b[i] * (double)b[i];
     }
-    double quotient = product / sqrt(squares_a * squares_b); // NaN of what is zero or not finite
+    double quotient = product / sqrt(squares_a * squares_b); // NaN of what is not finite
     return quotient > 1 ? 1 : quotient < -1 ? -1 : quotient;
+}
+
+static bool is_zero(const float *x, size_t d) {
+    size_t zeros = 0;
+    while (zeros < d && x[zeros] == 0) zeros++;
+    return zeros == d;
 }
 
 // x_i of the row that was computed last, [tokens of the row][d].
@@ -544,6 +551,8 @@ static void score_row(layer_scores *scores, retrofit_buffers *buffers, const int
         const float *x = stream_into(buffers, i), *next = stream_into(buffers, i + 1);
         const float *later = stream_into(buffers, retrofit_min(i + scores->n, layers));
         for (size_t t = 0; t < count * d; t += d) {
+            if (is_zero(x + t, d) || is_zero(next + t, d) || is_zero(later + t, d)) continue;
+            scores->counted[i]++;
             scores->influence[i] += 1 - cosine(x + t, next + t, d);
             scores->distance[i] += acos(cosine(x + t, later + t, d)) / pi;
         }
@@ -558,6 +567,7 @@ static layer_scores measure_layers(const retrofit_model *source, const text_samp
     layer_scores scores = {.n = n};
     scores.influence = allocate_or_die(layers, sizeof *scores.influence);
     scores.distance = allocate_or_die(layers, sizeof *scores.distance);
+    scores.counted = allocate_or_die(layers, sizeof *scores.counted);
     retrofit_buffers *buffers =
         retrofit_buffers_new(source, 1, sample->longest, 0, RETROFIT_KEEP_INPUTS, NULL);
     must(buffers != NULL);
@@ -568,8 +578,8 @@ static layer_scores measure_layers(const retrofit_model *source, const text_samp
     }
     retrofit_buffers_free(buffers);
     for (size_t i = 0; i < layers; i++) {
-        scores.influence[i] /= (double)scores.tokens;
-        scores.distance[i] /= (double)scores.tokens;
+        scores.influence[i] /= (double)scores.counted[i];
+        scores.distance[i] /= (double)scores.counted[i];
         if (!isfinite(scores.influence[i]))
             die(1, "%s: what layer %zu makes of the text is zero or not finite: is it a trained "
                    "model?", options.from, i);
@@ -580,6 +590,7 @@ static layer_scores measure_layers(const retrofit_model *source, const text_samp
 static void free_scores(layer_scores *scores) {
     free(scores->influence);
     free(scores->distance);
+    free(scores->counted);
 }
 
 // The layer's place among those in no list, by influence; of equal ones the first comes first.

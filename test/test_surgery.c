@@ -374,6 +374,12 @@ static void nothing_measured(void) {
         free(numbers);
         shell("rm -r spoilt");
     }
+    // Zeros for one token, as padding has them, leave the others: here for BOS, which is OLMo-2's
+    // padding.
+    with_tokenizer("olmo2");
+    works("convert --from olmo2 --report --text f/influence/text.txt --text-tokens 64");
+    check(!strstr(out, "nan"), "a token without a direction: %s", out);
+    works("convert --from olmo2 --to begun --core auto --text f/influence/text.txt");
 }
 
 int main(void) {

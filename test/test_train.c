@@ -1718,8 +1718,8 @@ static void followed_configs(void) {
     remove(at("hostile/generation_config.json"));
 }
 
-// The blocks that a config asks for: of a plain model its family's; of a recurrent one those that the
-// name of the authors' code means, or the keys of ours.
+// The blocks that a config asks for: of a plain model its family's; of a recurrent one those that
+// the name of the authors' code means, or the keys of ours.
 static void families(void) {
 #define OLMO_CODE "{'AutoModelForCausalLM':'raven_modeling_minimal_olmo.RavenForCausalLM'}"
     static const struct {
