@@ -1264,6 +1264,28 @@ static const retrofit_json *message_string(const conversation *c, const retrofit
     return NULL;
 }
 
+// What of a message would be lost: a template that knows these is refused where it
+// reads them, but others pass over them, and what is learned then is an answer without them.
+static bool check_message(const conversation *c, const retrofit_json *message) {
+    static const char *const names[] = {"tool_calls", "function_call", "reasoning_content",
+                                        "thinking"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const retrofit_json *member = retrofit_json_get(message, names[i]);
+        bool empty = !member || member->type == RETROFIT_JSON_NULL ||
+                     (member->type == RETROFIT_JSON_STRING && member->length == 0) ||
+                     (member->type >= RETROFIT_JSON_ARRAY && member->count == 0);
+        if (!empty)
+            return retrofit_fail("%s: \"%s\" of message %zu is not followed here: make it part of "
+                                 "the content, or remove it", c->where, names[i], c->count + 1);
+    }
+    const retrofit_json *weight = retrofit_json_get(message, "weight");
+    bool usual = !weight || weight->type == RETROFIT_JSON_NULL ||
+                 (weight->type == RETROFIT_JSON_NUMBER && weight->number == 1);
+    if (usual) return true;
+    return retrofit_fail("%s: \"weight\" of message %zu is %s: all that the assistant says counts "
+                         "alike here", c->where, c->count + 1, retrofit_json_value_text(weight));
+}
+
 static bool read_messages(conversation *c, const retrofit_json *list) {
     if (list->count == 0) return retrofit_fail("%s: a conversation without messages", c->where);
     c->messages = retrofit_allocate(list->count, sizeof *c->messages);
@@ -1275,6 +1297,7 @@ static bool read_messages(conversation *c, const retrofit_json *list) {
         if (!content) return false;
         if (strlen(role->string) != role->length)
             return retrofit_fail("%s: a NUL in the role of message %zu", c->where, c->count + 1);
+        if (!check_message(c, json)) return false;
         c->messages[c->count++] =
             (retrofit_message){role->string, content->string, content->length, json};
     }
@@ -1935,6 +1958,7 @@ static retrofit_tokenizer *load_gguf_tokenizer(const gguf_file *gguf) {
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
     must(tokenizer != NULL);
     retrofit_directory_abandon(directory);
+    if (!options.to) remove_report_directory(); // a signal while layers are measured leaves nothing
     free(directory);
     return tokenizer;
 }

@@ -157,6 +157,10 @@ static void templates(void) {
 }
 
 #define USER "{\"role\": \"user\", \"content\": \"a\"}"
+// A conversation whose answer has another member.
+#define SAYS(name, value) \
+    "{\"messages\": [" USER ", {\"role\": \"assistant\", \"content\": \"b\", \"" name "\": " value \
+    "}]}"
 static void hostile_lines(void) {
     static const struct {
         const char *line, *what, *options;
@@ -183,11 +187,26 @@ static void hostile_lines(void) {
         {"{\"a\": 1}", "no \"text\" in it, nor in any other up to line 1, and no \"messages\"", ""},
         {"{\"a\": [1]}", "message 1 is a number", "--field a"},
         {"{\"text\": [" USER "]}", "\"text\" is an array, not a string", ""},
+        {SAYS("tool_calls", "[{\"type\": 1}]"), "\"tool_calls\" of message 2 is not", ""},
+        {SAYS("function_call", "{\"name\": \"f\"}"), "\"function_call\" of message 2 is not", ""},
+        {SAYS("reasoning_content", "\"hm\""), "\"reasoning_content\" of message 2 is not", ""},
+        {SAYS("thinking", "\"hm\""), "\"thinking\" of message 2 is not", ""},
+        {SAYS("weight", "0"), "\"weight\" of message 2 is 0", ""},
+        {SAYS("weight", "\"1\""), "\"weight\" of message 2 is 1", ""},
+    };
+    static const char *const good[] = {
+        SAYS("tool_calls", "[]"), SAYS("tool_calls", "null"), SAYS("function_call", "null"),
+        SAYS("reasoning_content", "\"\""), SAYS("weight", "1"), SAYS("weight", "null"),
+        SAYS("id", "\"m7\""),
     };
     use_tokenizer("tokenizers/smollm_style");
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         use(TURNS, bad[i].line);
         fails(1, bad[i].what, CONVERT "bad.bin %s", bad[i].options);
+    }
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        use(TURNS, good[i]);
+        works(CONVERT "chat.bin");
     }
     use(TURNS, "{\"talk\": [" USER "], \"text\": \"b\"}\n{\"talk\": null}\n");
     works(CONVERT "chat.bin --field talk");
