@@ -514,7 +514,8 @@ static void print_dropped(const retrofit_model *source, const layer_choice *choi
 typedef struct {
     size_t n, tokens;
     double *influence, *distance; // [L] sums over the tokens, in the end their means
-} layer_scores;
+    size_t *counted;              // [L] tokens in them: a stream of zeros (padding's embedding,
+} layer_scores;                   // say) has no direction
 
 static double cosine(const float *a, const float *b, size_t d) {
     double product = 0, squares_a = 0, squares_b = 0;
@@ -523,7 +524,14 @@ static double cosine(const float *a, const float *b, size_t d) {
         squares_a += (double)a[i] * (double)a[i];
         squares_b += (double)b[i] * (double)b[i];
     }
-    return fmin(fmax(product / sqrt(squares_a * squares_b), -1), 1);
+    double quotient = product / sqrt(squares_a * squares_b); // NaN of what is not finite
+    return quotient > 1 ? 1 : quotient < -1 ? -1 : quotient;
+}
+
+static bool is_zero(const float *x, size_t d) {
+    size_t zeros = 0;
+    while (zeros < d && x[zeros] == 0) zeros++;
+    return zeros == d;
 }
 
 // x_i of the row that was computed last, [tokens of the row][d].
@@ -543,6 +551,8 @@ static void score_row(layer_scores *scores, retrofit_buffers *buffers, const int
         const float *x = stream_into(buffers, i), *next = stream_into(buffers, i + 1);
         const float *later = stream_into(buffers, retrofit_min(i + scores->n, layers));
         for (size_t t = 0; t < count * d; t += d) {
+            if (is_zero(x + t, d) || is_zero(next + t, d) || is_zero(later + t, d)) continue;
+            scores->counted[i]++;
             scores->influence[i] += 1 - cosine(x + t, next + t, d);
             scores->distance[i] += acos(cosine(x + t, later + t, d)) / pi;
         }
@@ -557,6 +567,7 @@ static layer_scores measure_layers(const retrofit_model *source, const text_samp
     layer_scores scores = {.n = n};
     scores.influence = allocate_or_die(layers, sizeof *scores.influence);
     scores.distance = allocate_or_die(layers, sizeof *scores.distance);
+    scores.counted = allocate_or_die(layers, sizeof *scores.counted);
     retrofit_buffers *buffers =
         retrofit_buffers_new(source, 1, sample->longest, 0, RETROFIT_KEEP_INPUTS, NULL);
     must(buffers != NULL);
@@ -567,8 +578,8 @@ static layer_scores measure_layers(const retrofit_model *source, const text_samp
     }
     retrofit_buffers_free(buffers);
     for (size_t i = 0; i < layers; i++) {
-        scores.influence[i] /= (double)scores.tokens;
-        scores.distance[i] /= (double)scores.tokens;
+        scores.influence[i] /= (double)scores.counted[i];
+        scores.distance[i] /= (double)scores.counted[i];
         if (!isfinite(scores.influence[i]))
             die(1, "%s: what layer %zu makes of the text is zero or not finite: is it a trained "
                    "model?", options.from, i);
@@ -579,6 +590,7 @@ static layer_scores measure_layers(const retrofit_model *source, const text_samp
 static void free_scores(layer_scores *scores) {
     free(scores->influence);
     free(scores->distance);
+    free(scores->counted);
 }
 
 // The layer's place among those in no list, by influence; of equal ones the first comes first.
@@ -1447,6 +1459,28 @@ static const retrofit_json *message_string(const conversation *c, const retrofit
     return NULL;
 }
 
+// What of a message would be lost: a template that knows these is refused where it
+// reads them, but others pass over them, and what is learned then is an answer without them.
+static bool check_message(const conversation *c, const retrofit_json *message) {
+    static const char *const names[] = {"tool_calls", "function_call", "reasoning_content",
+                                        "thinking"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const retrofit_json *member = retrofit_json_get(message, names[i]);
+        bool empty = !member || member->type == RETROFIT_JSON_NULL ||
+                     (member->type == RETROFIT_JSON_STRING && member->length == 0) ||
+                     (member->type >= RETROFIT_JSON_ARRAY && member->count == 0);
+        if (!empty)
+            return retrofit_fail("%s: \"%s\" of message %zu is not followed here: make it part of "
+                                 "the content, or remove it", c->where, names[i], c->count + 1);
+    }
+    const retrofit_json *weight = retrofit_json_get(message, "weight");
+    bool usual = !weight || weight->type == RETROFIT_JSON_NULL ||
+                 (weight->type == RETROFIT_JSON_NUMBER && weight->number == 1);
+    if (usual) return true;
+    return retrofit_fail("%s: \"weight\" of message %zu is %s: all that the assistant says counts "
+                         "alike here", c->where, c->count + 1, retrofit_json_value_text(weight));
+}
+
 static bool read_messages(conversation *c, const retrofit_json *list) {
     if (list->count == 0) return retrofit_fail("%s: a conversation without messages", c->where);
     c->messages = retrofit_allocate(list->count, sizeof *c->messages);
@@ -1458,6 +1492,7 @@ static bool read_messages(conversation *c, const retrofit_json *list) {
         if (!content) return false;
         if (strlen(role->string) != role->length)
             return retrofit_fail("%s: a NUL in the role of message %zu", c->where, c->count + 1);
+        if (!check_message(c, json)) return false;
         c->messages[c->count++] =
             (retrofit_message){role->string, content->string, content->length, json};
     }
@@ -1713,7 +1748,8 @@ static void write_conversation(shard_writer *writer, const document *document) {
     int32_t eos_label = document->eos_counts ? writer->eos : RETROFIT_IGNORED;
     write_ids(writer, document->ids, document->count);
     write_labels(writer, document->labels, document->count);
-    if (document->ids[document->count - 1] != writer->eos) {
+    size_t count = document->count; // 0: the tokenizer has no token for any of it
+    if (!count || document->ids[count - 1] != writer->eos) {
         write_ids(writer, &writer->eos, 1);
         write_labels(writer, &eos_label, 1);
     }
@@ -2117,6 +2153,7 @@ static retrofit_tokenizer *load_gguf_tokenizer(const gguf_file *gguf) {
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
     must(tokenizer != NULL);
     retrofit_directory_abandon(directory);
+    if (!options.to) remove_report_directory(); // a signal while layers are measured leaves nothing
     free(directory);
     return tokenizer;
 }

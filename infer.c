@@ -805,10 +805,15 @@ static void append_token(struct batch *batch, struct sequence *sequence, int32_t
     sequence->generation_seconds = retrofit_seconds() - batch->prompts_fed;
 }
 
-// Draws a token for each sequence from its row of logits (count,V). Ids beyond the tokenizer's are
-// padding of the vocabulary.
+// Ids that tokenizer and model have both: those beyond the tokenizer's are padding of the
+// vocabulary, those beyond the model's were added to the tokenizer alone.
+static size_t known_ids(void) {
+    return retrofit_min(retrofit_tokenizer_size(tokenizer), model->config.vocab);
+}
+
+// Draws a token for each sequence from its row of logits (count,V).
 static void sample_tokens(struct batch *batch, const float *logits) {
-    size_t known = retrofit_min(retrofit_tokenizer_size(tokenizer), model->config.vocab);
+    size_t known = known_ids();
     for (size_t i = 0; i < batch->count; i++) {
         struct sequence *sequence = batch->sequences[i];
         const float *row = logits + i * model->config.vocab;
@@ -870,7 +875,7 @@ static void decode_token(struct batch *batch) {
 // Behind each prompt its first token begins. The last one of a text is not fed.
 static void begin_front(struct batch *batch) {
     retrofit_buffers *buffers = batch->buffers;
-    size_t known = retrofit_tokenizer_size(tokenizer);
+    size_t known = known_ids();
     batch->front = require_pointer(
         retrofit_front_new(buffers, &batch->recurrence, drafts.depths[0], drafts.depths[1], known,
                            drafts.tuning));
@@ -1014,7 +1019,7 @@ static void compare_with_full_depth(const struct sequence *sequence, size_t r) {
     require(retrofit_forward(buffers, ids, 1, T, start_sigma(), options.seed, r, 0));
     for (size_t i = 0; i < sequence->produced; i++) {
         retrofit_logits(buffers, sequence->count - 1 + i, 1, logits);
-        int32_t full = retrofit_argmax(logits, retrofit_tokenizer_size(tokenizer));
+        int32_t full = retrofit_argmax(logits, known_ids());
         exits.same_as_full += full == sequence->generated[i + 1];
     }
     exits.compared += sequence->produced;
@@ -1092,7 +1097,7 @@ static struct trace_entry new_trace_entry(const float *logits, size_t V, double 
 static struct trace_entry *trace_tokens(const int32_t *ids, size_t T, size_t r) {
     enum { ROWS = 64 }; // of logits at a time
     size_t V = model->config.vocab, d = model->config.n_embd, bytes = T * d * sizeof(float);
-    size_t known = retrofit_min(V, retrofit_tokenizer_size(tokenizer));
+    size_t known = known_ids();
     retrofit_buffers *buffers = new_buffers(1, T, NULL);
     retrofit_recurrence_options recurrence = recurrence_options(r);
     float *logits = new_array(ROWS * V, sizeof *logits);
@@ -1451,6 +1456,7 @@ static struct evaluation open_evaluation(void) {
     check_shards(data);
     size_t rows = retrofit_data_rows(data);
     if (options.rows) rows = retrofit_min(options.rows, rows);
+    require(retrofit_data_check_counted(data, rows));
     return (struct evaluation){.data = data, .T = T, .rows = rows};
 }
 

@@ -78,7 +78,7 @@
        L                                               retrofit_loss                     912
        dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               935
        dA_e, de                                        injection_backward                953
-       floating-point operations                       retrofit_flops_per_token          3454
+       floating-point operations                       retrofit_flops_per_token          3465
        n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1014
        the curriculum r̄(t)                             retrofit_curriculum               1049
        a training step                                 retrofit_training_step            1118
@@ -3377,6 +3377,8 @@ bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *to
 // Reads all tokens of all shards, and their labels; a note says how many count. false or error if
 // an id is not below vocab, or a label is neither -100 nor its token.
 bool retrofit_data_check_ids(const retrofit_data *data);
+// false or error if none of the labels of the first `rows` rows of the files counts.
+bool retrofit_data_check_counted(const retrofit_data *data, size_t rows);
 // false or error if a shard of `data` is also one of `other`: the same file, or the same contents.
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other);
 // What the data are, to find out later whether they are still the same: for each shard a line of
@@ -4684,13 +4686,13 @@ typedef struct {
     retrofit_qk_norm qk_norm;
     double norm_eps;           // without rms_norm_eps
 } model_family;
-static const model_family model_families[] = {
-    {"llama", "LlamaForCausalLM", false, false, RETROFIT_QK_NORM_NONE, 1e-6},
-    {"qwen2", "Qwen2ForCausalLM", false, true, RETROFIT_QK_NORM_NONE, 1e-6},
-    {"qwen3", "Qwen3ForCausalLM", false, false, RETROFIT_QK_NORM_HEAD, 1e-6},
-    {"olmo2", "Olmo2ForCausalLM", true, false, RETROFIT_QK_NORM_FULL, 1e-5},
+enum { FAMILY_LLAMA, FAMILY_QWEN2, FAMILY_QWEN3, FAMILY_OLMO2, MODEL_FAMILIES };
+static const model_family model_families[MODEL_FAMILIES] = {
+    [FAMILY_LLAMA] = {"llama", "LlamaForCausalLM", false, false, RETROFIT_QK_NORM_NONE, 1e-6},
+    [FAMILY_QWEN2] = {"qwen2", "Qwen2ForCausalLM", false, true, RETROFIT_QK_NORM_NONE, 1e-6},
+    [FAMILY_QWEN3] = {"qwen3", "Qwen3ForCausalLM", false, false, RETROFIT_QK_NORM_HEAD, 1e-6},
+    [FAMILY_OLMO2] = {"olmo2", "Olmo2ForCausalLM", true, false, RETROFIT_QK_NORM_FULL, 1e-5},
 };
-enum { MODEL_FAMILIES = sizeof model_families / sizeof *model_families };
 
 // Of that model_type, or NULL: it is recurrent, or not supported.
 static const model_family *find_family(const retrofit_json *type) {
@@ -5104,7 +5106,7 @@ static bool read_config_blocks(retrofit_config *c, const retrofit_json *json,
     const retrofit_json *code = retrofit_json_get(json, "auto_map");
     code = retrofit_json_get(code, "AutoModelForCausalLM");
     bool olmo = code && code->type == RETROFIT_JSON_STRING && strstr(code->string, "_olmo.");
-    if (!family && olmo) set_family(c, &model_families[MODEL_FAMILIES - 1]);
+    if (!family && olmo) set_family(c, &model_families[FAMILY_OLMO2]);
     if (family) set_family(c, family);
     for (size_t i = 0; family && i < 3; i++) {
         if (retrofit_json_get(json, keys[i]))
@@ -5116,7 +5118,12 @@ static bool read_config_blocks(retrofit_config *c, const retrofit_json *json,
               read_config_choice(&qk_norm, json, "qk_norm", qk_norm_names, 3, where);
     c->post_norm = norm;
     c->qk_norm = (retrofit_qk_norm)qk_norm;
-    c->qkv_bias = c->qkv_bias || config_is_true(json, "qkv_bias");
+    const retrofit_json *bias = retrofit_json_get(json, "qkv_bias");
+    if (!bias || bias->type == RETROFIT_JSON_NULL) return ok;
+    c->qkv_bias = bias->number != 0;
+    if (ok && bias->type != RETROFIT_JSON_BOOL)
+        return retrofit_fail("%s: \"qkv_bias\" is %s, neither true nor false", where,
+                             retrofit_json_value_text(bias));
     return ok;
 }
 
@@ -5257,8 +5264,8 @@ static void write_config_plain(FILE *file, const retrofit_config *c) {
 static void write_config_auto_map(FILE *file, const retrofit_config *c, bool ours) {
     const model_family *family = family_of(c);
     const char *config_code = "raven_config_minimal", *code = "raven_modeling_minimal_llama";
-    bool llama = family == &model_families[0];
-    bool olmo = c->post_norm && c->qk_norm == RETROFIT_QK_NORM_FULL && !c->qkv_bias;
+    bool llama = family == &model_families[FAMILY_LLAMA];
+    bool olmo = family == &model_families[FAMILY_OLMO2];
     if (olmo) code = "raven_modeling_minimal_olmo";
     if (ours) {
         config_code = "modeling_retrofit";
@@ -5271,7 +5278,7 @@ static void write_config_auto_map(FILE *file, const retrofit_config *c, bool our
 
 // What a recurrent model's blocks have that Llama's have not.
 static void write_config_blocks(FILE *file, const retrofit_config *c) {
-    if (family_of(c) == &model_families[0]) return;
+    if (family_of(c) == &model_families[FAMILY_LLAMA]) return;
     fprintf(file, "  \"block_norm\": \"%s\",\n", c->post_norm ? "post" : "pre");
     fprintf(file, "  \"qk_norm\": \"%s\",\n", qk_norm_names[c->qk_norm]);
     fprintf(file, "  \"qkv_bias\": %s,\n", c->qkv_bias ? "true" : "false");
@@ -5701,12 +5708,14 @@ static number_kinds kinds_in_tensor(const retrofit_tensor *tensor, bool release)
     return kinds;
 }
 
+// Of all threads: a region that another one encloses may count its own from 0.
 static bool is_first_thread(void) {
+    bool first = true;
 #ifdef _OPENMP
-    return omp_get_thread_num() == 0;
-#else
-    return true;
+    for (int level = 1; level <= omp_get_level(); level++)
+        first = first && omp_get_ancestor_thread_num(level) == 0;
 #endif
+    return first;
 }
 
 void retrofit_safetensors_survey(const retrofit_map *map, bool release, size_t *infinite,
@@ -6047,7 +6056,8 @@ bool retrofit_copy_file(const char *from, const char *to) {
 const char *const retrofit_model_files[] = {
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-    "raven_config_minimal.py", "raven_modeling_minimal_llama.py", RETROFIT_MODELLING,
+    "raven_config_minimal.py", "raven_modeling_minimal_llama.py", "raven_modeling_minimal_olmo.py",
+    RETROFIT_MODELLING,
     "config.json", "generation_config.json", "model.safetensors", NULL};
 
 static bool copy_companions(const char *from, const char *to) {
@@ -6259,6 +6269,9 @@ static bool open_shard(retrofit_data *data, token_shard *shard, const char *path
                              shard->bytes);
     if (header[0] == RETROFIT_SHARD_MAGIC_16 && header[1] == 1) shard->width = 2;
     else if (header[0] == RETROFIT_SHARD_MAGIC_32 && header[1] == 7) shard->width = 4;
+    else if (header[0] == RETROFIT_LABELS_MAGIC)
+        return retrofit_fail("%s: labels, which are read with their token shard, not a shard: "
+                             "leave them out, as by '*.bin'", path);
     else
         return retrofit_fail("%s: not a token shard, or of a version that is not known: make one "
                              "with convert --tokenize FILE.txt --tokenizer MODEL --to NAME.bin",
@@ -6469,6 +6482,19 @@ bool retrofit_data_check_ids(const retrofit_data *data) {
     if (!check_ids(data) || !check_labels(data)) return false;
     note_labels(data);
     return true;
+}
+
+bool retrofit_data_check_counted(const retrofit_data *data, size_t rows) {
+    size_t T = data->T;
+    for (size_t s = 0; s < data->files.gl_pathc; s++) {
+        const token_shard *shard = &data->shards[s];
+        const int32_t *labels = shard_labels(shard);
+        for (size_t row = 0; row < shard->rows && shard->first_row + row < rows; row++)
+            if (!labels || retrofit_count_labels(labels + row * (T + 1) + 1, T)) return true;
+    }
+    return retrofit_fail("%s: by the labels nothing counts in the first %zu rows of %zu tokens: "
+                         "there is nothing to learn or to measure", data->files.gl_pathv[0],
+                         retrofit_min(rows, data->rows), T);
 }
 
 // The largest id of a shard decides; only if it is too large is the first such one looked for.
@@ -9250,9 +9276,10 @@ static size_t *tok_cut_parts(const retrofit_tokenizer *tokenizer, const char *te
 }
 
 static void tok_add_progress(tok_encoder *encoder, size_t bytes) {
-    PRAGMA(omp atomic)
-    encoder->done += bytes;
-    if (encoder->progress && is_first_thread()) encoder->progress(encoder->context, encoder->done);
+    size_t done;
+    PRAGMA(omp atomic capture)
+    done = encoder->done += bytes;
+    if (encoder->progress && is_first_thread()) encoder->progress(encoder->context, done);
 }
 
 // What a thread does: the parts whose turn comes.

@@ -1967,10 +1967,12 @@ static void check_tokenizer(void) {
 static void check_data(void) {
     check_tokenizer();
     require(retrofit_data_check_ids(run.data));
+    require(retrofit_data_check_counted(run.data, run.data_rows));
     run.data_shards = retrofit_data_describe(run.data);
     require(run.data_shards);
     if (!run.val) return;
     require(retrofit_data_check_ids(run.val));
+    require(retrofit_data_check_counted(run.val, options.eval_rows));
     require(retrofit_data_check_apart(run.data, run.val));
     run.val_shards = retrofit_data_describe(run.val);
     require(run.val_shards);

@@ -157,6 +157,10 @@ static void templates(void) {
 }
 
 #define USER "{\"role\": \"user\", \"content\": \"a\"}"
+// A conversation whose answer has another member.
+#define SAYS(name, value) \
+    "{\"messages\": [" USER ", {\"role\": \"assistant\", \"content\": \"b\", \"" name "\": " value \
+    "}]}"
 static void hostile_lines(void) {
     static const struct {
         const char *line, *what, *options;
@@ -183,17 +187,51 @@ static void hostile_lines(void) {
         {"{\"a\": 1}", "no \"text\" in it, nor in any other up to line 1, and no \"messages\"", ""},
         {"{\"a\": [1]}", "message 1 is a number", "--field a"},
         {"{\"text\": [" USER "]}", "\"text\" is an array, not a string", ""},
+        {SAYS("tool_calls", "[{\"type\": 1}]"), "\"tool_calls\" of message 2 is not", ""},
+        {SAYS("function_call", "{\"name\": \"f\"}"), "\"function_call\" of message 2 is not", ""},
+        {SAYS("reasoning_content", "\"hm\""), "\"reasoning_content\" of message 2 is not", ""},
+        {SAYS("thinking", "\"hm\""), "\"thinking\" of message 2 is not", ""},
+        {SAYS("weight", "0"), "\"weight\" of message 2 is 0", ""},
+        {SAYS("weight", "\"1\""), "\"weight\" of message 2 is 1", ""},
+    };
+    static const char *const good[] = {
+        SAYS("tool_calls", "[]"), SAYS("tool_calls", "null"), SAYS("function_call", "null"),
+        SAYS("reasoning_content", "\"\""), SAYS("weight", "1"), SAYS("weight", "null"),
+        SAYS("id", "\"m7\""),
     };
     use_tokenizer("tokenizers/smollm_style");
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         use(TURNS, bad[i].line);
         fails(1, bad[i].what, CONVERT "bad.bin %s", bad[i].options);
     }
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        use(TURNS, good[i]);
+        works(CONVERT "chat.bin");
+    }
     use(TURNS, "{\"talk\": [" USER "], \"text\": \"b\"}\n{\"talk\": null}\n");
     works(CONVERT "chat.bin --field talk");
     check(strstr(out, "1 documents") && strstr(out, "null were skipped"), "--field talk: %s", out);
     use(TURNS, "{\"messages\": [" USER "], \"text\": null, \"tools\": [], \"documents\": null}\n");
     works(CONVERT "chat.bin");
+}
+
+// A tokenizer may have no token for anything in a conversation, which leaves EOS.
+static void no_tokens(void) {
+    int32_t *ids, *labels;
+    use_tokenizer("tokenizers/smollm_style");
+    size_t size;
+    char *file = slurp("chat/tokenizer.json", &size), *letter = strstr(file, "\"~\":");
+    need(letter != NULL, "smollm_style has no ~");
+    letter[1] = ' '; // is none of the byte-level alphabet
+    write_bytes("chat/tokenizer.json", file, size);
+    use("{% for m in messages %}{{ m.content }}{% endfor %}",
+        "{\"messages\": [{\"role\": \"assistant\", \"content\": \"~~\"}]}\n");
+    works(CONVERT "none.bin");
+    size_t count = read_shard("none.bin", &ids, &labels);
+    check(count == 1 && labels[0] == -100, "%zu tokens of what has none", count);
+    free(file);
+    free(ids);
+    free(labels);
 }
 
 // ---- What train and infer make of it -----------------------------------------------------------
@@ -210,6 +248,8 @@ static void make_data(void) {
     retrofit_text_append(&lines, "", 1);
     use(TURNS, lines.bytes);
     works(CONVERT "rows.bin");
+    write_text("chat.jsonl", CHAT);
+    works(CONVERT "short.bin");
     write_text("chat.jsonl", UNSAID);
     works(CONVERT "unsaid.bin");
     works("convert --from chat --to deep --prelude 0 --core 1 --coda 2");
@@ -267,7 +307,17 @@ static void losses(void) {
     check(fabs(loss - expected) < 1e-4, "train: %.6f, not %.6f: %s", loss, expected, last);
     free(log);
 
-    works(TRAIN_ON("rows.bin") "--out valid --steps 1 --val unsaid.bin --lr 0 --muon-lr 0");
+    // Means over nothing are no numbers, and nothing can be learned of it.
+    fails(1, "unsaid.bin: by the labels nothing counts in the first 1 rows of 16 tokens",
+          TRAIN_ON("rows.bin") "--out bad --steps 1 --val unsaid.bin");
+    fails(1, "rows.bin: by the labels nothing counts in the first 1 rows of 16 tokens",
+          "train --model chat --data short.bin --val rows.bin --eval-rows 1 --micro-batch-size 1 "
+          "--seq-len 16 --out bad --steps 1");
+    fails(1, "unsaid.bin: by the labels nothing counts",
+          TRAIN_ON("unsaid.bin") "--out bad --steps 1");
+    fails(1, "nothing counts in the first 1 rows",
+          "infer --model chat --eval rows.bin --seq-len 16 --rows 1");
+    works(TRAIN_ON("'[ru]*.bin'") "--out both --steps 1");
     free(logits);
     free(ids);
     free(labels);
@@ -302,6 +352,8 @@ static void stale_labels(void) {
     fails(1, "rows.bin.labels: no labels", TRAIN_BAD);
     write_bytes("rows.bin.labels", "", 0);
     fails(1, "rows.bin.labels", TRAIN_BAD);
+    fails(1, "kept: labels, which are read with their token shard",
+          TRAIN_ON("kept") "--out bad --steps 1");
     shell("cp unsaid.bin.labels rows.bin.labels");
     fails(1, "rows.bin.labels: not the labels of rows.bin", TRAIN_BAD);
     shell("mv kept rows.bin.labels");
@@ -320,6 +372,7 @@ int main(void) {
     said("smollm_style", "<|im_end|>");
     templates();
     hostile_lines();
+    no_tokens();
     make_data();
     losses();
     stale_labels();

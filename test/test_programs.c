@@ -644,6 +644,24 @@ static void modelling_code(void) {
     fails(1, "folder/" CODE ": there is no such file", CUT "--hf-code folder/" CODE " --to bad");
 }
 
+// The authors' code for OLMo-2's blocks and for Llama's is carried along where it lies.
+static void authors_code(void) {
+    static const char *const models[] = {"tiny", "olmo2"}, *const kinds[] = {"llama", "olmo"};
+    for (int i = 0; i < 2; i++) {
+        char command[512];
+        snprintf(command, sizeof command,
+                 "rm -rf theirs ours && mkdir theirs && cp f/%s/recurrent/* theirs && "
+                 "echo A >theirs/raven_config_minimal.py && "
+                 "echo B >theirs/raven_modeling_minimal_%s.py", models[i], kinds[i]);
+        shell(command);
+        works("convert --from theirs --to ours && "
+              "cmp theirs/raven_config_minimal.py ours/raven_config_minimal.py && "
+              "cmp theirs/raven_modeling_minimal_%s.py ours/raven_modeling_minimal_%s.py && "
+              "grep raven_modeling_minimal_%s.RavenForCausalLM ours/config.json", kinds[i],
+              kinds[i], kinds[i]);
+    }
+}
+
 // Two rows can be learnt by heart. Where a run ended before its first checkpoint, another may
 // begin, with a log of its own.
 static void learning(void) {
@@ -1070,6 +1088,7 @@ int main(void) {
     nan_weight();
     plain_stays_plain();
     modelling_code();
+    authors_code();
     learning();
     validation();
 

@@ -348,14 +348,45 @@ static void identities(void) {
         {"llama3", "0", "1,3", "4", 4, {0, 1, 3, 4}},
         {"llama3", "none", "4", "2", 2, {4, 2}},
         {"head64", "0", "1", "none", 2, {0, 1}},
+        {"olmo2", "0", "2", "3", 3, {0, 2, 3}},
+        {"qwen2", "0", "3,1", "4", 4, {0, 3, 1, 4}},
+        {"qwen3", "1", "2", "4", 3, {1, 2, 4}},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) identity(&cases[i]);
+}
+
+// cos(0, x) is no number, nor is that of what is not finite: neither is a layer's influence.
+static void nothing_measured(void) {
+    static const float values[2] = {0, 1e38f};
+    for (int i = 0; i < 2; i++) {
+        retrofit_model *model = load("tiny");
+        retrofit_parameter *p = i ? &model->coda[1].w_down : &model->wte;
+        float *numbers = retrofit_allocate(p->rows * p->cols, sizeof *numbers);
+        for (size_t j = 0; j < p->rows * p->cols; j++) numbers[j] = values[i];
+        p->weight.data = numbers;
+        shell("mkdir spoilt && cp f/lookup/base/token* spoilt");
+        need(retrofit_save(model, "spoilt", RETROFIT_F32, NULL), retrofit_error());
+        fails(1, i ? "what layer 1 makes of the text" : "what layer 0 makes of the text",
+              "convert --from spoilt --report --text f/influence/text.txt");
+        fails(1, "is it a trained model?",
+              "convert --from spoilt --to bad --core auto --text f/influence/text.txt");
+        retrofit_free(model);
+        free(numbers);
+        shell("rm -r spoilt");
+    }
+    // Zeros for one token, as padding has them, leave the others: here for BOS, which is OLMo-2's
+    // padding.
+    with_tokenizer("olmo2");
+    works("convert --from olmo2 --report --text f/influence/text.txt --text-tokens 64");
+    check(!strstr(out, "nan"), "a token without a direction: %s", out);
+    works("convert --from olmo2 --to begun --core auto --text f/influence/text.txt");
 }
 
 int main(void) {
     enter("surgery");
     with_tokenizer("tiny");
     with_tokenizer("llama3");
+    nothing_measured();
     scores();
     texts();
     choices();

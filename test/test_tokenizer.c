@@ -865,6 +865,35 @@ static void long_text(const char *directory) {
     retrofit_tokenizer_free(tokenizer);
 }
 
+// Progress is shown by one thread, also where several encode long texts at a time.
+static void count_call(void *calls, size_t bytes) {
+    int thread = 0;
+#ifdef _OPENMP
+    thread = omp_get_ancestor_thread_num(1);
+#endif
+    if (bytes > 0) ((size_t *)calls)[thread > 0]++;
+}
+
+static void progress(const char *directory) {
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    need(tokenizer != NULL, directory);
+    size_t size, calls[2] = {0};
+    char *text = make_long_text(&size);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(2)
+#endif
+    {
+        size_t count;
+        retrofit_encoder *encoder = retrofit_encoder_new(tokenizer);
+        free(retrofit_encode_with(encoder, text, size, false, &count, count_call, calls));
+        retrofit_encoder_free(encoder);
+    }
+    check(calls[0] >= 4 && calls[1] == 0, "progress by the first thread %zu times, by another %zu",
+          calls[0], calls[1]);
+    free(text);
+    retrofit_tokenizer_free(tokenizer);
+}
+
 static void speed(const char *directory, const char *file) {
     double start = retrofit_seconds();
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
@@ -924,6 +953,7 @@ int main(int count, char **args) {
         hostile(directory, 997, 600);
         if (i > 1) round_trips(directory, 1500); // of the first two neither keeps a text as it is
     }
+    progress(FIXTURES "tokenizers/llama3_style");
     hostile(FIXTURES "lookup/base", 7, 1500);
     return finish("tokenizer");
 }

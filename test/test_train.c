@@ -1600,6 +1600,12 @@ static const field bad_llama[] = {
 };
 // … and a recurrent model's.
 static const field bad_raven[] = {
+    {"qkv_bias", "1"},
+    {"qkv_bias", "'true'"},
+    {"qk_norm", "true"},
+    {"qk_norm", "'Full'"},
+    {"block_norm", "'both'"},
+    {"block_norm", "[]"},
     {"n_layers_in_coda", "5000"},
     {"n_layers_in_recurrent_block", "0"},
     {"n_layers_in_recurrent_block", "1e15"},
@@ -1712,6 +1718,50 @@ static void followed_configs(void) {
     remove(at("hostile/generation_config.json"));
 }
 
+// The blocks that a config asks for: of a plain model its family's; of a recurrent one those that
+// the name of the authors' code means, or the keys of ours.
+static void families(void) {
+#define OLMO_CODE "{'AutoModelForCausalLM':'raven_modeling_minimal_olmo.RavenForCausalLM'}"
+    static const struct {
+        const field *fields;
+        const char *key, *value;
+        bool post_norm, qkv_bias;
+        retrofit_qk_norm qk_norm;
+    } good[] = {
+        {llama, "model_type", "'llama'", false, false, RETROFIT_QK_NORM_NONE},
+        {llama, "model_type", "'qwen2'", false, true, RETROFIT_QK_NORM_NONE},
+        {llama, "model_type", "'qwen2','sliding_window':4096,'use_sliding_window':false", false,
+         true, RETROFIT_QK_NORM_NONE},
+        {llama, "model_type", "'qwen3'", false, false, RETROFIT_QK_NORM_HEAD},
+        {llama, "model_type", "'olmo2'", true, false, RETROFIT_QK_NORM_FULL},
+        {raven, "qk_norm", "null,'block_norm':null,'qkv_bias':null", false, false,
+         RETROFIT_QK_NORM_NONE},
+        {raven, "qkv_bias", "true", false, true, RETROFIT_QK_NORM_NONE},
+        {raven, "block_norm", "'post','qk_norm':'head'", true, false, RETROFIT_QK_NORM_HEAD},
+        {raven, "auto_map", OLMO_CODE, true, false, RETROFIT_QK_NORM_FULL},
+        {raven, "auto_map", OLMO_CODE ",'qk_norm':'none'", true, false, RETROFIT_QK_NORM_NONE},
+        {raven, "auto_map", "{'AutoModelForCausalLM':'modeling_retrofit.RavenForCausalLM'}", false,
+         false, RETROFIT_QK_NORM_NONE},
+        {raven, "auto_map", "'_olmo.'", false, false, RETROFIT_QK_NORM_NONE},
+    };
+    static const char *const bad[] = {
+        "'llama','qk_norm':'none'", "'qwen2','qkv_bias':true", "'olmo2','block_norm':'post'",
+        "'qwen2','use_sliding_window':true", "'olmo2','sliding_window':64", "'qwen2_moe'",
+        "'mistral'", "'olmo2','clip_qkv':8",
+        "'qwen2','layer_types':['full_attention','sliding_attention']"};
+    const retrofit_config *c = &config_read;
+    for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+        bool read = read_config(good[i].fields, good[i].key, good[i].value);
+        bool same = c->post_norm == good[i].post_norm && c->qkv_bias == good[i].qkv_bias;
+        check(read && same && c->qk_norm == good[i].qk_norm, "%s %s: %s; %d %d %d", good[i].key,
+              good[i].value, read ? "" : retrofit_error(), c->post_norm, c->qkv_bias, c->qk_norm);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        refuse_config(llama, "model_type", bad[i]);
+    read_config(llama, "model_type", "'olmo2'");
+    check(c->norm_eps == 1e-5f, "OLMo-2's epsilon is %g", (double)c->norm_eps);
+}
+
 // Two places that say how RoPE is scaled must agree.
 static void rope_in_two_places(void) {
     static const char scaling[] = "'rope_scaling':{'type':'linear','factor':4}";
@@ -1750,6 +1800,7 @@ static void hostile_configs(void) {
     bool good = read_config(llama, "", NULL) && read_config(raven, "", NULL);
     check(good, "the configs these are made from: %s", retrofit_error());
     followed_configs();
+    families();
     rope_in_two_places();
     refuse_configs(llama, bad_llama);
     refuse_configs(raven, bad_raven);
