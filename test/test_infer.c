@@ -1216,12 +1216,13 @@ static void drafted_conversation(void) {
               limit, "smollm", limit, limit % 2 ? "3,9" : "auto");
 }
 
+#define SMALL "infer --model small --prompt 'a=1 b=a | b' --recurrences 4 --max-tokens 20 "
+
 // A tokenizer of more ids than the model has: none of them is drawn, or read beyond the logits.
 static void larger_tokenizer(void) {
-#define SMALL "infer --model small --prompt 'a=1 b=a | b' --recurrences 4 --max-tokens 20 "
     shell("mkdir small && cp f/olmo2/recurrent/* f/lookup/base/token* small");
     works(SMALL ">plain && " SMALL "--exit kl --exit-threshold 0 >exits && cmp plain exits");
-    check(strstr(err, "more ids than the model's vocabulary of 97"), "more ids: %s", err);
+    check(strstr(err, "vocabulary of 97"), "more ids: %s", err);
     check(strstr(err, "20 of 20 tokens are those of full depth"), "--exit: %s", err);
     works(SMALL ">plain && " SMALL "--speculative 1,3 >drafted && cmp plain drafted");
     works(SMALL "--trace trace.tsv");
