@@ -2023,6 +2023,7 @@ struct gguf_file {
     char *bytes; // the whole file, mapped
     size_t size;
     size_t position; // of what is read next, up to the data
+    const char *architecture; // one of those that are read, or NULL before it is known
     gguf_value *values;
     size_t value_count;
     gguf_tensor *tensors; // by name; the first file of a split model has those of all
@@ -2675,6 +2676,16 @@ static void gguf_close(gguf_file *gguf) {
 
 // ---- Metadata -----------------------------------------------------------------------------------
 
+// Keys that describe the model begin with the name of its architecture: this is the one that ends
+// so, as llama.block_count. The text is good until the next call but one.
+static const char *gguf_key(const gguf_file *gguf, const char *end) {
+    static char keys[2][GGUF_MAX_KEY + 1];
+    static size_t next;
+    char *key = keys[next++ % 2];
+    snprintf(key, sizeof keys[0], "%s.%s", gguf->architecture, end);
+    return key;
+}
+
 // The entry of this key; NULL if there is none.
 static const gguf_value *gguf_entry(const gguf_file *gguf, const char *key) {
     for (size_t i = 0; i < gguf->value_count; i++)
@@ -2776,14 +2787,18 @@ static gguf_string *gguf_need_strings(const gguf_file *gguf, const char *key, si
 
 // ---- What the metadata mean ---------------------------------------------------------------------
 
-// All keys that llama.cpp's converter writes for a Llama, and those of the specification. The first
-// row that fits counts.
+// The architectures that are read, called like the families of plain models in config.json. They
+// differ in their blocks alone: section 2 of retrofit.h.
+static const char *const gguf_architectures[] = {"llama", "olmo2", "qwen2", "qwen3"};
+
+// All keys that llama.cpp's converter writes for these, and those of the specification; ARCH stands
+// for the architecture's name. The first row that fits counts.
 static const retrofit_key gguf_keys[] = {
     {"general.architecture general.alignment", NULL, "see below"},
     {"general.type", "model", "only models are read: an adapter must be merged into its model"},
     {"general.quantization_version", "2",
      "its blocks of numbers are of an older format: convert the model again with a newer "
-     "llama.cpp"},
+     "ARCH.cpp"},
     {"general.*", "*", "says where the file comes from"},
     {"split.no split.count split.tensors.count", NULL, "see below"},
     {"split.*", "*", "says how the model was split"},
@@ -2793,32 +2808,32 @@ static const retrofit_key gguf_keys[] = {
     {"xielu.*", "", "another activation than a Llama's"},
     {"imatrix.* quantize.*", "*", "says how the model was quantised"},
     {"training.*", "", "a checkpoint of a training: export the model"},
-    {"llama.vocab_size llama.context_length llama.embedding_length llama.block_count "
-     "llama.feed_forward_length llama.attention.head_count llama.attention.head_count_kv "
-     "llama.attention.key_length llama.attention.value_length "
-     "llama.attention.layer_norm_rms_epsilon llama.attention.causal "
-     "llama.attention.sliding_window", NULL, "see below"},
-    {"llama.attention.layer_norm_epsilon", "0", "a Llama has RMS norms"},
-    {"llama.attention.clamp_kqv llama.attention.max_alibi_bias", "0", NULL},
-    {"llama.attention.scale", "0", "another scale than 1/√head size"},
-    {"llama.attention.*", "0", "another attention than a Llama's"},
-    {"llama.rope.dimension_count llama.rope.freq_base llama.rope.scaling.type "
-     "llama.rope.scaling.factor llama.rope.scale_linear", NULL, "see below"},
-    {"llama.rope.scaling.original_context_length llama.rope.scaling.finetuned "
-     "llama.rope.scaling.yarn_beta_*", "*", "only of scaling that is refused"},
-    {"llama.rope.scaling.attn_factor llama.rope.scaling.yarn_attn_factor", "1",
+    {"ARCH.vocab_size ARCH.context_length ARCH.embedding_length ARCH.block_count "
+     "ARCH.feed_forward_length ARCH.attention.head_count ARCH.attention.head_count_kv "
+     "ARCH.attention.key_length ARCH.attention.value_length "
+     "ARCH.attention.layer_norm_rms_epsilon ARCH.attention.causal "
+     "ARCH.attention.sliding_window", NULL, "see below"},
+    {"ARCH.attention.layer_norm_epsilon", "0", "a Llama has RMS norms"},
+    {"ARCH.attention.clamp_kqv ARCH.attention.max_alibi_bias", "0", NULL},
+    {"ARCH.attention.scale", "0", "another scale than 1/√head size"},
+    {"ARCH.attention.*", "0", "another attention than a Llama's"},
+    {"ARCH.rope.dimension_count ARCH.rope.freq_base ARCH.rope.scaling.type "
+     "ARCH.rope.scaling.factor ARCH.rope.scale_linear", NULL, "see below"},
+    {"ARCH.rope.scaling.original_context_length ARCH.rope.scaling.finetuned "
+     "ARCH.rope.scaling.yarn_beta_*", "*", "only of scaling that is refused"},
+    {"ARCH.rope.scaling.attn_factor ARCH.rope.scaling.yarn_attn_factor", "1",
      "it scales the scores of attention"},
-    {"llama.rope.scaling.yarn_ext_factor", "0|-1", "it mixes in YaRN's scaling"},
-    {"llama.rope.*", "0", "another rotation than a Llama's"},
-    {"llama.expert_count", "0", "a mixture of experts: only dense Llamas are supported"},
-    {"llama.expert_* llama.leading_dense_block_count", "*", "only of a mixture of experts"},
-    {"llama.use_parallel_residual", "false", NULL},
-    {"llama.tensor_data_layout", "reference|Meta AI original pth",
+    {"ARCH.rope.scaling.yarn_ext_factor", "0|-1", "it mixes in YaRN's scaling"},
+    {"ARCH.rope.*", "0", "another rotation than a Llama's"},
+    {"ARCH.expert_count", "0", "a mixture of experts: only dense Llamas are supported"},
+    {"ARCH.expert_* ARCH.leading_dense_block_count", "*", "only of a mixture of experts"},
+    {"ARCH.use_parallel_residual", "false", NULL},
+    {"ARCH.tensor_data_layout", "reference|Meta AI original pth",
      "its numbers stand in another order"},
-    {"llama.logit_scale llama.embedding_scale llama.residual_scale", "0|1", NULL},
-    {"llama.attn_logit_softcapping llama.final_logit_softcapping", "0", NULL},
-    {"llama.pooling_type", "*", "only of a model that embeds texts"},
-    {"llama.*", "0", "not known here, and it may change what is computed"},
+    {"ARCH.logit_scale ARCH.embedding_scale ARCH.residual_scale", "0|1", NULL},
+    {"ARCH.attn_logit_softcapping ARCH.final_logit_softcapping", "0", NULL},
+    {"ARCH.pooling_type", "*", "only of a model that embeds texts"},
+    {"ARCH.*", "0", "not known here, and it may change what is computed"},
     {"tokenizer.ggml.model tokenizer.ggml.pre tokenizer.ggml.tokens tokenizer.ggml.token_type "
      "tokenizer.ggml.scores tokenizer.ggml.merges tokenizer.ggml.bos_token_id "
      "tokenizer.ggml.eos_token_id tokenizer.ggml.eot_token_id tokenizer.ggml.eom_token_id "
@@ -2864,6 +2879,20 @@ static void gguf_value_text(const gguf_file *gguf, const gguf_value *value, char
     }
 }
 
+// The table's row for a file's key, made to fit whatever the file calls it; its key is NULL if
+// there is none.
+static retrofit_key gguf_find_row(const gguf_file *gguf, const char *key) {
+    size_t length = strlen(gguf->architecture);
+    bool own = !strncmp(key, gguf->architecture, length) && key[length] == '.';
+    char listed[GGUF_MAX_KEY + 8];
+    snprintf(listed, sizeof listed, "%s%s", own ? "ARCH" : "", own ? key + length : key);
+    const retrofit_key *row =
+        retrofit_key_find(listed, gguf_keys, sizeof gguf_keys / sizeof *gguf_keys);
+    bool passes_for_own = !own && !strncmp(key, "ARCH.", 5);
+    if (!row || passes_for_own) return (retrofit_key){NULL, NULL, NULL};
+    return (retrofit_key){"*", row->neutral, row->why};
+}
+
 // Ends the program where a key says what we would not do. What is not known at all is kept for a
 // note.
 static void gguf_check_keys(gguf_file *gguf) {
@@ -2873,8 +2902,8 @@ static void gguf_check_keys(gguf_file *gguf) {
         bool known;
         snprintf(key, sizeof key, "%.*s", (int)value->key.length, value->key.text);
         gguf_value_text(gguf, value, text);
-        must(retrofit_key_check(key, text, gguf_keys, sizeof gguf_keys / sizeof *gguf_keys,
-                                gguf->path, &known));
+        retrofit_key row = gguf_find_row(gguf, key);
+        must(retrofit_key_check(key, text, &row, row.key != NULL, gguf->path, &known));
         if (known) continue;
         retrofit_text_append_item(&gguf->unknown, key);
     }
@@ -2885,13 +2914,14 @@ static void gguf_check_keys(gguf_file *gguf) {
 // RoPE may rotate more slowly, for longer texts. Without a type llama.cpp takes the factor for a
 // linear one, which divides positions; older files have it under another name. 0: no scaling.
 static double gguf_linear_factor(const gguf_file *gguf) {
-    const char *type_key = "llama.rope.scaling.type", *key = "llama.rope.scaling.factor";
-    gguf_string type = gguf_optional_string(gguf, type_key);
+    const char *key = gguf_key(gguf, "rope.scaling.type");
+    gguf_string type = gguf_optional_string(gguf, key);
     if (gguf_string_is(type, "none")) return 0;
     if (type.length && !gguf_string_is(type, "linear"))
         gguf_die(gguf, "%s is %.*s: only linear scaling and Llama 3's, rope_freqs.weight, are "
-                       "supported", type_key, GGUF_SHOW(type));
-    if (!gguf_entry(gguf, key)) key = "llama.rope.scale_linear";
+                       "supported", key, GGUF_SHOW(type));
+    key = gguf_key(gguf, "rope.scaling.factor");
+    if (!gguf_entry(gguf, key)) key = gguf_key(gguf, "rope.scale_linear");
     float factor = gguf_f32(gguf, key, 1);
     bool none = factor == 0 || factor == 1;
     if (!none && !(factor > 1 && factor < 1e6f))
@@ -2900,21 +2930,22 @@ static double gguf_linear_factor(const gguf_file *gguf) {
 }
 
 // Heads whose keys, values and rotated parts differ in size are not supported.
-static void gguf_check_head_size(const gguf_file *gguf, const char *key, uint32_t otherwise,
+static void gguf_check_head_size(const gguf_file *gguf, const char *end, uint32_t otherwise,
                                  size_t head_dim) {
+    const char *key = gguf_key(gguf, end);
     uint32_t size = gguf_u32(gguf, key, otherwise);
     if (size != head_dim)
         gguf_die(gguf, "%s is %u, but heads have %zu: not supported", key, size, head_dim);
 }
 
 static void gguf_check_attention(const gguf_file *gguf, const retrofit_config *c) {
-    uint32_t window = gguf_u32(gguf, "llama.attention.sliding_window", 0);
-    if (!gguf_bool(gguf, "llama.attention.causal", true))
-        gguf_die(gguf, "llama.attention.causal is false: a model that sees what comes is not "
-                       "supported");
+    const char *key = gguf_key(gguf, "attention.causal");
+    if (!gguf_bool(gguf, key, true))
+        gguf_die(gguf, "%s is false: a model that sees what comes is not supported", key);
+    key = gguf_key(gguf, "attention.sliding_window");
+    uint32_t window = gguf_u32(gguf, key, 0);
     if (window && window < c->context)
-        gguf_die(gguf, "llama.attention.sliding_window is %u of a context of %zu: not supported",
-                 window, c->context);
+        gguf_die(gguf, "%s is %u of a context of %zu: not supported", key, window, c->context);
 }
 
 // ---- Unpacking numbers --------------------------------------------------------------------------
@@ -3054,8 +3085,8 @@ static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
     bool scaled = false;
     for (size_t i = 0; i < n; i++) scaled = scaled || divisors[i] != 1;
     if (scaled && c->rope_factor > 0)
-        gguf_die(gguf, "RoPE is scaled twice, by rope_freqs.weight and by llama.rope.scaling or "
-                       "llama.rope.scale_linear: not supported");
+        gguf_die(gguf, "RoPE is scaled twice, by rope_freqs.weight and by %s or scale_linear: not "
+                       "supported", gguf_key(gguf, "rope.scaling"));
     if (scaled && !find_llama3_scaling(c, divisors))
         gguf_die(tensor->file, "tensor rope_freqs.weight is not Llama 3's scaling (low 1, high 4, "
                                "original context 8192 or another power of 2): not supported");
@@ -3065,34 +3096,55 @@ static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
 // The architecture comes first, since it begins the names of most keys; a file without one may be a
 // part of a model, or none, which the keys tell.
 static void gguf_check_architecture(gguf_file *gguf) {
-    gguf_string architecture = gguf_optional_string(gguf, "general.architecture");
-    if (architecture.length && !gguf_string_is(architecture, "llama"))
-        gguf_die(gguf, "the architecture is %.*s; only llama is read", GGUF_SHOW(architecture));
+    gguf_string name = gguf_optional_string(gguf, "general.architecture");
+    gguf->architecture = name.length ? NULL : "llama";
+    for (size_t i = 0; i < sizeof gguf_architectures / sizeof *gguf_architectures; i++)
+        if (gguf_string_is(name, gguf_architectures[i])) gguf->architecture = gguf_architectures[i];
+    if (!gguf->architecture)
+        gguf_die(gguf, "the architecture is %.*s; llama, olmo2, qwen2 and qwen3 are read",
+                 GGUF_SHOW(name));
     gguf_check_keys(gguf);
-    if (!architecture.length) gguf_die_missing(gguf, "general.architecture");
+    if (!name.length) gguf_die_missing(gguf, "general.architecture");
 }
 
 #define NO_TOKEN UINT32_MAX // -1 in a retrofit_config
 
+// The sizes, which almost all of them need.
+static void gguf_read_sizes(const gguf_file *gguf, retrofit_config *c) {
+    c->n_embd = gguf_need_u32(gguf, gguf_key(gguf, "embedding_length"));
+    c->n_heads = gguf_need_u32(gguf, gguf_key(gguf, "attention.head_count"));
+    c->n_kv_heads =
+        gguf_u32(gguf, gguf_key(gguf, "attention.head_count_kv"), (uint32_t)c->n_heads);
+    c->coda = gguf_need_u32(gguf, gguf_key(gguf, "block_count"));
+    c->intermediate = gguf_need_u32(gguf, gguf_key(gguf, "feed_forward_length"));
+    c->context = gguf_need_u32(gguf, gguf_key(gguf, "context_length"));
+
+    uint32_t head_dim = c->n_heads ? (uint32_t)(c->n_embd / c->n_heads) : 0;
+    c->head_dim = gguf_u32(gguf, gguf_key(gguf, "attention.key_length"), head_dim);
+    gguf_check_head_size(gguf, "attention.value_length", head_dim, c->head_dim);
+    gguf_check_head_size(gguf, "rope.dimension_count", (uint32_t)c->head_dim, c->head_dim);
+
+    const gguf_tensor *embedding = gguf_find_tensor(gguf, "token_embd.weight");
+    if (!embedding)
+        gguf_die(gguf, "tensor token_embd.weight is missing: is it a vocabulary alone?");
+    c->vocab = embedding->rows;
+    const char *key = gguf_key(gguf, "vocab_size");
+    uint32_t vocab = gguf_u32(gguf, key, (uint32_t)c->vocab);
+    if (vocab != c->vocab)
+        gguf_die(gguf, "%s is %u, but token_embd.weight has %zu rows: " DAMAGED, key, vocab,
+                 c->vocab);
+}
+
 static void gguf_read_config(gguf_file *gguf, retrofit_config *c) {
     gguf_check_architecture(gguf);
     memset(c, 0, sizeof *c);
-    c->n_embd = gguf_need_u32(gguf, "llama.embedding_length");
-    c->n_heads = gguf_need_u32(gguf, "llama.attention.head_count");
-    c->n_kv_heads = gguf_u32(gguf, "llama.attention.head_count_kv", (uint32_t)c->n_heads);
-    c->coda = gguf_need_u32(gguf, "llama.block_count");
-    c->intermediate = gguf_need_u32(gguf, "llama.feed_forward_length");
-    c->context = gguf_need_u32(gguf, "llama.context_length");
-
-    uint32_t head_dim = c->n_heads ? (uint32_t)(c->n_embd / c->n_heads) : 0;
-    c->head_dim = gguf_u32(gguf, "llama.attention.key_length", head_dim);
-    gguf_check_head_size(gguf, "llama.attention.value_length", head_dim, c->head_dim);
-    gguf_check_head_size(gguf, "llama.rope.dimension_count", (uint32_t)c->head_dim, c->head_dim);
+    must(retrofit_config_set_family(c, gguf->architecture));
+    gguf_read_sizes(gguf, c);
     gguf_check_attention(gguf, c);
-
-    gguf_need(gguf, "llama.attention.layer_norm_rms_epsilon", GGUF_F32, false);
-    c->norm_eps = gguf_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 0);
-    c->rope_theta = (double)gguf_f32(gguf, "llama.rope.freq_base", 10000);
+    const char *key = gguf_key(gguf, "attention.layer_norm_rms_epsilon");
+    gguf_need(gguf, key, GGUF_F32, false);
+    c->norm_eps = gguf_f32(gguf, key, 0);
+    c->rope_theta = (double)gguf_f32(gguf, gguf_key(gguf, "rope.freq_base"), 10000);
     c->bos = (int32_t)gguf_u32(gguf, "tokenizer.ggml.bos_token_id", NO_TOKEN);
     c->pad = (int32_t)gguf_u32(gguf, "tokenizer.ggml.padding_token_id", NO_TOKEN);
     c->eos[0] = (int32_t)gguf_u32(gguf, "tokenizer.ggml.eos_token_id", NO_TOKEN);
@@ -3101,13 +3153,6 @@ static void gguf_read_config(gguf_file *gguf, retrofit_config *c) {
     c->state_std = (float)RETROFIT_STATE_STD;
     c->mean_recurrence = 1;
     c->backprop_depth = 1;
-    const gguf_tensor *embedding = gguf_find_tensor(gguf, "token_embd.weight");
-    if (!embedding)
-        gguf_die(gguf, "tensor token_embd.weight is missing: is it a vocabulary alone?");
-    c->vocab = embedding->rows;
-    if (gguf_u32(gguf, "llama.vocab_size", (uint32_t)c->vocab) != c->vocab)
-        gguf_die(gguf, "llama.vocab_size is %u, but token_embd.weight has %zu rows: " DAMAGED,
-                 gguf_u32(gguf, "llama.vocab_size", 0), c->vocab);
     must(retrofit_config_check(c, gguf->path));
     gguf_read_rope(gguf, c);
 }
@@ -3131,36 +3176,45 @@ static void gguf_add_piece(gguf_file *gguf, const char *name, size_t rows, size_
 }
 
 // The parameter's numbers are those of tensors that stand in it one below the other: their names,
-// between `prefix` and .weight.
+// between `prefix` and .weight or .bias. Vectors have one row in the file.
 static void gguf_place(gguf_file *gguf, const char *prefix, const char *const names[3],
                        retrofit_parameter *p, size_t head_dim) {
     size_t index = gguf->piece_count;
+    bool bias = p->kind == RETROFIT_BIAS;
     for (size_t i = 0; i < p->sources; i++) {
         char name[GGUF_MAX_NAME + 1];
-        snprintf(name, sizeof name, "%s%s.weight", prefix, names[i]);
-        gguf_add_piece(gguf, name, p->source[i].rows, p->cols, i < 2 ? head_dim : 0);
+        size_t rows = p->source[i].rows;
+        snprintf(name, sizeof name, "%s%s.%s", prefix, names[i], bias ? "bias" : "weight");
+        gguf_add_piece(gguf, name, bias ? 1 : rows, bias ? rows : p->cols, i < 2 ? head_dim : 0);
     }
     p->weight.data = (const float *)gguf->range + gguf->pieces[index].first;
 }
 
+// The rows of q and k stand in another order in a llama alone. What an architecture's blocks lack
+// has no sources.
 static void gguf_place_layer(gguf_file *gguf, const retrofit_config *c, size_t number,
                              retrofit_layer *layer) {
+    size_t head_dim = strcmp(gguf->architecture, "llama") ? 0 : c->head_dim;
     const struct {
         retrofit_parameter *parameter;
         const char *names[3];
         size_t head_dim;
     } table[] = {
-        {&layer->norm_1, {"attn_norm"}, 0},
-        {&layer->w_qkv, {"attn_q", "attn_k", "attn_v"}, c->head_dim},
+        {&layer->norm_1, {c->post_norm ? "post_attention_norm" : "attn_norm"}, 0},
+        {&layer->w_qkv, {"attn_q", "attn_k", "attn_v"}, head_dim},
+        {&layer->b_qkv, {"attn_q", "attn_k", "attn_v"}, 0},
+        {&layer->q_norm, {"attn_q_norm"}, 0},
+        {&layer->k_norm, {"attn_k_norm"}, 0},
         {&layer->w_out, {"attn_output"}, 0},
-        {&layer->norm_2, {"ffn_norm"}, 0},
+        {&layer->norm_2, {c->post_norm ? "post_ffw_norm" : "ffn_norm"}, 0},
         {&layer->w_gate_up, {"ffn_gate", "ffn_up"}, 0},
         {&layer->w_down, {"ffn_down"}, 0},
     };
     char prefix[32];
     snprintf(prefix, sizeof prefix, "blk.%zu.", number);
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
-        gguf_place(gguf, prefix, table[i].names, table[i].parameter, table[i].head_dim);
+        if (table[i].parameter->sources)
+            gguf_place(gguf, prefix, table[i].names, table[i].parameter, table[i].head_dim);
 }
 
 // Addresses for all of the model's numbers, which nobody may read or write.
@@ -3195,9 +3249,8 @@ static retrofit_model *gguf_load(gguf_file *gguf) {
 
     for (size_t i = 0; i < gguf->tensor_count; i++)
         if (!gguf->tensors[i].used)
-            gguf_die(gguf->tensors[i].file, "tensor %s has no place in a Llama of these metadata "
-                                            "(biases, say, are not supported)",
-                     gguf->tensors[i].name);
+            gguf_die(gguf->tensors[i].file, "tensor %s has no place in a %s of these metadata",
+                     gguf->tensors[i].name, gguf->architecture);
     if (gguf->unknown.size > 1)
         retrofit_note("%s: not known here, and not used: %s", gguf->path, gguf->unknown.bytes);
     return model;
@@ -3225,14 +3278,36 @@ static const struct {
     {"tokenizer.ggml.padding_token_id", "pad_token"},
 };
 
+// How byte-level BPE prepares a text, by what tokenizer.ggml.pre calls it. Its words are cut by
+// GPT-2's pattern, or by Llama 3's, of which there are several that cut digits differently.
+typedef struct {
+    const char *name;
+    const char *digits;  // in a pattern like Llama 3's; NULL: GPT-2's pattern
+    bool each_digit;     // every digit is cut off before
+    bool composed;       // characters and their marks are composed before: Unicode's form NFC
+    bool ignores_merges; // a word that is a token is not merged
+    bool adds_bos;       // unless the metadata say otherwise
+} word_pattern;
+
+// dbrx is OLMo-2's. llama.cpp does not compose characters; Qwen's own tokenizer does.
+static const word_pattern word_patterns[] = {
+    {"llama-bpe", .digits = "\\\\p{N}{1,3}", .ignores_merges = true, .adds_bos = true},
+    {"llama3", .digits = "\\\\p{N}{1,3}", .ignores_merges = true, .adds_bos = true},
+    {"dbrx", .digits = "\\\\p{N}{1,3}"},
+    {"qwen2", .digits = "\\\\p{N}", .composed = true},
+    {"smollm", .each_digit = true},
+    {.name = "gpt-2"},
+    {.name = "default"},
+};
+
 typedef struct {
     const gguf_file *gguf;
     bool sentencepiece;
-    bool smollm, llama3; // which pattern byte-level BPE has; neither: GPT-2's
-    size_t count;        // of tokens
-    gguf_string *tokens; // [count]
-    int32_t *types;      // [count]
-    float *scores;       // [count] SentencePiece
+    const word_pattern *pattern; // of byte-level BPE, else NULL
+    size_t count;                // of tokens
+    gguf_string *tokens;         // [count]
+    int32_t *types;              // [count]
+    float *scores;               // [count] SentencePiece
     gguf_string *merges; // [merge_count] byte-level BPE: "left right", the first to be made first
     size_t merge_count;
     uint32_t ids[ROLES]; // NO_TOKEN: none
@@ -3268,18 +3343,17 @@ static void read_tokens(gguf_vocabulary *v) {
 static void read_merges(gguf_vocabulary *v) {
     gguf_string pattern = gguf_need_string(v->gguf, "tokenizer.ggml.pre");
     v->merges = gguf_need_strings(v->gguf, "tokenizer.ggml.merges", &v->merge_count);
-    v->smollm = gguf_string_is(pattern, "smollm");
-    v->llama3 = gguf_string_is(pattern, "llama-bpe") || gguf_string_is(pattern, "llama3");
-    bool gpt2 = gguf_string_is(pattern, "default") || gguf_string_is(pattern, "gpt-2");
-    if (!v->smollm && !v->llama3 && !gpt2)
-        gguf_die(v->gguf, "tokenizer.ggml.pre is %.*s; known: smollm, llama-bpe, gpt-2, default",
-                 GGUF_SHOW(pattern));
+    for (size_t i = 0; i < sizeof word_patterns / sizeof *word_patterns; i++)
+        if (gguf_string_is(pattern, word_patterns[i].name)) v->pattern = &word_patterns[i];
+    if (!v->pattern)
+        gguf_die(v->gguf, "tokenizer.ggml.pre is %.*s; known: llama-bpe, qwen2, dbrx, smollm, "
+                          "gpt-2, default", GGUF_SHOW(pattern));
 }
 
 // Where the metadata don't say what is added to a text, llama.cpp's defaults hold.
 static void read_roles(gguf_vocabulary *v) {
     const gguf_file *gguf = v->gguf;
-    bool bos = v->sentencepiece || v->llama3;
+    bool bos = v->sentencepiece || v->pattern->adds_bos;
     v->added[BOS] = gguf_bool(gguf, "tokenizer.ggml.add_bos_token", bos);
     v->added[EOS] = gguf_bool(gguf, "tokenizer.ggml.add_eos_token", false);
     v->add_space = gguf_bool(gguf, "tokenizer.ggml.add_space_prefix", v->sentencepiece);
@@ -3436,19 +3510,23 @@ static void print_sentencepiece_steps(FILE *f, bool add_space) {
 }
 
 // How byte-level BPE cuts a text into words, within which it merges.
-static void print_byte_level_steps(FILE *f, bool smollm, bool llama3) {
-    static const char llama3_pattern[] =
-        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}|"
-        " ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+";
-    print_json(f, "  'normalizer': null,\n  'pre_tokenizer': ");
-    if (smollm || llama3) print_json(f, "{'type': 'Sequence', 'pretokenizers': [");
-    if (smollm) print_json(f, "{'type': 'Digits', 'individual_digits': true}, ");
-    if (llama3)
+static void print_byte_level_steps(FILE *f, const word_pattern *pattern) {
+    static const char before[] =
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|";
+    static const char after[] = "| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|"
+                                "\\\\s+(?!\\\\S)|\\\\s+";
+    bool several = pattern->each_digit || pattern->digits;
+    print_json(f, pattern->composed ? "  'normalizer': {'type': 'NFC'},\n"
+                                    : "  'normalizer': null,\n");
+    print_json(f, "  'pre_tokenizer': ");
+    if (several) print_json(f, "{'type': 'Sequence', 'pretokenizers': [");
+    if (pattern->each_digit) print_json(f, "{'type': 'Digits', 'individual_digits': true}, ");
+    if (pattern->digits)
         print_json(f, "{'type': 'Split', 'behavior': 'Isolated', 'invert': false, "
-                      "'pattern': {'Regex': '%s'}}, ", llama3_pattern);
+                      "'pattern': {'Regex': '%s%s%s'}}, ", before, pattern->digits, after);
     print_json(f, "{'type': 'ByteLevel', 'add_prefix_space': false, 'trim_offsets': true, "
-                  "'use_regex': %s}", true_or_false(!llama3));
-    print_json(f, smollm || llama3 ? "]},\n" : ",\n");
+                  "'use_regex': %s}", true_or_false(!pattern->digits));
+    print_json(f, several ? "]},\n" : ",\n");
 }
 
 static void print_special_token(FILE *f, const gguf_vocabulary *v, int role) {
@@ -3524,7 +3602,7 @@ static void print_merges(FILE *f, const gguf_vocabulary *v, const merge_list *de
 }
 
 static void print_model(FILE *f, const gguf_vocabulary *v, const merge_list *derived) {
-    bool byte_fallback = false;
+    bool byte_fallback = false, ignores_merges = v->pattern && v->pattern->ignores_merges;
     for (size_t i = 0; i < v->count; i++) byte_fallback |= v->types[i] == TYPE_BYTE;
     print_json(f, "  'model': {\n    'type': 'BPE',\n    'dropout': null,\n    'unk_token': ");
     if (v->sentencepiece && v->ids[UNKNOWN] != NO_TOKEN) print_token(f, v, v->ids[UNKNOWN]);
@@ -3532,7 +3610,7 @@ static void print_model(FILE *f, const gguf_vocabulary *v, const merge_list *der
     print_json(f, ",\n    'continuing_subword_prefix': null,\n    'end_of_word_suffix': null,\n");
     print_json(f, "    'fuse_unk': %s,\n", true_or_false(v->sentencepiece));
     print_json(f, "    'byte_fallback': %s,\n", true_or_false(byte_fallback));
-    print_json(f, "    'ignore_merges': %s,\n    'vocab': {", true_or_false(v->llama3));
+    print_json(f, "    'ignore_merges': %s,\n    'vocab': {", true_or_false(ignores_merges));
     for (size_t i = 0; i < v->count; i++) {
         print_json(f, i ? ",\n      " : "\n      ");
         print_token(f, v, i);
@@ -3547,7 +3625,7 @@ static void print_tokenizer(FILE *f, const gguf_vocabulary *v, const merge_list 
     print_json(f, "{\n  'version': '1.0',\n  'truncation': null,\n  'padding': null,\n");
     print_added_tokens(f, v);
     if (v->sentencepiece) print_sentencepiece_steps(f, v->add_space);
-    else print_byte_level_steps(f, v->smollm, v->llama3);
+    else print_byte_level_steps(f, v->pattern);
     print_post_processor(f, v);
     print_decoder(f, v);
     print_model(f, v, derived);

@@ -3303,6 +3303,8 @@ void retrofit_abandon_on_signals(const char *program);
 
 // Whether the numbers make a model; `where` begins the error. false or error.
 bool retrofit_config_check(const retrofit_config *config, const char *where);
+// Sets what makes the blocks of a family of plain models, by its model_type. false or error.
+bool retrofit_config_set_family(retrofit_config *config, const char *type);
 // Reads directory/config.json, of model_type huginn_raven, llama, qwen2, qwen3 or olmo2. false or
 // error, also if it asks for what is not supported.
 bool retrofit_config_read(retrofit_config *config, const char *directory);
@@ -5061,6 +5063,15 @@ static void set_family(retrofit_config *c, const model_family *family) {
     c->post_norm = family->post_norm;
     c->qkv_bias = family->qkv_bias;
     c->qk_norm = family->qk_norm;
+}
+
+bool retrofit_config_set_family(retrofit_config *config, const char *type) {
+    for (size_t i = 0; i < MODEL_FAMILIES; i++) {
+        if (strcmp(model_families[i].type, type)) continue;
+        set_family(config, &model_families[i]);
+        return true;
+    }
+    return retrofit_fail("%s is no family of plain models", type);
 }
 
 // One of the names, by its number in *out, which stays as it is without the key. false or error.
