@@ -782,37 +782,232 @@ static void rewrite(retrofit_model *source, tokenizer_source tokenizer) {
 // 3  Writing a model
 // =================================================================================================
 
+// ---- Numbers that stay in their files -----------------------------------------------------------
+
+// Unpacked, a GGUF's model takes up to twenty times the memory that the file takes; and what is
+// one matrix here, q, k, v or gate, up, lies apart in the file of a plain Llama. So the source's
+// numbers stay where they are until they are written. As on a GPU, whose memory cannot be looked
+// at, its weights are addresses, here of a range with no memory behind it, and whoever wants
+// numbers calls `download` of its operations, which reads the tensors that lie there.
+
+// Numbers of a type lie in blocks of so many, which take so many bytes.
+typedef struct {
+    const char *name;
+    size_t values, bytes; // of a block
+    void (*read)(float *out, const uint8_t *data, size_t blocks);
+} number_type;
+
+// A tensor of a file, whose numbers are the model's from number `first` on.
+typedef struct {
+    const char *name, *path;
+    size_t first, rows, cols;
+    const number_type *type;
+    const uint8_t *data;
+    size_t head_dim; // of q and k, where their rows stand in llama.cpp's order; else 0
+} tensor_piece;
+
+static struct {
+    char *range; // the addresses, of fp32 numbers
+    size_t bytes;
+    tensor_piece *pieces; // in the order of `first`
+    size_t count, numbers; // of pieces; of numbers in them
+} in_files;
+
+#define DAMAGED "damaged, fetch it again"
+
+static void read_f32(float *out, const uint8_t *data, size_t count) {
+    memcpy(out, data, count * sizeof *out);
+}
+
+static void read_f16(float *out, const uint8_t *data, size_t count) {
+    retrofit_to_float(out, data, RETROFIT_F16, count);
+}
+
+static void read_bf16(float *out, const uint8_t *data, size_t count) {
+    retrofit_to_float(out, data, RETROFIT_BF16, count);
+}
+
+static void read_f64(float *out, const uint8_t *data, size_t count) {
+    retrofit_to_float(out, data, RETROFIT_F64, count);
+}
+
+// RoPE rotates pairs of a head's h components. llama.cpp's converter moves the rows of q and k so
+// that the two of a pair become neighbours:
+//
+//     row in Hugging Face's order   0  1  …  h/2-1  h/2  h/2+1  …  h-1     pairs (i, i + h/2)
+//     row in llama.cpp's order      0  2  …   h-2    1     3    …  h-1     pairs (2i, 2i + 1)
+//
+// Returns where a row of Hugging Face's order stands in the file.
+static size_t row_in_file(const tensor_piece *piece, size_t row) {
+    if (piece->head_dim == 0) return row;
+    size_t i = row % piece->head_dim, half = piece->head_dim / 2;
+    return row - i + i % half * 2 + i / half;
+}
+
+static bool all_finite(const float *x, size_t n) {
+    bool finite = true;
+    for (size_t i = 0; i < n; i++) finite &= fabsf(x[i]) <= FLT_MAX;
+    return finite;
+}
+
+// Numbers first … first + count - 1 of a tensor. Both ends must be those of blocks. The file's
+// pages are let go at once: when they are read again, they are mostly still in the system's cache.
+static void read_piece(const tensor_piece *piece, size_t first, size_t count, float *out) {
+    const number_type *type = piece->type;
+    size_t cols = piece->cols, row_bytes = cols / type->values * type->bytes;
+    size_t end = first + count, last_row = (end - 1) / cols;
+    bool finite = true;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(&& : finite) schedule(static)
+#endif
+    for (size_t row = first / cols; row <= last_row; row++) {
+        size_t from = retrofit_max(first, row * cols), to = retrofit_min(end, (row + 1) * cols);
+        size_t skipped = (from - row * cols) / type->values * type->bytes;
+        const uint8_t *data = piece->data + row_in_file(piece, row) * row_bytes + skipped;
+        type->read(out + (from - first), data, (to - from) / type->values);
+        finite = all_finite(out + (from - first), to - from) && finite;
+    }
+    retrofit_release_pages(piece->data + first / type->values * type->bytes,
+                           count / type->values * type->bytes);
+    for (size_t i = 0; i < count && !finite; i++)
+        if (!isfinite(out[i]))
+            die(1, "%s: tensor %s: number %zu is not finite: " DAMAGED, piece->path, piece->name,
+                first + i);
+}
+
+// The piece that the model's number `first` is in.
+static const tensor_piece *find_piece(size_t first) {
+    size_t low = 0, high = in_files.count; // it is in low … high - 1
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (in_files.pieces[middle].first <= first) low = middle;
+        else high = middle;
+    }
+    return &in_files.pieces[low];
+}
+
+// Addresses that are not in the range, as the adapter's, are those of memory.
+static void download_from_files(void *host, const void *from, size_t bytes) {
+    uintptr_t offset = (uintptr_t)from - (uintptr_t)in_files.range;
+    if (offset >= in_files.bytes) {
+        memcpy(host, from, bytes);
+        return;
+    }
+    float *out = host;
+    size_t first = offset / sizeof *out, end = first + bytes / sizeof *out;
+    while (first < end) {
+        const tensor_piece *piece = find_piece(first);
+        size_t begin = first - piece->first;
+        size_t n = retrofit_min(end - first, piece->rows * piece->cols - begin);
+        read_piece(piece, begin, n, out);
+        first += n;
+        out += n;
+    }
+}
+
+static const retrofit_ops *file_operations(void) {
+    static retrofit_ops ops;
+    ops = retrofit_cpu;
+    ops.download = download_from_files;
+    return &ops;
+}
+
+// Addresses for all of the model's numbers, which nobody may read or write.
+static void begin_pieces(const retrofit_model *model, const char *path) {
+    in_files.bytes = model->weight_count * sizeof(float);
+    in_files.range = mmap(NULL, in_files.bytes, PROT_NONE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (in_files.range == MAP_FAILED)
+        die(1, "%s: no addresses for its %zu numbers: %s", path, model->weight_count,
+            strerror(errno));
+    in_files.pieces = allocate_or_die(3 * model->parameter_count, sizeof *in_files.pieces);
+}
+
+// Where the numbers of the next piece will be.
+static const void *next_address(void) { return in_files.range + in_files.numbers * sizeof(float); }
+
+static void add_piece(tensor_piece piece) {
+    piece.first = in_files.numbers;
+    in_files.pieces[in_files.count++] = piece;
+    in_files.numbers += piece.rows * piece.cols;
+}
+
+static void forget_pieces(void) {
+    if (in_files.range) munmap(in_files.range, in_files.bytes);
+    free(in_files.pieces);
+    memset(&in_files, 0, sizeof in_files);
+}
+
+// A Hugging Face directory's model, good until its pieces are forgotten.
+static retrofit_model *open_directory(const char *directory) {
+    static const number_type types[] = {[RETROFIT_F32] = {"F32", 1, 4, read_f32},
+                                        [RETROFIT_BF16] = {"BF16", 1, 2, read_bf16},
+                                        [RETROFIT_F16] = {"F16", 1, 2, read_f16},
+                                        [RETROFIT_F64] = {"F64", 1, 8, read_f64}};
+    retrofit_model *model = retrofit_open(directory, file_operations());
+    must(model != NULL);
+    begin_pieces(model, directory);
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *p = model->parameters[i];
+        p->weight.data = next_address();
+        for (size_t j = 0; j < p->sources; j++) {
+            const retrofit_tensor *tensor = retrofit_find_source(model, p, j);
+            add_piece((tensor_piece){.name = tensor->name, .path = directory,
+                                     .rows = p->source[j].rows, .cols = p->cols,
+                                     .type = &types[tensor->type], .data = tensor->data});
+        }
+    }
+    if (model->config.tied) model->lm_head.weight = model->wte.weight;
+    return model;
+}
+
+// ---- Writing and reading back -------------------------------------------------------------------
+
 // Section 7. Writes tokenizer.json and tokenizer_config.json.
 static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory);
 
-enum { CHUNK = 1 << 16 };
+enum { CHUNK = 1 << 18 };
 
-// Numbers first … first + n - 1 of a parameter as fp32, on the way rounded to bf16 if asked for. At
-// most a chunk; ops are those of its model.
+// Numbers first … first + n - 1 of a parameter, at most a chunk, as they were to be written. ops
+// are those of its model.
 static void read_numbers(float *out, const retrofit_parameter *p, const retrofit_ops *ops,
-                         size_t first, size_t n, bool rounded) {
+                         size_t first, size_t n) {
     static float raw[CHUNK]; // memory for elements of any type
     const char *data = p->weight.data;
     size_t size = retrofit_type_size(p->weight.type);
     ops->download(raw, data + first * size, n * size);
     retrofit_to_float(out, raw, p->weight.type, n);
-    if (!rounded) return;
+    if (options.dtype != DTYPE_BF16) return;
     for (size_t i = 0; i < n; i++) out[i] = retrofit_bf16_to_float(retrofit_float_to_bf16(out[i]));
 }
 
-static void verify_parameter(const retrofit_parameter *written, const retrofit_parameter *origin,
-                             const retrofit_ops *ops) {
+// Compares a tensor that was written with the numbers from `first` on of where it came from.
+static void verify_tensor(const retrofit_tensor *written, const retrofit_parameter *origin,
+                          const retrofit_ops *ops, size_t first) {
     static float now[CHUNK], before[CHUNK];
-    const char *name = written->source[0].name;
-    if (written->rows != origin->rows || written->cols != origin->cols)
-        die(1, "%s: written in another shape than its source's", name);
-    size_t count = written->rows * written->cols;
-    for (size_t i = 0; i < count; i += CHUNK) {
-        size_t n = retrofit_min(count - i, CHUNK);
-        read_numbers(now, written, &retrofit_cpu, i, n, false);
-        read_numbers(before, origin, ops, i, n, options.dtype == DTYPE_BF16);
+    size_t size = retrofit_type_size(written->type);
+    for (size_t i = 0; i < written->count; i += CHUNK) {
+        size_t n = retrofit_min(written->count - i, CHUNK);
+        const char *data = (const char *)written->data + i * size;
+        retrofit_to_float(now, data, written->type, n);
+        retrofit_release_pages(data, n * size);
+        read_numbers(before, origin, ops, first + i, n);
         if (memcmp(now, before, n * sizeof *now))
-            die(1, "%s: what was written reads back as something else: is the disk sound?", name);
+            die(1, "%s: what was written reads back as something else: is the disk sound?",
+                written->name);
+    }
+}
+
+static void verify_parameter(const retrofit_model *model, const retrofit_parameter *written,
+                             const retrofit_parameter *origin, const retrofit_ops *ops) {
+    if (written->rows != origin->rows || written->cols != origin->cols)
+        die(1, "%s: written in another shape than its source's", written->source[0].name);
+    size_t first = 0;
+    for (size_t j = 0; j < written->sources; j++) {
+        const retrofit_tensor *tensor = retrofit_find_source(model, written, j);
+        must(tensor != NULL);
+        verify_tensor(tensor, origin, ops, first);
+        first += tensor->count;
     }
 }
 
@@ -821,12 +1016,12 @@ static void verify_parameter(const retrofit_parameter *written, const retrofit_p
 static size_t verify(const char *directory, const retrofit_parameter *const *origin,
                      const retrofit_model *model) {
     size_t count = model->parameter_count;
-    retrofit_model *written = retrofit_load(directory, &retrofit_cpu, RETROFIT_INFERENCE);
+    retrofit_model *written = retrofit_open(directory, &retrofit_cpu);
     if (!written) die(1, "reading back what was written: %s", retrofit_error());
     if (written->parameter_count != count)
         die(1, "reading back what was written: not all of it is there");
     for (size_t i = 0; i < count; i++) {
-        verify_parameter(written->parameters[i], origin[i], model->ops);
+        verify_parameter(written, written->parameters[i], origin[i], model->ops);
         retrofit_show_share(i + 1, count, "%s compared with its source", directory);
     }
     size_t bytes = written->maps[0].bytes;
@@ -2011,13 +2206,6 @@ typedef struct {
     bool used;
 } gguf_tensor;
 
-// A tensor whose numbers are the model's from number `first` on: see "The model" below.
-typedef struct {
-    size_t first;
-    const gguf_tensor *tensor;
-    size_t head_dim; // of q and k, whose rows stand in llama.cpp's order; else 0
-} gguf_piece;
-
 struct gguf_file {
     char path[RETROFIT_PATH];
     char *bytes; // the whole file, mapped
@@ -2030,13 +2218,8 @@ struct gguf_file {
     size_t tensor_count;
     gguf_file *next;       // the next file of a split model
     retrofit_text unknown; // keys of metadata that are not known, for a note
-    void *range;           // addresses of the model's numbers, range_size bytes
-    size_t range_size;
-    gguf_piece *pieces; // where they are, in the order of `first`
-    size_t piece_count;
 };
 
-#define DAMAGED "damaged, fetch it again"
 #define CUT_OFF "cut off or damaged, fetch it again"
 
 // Ends the program with one line on stderr about the file.
@@ -2072,18 +2255,6 @@ static bool gguf_string_is(gguf_string string, const char *text) {
 
 static float f16_at(const uint8_t *bytes) {
     return retrofit_f16_to_float((uint16_t)(bytes[0] | bytes[1] << 8));
-}
-
-static void read_f32(float *out, const uint8_t *data, size_t count) {
-    memcpy(out, data, count * sizeof *out);
-}
-
-static void read_f16(float *out, const uint8_t *data, size_t count) {
-    retrofit_to_float(out, data, RETROFIT_F16, count);
-}
-
-static void read_bf16(float *out, const uint8_t *data, size_t count) {
-    retrofit_to_float(out, data, RETROFIT_BF16, count);
 }
 
 // x = d·q. A zero has the sign of d.
@@ -2342,14 +2513,9 @@ static void read_tq2_0(float *out, const uint8_t *block, size_t blocks) {
     }
 }
 
-typedef struct {
-    const char *name;
-    size_t values, bytes; // of a block
-    void (*read)(float *out, const uint8_t *data, size_t blocks); // NULL: only its name is known
-} gguf_type;
-
-// By their numbers in files, up to those of llama.cpp in the autumn of 2026.
-static const gguf_type gguf_types[] = {
+// By their numbers in files, up to those of llama.cpp in the autumn of 2026; those that cannot be
+// read have a name alone.
+static const number_type gguf_types[] = {
     [0] = {"F32", 1, 4, read_f32},          [1] = {"F16", 1, 2, read_f16},
     [2] = {"Q4_0", 32, 18, read_q4_0},      [3] = {"Q4_1", 32, 20, read_q4_1},
     [6] = {"Q5_0", 32, 22, read_q5_0},      [7] = {"Q5_1", 32, 24, read_q5_1},
@@ -2374,7 +2540,7 @@ static const gguf_type gguf_types[] = {
 enum { GGUF_TENSOR_TYPES = sizeof gguf_types / sizeof *gguf_types };
 
 // NULL if tensors of this type are not read.
-static const gguf_type *gguf_find_type(uint32_t number) {
+static const number_type *gguf_find_type(uint32_t number) {
     bool is_read = number < GGUF_TENSOR_TYPES && gguf_types[number].read;
     return is_read ? &gguf_types[number] : NULL;
 }
@@ -2474,7 +2640,7 @@ static void gguf_read_tensor(gguf_file *gguf, gguf_tensor *tensor) {
     gguf_read_shape(gguf, tensor);
     tensor->type = (uint32_t)gguf_read_number(gguf, 4);
     tensor->offset = (size_t)gguf_read_number(gguf, 8);
-    const gguf_type *type = gguf_find_type(tensor->type);
+    const number_type *type = gguf_find_type(tensor->type);
     if (!type) gguf_die_type(tensor);
     if (tensor->cols % type->values)
         gguf_die(gguf, "tensor %s: rows of %zu are no blocks of %zu: " DAMAGED, tensor->name,
@@ -2669,8 +2835,6 @@ static void gguf_close(gguf_file *gguf) {
         free(part->tensors);
         if (part != gguf) free(part);
     }
-    if (gguf->range) munmap(gguf->range, gguf->range_size);
-    free(gguf->pieces);
     free(gguf->unknown.bytes);
 }
 
@@ -2948,83 +3112,13 @@ static void gguf_check_attention(const gguf_file *gguf, const retrofit_config *c
         gguf_die(gguf, "%s is %u of a context of %zu: not supported", key, window, c->context);
 }
 
-// ---- Unpacking numbers --------------------------------------------------------------------------
-
-// RoPE rotates pairs of a head's h components. llama.cpp's converter moves the rows of q and k so
-// that the two of a pair become neighbours:
-//
-//     row in Hugging Face's order   0  1  …  h/2-1  h/2  h/2+1  …  h-1     pairs (i, i + h/2)
-//     row in llama.cpp's order      0  2  …   h-2    1     3    …  h-1     pairs (2i, 2i + 1)
-//
-// Returns where a row of Hugging Face's order stands in the file.
-static size_t gguf_row(const gguf_piece *piece, size_t row) {
-    if (piece->head_dim == 0) return row;
-    size_t i = row % piece->head_dim, half = piece->head_dim / 2;
-    return row - i + i % half * 2 + i / half;
-}
-
-// Numbers first … first + count - 1 of a tensor. Both ends must be those of blocks.
-static void gguf_unpack(const gguf_piece *piece, size_t first, size_t count, float *out) {
-    const gguf_tensor *tensor = piece->tensor;
-    const gguf_type *type = gguf_find_type(tensor->type);
-    size_t cols = tensor->cols, row_bytes = cols / type->values * type->bytes;
-    size_t end = first + count, last_row = (end - 1) / cols;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static)
-#endif
-    for (size_t row = first / cols; row <= last_row; row++) {
-        size_t from = retrofit_max(first, row * cols), to = retrofit_min(end, (row + 1) * cols);
-        size_t skipped = (from - row * cols) / type->values * type->bytes;
-        const uint8_t *data = tensor->data + gguf_row(piece, row) * row_bytes + skipped;
-        type->read(out + (from - first), data, (to - from) / type->values);
-    }
-    bool finite = true;
-    for (size_t i = 0; i < count; i++) finite &= fabsf(out[i]) <= FLT_MAX;
-    for (size_t i = 0; i < count && !finite; i++)
-        if (!isfinite(out[i]))
-            gguf_die(tensor->file, "tensor %s: number %zu is not finite: " DAMAGED, tensor->name,
-                     first + i);
-}
-
 // ---- The model ----------------------------------------------------------------------------------
 
-// Unpacked, a model takes up to twenty times the memory that its file takes. So its numbers stay
-// where they are until they are written. As on a GPU, whose memory cannot be looked at, the model's
-// weights are addresses, here of a range with no memory behind it, and whoever wants numbers calls
-// `download` of the model's operations, which unpacks the tensors that lie there.
-
-static const gguf_file *gguf_device; // whose range it is
-
-// The piece that number `first` of the range is in.
-static const gguf_piece *gguf_find_piece(const gguf_file *gguf, size_t first) {
-    size_t low = 0, high = gguf->piece_count; // it is in low … high - 1
-    while (high - low > 1) {
-        size_t middle = low + (high - low) / 2;
-        if (gguf->pieces[middle].first <= first) low = middle;
-        else high = middle;
-    }
-    return &gguf->pieces[low];
-}
-
-// Addresses that are not in the range, as the adapter's, are those of memory.
-static void gguf_download(void *host, const void *from, size_t bytes) {
-    const gguf_file *gguf = gguf_device;
-    uintptr_t offset = (uintptr_t)from - (uintptr_t)gguf->range;
-    if (offset >= gguf->range_size) {
-        memcpy(host, from, bytes);
-        return;
-    }
-    float *out = host;
-    size_t first = offset / sizeof *out, end = first + bytes / sizeof *out;
-    while (first < end) {
-        const gguf_piece *piece = gguf_find_piece(gguf, first);
-        size_t begin = first - piece->first;
-        size_t size = piece->tensor->rows * piece->tensor->cols;
-        size_t n = retrofit_min(end - first, size - begin);
-        gguf_unpack(piece, begin, n, out);
-        first += n;
-        out += n;
-    }
+// A tensor as it goes to section 3; head_dim is 0 but for q and k whose rows were moved.
+static tensor_piece gguf_piece(const gguf_tensor *tensor, size_t head_dim) {
+    return (tensor_piece){.name = tensor->name, .path = tensor->file->path, .rows = tensor->rows,
+                          .cols = tensor->cols, .type = gguf_find_type(tensor->type),
+                          .data = tensor->data, .head_dim = head_dim};
 }
 
 static gguf_tensor *gguf_find_tensor(const gguf_file *gguf, const char *name) {
@@ -3080,8 +3174,8 @@ static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
         gguf_die(tensor->file, "tensor rope_freqs.weight is %zu x %zu, heads of %zu need 1 x %zu",
                  tensor->rows, tensor->cols, c->head_dim, n);
     float *divisors = allocate_or_die(n, sizeof *divisors);
-    const gguf_piece all = {0, tensor, 0};
-    gguf_unpack(&all, 0, n, divisors);
+    const tensor_piece piece = gguf_piece(tensor, 0);
+    read_piece(&piece, 0, n, divisors);
     bool scaled = false;
     for (size_t i = 0; i < n; i++) scaled = scaled || divisors[i] != 1;
     if (scaled && c->rope_factor > 0)
@@ -3157,9 +3251,8 @@ static void gguf_read_config(gguf_file *gguf, retrofit_config *c) {
     gguf_read_rope(gguf, c);
 }
 
-// The tensor `name`, which must be of this shape, is what lies in the range next. head_dim is that
-// of q and k, else 0.
-static void gguf_add_piece(gguf_file *gguf, const char *name, size_t rows, size_t cols,
+// The tensor `name`, which must be of this shape, is the next piece.
+static void gguf_add_piece(const gguf_file *gguf, const char *name, size_t rows, size_t cols,
                            size_t head_dim) {
     gguf_tensor *tensor = gguf_find_tensor(gguf, name);
     if (!tensor) gguf_die(gguf, "tensor %s is missing: damaged, or not all of a model", name);
@@ -3167,32 +3260,26 @@ static void gguf_add_piece(gguf_file *gguf, const char *name, size_t rows, size_
     if (tensor->rows != rows || tensor->cols != cols)
         gguf_die(tensor->file, "tensor %s is %zu x %zu, the metadata ask for %zu x %zu",
                  tensor->name, tensor->rows, tensor->cols, rows, cols);
-    size_t first = 0;
-    if (gguf->piece_count > 0) {
-        const gguf_piece *last = &gguf->pieces[gguf->piece_count - 1];
-        first = last->first + last->tensor->rows * last->tensor->cols;
-    }
-    gguf->pieces[gguf->piece_count++] = (gguf_piece){first, tensor, head_dim};
+    add_piece(gguf_piece(tensor, head_dim));
 }
 
 // The parameter's numbers are those of tensors that stand in it one below the other: their names,
 // between `prefix` and .weight or .bias. Vectors have one row in the file.
-static void gguf_place(gguf_file *gguf, const char *prefix, const char *const names[3],
+static void gguf_place(const gguf_file *gguf, const char *prefix, const char *const names[3],
                        retrofit_parameter *p, size_t head_dim) {
-    size_t index = gguf->piece_count;
     bool bias = p->kind == RETROFIT_BIAS;
+    p->weight.data = next_address();
     for (size_t i = 0; i < p->sources; i++) {
         char name[GGUF_MAX_NAME + 1];
         size_t rows = p->source[i].rows;
         snprintf(name, sizeof name, "%s%s.%s", prefix, names[i], bias ? "bias" : "weight");
         gguf_add_piece(gguf, name, bias ? 1 : rows, bias ? rows : p->cols, i < 2 ? head_dim : 0);
     }
-    p->weight.data = (const float *)gguf->range + gguf->pieces[index].first;
 }
 
 // The rows of q and k stand in another order in a llama alone. What an architecture's blocks lack
 // has no sources.
-static void gguf_place_layer(gguf_file *gguf, const retrofit_config *c, size_t number,
+static void gguf_place_layer(const gguf_file *gguf, const retrofit_config *c, size_t number,
                              retrofit_layer *layer) {
     size_t head_dim = strcmp(gguf->architecture, "llama") ? 0 : c->head_dim;
     const struct {
@@ -3217,28 +3304,13 @@ static void gguf_place_layer(gguf_file *gguf, const retrofit_config *c, size_t n
             gguf_place(gguf, prefix, table[i].names, table[i].parameter, table[i].head_dim);
 }
 
-// Addresses for all of the model's numbers, which nobody may read or write.
-static void gguf_reserve(gguf_file *gguf, const retrofit_model *model) {
-    gguf->range_size = model->weight_count * sizeof(float);
-    gguf->range = mmap(NULL, gguf->range_size, PROT_NONE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (gguf->range == MAP_FAILED)
-        gguf_die(gguf, "no addresses for its %zu numbers: %s", model->weight_count,
-                 strerror(errno));
-    gguf->pieces = allocate_or_die(3 * model->parameter_count, sizeof *gguf->pieces);
-    gguf_device = gguf;
-}
-
 // The model is good until the file is closed.
 static retrofit_model *gguf_load(gguf_file *gguf) {
-    static retrofit_ops ops;
-    ops = retrofit_cpu;
-    ops.download = gguf_download;
     retrofit_config config;
     gguf_read_config(gguf, &config);
-    retrofit_model *model = retrofit_model_new(&config, &ops);
+    retrofit_model *model = retrofit_model_new(&config, file_operations());
     must(model != NULL);
-    gguf_reserve(gguf, model);
+    begin_pieces(model, gguf->path);
 
     gguf_place(gguf, "", (const char *[3]){"token_embd"}, &model->wte, 0);
     for (size_t i = 0; i < config.coda; i++)
@@ -3797,7 +3869,10 @@ static void convert(int task) {
         source = gguf_load(&gguf);
         tokenizer.gguf = &gguf;
     } else {
-        source = retrofit_load(options.from, &retrofit_cpu, RETROFIT_INFERENCE);
+        // To measure its layers, the model must run; else it is only copied.
+        bool runs = options.text;
+        source = runs ? retrofit_load(options.from, &retrofit_cpu, RETROFIT_INFERENCE)
+                      : open_directory(options.from);
         must(source != NULL);
         tokenizer.directory = retrofit_model_directory(options.from, path);
         mend_ids(source, tokenizer.directory);
@@ -3806,6 +3881,7 @@ static void convert(int task) {
     else if (task == REPORT) report(source, tokenizer);
     else rewrite(source, tokenizer);
     retrofit_free(source);
+    forget_pieces();
     if (is_file) gguf_close(&gguf);
 }
 

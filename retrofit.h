@@ -3329,6 +3329,13 @@ const char *retrofit_model_directory(const char *directory, char path[RETROFIT_P
 #define RETROFIT_MODELLING "modeling_retrofit.py"
 // The files that retrofit_save may write. The last one is NULL.
 extern const char *const retrofit_model_files[];
+// As retrofit_load, but without memory for the weights, which have no addresses: for who reads the
+// tensors where they lie in the mapped files. That all are there is checked; none takes memory
+// meanwhile. NULL or error.
+retrofit_model *retrofit_open(const char *directory, const retrofit_ops *ops);
+// Of the tensors that make up a parameter, one below the other, number j. NULL or error.
+const retrofit_tensor *retrofit_find_source(const retrofit_model *model,
+                                            const retrofit_parameter *parameter, size_t j);
 // Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
 // the tokenizer's files and modelling code from tokenizer_from, or its latest checkpoint, unless
 // they are there already; it may be NULL. false or error.
@@ -5463,13 +5470,27 @@ static const retrofit_tensor *find_source(const retrofit_model *model,
     return tensor;
 }
 
-static bool find_sources(const retrofit_model *model, source_tensors *sources, const char *where) {
+const retrofit_tensor *retrofit_find_source(const retrofit_model *model,
+                                            const retrofit_parameter *parameter, size_t j) {
+    return find_source(model, parameter, j, model->maps[0].path);
+}
+
+static bool find_sources(const retrofit_model *model, source_tensors *sources) {
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *parameter = model->parameters[i];
         for (size_t j = 0; j < parameter->sources; j++) {
-            sources[i].tensor[j] = find_source(model, parameter, j, where);
+            sources[i].tensor[j] = retrofit_find_source(model, parameter, j);
             if (!sources[i].tensor[j]) return false;
         }
+    }
+    return true;
+}
+
+// Whether all tensors are there, in their shapes.
+static bool check_sources(const retrofit_model *model, const char *where) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        for (size_t j = 0; j < model->parameters[i]->sources; j++)
+            if (!find_source(model, model->parameters[i], j, where)) return false;
     }
     return true;
 }
@@ -5549,10 +5570,10 @@ static void upload_parameter(const retrofit_model *model, const retrofit_paramet
     }
 }
 
-static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *where) {
+static bool load_weights(retrofit_model *model, retrofit_mode mode) {
     source_tensors *sources = retrofit_allocate(model->parameter_count, sizeof *sources);
     conversion *scratch = retrofit_allocate(1, sizeof *scratch);
-    bool ok = sources && scratch && find_sources(model, sources, where);
+    bool ok = sources && scratch && find_sources(model, sources);
     if (ok && mode == RETROFIT_INFERENCE) ok = place_for_inference(model, sources);
     else if (ok) ok = retrofit_model_allocate(model, mode);
     for (size_t i = 0; ok && i < model->parameter_count; i++)
@@ -5708,9 +5729,9 @@ void retrofit_safetensors_survey(const retrofit_map *map, bool release, size_t *
 }
 
 // A tensor of zeros alone is what a download with a hole in it leaves, but may be meant.
-static bool check_values(const retrofit_map *map) {
+static bool check_values(const retrofit_map *map, bool release) {
     size_t wrong, zero;
-    retrofit_safetensors_survey(map, false, &wrong, &zero);
+    retrofit_safetensors_survey(map, release, &wrong, &zero);
     if (zero < map->count)
         retrofit_note("%s: tensor %s holds zeros alone: if that is not meant, the download is not "
                       "complete", map->path, map->tensors[zero].name);
@@ -5724,39 +5745,54 @@ static bool check_values(const retrofit_map *map) {
                          "or its training failed", map->path, tensor->name, at);
 }
 
-static bool check_maps(const retrofit_model *model) {
+static bool check_maps(const retrofit_model *model, bool release) {
     size_t count;
     const char **places = list_places(model, &count);
     bool ok = places != NULL;
     for (size_t i = 0; ok && i < model->map_count; i++)
-        ok = check_all_used(model, &model->maps[i], places, count) && check_values(&model->maps[i]);
+        ok = check_all_used(model, &model->maps[i], places, count) &&
+             check_values(&model->maps[i], release);
     free(places);
     return ok;
 }
 
-static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
+// Maps the files and checks them. release: as retrofit_safetensors_survey takes it.
+static bool open_files(retrofit_model *model, const char *directory, bool release) {
     if (!open_maps(model, directory)) return false;
-    if (!load_weights(model, mode, directory)) return false;
-    if (!check_maps(model)) return false;
+    if (!check_sources(model, directory)) return false;
+    if (!check_maps(model, release)) return false;
     note_other_head(model, directory);
-    if (!note_beside(directory)) return false;
-    if (mode == RETROFIT_INFERENCE) return true;
-    retrofit_refresh_weights(model);
-    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
-    model->map_count = 0; // nothing lies in the files any more
-    return true;
+    return note_beside(directory);
 }
 
-retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode) {
+static retrofit_model *open_model(const char *directory, const retrofit_ops *ops, bool release) {
     char path[RETROFIT_PATH];
     retrofit_config config;
     directory = retrofit_model_directory(directory, path);
     if (!retrofit_config_read(&config, directory)) return NULL;
     retrofit_model *model = retrofit_model_new(&config, ops);
     if (!model) return NULL;
-    if (load_files(model, mode, directory)) return model;
+    if (open_files(model, directory, release)) return model;
     retrofit_free(model);
     return NULL;
+}
+
+retrofit_model *retrofit_open(const char *directory, const retrofit_ops *ops) {
+    return open_model(directory, ops, true);
+}
+
+retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode) {
+    retrofit_model *model = open_model(directory, ops, false);
+    if (!model) return NULL;
+    if (!load_weights(model, mode)) {
+        retrofit_free(model);
+        return NULL;
+    }
+    if (mode == RETROFIT_INFERENCE) return model;
+    retrofit_refresh_weights(model);
+    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
+    model->map_count = 0; // nothing lies in the files any more
+    return model;
 }
 
 // ---- Checkpoints -------------------------------------------------------------------------------

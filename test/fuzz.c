@@ -428,21 +428,23 @@ static void set_up(void) {
 static void reset_program(void) {
     reset_options();
     memset(unfinished, 0, sizeof unfinished);
+    memset(&in_files, 0, sizeof in_files);
 }
 
 static void read_gguf(const char *name) {
     gguf_file gguf;
     gguf_open(&gguf, in_work(name));
     retrofit_model *source = gguf_load(&gguf);
-    for (size_t i = 0; i < gguf.piece_count; i++) {
-        const gguf_tensor *tensor = gguf.pieces[i].tensor;
-        size_t count = tensor->rows * tensor->cols;
+    for (size_t i = 0; i < in_files.count; i++) {
+        const tensor_piece *piece = &in_files.pieces[i];
+        size_t count = piece->rows * piece->cols;
         float *x = malloc(count * sizeof *x);
-        if (x) gguf_download(x, (float *)gguf.range + gguf.pieces[i].first, count * sizeof *x);
+        if (x) download_from_files(x, (float *)in_files.range + piece->first, count * sizeof *x);
         free(x);
     }
     gguf_write_tokenizer(&gguf, in_work("out"));
     retrofit_free(source);
+    forget_pieces();
     gguf_close(&gguf);
 }
 
