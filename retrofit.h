@@ -78,7 +78,7 @@
        L                                               retrofit_loss                     912
        dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               935
        dA_e, de                                        injection_backward                953
-       floating-point operations                       retrofit_flops_per_token          3454
+       floating-point operations                       retrofit_flops_per_token          3463
        n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1014
        the curriculum r̄(t)                             retrofit_curriculum               1049
        a training step                                 retrofit_training_step            1118
@@ -3333,7 +3333,8 @@ extern const char *const retrofit_model_files[];
 // tensors where they lie in the mapped files. That all are there is checked; none takes memory
 // meanwhile. NULL or error.
 retrofit_model *retrofit_open(const char *directory, const retrofit_ops *ops);
-// Of the tensors that make up a parameter, one below the other, number j. NULL or error.
+// Of the tensors that make up a parameter, one below the other, number j, while the files are
+// mapped. NULL or error.
 const retrofit_tensor *retrofit_find_source(const retrofit_model *model,
                                             const retrofit_parameter *parameter, size_t j);
 // Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
