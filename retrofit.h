@@ -5364,6 +5364,7 @@ bool retrofit_config_write(const retrofit_config *config, retrofit_type type,
 //                           arena of weights: norms that are not fp32, and a plain Llama's q, k, v
 //                           and gate, up, which operations read as one matrix
 //     inference on a GPU    all of them are copied to the arena of weights
+//     retrofit_open         all of them stay where they are, and convert reads them there
 
 static bool open_map(retrofit_model *model, const char *path) {
     size_t count = model->map_count;

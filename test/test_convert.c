@@ -315,6 +315,108 @@ static void sharded_source(void) {
     retrofit_free(theirs);
 }
 
+// A number of that type, made from one of a fixture's, and in F16, which has no such numbers, from
+// its bits.
+static void put_as(FILE *f, const char *dtype, float x) {
+    uint32_t bits;
+    double wide = (double)x;
+    memcpy(&bits, &x, sizeof bits);
+    uint16_t upper = (uint16_t)(bits >> 16), half = (uint16_t)(bits >> 8 & 0xbfff); // finite
+    if (!strcmp(dtype, "F32")) fwrite(&x, 4, 1, f);
+    else if (!strcmp(dtype, "F64")) fwrite(&wide, 8, 1, f);
+    else fwrite(strcmp(dtype, "F16") ? &upper : &half, 2, 1, f);
+}
+
+// A model in fp32 with its last tensor first, so that those that make up a parameter lie one above
+// the other, as they never do in our files.
+static void write_reversed(const char *model, const char *dtype, size_t size) {
+    retrofit_map map;
+    size_t offset = 0, header;
+    char command[1024], *text = NULL;
+    snprintf(command, sizeof command, "rm -rf %s && mkdir %s && cp %s/config.json %s",
+             in_work("reversed"), in_work("reversed"), model, in_work("reversed"));
+    need(system(command) == 0, command);
+    snprintf(command, sizeof command, "%s/model.safetensors", model);
+    need(retrofit_safetensors_open(&map, command), command);
+    FILE *f = open_memstream(&text, &header);
+    for (size_t i = map.count; i-- > 0;) {
+        const retrofit_tensor *tensor = &map.tensors[i];
+        fprintf(f, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%zu", offset ? "," : "{",
+                tensor->name, dtype, tensor->shape[0]);
+        if (tensor->dims == 2) fprintf(f, ",%zu", tensor->shape[1]);
+        fprintf(f, "],\"data_offsets\":[%zu,%zu]}", offset, offset + tensor->count * size);
+        offset += tensor->count * size;
+    }
+    fputc('}', f);
+    fclose(f);
+
+    f = fopen(in_work("reversed/model.safetensors"), "wb");
+    fwrite(&header, 8, 1, f);
+    fwrite(text, 1, header, f);
+    for (size_t i = map.count; i-- > 0;) {
+        const float *x = map.tensors[i].data;
+        for (size_t j = 0; j < map.tensors[i].count; j++) put_as(f, dtype, x[j]);
+    }
+    fclose(f);
+    free(text);
+    retrofit_safetensors_close(&map);
+}
+
+// Numbers that are read from a file's tensors when they are written are those of a model that was
+// loaded, in all types that a source may have.
+static void reversed_sources(void) {
+    static const struct {
+        const char *family, *dtype;
+        size_t size;
+    } cases[] = {{"tiny", "F32", 4},  {"tiny", "BF16", 2}, {"tiny", "F16", 2},
+                 {"qwen2", "F64", 8}, {"qwen3", "F16", 2}, {"olmo2", "BF16", 2}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *name = cases[i].dtype, *from = in_work("reversed");
+        char base[256];
+        snprintf(base, sizeof base, FIXTURES "%s/base", cases[i].family);
+        write_reversed(base, name, cases[i].size);
+        works_quietly("--from %s --to %s", from, in_work("reversed.%zu", i));
+        works_quietly("--from %s --to %s --dtype bf16", from, in_work("rounded.%zu", i));
+        works_quietly("--from %s --to %s --prelude 0 --core 1-2 --coda 3", from,
+                      in_work("reversed.cut.%zu", i));
+        retrofit_model *loaded = load(from), *again = load(in_work("reversed.%zu", i));
+        retrofit_model *rounded = load(in_work("rounded.%zu", i));
+        retrofit_model *cut = load(in_work("reversed.cut.%zu", i));
+        same_model(name, again, loaded, false, false);
+        same_model(name, rounded, loaded, false, true);
+        same_numbers(name, &cut->prelude[0].w_qkv, &loaded->coda[0].w_qkv, false);
+        same_numbers(name, &cut->core[1].w_gate_up, &loaded->coda[2].w_gate_up, false);
+        same_numbers(name, &cut->coda[0].norm_2, &loaded->coda[3].norm_2, false);
+        same_numbers(name, &cut->lm_head, &loaded->lm_head, false);
+        if (loaded->config.qkv_bias)
+            same_numbers(name, &cut->core[0].b_qkv, &loaded->coda[1].b_qkv, false);
+        retrofit_free(loaded);
+        retrofit_free(again);
+        retrofit_free(rounded);
+        retrofit_free(cut);
+    }
+}
+
+// A model whose q, k, v and gate, up, 22 MB, would have to be copied if it were to run, in a
+// process that may have 16 MB of its own. What a sanitizer needs for itself is more.
+static void little_memory(void) {
+#if !defined __SANITIZE_ADDRESS__
+    static const char config[] =
+        "{\"model_type\":\"llama\",\"hidden_size\":512,\"num_attention_heads\":8,"
+        "\"intermediate_size\":1024,\"vocab_size\":256,\"num_hidden_layers\":3,"
+        "\"max_position_embeddings\":64,\"rms_norm_eps\":1e-5}";
+    char *whole = program;
+    write_string(in_work("wide.json"), config);
+    works("--random %s --to %s", in_work("wide.json"), in_work("wide"));
+    write_reversed(in_work("wide"), "F32", 4);
+    need(asprintf(&program, "ulimit -d 16000; OMP_NUM_THREADS=1 %s", whole) > 0, "memory");
+    works("--from %s --to %s --prelude 0 --core 1 --coda 2", in_work("reversed"),
+          in_work("wide.cut"));
+    free(program);
+    program = whole;
+#endif
+}
+
 // =================================================================================================
 // Random models
 // =================================================================================================
@@ -2002,6 +2104,8 @@ int main(void) {
     identity("tiny", "--prelude none --core 0-7 --coda none");
     identity("llama3", "--prelude 0-2 --core 3 --coda 4");
     sharded_source();
+    reversed_sources();
+    little_memory();
     random_model(FIXTURES "tiny/recurrent/config.json", "random", false);
     random_model(FIXTURES "llama3/base", "random.plain", true);
     tokenizing("llama2_style");
