@@ -1913,6 +1913,8 @@ static struct stat check_name(const char *path) {
 // The output is made beside its final place and moved there at the end, which must be possible.
 static void check_output(const file_identity *files, size_t count) {
     struct stat status;
+    if (!stat(label_name(), &status) && !S_ISREG(status.st_mode))
+        die(1, "--to %s: %s is there already, and no file", options.to, label_name());
     if (!stat(options.to, &status)) {
         if (!S_ISREG(status.st_mode)) die(1, "--to %s: there already, and no file", options.to);
         file_identity output = {status.st_dev, status.st_ino, options.to};

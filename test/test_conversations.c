@@ -211,6 +211,9 @@ static void hostile_lines(void) {
     use(TURNS, "{\"talk\": [" USER "], \"text\": \"b\"}\n{\"talk\": null}\n");
     works(CONVERT "chat.bin --field talk");
     check(strstr(out, "1 documents") && strstr(out, "null were skipped"), "--field talk: %s", out);
+    shell("mkdir taken.bin.labels");
+    fails(1, "taken.bin.labels is there already, and no file", CONVERT "taken.bin");
+    shell("rmdir taken.bin.labels");
     use(TURNS, "{\"messages\": [" USER "], \"text\": null, \"tools\": [], \"documents\": null}\n");
     works(CONVERT "chat.bin");
 }
