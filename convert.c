@@ -782,37 +782,232 @@ static void rewrite(retrofit_model *source, tokenizer_source tokenizer) {
 // 3  Writing a model
 // =================================================================================================
 
+// ---- Numbers that stay in their files -----------------------------------------------------------
+
+// Unpacked, a GGUF's model takes up to twenty times the memory that the file takes; and what is
+// one matrix here, q, k, v or gate, up, lies apart in the file of a plain Llama. So the source's
+// numbers stay where they are until they are written. As on a GPU, whose memory cannot be looked
+// at, its weights are addresses, here of a range with no memory behind it, and whoever wants
+// numbers calls `download` of its operations, which reads the tensors that lie there.
+
+// Numbers of a type lie in blocks of so many, which take so many bytes.
+typedef struct {
+    const char *name;
+    size_t values, bytes; // of a block
+    void (*read)(float *out, const uint8_t *data, size_t blocks);
+} number_type;
+
+// A tensor of a file, whose numbers are the model's from number `first` on.
+typedef struct {
+    const char *name, *path;
+    size_t first, rows, cols;
+    const number_type *type;
+    const uint8_t *data;
+    size_t head_dim; // of q and k, where their rows stand in llama.cpp's order; else 0
+} tensor_piece;
+
+static struct {
+    char *range; // the addresses, of fp32 numbers
+    size_t bytes;
+    tensor_piece *pieces; // in the order of `first`
+    size_t count, numbers; // of pieces; of numbers in them
+} in_files;
+
+#define DAMAGED "damaged, fetch it again"
+
+static void read_f32(float *out, const uint8_t *data, size_t count) {
+    memcpy(out, data, count * sizeof *out);
+}
+
+static void read_f16(float *out, const uint8_t *data, size_t count) {
+    retrofit_to_float(out, data, RETROFIT_F16, count);
+}
+
+static void read_bf16(float *out, const uint8_t *data, size_t count) {
+    retrofit_to_float(out, data, RETROFIT_BF16, count);
+}
+
+static void read_f64(float *out, const uint8_t *data, size_t count) {
+    retrofit_to_float(out, data, RETROFIT_F64, count);
+}
+
+// RoPE rotates pairs of a head's h components. llama.cpp's converter moves the rows of q and k so
+// that the two of a pair become neighbours:
+//
+//     row in Hugging Face's order   0  1  …  h/2-1  h/2  h/2+1  …  h-1     pairs (i, i + h/2)
+//     row in llama.cpp's order      0  2  …   h-2    1     3    …  h-1     pairs (2i, 2i + 1)
+//
+// Returns where a row of Hugging Face's order stands in the file.
+static size_t row_in_file(const tensor_piece *piece, size_t row) {
+    if (piece->head_dim == 0) return row;
+    size_t i = row % piece->head_dim, half = piece->head_dim / 2;
+    return row - i + i % half * 2 + i / half;
+}
+
+static bool all_finite(const float *x, size_t n) {
+    bool finite = true;
+    for (size_t i = 0; i < n; i++) finite &= fabsf(x[i]) <= FLT_MAX;
+    return finite;
+}
+
+// Numbers first … first + count - 1 of a tensor. Both ends must be those of blocks. The file's
+// pages are let go at once: when they are read again, they are mostly still in the system's cache.
+static void read_piece(const tensor_piece *piece, size_t first, size_t count, float *out) {
+    const number_type *type = piece->type;
+    size_t cols = piece->cols, row_bytes = cols / type->values * type->bytes;
+    size_t end = first + count, last_row = (end - 1) / cols;
+    bool finite = true;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(&& : finite) schedule(static)
+#endif
+    for (size_t row = first / cols; row <= last_row; row++) {
+        size_t from = retrofit_max(first, row * cols), to = retrofit_min(end, (row + 1) * cols);
+        size_t skipped = (from - row * cols) / type->values * type->bytes;
+        const uint8_t *data = piece->data + row_in_file(piece, row) * row_bytes + skipped;
+        type->read(out + (from - first), data, (to - from) / type->values);
+        finite = all_finite(out + (from - first), to - from) && finite;
+    }
+    retrofit_release_pages(piece->data + first / type->values * type->bytes,
+                           count / type->values * type->bytes);
+    for (size_t i = 0; i < count && !finite; i++)
+        if (!isfinite(out[i]))
+            die(1, "%s: tensor %s: number %zu is not finite: " DAMAGED, piece->path, piece->name,
+                first + i);
+}
+
+// The piece that the model's number `first` is in.
+static const tensor_piece *find_piece(size_t first) {
+    size_t low = 0, high = in_files.count; // it is in low … high - 1
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (in_files.pieces[middle].first <= first) low = middle;
+        else high = middle;
+    }
+    return &in_files.pieces[low];
+}
+
+// Addresses that are not in the range, as the adapter's, are those of memory.
+static void download_from_files(void *host, const void *from, size_t bytes) {
+    uintptr_t offset = (uintptr_t)from - (uintptr_t)in_files.range;
+    if (offset >= in_files.bytes) {
+        memcpy(host, from, bytes);
+        return;
+    }
+    float *out = host;
+    size_t first = offset / sizeof *out, end = first + bytes / sizeof *out;
+    while (first < end) {
+        const tensor_piece *piece = find_piece(first);
+        size_t begin = first - piece->first;
+        size_t n = retrofit_min(end - first, piece->rows * piece->cols - begin);
+        read_piece(piece, begin, n, out);
+        first += n;
+        out += n;
+    }
+}
+
+static const retrofit_ops *file_operations(void) {
+    static retrofit_ops ops;
+    ops = retrofit_cpu;
+    ops.download = download_from_files;
+    return &ops;
+}
+
+// Addresses for all of the model's numbers, which nobody may read or write.
+static void begin_pieces(const retrofit_model *model, const char *path) {
+    in_files.bytes = model->weight_count * sizeof(float);
+    in_files.range = mmap(NULL, in_files.bytes, PROT_NONE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (in_files.range == MAP_FAILED)
+        die(1, "%s: no addresses for its %zu numbers: %s", path, model->weight_count,
+            strerror(errno));
+    in_files.pieces = allocate_or_die(3 * model->parameter_count, sizeof *in_files.pieces);
+}
+
+// Where the numbers of the next piece will be.
+static const void *next_address(void) { return in_files.range + in_files.numbers * sizeof(float); }
+
+static void add_piece(tensor_piece piece) {
+    piece.first = in_files.numbers;
+    in_files.pieces[in_files.count++] = piece;
+    in_files.numbers += piece.rows * piece.cols;
+}
+
+static void forget_pieces(void) {
+    if (in_files.range) munmap(in_files.range, in_files.bytes);
+    free(in_files.pieces);
+    memset(&in_files, 0, sizeof in_files);
+}
+
+// A Hugging Face directory's model, good until its pieces are forgotten.
+static retrofit_model *open_directory(const char *directory) {
+    static const number_type types[] = {[RETROFIT_F32] = {"F32", 1, 4, read_f32},
+                                        [RETROFIT_BF16] = {"BF16", 1, 2, read_bf16},
+                                        [RETROFIT_F16] = {"F16", 1, 2, read_f16},
+                                        [RETROFIT_F64] = {"F64", 1, 8, read_f64}};
+    retrofit_model *model = retrofit_open(directory, file_operations());
+    must(model != NULL);
+    begin_pieces(model, directory);
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        retrofit_parameter *p = model->parameters[i];
+        p->weight.data = next_address();
+        for (size_t j = 0; j < p->sources; j++) {
+            const retrofit_tensor *tensor = retrofit_find_source(model, p, j);
+            add_piece((tensor_piece){.name = tensor->name, .path = directory,
+                                     .rows = p->source[j].rows, .cols = p->cols,
+                                     .type = &types[tensor->type], .data = tensor->data});
+        }
+    }
+    if (model->config.tied) model->lm_head.weight = model->wte.weight;
+    return model;
+}
+
+// ---- Writing and reading back -------------------------------------------------------------------
+
 // Section 7. Writes tokenizer.json and tokenizer_config.json.
 static void gguf_write_tokenizer(const gguf_file *gguf, const char *directory);
 
-enum { CHUNK = 1 << 16 };
+enum { CHUNK = 1 << 18 };
 
-// Numbers first … first + n - 1 of a parameter as fp32, on the way rounded to bf16 if asked for. At
-// most a chunk; ops are those of its model.
+// Numbers first … first + n - 1 of a parameter, at most a chunk, as they were to be written. ops
+// are those of its model.
 static void read_numbers(float *out, const retrofit_parameter *p, const retrofit_ops *ops,
-                         size_t first, size_t n, bool rounded) {
+                         size_t first, size_t n) {
     static float raw[CHUNK]; // memory for elements of any type
     const char *data = p->weight.data;
     size_t size = retrofit_type_size(p->weight.type);
     ops->download(raw, data + first * size, n * size);
     retrofit_to_float(out, raw, p->weight.type, n);
-    if (!rounded) return;
+    if (options.dtype != DTYPE_BF16) return;
     for (size_t i = 0; i < n; i++) out[i] = retrofit_bf16_to_float(retrofit_float_to_bf16(out[i]));
 }
 
-static void verify_parameter(const retrofit_parameter *written, const retrofit_parameter *origin,
-                             const retrofit_ops *ops) {
+// Compares a tensor that was written with the numbers from `first` on of where it came from.
+static void verify_tensor(const retrofit_tensor *written, const retrofit_parameter *origin,
+                          const retrofit_ops *ops, size_t first) {
     static float now[CHUNK], before[CHUNK];
-    const char *name = written->source[0].name;
-    if (written->rows != origin->rows || written->cols != origin->cols)
-        die(1, "%s: written in another shape than its source's", name);
-    size_t count = written->rows * written->cols;
-    for (size_t i = 0; i < count; i += CHUNK) {
-        size_t n = retrofit_min(count - i, CHUNK);
-        read_numbers(now, written, &retrofit_cpu, i, n, false);
-        read_numbers(before, origin, ops, i, n, options.dtype == DTYPE_BF16);
+    size_t size = retrofit_type_size(written->type);
+    for (size_t i = 0; i < written->count; i += CHUNK) {
+        size_t n = retrofit_min(written->count - i, CHUNK);
+        const char *data = (const char *)written->data + i * size;
+        retrofit_to_float(now, data, written->type, n);
+        retrofit_release_pages(data, n * size);
+        read_numbers(before, origin, ops, first + i, n);
         if (memcmp(now, before, n * sizeof *now))
-            die(1, "%s: what was written reads back as something else: is the disk sound?", name);
+            die(1, "%s: what was written reads back as something else: is the disk sound?",
+                written->name);
+    }
+}
+
+static void verify_parameter(const retrofit_model *model, const retrofit_parameter *written,
+                             const retrofit_parameter *origin, const retrofit_ops *ops) {
+    if (written->rows != origin->rows || written->cols != origin->cols)
+        die(1, "%s: written in another shape than its source's", written->source[0].name);
+    size_t first = 0;
+    for (size_t j = 0; j < written->sources; j++) {
+        const retrofit_tensor *tensor = retrofit_find_source(model, written, j);
+        must(tensor != NULL);
+        verify_tensor(tensor, origin, ops, first);
+        first += tensor->count;
     }
 }
 
@@ -821,12 +1016,12 @@ static void verify_parameter(const retrofit_parameter *written, const retrofit_p
 static size_t verify(const char *directory, const retrofit_parameter *const *origin,
                      const retrofit_model *model) {
     size_t count = model->parameter_count;
-    retrofit_model *written = retrofit_load(directory, &retrofit_cpu, RETROFIT_INFERENCE);
+    retrofit_model *written = retrofit_open(directory, &retrofit_cpu);
     if (!written) die(1, "reading back what was written: %s", retrofit_error());
     if (written->parameter_count != count)
         die(1, "reading back what was written: not all of it is there");
     for (size_t i = 0; i < count; i++) {
-        verify_parameter(written->parameters[i], origin[i], model->ops);
+        verify_parameter(written, written->parameters[i], origin[i], model->ops);
         retrofit_show_share(i + 1, count, "%s compared with its source", directory);
     }
     size_t bytes = written->maps[0].bytes;
@@ -2011,31 +2206,20 @@ typedef struct {
     bool used;
 } gguf_tensor;
 
-// A tensor whose numbers are the model's from number `first` on: see "The model" below.
-typedef struct {
-    size_t first;
-    const gguf_tensor *tensor;
-    size_t head_dim; // of q and k, whose rows stand in llama.cpp's order; else 0
-} gguf_piece;
-
 struct gguf_file {
     char path[RETROFIT_PATH];
     char *bytes; // the whole file, mapped
     size_t size;
     size_t position; // of what is read next, up to the data
+    const char *architecture; // one of those that are read, or NULL before it is known
     gguf_value *values;
     size_t value_count;
     gguf_tensor *tensors; // by name; the first file of a split model has those of all
     size_t tensor_count;
     gguf_file *next;       // the next file of a split model
     retrofit_text unknown; // keys of metadata that are not known, for a note
-    void *range;           // addresses of the model's numbers, range_size bytes
-    size_t range_size;
-    gguf_piece *pieces; // where they are, in the order of `first`
-    size_t piece_count;
 };
 
-#define DAMAGED "damaged, fetch it again"
 #define CUT_OFF "cut off or damaged, fetch it again"
 
 // Ends the program with one line on stderr about the file.
@@ -2071,18 +2255,6 @@ static bool gguf_string_is(gguf_string string, const char *text) {
 
 static float f16_at(const uint8_t *bytes) {
     return retrofit_f16_to_float((uint16_t)(bytes[0] | bytes[1] << 8));
-}
-
-static void read_f32(float *out, const uint8_t *data, size_t count) {
-    memcpy(out, data, count * sizeof *out);
-}
-
-static void read_f16(float *out, const uint8_t *data, size_t count) {
-    retrofit_to_float(out, data, RETROFIT_F16, count);
-}
-
-static void read_bf16(float *out, const uint8_t *data, size_t count) {
-    retrofit_to_float(out, data, RETROFIT_BF16, count);
 }
 
 // x = d·q. A zero has the sign of d.
@@ -2341,14 +2513,9 @@ static void read_tq2_0(float *out, const uint8_t *block, size_t blocks) {
     }
 }
 
-typedef struct {
-    const char *name;
-    size_t values, bytes; // of a block
-    void (*read)(float *out, const uint8_t *data, size_t blocks); // NULL: only its name is known
-} gguf_type;
-
-// By their numbers in files, up to those of llama.cpp in the autumn of 2026.
-static const gguf_type gguf_types[] = {
+// By their numbers in files, up to those of llama.cpp in the autumn of 2026; those that cannot be
+// read have a name alone.
+static const number_type gguf_types[] = {
     [0] = {"F32", 1, 4, read_f32},          [1] = {"F16", 1, 2, read_f16},
     [2] = {"Q4_0", 32, 18, read_q4_0},      [3] = {"Q4_1", 32, 20, read_q4_1},
     [6] = {"Q5_0", 32, 22, read_q5_0},      [7] = {"Q5_1", 32, 24, read_q5_1},
@@ -2373,7 +2540,7 @@ static const gguf_type gguf_types[] = {
 enum { GGUF_TENSOR_TYPES = sizeof gguf_types / sizeof *gguf_types };
 
 // NULL if tensors of this type are not read.
-static const gguf_type *gguf_find_type(uint32_t number) {
+static const number_type *gguf_find_type(uint32_t number) {
     bool is_read = number < GGUF_TENSOR_TYPES && gguf_types[number].read;
     return is_read ? &gguf_types[number] : NULL;
 }
@@ -2473,7 +2640,7 @@ static void gguf_read_tensor(gguf_file *gguf, gguf_tensor *tensor) {
     gguf_read_shape(gguf, tensor);
     tensor->type = (uint32_t)gguf_read_number(gguf, 4);
     tensor->offset = (size_t)gguf_read_number(gguf, 8);
-    const gguf_type *type = gguf_find_type(tensor->type);
+    const number_type *type = gguf_find_type(tensor->type);
     if (!type) gguf_die_type(tensor);
     if (tensor->cols % type->values)
         gguf_die(gguf, "tensor %s: rows of %zu are no blocks of %zu: " DAMAGED, tensor->name,
@@ -2668,12 +2835,20 @@ static void gguf_close(gguf_file *gguf) {
         free(part->tensors);
         if (part != gguf) free(part);
     }
-    if (gguf->range) munmap(gguf->range, gguf->range_size);
-    free(gguf->pieces);
     free(gguf->unknown.bytes);
 }
 
 // ---- Metadata -----------------------------------------------------------------------------------
+
+// Keys that describe the model begin with the name of its architecture: this is the one that ends
+// so, as llama.block_count. The text is good until the next call but one.
+static const char *gguf_key(const gguf_file *gguf, const char *end) {
+    static char keys[2][GGUF_MAX_KEY + 1];
+    static size_t next;
+    char *key = keys[next++ % 2];
+    snprintf(key, sizeof keys[0], "%s.%s", gguf->architecture, end);
+    return key;
+}
 
 // The entry of this key; NULL if there is none.
 static const gguf_value *gguf_entry(const gguf_file *gguf, const char *key) {
@@ -2776,14 +2951,18 @@ static gguf_string *gguf_need_strings(const gguf_file *gguf, const char *key, si
 
 // ---- What the metadata mean ---------------------------------------------------------------------
 
-// All keys that llama.cpp's converter writes for a Llama, and those of the specification. The first
-// row that fits counts.
+// The architectures that are read, called like the families of plain models in config.json. They
+// differ in their blocks alone: section 2 of retrofit.h.
+static const char *const gguf_architectures[] = {"llama", "olmo2", "qwen2", "qwen3"};
+
+// All keys that llama.cpp's converter writes for these, and those of the specification; ARCH stands
+// for the architecture's name. The first row that fits counts.
 static const retrofit_key gguf_keys[] = {
     {"general.architecture general.alignment", NULL, "see below"},
     {"general.type", "model", "only models are read: an adapter must be merged into its model"},
     {"general.quantization_version", "2",
      "its blocks of numbers are of an older format: convert the model again with a newer "
-     "llama.cpp"},
+     "ARCH.cpp"},
     {"general.*", "*", "says where the file comes from"},
     {"split.no split.count split.tensors.count", NULL, "see below"},
     {"split.*", "*", "says how the model was split"},
@@ -2793,32 +2972,32 @@ static const retrofit_key gguf_keys[] = {
     {"xielu.*", "", "another activation than a Llama's"},
     {"imatrix.* quantize.*", "*", "says how the model was quantised"},
     {"training.*", "", "a checkpoint of a training: export the model"},
-    {"llama.vocab_size llama.context_length llama.embedding_length llama.block_count "
-     "llama.feed_forward_length llama.attention.head_count llama.attention.head_count_kv "
-     "llama.attention.key_length llama.attention.value_length "
-     "llama.attention.layer_norm_rms_epsilon llama.attention.causal "
-     "llama.attention.sliding_window", NULL, "see below"},
-    {"llama.attention.layer_norm_epsilon", "0", "a Llama has RMS norms"},
-    {"llama.attention.clamp_kqv llama.attention.max_alibi_bias", "0", NULL},
-    {"llama.attention.scale", "0", "another scale than 1/√head size"},
-    {"llama.attention.*", "0", "another attention than a Llama's"},
-    {"llama.rope.dimension_count llama.rope.freq_base llama.rope.scaling.type "
-     "llama.rope.scaling.factor llama.rope.scale_linear", NULL, "see below"},
-    {"llama.rope.scaling.original_context_length llama.rope.scaling.finetuned "
-     "llama.rope.scaling.yarn_beta_*", "*", "only of scaling that is refused"},
-    {"llama.rope.scaling.attn_factor llama.rope.scaling.yarn_attn_factor", "1",
+    {"ARCH.vocab_size ARCH.context_length ARCH.embedding_length ARCH.block_count "
+     "ARCH.feed_forward_length ARCH.attention.head_count ARCH.attention.head_count_kv "
+     "ARCH.attention.key_length ARCH.attention.value_length "
+     "ARCH.attention.layer_norm_rms_epsilon ARCH.attention.causal "
+     "ARCH.attention.sliding_window", NULL, "see below"},
+    {"ARCH.attention.layer_norm_epsilon", "0", "a Llama has RMS norms"},
+    {"ARCH.attention.clamp_kqv ARCH.attention.max_alibi_bias", "0", NULL},
+    {"ARCH.attention.scale", "0", "another scale than 1/√head size"},
+    {"ARCH.attention.*", "0", "another attention than a Llama's"},
+    {"ARCH.rope.dimension_count ARCH.rope.freq_base ARCH.rope.scaling.type "
+     "ARCH.rope.scaling.factor ARCH.rope.scale_linear", NULL, "see below"},
+    {"ARCH.rope.scaling.original_context_length ARCH.rope.scaling.finetuned "
+     "ARCH.rope.scaling.yarn_beta_*", "*", "only of scaling that is refused"},
+    {"ARCH.rope.scaling.attn_factor ARCH.rope.scaling.yarn_attn_factor", "1",
      "it scales the scores of attention"},
-    {"llama.rope.scaling.yarn_ext_factor", "0|-1", "it mixes in YaRN's scaling"},
-    {"llama.rope.*", "0", "another rotation than a Llama's"},
-    {"llama.expert_count", "0", "a mixture of experts: only dense Llamas are supported"},
-    {"llama.expert_* llama.leading_dense_block_count", "*", "only of a mixture of experts"},
-    {"llama.use_parallel_residual", "false", NULL},
-    {"llama.tensor_data_layout", "reference|Meta AI original pth",
+    {"ARCH.rope.scaling.yarn_ext_factor", "0|-1", "it mixes in YaRN's scaling"},
+    {"ARCH.rope.*", "0", "another rotation than a Llama's"},
+    {"ARCH.expert_count", "0", "a mixture of experts: only dense Llamas are supported"},
+    {"ARCH.expert_* ARCH.leading_dense_block_count", "*", "only of a mixture of experts"},
+    {"ARCH.use_parallel_residual", "false", NULL},
+    {"ARCH.tensor_data_layout", "reference|Meta AI original pth",
      "its numbers stand in another order"},
-    {"llama.logit_scale llama.embedding_scale llama.residual_scale", "0|1", NULL},
-    {"llama.attn_logit_softcapping llama.final_logit_softcapping", "0", NULL},
-    {"llama.pooling_type", "*", "only of a model that embeds texts"},
-    {"llama.*", "0", "not known here, and it may change what is computed"},
+    {"ARCH.logit_scale ARCH.embedding_scale ARCH.residual_scale", "0|1", NULL},
+    {"ARCH.attn_logit_softcapping ARCH.final_logit_softcapping", "0", NULL},
+    {"ARCH.pooling_type", "*", "only of a model that embeds texts"},
+    {"ARCH.*", "0", "not known here, and it may change what is computed"},
     {"tokenizer.ggml.model tokenizer.ggml.pre tokenizer.ggml.tokens tokenizer.ggml.token_type "
      "tokenizer.ggml.scores tokenizer.ggml.merges tokenizer.ggml.bos_token_id "
      "tokenizer.ggml.eos_token_id tokenizer.ggml.eot_token_id tokenizer.ggml.eom_token_id "
@@ -2864,6 +3043,20 @@ static void gguf_value_text(const gguf_file *gguf, const gguf_value *value, char
     }
 }
 
+// The table's row for a file's key, made to fit whatever the file calls it; its key is NULL if
+// there is none.
+static retrofit_key gguf_find_row(const gguf_file *gguf, const char *key) {
+    size_t length = strlen(gguf->architecture);
+    bool own = !strncmp(key, gguf->architecture, length) && key[length] == '.';
+    char listed[GGUF_MAX_KEY + 8];
+    snprintf(listed, sizeof listed, "%s%s", own ? "ARCH" : "", own ? key + length : key);
+    const retrofit_key *row =
+        retrofit_key_find(listed, gguf_keys, sizeof gguf_keys / sizeof *gguf_keys);
+    bool passes_for_own = !own && !strncmp(key, "ARCH.", 5);
+    if (!row || passes_for_own) return (retrofit_key){NULL, NULL, NULL};
+    return (retrofit_key){"*", row->neutral, row->why};
+}
+
 // Ends the program where a key says what we would not do. What is not known at all is kept for a
 // note.
 static void gguf_check_keys(gguf_file *gguf) {
@@ -2873,8 +3066,8 @@ static void gguf_check_keys(gguf_file *gguf) {
         bool known;
         snprintf(key, sizeof key, "%.*s", (int)value->key.length, value->key.text);
         gguf_value_text(gguf, value, text);
-        must(retrofit_key_check(key, text, gguf_keys, sizeof gguf_keys / sizeof *gguf_keys,
-                                gguf->path, &known));
+        retrofit_key row = gguf_find_row(gguf, key);
+        must(retrofit_key_check(key, text, &row, row.key != NULL, gguf->path, &known));
         if (known) continue;
         retrofit_text_append_item(&gguf->unknown, key);
     }
@@ -2885,13 +3078,14 @@ static void gguf_check_keys(gguf_file *gguf) {
 // RoPE may rotate more slowly, for longer texts. Without a type llama.cpp takes the factor for a
 // linear one, which divides positions; older files have it under another name. 0: no scaling.
 static double gguf_linear_factor(const gguf_file *gguf) {
-    const char *type_key = "llama.rope.scaling.type", *key = "llama.rope.scaling.factor";
-    gguf_string type = gguf_optional_string(gguf, type_key);
+    const char *key = gguf_key(gguf, "rope.scaling.type");
+    gguf_string type = gguf_optional_string(gguf, key);
     if (gguf_string_is(type, "none")) return 0;
     if (type.length && !gguf_string_is(type, "linear"))
         gguf_die(gguf, "%s is %.*s: only linear scaling and Llama 3's, rope_freqs.weight, are "
-                       "supported", type_key, GGUF_SHOW(type));
-    if (!gguf_entry(gguf, key)) key = "llama.rope.scale_linear";
+                       "supported", key, GGUF_SHOW(type));
+    key = gguf_key(gguf, "rope.scaling.factor");
+    if (!gguf_entry(gguf, key)) key = gguf_key(gguf, "rope.scale_linear");
     float factor = gguf_f32(gguf, key, 1);
     bool none = factor == 0 || factor == 1;
     if (!none && !(factor > 1 && factor < 1e6f))
@@ -2900,100 +3094,31 @@ static double gguf_linear_factor(const gguf_file *gguf) {
 }
 
 // Heads whose keys, values and rotated parts differ in size are not supported.
-static void gguf_check_head_size(const gguf_file *gguf, const char *key, uint32_t otherwise,
+static void gguf_check_head_size(const gguf_file *gguf, const char *end, uint32_t otherwise,
                                  size_t head_dim) {
+    const char *key = gguf_key(gguf, end);
     uint32_t size = gguf_u32(gguf, key, otherwise);
     if (size != head_dim)
         gguf_die(gguf, "%s is %u, but heads have %zu: not supported", key, size, head_dim);
 }
 
 static void gguf_check_attention(const gguf_file *gguf, const retrofit_config *c) {
-    uint32_t window = gguf_u32(gguf, "llama.attention.sliding_window", 0);
-    if (!gguf_bool(gguf, "llama.attention.causal", true))
-        gguf_die(gguf, "llama.attention.causal is false: a model that sees what comes is not "
-                       "supported");
+    const char *key = gguf_key(gguf, "attention.causal");
+    if (!gguf_bool(gguf, key, true))
+        gguf_die(gguf, "%s is false: a model that sees what comes is not supported", key);
+    key = gguf_key(gguf, "attention.sliding_window");
+    uint32_t window = gguf_u32(gguf, key, 0);
     if (window && window < c->context)
-        gguf_die(gguf, "llama.attention.sliding_window is %u of a context of %zu: not supported",
-                 window, c->context);
-}
-
-// ---- Unpacking numbers --------------------------------------------------------------------------
-
-// RoPE rotates pairs of a head's h components. llama.cpp's converter moves the rows of q and k so
-// that the two of a pair become neighbours:
-//
-//     row in Hugging Face's order   0  1  …  h/2-1  h/2  h/2+1  …  h-1     pairs (i, i + h/2)
-//     row in llama.cpp's order      0  2  …   h-2    1     3    …  h-1     pairs (2i, 2i + 1)
-//
-// Returns where a row of Hugging Face's order stands in the file.
-static size_t gguf_row(const gguf_piece *piece, size_t row) {
-    if (piece->head_dim == 0) return row;
-    size_t i = row % piece->head_dim, half = piece->head_dim / 2;
-    return row - i + i % half * 2 + i / half;
-}
-
-// Numbers first … first + count - 1 of a tensor. Both ends must be those of blocks.
-static void gguf_unpack(const gguf_piece *piece, size_t first, size_t count, float *out) {
-    const gguf_tensor *tensor = piece->tensor;
-    const gguf_type *type = gguf_find_type(tensor->type);
-    size_t cols = tensor->cols, row_bytes = cols / type->values * type->bytes;
-    size_t end = first + count, last_row = (end - 1) / cols;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static)
-#endif
-    for (size_t row = first / cols; row <= last_row; row++) {
-        size_t from = retrofit_max(first, row * cols), to = retrofit_min(end, (row + 1) * cols);
-        size_t skipped = (from - row * cols) / type->values * type->bytes;
-        const uint8_t *data = tensor->data + gguf_row(piece, row) * row_bytes + skipped;
-        type->read(out + (from - first), data, (to - from) / type->values);
-    }
-    bool finite = true;
-    for (size_t i = 0; i < count; i++) finite &= fabsf(out[i]) <= FLT_MAX;
-    for (size_t i = 0; i < count && !finite; i++)
-        if (!isfinite(out[i]))
-            gguf_die(tensor->file, "tensor %s: number %zu is not finite: " DAMAGED, tensor->name,
-                     first + i);
+        gguf_die(gguf, "%s is %u of a context of %zu: not supported", key, window, c->context);
 }
 
 // ---- The model ----------------------------------------------------------------------------------
 
-// Unpacked, a model takes up to twenty times the memory that its file takes. So its numbers stay
-// where they are until they are written. As on a GPU, whose memory cannot be looked at, the model's
-// weights are addresses, here of a range with no memory behind it, and whoever wants numbers calls
-// `download` of the model's operations, which unpacks the tensors that lie there.
-
-static const gguf_file *gguf_device; // whose range it is
-
-// The piece that number `first` of the range is in.
-static const gguf_piece *gguf_find_piece(const gguf_file *gguf, size_t first) {
-    size_t low = 0, high = gguf->piece_count; // it is in low … high - 1
-    while (high - low > 1) {
-        size_t middle = low + (high - low) / 2;
-        if (gguf->pieces[middle].first <= first) low = middle;
-        else high = middle;
-    }
-    return &gguf->pieces[low];
-}
-
-// Addresses that are not in the range, as the adapter's, are those of memory.
-static void gguf_download(void *host, const void *from, size_t bytes) {
-    const gguf_file *gguf = gguf_device;
-    uintptr_t offset = (uintptr_t)from - (uintptr_t)gguf->range;
-    if (offset >= gguf->range_size) {
-        memcpy(host, from, bytes);
-        return;
-    }
-    float *out = host;
-    size_t first = offset / sizeof *out, end = first + bytes / sizeof *out;
-    while (first < end) {
-        const gguf_piece *piece = gguf_find_piece(gguf, first);
-        size_t begin = first - piece->first;
-        size_t size = piece->tensor->rows * piece->tensor->cols;
-        size_t n = retrofit_min(end - first, size - begin);
-        gguf_unpack(piece, begin, n, out);
-        first += n;
-        out += n;
-    }
+// A tensor as it goes to section 3; head_dim is 0 but for q and k whose rows were moved.
+static tensor_piece gguf_piece(const gguf_tensor *tensor, size_t head_dim) {
+    return (tensor_piece){.name = tensor->name, .path = tensor->file->path, .rows = tensor->rows,
+                          .cols = tensor->cols, .type = gguf_find_type(tensor->type),
+                          .data = tensor->data, .head_dim = head_dim};
 }
 
 static gguf_tensor *gguf_find_tensor(const gguf_file *gguf, const char *name) {
@@ -3049,13 +3174,13 @@ static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
         gguf_die(tensor->file, "tensor rope_freqs.weight is %zu x %zu, heads of %zu need 1 x %zu",
                  tensor->rows, tensor->cols, c->head_dim, n);
     float *divisors = allocate_or_die(n, sizeof *divisors);
-    const gguf_piece all = {0, tensor, 0};
-    gguf_unpack(&all, 0, n, divisors);
+    const tensor_piece piece = gguf_piece(tensor, 0);
+    read_piece(&piece, 0, n, divisors);
     bool scaled = false;
     for (size_t i = 0; i < n; i++) scaled = scaled || divisors[i] != 1;
     if (scaled && c->rope_factor > 0)
-        gguf_die(gguf, "RoPE is scaled twice, by rope_freqs.weight and by llama.rope.scaling or "
-                       "llama.rope.scale_linear: not supported");
+        gguf_die(gguf, "RoPE is scaled twice, by rope_freqs.weight and by %s or scale_linear: not "
+                       "supported", gguf_key(gguf, "rope.scaling"));
     if (scaled && !find_llama3_scaling(c, divisors))
         gguf_die(tensor->file, "tensor rope_freqs.weight is not Llama 3's scaling (low 1, high 4, "
                                "original context 8192 or another power of 2): not supported");
@@ -3065,34 +3190,55 @@ static void gguf_read_rope(const gguf_file *gguf, retrofit_config *c) {
 // The architecture comes first, since it begins the names of most keys; a file without one may be a
 // part of a model, or none, which the keys tell.
 static void gguf_check_architecture(gguf_file *gguf) {
-    gguf_string architecture = gguf_optional_string(gguf, "general.architecture");
-    if (architecture.length && !gguf_string_is(architecture, "llama"))
-        gguf_die(gguf, "the architecture is %.*s; only llama is read", GGUF_SHOW(architecture));
+    gguf_string name = gguf_optional_string(gguf, "general.architecture");
+    gguf->architecture = name.length ? NULL : "llama";
+    for (size_t i = 0; i < sizeof gguf_architectures / sizeof *gguf_architectures; i++)
+        if (gguf_string_is(name, gguf_architectures[i])) gguf->architecture = gguf_architectures[i];
+    if (!gguf->architecture)
+        gguf_die(gguf, "the architecture is %.*s; llama, olmo2, qwen2 and qwen3 are read",
+                 GGUF_SHOW(name));
     gguf_check_keys(gguf);
-    if (!architecture.length) gguf_die_missing(gguf, "general.architecture");
+    if (!name.length) gguf_die_missing(gguf, "general.architecture");
 }
 
 #define NO_TOKEN UINT32_MAX // -1 in a retrofit_config
 
+// The sizes, which almost all of them need.
+static void gguf_read_sizes(const gguf_file *gguf, retrofit_config *c) {
+    c->n_embd = gguf_need_u32(gguf, gguf_key(gguf, "embedding_length"));
+    c->n_heads = gguf_need_u32(gguf, gguf_key(gguf, "attention.head_count"));
+    c->n_kv_heads =
+        gguf_u32(gguf, gguf_key(gguf, "attention.head_count_kv"), (uint32_t)c->n_heads);
+    c->coda = gguf_need_u32(gguf, gguf_key(gguf, "block_count"));
+    c->intermediate = gguf_need_u32(gguf, gguf_key(gguf, "feed_forward_length"));
+    c->context = gguf_need_u32(gguf, gguf_key(gguf, "context_length"));
+
+    uint32_t head_dim = c->n_heads ? (uint32_t)(c->n_embd / c->n_heads) : 0;
+    c->head_dim = gguf_u32(gguf, gguf_key(gguf, "attention.key_length"), head_dim);
+    gguf_check_head_size(gguf, "attention.value_length", head_dim, c->head_dim);
+    gguf_check_head_size(gguf, "rope.dimension_count", (uint32_t)c->head_dim, c->head_dim);
+
+    const gguf_tensor *embedding = gguf_find_tensor(gguf, "token_embd.weight");
+    if (!embedding)
+        gguf_die(gguf, "tensor token_embd.weight is missing: is it a vocabulary alone?");
+    c->vocab = embedding->rows;
+    const char *key = gguf_key(gguf, "vocab_size");
+    uint32_t vocab = gguf_u32(gguf, key, (uint32_t)c->vocab);
+    if (vocab != c->vocab)
+        gguf_die(gguf, "%s is %u, but token_embd.weight has %zu rows: " DAMAGED, key, vocab,
+                 c->vocab);
+}
+
 static void gguf_read_config(gguf_file *gguf, retrofit_config *c) {
     gguf_check_architecture(gguf);
     memset(c, 0, sizeof *c);
-    c->n_embd = gguf_need_u32(gguf, "llama.embedding_length");
-    c->n_heads = gguf_need_u32(gguf, "llama.attention.head_count");
-    c->n_kv_heads = gguf_u32(gguf, "llama.attention.head_count_kv", (uint32_t)c->n_heads);
-    c->coda = gguf_need_u32(gguf, "llama.block_count");
-    c->intermediate = gguf_need_u32(gguf, "llama.feed_forward_length");
-    c->context = gguf_need_u32(gguf, "llama.context_length");
-
-    uint32_t head_dim = c->n_heads ? (uint32_t)(c->n_embd / c->n_heads) : 0;
-    c->head_dim = gguf_u32(gguf, "llama.attention.key_length", head_dim);
-    gguf_check_head_size(gguf, "llama.attention.value_length", head_dim, c->head_dim);
-    gguf_check_head_size(gguf, "llama.rope.dimension_count", (uint32_t)c->head_dim, c->head_dim);
+    must(retrofit_config_set_family(c, gguf->architecture));
+    gguf_read_sizes(gguf, c);
     gguf_check_attention(gguf, c);
-
-    gguf_need(gguf, "llama.attention.layer_norm_rms_epsilon", GGUF_F32, false);
-    c->norm_eps = gguf_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 0);
-    c->rope_theta = (double)gguf_f32(gguf, "llama.rope.freq_base", 10000);
+    const char *key = gguf_key(gguf, "attention.layer_norm_rms_epsilon");
+    gguf_need(gguf, key, GGUF_F32, false);
+    c->norm_eps = gguf_f32(gguf, key, 0);
+    c->rope_theta = (double)gguf_f32(gguf, gguf_key(gguf, "rope.freq_base"), 10000);
     c->bos = (int32_t)gguf_u32(gguf, "tokenizer.ggml.bos_token_id", NO_TOKEN);
     c->pad = (int32_t)gguf_u32(gguf, "tokenizer.ggml.padding_token_id", NO_TOKEN);
     c->eos[0] = (int32_t)gguf_u32(gguf, "tokenizer.ggml.eos_token_id", NO_TOKEN);
@@ -3101,20 +3247,12 @@ static void gguf_read_config(gguf_file *gguf, retrofit_config *c) {
     c->state_std = (float)RETROFIT_STATE_STD;
     c->mean_recurrence = 1;
     c->backprop_depth = 1;
-    const gguf_tensor *embedding = gguf_find_tensor(gguf, "token_embd.weight");
-    if (!embedding)
-        gguf_die(gguf, "tensor token_embd.weight is missing: is it a vocabulary alone?");
-    c->vocab = embedding->rows;
-    if (gguf_u32(gguf, "llama.vocab_size", (uint32_t)c->vocab) != c->vocab)
-        gguf_die(gguf, "llama.vocab_size is %u, but token_embd.weight has %zu rows: " DAMAGED,
-                 gguf_u32(gguf, "llama.vocab_size", 0), c->vocab);
     must(retrofit_config_check(c, gguf->path));
     gguf_read_rope(gguf, c);
 }
 
-// The tensor `name`, which must be of this shape, is what lies in the range next. head_dim is that
-// of q and k, else 0.
-static void gguf_add_piece(gguf_file *gguf, const char *name, size_t rows, size_t cols,
+// The tensor `name`, which must be of this shape, is the next piece.
+static void gguf_add_piece(const gguf_file *gguf, const char *name, size_t rows, size_t cols,
                            size_t head_dim) {
     gguf_tensor *tensor = gguf_find_tensor(gguf, name);
     if (!tensor) gguf_die(gguf, "tensor %s is missing: damaged, or not all of a model", name);
@@ -3122,69 +3260,57 @@ static void gguf_add_piece(gguf_file *gguf, const char *name, size_t rows, size_
     if (tensor->rows != rows || tensor->cols != cols)
         gguf_die(tensor->file, "tensor %s is %zu x %zu, the metadata ask for %zu x %zu",
                  tensor->name, tensor->rows, tensor->cols, rows, cols);
-    size_t first = 0;
-    if (gguf->piece_count > 0) {
-        const gguf_piece *last = &gguf->pieces[gguf->piece_count - 1];
-        first = last->first + last->tensor->rows * last->tensor->cols;
-    }
-    gguf->pieces[gguf->piece_count++] = (gguf_piece){first, tensor, head_dim};
+    add_piece(gguf_piece(tensor, head_dim));
 }
 
 // The parameter's numbers are those of tensors that stand in it one below the other: their names,
-// between `prefix` and .weight.
-static void gguf_place(gguf_file *gguf, const char *prefix, const char *const names[3],
+// between `prefix` and .weight or .bias. Vectors have one row in the file.
+static void gguf_place(const gguf_file *gguf, const char *prefix, const char *const names[3],
                        retrofit_parameter *p, size_t head_dim) {
-    size_t index = gguf->piece_count;
+    bool bias = p->kind == RETROFIT_BIAS;
+    p->weight.data = next_address();
     for (size_t i = 0; i < p->sources; i++) {
         char name[GGUF_MAX_NAME + 1];
-        snprintf(name, sizeof name, "%s%s.weight", prefix, names[i]);
-        gguf_add_piece(gguf, name, p->source[i].rows, p->cols, i < 2 ? head_dim : 0);
+        size_t rows = p->source[i].rows;
+        snprintf(name, sizeof name, "%s%s.%s", prefix, names[i], bias ? "bias" : "weight");
+        gguf_add_piece(gguf, name, bias ? 1 : rows, bias ? rows : p->cols, i < 2 ? head_dim : 0);
     }
-    p->weight.data = (const float *)gguf->range + gguf->pieces[index].first;
 }
 
-static void gguf_place_layer(gguf_file *gguf, const retrofit_config *c, size_t number,
+// The rows of q and k stand in another order in a llama alone. What an architecture's blocks lack
+// has no sources.
+static void gguf_place_layer(const gguf_file *gguf, const retrofit_config *c, size_t number,
                              retrofit_layer *layer) {
+    size_t head_dim = strcmp(gguf->architecture, "llama") ? 0 : c->head_dim;
     const struct {
         retrofit_parameter *parameter;
         const char *names[3];
         size_t head_dim;
     } table[] = {
-        {&layer->norm_1, {"attn_norm"}, 0},
-        {&layer->w_qkv, {"attn_q", "attn_k", "attn_v"}, c->head_dim},
+        {&layer->norm_1, {c->post_norm ? "post_attention_norm" : "attn_norm"}, 0},
+        {&layer->w_qkv, {"attn_q", "attn_k", "attn_v"}, head_dim},
+        {&layer->b_qkv, {"attn_q", "attn_k", "attn_v"}, 0},
+        {&layer->q_norm, {"attn_q_norm"}, 0},
+        {&layer->k_norm, {"attn_k_norm"}, 0},
         {&layer->w_out, {"attn_output"}, 0},
-        {&layer->norm_2, {"ffn_norm"}, 0},
+        {&layer->norm_2, {c->post_norm ? "post_ffw_norm" : "ffn_norm"}, 0},
         {&layer->w_gate_up, {"ffn_gate", "ffn_up"}, 0},
         {&layer->w_down, {"ffn_down"}, 0},
     };
     char prefix[32];
     snprintf(prefix, sizeof prefix, "blk.%zu.", number);
     for (size_t i = 0; i < sizeof table / sizeof *table; i++)
-        gguf_place(gguf, prefix, table[i].names, table[i].parameter, table[i].head_dim);
-}
-
-// Addresses for all of the model's numbers, which nobody may read or write.
-static void gguf_reserve(gguf_file *gguf, const retrofit_model *model) {
-    gguf->range_size = model->weight_count * sizeof(float);
-    gguf->range = mmap(NULL, gguf->range_size, PROT_NONE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (gguf->range == MAP_FAILED)
-        gguf_die(gguf, "no addresses for its %zu numbers: %s", model->weight_count,
-                 strerror(errno));
-    gguf->pieces = allocate_or_die(3 * model->parameter_count, sizeof *gguf->pieces);
-    gguf_device = gguf;
+        if (table[i].parameter->sources)
+            gguf_place(gguf, prefix, table[i].names, table[i].parameter, table[i].head_dim);
 }
 
 // The model is good until the file is closed.
 static retrofit_model *gguf_load(gguf_file *gguf) {
-    static retrofit_ops ops;
-    ops = retrofit_cpu;
-    ops.download = gguf_download;
     retrofit_config config;
     gguf_read_config(gguf, &config);
-    retrofit_model *model = retrofit_model_new(&config, &ops);
+    retrofit_model *model = retrofit_model_new(&config, file_operations());
     must(model != NULL);
-    gguf_reserve(gguf, model);
+    begin_pieces(model, gguf->path);
 
     gguf_place(gguf, "", (const char *[3]){"token_embd"}, &model->wte, 0);
     for (size_t i = 0; i < config.coda; i++)
@@ -3195,9 +3321,8 @@ static retrofit_model *gguf_load(gguf_file *gguf) {
 
     for (size_t i = 0; i < gguf->tensor_count; i++)
         if (!gguf->tensors[i].used)
-            gguf_die(gguf->tensors[i].file, "tensor %s has no place in a Llama of these metadata "
-                                            "(biases, say, are not supported)",
-                     gguf->tensors[i].name);
+            gguf_die(gguf->tensors[i].file, "tensor %s has no place in a %s of these metadata",
+                     gguf->tensors[i].name, gguf->architecture);
     if (gguf->unknown.size > 1)
         retrofit_note("%s: not known here, and not used: %s", gguf->path, gguf->unknown.bytes);
     return model;
@@ -3225,14 +3350,36 @@ static const struct {
     {"tokenizer.ggml.padding_token_id", "pad_token"},
 };
 
+// How byte-level BPE prepares a text, by what tokenizer.ggml.pre calls it. Its words are cut by
+// GPT-2's pattern, or by Llama 3's, of which there are several that cut digits differently.
+typedef struct {
+    const char *name;
+    const char *digits;  // in a pattern like Llama 3's; NULL: GPT-2's pattern
+    bool each_digit;     // every digit is cut off before
+    bool composed;       // characters and their marks are composed before: Unicode's form NFC
+    bool ignores_merges; // a word that is a token is not merged
+    bool adds_bos;       // unless the metadata say otherwise
+} word_pattern;
+
+// dbrx is OLMo-2's. llama.cpp does not compose characters; Qwen's own tokenizer does.
+static const word_pattern word_patterns[] = {
+    {"llama-bpe", .digits = "\\\\p{N}{1,3}", .ignores_merges = true, .adds_bos = true},
+    {"llama3", .digits = "\\\\p{N}{1,3}", .ignores_merges = true, .adds_bos = true},
+    {"dbrx", .digits = "\\\\p{N}{1,3}"},
+    {"qwen2", .digits = "\\\\p{N}", .composed = true},
+    {"smollm", .each_digit = true},
+    {.name = "gpt-2"},
+    {.name = "default"},
+};
+
 typedef struct {
     const gguf_file *gguf;
     bool sentencepiece;
-    bool smollm, llama3; // which pattern byte-level BPE has; neither: GPT-2's
-    size_t count;        // of tokens
-    gguf_string *tokens; // [count]
-    int32_t *types;      // [count]
-    float *scores;       // [count] SentencePiece
+    const word_pattern *pattern; // of byte-level BPE, else NULL
+    size_t count;                // of tokens
+    gguf_string *tokens;         // [count]
+    int32_t *types;              // [count]
+    float *scores;               // [count] SentencePiece
     gguf_string *merges; // [merge_count] byte-level BPE: "left right", the first to be made first
     size_t merge_count;
     uint32_t ids[ROLES]; // NO_TOKEN: none
@@ -3268,18 +3415,17 @@ static void read_tokens(gguf_vocabulary *v) {
 static void read_merges(gguf_vocabulary *v) {
     gguf_string pattern = gguf_need_string(v->gguf, "tokenizer.ggml.pre");
     v->merges = gguf_need_strings(v->gguf, "tokenizer.ggml.merges", &v->merge_count);
-    v->smollm = gguf_string_is(pattern, "smollm");
-    v->llama3 = gguf_string_is(pattern, "llama-bpe") || gguf_string_is(pattern, "llama3");
-    bool gpt2 = gguf_string_is(pattern, "default") || gguf_string_is(pattern, "gpt-2");
-    if (!v->smollm && !v->llama3 && !gpt2)
-        gguf_die(v->gguf, "tokenizer.ggml.pre is %.*s; known: smollm, llama-bpe, gpt-2, default",
-                 GGUF_SHOW(pattern));
+    for (size_t i = 0; i < sizeof word_patterns / sizeof *word_patterns; i++)
+        if (gguf_string_is(pattern, word_patterns[i].name)) v->pattern = &word_patterns[i];
+    if (!v->pattern)
+        gguf_die(v->gguf, "tokenizer.ggml.pre is %.*s; known: llama-bpe, qwen2, dbrx, smollm, "
+                          "gpt-2, default", GGUF_SHOW(pattern));
 }
 
 // Where the metadata don't say what is added to a text, llama.cpp's defaults hold.
 static void read_roles(gguf_vocabulary *v) {
     const gguf_file *gguf = v->gguf;
-    bool bos = v->sentencepiece || v->llama3;
+    bool bos = v->sentencepiece || v->pattern->adds_bos;
     v->added[BOS] = gguf_bool(gguf, "tokenizer.ggml.add_bos_token", bos);
     v->added[EOS] = gguf_bool(gguf, "tokenizer.ggml.add_eos_token", false);
     v->add_space = gguf_bool(gguf, "tokenizer.ggml.add_space_prefix", v->sentencepiece);
@@ -3436,19 +3582,23 @@ static void print_sentencepiece_steps(FILE *f, bool add_space) {
 }
 
 // How byte-level BPE cuts a text into words, within which it merges.
-static void print_byte_level_steps(FILE *f, bool smollm, bool llama3) {
-    static const char llama3_pattern[] =
-        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}{1,3}|"
-        " ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+";
-    print_json(f, "  'normalizer': null,\n  'pre_tokenizer': ");
-    if (smollm || llama3) print_json(f, "{'type': 'Sequence', 'pretokenizers': [");
-    if (smollm) print_json(f, "{'type': 'Digits', 'individual_digits': true}, ");
-    if (llama3)
+static void print_byte_level_steps(FILE *f, const word_pattern *pattern) {
+    static const char before[] =
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|";
+    static const char after[] = "| ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|"
+                                "\\\\s+(?!\\\\S)|\\\\s+";
+    bool several = pattern->each_digit || pattern->digits;
+    print_json(f, pattern->composed ? "  'normalizer': {'type': 'NFC'},\n"
+                                    : "  'normalizer': null,\n");
+    print_json(f, "  'pre_tokenizer': ");
+    if (several) print_json(f, "{'type': 'Sequence', 'pretokenizers': [");
+    if (pattern->each_digit) print_json(f, "{'type': 'Digits', 'individual_digits': true}, ");
+    if (pattern->digits)
         print_json(f, "{'type': 'Split', 'behavior': 'Isolated', 'invert': false, "
-                      "'pattern': {'Regex': '%s'}}, ", llama3_pattern);
+                      "'pattern': {'Regex': '%s%s%s'}}, ", before, pattern->digits, after);
     print_json(f, "{'type': 'ByteLevel', 'add_prefix_space': false, 'trim_offsets': true, "
-                  "'use_regex': %s}", true_or_false(!llama3));
-    print_json(f, smollm || llama3 ? "]},\n" : ",\n");
+                  "'use_regex': %s}", true_or_false(!pattern->digits));
+    print_json(f, several ? "]},\n" : ",\n");
 }
 
 static void print_special_token(FILE *f, const gguf_vocabulary *v, int role) {
@@ -3524,7 +3674,7 @@ static void print_merges(FILE *f, const gguf_vocabulary *v, const merge_list *de
 }
 
 static void print_model(FILE *f, const gguf_vocabulary *v, const merge_list *derived) {
-    bool byte_fallback = false;
+    bool byte_fallback = false, ignores_merges = v->pattern && v->pattern->ignores_merges;
     for (size_t i = 0; i < v->count; i++) byte_fallback |= v->types[i] == TYPE_BYTE;
     print_json(f, "  'model': {\n    'type': 'BPE',\n    'dropout': null,\n    'unk_token': ");
     if (v->sentencepiece && v->ids[UNKNOWN] != NO_TOKEN) print_token(f, v, v->ids[UNKNOWN]);
@@ -3532,7 +3682,7 @@ static void print_model(FILE *f, const gguf_vocabulary *v, const merge_list *der
     print_json(f, ",\n    'continuing_subword_prefix': null,\n    'end_of_word_suffix': null,\n");
     print_json(f, "    'fuse_unk': %s,\n", true_or_false(v->sentencepiece));
     print_json(f, "    'byte_fallback': %s,\n", true_or_false(byte_fallback));
-    print_json(f, "    'ignore_merges': %s,\n    'vocab': {", true_or_false(v->llama3));
+    print_json(f, "    'ignore_merges': %s,\n    'vocab': {", true_or_false(ignores_merges));
     for (size_t i = 0; i < v->count; i++) {
         print_json(f, i ? ",\n      " : "\n      ");
         print_token(f, v, i);
@@ -3547,7 +3697,7 @@ static void print_tokenizer(FILE *f, const gguf_vocabulary *v, const merge_list 
     print_json(f, "{\n  'version': '1.0',\n  'truncation': null,\n  'padding': null,\n");
     print_added_tokens(f, v);
     if (v->sentencepiece) print_sentencepiece_steps(f, v->add_space);
-    else print_byte_level_steps(f, v->smollm, v->llama3);
+    else print_byte_level_steps(f, v->pattern);
     print_post_processor(f, v);
     print_decoder(f, v);
     print_model(f, v, derived);
@@ -3719,7 +3869,10 @@ static void convert(int task) {
         source = gguf_load(&gguf);
         tokenizer.gguf = &gguf;
     } else {
-        source = retrofit_load(options.from, &retrofit_cpu, RETROFIT_INFERENCE);
+        // To measure its layers, the model must run; else it is only copied.
+        bool runs = options.text;
+        source = runs ? retrofit_load(options.from, &retrofit_cpu, RETROFIT_INFERENCE)
+                      : open_directory(options.from);
         must(source != NULL);
         tokenizer.directory = retrofit_model_directory(options.from, path);
         mend_ids(source, tokenizer.directory);
@@ -3728,6 +3881,7 @@ static void convert(int task) {
     else if (task == REPORT) report(source, tokenizer);
     else rewrite(source, tokenizer);
     retrofit_free(source);
+    forget_pieces();
     if (is_file) gguf_close(&gguf);
 }
 

@@ -68,24 +68,24 @@
    A_s has grown. In a short training this choice decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   781
-       s_0                                             retrofit_init_state               804
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            809
-       s_i, without and with gradient                  retrofit_recur                    845
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               671
-       its gradient                                    block_backward                    706
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     857
-       L                                               retrofit_loss                     911
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               934
-       dA_e, de                                        injection_backward                952
-       floating-point operations                       retrofit_flops_per_token          3453
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1013
-       the curriculum r̄(t)                             retrofit_curriculum               1048
-       a training step                                 retrofit_training_step            1117
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1324
-       Newton-Schulz                                   newton_schulz                     1227
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1363
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2281
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   782
+       s_0                                             retrofit_init_state               805
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            810
+       s_i, without and with gradient                  retrofit_recur                    846
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               672
+       its gradient                                    block_backward                    707
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     858
+       L                                               retrofit_loss                     912
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               935
+       dA_e, de                                        injection_backward                953
+       floating-point operations                       retrofit_flops_per_token          3454
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1014
+       the curriculum r̄(t)                             retrofit_curriculum               1049
+       a training step                                 retrofit_training_step            1118
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1325
+       Newton-Schulz                                   newton_schulz                     1228
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1364
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2282
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -633,11 +633,12 @@ static void branch_output(retrofit_buffers *buffers, float *out, const float *x,
     const retrofit_config *c = &buffers->model->config;
     const retrofit_ops *ops = buffers->model->ops;
     size_t N = buffers->N, d = c->n_embd;
-    ops->matmul_residual_forward(c->post_norm ? projected : out, c->post_norm ? NULL : x, inp, w, N,
-                                 I, d);
-    if (c->post_norm)
-        ops->rmsnorm_residual_forward(out, rstd, x, projected, norm->weight.data, N, d,
-                                      c->norm_eps);
+    if (!c->post_norm) {
+        ops->matmul_residual_forward(out, x, inp, w, N, I, d);
+        return;
+    }
+    ops->matmul_residual_forward(projected, NULL, inp, w, N, I, d);
+    ops->rmsnorm_residual_forward(out, rstd, x, projected, norm->weight.data, N, d, c->norm_eps);
 }
 
 // dbranch, the gradient of w·inp, from dx.
@@ -3302,6 +3303,8 @@ void retrofit_abandon_on_signals(const char *program);
 
 // Whether the numbers make a model; `where` begins the error. false or error.
 bool retrofit_config_check(const retrofit_config *config, const char *where);
+// Sets what makes the blocks of a family of plain models, by its model_type. false or error.
+bool retrofit_config_set_family(retrofit_config *config, const char *type);
 // Reads directory/config.json, of model_type huginn_raven, llama, qwen2, qwen3 or olmo2. false or
 // error, also if it asks for what is not supported.
 bool retrofit_config_read(retrofit_config *config, const char *directory);
@@ -3326,6 +3329,13 @@ const char *retrofit_model_directory(const char *directory, char path[RETROFIT_P
 #define RETROFIT_MODELLING "modeling_retrofit.py"
 // The files that retrofit_save may write. The last one is NULL.
 extern const char *const retrofit_model_files[];
+// As retrofit_load, but without memory for the weights, which have no addresses: for who reads the
+// tensors where they lie in the mapped files. That all are there is checked; none takes memory
+// meanwhile. NULL or error.
+retrofit_model *retrofit_open(const char *directory, const retrofit_ops *ops);
+// Of the tensors that make up a parameter, one below the other, number j. NULL or error.
+const retrofit_tensor *retrofit_find_source(const retrofit_model *model,
+                                            const retrofit_parameter *parameter, size_t j);
 // Writes config.json and model.safetensors to a directory that exists, floats as `type`, and copies
 // the tokenizer's files and modelling code from tokenizer_from, or its latest checkpoint, unless
 // they are there already; it may be NULL. false or error.
@@ -4052,6 +4062,7 @@ size_t retrofit_state_rms(const retrofit_buffers *buffers, double *rms) {
 //
 //     buffers            shares with         because
 //     final              norm                the head reads it before a block computes a norm again
+//     wide_logits        logits              one is for the host, the other for the loss
 //     dinjected          injected            the forward pass is over when its gradient begins
 //     dfinal             dinner              the head's gradient is used up before any block's
 //     dattention         scratch.attention   with RETROFIT_KEEP_ALL no block uses the scratch; with
@@ -4150,9 +4161,10 @@ static void lay_out_logits(retrofit_buffers *buffers, arena *a, const retrofit_c
     size_t N = buffers->B * buffers->T, V = c->vocab;
     size_t tiles = LOGITS_BYTES / (V * size) / LOGITS_TILE + 1;
     buffers->chunk = retrofit_min(N, tiles * LOGITS_TILE);
-    buffers->logits = arena_alloc(a, buffers->chunk * V, size);
     size_t wide_rows = retrofit_max(retrofit_min(buffers->chunk, WIDE_ROWS), buffers->B);
-    buffers->wide_logits = arena_alloc(a, wide_rows * V, sizeof(float));
+    size_t row_bytes = retrofit_max(buffers->chunk * size, wide_rows * sizeof(float));
+    buffers->logits = arena_alloc(a, row_bytes, V);
+    buffers->wide_logits = buffers->logits;
 }
 
 // Twice: with a.base NULL to measure, then to hand out the memory.
@@ -5060,6 +5072,15 @@ static void set_family(retrofit_config *c, const model_family *family) {
     c->qk_norm = family->qk_norm;
 }
 
+bool retrofit_config_set_family(retrofit_config *config, const char *type) {
+    for (size_t i = 0; i < MODEL_FAMILIES; i++) {
+        if (strcmp(model_families[i].type, type)) continue;
+        set_family(config, &model_families[i]);
+        return true;
+    }
+    return retrofit_fail("%s is no family of plain models", type);
+}
+
 // One of the names, by its number in *out, which stays as it is without the key. false or error.
 static bool read_config_choice(size_t *out, const retrofit_json *json, const char *key,
                                const char *const *names, size_t count, const char *where) {
@@ -5449,13 +5470,27 @@ static const retrofit_tensor *find_source(const retrofit_model *model,
     return tensor;
 }
 
-static bool find_sources(const retrofit_model *model, source_tensors *sources, const char *where) {
+const retrofit_tensor *retrofit_find_source(const retrofit_model *model,
+                                            const retrofit_parameter *parameter, size_t j) {
+    return find_source(model, parameter, j, model->maps[0].path);
+}
+
+static bool find_sources(const retrofit_model *model, source_tensors *sources) {
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *parameter = model->parameters[i];
         for (size_t j = 0; j < parameter->sources; j++) {
-            sources[i].tensor[j] = find_source(model, parameter, j, where);
+            sources[i].tensor[j] = retrofit_find_source(model, parameter, j);
             if (!sources[i].tensor[j]) return false;
         }
+    }
+    return true;
+}
+
+// Whether all tensors are there, in their shapes.
+static bool check_sources(const retrofit_model *model, const char *where) {
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        for (size_t j = 0; j < model->parameters[i]->sources; j++)
+            if (!find_source(model, model->parameters[i], j, where)) return false;
     }
     return true;
 }
@@ -5535,10 +5570,10 @@ static void upload_parameter(const retrofit_model *model, const retrofit_paramet
     }
 }
 
-static bool load_weights(retrofit_model *model, retrofit_mode mode, const char *where) {
+static bool load_weights(retrofit_model *model, retrofit_mode mode) {
     source_tensors *sources = retrofit_allocate(model->parameter_count, sizeof *sources);
     conversion *scratch = retrofit_allocate(1, sizeof *scratch);
-    bool ok = sources && scratch && find_sources(model, sources, where);
+    bool ok = sources && scratch && find_sources(model, sources);
     if (ok && mode == RETROFIT_INFERENCE) ok = place_for_inference(model, sources);
     else if (ok) ok = retrofit_model_allocate(model, mode);
     for (size_t i = 0; ok && i < model->parameter_count; i++)
@@ -5694,9 +5729,9 @@ void retrofit_safetensors_survey(const retrofit_map *map, bool release, size_t *
 }
 
 // A tensor of zeros alone is what a download with a hole in it leaves, but may be meant.
-static bool check_values(const retrofit_map *map) {
+static bool check_values(const retrofit_map *map, bool release) {
     size_t wrong, zero;
-    retrofit_safetensors_survey(map, false, &wrong, &zero);
+    retrofit_safetensors_survey(map, release, &wrong, &zero);
     if (zero < map->count)
         retrofit_note("%s: tensor %s holds zeros alone: if that is not meant, the download is not "
                       "complete", map->path, map->tensors[zero].name);
@@ -5710,39 +5745,54 @@ static bool check_values(const retrofit_map *map) {
                          "or its training failed", map->path, tensor->name, at);
 }
 
-static bool check_maps(const retrofit_model *model) {
+static bool check_maps(const retrofit_model *model, bool release) {
     size_t count;
     const char **places = list_places(model, &count);
     bool ok = places != NULL;
     for (size_t i = 0; ok && i < model->map_count; i++)
-        ok = check_all_used(model, &model->maps[i], places, count) && check_values(&model->maps[i]);
+        ok = check_all_used(model, &model->maps[i], places, count) &&
+             check_values(&model->maps[i], release);
     free(places);
     return ok;
 }
 
-static bool load_files(retrofit_model *model, retrofit_mode mode, const char *directory) {
+// Maps the files and checks them. release: as retrofit_safetensors_survey takes it.
+static bool open_files(retrofit_model *model, const char *directory, bool release) {
     if (!open_maps(model, directory)) return false;
-    if (!load_weights(model, mode, directory)) return false;
-    if (!check_maps(model)) return false;
+    if (!check_sources(model, directory)) return false;
+    if (!check_maps(model, release)) return false;
     note_other_head(model, directory);
-    if (!note_beside(directory)) return false;
-    if (mode == RETROFIT_INFERENCE) return true;
-    retrofit_refresh_weights(model);
-    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
-    model->map_count = 0; // nothing lies in the files any more
-    return true;
+    return note_beside(directory);
 }
 
-retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode) {
+static retrofit_model *open_model(const char *directory, const retrofit_ops *ops, bool release) {
     char path[RETROFIT_PATH];
     retrofit_config config;
     directory = retrofit_model_directory(directory, path);
     if (!retrofit_config_read(&config, directory)) return NULL;
     retrofit_model *model = retrofit_model_new(&config, ops);
     if (!model) return NULL;
-    if (load_files(model, mode, directory)) return model;
+    if (open_files(model, directory, release)) return model;
     retrofit_free(model);
     return NULL;
+}
+
+retrofit_model *retrofit_open(const char *directory, const retrofit_ops *ops) {
+    return open_model(directory, ops, true);
+}
+
+retrofit_model *retrofit_load(const char *directory, const retrofit_ops *ops, retrofit_mode mode) {
+    retrofit_model *model = open_model(directory, ops, false);
+    if (!model) return NULL;
+    if (!load_weights(model, mode)) {
+        retrofit_free(model);
+        return NULL;
+    }
+    if (mode == RETROFIT_INFERENCE) return model;
+    retrofit_refresh_weights(model);
+    for (size_t i = 0; i < model->map_count; i++) retrofit_safetensors_close(&model->maps[i]);
+    model->map_count = 0; // nothing lies in the files any more
+    return model;
 }
 
 // ---- Checkpoints -------------------------------------------------------------------------------
@@ -8358,6 +8408,11 @@ enum {
 #define TOK_PATTERN(digits) \
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|" digits \
     "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+// GPT-4's own spelling of what became Llama 3's pattern. ++ and ?+ give nothing back, but nothing
+// that follows here could begin with it; and \s* goes on to the last line break anyway.
+#define TOK_GPT4_PATTERN \
+    "'(?i:[sdmt]|ll|ve|re)|[^\\r\\n\\p{L}\\p{N}]?+\\p{L}+|\\p{N}{1,3}" \
+    "| ?[^\\s\\p{L}\\p{N}]++[\\r\\n]*|\\s*[\\r\\n]|\\s+(?!\\S)|\\s+"
 
 // How a file spells the steps, in the only order in which it may list them: the role, the type, and
 // the settings it must have (name, value, name, value, …; TOK_ANY is any value that is there). A
@@ -8376,6 +8431,7 @@ static const struct {
     {TOK_SPLIT_GPT2,    TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_GPT2_PATTERN}},
     {TOK_SPLIT_QWEN2,   TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_QWEN2_PATTERN}},
     {TOK_SPLIT_LLAMA3,  TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_LLAMA3_PATTERN}},
+    {TOK_SPLIT_LLAMA3,  TOK_PRE_TOKENIZER, "Split", {"Regex", TOK_GPT4_PATTERN}},
     {TOK_BYTE_LEVEL,    TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", TOK_ANY,
                                                          "use_regex", "false"}},
     {TOK_GPT2_BYTES,    TOK_PRE_TOKENIZER, "ByteLevel", {"add_prefix_space", TOK_ANY}},

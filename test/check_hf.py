@@ -30,8 +30,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BIN = os.path.abspath(os.environ.get("BIN", ROOT))
 FIXTURES = os.path.join(ROOT, "test/fixtures")
 CODE = os.path.join(ROOT, "modeling_retrofit.py")
-MODELS = ("tiny", "llama3", "head64", "olmo2")  # those that are there
-STYLES = ("llama2_style", "llama3_style", "smollm_style")
+MODELS = ("tiny", "llama3", "head64", "olmo2", "qwen2", "qwen3")
+STYLES = ("llama2_style", "llama3_style", "olmo2_style", "qwen2_style", "smollm_style")
 TORCH = ["torch==2.15.0", "numpy==2.4.6"]
 ENVIRONMENTS = {
     "transformers-4.57.1": ["transformers==4.57.1"],
@@ -104,12 +104,13 @@ def write_models(work):
 
 
 def write_tokenizer(source, target):
-    """With the class whose tokenizer.json is followed in transformers 4 and 5."""
+    """With a class by which transformers 4 and 5 follow tokenizer.json, or do what it says."""
     os.mkdir(target)
     shutil.copy(os.path.join(source, "tokenizer.json"), target)
     with open(os.path.join(source, "tokenizer_config.json")) as file:
         config = json.load(file)
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if config["tokenizer_class"] != "Qwen2Tokenizer":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     with open(os.path.join(target, "tokenizer_config.json"), "w") as file:
         json.dump(config, file)
 

@@ -213,6 +213,14 @@ static void put_array(section *s, const char *key, uint32_t type, size_t count) 
 
 enum { GGUF_LAYER_TENSORS = 9, GGUF_SEED_ENTRIES = 19 };
 
+// The key of this seed's architecture that ends so; good for the next call alone.
+static const char *gguf_seed_architecture = "llama";
+static const char *seed_key(const char *end) {
+    static char key[128];
+    snprintf(key, sizeof key, "%s.%s", gguf_seed_architecture, end);
+    return key;
+}
+
 static void put_tensor(section *s, const char *name, size_t rows, size_t cols, uint32_t type,
                        size_t *offset) {
     put_string(s, name);
@@ -225,6 +233,8 @@ static void put_tensor(section *s, const char *name, size_t rows, size_t cols, u
     size_t bytes = rows * (cols / kind->values) * kind->bytes;
     *offset += (bytes + 31) / 32 * 32;
 }
+
+static const char *gguf_seed_pattern = "smollm";
 
 static void put_vocabulary(section *s, bool sentencepiece, uint32_t bos) {
     static const char *const tokens[2][8] = {
@@ -248,7 +258,7 @@ static void put_vocabulary(section *s, bool sentencepiece, uint32_t bos) {
         for (size_t i = 0; i < 8; i++) put(s, &(float){-(float)i}, 4);
         put_u32(s, "tokenizer.ggml.unknown_token_id", 0);
     } else {
-        put_text(s, "tokenizer.ggml.pre", "smollm");
+        put_text(s, "tokenizer.ggml.pre", gguf_seed_pattern);
         put_array(s, "tokenizer.ggml.merges", GGUF_STRING, 2);
         put_string(s, "a b");
         put_string(s, "\xc4\xa0 ab");
@@ -277,17 +287,17 @@ static void put_header(section *s, size_t tensors, size_t entries) {
     put_number(s, 3, 4);
     put_number(s, tensors, 8);
     put_number(s, entries, 8);
-    put_text(s, "general.architecture", "llama");
+    put_text(s, "general.architecture", gguf_seed_architecture);
 }
 
 static void put_metadata(section *s, const gguf_shape *shape, bool sentencepiece, uint32_t bos) {
-    put_u32(s, "llama.embedding_length", (uint32_t)shape->d);
-    put_u32(s, "llama.attention.head_count", (uint32_t)shape->heads);
-    put_u32(s, "llama.attention.head_count_kv", (uint32_t)shape->kv_heads);
-    put_u32(s, "llama.block_count", 1);
-    put_u32(s, "llama.feed_forward_length", (uint32_t)shape->F);
-    put_u32(s, "llama.context_length", 64);
-    put_key(s, "llama.attention.layer_norm_rms_epsilon", GGUF_F32);
+    put_u32(s, seed_key("embedding_length"), (uint32_t)shape->d);
+    put_u32(s, seed_key("attention.head_count"), (uint32_t)shape->heads);
+    put_u32(s, seed_key("attention.head_count_kv"), (uint32_t)shape->kv_heads);
+    put_u32(s, seed_key("block_count"), 1);
+    put_u32(s, seed_key("feed_forward_length"), (uint32_t)shape->F);
+    put_u32(s, seed_key("context_length"), 64);
+    put_key(s, seed_key("attention.layer_norm_rms_epsilon"), GGUF_F32);
     put(s, &(float){1e-5f}, 4);
     put_vocabulary(s, sentencepiece, bos);
 }
@@ -327,6 +337,53 @@ static void add_gguf(const gguf_shape *shape, bool sentencepiece, uint32_t bos) 
     add_seed("gguf", s.bytes, s.size);
 }
 
+// A layer of another family, with all tensors F32, in a vocabulary of byte-level BPE.
+static void add_other_family(const char *architecture, const char *pattern,
+                             const char *const names[12], size_t qk_norm) {
+    static section s;
+    const size_t d = 32, F = 32, V = 8;
+    const size_t sizes[12][2] = {{1, d}, {d, d}, {d, d}, {d, d}, {d, d}, {1, d}, {F, d}, {F, d},
+                                 {d, F}, {1, qk_norm}, {1, qk_norm}, {1, d}};
+    gguf_shape shape = small_shape(0);
+    char name[64];
+    size_t tensors = 2, offset = 0;
+    for (size_t i = 0; i < 12; i++) tensors += names[i] != NULL;
+    gguf_seed_architecture = architecture;
+    gguf_seed_pattern = pattern;
+    put_header(&s, tensors, GGUF_SEED_ENTRIES);
+    put_metadata(&s, &shape, false, 1);
+    put_tensor(&s, "token_embd.weight", V, d, 0, &offset);
+    for (size_t i = 0; i < 12; i++) {
+        if (!names[i]) continue;
+        snprintf(name, sizeof name, "blk.0.%s", names[i]);
+        put_tensor(&s, name, sizes[i][0], sizes[i][1], 0, &offset);
+    }
+    put_tensor(&s, "output_norm.weight", 1, d, 0, &offset);
+    s.size = (s.size + 31) / 32 * 32 + offset;
+    require_test(s.size < sizeof s.bytes, "gguf");
+    add_seed("gguf", s.bytes, s.size);
+    gguf_seed_architecture = "llama";
+    gguf_seed_pattern = "smollm";
+}
+
+static void add_other_families(void) {
+    static const char *const olmo2[12] = {
+        "post_attention_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight",
+        "attn_output.weight", "post_ffw_norm.weight", "ffn_gate.weight", "ffn_up.weight",
+        "ffn_down.weight", "attn_q_norm.weight", "attn_k_norm.weight", NULL};
+    static const char *const qwen3[12] = {
+        "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight",
+        "attn_output.weight", "ffn_norm.weight", "ffn_gate.weight", "ffn_up.weight",
+        "ffn_down.weight", "attn_q_norm.weight", "attn_k_norm.weight", NULL};
+    static const char *const qwen2[12] = {
+        "attn_norm.weight", "attn_q.weight", "attn_k.weight", "attn_v.weight",
+        "attn_output.weight", "ffn_norm.weight", "ffn_gate.weight", "ffn_up.weight",
+        "ffn_down.weight", "attn_q.bias", "attn_k.bias", "attn_v.bias"};
+    add_other_family("olmo2", "dbrx", olmo2, 32);
+    add_other_family("qwen3", "qwen2", qwen3, 16);
+    add_other_family("qwen2", "qwen2", qwen2, 32);
+}
+
 // A model in two files: metadata, which stay as they are, and tensors.
 static void add_split(void) {
     static section s;
@@ -356,6 +413,7 @@ static void set_up(void) {
         add_gguf(&shape, i == 0, NO_TOKEN); // which is added to each text all the same
     }
     add_gguf(&mixed, true, 1);
+    add_other_families();
     add_split();
     mkdir(in_work("t"), 0777);
     mkdir(in_work("out"), 0777);
@@ -370,21 +428,23 @@ static void set_up(void) {
 static void reset_program(void) {
     reset_options();
     memset(unfinished, 0, sizeof unfinished);
+    memset(&in_files, 0, sizeof in_files);
 }
 
 static void read_gguf(const char *name) {
     gguf_file gguf;
     gguf_open(&gguf, in_work(name));
     retrofit_model *source = gguf_load(&gguf);
-    for (size_t i = 0; i < gguf.piece_count; i++) {
-        const gguf_tensor *tensor = gguf.pieces[i].tensor;
-        size_t count = tensor->rows * tensor->cols;
+    for (size_t i = 0; i < in_files.count; i++) {
+        const tensor_piece *piece = &in_files.pieces[i];
+        size_t count = piece->rows * piece->cols;
         float *x = malloc(count * sizeof *x);
-        if (x) gguf_download(x, (float *)gguf.range + gguf.pieces[i].first, count * sizeof *x);
+        if (x) download_from_files(x, (float *)in_files.range + piece->first, count * sizeof *x);
         free(x);
     }
     gguf_write_tokenizer(&gguf, in_work("out"));
     retrofit_free(source);
+    forget_pieces();
     gguf_close(&gguf);
 }
 
@@ -724,14 +784,16 @@ static const target targets[] = {
      {REPORTS "float8_m/*.safetensors", REPORTS "pickle_beside_m/*.safetensors",
       REPORTS "brackets_a/model/*.safetensors", REPORTS "dtypes_a/*.safetensors"}, {0}, true},
     {"config", fuzz_config,
-     {REPORTS "*rope*_?/config.json", REPORTS "config_*/config.json", FIXTURES "*/*/config.json"},
+     {REPORTS "*rope*_?/config.json", REPORTS "config_*/config.json", FIXTURES "*/*/config.json",
+      REPORTS "[qo]*_m/config.json"},
      {small_config_json}, false},
     {"generation", fuzz_generation, {REPORTS "*/generation_config.json"},
      {"{\"eos_token_id\":[1,2,300,-1],\"bos_token_id\":0,\"temperature\":0.5,\"top_k\":7}"},
      false},
     {"tokenizer", fuzz_tokenizer,
      {REPORTS "metaspace_a/tokenizer.json", REPORTS "tokenizer_padding_m/tokenizer.json",
-      FIXTURES "lookup/base/tokenizer.json"}, {byte_level_json, sentencepiece_json}, false},
+      FIXTURES "lookup/base/tokenizer.json", REPORTS "steps_gpt2_m/tokenizer.json"},
+     {byte_level_json, sentencepiece_json}, false},
     {"tokenizer_config", fuzz_tokenizer_config, {REPORTS "*/tokenizer_config.json"},
      {small_tokenizer_config}, false},
     {"special_tokens", fuzz_special_tokens, {REPORTS "*/*/special_tokens_map.json"},

@@ -165,6 +165,9 @@ static void same_config(const char *name, const retrofit_config *a, const retrof
     SAME(trained_seq_len);
     SAME(trained_state_zero);
     SAME(tied);
+    SAME(post_norm);
+    SAME(qkv_bias);
+    SAME(qk_norm);
 #undef SAME
 }
 
@@ -661,7 +664,7 @@ enum { META_U16 = 2, META_U32 = 4, META_I32 = 5, META_F32 = 6, META_BOOL = 7, ME
 // What is wrong with a file.
 enum { GOOD, BAD_TYPE, EXTRA_TENSOR, NO_TENSOR, BAD_ARCHITECTURE, BAD_OFFSET, NOT_FINITE, BAD_PRE,
        FEW_ROWS, BAD_ROPE, BAD_VERSION, TENSOR_TWICE, OVERLAP, UNALIGNED, ROPE_SIZE, PART_KEY,
-       PART_COUNT };
+       PART_COUNT, NO_BIAS, NARROW_NORM };
 
 // A further entry of the metadata. Of an array, `text` is the only element; there is none if it is
 // NULL.
@@ -681,6 +684,8 @@ typedef struct {
     uint32_t bad_type; // of one tensor, where that is the flaw
     bool wide;         // counts are u64
     const char *model; // the directory that its numbers are from; NULL: those of the fixture
+    const char *architecture; // NULL: llama
+    const char *pattern;      // tokenizer.ggml.pre; NULL: as in the tokenizer's own file
     struct {
         double factor, low, high, context;
     } rope;           // Llama 3's scaling; all 0: Llama 3.2's
@@ -821,17 +826,34 @@ static token_table list_tokens(const retrofit_json *root, const retrofit_tokeniz
     return t;
 }
 
-static void put_merges(section *m, const retrofit_json *merges) {
-    put_array(m, "tokenizer.ggml.merges", META_STRING, merges->count);
-    for (const retrofit_json *e = merges->child; e; e = e->next) {
-        char pair[512];
-        snprintf(pair, sizeof pair, "%s %s", e->child->string, e->child->next->string);
-        put_string(m->file, pair);
-    }
+static bool is_among(const retrofit_tokenizer *tokenizer, size_t count, const char *token) {
+    return (size_t)retrofit_tokenizer_id(tokenizer, token) < count;
 }
 
-// The metadata llama.cpp would write for a tokenizer.json.
-static void put_tokenizer(section *m, const gguf_case *file) {
+// Those of the first `count` tokens.
+static void put_merges(section *m, const retrofit_json *merges, const retrofit_tokenizer *tokenizer,
+                       size_t count) {
+    section pairs;
+    open_section(&pairs);
+    for (const retrofit_json *e = merges->child; e; e = e->next) {
+        const char *left = e->child->string, *right = e->child->next->string;
+        char text[512];
+        snprintf(text, sizeof text, "%s%s", left, right);
+        if (!is_among(tokenizer, count, text) || !is_among(tokenizer, count, left) ||
+            !is_among(tokenizer, count, right))
+            continue;
+        snprintf(text, sizeof text, "%s %s", left, right);
+        put_string(pairs.file, text);
+        pairs.entries++;
+    }
+    fclose(pairs.file);
+    put_array(m, "tokenizer.ggml.merges", META_STRING, pairs.entries);
+    fwrite(pairs.bytes, 1, pairs.size, m->file);
+    free(pairs.bytes);
+}
+
+// The metadata llama.cpp would write for a tokenizer.json, with so many of its tokens at most.
+static void put_tokenizer(section *m, const gguf_case *file, size_t max) {
     const char *style = file->style;
     char directory[256], path[512];
     snprintf(directory, sizeof directory, FIXTURES "tokenizers/%s", style);
@@ -842,10 +864,12 @@ static void put_tokenizer(section *m, const gguf_case *file) {
     need(root && tokenizer, path);
     bool sentencepiece = !strcmp(style, "llama2_style");
     token_table t = list_tokens(root, tokenizer, sentencepiece);
+    if (file->model && t.count > max) t.count = max;
 
     put_text(m, "tokenizer.ggml.model", sentencepiece ? "llama" : "gpt2");
     const char *pattern = !strcmp(style, "llama3_style") ? "llama-bpe" : "smollm";
-    if (file->flaw == BAD_PRE) pattern = "qwen2";
+    if (file->pattern) pattern = file->pattern;
+    if (file->flaw == BAD_PRE) pattern = "qwen35";
     if (!sentencepiece) put_text(m, "tokenizer.ggml.pre", pattern);
     put_array(m, "tokenizer.ggml.tokens", META_STRING, t.count);
     for (size_t i = 0; i < t.count; i++) put_string(m->file, t.tokens[i]);
@@ -855,7 +879,10 @@ static void put_tokenizer(section *m, const gguf_case *file) {
         put_array(m, "tokenizer.ggml.scores", META_F32, t.count);
         fwrite(t.scores, 4, t.count, m->file);
         put_u32(m, "tokenizer.ggml.unknown_token_id", 0);
-    } else put_merges(m, retrofit_json_get(retrofit_json_get(root, "model"), "merges"));
+    } else {
+        const retrofit_json *model = retrofit_json_get(root, "model");
+        put_merges(m, retrofit_json_get(model, "merges"), tokenizer, t.count);
+    }
     put_u32(m, "tokenizer.ggml.bos_token_id", (uint32_t)retrofit_tokenizer_bos(tokenizer));
     put_u32(m, "tokenizer.ggml.eos_token_id", (uint32_t)retrofit_tokenizer_eos(tokenizer));
     put_text(m, "tokenizer.chat_template", "{{ \"quoted\" }}\n");
@@ -867,29 +894,38 @@ static void put_tokenizer(section *m, const gguf_case *file) {
     retrofit_tokenizer_free(tokenizer);
 }
 
+// The key of an architecture that ends so; good for the next call alone.
+static const char *own_key(const gguf_case *file, const char *end) {
+    static char key[128];
+    snprintf(key, sizeof key, "%s.%s", file->architecture ? file->architecture : "llama", end);
+    return key;
+}
+
 static void put_metadata(section *m, const retrofit_config *c, const gguf_case *file) {
     const struct {
         const char *key;
         size_t value;
     } counts[] = {
-        {"llama.embedding_length", c->n_embd},
-        {"llama.feed_forward_length", c->intermediate},
-        {"llama.block_count", c->coda},
-        {"llama.attention.head_count", c->n_heads},
-        {"llama.attention.head_count_kv", c->n_kv_heads},
-        {"llama.context_length", c->context},
-        {"llama.vocab_size", c->vocab},
+        {"embedding_length", c->n_embd},
+        {"feed_forward_length", c->intermediate},
+        {"block_count", c->coda},
+        {"attention.head_count", c->n_heads},
+        {"attention.head_count_kv", c->n_kv_heads},
+        {"context_length", c->context},
+        {"vocab_size", c->vocab},
     };
-    put_text(m, "general.architecture", file->flaw == BAD_ARCHITECTURE ? "gemma" : "llama");
+    const char *architecture = file->architecture ? file->architecture : "llama";
+    put_text(m, "general.architecture", file->flaw == BAD_ARCHITECTURE ? "gemma" : architecture);
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
-        if (file->wide) put_u64(m, counts[i].key, counts[i].value);
-        else put_u32(m, counts[i].key, (uint32_t)counts[i].value);
+        if (file->wide) put_u64(m, own_key(file, counts[i].key), counts[i].value);
+        else put_u32(m, own_key(file, counts[i].key), (uint32_t)counts[i].value);
     }
-    put_f32(m, "llama.attention.layer_norm_rms_epsilon", c->norm_eps);
-    if (file->llama3) put_f32(m, "llama.rope.freq_base", (float)c->rope_theta);
+    put_f32(m, own_key(file, "attention.layer_norm_rms_epsilon"), c->norm_eps);
+    if (file->llama3 || file->model)
+        put_f32(m, own_key(file, "rope.freq_base"), (float)c->rope_theta);
     if (file->alignment) put_u32(m, "general.alignment", (uint32_t)file->alignment);
     for (size_t i = 0; i < file->entry_count; i++) put_entry(m, &file->entries[i]);
-    put_tokenizer(m, file);
+    put_tokenizer(m, file, c->vocab);
 }
 
 // ---- Tensors ------------------------------------------------------------------------------------
@@ -944,16 +980,38 @@ static void put_tensor(gguf_writer *w, const char *name, uint32_t type, size_t r
     w->tensors.entries++;
 }
 
-// Tensor j of those that make up the parameter i.
-static void name_tensor(char name[64], const retrofit_model *model, size_t i, size_t j) {
-    static const char *const names[6][3] = {{"attn_norm"}, {"attn_q", "attn_k", "attn_v"},
-                                            {"attn_output"}, {"ffn_norm"},
-                                            {"ffn_gate", "ffn_up"}, {"ffn_down"}};
-    const retrofit_parameter *p = model->parameters[i];
+// Names in a block, by their parameters' places in retrofit_layer, and those of norms that stand
+// behind branches.
+static const struct {
+    size_t offset;
+    const char *names[3], *post_norm;
+} block_names[] = {
+    {offsetof(retrofit_layer, norm_1), {"attn_norm"}, "post_attention_norm"},
+    {offsetof(retrofit_layer, w_qkv), {"attn_q", "attn_k", "attn_v"}, NULL},
+    {offsetof(retrofit_layer, b_qkv), {"attn_q", "attn_k", "attn_v"}, NULL},
+    {offsetof(retrofit_layer, q_norm), {"attn_q_norm"}, NULL},
+    {offsetof(retrofit_layer, k_norm), {"attn_k_norm"}, NULL},
+    {offsetof(retrofit_layer, w_out), {"attn_output"}, NULL},
+    {offsetof(retrofit_layer, norm_2), {"ffn_norm"}, "post_ffw_norm"},
+    {offsetof(retrofit_layer, w_gate_up), {"ffn_gate", "ffn_up"}, NULL},
+    {offsetof(retrofit_layer, w_down), {"ffn_down"}, NULL},
+};
+
+// Tensor j of those that make up the parameter.
+static void name_tensor(char name[64], const retrofit_model *model, const retrofit_parameter *p,
+                        size_t j) {
     if (p == &model->wte) strcpy(name, "token_embd.weight");
     else if (p == &model->ln_f) strcpy(name, "output_norm.weight");
     else if (p == &model->lm_head) strcpy(name, "output.weight");
-    else snprintf(name, 64, "blk.%zu.%s.weight", (i - 1) / 6, names[(i - 1) % 6][j]);
+    else {
+        size_t offset = (size_t)((const char *)p - (const char *)model->coda), k = 0;
+        while (block_names[k].offset != offset % sizeof(retrofit_layer)) k++;
+        const char *in_block = block_names[k].names[j];
+        if (model->config.post_norm && block_names[k].post_norm)
+            in_block = block_names[k].post_norm;
+        snprintf(name, 64, "blk.%zu.%s.%s", offset / sizeof(retrofit_layer), in_block,
+                 p->kind == RETROFIT_BIAS ? "bias" : "weight");
+    }
 }
 
 // The numbers in the file, and in `out` as Hugging Face orders them: row 2n + s of a head of q or k
@@ -975,23 +1033,33 @@ static void put_rows(FILE *f, uint32_t type, float *out, size_t rows, size_t col
     free(x);
 }
 
-// Tensors go to the writers in turn.
+// Whether the file does without the tensor.
+static bool is_left_out(int flaw, const char *name) {
+    return (flaw == NO_TENSOR && !strcmp(name, "blk.1.ffn_up.weight")) ||
+           (flaw == NO_BIAS && !strcmp(name, "blk.1.attn_k.bias"));
+}
+
+// Tensors go to the writers in turn. llama.cpp never quantises vectors, which have one row in its
+// files; it moves the rows of q and k in a llama alone.
 static void put_parameter(gguf_writer *writers, const retrofit_model *model, size_t i,
                           const gguf_case *file) {
     const retrofit_parameter *p = model->parameters[i];
     float *out = p->master;
-    bool is_norm = p->kind == RETROFIT_NORM;
-    uint32_t type = is_norm ? GGML_F32 : file->type; // llama.cpp never quantises norms
+    bool is_vector = p->kind == RETROFIT_NORM || p->kind == RETROFIT_BIAS;
+    bool is_llama = !file->architecture || !strcmp(file->architecture, "llama");
+    uint32_t type = is_vector ? GGML_F32 : file->type;
     for (size_t j = 0; j < p->sources; j++) {
         gguf_writer *w = &writers[file->parts ? (i + j) % file->parts : 0];
         char name[64];
-        size_t rows = p->source[j].rows;
-        bool permuted = p->sources == 3 && j < 2; // q and k
-        name_tensor(name, model, i, j);
-        if (file->flaw != NO_TENSOR || strcmp(name, "blk.1.ffn_up.weight")) {
-            put_tensor(w, name, type, is_norm ? 0 : rows, p->cols);
-            put_rows(w->data.file, type, out, rows, p->cols, permuted ? model->config.head_dim : 0,
-                     i * 8 + j, file->model != NULL);
+        size_t rows = p->source[j].rows, cols = is_vector ? rows * p->cols : p->cols;
+        bool permuted = is_llama && p->sources == 3 && j < 2; // q and k
+        name_tensor(name, model, p, j);
+        if (!is_left_out(file->flaw, name)) {
+            bool narrow = file->flaw == NARROW_NORM && strstr(name, "attn_q_norm");
+            put_tensor(w, name, type, is_vector ? 0 : rows, narrow ? cols / 2 : cols);
+            put_rows(w->data.file, type, out, is_vector ? 1 : rows, cols,
+                     permuted && !is_vector ? model->config.head_dim : 0, i * 8 + j,
+                     file->model != NULL);
         }
         out += rows * p->cols;
     }
@@ -1459,6 +1527,73 @@ static void gguf_chat(void) {
     free(generation);
 }
 
+// Writes the file `from` with each of the texts `pairs`, to a NULL, replaced by the one behind it.
+static void edit_text(const char *from, const char *to, const char *const *pairs) {
+    char *text = read_text(from);
+    for (; *pairs; pairs += 2) {
+        char *at = strstr(text, pairs[0]), *edited;
+        need(at != NULL, pairs[0]);
+        need(asprintf(&edited, "%.*s%s%s", (int)(at - text), text, pairs[1],
+                      at + strlen(pairs[0])) > 0, "memory");
+        free(text);
+        text = edited;
+    }
+    write_string(to, text);
+    free(text);
+}
+
+// The ids of all texts of cases.json, in both tokenizers.
+static void same_ids_of_cases(const char *name, const char *directory, const char *reference) {
+    static const char path[] = FIXTURES "tokenizers/llama3_style/cases.json";
+    char *text = read_text(path);
+    retrofit_json *cases = retrofit_json_parse(text, strlen(text), path);
+    retrofit_tokenizer *a = retrofit_tokenizer_load(directory);
+    retrofit_tokenizer *b = retrofit_tokenizer_load(reference);
+    need(cases && a && b, name);
+    size_t wrong = 0;
+    for (const retrofit_json *e = cases->child; e; e = e->next) {
+        const retrofit_json *content = retrofit_json_get(e, "text");
+        size_t x_count, y_count;
+        int32_t *x = retrofit_encode(a, content->string, content->length, true, &x_count);
+        int32_t *y = retrofit_encode(b, content->string, content->length, true, &y_count);
+        wrong += x_count != y_count || memcmp(x, y, x_count * sizeof *x);
+        free(x);
+        free(y);
+    }
+    check(wrong == 0, "%s: %zu of %u texts have other ids", name, wrong, cases->count);
+    free(text);
+    retrofit_json_free(cases);
+    retrofit_tokenizer_free(a);
+    retrofit_tokenizer_free(b);
+}
+
+// Patterns of words that other families have: the fixture's tokenizer with what Hugging Face's
+// files of these families have in place of Llama 3's.
+static void gguf_patterns(void) {
+    static const struct {
+        const char *name, *edits[7];
+    } patterns[] = {
+        {"dbrx", {"\"ignore_merges\": true", "\"ignore_merges\": false", NULL}},
+        {"qwen2", {"\"ignore_merges\": true", "\"ignore_merges\": false",
+                   "\\\\p{N}{1,3}", "\\\\p{N}",
+                   "\"normalizer\": null", "\"normalizer\": {\"type\": \"NFC\"}", NULL}}};
+    static const gguf_entry adds_bos = {"tokenizer.ggml.add_bos_token", META_BOOL, 1, NULL};
+    for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++) {
+        const char *name = patterns[i].name;
+        char reference[256], made[256];
+        const gguf_case file = {.name = name, .style = "llama3_style", .pattern = name,
+                                .entries = &adds_bos, .entry_count = 1};
+        strcpy(made, in_work("gguf.%s", name));
+        strcpy(reference, in_work("reference.%s", name));
+        need(mkdir(reference, 0777) == 0, reference);
+        edit_text(FIXTURES "tokenizers/llama3_style/tokenizer.json",
+                  in_work("reference.%s/tokenizer.json", name), patterns[i].edits);
+        retrofit_free(write_gguf(&file));
+        works_quietly("--from %s --to %s", in_work("%s.gguf", name), made);
+        same_ids_of_cases(name, made, reference);
+    }
+}
+
 // Settings that are found from the divisors, those of Llama 3.1 and 3.2 first, and such as are not.
 static void gguf_rope(void) {
     static const struct {
@@ -1508,6 +1643,108 @@ static void gguf_fixture(void) {
     same_model("llama3", again, fixture, true, false);
     retrofit_free(again);
     retrofit_free(fixture);
+}
+
+// Whether two files hold the same bytes.
+static bool same_files(const char *a, const char *b) {
+    size_t x_size, y_size;
+    char *x = retrofit_read_file(a, &x_size), *y = retrofit_read_file(b, &y_size);
+    bool same = x && y && x_size == y_size && !memcmp(x, y, x_size);
+    free(x);
+    free(y);
+    return same;
+}
+
+// The fixtures of other families, as GGUFs, become the fixtures again; and what surgery makes of
+// them is what it makes of the fixtures, to the byte.
+static void other_architectures(void) {
+    static const char *const names[] = {"olmo2", "qwen2", "qwen3"};
+    static const char layers[] = "--prelude 0 --core 1-2 --coda 3 --mean-recurrence 4 --seed 3";
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const char *name = names[i];
+        char base[256], path[256], again[256], cut[256], expected[256];
+        snprintf(base, sizeof base, FIXTURES "%s/base", name);
+        const gguf_case file = {.name = name, .style = "../lookup/base", .architecture = name,
+                                .model = base};
+        strcpy(path, in_work("%s.gguf", name));
+        strcpy(again, in_work("gguf.%s.base", name));
+        strcpy(cut, in_work("gguf.%s.cut", name));
+        strcpy(expected, in_work("hf.%s.cut", name));
+        retrofit_free(write_gguf(&file));
+        works_quietly("--from %s --to %s", path, again);
+        works_quietly("--from %s --to %s %s", path, cut, layers);
+        works_quietly("--from %s --to %s %s", base, expected, layers);
+        retrofit_model *model = load(again), *fixture = load(base);
+        same_config(name, &model->config, &fixture->config);
+        same_model(name, model, fixture, true, false);
+        check(same_files(in_work("gguf.%s.cut/model.safetensors", name),
+                         in_work("hf.%s.cut/model.safetensors", name)),
+              "%s: surgery on the GGUF is surgery on the directory", name);
+        retrofit_model *a = load(cut), *b = load(expected);
+        same_config(name, &a->config, &b->config);
+        retrofit_free(a);
+        retrofit_free(b);
+        retrofit_free(model);
+        retrofit_free(fixture);
+    }
+}
+
+// A GGUF of another family with something wrong; `architecture` is what it says that it is.
+static void other_flaw(const char *family, const char *architecture, int flaw,
+                       const gguf_entry *entry, const char *what) {
+    char base[256];
+    snprintf(base, sizeof base, FIXTURES "%s/base", family);
+    const gguf_case file = {.name = "other", .style = "../lookup/base", .flaw = flaw,
+                            .architecture = architecture, .model = base, .entries = entry,
+                            .entry_count = entry != NULL};
+    retrofit_free(write_gguf(&file));
+    fails(1, what, "--from %s --to %s", in_work("other.gguf"), in_work("bad"));
+}
+
+// Keys of another architecture mean nothing, as little as one that is spelt as in convert's table.
+static void foreign_keys(void) {
+    static const gguf_entry entries[] = {{"llama.block_count", META_U32, 1, NULL},
+                                         {"ARCH.block_count", META_U32, 1, NULL}};
+    const gguf_case file = {.name = "foreign", .style = "../lookup/base", .architecture = "qwen2",
+                            .model = FIXTURES "qwen2/base", .entries = entries, .entry_count = 2};
+    retrofit_free(write_gguf(&file));
+    works("--from %s --to %s", in_work("foreign.gguf"), in_work("foreign"));
+    check(said("not used: llama.block_count, ARCH.block_count\n"), "foreign keys are named");
+}
+
+static void other_architectures_flawed(void) {
+    static const struct {
+        const char *family;
+        gguf_entry entry;
+        const char *what;
+    } entries[] = {
+        {"qwen2", {"qwen2.rope.scaling.type", META_STRING, 0, "yarn"}, "qwen2.rope.scaling.type"},
+        {"qwen2", {"qwen2.use_parallel_residual", META_BOOL, 1, NULL}, "qwen2.use_parallel"},
+        {"qwen2", {"llama.attention.scale", META_F32, .5, NULL}, "llama.attention.scale"},
+        {"qwen2", {"ARCH.attention.scale", META_F32, .5, NULL}, "ARCH.attention.scale"},
+        {"qwen3", {"qwen3.attention.key_length", META_U32, 16, NULL},
+         "qwen3.attention.value_length is 8, but heads have 16"},
+        {"qwen3", {"qwen3.expert_count", META_U32, 8, NULL}, "qwen3.expert_count"},
+        {"olmo2", {"olmo2.attention.sliding_window", META_U32, 64, NULL},
+         "olmo2.attention.sliding_window is 64"},
+        {"olmo2", {"olmo2.attention.sliding_window_pattern", META_ARRAY, 0, "true"},
+         "olmo2.attention.sliding_window_pattern"},
+        {"olmo2", {"olmo2.attention.clamp_kqv", META_F32, 8, NULL}, "olmo2.attention.clamp_kqv"},
+    };
+    for (size_t i = 0; i < sizeof entries / sizeof *entries; i++)
+        other_flaw(entries[i].family, entries[i].family, GOOD, &entries[i].entry, entries[i].what);
+    other_flaw("qwen2", "qwen2", NO_BIAS, NULL, "tensor blk.1.attn_k.bias is missing");
+    other_flaw("qwen3", "qwen3", NARROW_NORM, NULL,
+               "tensor blk.0.attn_q_norm.weight is 1 x 4, the metadata ask for 1 x 8");
+    other_flaw("olmo2", "olmo2", NARROW_NORM, NULL,
+               "tensor blk.0.attn_q_norm.weight is 1 x 16, the metadata ask for 1 x 32");
+    other_flaw("qwen2", "llama", GOOD, NULL, "bias has no place in a llama of these metadata");
+    other_flaw("qwen3", "llama", GOOD, NULL, "_norm.weight has no place in a llama");
+    other_flaw("qwen3", "qwen2", GOOD, NULL, "tensor blk.0.attn_q.bias is missing");
+    other_flaw("qwen2", "qwen3", GOOD, NULL, "tensor blk.0.attn_q_norm.weight is missing");
+    other_flaw("olmo2", "llama", GOOD, NULL, "tensor blk.0.attn_norm.weight is missing");
+    other_flaw("qwen3", "olmo2", GOOD, NULL, "tensor blk.0.post_attention_norm.weight is missing");
+    other_flaw("qwen3", "qwen3moe", GOOD, NULL, "qwen3moe; llama, olmo2, qwen2 and qwen3 are read");
 }
 
 // A model in several files opens by the first of them, beside which the others lie.
@@ -1577,7 +1814,7 @@ static void gguf_files(void) {
     flawed_gguf(BAD_OFFSET, "tensor blk.0.ffn_norm.weight: 128 bytes at offset 1073741824 are");
     flawed_gguf(UNALIGNED, "tensor blk.0.ffn_norm.weight: 128 bytes at offset ");
     flawed_gguf(OVERLAP, "tensor blk.0.ffn_norm.weight: its data begin within those of token_embd");
-    flawed_gguf(BAD_PRE, "qwen2");
+    flawed_gguf(BAD_PRE, "qwen35; known: ");
     flawed_gguf(FEW_ROWS, "fewer embeddings");
     flawed_gguf(BAD_ROPE, "tensor rope_freqs.weight is not Llama 3's");
     flawed_gguf(ROPE_SIZE, "tensor rope_freqs.weight is 1 x 5, heads of 8 need 1 x 4");
@@ -1588,9 +1825,13 @@ static void gguf_files(void) {
     neutral_metadata();
     refused_metadata();
     gguf_chat();
+    gguf_patterns();
     gguf_linear_scaling();
     gguf_rope();
     gguf_fixture();
+    other_architectures();
+    foreign_keys();
+    other_architectures_flawed();
     split_gguf();
     damaged_gguf(GGML_Q8_0);
     damaged_gguf(GGML_Q4_K);
@@ -1755,6 +1996,8 @@ int main(void) {
     surgery("llama3", "--prelude 0 --core 1,3 --coda 4");
     surgery("head64", "--prelude 0 --core 1 --coda 1");
     surgery("olmo2", "--prelude 0 --core 1-2 --coda 3");
+    surgery("qwen2", "--prelude 0 --core 2-3 --coda 4");
+    surgery("qwen3", "--prelude 0 --core 2-3 --coda 4");
     identity("tiny", "--prelude 0-1 --core 2-5 --coda 6-7");
     identity("tiny", "--prelude none --core 0-7 --coda none");
     identity("llama3", "--prelude 0-2 --core 3 --coda 4");

@@ -37,14 +37,15 @@ static double compare_gradients(const retrofit_model *model, const retrofit_map 
 }
 
 // One training pass: logits, states, loss and gradients.
-static void compare(const char *name, const char *run, size_t n, size_t k) {
+static void compare_pass(const char *name, const char *run, size_t n, size_t k,
+                         retrofit_keep keep) {
     retrofit_map f;
     open_fixture(&f, name);
     retrofit_model *model = load(name, "recurrent", RETROFIT_TRAINING);
     const retrofit_tensor *tokens = fixture(&f, "tokens"), *labels = fixture(&f, "labels");
     const retrofit_tensor *s0 = fixture(&f, "s0");
     size_t B = tokens->shape[0], T = tokens->shape[1], V = model->config.vocab;
-    retrofit_buffers *buffers = retrofit_buffers_new(model, B, T, k, RETROFIT_KEEP_ALL, NULL);
+    retrofit_buffers *buffers = retrofit_buffers_new(model, B, T, k, keep, NULL);
     need(buffers && retrofit_prelude(buffers, tokens->data, B, T), name);
     memcpy(buffers->state, s0->data, s0->count * sizeof(float));
     retrofit_recur(buffers, n, k);
@@ -67,6 +68,11 @@ static void compare(const char *name, const char *run, size_t n, size_t k) {
     retrofit_buffers_free(buffers);
     retrofit_free(model);
     retrofit_safetensors_close(&f);
+}
+
+static void compare(const char *name, const char *run, size_t n, size_t k) {
+    compare_pass(name, run, n, k, RETROFIT_KEEP_ALL);
+    compare_pass(name, run, n, k, RETROFIT_KEEP_INPUTS);
 }
 
 // The source model: inference, where blocks run in place.

@@ -3,14 +3,15 @@
 // the full pass and definitions written out.
 #include "test.h"
 
-static const char *const models[] = {"tiny/recurrent", "llama3/recurrent", "head64/recurrent"};
+static const char *const models[] = {"tiny/recurrent", "llama3/recurrent", "head64/recurrent",
+                                     "olmo2/recurrent", "qwen3/recurrent"};
 #ifdef __SANITIZE_ADDRESS__ // ten times as slow
 enum { PROMPTS = 25 };
 #else
-enum { PROMPTS = 334 }; // 1,002 with three models
+enum { PROMPTS = 200 }; // 1,000 with five models
 #endif
 // Tokens of a prompt and behind it, at most; positions in a cache; recurrences at most.
-enum { MODELS = 3, PROMPT = 12, REST = 7, CAPACITY = 32, DEEPEST = 9 };
+enum { MODELS = 5, PROMPT = 12, REST = 7, CAPACITY = 32, DEEPEST = 9 };
 
 static uint64_t random_state;
 static size_t random_between(size_t low, size_t high) {

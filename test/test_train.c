@@ -1728,8 +1728,12 @@ static void rope_in_two_places(void) {
         check(read == cases[i].fine, "rope_parameters %s: %s", value, retrofit_error());
         if (read) check(config_read.rope_factor == 4, "factor %g", config_read.rope_factor);
     }
-    check(!read_config(llama, "rope_theta", "10000,'rope_parameters':{'rope_theta':500}"),
+    check(!read_config(llama, "rope_theta", "20000,'rope_parameters':{'rope_theta':500}"),
           "two values of rope_theta");
+    // transformers 4 writes 10000 when it saves a model of transformers 5 again.
+    check(read_config(llama, "rope_theta", "10000,'rope_parameters':{'rope_theta':500}") &&
+              config_read.rope_theta == 500,
+          "rope_theta is %g: that of rope_parameters counts", config_read.rope_theta);
 }
 
 static void refuse_configs(const field *fields, const field *bad_fields) {
@@ -2020,6 +2024,9 @@ int main(void) {
     save_and_load(TINY);
     save_and_load(PLAIN);
     save_and_load(FIXTURES "llama3/recurrent");
+    save_and_load(FIXTURES "olmo2/recurrent");
+    save_and_load(FIXTURES "qwen2/base");
+    save_and_load(FIXTURES "qwen3/recurrent");
     directories();
     hostile_bytes();
     hostile_headers();
