@@ -218,8 +218,8 @@ generate() { # directory, what, file
         --max-tokens 5
     sed 's/.*"tokens":\[\([0-9,]*\)\].*/\1/' "$work/stdout" | tr , '\n' >"$3"
 }
-# Random weights hardly ever write an end of text. So a word that they do write, not at once, becomes
-# the tokenizer's: the same text must end where it comes first.
+# Random weights hardly ever write an end of text. So a word that they do write, not at once,
+# becomes the tokenizer's: the same text must end where it comes first.
 end_texts() {
     end=$(awk "NR > 1 && \$1 >= $fixture_ids && \$1 < $ids" "$work/ids" | head -n 1)
     sed "s|\"eos_token\": \"[^\"]*\"|\"eos_token\": \"<word $end>\"|" \
@@ -230,7 +230,8 @@ ends() { # directory, what
     generate "$1" "$2" "$work/ids_ended"
     check "$model: $2: it ends" has '"finish_reason":"stop"' "$work/stdout"
     sed "/^$end\$/,\$d" "$work/ids" >"$work/ids_expected"
-    check "$model: $2: before the tokenizer's end of text" cmp "$work/ids_expected" "$work/ids_ended"
+    check "$model: $2: before the tokenizer's end of text" \
+        cmp "$work/ids_expected" "$work/ids_ended"
 }
 
 evaluate() {
