@@ -21,11 +21,6 @@ __attribute__((format(printf, 1, 2), noreturn)) static void die(const char *form
     exit(1);
 }
 
-static void *need(void *p) {
-    if (!p) die("%s", retrofit_error());
-    return p;
-}
-
 static void must(bool ok) {
     if (!ok) die("%s", retrofit_error());
 }
@@ -36,18 +31,6 @@ static void must(bool ok) {
 enum { SHARDS = 2 };
 static void shard_name(char name[64], size_t shard) {
     snprintf(name, 64, "model-%05zu-of-%05d.safetensors", shard + 1, SHARDS);
-}
-
-// Random weights hardly ever write an end of text. In a head whose row for it is many times as long
-// as the others, it is the likeliest token wherever its logit happens to be positive.
-static float *lengthen_end_of_text(const retrofit_tensor *head, int32_t eos) {
-    enum { TIMES = 30 };
-    size_t columns = head->shape[1];
-    if (head->type != RETROFIT_F32) die("%s is not F32", head->name);
-    float *numbers = need(retrofit_allocate(head->count, sizeof *numbers));
-    memcpy(numbers, head->data, head->count * sizeof *numbers);
-    for (size_t i = 0; i < columns; i++) numbers[(size_t)eos * columns + i] *= TIMES;
-    return numbers;
 }
 
 // How many tensors from `first` on make up the share of the file's bytes that a shard gets.
@@ -76,12 +59,6 @@ static void publish(const char *from, const char *to) {
     char path[RETROFIT_PATH], name[64];
     retrofit_map map;
     must(retrofit_path(path, from, "model.safetensors") && retrofit_safetensors_open(&map, path));
-    retrofit_tokenizer *tokenizer = need(retrofit_tokenizer_load(from));
-    const retrofit_tensor *head = retrofit_safetensors_find(&map, "lm_head.weight");
-    if (!head) die("%s: no lm_head.weight", path);
-    float *numbers = lengthen_end_of_text(head, retrofit_tokenizer_eos(tokenizer));
-    map.tensors[head - map.tensors].data = numbers;
-
     must(retrofit_path(path, to, "model.safetensors.index.json"));
     FILE *index = begin_index(path, &map);
     const char *separator = "\n";
@@ -98,8 +75,6 @@ static void publish(const char *from, const char *to) {
     }
     fprintf(index, "\n  }\n}\n");
     must(retrofit_finish_file(index, "the index", true));
-    free(numbers);
-    retrofit_tokenizer_free(tokenizer);
     retrofit_safetensors_close(&map);
 }
 
