@@ -78,7 +78,7 @@
        L                                               retrofit_loss                     912
        dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               935
        dA_e, de                                        injection_backward                953
-       floating-point operations                       retrofit_flops_per_token          3463
+       floating-point operations                       retrofit_flops_per_token          3464
        n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1014
        the curriculum r̄(t)                             retrofit_curriculum               1049
        a training step                                 retrofit_training_step            1118
