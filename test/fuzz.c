@@ -229,7 +229,7 @@ static void put_tensor(section *s, const char *name, size_t rows, size_t cols, u
     if (rows > 1) put_number(s, rows, 8);
     put_number(s, type, 4);
     put_number(s, *offset, 8);
-    const gguf_type *kind = gguf_find_type(type);
+    const number_type *kind = gguf_find_type(type);
     size_t bytes = rows * (cols / kind->values) * kind->bytes;
     *offset += (bytes + 31) / 32 * 32;
 }
