@@ -57,6 +57,22 @@ static bool said(const char *what) {
     return found;
 }
 
+// Takes the lines of progress out, which a busy machine prints every two seconds.
+static void remove_progress(char *err) {
+    char *to = err;
+    for (char *line = err; *line;) {
+        size_t size = strcspn(line, "\n");
+        if (line[size]) size++;
+        char *share = strstr(line, " % of ");
+        if (!share || share > line + size) {
+            memmove(to, line, size);
+            to += size;
+        }
+        line += size;
+    }
+    *to = 0;
+}
+
 // Works, and has nothing to say on stderr.
 static void works_quietly(const char *format, ...) {
     va_list args;
@@ -64,6 +80,7 @@ static void works_quietly(const char *format, ...) {
     int code = run_arguments(format, args);
     va_end(args);
     char *err = read_text(in_work("err"));
+    remove_progress(err);
     check(code == 0 && !err[0], "%s: exit code %d, on stderr: '%s'", format, code, err);
     free(err);
 }
@@ -1391,7 +1408,6 @@ static void good_gguf(const gguf_case *file) {
     same_numbers(name, &recurrent->lm_head, &expected->lm_head, true);
     same_encoding(plain, file->style);
     same_encoding(cut, file->style);
-    same_report(path, plain);
     retrofit_free(m);
     retrofit_free(recurrent);
     retrofit_free(expected);
@@ -1784,6 +1800,7 @@ static void other_architectures(void) {
               "%s: surgery on the GGUF is surgery on the directory", name);
         retrofit_model *a = load(cut), *b = load(expected);
         same_config(name, &a->config, &b->config);
+        same_report(path, again); // of numbers that mean something: blocks of random bytes overflow
         retrofit_free(a);
         retrofit_free(b);
         retrofit_free(model);
