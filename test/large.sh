@@ -270,21 +270,18 @@ needs() { # options of a training
 }
 fits() { awk "BEGIN { exit !($1) }"; }
 
-# A step of all parameters is not saved, since a checkpoint of it would not fit the disk.
+# A step of all parameters, or of the core if memory is short. It is not saved: its checkpoint, and
+# the next one beside it, would be too large for the disk.
 train_all() {
     for optimizer in adamw muon; do
         set -- $(needs --optimizer $optimizer)
         echo "$model: all parameters by $optimizer need $1 GB of memory, of $3, and $2 of disk"
     done
-    optimizer=${WHOLE:-adamw}
+    optimizer=${WHOLE:-adamw} part=all
     set -- $(needs --optimizer "$optimizer")
-    if fits "$1 * 1.1 > $3"; then
-        echo "$model: all parameters by $optimizer are not trained here"
-        return
-    fi
-    training "$work/all" --optimizer "$optimizer"
-    eval timed_until "$work/all/log.jsonl" "'a step of all parameters by $optimizer'" \
-        "$BIN/train" "$command"
+    if fits "$1 * 1.1 > $3"; then part=core; fi
+    training "$work/all" --optimizer "$optimizer" --train $part
+    eval timed_until "$work/all/log.jsonl" "'a step of $part by $optimizer'" "$BIN/train" "$command"
     check "$model: its loss is a number" has '"loss":[0-9]' "$work/all/log.jsonl"
     rm -r "$work/all"
 }
