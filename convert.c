@@ -81,7 +81,7 @@ enum { ERRORS_STRICT, ERRORS_REPLACE };     // --encoding-errors
 static const retrofit_option option_table[] = {
     {"Surgery", RETROFIT_HEADING, NULL, NULL, NULL},
     {"from", RETROFIT_STRING, &options.from, "DIR|FILE.gguf",
-     "a plain Llama; without layers to choose it is only rewritten"},
+     "a plain model; without layers to choose it is only rewritten"},
     {"to", RETROFIT_STRING, &options.to, "DIR|OUT.bin",
      "what to make; a directory must not exist yet"},
     {"prelude", RETROFIT_STRING, &options.prelude, "LAYERS",
@@ -131,7 +131,7 @@ static const char usage[] =
     "convert --from DIR|FILE.gguf --report --text FILE... [options]\n"
     "convert --random CONFIG.json --to DIR [options]\n"
     "convert --tokenize FILE... --tokenizer DIR --to OUT.bin [options]\n"
-    "Cuts a plain Llama into a recurrent model, makes a random one, or turns text into token "
+    "Cuts a plain model into a recurrent one, makes a random one, or turns text into token "
     "shards.\n";
 
 // Ends the program with one line on stderr. Control characters, which file names may contain,
@@ -472,7 +472,11 @@ static size_t read_choice(layer_choice *choice, size_t available) {
     choice->core.count = 0;
     if (core_is_auto()) {
         size_t between = count_dropped(choice, available);
-        if (!between) die(2, "--core auto: prelude and coda leave no layer of %zu", available);
+        if (!between)
+            die(2, "--core auto: prelude and coda leave no layer of %zu%s%s: give fewer with "
+                   "--prelude and --coda", available,
+                prelude ? "" : " (the prelude has as many as by default)",
+                coda ? "" : " (the coda has as many as by default)");
         return automatic_count(choice, preset, between);
     }
     read_layers(&choice->core, "core", preset ? preset->core : options.core, available);
@@ -666,7 +670,7 @@ static void choose_layers(layer_choice *choice, const retrofit_model *source,
                           tokenizer_source tokenizer) {
     size_t layers = source->config.coda;
     if (!retrofit_is_plain(&source->config))
-        die(1, "%s is recurrent already: surgery starts from a plain Llama", options.from);
+        die(1, "%s is recurrent already: surgery starts from a plain model", options.from);
     size_t automatic = read_choice(choice, layers);
     if (!options.text) return;
     size_t dropped = count_dropped(choice, layers) - automatic;
@@ -1427,6 +1431,11 @@ static bool encode_text(shard_writer *writer, document *document, const char *te
 
 // ---- Conversations ------------------------------------------------------------------------------
 
+// A place in the text, and how many of the ids are before it.
+typedef struct {
+    size_t text, ids;
+} place;
+
 typedef struct {
     shard_writer *writer;
     document *document;
@@ -1435,7 +1444,8 @@ typedef struct {
     size_t count;
     retrofit_text text, marks;  // as the template writes it
     size_t size;                // of the text without white space at its end
-    size_t text_at, ids_at;     // a place in the text, and how many of the ids are before it
+    place at;                   // the last that was asked for
+    place apart;                // the last from which on the text has the same ids by itself
 } conversation;
 
 static bool is_assistant(const retrofit_message *message) {
@@ -1533,14 +1543,22 @@ static bool compare_ids(const conversation *c, size_t from, size_t to, size_t at
     return true;
 }
 
-// How many ids come from text[0 … to), as c->ids_at. Mostly what is between the last such place and
-// this one has the same ids by itself, or what follows has. If neither has, since a token reaches
-// over the place, they are those that are the same if the text ends there. false or error.
+// How many ids come from text[0 … to), as c->at.ids. Mostly what is between the last such place and
+// this one has the same ids by itself, or what is between an earlier place and this one (a
+// SentencePiece puts a space in front of what stands by itself), or what follows has. If none has,
+// since a token reaches over the place, they are those that are the same if the text ends there.
+// false or error.
 static bool count_ids(conversation *c, size_t to) {
-    size_t same, ids;
+    size_t same;
     bool all;
-    if (!compare_ids(c, c->text_at, to, c->ids_at, &same, &all)) return false;
-    ids = c->ids_at + same;
+    place from = c->at;
+    if (!compare_ids(c, from.text, to, from.ids, &same, &all)) return false;
+    if (all) c->apart = from;
+    if (!all && c->apart.text < from.text) {
+        from = c->apart;
+        if (!compare_ids(c, from.text, to, from.ids, &same, &all)) return false;
+    }
+    size_t ids = from.ids + same;
     if (!all) {
         if (!compare_ids(c, to, c->size, SIZE_MAX, &same, &all)) return false;
         ids = c->document->count - same;
@@ -1549,8 +1567,7 @@ static bool count_ids(conversation *c, size_t to) {
         if (!compare_ids(c, 0, to, 0, &same, &all)) return false;
         ids = same;
     }
-    c->text_at = to;
-    c->ids_at = ids;
+    c->at = (place){to, ids};
     return true;
 }
 
@@ -1572,16 +1589,16 @@ static void count_as_said(conversation *c, size_t first, size_t end) {
 // ends a turn: that is not said, unless there is no such token.
 static bool label_turn(conversation *c, size_t begin, size_t end, bool marked) {
     if (!count_ids(c, begin)) return false;
-    size_t first = c->ids_at;
+    size_t first = c->at.ids;
     size_t filled = retrofit_size_without_spaces(c->text.bytes + begin, end - begin);
     if (!marked && filled > 0) {
         if (!count_ids(c, begin + filled)) return false;
-        size_t ids = c->ids_at;
+        size_t ids = c->at.ids;
         bool ends = ids > first && is_special(c->writer->tokenizer, c->document->ids[ids - 1]);
         if (ends) end = begin + filled;
     }
     if (!count_ids(c, end)) return false;
-    count_as_said(c, first, c->ids_at);
+    count_as_said(c, first, c->at.ids);
     return true;
 }
 

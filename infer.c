@@ -248,7 +248,7 @@ static struct depth_list read_depths(size_t max, const char *standard) {
     const char *list = options.recurrences;
     if (retrofit_is_plain(&model->config)) {
         if (!list) return depths;
-        die(2, "--recurrences: %s is a plain Llama, it has none: make it recurrent with convert",
+        die(2, "--recurrences: %s is a plain model, it has none: make it recurrent with convert",
             options.model);
     }
 
@@ -2816,7 +2816,7 @@ static void check_recurrent(void) {
     if (options.kv_cache) option = "--kv-cache";
     if (options.exit) option = "--exit";
     if (option && retrofit_is_plain(&model->config))
-        die(2, "%s: %s is a plain Llama, it has no recurrence: make it recurrent with convert",
+        die(2, "%s: %s is a plain model, it has no recurrence: make it recurrent with convert",
             option, options.model);
     if (!options.speculative || drafts.tuning) return;
     struct depth_list depths = read_depths(MAX_DEPTHS, NULL);

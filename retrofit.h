@@ -3379,7 +3379,7 @@ bool retrofit_data_check(const retrofit_data *data, const retrofit_tokenizer *to
 bool retrofit_data_check_ids(const retrofit_data *data);
 // false or error if none of the labels of the first `rows` rows of the files counts.
 bool retrofit_data_check_counted(const retrofit_data *data, size_t rows);
-// false or error if a shard of `data` is also one of `other`: the same file, or the same contents.
+// false or error if a shard of `data` is also one of `other`: the same file, or the same tokens.
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other);
 // What the data are, to find out later whether they are still the same: for each shard a line of
 // its name without directories, its size in bytes and its retrofit_sample_hash. Freed with free().
@@ -6521,16 +6521,21 @@ static bool check_ids(const retrofit_data *data) {
     return true;
 }
 
+// Headers may differ: in labels, or in the tokenizer's hash, which llm.c does not write.
+static bool same_tokens(const token_shard *a, const token_shard *b) {
+    if (a->status.st_dev == b->status.st_dev && a->status.st_ino == b->status.st_ino) return true;
+    const char *x = a->base, *y = b->base;
+    if (a->bytes != b->bytes || a->width != b->width) return false;
+    return !memcmp(x + SHARD_HEADER, y + SHARD_HEADER, a->bytes - SHARD_HEADER);
+}
+
 bool retrofit_data_check_apart(const retrofit_data *data, const retrofit_data *other) {
     for (size_t i = 0; i < data->files.gl_pathc; i++) {
-        token_shard *a = &data->shards[i];
+        const token_shard *a = &data->shards[i];
         for (size_t j = 0; j < other->files.gl_pathc; j++) {
-            token_shard *b = &other->shards[j];
+            const token_shard *b = &other->shards[j];
             const char *x = data->files.gl_pathv[i], *y = other->files.gl_pathv[j];
-            bool same = a->status.st_dev == b->status.st_dev &&
-                        a->status.st_ino == b->status.st_ino;
-            if (!same && a->bytes == b->bytes) same = shard_hash(a) == shard_hash(b);
-            if (same)
+            if (same_tokens(a, b))
                 return retrofit_fail("%s: the same as %s: validation data must not be trained on: "
                                      "keep them in a place of their own", y, x);
         }
@@ -9241,23 +9246,33 @@ static void tok_encode_part(tok_encoder *encoder, const char *text, size_t size,
     }
 }
 
-// Whether both sides of text[at] can be encoded apart, whatever is further away, with the same ids:
-// a space, or its mark, behind a letter of ASCII always begins a piece, since what the patterns
-// match goes on behind a letter only with letters. Where the text is not cut into pieces, no merge
-// may join the two: as in tok_encode_piece, the letter then must have a token.
+// Whether text[0 … at) ends with a letter, and a character that is none begins at text[at].
+static bool tok_ends_word(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
+                          size_t at) {
+    size_t begin = at - 1;
+    while (begin > 0 && ((unsigned char)text[begin] & 0xc0) == 0x80) begin--;
+    if (tok_run(tokenizer, text + begin, size - begin, TOK_LETTER, 2) != at - begin) return false;
+    return tok_run(tokenizer, text + at, size - at, TOK_LETTER, 1) == 0;
+}
+
+// Whether both sides of text[at] can be encoded apart, whatever is further away, with the same ids.
+// Patterns: what they match goes on behind a letter only with letters. Metaspace: each "▁" begins a
+// piece. Where the text is not cut into pieces, no merge may join the two bytes, and as in
+// tok_encode_piece the first must have a token.
 static bool tok_can_cut(const retrofit_tokenizer *tokenizer, const char *text, size_t size,
                         size_t at) {
     size_t mark = strlen(TOK_MARK);
-    unsigned char letter = (unsigned char)text[at - 1], space = (unsigned char)text[at];
-    bool marked = size - at >= mark && !memcmp(text + at, TOK_MARK, mark);
-    if (letter >= 0x80 || !(tokenizer->classes[letter] & TOK_LETTER)) return false;
-    if (space != ' ' && !marked) return false;
     const bool *has = tokenizer->has;
-    if (has[TOK_METASPACE] && has[TOK_METASPACE_SPLIT]) return true;
-    if (has[TOK_METASPACE]) space = (unsigned char)*TOK_MARK;
-    else if (tokenizer->pattern >= 0) return space == ' ';
-    else if (tokenizer->byte_level) return false;
-    return !tokenizer->joins[letter][space] && tok_find_in_model(tokenizer, text + at - 1, 1) >= 0;
+    unsigned char before = (unsigned char)text[at - 1], behind = (unsigned char)text[at];
+    bool marked = size - at >= mark && !memcmp(text + at, TOK_MARK, mark);
+    if (has[TOK_METASPACE] && behind == ' ') marked = true;
+    if (has[TOK_METASPACE] && has[TOK_METASPACE_SPLIT]) return marked;
+    if (!has[TOK_METASPACE] && tokenizer->pattern >= 0)
+        return tok_ends_word(tokenizer, text, size, at);
+    if (tokenizer->byte_level || !marked || before >= 0x80) return false;
+    if (!(tokenizer->classes[before] & TOK_LETTER)) return false;
+    return !tokenizer->joins[before][(unsigned char)*TOK_MARK] &&
+           tok_find_in_model(tokenizer, text + at - 1, 1) >= 0;
 }
 
 // Where the parts begin, each of about TOK_PART bytes, and the size at the end. NULL or error.

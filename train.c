@@ -1,4 +1,4 @@
-// train: teaches a model its recurrence (section 4 of the paper), or trains a plain Llama, the
+// train: teaches a model its recurrence (section 4 of the paper), or trains a plain model, the
 // baseline, by the same loop. What a step does stands in retrofit.h, section 4; this file has the
 // command line, the loop, what it prints, and what keeps a run from being lost.
 #define RETROFIT_IMPLEMENTATION
@@ -50,7 +50,7 @@ static size_t eval_recurrences[MAX_EVALS], eval_count;
 static const retrofit_option option_table[] = {
     HEADING("Files"),
     {"model", RETROFIT_STRING, &options.model, "DIR",
-     "what to train: a recurrent model, or a plain Llama as the baseline"},
+     "what to train: a recurrent model, or a plain one as the baseline"},
     {"data", RETROFIT_STRING, &options.data, "'GLOB'",
      "token shards (.bin, made by convert --tokenize)"},
     {"val", RETROFIT_STRING, &options.val, "'GLOB'", "shards for the validation loss"},
@@ -412,7 +412,7 @@ static void check_out_is_directory(void) {
 static int read_options(int argc, char **argv) {
     static const char usage[] =
         "train --model DIR --data 'GLOB' --out DIR --steps N [options]\n"
-        "Trains a recurrent model made by convert, or a plain Llama as the baseline.\n";
+        "Trains a recurrent model made by convert, or a plain one as the baseline.\n";
     int code = retrofit_options(argc, argv, option_table, OPTIONS, usage, NULL, NULL);
     if (code >= 0) return code;
     if (options.resume_anyway) options.resume = true;
@@ -526,14 +526,14 @@ static void note_idle_options(void) {
          "without --sample-prompts"},
         {training.muon_lr != usual->muon_lr && options.optimizer != RETROFIT_MUON, "muon-lr",
          "but with --optimizer muon"},
-        {R && plain, "mean-recurrence", "on a plain Llama"},
-        {K && plain, "backprop-depth", "on a plain Llama"},
-        {curriculum && plain, "curriculum", "on a plain Llama"},
-        {depth && plain, "depth-warmup", "on a plain Llama"},
-        {training.throttle && plain, "throttle", "on a plain Llama"},
-        {options.state_init && plain, "state-init", "on a plain Llama"},
+        {R && plain, "mean-recurrence", "on a plain model"},
+        {K && plain, "backprop-depth", "on a plain model"},
+        {curriculum && plain, "curriculum", "on a plain model"},
+        {depth && plain, "depth-warmup", "on a plain model"},
+        {training.throttle && plain, "throttle", "on a plain model"},
+        {options.state_init && plain, "state-init", "on a plain model"},
         {options.eval_recurrences != default_recurrences && plain, "eval-recurrences",
-         "on a plain Llama"},
+         "on a plain model"},
         {options.eval_recurrences != default_recurrences && !evaluates, "eval-recurrences",
          "without --val or --sample-prompts"},
         {R && fixed, "mean-recurrence", "beside --fixed-recurrences"},
@@ -570,7 +570,7 @@ static void check_options(void) {
         die(2, "--depth-start %zu is not between 1 and --backprop-depth %zu", training.depth_start,
             training.backprop_depth);
     if (options.train && plain)
-        die(2, "--train %s: %s is a plain Llama, it has neither adapter nor core",
+        die(2, "--train %s: %s is a plain model, it has neither adapter nor core",
             train_names[options.train], options.model);
     if (names_gpu() && !options.dry_run)
         die(2, "--gpu-memory and --gpu-tflops are for --dry-run alone");

@@ -302,7 +302,8 @@ static void put_metadata(section *s, const gguf_shape *shape, bool sentencepiece
     put_vocabulary(s, sentencepiece, bos);
 }
 
-// Their numbers are zeros, but for the divisors of rotary frequencies, which are ones.
+// All their bytes are the same, which makes small numbers of every type; but the divisors of rotary
+// frequencies are ones.
 enum { GGUF_TENSORS = GGUF_LAYER_TENSORS + 4 };
 static void put_tensors(section *s, const gguf_shape *shape) {
     size_t d = shape->d, F = shape->F, head_dim = d / shape->heads, offset = 0;
@@ -323,10 +324,11 @@ static void put_tensors(section *s, const gguf_shape *shape) {
     put_tensor(s, "output_norm.weight", 1, d, 0, &offset);
     put_tensor(s, "output.weight", 8, d, shape->head, &offset);
     size_t start = (s->size + 31) / 32 * 32;
-    for (size_t i = 0; i < head_dim / 2; i++)
-        memcpy(s->bytes + start + 4 * i, &(float){1}, 4);
     s->size = start + offset;
     require_test(s->size < sizeof s->bytes, "gguf");
+    memset(s->bytes + start, 0x22, offset);
+    for (size_t i = 0; i < head_dim / 2; i++)
+        memcpy(s->bytes + start + 4 * i, &(float){1}, 4);
 }
 
 static void add_gguf(const gguf_shape *shape, bool sentencepiece, uint32_t bos) {

@@ -212,16 +212,19 @@ losses_are_finite() {
     awk '/^ *[0-9]/ { lines++; if ($2 !~ /^[0-9.]+$/) bad = 1 } END { exit bad || lines != 2 }' \
         "$work/stdout"
 }
-# Five of the likeliest tokens, if no end of text comes before; their ids go to a file.
+# Five tokens, drawn, since random weights' likeliest one is often the same again; fewer if an end
+# of text comes before. Their ids go to a file.
 generate() { # directory, what, file
     timed "a text, $2" "$BIN/infer" --model "$1" --prompt "$prompt" --recurrences 2 --json \
-        --max-tokens 5
+        --max-tokens 5 --temperature 1 --seed 1
     sed 's/.*"tokens":\[\([0-9,]*\)\].*/\1/' "$work/stdout" | tr , '\n' >"$3"
 }
 # Random weights hardly ever write an end of text. So a word that they do write, not at once,
 # becomes the tokenizer's: the same text must end where it comes first.
 end_texts() {
-    end=$(awk "NR > 1 && \$1 >= $fixture_ids && \$1 < $ids" "$work/ids" | head -n 1)
+    end=$(awk -v low=$fixture_ids -v high=$ids '
+        NR == 1 { first = $1 }
+        $1 != first && $1 >= low && $1 < high { print; exit }' "$work/ids")
     sed "s|\"eos_token\": \"[^\"]*\"|\"eos_token\": \"<word $end>\"|" \
         "$work/published/tokenizer_config.json" >"$work/tokenizer_config.json"
     mv "$work/tokenizer_config.json" "$work/published"

@@ -1220,7 +1220,7 @@ static void drafted_conversation(void) {
 
 // A tokenizer of more ids than the model has: none of them is drawn, or read beyond the logits.
 static void larger_tokenizer(void) {
-    shell("mkdir small && cp f/olmo2/recurrent/* f/lookup/base/token* small");
+    shell("cp -r f/olmo2/recurrent small && cp f/lookup/base/token* small");
     works(SMALL ">plain && " SMALL "--exit kl --exit-threshold 0 >exits && cmp plain exits");
     check(strstr(err, "vocabulary of 97"), "more ids: %s", err);
     check(strstr(err, "20 of 20 tokens are those of full depth"), "--exit: %s", err);
@@ -1383,8 +1383,8 @@ static void bad_recurrences(void) {
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         fails(2, bad[i].what, DEEP "%s", bad[i].options);
-    fails(2, "plain Llama", BASE "--prompt 'Once upon' --exit kl");
-    fails(2, "plain Llama", BASE "--prompt 'Once upon' --trace bad");
+    fails(2, "plain model", BASE "--prompt 'Once upon' --exit kl");
+    fails(2, "plain model", BASE "--prompt 'Once upon' --trace bad");
     fails(2, "--exit does not go with --logits",
           "infer --model random --tokens 1,2 --logits bad --exit kl");
     fails(2, "--speculative does not go with --eval",

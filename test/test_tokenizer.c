@@ -837,6 +837,38 @@ static char *make_long_text(size_t *size) {
     return text.bytes;
 }
 
+// Wherever a text may be cut, the ids of both sides are the ids of the whole; and there are places,
+// in a text without spaces too, unless the tokenizer knows of words by nothing else.
+static void every_cut(const char *directory) {
+    static const char *const texts[] = {
+        "The Don't'll 12a34 café, e\xcc\x81 x's... \n\n  z ▁of▁ _a\tb\r\nI'M ",
+        "中文，中'ſ文。文1中"};
+    retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
+    need(tokenizer != NULL, directory);
+    for (size_t i = 0; i < 2; i++) {
+        tok_encoder whole = {.tokenizer = tokenizer};
+        tok_normalize(tokenizer, &whole.normalized, texts[i], strlen(texts[i]));
+        const char *text = whole.normalized.bytes;
+        size_t size = whole.normalized.size, places = 0;
+        tok_encode_part(&whole, text, size, true);
+        for (size_t at = 1; at < size; at++) {
+            if (!tok_can_cut(tokenizer, text, size, at)) continue;
+            tok_encoder apart = {.tokenizer = tokenizer};
+            tok_encode_part(&apart, text, at, true);
+            tok_encode_part(&apart, text + at, size - at, false);
+            bool same = apart.ids.size == whole.ids.size &&
+                        !memcmp(apart.ids.bytes, whole.ids.bytes, whole.ids.size);
+            check(same, "%s: text %zu cut at byte %zu has other ids", directory, i, at);
+            tok_free_memory(&apart);
+            places++;
+        }
+        check(places >= 2 || (i == 1 && !tokenizer->byte_level), "%s: text %zu can be cut at %zu "
+              "places", directory, i, places);
+        tok_free_memory(&whole);
+    }
+    retrofit_tokenizer_free(tokenizer);
+}
+
 // What is cut into parts, and what the cache knows, has the ids of a text that is encoded as one.
 static void long_text(const char *directory) {
     retrofit_tokenizer *tokenizer = retrofit_tokenizer_load(directory);
@@ -949,6 +981,7 @@ int main(int count, char **args) {
         char directory[256];
         snprintf(directory, sizeof directory, FIXTURES "tokenizers/%s", kinds[i]);
         run_cases(directory, "cases.json");
+        every_cut(directory);
         long_text(directory);
         hostile(directory, 997, 600);
         if (i > 1) round_trips(directory, 1500); // of the first two neither keeps a text as it is
