@@ -1434,7 +1434,7 @@ static bool encode_text(shard_writer *writer, document *document, const char *te
 // A place in the text, and how many of the ids are before it.
 typedef struct {
     size_t text, ids;
-} place;
+} text_place;
 
 typedef struct {
     shard_writer *writer;
@@ -1444,8 +1444,8 @@ typedef struct {
     size_t count;
     retrofit_text text, marks;  // as the template writes it
     size_t size;                // of the text without white space at its end
-    place at;                   // the last that was asked for
-    place apart;                // the last from which on the text has the same ids by itself
+    text_place at;                   // the last that was asked for
+    text_place apart;                // the last from which on the text has the same ids by itself
 } conversation;
 
 static bool is_assistant(const retrofit_message *message) {
@@ -1551,7 +1551,7 @@ static bool compare_ids(const conversation *c, size_t from, size_t to, size_t at
 static bool count_ids(conversation *c, size_t to) {
     size_t same;
     bool all;
-    place from = c->at;
+    text_place from = c->at;
     if (!compare_ids(c, from.text, to, from.ids, &same, &all)) return false;
     if (all) c->apart = from;
     if (!all && c->apart.text < from.text) {
@@ -1567,7 +1567,7 @@ static bool count_ids(conversation *c, size_t to) {
         if (!compare_ids(c, 0, to, 0, &same, &all)) return false;
         ids = same;
     }
-    c->at = (place){to, ids};
+    c->at = (text_place){to, ids};
     return true;
 }
 
