@@ -1444,8 +1444,8 @@ typedef struct {
     size_t count;
     retrofit_text text, marks;  // as the template writes it
     size_t size;                // of the text without white space at its end
-    text_place at;                   // the last that was asked for
-    text_place apart;                // the last from which on the text has the same ids by itself
+    text_place at;              // the last that was asked for
+    text_place apart;           // the last from which on the text has the same ids by itself
 } conversation;
 
 static bool is_assistant(const retrofit_message *message) {
