@@ -14,6 +14,7 @@
 # On a machine with a GPU:
 # make test-cuda       the tests of the GPU's operations, and of the whole model on it
 # make sanitize-cuda   the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
+# make sass            the instruction mix of the GPU's loops beside its targets; needs nvcc and cuobjdump, but no GPU
 # make bench-cuda      each operation against its limit, training steps against PyTorch (see test/bench_cuda.sh), decoding
 # CC= picks the compiler, OPENMP= leaves threads out, MARCH= the machine's own instructions, STRICT=1 makes warnings errors.
 # CUDA=0 leaves the GPU out, CUARCH=sm_90 builds for one kind (default: the one that is here, else sm_80 and sm_90), CUBLAS=0 does with our
@@ -194,8 +195,11 @@ sanitize-cuda: $(ON_GPU)
 
 bench-cuda: build/cuda_bench_cuda
 	@sh test/bench_cuda.sh $<
+
+sass:
+	@sh test/sass.sh $(NVCC) -std=c++17 -O3 -Xcompiler -fno-exceptions
 else
-test-cuda sanitize-cuda bench-cuda:
+test-cuda sanitize-cuda sass bench-cuda:
 	@echo "$@: nvcc was not found: install the CUDA toolkit, or name it with NVCC=" >&2; exit 1
 endif
 
@@ -230,6 +234,6 @@ clean:
 distclean: clean
 	rm -rf build local
 
-.PHONY: all test test-large fuzz test-cuda sanitize-cuda demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: all test test-large fuzz test-cuda sanitize-cuda sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

@@ -77,7 +77,7 @@ typedef __nv_bfloat16 bf16;
 //              …
 //             row 7         lane 28 lane 29 lane 30 lane 31
 #ifdef __CUDACC__
-#define SMEM(E, name, N) __shared__ E name[N]
+#define SMEM(E, name, N) __shared__ __align__(16) E name[N]
 #define DYN_SMEM(E, name)                                                   \
     extern __shared__ __align__(128) unsigned char dynamic_shared_memory[]; \
     E *name = reinterpret_cast<E *>(dynamic_shared_memory)
@@ -120,6 +120,14 @@ DEVICE void cp_async(void *shared, const void *global, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                  "l"(__cvta_generic_to_global(global)), "r"(bytes)
                  : "memory");
+}
+
+// ex2.approx.ftz: 2^x with an error of two units in the last place; 0 where that is denormal, for
+// which exp2f takes three instructions more.
+DEVICE float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // cp.async.commit_group: the thread's copies since the last commit become a group.
@@ -264,43 +272,59 @@ template <typename E> __host__ __device__ constexpr int tile_stride(int columns)
     return columns + 16 / (int)sizeof(E);
 }
 
-// load_tile starts to copy a tile of ROWS x COLUMNS, with all BLOCK threads of a block.
-//     row(r)    where row r lies in global memory; NULL for a row of zeros
-//     width     how many elements a row has; the columns behind them become 0
-//     aligned   all these addresses are multiples of 16 bytes
-// The copies of aligned tiles end with cp_async_wait, others are done on return.
-template <int ROWS, int COLUMNS, int BLOCK, typename E, typename F>
-DEVICE void load_tile_async(E *tile, F row, size_t width) {
-    constexpr int CHUNK = 16 / (int)sizeof(E), CHUNKS = COLUMNS / CHUNK; // elements, per row
-    static_assert(ROWS * CHUNKS % BLOCK == 0, "every thread copies as much");
-#pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += BLOCK) {
-        int r = i / CHUNKS, c = i % CHUNKS * CHUNK;
-        const E *from = row(r);
-        size_t left = width - c; // counts only if c < width
-        int n = from && (size_t)c < width ? (int)(left < CHUNK ? left : CHUNK) : 0;
-        cp_async(tile + r * tile_stride<E>(COLUMNS) + c, n ? from + c : (const E *)nullptr,
-                 n * (int)sizeof(E));
-    }
-}
+// What one of a block's BLOCK threads copies of a tile of ROWS x COLUMNS, and of those that follow:
+// 16 bytes of every row that is a multiple of APART behind its first. With four times 16 bytes to a
+// row, and eight threads:
+//
+//                 row 0   thread 0   thread 1   thread 2   thread 3
+//                     1   thread 4   thread 5   thread 6   thread 7
+//                     2   thread 0   thread 1   thread 2   thread 3              APART = 2
+//
+// Where a thread's part lies is computed once, so that in a loop over tiles each copy costs an
+// addition and no more. ALIGNED: all addresses are multiples of 16 bytes. Such copies end with
+// cp_async_wait, others are done on return.
+template <int ROWS, int COLUMNS, int BLOCK, bool ALIGNED, typename E> struct tile_copies {
+    static constexpr int WIDTH = 16 / (int)sizeof(E), ACROSS = COLUMNS / WIDTH;
+    static constexpr int APART = BLOCK / ACROSS, COUNT = ROWS / APART;
+    static constexpr int STRIDE = tile_stride<E>(COLUMNS), SIZE = ROWS * STRIDE;
+    static_assert(BLOCK % ACROSS == 0 && ROWS % APART == 0, "every thread copies as much");
+    const E *from; // the first of the tile that is next, in global memory
+    size_t apart;  // from one to the next, in elements
+    int row, column;
+    int bytes[COUNT]; // of each that are there; the others become 0
 
-template <int ROWS, int COLUMNS, int BLOCK, typename E, typename F>
-DEVICE void load_tile_by_elements(E *tile, F row, size_t width) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += BLOCK) {
-        int r = i / COLUMNS, c = i % COLUMNS;
-        const E *from = row(r);
-        E *to = tile + r * tile_stride<E>(COLUMNS) + c;
-        if (from && (size_t)c < width) *to = from[c];
-        else from_float(*to, 0.0f);
+    // The first tile begins at `matrix`, whose rows are `stride` elements apart.
+    DEVICE tile_copies(const E *matrix, size_t stride)
+        : apart(APART * stride), row(threadIdx.x / ACROSS), column(threadIdx.x % ACROSS * WIDTH) {
+        from = matrix + row * stride + column;
     }
-}
 
-template <int ROWS, int COLUMNS, int BLOCK, typename E, typename F>
-DEVICE void load_tile(E *tile, F row, size_t width, bool aligned) {
-    if (aligned) load_tile_async<ROWS, COLUMNS, BLOCK>(tile, row, width);
-    else load_tile_by_elements<ROWS, COLUMNS, BLOCK>(tile, row, width);
-}
+    // Of the tiles that are copied from now on, so many rows and columns are there.
+    template <typename SIZE> DEVICE void limit(SIZE rows, SIZE columns) {
+        SIZE left = columns > (SIZE)column ? columns - (SIZE)column : 0;
+        int full = (left < WIDTH ? (int)left : WIDTH) * (int)sizeof(E);
+        EACH (i, COUNT) bytes[i] = (SIZE)(row + i * APART) < rows ? full : 0;
+    }
+
+    DEVICE void copy(E *tile) const {
+        EACH (i, COUNT) copy_part(tile, i, from + i * apart);
+    }
+
+    // The same of rows that do not lie at equal distances: row r of the tile at row_at(r).
+    template <typename F> DEVICE void gather(E *tile, F row_at) const {
+        EACH (i, COUNT) copy_part(tile, i, row_at(row + i * APART) + column);
+    }
+
+    DEVICE void copy_part(E *tile, int i, const E *part) const {
+        E *to = tile + (row + i * APART) * STRIDE + column;
+        if constexpr (ALIGNED) cp_async(to, part, bytes[i]);
+        else
+            EACH (j, WIDTH) {
+                if (j * (int)sizeof(E) < bytes[i]) to[j] = part[j];
+                else from_float(to[j], 0.0f);
+            }
+    }
+};
 
 // ---- Eight numbers at a time -------------------------------------------------------------------
 // Eight numbers as they lie in memory, in vectors of 16 bytes.
@@ -453,9 +477,10 @@ static size_t blocks_of8(size_t n) { return ceil_of(ceil_of(n, 8), THREADS); }
 DEVICE size_t first_of8(void) { return 8 * ((size_t)blockIdx.x * THREADS + threadIdx.x); }
 
 // Kernels that need more than 48 KB of shared memory must ask for it before their first launch.
-template <typename K> static void allow_shared_memory(K *kernel, size_t bytes) {
+template <size_t BYTES, typename K> static void allow_shared_memory(K *kernel) {
+    static_assert(BYTES <= 99 << 10, "what a block has on compute capability 8.6, 8.9 and 12.0");
     cudaFuncAttribute attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    check_cuda(cudaFuncSetAttribute(kernel, attribute, (int)bytes), "setting shared memory");
+    check_cuda(cudaFuncSetAttribute(kernel, attribute, (int)BYTES), "setting shared memory");
 }
 
 // ---- Start -------------------------------------------------------------------------------------
@@ -613,6 +638,7 @@ template <typename E, typename OUT> struct product {
     const float *residual;
     const E *a, *b;
     size_t c_row, a_row, b_row, M, N, K;
+    bool symmetric = false; // c(m, n) = c(n, m): each is computed once. There is no residual then
 };
 
 // ---- Few rows ----------------------------------------------------------------------------------
@@ -678,8 +704,10 @@ static void few_rows(const product<E, OUT> &p, bool aligned) {
 #define CUBLAS_FUNCTIONS(X)                 \
     X(cublasLtCreate)                       \
     X(cublasLtMatmulDescCreate)             \
+    X(cublasLtMatmulDescDestroy)            \
     X(cublasLtMatmulDescSetAttribute)       \
     X(cublasLtMatrixLayoutCreate)           \
+    X(cublasLtMatrixLayoutDestroy)          \
     X(cublasLtMatmulPreferenceCreate)       \
     X(cublasLtMatmulPreferenceSetAttribute) \
     X(cublasLtMatmulPreferenceDestroy)      \
@@ -805,14 +833,29 @@ static void choose_cublas_algorithm(cublas_plan *plan) {
     cublas.cublasLtMatmulPreferenceDestroy(preference);
 }
 
-// The plan for a shape, made when the shape is first seen; NULL if there are too many.
+static void free_cublas_plan(cublas_plan *plan) {
+    if (!plan->product) return;
+    cublas.cublasLtMatrixLayoutDestroy(plan->a);
+    cublas.cublasLtMatrixLayoutDestroy(plan->b);
+    cublas.cublasLtMatrixLayoutDestroy(plan->c);
+    cublas.cublasLtMatmulDescDestroy(plan->product);
+    memset(plan, 0, sizeof *plan);
+}
+
+// The plan for a shape, made when the shape is first seen. It stands in one of NEAR places behind
+// the one that the shape's hash names; if all are taken, the first of them is given up.
 static cublas_plan *find_cublas_plan(const cublas_shape *shape) {
-    static cublas_plan plans[512];
-    static size_t count;
-    for (size_t i = 0; i < count; i++)
-        if (memcmp(&plans[i].shape, shape, sizeof *shape) == 0) return &plans[i];
-    if (count == sizeof plans / sizeof *plans) return NULL;
-    cublas_plan *plan = &plans[count++];
+    enum { PLANS = 1024, NEAR = 8 };
+    static cublas_plan plans[PLANS];
+    size_t home = retrofit_sample_hash(shape, sizeof *shape) % PLANS;
+    cublas_plan *free_place = NULL;
+    for (size_t i = 0; i < NEAR; i++) {
+        cublas_plan *plan = &plans[(home + i) % PLANS];
+        if (plan->product && memcmp(&plan->shape, shape, sizeof *shape) == 0) return plan;
+        if (!plan->product && !free_place) free_place = plan;
+    }
+    cublas_plan *plan = free_place ? free_place : &plans[home];
+    free_cublas_plan(plan);
     plan->shape = *shape;
     make_cublas_descriptors(plan);
     choose_cublas_algorithm(plan);
@@ -833,7 +876,7 @@ static bool by_cublas(const product<E, OUT> &p, bool aligned) {
                           cuda_type<E>::value, cuda_type<OUT>::value,
                           A_K_FIRST, B_K_FIRST, p.residual != NULL, 0};
     const cublas_plan *plan = find_cublas_plan(&shape);
-    if (!plan || !plan->usable) return false;
+    if (!plan->usable) return false;
 
     float alpha = 1, beta = p.residual ? 1 : 0;
     const void *added = p.residual ? (const void *)p.residual : p.c; // not read if beta is 0
@@ -846,19 +889,20 @@ static bool by_cublas(const product<E, OUT> &p, bool aligned) {
 #endif
 
 // ---- Our own kernel ----------------------------------------------------------------------------
-// A block of 8 warps makes a tile of 128x128 of c, each warp 64x32 of it, as 4x2 blocks of 16x16:
+// A block makes a tile of 128x128 of c, each of its warps 64x64 of it, as 4x4 blocks of 16x16:
 //
-//                         n0                          n0 + 128
-//                     m0  ┌──────┬──────┬──────┬──────┐             a warp's part:
-//                         │warp 0│warp 1│warp 2│warp 3│             ┌───┬───┐
-//                         │      │      │      │      │ 64 rows     ├───┼───┤ 64 rows,
-//                         ├──────┼──────┼──────┼──────┤             ├───┼───┤ 32 columns
-//                         │warp 4│warp 5│warp 6│warp 7│             ├───┼───┤
-//                         │      │      │      │      │             └───┴───┘
-//               m0 + 128  └──────┴──────┴──────┴──────┘
+//                         n0                  n0 + 128
+//                     m0  ┌─────────┬─────────┐               a warp's part:
+//                         │ warp 0  │ warp 1  │               ┌───┬───┬───┬───┐
+//                         │         │         │ 64 rows       ├───┼───┼───┼───┤ 64 rows,
+//                         ├─────────┼─────────┤               ├───┼───┼───┼───┤ 64 columns
+//                         │ warp 2  │ warp 3  │               ├───┼───┼───┼───┤
+//                         │         │         │               └───┴───┴───┴───┘
+//               m0 + 128  └─────────┴─────────┘
 //
-// It goes along k in steps of 64 bytes. Shared memory holds GEMM_STAGES steps, each a tile of a and
-// a tile of b: one is multiplied while cp.async fills the others.
+// (In fp32, whose products take more registers, eight warps make 64x32 each.) It goes along k in
+// steps of 64 bytes. Shared memory holds GEMM_STAGES steps, each a tile of a and a tile of b: one
+// is multiplied while cp.async fills the others.
 //
 //               step     0      1      2      3      4      5   …
 //               stage    0      1      2      3      0      1
@@ -867,31 +911,27 @@ static bool by_cublas(const product<E, OUT> &p, bool aligned) {
 //                        └ multiplied
 enum { GEMM_SIDE = 128, GEMM_STAGES = 4, GEMM_BAND = 8 };
 
-// How a tile of a factor lies in shared memory: as the factor lies in global memory.
-template <typename E, bool K_FIRST> struct factor_tile {
-    static constexpr int DEPTH = 64 / (int)sizeof(E);
-    static constexpr int ROWS = K_FIRST ? DEPTH : (int)GEMM_SIDE;
-    static constexpr int COLUMNS = K_FIRST ? (int)GEMM_SIDE : DEPTH;
-    static constexpr int STRIDE = tile_stride<E>(COLUMNS);
-    static constexpr int SIZE = ROWS * STRIDE;
+// How the work on one product is divided. The tiles of the factors lie in shared memory as the
+// factors lie in global memory.
+template <bool A_K_FIRST, bool B_K_FIRST, typename E> struct gemm_layout {
+    static constexpr int DEPTH = 64 / (int)sizeof(E);             // of a step, in elements
+    static constexpr int WARP_COLUMNS = sizeof(E) == 2 ? 64 : 32; // of c; 64 rows
+    static constexpr int WARPS_ACROSS = GEMM_SIDE / WARP_COLUMNS;
+    static constexpr int BLOCK = 32 * 2 * WARPS_ACROSS;           // threads
+    static constexpr int BLOCKS = sizeof(E) == 2 ? 2 : 1;         // at a time on a multiprocessor
+    template <bool K_FIRST, bool ALIGNED>
+    using copies = tile_copies<K_FIRST ? DEPTH : (int)GEMM_SIDE, K_FIRST ? (int)GEMM_SIDE : DEPTH,
+                               BLOCK, ALIGNED, E>;
+    static constexpr int A_STRIDE = copies<A_K_FIRST, true>::STRIDE;
+    static constexpr int B_STRIDE = copies<B_K_FIRST, true>::STRIDE;
+    static constexpr int A_SIZE = copies<A_K_FIRST, true>::SIZE;
+    static constexpr int STAGE_SIZE = A_SIZE + copies<B_K_FIRST, true>::SIZE;
+    static constexpr size_t BYTES = GEMM_STAGES * STAGE_SIZE * sizeof(E);
 
-    // Where the element of row m of a, or of column m of b, and of k is.
-    static DEVICE int at(int m, int k) { return K_FIRST ? k * STRIDE + m : m * STRIDE + k; }
+    // Where the element of row m of a, or of column n of b, and of k is in its tile.
+    static DEVICE int a_at(int m, int k) { return A_K_FIRST ? k * A_STRIDE + m : m * A_STRIDE + k; }
+    static DEVICE int b_at(int n, int k) { return B_K_FIRST ? k * B_STRIDE + n : n * B_STRIDE + k; }
 };
-
-// Starts to copy the tile that begins at (m0, k0) of a factor. M: a's rows or b's columns.
-template <bool K_FIRST, typename E>
-DEVICE void load_factor(E *tile, const E *factor, size_t row, size_t m0, size_t M, size_t k0,
-                        size_t K, bool aligned) {
-    typedef factor_tile<E, K_FIRST> layout;
-    size_t r0 = K_FIRST ? k0 : m0, rows = K_FIRST ? K : M;
-    size_t c0 = K_FIRST ? m0 : k0, columns = K_FIRST ? M : K;
-    const E *from = factor + r0 * row + c0;
-    auto row_at = [=](int r) {
-        return r0 + r < rows && c0 < columns ? from + r * row : (const E *)nullptr;
-    };
-    load_tile<layout::ROWS, layout::COLUMNS, THREADS>(tile, row_at, columns - c0, aligned);
-}
 
 // Which tile of c a block makes. Blocks that run at the same time should share rows of a and
 // columns of b, which the second-level cache then holds. So c is cut into bands, GEMM_BAND tiles
@@ -901,6 +941,9 @@ DEVICE void load_factor(E *tile, const E *factor, size_t row, size_t m0, size_t 
 //                           1   9  17
 //                           …
 //                           7  15  23
+//
+// Of a symmetric c only the tiles on and under the diagonal are made, in the order of rows: row i
+// begins with tile i·(i + 1)/2.
 struct tile_place { size_t m0, n0; };
 
 DEVICE tile_place gemm_place(size_t M, size_t N) {
@@ -911,22 +954,25 @@ DEVICE tile_place gemm_place(size_t M, size_t N) {
     return {(band + in_band % height) * GEMM_SIDE, in_band / height * GEMM_SIDE};
 }
 
-// sum += the warp's 64 rows of a's tile · its 32 columns of b's tile. sum[i][j] is the 16x8 at
+DEVICE tile_place symmetric_place(void) {
+    unsigned tile = blockIdx.x, row = (unsigned)((sqrtf(8.0f * tile + 1) - 1) / 2);
+    while (row * (row + 1) / 2 > tile) row--; // where the root was rounded
+    while ((row + 1) * (row + 2) / 2 <= tile) row++;
+    return {(size_t)row * GEMM_SIDE, (size_t)(tile - row * (row + 1) / 2) * GEMM_SIDE};
+}
+
+// sum += the warp's rows of a's tile · its columns of b's tile. sum[i][j] is the 16x8 at
 // (16·i, 8·j) of the warp's part, as mma lays it out.
-template <bool A_K_FIRST, bool B_K_FIRST, typename E>
-DEVICE void gemm_multiply(float (&sum)[4][4][4], const E *a_tile, const E *b_tile, int m_warp,
-                          int n_warp) {
-    typedef factor_tile<E, A_K_FIRST> a_layout;
-    typedef factor_tile<E, B_K_FIRST> b_layout;
-    EACH (step, a_layout::DEPTH / 16) {
+template <typename L, bool A_K_FIRST, bool B_K_FIRST, int COLUMNS, typename E>
+DEVICE void gemm_multiply(float (&sum)[4][COLUMNS / 8][4], const E *a_tile, const E *b_tile) {
+    EACH (step, L::DEPTH / 16) {
         int k = 16 * step;
-        fragment<E> a[4], b[2];
-        EACH (i, 4)
-            load_a<A_K_FIRST>(a[i], a_tile + a_layout::at(m_warp + 16 * i, k), a_layout::STRIDE);
-        EACH (j, 2)
-            load_b<B_K_FIRST>(b[j], b_tile + b_layout::at(n_warp + 16 * j, k), b_layout::STRIDE);
-        EACH (i, 4)
-            EACH (j, 2) multiply(&sum[i][2 * j], a[i], b[j]);
+        fragment<E> a[4], b;
+        EACH (i, 4) load_a<A_K_FIRST>(a[i], a_tile + L::a_at(16 * i, k), L::A_STRIDE);
+        EACH (j, COLUMNS / 16) {
+            load_b<B_K_FIRST>(b, b_tile + L::b_at(16 * j, k), L::B_STRIDE);
+            EACH (i, 4) multiply(&sum[i][2 * j], a[i], b);
+        }
     }
 }
 
@@ -936,6 +982,10 @@ DEVICE void gemm_store(const product<E, OUT> &p, size_t m, size_t n, float x, fl
     size_t at = m * p.c_row + n;
     if (m >= p.M || n >= p.N) return;
     bool both = n + 1 < p.N;
+    if (p.symmetric) {
+        from_float(p.c[n * p.c_row + m], x);
+        if (both) from_float(p.c[(n + 1) * p.c_row + m], y);
+    }
     if (p.residual) {
         x += p.residual[at];
         y += both ? p.residual[at + 1] : 0;
@@ -948,32 +998,46 @@ DEVICE void gemm_store(const product<E, OUT> &p, size_t m, size_t n, float x, fl
     if (both) from_float(p.c[at + 1], y);
 }
 
-template <bool A_K_FIRST, bool B_K_FIRST, typename E, typename OUT>
-__global__ void __launch_bounds__(THREADS, 2) gemm_kernel(product<E, OUT> p, bool aligned) {
-    constexpr int DEPTH = factor_tile<E, A_K_FIRST>::DEPTH;
-    constexpr int A_SIZE = factor_tile<E, A_K_FIRST>::SIZE;
-    constexpr int STAGE_SIZE = A_SIZE + factor_tile<E, B_K_FIRST>::SIZE;
+template <bool A_K_FIRST, bool B_K_FIRST, bool ALIGNED, typename E, typename OUT>
+__global__ void __launch_bounds__((gemm_layout<A_K_FIRST, B_K_FIRST, E>::BLOCK),
+                                  (gemm_layout<A_K_FIRST, B_K_FIRST, E>::BLOCKS))
+gemm_kernel(product<E, OUT> p) {
+    typedef gemm_layout<A_K_FIRST, B_K_FIRST, E> L;
     DYN_SMEM(E, tiles); // [GEMM_STAGES] of a tile of a, then a tile of b
-    tile_place place = gemm_place(p.M, p.N);
-    size_t steps = (p.K + DEPTH - 1) / DEPTH;
+    tile_place place = p.symmetric ? symmetric_place() : gemm_place(p.M, p.N);
+    int steps = (int)((p.K + L::DEPTH - 1) / L::DEPTH);
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int m_warp = warp / 4 * 64, n_warp = warp % 4 * 32;
+    int m_warp = warp / L::WARPS_ACROSS * 64, n_warp = warp % L::WARPS_ACROSS * L::WARP_COLUMNS;
+    size_t M = p.M - place.m0, N = p.N - place.n0; // that are left of a's rows and b's columns
+    typename L::template copies<A_K_FIRST, ALIGNED> a(
+        p.a + (A_K_FIRST ? place.m0 : place.m0 * p.a_row), p.a_row);
+    typename L::template copies<B_K_FIRST, ALIGNED> b(
+        p.b + (B_K_FIRST ? place.n0 : place.n0 * p.b_row), p.b_row);
+    size_t a_step = A_K_FIRST ? L::DEPTH * p.a_row : L::DEPTH;
+    size_t b_step = B_K_FIRST ? L::DEPTH * p.b_row : L::DEPTH;
+    auto limit = [&](size_t K) {
+        a.limit(A_K_FIRST ? K : M, A_K_FIRST ? M : K);
+        b.limit(B_K_FIRST ? K : N, B_K_FIRST ? N : K);
+    };
 
     // A step behind the last copies nothing but still commits, so that groups are counted right.
-    auto load = [&](size_t step) {
+    auto load = [&](int step) {
         if (step < steps) {
-            E *tile = tiles + step % GEMM_STAGES * STAGE_SIZE;
-            load_factor<A_K_FIRST>(tile, p.a, p.a_row, place.m0, p.M, step * DEPTH, p.K, aligned);
-            load_factor<B_K_FIRST>(tile + A_SIZE, p.b, p.b_row, place.n0, p.N, step * DEPTH, p.K,
-                                   aligned);
+            if (step == steps - 1) limit(p.K - (size_t)step * L::DEPTH);
+            E *tile = tiles + step % GEMM_STAGES * L::STAGE_SIZE;
+            a.copy(tile);
+            b.copy(tile + L::A_SIZE);
+            a.from += a_step;
+            b.from += b_step;
         }
         cp_async_commit();
     };
 
     // (1) The first GEMM_STAGES - 1 steps are on their way.
-    float sum[4][4][4] = {};
-    for (size_t step = 0; step + 1 < GEMM_STAGES; step++) load(step);
-    for (size_t step = 0; step < steps; step++) {
+    float sum[4][L::WARP_COLUMNS / 8][4] = {};
+    limit(p.K);
+    for (int step = 0; step + 1 < GEMM_STAGES; step++) load(step);
+    for (int step = 0; step < steps; step++) {
         // (2) This thread's copies of this step have arrived; behind the barrier, those of all
         // threads. Behind the barrier nobody reads the tiles of the step before either.
         cp_async_wait<GEMM_STAGES - 2>();
@@ -981,14 +1045,15 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(product<E, OUT> p, boo
         // (3) The step that takes their place.
         load(step + GEMM_STAGES - 1);
         // (4) Multiply.
-        const E *a_tile = tiles + step % GEMM_STAGES * STAGE_SIZE, *b_tile = a_tile + A_SIZE;
-        gemm_multiply<A_K_FIRST, B_K_FIRST>(sum, a_tile, b_tile, m_warp, n_warp);
+        const E *tile = tiles + step % GEMM_STAGES * L::STAGE_SIZE;
+        gemm_multiply<L, A_K_FIRST, B_K_FIRST, L::WARP_COLUMNS>(
+            sum, tile + L::a_at(m_warp, 0), tile + L::A_SIZE + L::b_at(n_warp, 0));
     }
     cp_async_wait<0>();
     // (5) The epilogue: of each 8 columns of a row, a lane holds two neighbours.
     EACH (i, 4)
         EACH (half, 2)
-            EACH (j, 4) {
+            EACH (j, L::WARP_COLUMNS / 8) {
                 size_t m = place.m0 + m_warp + 16 * i + lane / 4 + 8 * half;
                 size_t n = place.n0 + n_warp + 8 * j + lane % 4 * 2;
                 gemm_store(p, m, n, sum[i][j][2 * half], sum[i][j][2 * half + 1]);
@@ -996,16 +1061,16 @@ __global__ void __launch_bounds__(THREADS, 2) gemm_kernel(product<E, OUT> p, boo
 }
 
 // ---- Which of the three ------------------------------------------------------------------------
-template <bool A_K_FIRST, bool B_K_FIRST, typename E, typename OUT>
-static void gemm_by_tiles(const product<E, OUT> &p, bool aligned) {
-    auto kernel = gemm_kernel<A_K_FIRST, B_K_FIRST, E, OUT>;
-    constexpr int SIZE = factor_tile<E, A_K_FIRST>::SIZE + factor_tile<E, B_K_FIRST>::SIZE;
-    constexpr size_t BYTES = GEMM_STAGES * SIZE * sizeof(E);
+template <bool A_K_FIRST, bool B_K_FIRST, bool ALIGNED, typename E, typename OUT>
+static void gemm_by_tiles(const product<E, OUT> &p) {
+    typedef gemm_layout<A_K_FIRST, B_K_FIRST, E> layout;
+    auto kernel = gemm_kernel<A_K_FIRST, B_K_FIRST, ALIGNED, E, OUT>;
     static bool allowed;
-    if (!allowed) allow_shared_memory(kernel, BYTES);
+    if (!allowed) allow_shared_memory<layout::BYTES>(kernel);
     allowed = true;
-    size_t tiles = ceil_of(p.M, GEMM_SIDE) * ceil_of(p.N, GEMM_SIDE);
-    launch("gemm_kernel", kernel, tiles, THREADS, BYTES, p, aligned);
+    size_t down = ceil_of(p.M, GEMM_SIDE), across = ceil_of(p.N, GEMM_SIDE);
+    size_t tiles = p.symmetric ? down * (down + 1) / 2 : down * across;
+    launch("gemm_kernel", kernel, tiles, layout::BLOCK, layout::BYTES, p);
 }
 
 template <bool A_K_FIRST, bool B_K_FIRST, typename E, typename OUT>
@@ -1018,9 +1083,10 @@ static void gemm(const product<E, OUT> &p) {
         if (p.M <= 8) return few_rows<8>(p, aligned);
     }
 #ifdef WITH_CUBLAS
-    if (by_cublas<A_K_FIRST, B_K_FIRST>(p, aligned)) return;
+    if (!p.symmetric && by_cublas<A_K_FIRST, B_K_FIRST>(p, aligned)) return;
 #endif
-    gemm_by_tiles<A_K_FIRST, B_K_FIRST>(p, aligned);
+    if (aligned) gemm_by_tiles<A_K_FIRST, B_K_FIRST, true>(p);
+    else gemm_by_tiles<A_K_FIRST, B_K_FIRST, false>(p);
 }
 
 // =================================================================================================
@@ -1205,7 +1271,7 @@ static void rmsnorm_residual_backward(act *dinp, float *dweight, const float *do
     if (dweight) LAUNCH(add_rows_kernel, ceil_of(d, 32), THREADS, 0, dweight, rows, blocks, d);
 }
 
-// ---- Biases: y += b, db += Σ_n dy_n --------------------------------------------------------------
+// ---- Biases: y += b, db += Σ_n dy_n -------------------------------------------------------------
 // One thread per eight elements.
 template <typename E>
 __global__ void bias_forward_kernel(E *y, const float *bias, size_t N, size_t O) {
@@ -1244,7 +1310,7 @@ template <typename E> static void bias_backward(float *dbias, const act *dy, siz
     LAUNCH(add_rows_kernel, ceil_of(O, 32), THREADS, 0, dbias, rows, blocks, O);
 }
 
-// ---- Norms of q and k, in place: of each head, or one of q and one of k --------------------------
+// ---- Norms of q and k, in place: of each head, or one of q and one of k -------------------------
 struct qk_norms {
     size_t N, H, G, h;
     bool per_head;
@@ -1412,7 +1478,9 @@ static void matmul_backward_weight(float *dw, size_t stride, const act *dout, co
 
 template <typename E>
 static void matmul_symmetric(act *out, const act *inp, size_t N, size_t I) {
-    matmul_forward<E>(out, inp, {inp, sizeof(E) == 2 ? RETROFIT_BF16 : RETROFIT_F32, I}, N, I, N);
+    const E *a = (const E *)inp; // (N,I)
+    product<E, E> p = {(E *)out, NULL, a, a, N, I, I, N, N, I, true};
+    gemm<false, false>(p);
 }
 
 // ---- RoPE: (x, y) = elements i and i + h/2 of a head turn by the angle φ = position·θ_i --------
@@ -1501,37 +1569,51 @@ struct packed_rows {
     __device__ size_t head_of(int r) const { return head + (r - token(r) * group); }
     // Where row r is in lse and delta (N,H).
     __device__ size_t index(int r) const { return (first + token(r)) * H + head_of(r); }
-    // Where its h numbers are in qkv (N,Q), and in an output (N,d); NULL behind the last row.
+    // Where its h numbers are in qkv (N,Q), and in an output (N,d).
     template <typename P> __device__ P query(P qkv, int r) const {
-        return r < count ? qkv + (first + token(r)) * Q + head_of(r) * h : (P)nullptr;
+        return qkv + (first + token(r)) * Q + head_of(r) * h;
     }
-    template <typename P> __device__ P output(P out, int r) const {
-        return r < count ? out + index(r) * h : (P)nullptr;
-    }
+    template <typename P> __device__ P output(P out, int r) const { return out + index(r) * h; }
 };
 
 // Keys in a tile.
 template <typename E> constexpr int KEY_TILE = sizeof(E) == 2 ? 64 : 32;
 
-// Start to copy ROWS rows from row r0 on of queries in qkv, or of an output; or KEYS keys (or
-// values), `row` elements apart, from key u0 on. Keys from `end` on become 0.
-template <int ROWS, int HEAD, int BLOCK, typename E>
-DEVICE void load_queries(E *tile, const packed_rows &rows, const E *qkv, int r0, bool aligned) {
-    auto row_at = [=](int r) { return rows.query(qkv, r0 + r); };
-    load_tile<ROWS, HEAD, BLOCK>(tile, row_at, rows.h, aligned);
+// Start to copy ROWS packed rows from row r0 on: queries in qkv, or an output. Behind the last row
+// the tile has that one again.
+template <int ROWS, int HEAD, int BLOCK, bool ALIGNED, typename E>
+DEVICE void load_queries(E *tile, const packed_rows &rows, const E *qkv, int r0) {
+    tile_copies<ROWS, HEAD, BLOCK, ALIGNED, E> copies(qkv, 0);
+    copies.limit(ROWS, (int)rows.h);
+    copies.gather(tile, [=](int r) { return rows.query(qkv, int_min(r0 + r, rows.count - 1)); });
 }
 
-template <int ROWS, int HEAD, int BLOCK, typename E>
-DEVICE void load_outputs(E *tile, const packed_rows &rows, const E *out, int r0, bool aligned) {
-    auto row_at = [=](int r) { return rows.output(out, r0 + r); };
-    load_tile<ROWS, HEAD, BLOCK>(tile, row_at, rows.h, aligned);
+template <int ROWS, int HEAD, int BLOCK, bool ALIGNED, typename E>
+DEVICE void load_outputs(E *tile, const packed_rows &rows, const E *out, int r0) {
+    tile_copies<ROWS, HEAD, BLOCK, ALIGNED, E> copies(out, 0);
+    copies.limit(ROWS, (int)rows.h);
+    copies.gather(tile, [=](int r) { return rows.output(out, int_min(r0 + r, rows.count - 1)); });
 }
 
-template <int KEYS, int HEAD, int BLOCK, typename E>
-DEVICE void load_keys(E *tile, const E *keys, size_t row, int u0, int end, size_t h, bool aligned) {
-    auto row_at = [=](int r) { return u0 + r < end ? keys + (u0 + r) * row : (const E *)nullptr; };
-    load_tile<KEYS, HEAD, BLOCK>(tile, row_at, h, aligned);
-}
+// Copies of two matrices with rows of h elements, tile by tile: keys and values, or queries and
+// gradients of outputs. Rows behind the last become 0.
+template <int ROWS, int HEAD, int BLOCK, bool ALIGNED, typename E> struct pair_copies {
+    tile_copies<ROWS, HEAD, BLOCK, ALIGNED, E> x, y;
+    static constexpr int TILE = ROWS * tile_stride<E>(HEAD), PAIR = 2 * TILE;
+
+    DEVICE pair_copies(const E *x_matrix, size_t x_stride, const E *y_matrix, size_t y_stride)
+        : x(x_matrix, x_stride), y(y_matrix, y_stride) {}
+
+    // Starts to copy the next ROWS rows of each into the two tiles, of which `rows` are there.
+    DEVICE void copy(E *tiles, int rows, int h) {
+        x.limit(rows, h);
+        y.limit(rows, h);
+        x.copy(tiles);
+        y.copy(tiles + TILE);
+        x.from += ROWS / x.APART * x.apart;
+        y.from += ROWS / y.APART * y.apart;
+    }
+};
 
 // Sixteen rows of a tile, as left factors.
 template <int HEAD, typename E> DEVICE void load_rows(fragment<E> (&f)[HEAD / 16], const E *tile) {
@@ -1600,7 +1682,6 @@ template <typename E> struct attention_problem {
     const int32_t *lane;     // (B) whose keys and values a row reads, or NULL for its own
     attention_shape shape;
     unsigned splits;
-    bool aligned; // all rows begin at multiples of 16 bytes
 };
 
 // What a block of attention_kernel takes.
@@ -1623,15 +1704,19 @@ template <int ROWS, int KEYS> struct attention_task {
     }
 };
 
-// (2) Scores of the keys from u0 on that lie behind the last one a row sees become -∞.
+// (2) Scores of the keys from u0 on that lie behind the last one a row sees become -∞. r: the first
+// of the lane's rows.
 template <int KEYS, int ROW_BLOCKS>
-DEVICE void mask_scores(float (&s)[ROW_BLOCKS][KEYS / 8][4], int u0,
-                        const int (&last_key)[ROW_BLOCKS][2]) {
+DEVICE void mask_scores(float (&s)[ROW_BLOCKS][KEYS / 8][4], int u0, int past,
+                        const packed_rows &rows, int r) {
     int column = threadIdx.x % 4 * 2;
     EACH (m, ROW_BLOCKS)
-        EACH (j, KEYS / 8)
-            EACH (e, 4)
-                if (u0 + 8 * j + column + e % 2 > last_key[m][e / 2]) s[m][j][e] = -INFINITY;
+        EACH (i, 2) {
+            int last_key = past + rows.token(r + 16 * m + 8 * i);
+            EACH (j, KEYS / 8)
+                EACH (e, 2)
+                    if (u0 + 8 * j + column + e > last_key) s[m][j][2 * i + e] = -INFINITY;
+        }
 }
 
 // (3) for row i of a block of scores (16, 8·TILES). `scale` is LOG2E/√h. Returns e^(m - m').
@@ -1642,10 +1727,10 @@ DEVICE float softmax_row(float (*s)[4], int i, float scale, float &row_max, floa
     new_max = quad_max(new_max);
     // Where no key has been seen yet, both maxima are -∞ and their difference is not a number.
     float base = new_max == -INFINITY ? 0 : new_max * scale;
-    float correction = exp2f(row_max * scale - base);
+    float correction = power_of_two(row_max * scale - base);
     EACH (j, TILES) {
-        s[j][2 * i] = exp2f(s[j][2 * i] * scale - base);
-        s[j][2 * i + 1] = exp2f(s[j][2 * i + 1] * scale - base);
+        s[j][2 * i] = power_of_two(s[j][2 * i] * scale - base);
+        s[j][2 * i + 1] = power_of_two(s[j][2 * i + 1] * scale - base);
         sum += s[j][2 * i] + s[j][2 * i + 1];
     }
     row_sum = row_sum * correction + sum; // over this lane's columns only
@@ -1653,25 +1738,29 @@ DEVICE float softmax_row(float (*s)[4], int i, float scale, float &row_max, floa
     return correction;
 }
 
-// (3) for all rows of the tile.
+// (3) for all rows of the tile. Mostly no row's maximum changes, and o keeps its scale.
 template <int KEYS, int HEAD, int ROW_BLOCKS>
 DEVICE void softmax_tile(float (&s)[ROW_BLOCKS][KEYS / 8][4], float (&o)[ROW_BLOCKS][HEAD / 8][4],
                          float scale, float (&row_max)[ROW_BLOCKS][2],
                          float (&row_sum)[ROW_BLOCKS][2]) {
+    float correction[ROW_BLOCKS][2];
+    bool changes = false;
     EACH (m, ROW_BLOCKS)
         EACH (i, 2) {
-            float correction = softmax_row<KEYS / 8>(s[m], i, scale, row_max[m][i], row_sum[m][i]);
-            EACH (c, HEAD / 8) {
-                o[m][c][2 * i] *= correction;
-                o[m][c][2 * i + 1] *= correction;
-            }
+            correction[m][i] = softmax_row<KEYS / 8>(s[m], i, scale, row_max[m][i], row_sum[m][i]);
+            changes = changes || correction[m][i] != 1;
         }
+    if (!__ballot_sync(~0u, changes)) return;
+    EACH (m, ROW_BLOCKS)
+        EACH (c, HEAD / 8)
+            EACH (e, 4) o[m][c][e] *= correction[m][e / 2];
 }
 
 // (5) for row r, of which this lane has of every 8 columns two: o[c][2i], o[c][2i + 1].
 template <int HEAD, typename E, typename TASK>
 DEVICE void store_output(const attention_problem<E> &p, const TASK &task, const float (*o)[4],
                          int i, int r, float max, float sum) {
+    if (r >= task.rows.count) return;
     size_t first = threadIdx.x % 4 * 2, h = p.shape.h, index = task.rows.index(r);
     size_t pair = (size_t)task.split * p.shape.B * p.shape.G + task.pair;
     float *partial = p.partials + (pair * task.rows.count + r) * (h + 2);
@@ -1686,66 +1775,62 @@ DEVICE void store_output(const attention_problem<E> &p, const TASK &task, const 
     if (first == 0 && p.lse) p.lse[index] = max / LOG2E + logf(sum);
 }
 
-template <typename E, int HEAD, int WARPS, int ROW_BLOCKS>
+template <typename E, int HEAD, int WARPS, int ROW_BLOCKS, bool ALIGNED>
 __global__ void __launch_bounds__(32 * WARPS) attention_kernel(attention_problem<E> p) {
     constexpr int ROWS = 16 * ROW_BLOCKS * WARPS, KEYS = KEY_TILE<E>, BLOCK = 32 * WARPS;
     constexpr int STRIDE = tile_stride<E>(HEAD);
+    typedef pair_copies<KEYS, HEAD, BLOCK, ALIGNED, E> key_copies;
     DYN_SMEM(E, q_tile);
     E *kv_tiles = q_tile + ROWS * STRIDE; // [2] of a tile of keys, then a tile of values
     attention_task<ROWS, KEYS> task(p, (unsigned)(p.shape.B * p.shape.G));
     const packed_rows &rows = task.rows;
     const size_t h = p.shape.h;
-    size_t place = p.lane ? (size_t)p.lane[task.b] : task.b;
-    const E *k = p.k + place * p.kv_batch + task.g * h;
-    const E *v = p.v + place * p.kv_batch + task.g * h;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int first = task.row0 + 16 * ROW_BLOCKS * warp; // the warp's first row
+    size_t key0 = task.from * p.kv_row + task.g * h;
+    key0 += (p.lane ? (size_t)p.lane[task.b] : task.b) * p.kv_batch;
+    int lane = threadIdx.x % 32;
+    int first = task.row0 + (int)(threadIdx.x / 32) * 16 * ROW_BLOCKS; // the warp's first row
 
-    auto load_keys_and_values = [&](int u0, int stage) {
-        E *tile = kv_tiles + stage * 2 * KEYS * STRIDE;
-        load_keys<KEYS, HEAD, BLOCK>(tile, k, p.kv_row, u0, task.to, h, p.aligned);
-        load_keys<KEYS, HEAD, BLOCK>(tile + KEYS * STRIDE, v, p.kv_row, u0, task.to, h, p.aligned);
-    };
-    load_queries<ROWS, HEAD, BLOCK>(q_tile, rows, p.q, task.row0, p.aligned);
-    load_keys_and_values(task.from, 0);
+    load_queries<ROWS, HEAD, BLOCK, ALIGNED>(q_tile, rows, p.q, task.row0);
+    cp_async_commit();
+    key_copies keys(p.k + key0, p.kv_row, p.v + key0, p.kv_row);
+    keys.copy(kv_tiles, task.to - task.from, (int)h);
     cp_async_commit();
 
     fragment<E> q[ROW_BLOCKS][HEAD / 16];
     float o[ROW_BLOCKS][HEAD / 8][4] = {}, row_max[ROW_BLOCKS][2], row_sum[ROW_BLOCKS][2] = {};
-    int last_key[ROW_BLOCKS][2]; // that a row sees
     const float scale = LOG2E / sqrtf((float)h);
     EACH (m, ROW_BLOCKS)
-        for (int i = 0; i < 2; i++) {
-            row_max[m][i] = -INFINITY;
-            last_key[m][i] = task.past + rows.token(first + 16 * m + lane / 4 + 8 * i);
-        }
-    for (int u0 = task.from, stage = 0; u0 < task.to; u0 += KEYS, stage ^= 1) {
-        // (0) The next tile is on its way while this one is used.
-        if (u0 + KEYS < task.to) load_keys_and_values(u0 + KEYS, stage ^ 1);
+        EACH (i, 2) row_max[m][i] = -INFINITY;
+    cp_async_wait<1>(); // for the queries
+    __syncthreads();
+    EACH (m, ROW_BLOCKS) load_rows<HEAD>(q[m], q_tile + (first - task.row0 + 16 * m) * STRIDE);
+
+    // The tile of keys from u0 on. (0) The next one is on its way while this one is used.
+    auto add_tile = [&](int u0, int stage, bool masked) {
+        int next = u0 + KEYS;
+        if (next < task.to)
+            keys.copy(kv_tiles + (stage ^ 1) * key_copies::PAIR, task.to - next, (int)h);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        const E *k_tile = kv_tiles + stage * 2 * KEYS * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
-        if (u0 == task.from)
-            EACH (m, ROW_BLOCKS)
-                load_rows<HEAD>(q[m], q_tile + 16 * (ROW_BLOCKS * warp + m) * STRIDE);
-        // (1) to (4); the mask only where the tile reaches the diagonal.
+        const E *k_tile = kv_tiles + stage * key_copies::PAIR;
         float s[ROW_BLOCKS][KEYS / 8][4] = {};
-        multiply_by_keys<KEYS, HEAD>(s, q, k_tile);
-        bool diagonal = u0 + KEYS > task.past + rows.token(first) + 1;
-        if (diagonal) mask_scores<KEYS>(s, u0, last_key);
-        softmax_tile<KEYS, HEAD>(s, o, scale, row_max, row_sum);
-        multiply_by_values<KEYS, HEAD>(o, s, v_tile);
+        multiply_by_keys<KEYS, HEAD>(s, q, k_tile);                              // (1)
+        if (masked) mask_scores<KEYS>(s, u0, task.past, rows, first + lane / 4); // (2)
+        softmax_tile<KEYS, HEAD>(s, o, scale, row_max, row_sum);                 // (3)
+        multiply_by_values<KEYS, HEAD>(o, s, k_tile + key_copies::TILE);         // (4)
         __syncthreads(); // the tile after the next may take this one's place
-    }
+    };
+    // Only the tiles at the diagonal need the mask: all rows see the keys before `seen_by_all`.
+    int u0 = task.from, stage = 0, seen_by_all = task.past + rows.token(task.row0) + 1;
+    for (; u0 + KEYS <= int_min(seen_by_all, task.to); u0 += KEYS, stage ^= 1)
+        add_tile(u0, stage, false);
+    for (; u0 < task.to; u0 += KEYS, stage ^= 1) add_tile(u0, stage, true);
     cp_async_wait<0>();
-    // (5)
     EACH (m, ROW_BLOCKS)
         EACH (i, 2) {
             int r = first + 16 * m + lane / 4 + 8 * i;
-            float sum = quad_sum(row_sum[m][i]);
-            if (r >= rows.count) continue;
-            store_output<HEAD>(p, task, o[m], i, r, row_max[m][i] * scale, sum);
+            store_output<HEAD>(p, task, o[m], i, r, row_max[m][i] * scale, quad_sum(row_sum[m][i]));
         }
 }
 
@@ -1773,18 +1858,17 @@ __global__ void attention_join_kernel(E *out, const float *partials, attention_s
     }
 }
 
-template <int HEAD, int WARPS, int ROW_BLOCKS, typename E>
+template <int HEAD, int WARPS, int ROW_BLOCKS, bool ALIGNED, typename E>
 static void launch_attention(attention_problem<E> p, size_t splits) {
     const attention_shape s = p.shape;
-    auto kernel = attention_kernel<E, HEAD, WARPS, ROW_BLOCKS>;
+    auto kernel = attention_kernel<E, HEAD, WARPS, ROW_BLOCKS, ALIGNED>;
     constexpr size_t ROWS = 16 * ROW_BLOCKS * WARPS;
     constexpr size_t BYTES = (ROWS + 4 * KEY_TILE<E>) * tile_stride<E>(HEAD) * sizeof(E);
     static bool allowed;
-    if (!allowed) allow_shared_memory(kernel, BYTES);
+    if (!allowed) allow_shared_memory<BYTES>(kernel);
     allowed = true;
     p.splits = (unsigned)splits;
     p.partials = (float *)workspace;
-    p.aligned = ((uintptr_t)p.q | (uintptr_t)p.k | (uintptr_t)p.v | s.h * sizeof(E)) % 16 == 0;
     size_t blocks = ceil_of(s.T * (s.H / s.G), ROWS) * s.B * s.G * splits;
     launch("attention_kernel", kernel, blocks, 32 * WARPS, BYTES, p);
     if (splits > 1)
@@ -1802,17 +1886,21 @@ template <typename E> static size_t attention_splits(const attention_problem<E> 
     return retrofit_max(splits, 1);
 }
 
-template <int HEAD, typename E> static void attend(const attention_problem<E> &p, size_t keys) {
+template <int HEAD, bool ALIGNED, typename E>
+static void attend(const attention_problem<E> &p, size_t keys) {
     constexpr int ROW_BLOCKS = sizeof(E) == 2 && HEAD <= 64 ? 2 : 1; // as registers allow
     bool few = p.shape.T * (p.shape.H / p.shape.G) <= 16;
-    if (few) launch_attention<HEAD, 1, 1>(p, attention_splits(p, keys));
-    else launch_attention<HEAD, 4, ROW_BLOCKS>(p, 1);
+    if (few) launch_attention<HEAD, 1, 1, ALIGNED>(p, attention_splits(p, keys));
+    else launch_attention<HEAD, 4, ROW_BLOCKS, ALIGNED>(p, 1);
 }
 
+// Rows that do not begin at multiples of 16 bytes are those of heads that no model has.
 template <typename E> static void attend_by_head_size(const attention_problem<E> &p, size_t keys) {
-    if (p.shape.h <= 32) attend<32>(p, keys);
-    else if (p.shape.h <= 64) attend<64>(p, keys);
-    else attend<128>(p, keys);
+    uintptr_t all = (uintptr_t)p.q | (uintptr_t)p.k | (uintptr_t)p.v | p.shape.h * sizeof(E);
+    if (all % 16 != 0) attend<128, false>(p, keys);
+    else if (p.shape.h <= 32) attend<32, true>(p, keys);
+    else if (p.shape.h <= 64) attend<64, true>(p, keys);
+    else attend<128, true>(p, keys);
 }
 
 template <typename E>
@@ -1839,7 +1927,6 @@ template <typename E> struct attention_gradient {
     const E *dout, *qkv;
     const float *lse, *delta;
     attention_shape shape;
-    bool aligned;
 };
 
 // delta (N,H). One warp per number.
@@ -1871,19 +1958,20 @@ DEVICE void multiply_two(float (&s)[N / 8][4], float (&ds)[N / 8][4],
         }
 }
 
-// Row i of the lane's two rows of a result (16,HEAD).
+// Row i of the lane's two rows of a result (16,HEAD), times `factor`.
 template <int HEAD, typename E>
-DEVICE void store_gradient(E *to, const float (&x)[HEAD / 8][4], int i, size_t h) {
+DEVICE void store_gradient(E *to, const float (&x)[HEAD / 8][4], int i, size_t h, float factor) {
     EACH (c, HEAD / 8) {
         size_t column = 8 * c + threadIdx.x % 4 * 2;
-        if (column < h) store2(to + column, x[c][2 * i], x[c][2 * i + 1]);
+        if (column < h) store2(to + column, x[c][2 * i] * factor, x[c][2 * i + 1] * factor);
     }
 }
 
 // dK and dV. One block per (64 keys, key/value head, sequence). Each of its four warps has 16 of
-// the keys. It goes over the packed rows that see them in tiles of ROWS:
+// the keys. For each query head that reads them it goes over the tokens that see them, in tiles of
+// ROWS:
 //
-//            packed rows     0           u0·group                      rows.count
+//                 tokens     0           u0                             T
 //                            ┌───────────┬───────┬───────┬───────┬─────┐
 //      warp 0  keys u0 …     │           │       │       │       │     │  a warp sums up dK and
 //      warp 1  keys u0 + 16  │ see none  │ ╲     │ tile  │ tile  │  …  │  dV of its 16 keys, in
@@ -1891,27 +1979,39 @@ DEVICE void store_gradient(E *to, const float (&x)[HEAD / 8][4], int i, size_t h
 //      warp 3  keys u0 + 48  │ keys      │     ╲ │       │       │     │
 //                            └───────────┴───────┴───────┴───────┴─────┘
 //
-// Everything is transposed: scores are (keys, rows) = k·qᵀ. So Pᵀ and dSᵀ come out as the left
-// factors of dV = Pᵀ·dO and dK = dSᵀ·Q. k and v stay in registers.
+// Everything is transposed: scores are (keys, tokens) = k·qᵀ. So Pᵀ and dSᵀ come out as the left
+// factors of dV = Pᵀ·dO and dK = dSᵀ·Q. k and v stay in registers. The factor 1/√h of dS waits
+// until the sums are stored.
 template <typename E, int HEAD>
 constexpr int BACKWARD_ROW_TILE = sizeof(E) == 2 && HEAD <= 64 ? 64 : 32;
 
-// (2) P from the scores, and dS from dP, in place. `edge`: some of the rows do not see some of the
-// keys, or are none. A row sees a key if key <= row / group.
+// (2) P from the scores, and dS·√h from dP, in place. lse·LOG2E and delta: of the tile's rows.
 template <int ROWS>
-DEVICE void transposed_gradient(float (&p)[ROWS / 8][4], float (&ds)[ROWS / 8][4],
-                                const packed_rows &rows, int key, int r0, float inverse_root,
-                                const float *lse, const float *delta, bool edge) {
-    float scale = LOG2E * inverse_root;
+DEVICE void transposed_gradient(float (&p)[ROWS / 8][4], float (&ds)[ROWS / 8][4], float scale,
+                                const float *lse, const float *delta) {
+    int column = threadIdx.x % 4 * 2;
+    EACH (j, ROWS / 8) {
+        float2 base = *reinterpret_cast<const float2 *>(lse + 8 * j + column);
+        float2 less = *reinterpret_cast<const float2 *>(delta + 8 * j + column);
+        EACH (e, 4) {
+            float x = power_of_two(p[j][e] * scale - (e % 2 ? base.y : base.x));
+            ds[j][e] = x * (ds[j][e] - (e % 2 ? less.y : less.x));
+            p[j][e] = x;
+        }
+    }
+}
+
+// Both are 0 where a token from t0 on does not see one of the lane's two keys, or is none.
+template <int ROWS>
+DEVICE void mask_gradient(float (&p)[ROWS / 8][4], float (&ds)[ROWS / 8][4], int key, int t0,
+                          int T) {
     int column = threadIdx.x % 4 * 2;
     EACH (j, ROWS / 8)
         EACH (e, 4) {
-            int r = 8 * j + column + e % 2;
-            int first = (key + e / 2 * 8) * rows.group; // the first row that sees the key
-            bool seen = !edge || (first <= r0 + r && r0 + r < rows.count);
-            float x = exp2f(p[j][e] * scale - lse[r]);
-            p[j][e] = seen ? x : 0.0f;
-            ds[j][e] = seen ? x * (ds[j][e] - delta[r]) * inverse_root : 0.0f;
+            int token = t0 + 8 * j + column + e % 2;
+            if (key + e / 2 * 8 <= token && token < T) continue;
+            p[j][e] = 0;
+            ds[j][e] = 0;
         }
 }
 
@@ -1934,21 +2034,66 @@ DEVICE void add_to_keys_and_values(float (&dk)[HEAD / 8][4], float (&dv)[HEAD / 
     }
 }
 
-template <typename E, int HEAD>
+// The tiles of dK's and dV's loop, in their order: copies the next one of each.
+template <typename E, int HEAD, bool ALIGNED> struct query_tiles {
+    static constexpr int ROWS = BACKWARD_ROW_TILE<E, HEAD>;
+    int T, h, H;
+    int heads;    // that are left
+    int from, t0; // the first token of each head's tiles, and of the next tile
+    pair_copies<ROWS, HEAD, 128, ALIGNED, E> copies;
+    const float *lse, *delta; // this thread's of the next tile: a number for each row
+    size_t q_back, do_back, stats_back; // from a head's last tile to the next head's first
+
+    DEVICE query_tiles(const attention_gradient<E> &p, size_t b, size_t g, int u0)
+        : T((int)p.shape.T), h((int)p.shape.h), H((int)p.shape.H), heads(H / (int)p.shape.G),
+          from(u0 / ROWS * ROWS), t0(from),
+          copies(p.qkv + (b * T + from) * p.shape.Q() + g * heads * h, p.shape.Q(),
+                 p.dout + ((b * T + from) * H + g * heads) * h, (size_t)H * h) {
+        size_t number = (b * T + from + threadIdx.x % ROWS) * H + g * heads;
+        size_t tokens = (size_t)(T - from + ROWS - 1) / ROWS * ROWS;
+        lse = p.lse + number;
+        delta = p.delta + number;
+        q_back = tokens * p.shape.Q() - h;
+        do_back = tokens * H * h - h;
+        stats_back = tokens * H - 1;
+    }
+
+    // Starts to copy queries and gradients of outputs; stats: lse·LOG2E, then delta of each row.
+    DEVICE void copy(E *tiles, float *stats) {
+        copies.copy(tiles, T - t0, h);
+        int r = (int)threadIdx.x;
+        if (r < ROWS) {
+            stats[r] = t0 + r < T ? *lse * LOG2E : 0;
+            stats[ROWS + r] = t0 + r < T ? *delta : 0;
+        }
+        t0 += ROWS;
+        lse += ROWS * H;
+        delta += ROWS * H;
+        if (t0 < T) return;
+        heads--;
+        t0 = from;
+        copies.x.from -= q_back;
+        copies.y.from -= do_back;
+        lse -= stats_back;
+        delta -= stats_back;
+    }
+};
+
+template <typename E, int HEAD, bool ALIGNED>
 __global__ void __launch_bounds__(128) attention_backward_kv_kernel(attention_gradient<E> p) {
-    constexpr int KEYS = 64, ROWS = BACKWARD_ROW_TILE<E, HEAD>, STRIDE = tile_stride<E>(HEAD);
+    typedef query_tiles<E, HEAD, ALIGNED> query_tiles;
+    constexpr int KEYS = 64, ROWS = query_tiles::ROWS, STRIDE = tile_stride<E>(HEAD);
+    constexpr int PAIR = 2 * ROWS * STRIDE;
     DYN_SMEM(E, tiles);               // [2] of a tile of q, then one of dout; at first k and v
     SMEM(float, stats, 2 * 2 * ROWS); // [2] of the rows' lse·LOG2E, then their delta
     const attention_shape &shape = p.shape;
     unsigned pairs = (unsigned)(shape.B * shape.G), pair = blockIdx.x % pairs;
     size_t b = pair / shape.G, g = pair % shape.G, h = shape.h, Q = shape.Q();
-    packed_rows rows(b, g, shape);
     int u0 = (int)(blockIdx.x / pairs) * KEYS, T = (int)shape.T;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, key = u0 + 16 * warp + lane / 4;
-    const E *k = p.qkv + b * shape.T * Q + (shape.H + g) * h;
+    const E *k = p.qkv + (b * shape.T + u0) * Q + (shape.H + g) * h;
 
-    load_keys<KEYS, HEAD, 128>(tiles, k, Q, u0, T, h, p.aligned);
-    load_keys<KEYS, HEAD, 128>(tiles + KEYS * STRIDE, k + shape.G * h, Q, u0, T, h, p.aligned);
+    pair_copies<KEYS, HEAD, 128, ALIGNED, E>(k, Q, k + shape.G * h, Q).copy(tiles, T - u0, (int)h);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -1957,65 +2102,64 @@ __global__ void __launch_bounds__(128) attention_backward_kv_kernel(attention_gr
     load_rows<HEAD>(fv, tiles + (KEYS + 16 * warp) * STRIDE);
     __syncthreads();
 
-    auto load = [&](int r0, int stage) {
-        E *tile = tiles + stage * 2 * ROWS * STRIDE;
-        float *lse = stats + stage * 2 * ROWS, *delta = lse + ROWS;
-        load_queries<ROWS, HEAD, 128>(tile, rows, p.qkv, r0, p.aligned);
-        load_outputs<ROWS, HEAD, 128>(tile + ROWS * STRIDE, rows, p.dout, r0, p.aligned);
-        for (int r = threadIdx.x; r < ROWS; r += 128) {
-            size_t index = rows.index(r0 + r < rows.count ? r0 + r : 0);
-            lse[r] = p.lse[index] * LOG2E;
-            delta[r] = p.delta[index];
-        }
-    };
     float dk[HEAD / 8][4] = {}, dv[HEAD / 8][4] = {}, inverse_root = 1.0f / sqrtf((float)h);
-    int from = u0 * rows.group / ROWS * ROWS; // the first row that sees a key, rounded down
-    load(from, 0);
+    query_tiles next(p, b, g, u0);
+    next.copy(tiles, stats);
     cp_async_commit();
-    for (int r0 = from, stage = 0; r0 < rows.count; r0 += ROWS, stage ^= 1) {
-        if (r0 + ROWS < rows.count) load(r0 + ROWS, stage ^ 1);
+    int t0 = next.from;
+    for (int stage = 0, more = 1; more; stage ^= 1) {
+        int after = next.t0;
+        more = next.heads > 0;
+        if (more) next.copy(tiles + (stage ^ 1) * PAIR, stats + (stage ^ 1) * 2 * ROWS);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        const E *q_tile = tiles + stage * 2 * ROWS * STRIDE, *do_tile = q_tile + ROWS * STRIDE;
-        const float *lse = stats + stage * 2 * ROWS, *delta = lse + ROWS;
+        const E *q_tile = tiles + stage * PAIR, *do_tile = q_tile + ROWS * STRIDE;
+        const float *lse = stats + stage * 2 * ROWS;
         float s[ROWS / 8][4] = {}, ds[ROWS / 8][4] = {};
         multiply_two<ROWS, HEAD>(s, ds, fk, fv, q_tile, do_tile); // (1) S and dP, transposed
-        bool edge = (u0 + KEYS - 1) * rows.group > r0 || r0 + ROWS > rows.count;
-        transposed_gradient<ROWS>(s, ds, rows, key, r0, inverse_root, lse, delta, edge); // (2)
+        transposed_gradient<ROWS>(s, ds, LOG2E * inverse_root, lse, lse + ROWS); // (2)
+        if (u0 + KEYS - 1 > t0 || t0 + ROWS > T) mask_gradient<ROWS>(s, ds, key, t0, T);
         add_to_keys_and_values<ROWS, HEAD>(dk, dv, s, ds, q_tile, do_tile); // (3)
+        t0 = after;
         __syncthreads();
     }
     cp_async_wait<0>();
     EACH (i, 2)
         if (key + 8 * i < T) {
             E *to = p.dqkv + (b * shape.T + key + 8 * i) * Q + (shape.H + g) * h;
-            store_gradient<HEAD>(to, dk, i, h);
-            store_gradient<HEAD>(to + shape.G * h, dv, i, h);
+            store_gradient<HEAD>(to, dk, i, h, inverse_root);
+            store_gradient<HEAD>(to + shape.G * h, dv, i, h, 1);
         }
 }
 
 // dQ. One block per (64 packed rows, key/value head, sequence). Each of its four warps has 16 of
 // the rows. As forward does, it goes over the keys in tiles; q and dout stay in registers.
 
-// (2) dS from scores and dP, in ds. base and delta: lse·LOG2E and δ of the lane's two rows.
+// (2) dS·√h from scores and dP, in ds. base and delta: lse·LOG2E and δ of the lane's two rows.
 template <int KEYS>
-DEVICE void score_gradient(float (&ds)[KEYS / 8][4], const float (&s)[KEYS / 8][4], int u0,
-                           const int (&last_key)[2], const float (&base)[2],
-                           const float (&delta)[2], float inverse_root) {
-    float scale = LOG2E * inverse_root;
-    int column = threadIdx.x % 4 * 2;
+DEVICE void score_gradient(float (&ds)[KEYS / 8][4], const float (&s)[KEYS / 8][4], float scale,
+                           const float (&base)[2], const float (&delta)[2]) {
     EACH (j, KEYS / 8)
         EACH (e, 4) {
-            bool seen = u0 + 8 * j + column + e % 2 <= last_key[e / 2];
-            float p = exp2f(s[j][e] * scale - base[e / 2]);
-            ds[j][e] = seen ? p * (ds[j][e] - delta[e / 2]) * inverse_root : 0.0f;
+            float p = power_of_two(s[j][e] * scale - base[e / 2]);
+            ds[j][e] = p * (ds[j][e] - delta[e / 2]);
         }
 }
 
-template <typename E, int HEAD>
+// It is 0 for the keys from u0 on that lie behind the last one that a row sees.
+template <int KEYS>
+DEVICE void mask_score_gradient(float (&ds)[KEYS / 8][4], int u0, const int (&last_key)[2]) {
+    int column = threadIdx.x % 4 * 2;
+    EACH (j, KEYS / 8)
+        EACH (e, 4)
+            if (u0 + 8 * j + column + e % 2 > last_key[e / 2]) ds[j][e] = 0;
+}
+
+template <typename E, int HEAD, bool ALIGNED>
 __global__ void __launch_bounds__(128) attention_backward_q_kernel(attention_gradient<E> p) {
     constexpr int ROWS = 64, KEYS = KEY_TILE<E>, STRIDE = tile_stride<E>(HEAD);
+    typedef pair_copies<KEYS, HEAD, 128, ALIGNED, E> key_copies;
     DYN_SMEM(E, tiles); // [2] of a tile of k, then one of v; at first q and dout
     const attention_shape &shape = p.shape;
     unsigned pairs = (unsigned)(shape.B * shape.G), pair = blockIdx.x % pairs;
@@ -2025,10 +2169,10 @@ __global__ void __launch_bounds__(128) attention_backward_q_kernel(attention_gra
     int row0 = (int)(row_tiles - 1 - blockIdx.x / pairs) * ROWS; // the longest first
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int end = rows.token(int_min(row0 + ROWS, rows.count) - 1) + 1;
-    const E *k = p.qkv + b * shape.T * Q + (shape.H + g) * h, *v = k + shape.G * h;
+    const E *k = p.qkv + b * shape.T * Q + (shape.H + g) * h;
 
-    load_queries<ROWS, HEAD, 128>(tiles, rows, p.qkv, row0, p.aligned);
-    load_outputs<ROWS, HEAD, 128>(tiles + ROWS * STRIDE, rows, p.dout, row0, p.aligned);
+    load_queries<ROWS, HEAD, 128, ALIGNED>(tiles, rows, p.qkv, row0);
+    load_outputs<ROWS, HEAD, 128, ALIGNED>(tiles + ROWS * STRIDE, rows, p.dout, row0);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -2037,11 +2181,6 @@ __global__ void __launch_bounds__(128) attention_backward_q_kernel(attention_gra
     load_rows<HEAD>(fo, tiles + (ROWS + 16 * warp) * STRIDE);
     __syncthreads();
 
-    auto load = [&](int u0, int stage) {
-        E *tile = tiles + stage * 2 * KEYS * STRIDE;
-        load_keys<KEYS, HEAD, 128>(tile, k, Q, u0, end, h, p.aligned);
-        load_keys<KEYS, HEAD, 128>(tile + KEYS * STRIDE, v, Q, u0, end, h, p.aligned);
-    };
     float dq[1][HEAD / 8][4] = {}, base[2], delta[2], inverse_root = 1.0f / sqrtf((float)h);
     int last_key[2], first = row0 + 16 * warp + lane / 4; // the first of the lane's two rows
     EACH (i, 2) {
@@ -2050,42 +2189,47 @@ __global__ void __launch_bounds__(128) attention_backward_q_kernel(attention_gra
         delta[i] = p.delta[rows.index(r)];
         last_key[i] = rows.token(r);
     }
-    load(0, 0);
+    key_copies keys(k, Q, k + shape.G * h, Q);
+    keys.copy(tiles, end, (int)h);
     cp_async_commit();
-    for (int u0 = 0, stage = 0; u0 < end; u0 += KEYS, stage ^= 1) {
-        if (u0 + KEYS < end) load(u0 + KEYS, stage ^ 1);
+    auto add_tile = [&](int u0, int stage, bool masked) {
+        int next = u0 + KEYS;
+        if (next < end) keys.copy(tiles + (stage ^ 1) * key_copies::PAIR, end - next, (int)h);
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        const E *k_tile = tiles + stage * 2 * KEYS * STRIDE, *v_tile = k_tile + KEYS * STRIDE;
+        const E *k_tile = tiles + stage * key_copies::PAIR, *v_tile = k_tile + key_copies::TILE;
         float s[KEYS / 8][4] = {}, ds[1][KEYS / 8][4] = {};
-        multiply_two<KEYS, HEAD>(s, ds[0], fq, fo, k_tile, v_tile); // (1) S and dP
-        score_gradient<KEYS>(ds[0], s, u0, last_key, base, delta, inverse_root); // (2)
+        multiply_two<KEYS, HEAD>(s, ds[0], fq, fo, k_tile, v_tile);        // (1) S and dP
+        score_gradient<KEYS>(ds[0], s, LOG2E * inverse_root, base, delta); // (2)
+        if (masked) mask_score_gradient<KEYS>(ds[0], u0, last_key);
         multiply_by_values<KEYS, HEAD>(dq, ds, k_tile); // (3) dQ += dS·K
         __syncthreads();
-    }
+    };
+    int u0 = 0, stage = 0, seen_by_all = rows.token(row0) + 1;
+    for (; u0 + KEYS <= seen_by_all; u0 += KEYS, stage ^= 1) add_tile(u0, stage, false);
+    for (; u0 < end; u0 += KEYS, stage ^= 1) add_tile(u0, stage, true);
     cp_async_wait<0>();
     EACH (i, 2)
         if (first + 8 * i < rows.count)
-            store_gradient<HEAD>(rows.query(p.dqkv, first + 8 * i), dq[0], i, h);
+            store_gradient<HEAD>(rows.query(p.dqkv, first + 8 * i), dq[0], i, h, inverse_root);
 }
 
-template <int HEAD, typename E>
+template <int HEAD, bool ALIGNED, typename E>
 static void attend_backward(attention_gradient<E> p, float *delta, const E *out) {
     const attention_shape s = p.shape;
-    auto kv_kernel = attention_backward_kv_kernel<E, HEAD>;
-    auto q_kernel = attention_backward_q_kernel<E, HEAD>;
+    auto kv_kernel = attention_backward_kv_kernel<E, HEAD, ALIGNED>;
+    auto q_kernel = attention_backward_q_kernel<E, HEAD, ALIGNED>;
     constexpr size_t ROW_BYTES = tile_stride<E>(HEAD) * sizeof(E);
     constexpr size_t KV_BYTES = 4 * BACKWARD_ROW_TILE<E, HEAD> * ROW_BYTES;
     constexpr size_t Q_BYTES = 4 * KEY_TILE<E> * ROW_BYTES;
     static bool allowed;
     if (!allowed) {
-        allow_shared_memory(kv_kernel, KV_BYTES);
-        allow_shared_memory(q_kernel, Q_BYTES);
+        allow_shared_memory<KV_BYTES>(kv_kernel);
+        allow_shared_memory<Q_BYTES>(q_kernel);
     }
     allowed = true;
     p.delta = delta;
-    p.aligned = ((uintptr_t)p.qkv | (uintptr_t)p.dout | s.h * sizeof(E)) % 16 == 0;
     size_t count = s.B * s.T * s.H, rows = s.T * (s.H / s.G);
     LAUNCH(attention_delta_kernel<E>, ceil_of(count, THREADS / 32), THREADS, 0, delta, p.dout, out,
            count, s.h);
@@ -2104,9 +2248,11 @@ static void attention_backward(act *dqkv, float *delta, const act *dout, const a
     p.qkv = (const E *)qkv;
     p.lse = lse;
     p.shape = {B, T, H, G, h};
-    if (h <= 32) attend_backward<32>(p, delta, (const E *)out);
-    else if (h <= 64) attend_backward<64>(p, delta, (const E *)out);
-    else attend_backward<128>(p, delta, (const E *)out);
+    uintptr_t all = (uintptr_t)p.qkv | (uintptr_t)p.dout | h * sizeof(E);
+    if (all % 16 != 0) attend_backward<128, false>(p, delta, (const E *)out);
+    else if (h <= 32) attend_backward<32, true>(p, delta, (const E *)out);
+    else if (h <= 64) attend_backward<64, true>(p, delta, (const E *)out);
+    else attend_backward<128, true>(p, delta, (const E *)out);
 }
 
 // ---- SwiGLU: y = silu(g)·u, silu(g) = g·σ(g), σ(g) = 1/(1 + e^-g) ------------------------------

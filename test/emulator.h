@@ -185,6 +185,11 @@ void mma(float c[4], const uint32_t a[4], const uint32_t b[2], EMULATOR_LINE);
 #ifndef EMULATOR_NO_MMA_F32
 void mma(float c[4], const float a[8], const float b[4], EMULATOR_LINE);
 #endif
+// ex2.approx.ftz.f32
+static inline float power_of_two(float x) {
+    float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+}
 // cp.async.cg.shared.global of 16 bytes: the first `bytes` are copied, the rest become 0.
 void cp_async(void *shared, const void *global, int bytes, EMULATOR_LINE);
 // cp.async.commit_group
