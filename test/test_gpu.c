@@ -757,6 +757,7 @@ static void memory(bool fails_too) {
 int main(void) {
     char text[256];
     bool all = !getenv("TRIALS"); // under sanitizers, which take long, one of each kind
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ); // for whoever looks while it runs, or after it hung
     need(retrofit_device(RETROFIT_ON_CUDA, false, text) != NULL, "a GPU");
     fill_rounded_table();
     fixture_runs("tiny", "n2k3", 2, 3);

@@ -1713,9 +1713,16 @@ static void test_table(const retrofit_ops *table, const char *only) {
     *op = 0;
 }
 
-// A failing call of CUDA ends the program. Then this is its last line.
+// A failing call of CUDA ends the program, a kernel that hangs is ended from outside. Then this is
+// its last line.
 static void say_where(void) {
     if (*op) printf("FAILED %s, %s: the program ended here\n", op, sizes);
+    fflush(stdout);
+}
+
+static void stop(int signal) {
+    say_where();
+    _exit(128 + signal);
 }
 
 // retrofit_cpu's own blocks are a little larger than asked for, so the sanitizer would miss what is
@@ -1733,6 +1740,8 @@ int main(int count, char **args) {
     char text[256];
     need(retrofit_device(RETROFIT_ON_CUDA, false, text) != NULL, "a GPU");
     atexit(say_where);
+    signal(SIGTERM, stop);
+    setvbuf(stdout, NULL, _IOLBF, BUFSIZ); // for whoever looks while it runs, or after it hung
     trials = getenv("TRIALS") ? strtoul(getenv("TRIALS"), NULL, 10) : 52;
     test_table(&retrofit_cuda, only);
     test_table(&retrofit_cuda_fp32, only);
