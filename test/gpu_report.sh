@@ -7,9 +7,11 @@
 # SECONDS; none stops the next. FOLDER gets report.md, ready for doc/results.md, and a log of each
 # kind. Exit codes: 0, 1 if a stage failed, 3 without a GPU (then there is no FOLDER either).
 #
-# CUDA_HOME, CUDA_LIB, NVCC and SANITIZER are what the Makefile found. BUILT is what the programs'
-# paths begin with: they may have been built elsewhere, and are built here if they don't start.
-# MINIATURE=1 makes everything tiny and LIMITS (percent) the stages' limits short, for the test.
+# CUDA_HOME, CUDA_LIB, NVCC and SANITIZER are what the Makefile found. The programs are built if they
+# are not there, are older than their source or do not start. BUILT=build/cuda_, what their paths
+# begin with, says that they were built elsewhere: then they are taken whatever their age. COMMIT
+# names the version where there is no git. MINIATURE=1 makes everything tiny and LIMITS (percent)
+# the stages' limits short, for the test.
 folder=${1:?usage: gpu_report.sh FOLDER [SECONDS]} total=${2:-480}
 built=${BUILT:-build/cuda_} peer=test/pytorch_peer.py pair=8,8 decoded=8 miniature=
 if [ -n "$MINIATURE" ]; then
@@ -36,6 +38,7 @@ without_gpu() {
 has_gpu || without_gpu "nvidia-smi names none, or there is none in /dev"
 
 start=$(date +%s)
+threads=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 left() { echo $((total - 2 - $(date +%s) + start)); } # but for two seconds to write the report
 work=$(mktemp -d) || exit 1
 child='' sampler=''
@@ -146,19 +149,25 @@ starts() {
 make_programs() { # name of the stage, names
     stage_name=$1
     shift
-    jobs=$(nproc 2>/dev/null || echo 2)
-    stage "$stage_name" 200 30 build "${MAKE:-make}" $again -j"$jobs" "$@"
+    stage "$stage_name" 200 30 build "${MAKE:-make}" $again -j"$threads" "$@"
+}
+
+# Whether there is an nvcc for these programs, and newer source.
+are_old() {
+    [ -z "$BUILT" ] && [ -n "$NVCC" ] &&
+        [ -n "$(find retrofit_cuda.cu retrofit.h test/*.[ch] -newer "$1")" ]
 }
 
 build_programs() {
     programs="${built}test_ops ${built}test_gpu ${built}bench_cuda" again=''
-    if [ -n "$started" ] && [ -x "${built}test_gpu" ] && [ -x "${built}bench_cuda" ]; then
+    if [ -n "$started" ] && [ -x "${built}test_gpu" ] && [ -x "${built}bench_cuda" ] &&
+        ! are_old $programs; then
         origin="found"
         return
     fi
-    [ ! -e "${built}test_ops" ] || again=-B # that one does not run here
+    [ -n "$started" ] || [ ! -e "${built}test_ops" ] || again=-B # that one does not run here
     # The second nvcc costs nothing where there are cores enough.
-    [ "$(nproc 2>/dev/null || echo 2)" -lt 8 ] ||
+    [ "$threads" -lt 8 ] ||
         programs="$programs ${built}own_test_ops ${built}own_bench_cuda"
     origin="built here"
     make_programs "building" $programs
@@ -380,9 +389,9 @@ tables() {
     for part in training decoding matmul attention own_matmul determinism; do
         [ -s "$work/$part.md" ] || continue
         [ $part != own_matmul ] || printf '\nThe same products by our own kernels:\n'
-        awk -v limits="$limits" '
+        awk -v limits="$limits" -v part=$part '
             /^## / { on = limits != "" || !/^## Limits/ }
-            /^0 faults/ || !on { next }
+            /^0 faults/ || !on || (/^(error|explained): / && part != "attention") { next }
             /^## / { print "#" $0; next }
             { print }' "$work/$part.md" | cat -s
         limits=
@@ -420,7 +429,7 @@ facts() {
     fact device "$device"
     fact "driver, clocks, power limit, memory" "$settings"
     fact "SM clock under load, lowest / median / highest" "$(clocks)"
-    fact processor "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $(nproc) threads"
+    fact processor "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1), $threads threads"
     fact toolkit "${toolkit:-no nvcc}"
     fact "CUDA_HOME, CUDA_LIB" "${CUDA_HOME:--}, ${CUDA_LIB:--}"
     fact "matrix products by" "${gemm:-not known}"
@@ -459,7 +468,7 @@ report() { # a remark
 }
 
 # ---- All of it ----------------------------------------------------------------------------------
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+commit=${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
 [ -z "$(git status --porcelain --untracked-files=no 2>/dev/null)" ] || commit=$commit+changes
 query() { nvidia-smi --query-gpu="$1" --format=csv,noheader 2>/dev/null | head -n 1; }
 device=$(query name)
@@ -496,7 +505,6 @@ build_programs
 test_stage "operations against fp64" 100 10 "${built}test_ops"
 test_stage "models and training steps against the authors' numbers" 100 20 "${built}test_gpu"
 bench_stage "training" 110 30 training training "${built}bench_cuda"
-gemm=$(sed -n 's/^matrix products by //p' "$work/training" | head -n 1)
 bench_stage "decoding" 60 15 decoding decoding "${built}bench_cuda"
 look_for_torch
 depths="--no-grad-steps ${pair%,*} --grad-steps ${pair#*,}"
@@ -510,8 +518,9 @@ bench_stage "matrix products" 90 20 matmul matmul "${built}bench_cuda"
 bench_stage "attention" 40 10 attention attention "${built}bench_cuda"
 peer_stage "PyTorch, products and attention" 45 15 ops --bench ops
 bench_stage "the same bits in 20 runs" 45 10 determinism determinism "${built}bench_cuda"
+gemm=$(sed -n 's/^matrix products by //p' "$work/matmul" "$work/training" 2>/dev/null | head -n 1)
 own=$built
-if [ "$gemm" != "our own kernels" ]; then
+if [ -n "$gemm" ] && [ "$gemm" != "our own kernels" ]; then
     own=${built}own_ again=''
     [ -x "${own}test_ops" ] && [ -x "${own}bench_cuda" ] ||
         make_programs "building with our own products" "${own}test_ops" "${own}bench_cuda"
