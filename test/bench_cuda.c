@@ -3,9 +3,9 @@
 //
 // Times are the host's clock around many calls, which are recorded and replayed, as in decoding, so
 // that launching does not count; a download waits for them. The median of five measurements of 0.2
-// s counts. Calls take turns with so many copies of their arrays that the second-level cache holds
-// nothing of the turn before. Limits are measured in the same run: copying a large block (read and
-// written), and a large product of matrices.
+// s (with --brief of 0.04 s) counts. Calls take turns with so many copies of their arrays that the
+// second-level cache holds nothing of the turn before. Limits are measured in the same run: copying
+// a large block (read and written), and a large product of matrices.
 //
 // Errors are ‖out - want‖ / ‖want‖: against retrofit_cuda_fp32 over all of the output, and against
 // the CPU over its beginning. All get the same numbers, rounded to bf16 where retrofit_cuda holds
@@ -20,7 +20,7 @@
 #define PARALLEL_SUMS(...)
 #endif
 
-static bool miniature, fp32;
+static bool miniature, fp32, brief;
 static const char *only = "", *markdown_path, *commit = "unknown";
 static FILE *markdown;
 static const retrofit_ops *device;      // the table that is measured
@@ -693,12 +693,24 @@ static double seconds_of(call *f, const size_t *s) {
         for (size_t j = 0; j < repeats; j++) ops->replay(recording);
         wait_for_device(arrays[0].at[0]);
         double passed = (retrofit_seconds() - start) / (double)repeats;
-        if (i == 1 && !miniature) repeats = 1 + (size_t)(0.2 / passed);
+        if (i == 1 && !miniature) repeats = 1 + (size_t)((brief ? 0.04 : 0.2) / passed);
         if (i >= 2) seconds[i - 2] = passed / (double)calls;
     }
     ops->record_free(recording);
     free_arrays();
     return median(seconds, rounds);
+}
+
+// Where cuBLASLt is it is opened for the first product, and its library then lies in this process'
+// memory. Where it is not, the program has said so on stderr.
+static void print_matmul_library(void) {
+    char line[1024], *path = NULL;
+    FILE *maps = fopen("/proc/self/maps", "re");
+    while (maps && !path && fgets(line, sizeof line, maps))
+        if (strstr(line, "libcublasLt")) path = strchr(line, '/');
+    if (maps) fclose(maps);
+    if (path) path[strcspn(path, "\n")] = 0;
+    print_line("matrix products by %s", path ? path : "our own kernels");
 }
 
 static void limits(void) {
@@ -710,6 +722,7 @@ static void limits(void) {
     print_row("copying %.3f GB, read and written|%.0f GB/s|-", 4e-9 * K, copy_limit / 1e9);
     print_row("product, %zu on a side, %s|%.1f TFLOP/s|%s", M, fp32 ? "fp32" : "bf16",
               matmul_limit / 1e12, share(matmul_limit, device->peak_flops()));
+    print_matmul_library();
 }
 
 // The error of the device's results, what explains it, and whether it is a fault.
@@ -738,11 +751,20 @@ static errors errors_of(call *f, const size_t *s, const size_t *cut) {
     return e;
 }
 
+// What is multiplied, the word behind a shape's letters.
+static const char *what_of(const char *shape) {
+    const char *space = strchr(shape, ' ');
+    return space ? space + 1 : "-";
+}
+
+static bool is_selected(const char *name, const char *shape) {
+    return strstr(name, only) || strstr(what_of(shape), only);
+}
+
 static void measure(const char *name, call *f, const char *text, size_t cut) {
     size_t s[8] = {0}, small[8], letters = strcspn(text, " ");
-    const char *what = text[letters] ? text + letters + 1 : "-";
+    const char *what = what_of(text);
     char shape[128] = "", *end = shape;
-    if (!strstr(name, only) && !strstr(what, only)) return;
     for (size_t i = 0; i < letters; i++) {
         s[i] = sizes[(int)text[i]];
         if (i) end += sprintf(end, ",");
@@ -770,13 +792,22 @@ static void measure(const char *name, call *f, const char *text, size_t cut) {
               rate, unit, part);
 }
 
+static bool any_selected(void) {
+    for (size_t i = 0; i < sizeof operations / sizeof *operations; i++)
+        for (const char *const *shape = operations[i].shapes; *shape; shape++)
+            if (is_selected(operations[i].name, *shape)) return true;
+    return false;
+}
+
 static void all_operations(void) {
+    if (!any_selected()) return;
     print_line("## Operations of %s", device->name);
     print_head("%-30s|%-8s|%-33s|%8s|%8s|%10s|%-7s|%9s|%14s|%6s", "operation", "what", "shape",
                " error", " CPU", " explained", "notes", " us", " rate", " share");
     for (size_t i = 0; i < sizeof operations / sizeof *operations; i++)
         for (const char *const *shape = operations[i].shapes; *shape; shape++)
-            measure(operations[i].name, operations[i].call, *shape, operations[i].cut);
+            if (is_selected(operations[i].name, *shape))
+                measure(operations[i].name, operations[i].call, *shape, operations[i].cut);
     print_line(
         "error: against %s. CPU: the first 64 rows or the first sequence, or, where rows are "
         "summed up or turned, everything, against the CPU. share: of the copy's GB/s or the "
@@ -971,7 +1002,16 @@ static void measure_steps(retrofit_model *model, const training_run *run) {
     retrofit_buffers_free(buffers);
 }
 
-// All runs with one optimizer, whose moments take the place of those before.
+// Its moments take the place of those before; the weights are as at first.
+static void set_optimizer(retrofit_model *model, retrofit_optimizer_kind kind) {
+    if (model->moments) device->free(model->moments);
+    model->moments = NULL;
+    if (!retrofit_optimizer_init(model, kind)) fail("moments");
+    fill_model(model);
+    retrofit_zero_grad(model);
+}
+
+// All runs with one optimizer.
 static void train_with(retrofit_model *model, training_run run) {
     static const struct {
         size_t n, k;
@@ -980,17 +1020,72 @@ static void train_with(retrofit_model *model, training_run run) {
         {0, 4, RETROFIT_KEEP_ALL},  {4, 4, RETROFIT_KEEP_ALL},    {8, 8, RETROFIT_KEEP_ALL},
         {24, 8, RETROFIT_KEEP_ALL}, {8, 8, RETROFIT_KEEP_INPUTS},
     };
-    if (model->moments) device->free(model->moments);
-    model->moments = NULL;
-    if (!retrofit_optimizer_init(model, run.kind)) fail("moments");
-    fill_model(model);
-    retrofit_zero_grad(model);
+    set_optimizer(model, run.kind);
     for (size_t i = miniature ? 2 : 0; i < 5; i++) {
         run.n = miniature ? 1 : full[i].n;
         run.k = miniature ? 2 : full[i].k;
         run.keep = full[i].keep;
         measure_steps(model, &run);
     }
+}
+
+enum { MAX_DRAWS = 16 };
+typedef struct {
+    size_t count, n[MAX_DRAWS], k[MAX_DRAWS], deepest; // deepest: the largest k
+    double flops; // of all steps
+    char list[256];
+} draws;
+
+// The depths of a training like the paper's with R = 8, but of 16 steps of one micro-batch.
+static draws draw_depths(const retrofit_config *config) {
+    draws d = {.count = miniature ? 3 : MAX_DRAWS};
+    retrofit_training training = retrofit_paper_training;
+    training.steps = d.count;
+    training.accumulate = 1;
+    training.mean_recurrence = 8;
+    for (size_t i = 0; i < d.count; i++) {
+        retrofit_plan plan = retrofit_plan_step(&training, config, i);
+        retrofit_plan_draw(&training, &plan, i, 0, &d.n[i], &d.k[i]);
+        size_t used = strlen(d.list), n = d.n[i], k = d.k[i];
+        snprintf(d.list + used, sizeof d.list - used, " %zu,%zu", n, k);
+        d.deepest = retrofit_max(d.deepest, k);
+        d.flops += (double)sizes['N'] *
+                   retrofit_flops_per_token(config, RETROFIT_TRAINING, sizes['T'], n, k);
+    }
+    return d;
+}
+
+// Steps whose depths are drawn, by the wall time of all of them: whoever compiles anew for a depth
+// pays for it there (pytorch_peer.py --draw).
+static void train_with_draws(retrofit_model *model, size_t before) {
+    size_t B = sizes['B'], T = sizes['T'];
+    const retrofit_config *config = &model->config;
+    retrofit_optimizer optimizer = optimizer_of(RETROFIT_ADAMW);
+    draws d = draw_depths(config);
+    set_optimizer(model, RETROFIT_ADAMW);
+    size_t bytes = retrofit_buffers_bytes(config, device, B, T, d.deepest, RETROFIT_KEEP_ALL);
+    if (!fits("AdamW, drawn depths,", bytes)) return;
+    retrofit_buffers *buffers = new_buffers(model, B, T, d.deepest, RETROFIT_KEEP_ALL, NULL);
+    int32_t *tokens = random_integers(B * T + 1, 0, sizes['V']);
+    double start = 0;
+    for (size_t i = 0; i < 1 + d.count; i++) { // the first step warms up
+        size_t which = i ? i - 1 : 0;
+        if (i == 1) {
+            wait_for_device(buffers->losses);
+            start = retrofit_seconds();
+        }
+        pass(buffers, tokens, d.n[which], d.k[which]);
+        retrofit_optimizer_step(model, &optimizer, i + 1);
+        retrofit_zero_grad(model);
+    }
+    wait_for_device(buffers->losses);
+    double seconds = retrofit_seconds() - start, flops = d.flops / seconds;
+    print_line("Depths drawn, (n,k) =%s: AdamW, %zu steps in %.2f s, %.0f tokens/s, %.1f TFLOP/s, "
+               "%s of peak, %.2f GB used",
+               d.list, d.count, seconds, (double)(d.count * B * T) / seconds, flops / 1e12,
+               share(flops, device->peak_flops()), (double)(before - device->free_memory()) / 1e9);
+    free(tokens);
+    retrofit_buffers_free(buffers);
 }
 
 static retrofit_model *full_model(void) {
@@ -1017,6 +1112,7 @@ static void training(void) {
         run.kind = RETROFIT_MUON;
         run.fixed = weights + gradients + muon;
         train_with(model, run);
+        train_with_draws(model, run.before);
     }
     retrofit_free(model);
 }
@@ -1148,6 +1244,7 @@ static const retrofit_option options[] = {
      "tiny sizes: does it all run? Times mean nothing"},
     {"only", RETROFIT_STRING, &only, "TEXT",
      "operations and shapes, or determinism, training, decoding, with TEXT in their names"},
+    {"brief", RETROFIT_FLAG, &brief, NULL, "operations: a fifth of the time for each measurement"},
     {"fp32", RETROFIT_FLAG, &fp32, NULL, "the operations of retrofit_cuda_fp32, and no more"},
     {"markdown", RETROFIT_STRING, &markdown_path, "FILE",
      "the tables there too, for doc/results.md"},

@@ -91,9 +91,9 @@ compare() { # operation, what, whose, field of the JSON line that the pattern se
         printf '%-24s %-8s %-8s %8.1f %8.1f %7s\n' "$1" "$2" "$3" "$speed" "$other" \
             "$(ratio "$speed" "$other")"
 }
-for shape in wqkv:qkv proj:proj fc:fc mlp_proj:down; do
+for shape in w_qkv:qkv proj:proj fc:fc w_down:down; do
     forward=matmul_forward
-    case $shape in *proj:*) forward=matmul_residual_forward ;; esac
+    case $shape in proj:* | w_down:*) forward=matmul_residual_forward ;; esac
     compare $forward "${shape%:*}" cuBLAS forward_tflops "\"name\": \"${shape#*:}\""
     compare matmul_backward_input "${shape%:*}" cuBLAS dgrad_tflops "\"name\": \"${shape#*:}\""
     compare matmul_backward_weight "${shape%:*}" cuBLAS wgrad_tflops "\"name\": \"${shape#*:}\""

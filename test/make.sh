@@ -65,6 +65,15 @@ check "nvcc's flags" compiles "$cublas $programs" "$@" CUBLAS=1 STRICT=1
 check "without a GPU's file" compiles "infer train " CUDA=0 STRICT=1
 check "with it again" compiles "infer train " "$@" CUBLAS=1 STRICT=1
 
+cp "$tree/train.c" "$tree/test/test_ops.c"
+for header in test run check; do : >"$tree/test/$header.h"; done
+ops=build/cuda_test_ops own_ops=build/cuda_own_test_ops
+check "a GPU's test" compiles "$ops " "$@" CUBLAS=1 STRICT=1 $ops
+check "the same with our own products" compiles "$ops $own " "$@" CUBLAS=0 STRICT=1 $ops
+check "that for compute-sanitizer beside it" compiles "$own_ops $ops " "$@" CUBLAS=1 STRICT=1 \
+    $ops $own_ops
+check "neither again" compiles "" "$@" CUBLAS=1 STRICT=1 $ops $own_ops
+
 # ---- which toolkit is taken
 pip=$work/site-packages/nvidia/cu13
 uses() { # CUDA_HOME, folder of libraries, matrix products, command
@@ -121,5 +130,16 @@ check "make distclean" make -C "$tree" distclean
 check "it removes all" gone build local
 check "make clean where nothing is" make -C "$tree" clean
 check "it makes nothing" gone build
+cp test/gpu_report.sh "$tree/test"
+mkdir "$work/no_gpu"
+printf '#!/bin/sh\nexit 6\n' >"$work/no_gpu/nvidia-smi"
+chmod +x "$work/no_gpu/nvidia-smi"
+without_gpu() {
+    ! PATH="$work/no_gpu:$PATH" make --no-print-directory -C "$tree" gpu-report >"$work/made" 2>&1 &&
+        grep -q '^gpu_report: no GPU: .*run it on a machine that has one$' "$work/made" &&
+        grep -q 'gpu-report.* 3$' "$work/made" && is "$(wc -l <"$work/made")" 2
+}
+check "make gpu-report without a GPU" without_gpu
+check "it makes nothing either" gone build gpu-report
 printf '%-24s %d passed, %d failed\n' make $passed $failed
 [ $failed -eq 0 ]

@@ -6,7 +6,8 @@ the host of the code that was released with the paper (`authors`), and once with
 beyond that (`compile` for training, `static` for decoding).
 
   --check DIR     loss, logits, states and every gradient against a fixture (test/fixtures/tiny)
-  --bench train   optimizer steps
+  --bench train   optimizer steps; with --draw R those of a training whose depths are drawn, the
+                  time that torch.compile takes for them counted and told apart
   --bench decode  greedy decoding
   --bench ops     matrix products, attention and copies on a GPU
 
@@ -719,6 +720,7 @@ class Training:
         self.device = device
         self.clock = Clock(device)
         self.fast = args.mode == "compile"
+        self.depths = (args.no_grad_steps, args.grad_steps)
         self.bf16 = args.precision == "bf16"
         self.model = build(args, device).train()
         self.optimizer = make_optimizer(self.model, args.optimizer, self.fast)
@@ -743,14 +745,15 @@ class Training:
             (labels != -100).sum().item()  # the released loop counts supervised tokens here
         elif self.bf16:
             self.model.set_live(torch.bfloat16)
-        steps = (args.no_grad_steps, args.grad_steps)
         with torch.autocast(
             device_type=self.device.type,
             dtype=torch.bfloat16,
             enabled=self.bf16,
             cache_enabled=False,
         ):
-            out = self.model(ids, steps, labels=labels, stats=not self.fast, keep_logits=False)
+            out = self.model(
+                ids, self.depths, labels=labels, stats=not self.fast, keep_logits=False
+            )
         (out.loss / args.accum).backward()  # `out`, and with it the statistics, outlives backward
         self.model.set_live(None)
         return out.loss.detach(), out.perplexity.detach()
@@ -799,7 +802,70 @@ def memory_used(device):
     return {"peak_memory_GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
 
 
+def draw_depths(mean, depth, steps):
+    """(n, k) of the steps of a training as in the paper, but of so few steps of one micro-batch:
+    the curriculum 1-sqrt over three quarters of them, then the authors' draws."""
+    pairs = []
+    warmup = math.ceil(0.75 * steps)
+    for step in range(steps):
+        share = 1 - math.sqrt(1 - step / warmup) if step < warmup else 1
+        mean_now = max(1, math.ceil(mean * share))
+        most = min(mean_now, depth)
+        generator = torch.Generator().manual_seed((514229 + step + 1) % (2**31 - 1))
+        rate = torch.empty(1).log_normal_(math.log(mean_now) - 0.125, 0.5, generator=generator)
+        p = int(torch.poisson(rate, generator=generator)) + 1
+        pairs.append((max(p - most, 0), min(p, most)))
+    return pairs
+
+
+def compiled_graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def bench_draws(args, device):
+    """The steps of a training whose depths are drawn, twice: the first time parts are compiled, and
+    for whatever calls for it compiled again; the second time shows what is left of that."""
+    training = Training(args, device)
+    c = training.model.c
+    depths = draw_depths(args.draw, 8, args.steps)
+    walls = []
+    graphs = [compiled_graphs()]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        training.walls.clear()
+        for pair in depths:
+            training.depths = pair
+            training.step(timed=True)
+        walls.append(sum(training.walls) / 1e3)
+        graphs.append(compiled_graphs())
+    tokens = args.micro_batch * args.seq_len * args.accum * len(depths)
+    flops = sum(flops_per_token(c, args.seq_len, *pair) for pair in depths) / len(depths)
+    report(
+        device,
+        bench="draws",
+        mode=args.mode,
+        config=args.model or args.config,
+        precision=args.precision,
+        optimizer=args.optimizer,
+        micro_batch=args.micro_batch,
+        seq_len=args.seq_len,
+        draws=" ".join(f"{n},{k}" for n, k in depths),
+        wall_s=walls[0],
+        steady_wall_s=walls[1],
+        graphs=graphs[1] - graphs[0],
+        graphs_again=graphs[2] - graphs[1],
+        tokens_per_s=tokens / walls[1],
+        tokens_per_s_with_compilation=tokens / walls[0],
+        **memory_used(device),
+        model_tflops=flops * tokens / walls[1] / 1e12,
+    )
+
+
 def bench_train(args, device):
+    if args.draw:
+        bench_draws(args, device)
+        return
     began = time.perf_counter()
     training = Training(args, device)
     for _ in range(args.warmup):
@@ -1057,6 +1123,7 @@ NUMBERS = (  # option, default, least, what
     ("seq-len", 1024, 1, "train"),
     ("no-grad-steps", 4, 0, "train: recurrences without gradient"),
     ("grad-steps", 4, 1, "train: recurrences with gradient"),
+    ("draw", None, 1, "train: depths drawn with this mean, as the curriculum goes, not given"),
     ("accum", 1, 1, "train: micro-batches in an optimizer step"),
     ("steps", 10, 1, "train: optimizer steps that are timed"),
     ("warmup", 3, 0, "train: steps before them, in which parts are compiled"),

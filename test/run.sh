@@ -36,7 +36,7 @@ count() { # name, exit code, output
     fi
 }
 for test in "$@" make demos library compilers readme contents keys device runs outputs resume plot \
-    large; do
+    large gpu_report_test; do
     case $test in
     */*) set -- "$test" ;;
     *) set -- sh "test/$test.sh" ;;
