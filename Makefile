@@ -183,7 +183,7 @@ $(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)
 
 LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
 test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(OUT)/large $(LIBRARY) $(HOOKED)
-	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),20000,2000)) \
+	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),5000,2000)) \
 	    sh test/run.sh $(TESTS) $(HOOKED)
 
 # ---- On a GPU ----

@@ -15,7 +15,7 @@ emulated() {
 # checked for races; both take long.
 (
     emulated test_emulator
-    [ -e "$OUT/races_test_ops" ] || export TRIALS=14
+    [ -e "$OUT/races_test_ops" ] || export TRIALS=7
     emulated emulated_test_ops
     emulated emulated_test_gpu
     [ ! -e "$OUT/races_test_ops" ] || EMULATOR_ORDER=0 TRIALS=10 emulated races_test_ops
