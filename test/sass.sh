@@ -29,8 +29,8 @@ its dQ, 64|25|backward_q_kernelI13__nv_bfloat16Li64ELb1E
 its dQ, 128|25|backward_q_kernelI13__nv_bfloat16Li128ELb1E
 END
 
-# Of every kernel: instructions, tensor-core ones, reads of blocks from shared memory, copies, and
-# those that compute addresses and conditions, in the loop.
+# Of every kernel, in the loop: instructions, tensor-core ones, reads of blocks from shared memory,
+# copies, those that compute addresses and conditions, spills.
 count_loops() {
     awk '
         function finish(i, j, at, best, op) {
@@ -46,7 +46,7 @@ count_loops() {
             split("", n)
             for (at = to[best]; at <= from[best]; at++) n[kind[at]]++
             print name, from[best] - to[best] + 1, n["mma"] + 0, n["ldsm"] + 0, n["copy"] + 0,
-                n["address"] + 0
+                n["address"] + 0, n["spill"] + 0
         }
         function tensor(i, at) {
             for (at = to[i]; at <= from[i]; at++) if (kind[at] == "mma") return 1
@@ -78,6 +78,7 @@ count_loops() {
             if (op ~ /^HMMA/) kind[count] = "mma"
             else if (op ~ /^LDSM/) kind[count] = "ldsm"
             else if (op ~ /^LDGSTS/) kind[count] = "copy"
+            else if (op ~ /^(LDL|STL)/) kind[count] = "spill"
             else if (op ~ /^U?(IMAD|IADD3?|LEA|LOP3|SHF|SEL|ISETP|MOV|LDC)/) kind[count] = "address"
             if (op != "BRA" || !match(text, /0x[0-9a-f]+/)) next
             target = substr(text, RSTART + 2, RLENGTH - 2)
@@ -91,7 +92,7 @@ count_loops() {
 }
 
 printf '| loop | for | instructions | tensor-core | of them | target | reads of tiles | copies '
-printf '| addresses, a copy | registers | spilled bytes |\n|---|---|---|---|---|---|---|---|---|---|---|\n'
+printf '| addresses, a copy | registers | spills |\n|---|---|---|---|---|---|---|---|---|---|---|\n'
 for architecture in ${ARCHITECTURES:-sm_80 sm_90}; do
     "$@" -arch="$architecture" -cubin -DRETROFIT_NO_CUBLAS -Xptxas -v retrofit_cuda.cu \
         -o "$work/cubin" 2>"$work/usage" || {
@@ -101,17 +102,14 @@ for architecture in ${ARCHITECTURES:-sm_80 sm_90}; do
     "$dump" -sass "$work/cubin" >"$work/sass" || exit 1
     count_loops "$work/sass" >"$work/counts"
     while IFS='|' read -r what least pattern; do
-        # ptxas' report of the same kernel: its spills, then its registers
         used=$(awk -v pattern="$pattern" '
             /Compiling entry function/ { on = $0 ~ pattern }
-            on && /spill stores/ { spilled = $5 }
-            on && /Used/ { for (i = 1; i < NF; i++) if ($(i + 1) ~ /^registers/) print $i, spilled }
+            on && /Used/ { for (i = 1; i < NF; i++) if ($(i + 1) ~ /^registers/) print $i }
         ' "$work/usage" | head -n 1)
         grep "$pattern" "$work/counts" | head -n 1 | awk -v what="$what" -v least="$least" \
             -v architecture="$architecture" -v used="$used" '{
-                split(used, u)
                 printf "| %s | %s | %d | %d | %.0f %% | %d %% | %d | %d | %.1f | %d | %d |\n", what,
-                    architecture, $2, $3, 100 * $3 / $2, least, $4, $5, $5 ? $6 / $5 : 0, u[1], u[2]
+                    architecture, $2, $3, 100 * $3 / $2, least, $4, $5, $5 ? $6 / $5 : 0, used, $7
             }'
     done <"$work/loops"
 done
