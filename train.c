@@ -1716,8 +1716,23 @@ static void print_planned_time(double flops) {
     printf(" of %.4g TFLOP/s\n", peak / 1e12);
 }
 
+// FLOPs of Muon in a step, which neither count has: of each matrix (r,c) or (c,r), r <= c, five
+// iterations of Newton-Schulz, with one triangle of X·Xᵀ and of M², and B·X.
+static double muon_flops(void) {
+    double flops = 0;
+    for (size_t i = 0; i < run.model->parameter_count; i++) {
+        const retrofit_parameter *p = run.model->parameters[i];
+        if (p->frozen || !retrofit_by_muon(p, training.optimizer.kind)) continue;
+        double r = (double)retrofit_min(p->rows, p->cols);
+        double c = (double)retrofit_max(p->rows, p->cols);
+        flops += 5 * (r * r * c + r * r * r + 2 * r * r * c);
+    }
+    return flops;
+}
+
 static void print_cost(void) {
     cost all = cost_of_steps(0, training.steps);
+    double muon = (double)training.steps * muon_flops();
     printf("training       %10.3g FLOPs (%.3g as the paper counts them), "
            "%zu steps of %zu tokens (%zu micro-batches)\n",
            all.flops, all.paper_flops, training.steps, options.batch_size * options.seq_len,
@@ -1725,13 +1740,16 @@ static void print_cost(void) {
     if (all.largest_draw)
         printf("               the largest draw is %zu recurrences, in step %zu\n",
                all.largest_draw, all.at);
+    if (muon > 0)
+        printf("               Muon takes %.3g FLOPs more, %.3g %% of all, as many in each step\n",
+               muon, 100 * muon / (all.flops + muon));
     if (is_planned()) {
-        print_planned_time(all.flops);
+        print_planned_time(all.flops + muon);
         return;
     }
     double speed = measure_speed();
     printf("time           about ");
-    print_duration(all.flops / speed);
+    print_duration((all.flops + muon) / speed);
     printf(" at best: this device multiplies matrices of this model at %.3g TFLOP/s\n",
            speed / 1e12);
 }

@@ -488,15 +488,24 @@ static void check_predictions(const char *options, const char *directory, retrof
           paper_flops, logged, paper_logged);
 
     size_t by_muon = 0, by_other = 0, frozen = 0, said[3] = {0};
+    double products = 0, said_products = 0; // FLOPs of Muon's in four steps
+    char *more = strstr(out, "Muon takes ");
+    if (more) sscanf(more, "Muon takes %lf", &said_products);
     retrofit_model *model = load("f/tiny/recurrent", mode);
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *p = model->parameters[i];
         size_t count = p->rows * p->cols;
+        double side = (double)retrofit_min(p->rows, p->cols);
         if (!p->grad) frozen += count;
-        else if (muon && p->kind == RETROFIT_MATRIX) by_muon += count;
-        else by_other += count;
+        else if (!muon || p->kind != RETROFIT_MATRIX) by_other += count;
+        else {
+            by_muon += count;
+            products += 4 * 5 * side * (3 * (double)count + side * side);
+        }
     }
     retrofit_free(model);
+    check(fabs(said_products - products) <= 6e-3 * products, "%s: Muon takes %g FLOPs, not %g",
+          directory, said_products, products);
     if (all) sscanf(all, " all %zu %zu %zu", &said[0], &said[1], &said[2]);
     check(said[0] == by_muon && said[1] == by_other && said[2] == frozen,
           "%s: %zu, %zu, %zu parameters, not %zu, %zu, %zu", directory, said[0], said[1], said[2],
