@@ -976,16 +976,25 @@ DEVICE void gemm_multiply(float (&sum)[4][COLUMNS / 8][4], const E *a_tile, cons
     }
 }
 
+// c(m, n) and c(n, m) = x, if this is on or under the diagonal: above it others compute the same.
+template <typename E, typename OUT>
+DEVICE void gemm_store_twice(const product<E, OUT> &p, size_t m, size_t n, float x) {
+    if (n > m || m >= p.M) return;
+    from_float(p.c[m * p.c_row + n], x);
+    from_float(p.c[n * p.c_row + m], x);
+}
+
 // c(m, n) = x and c(m, n + 1) = y, each plus the residual, where they are inside of c. n is even.
 template <typename E, typename OUT>
 DEVICE void gemm_store(const product<E, OUT> &p, size_t m, size_t n, float x, float y) {
     size_t at = m * p.c_row + n;
+    if (p.symmetric) {
+        gemm_store_twice(p, m, n, x);
+        gemm_store_twice(p, m, n + 1, y);
+        return;
+    }
     if (m >= p.M || n >= p.N) return;
     bool both = n + 1 < p.N;
-    if (p.symmetric) {
-        from_float(p.c[n * p.c_row + m], x);
-        if (both) from_float(p.c[(n + 1) * p.c_row + m], y);
-    }
     if (p.residual) {
         x += p.residual[at];
         y += both ? p.residual[at + 1] : 0;
