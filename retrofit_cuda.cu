@@ -2046,10 +2046,11 @@ DEVICE void add_to_keys_and_values(float (&dk)[HEAD / 8][4], float (&dv)[HEAD / 
 // The tiles of dK's and dV's loop, in their order: copies the next one of each.
 template <typename E, int HEAD, bool ALIGNED> struct query_tiles {
     static constexpr int ROWS = BACKWARD_ROW_TILE<E, HEAD>;
+    typedef pair_copies<ROWS, HEAD, 128, ALIGNED, E> row_copies;
     int T, h, H;
     int heads;    // that are left
     int from, t0; // the first token of each head's tiles, and of the next tile
-    pair_copies<ROWS, HEAD, 128, ALIGNED, E> copies;
+    row_copies copies;
     const float *lse, *delta; // this thread's of the next tile: a number for each row
     size_t q_back, do_back, stats_back; // from a head's last tile to the next head's first
 
@@ -2092,7 +2093,8 @@ template <typename E, int HEAD, bool ALIGNED>
 __global__ void __launch_bounds__(128) attention_backward_kv_kernel(attention_gradient<E> p) {
     typedef query_tiles<E, HEAD, ALIGNED> query_tiles;
     constexpr int KEYS = 64, ROWS = query_tiles::ROWS, STRIDE = tile_stride<E>(HEAD);
-    constexpr int PAIR = 2 * ROWS * STRIDE;
+    constexpr int TILE = query_tiles::row_copies::TILE;
+    constexpr int PAIR = query_tiles::row_copies::PAIR;
     DYN_SMEM(E, tiles);               // [2] of a tile of q, then one of dout; at first k and v
     SMEM(float, stats, 2 * 2 * ROWS); // [2] of the rows' lse·LOG2E, then their delta
     const attention_shape &shape = p.shape;
@@ -2123,7 +2125,7 @@ __global__ void __launch_bounds__(128) attention_backward_kv_kernel(attention_gr
         cp_async_commit();
         cp_async_wait<1>();
         __syncthreads();
-        const E *q_tile = tiles + stage * PAIR, *do_tile = q_tile + ROWS * STRIDE;
+        const E *q_tile = tiles + stage * PAIR, *do_tile = q_tile + TILE;
         const float *lse = stats + stage * 2 * ROWS;
         float s[ROWS / 8][4] = {}, ds[ROWS / 8][4] = {};
         multiply_two<ROWS, HEAD>(s, ds, fk, fv, q_tile, do_tile); // (1) S and dP, transposed
