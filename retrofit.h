@@ -78,14 +78,14 @@
        L                                               retrofit_loss                     912
        dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               935
        dA_e, de                                        injection_backward                953
-       floating-point operations                       retrofit_flops_per_token          3465
+       floating-point operations                       retrofit_flops_per_token          3466
        n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1014
        the curriculum r̄(t)                             retrofit_curriculum               1049
        a training step                                 retrofit_training_step            1118
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1325
        Newton-Schulz                                   newton_schulz                     1228
        the operations: rmsnorm, rope, attention …      embedding_forward                 1364
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2282
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2283
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -1506,7 +1506,8 @@ static void swiglu_forward(act *out, const act *gate_up, size_t N, size_t F) {
     for (size_t n = 0; n < N; n++) {
         const float *gate = (const float *)gate_up + n * 2 * F, *up = gate + F;
         float *y = (float *)out + n * F;
-        for (size_t i = 0; i < F; i++) y[i] = gate[i] / (1.0f + fast_exp(-gate[i])) * up[i];
+        for (size_t i = 0; i < F; i++) y[i] = 1.0f / (1.0f + fast_exp(-gate[i])); // σ(g)
+        for (size_t i = 0; i < F; i++) y[i] = gate[i] * y[i] * up[i];
     }
 }
 
@@ -6629,6 +6630,63 @@ bool retrofit_data_row(retrofit_data *data, uint64_t index, int32_t *tokens, int
 // 10  Matrix products at the machine's speed
 // =================================================================================================
 
+// ---- Vectors -----------------------------------------------------------------------------------
+// VECTOR is the number of floats in a register. MULTIPLY_ADD rounds once: gcc may split what is
+// written as a product and a sum, where it thinks that faster, and so give some rows other bits
+// than others. WIDEN turns 16 bits into 32, and MAXIMUM is b where a is NaN: one instruction each,
+// where gcc takes four, or works element by element.
+#if defined __AVX512F__
+#include <immintrin.h>
+#define VECTOR 16
+#define BROADCAST(x) (vector)_mm512_set1_ps(x)
+#define MULTIPLY_ADD(a, b, c) (vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
+#define MAXIMUM(a, b) (vector)_mm512_max_ps((__m512)(a), (__m512)(b))
+#define WIDEN(halves) (vector_bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(halves))
+#elif defined __AVX2__ && defined __FMA__
+#include <immintrin.h>
+#define VECTOR 8
+#define BROADCAST(x) (vector)_mm256_set1_ps(x)
+#define MULTIPLY_ADD(a, b, c) (vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
+#define MAXIMUM(a, b) (vector)_mm256_max_ps((__m256)(a), (__m256)(b))
+#define WIDEN(halves) (vector_bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(halves))
+#else
+#define VECTOR 4
+#define BROADCAST(x) ((vector){x, x, x, x})
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#define MAXIMUM(a, b) maximum(a, b)
+#define WIDEN(halves) __builtin_convertvector(*(const vector_halves_at *)(halves), vector_bits)
+#endif
+
+// Inlined even where a compiler finds it too large: its constant arguments must become constants.
+#define INLINE static inline __attribute__((always_inline))
+// A loop over registers. These have no index: an array of them exists only if the loop is unrolled.
+#ifdef __clang__
+#define UNROLL(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
+#else
+#define UNROLL(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
+#endif
+
+// gcc would load again what is used several times, and have no loads left for the rest.
+#ifdef __x86_64__
+#define STAYS_IN_REGISTER(x) __asm__("" : "+v"(x))
+#else
+#define STAYS_IN_REGISTER(x) (void)(x)
+#endif
+
+// A register, and the same in memory (_at): aligned like its elements only, and free to alias them.
+typedef float vector __attribute__((vector_size(4 * VECTOR)));
+typedef float vector_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
+typedef float quad __attribute__((vector_size(16)));
+typedef uint32_t vector_bits __attribute__((vector_size(4 * VECTOR)));
+typedef uint16_t vector_halves_at __attribute__((vector_size(2 * VECTOR), aligned(2), may_alias));
+
+#if VECTOR == 4
+static inline vector maximum(vector a, vector b) {
+    for (size_t l = 0; l < VECTOR; l++) a[l] = a[l] > b[l] ? a[l] : b[l];
+    return a;
+}
+#endif
+
 // ---- Sums, maxima, exponentials ----------------------------------------------------------------
 // In a single running sum each addition waits for the one before, and a compiler must not reorder
 // floating-point sums. So we do: element i is added to lane i mod LANES, which vectorises, and the
@@ -6671,14 +6729,19 @@ static float add_up(float start, float factor, const float *x, size_t n) {
 
 // NaN is passed over: it shows in the sum of exponentials that follows.
 static float max_element(const float *x, size_t n) {
-    float lanes[LANES], max = -INFINITY;
-    for (int l = 0; l < LANES; l++) lanes[l] = -INFINITY;
+    vector lanes[4];
+    UNROLL(v, 4) lanes[v] = BROADCAST(-INFINITY);
     size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-    for (; i < n; i++) max = x[i] > max ? x[i] : max;
-    for (int l = 0; l < LANES; l++) max = lanes[l] > max ? lanes[l] : max;
-    return max;
+    for (; i + 4 * VECTOR <= n; i += 4 * VECTOR)
+        UNROLL(v, 4) lanes[v] = MAXIMUM(*(const vector_at *)(x + i + v * VECTOR), lanes[v]);
+    vector all = MAXIMUM(MAXIMUM(lanes[0], lanes[1]), MAXIMUM(lanes[2], lanes[3]));
+    for (; i + VECTOR <= n; i += VECTOR) all = MAXIMUM(*(const vector_at *)(x + i), all);
+    float max[VECTOR];
+    memcpy(max, &all, sizeof max);
+    for (size_t half = VECTOR / 2; half > 0; half /= 2)
+        for (size_t l = 0; l < half; l++) max[l] = max[l] > max[l + half] ? max[l] : max[l + half];
+    for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
+    return max[0];
 }
 
 // e^x to 1 part in 10^7, in arithmetic that vectorises: e^x = 2^n·e^r with n = round(x/log 2). For
@@ -6751,29 +6814,11 @@ static double sum_exp(float *terms, const float *x, size_t n, float max) {
 // depends on nothing but K and whether the rows are few: its bits depend neither on the number of
 // threads nor on the rows and columns that come with it.
 
-// VECTOR is the number of floats in a register. The micro-kernel's part of C takes 3·MR registers:
-// 24 of AVX-512's 32, or 12 of 16; that of few rows 4·ABREAST. MULTIPLY_ADD rounds once: gcc may
-// split what is written as a product and a sum, where it thinks that faster, and so give some rows
-// other bits than others. WIDEN turns 16 bits into 32, in one instruction where gcc takes four.
-#if defined __AVX512F__
-#include <immintrin.h>
-#define VECTOR 16
-#define BROADCAST(x) (vector)_mm512_set1_ps(x)
-#define MULTIPLY_ADD(a, b, c) (vector)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
-#define WIDEN(halves) (vector_bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256(halves))
-enum { MR = 8, MC = 8, ABREAST = 4 };
-#elif defined __AVX2__ && defined __FMA__
-#include <immintrin.h>
-#define VECTOR 8
-#define BROADCAST(x) (vector)_mm256_set1_ps(x)
-#define MULTIPLY_ADD(a, b, c) (vector)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
-#define WIDEN(halves) (vector_bits)_mm256_cvtepu16_epi32(_mm_loadu_si128(halves))
-enum { MR = 4, MC = 192, ABREAST = 3 };
+// The micro-kernel's part of C takes 3·MR registers: 24 of AVX-512's 32, or 12 of 16; that of few
+// rows 4·ABREAST.
+#if VECTOR == 16
+enum { MR = 8, MC = 64, ABREAST = 4 };
 #else
-#define VECTOR 4
-#define BROADCAST(x) ((vector){x, x, x, x})
-#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
-#define WIDEN(halves) __builtin_convertvector(*(const vector_halves_at *)(halves), vector_bits)
 enum { MR = 4, MC = 192, ABREAST = 3 };
 #endif
 enum {
@@ -6787,28 +6832,6 @@ enum {
 };
 static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_a[MC * KC];
 static RETROFIT_THREAD_LOCAL _Alignas(64) float packed_b[NC * KC];
-
-// Inlined even where a compiler finds it too large: its constant arguments must become constants.
-#define INLINE static inline __attribute__((always_inline))
-// A loop over registers. These have no index: an array of them exists only if the loop is unrolled.
-#ifdef __clang__
-#define UNROLL(i, n) _Pragma("clang loop unroll(full)") for (size_t i = 0; i < n; i++)
-#else
-#define UNROLL(i, n) _Pragma("GCC unroll 16") for (size_t i = 0; i < n; i++)
-#endif
-
-// gcc would load again what is used several times, and have no loads left for the rest.
-#ifdef __x86_64__
-#define STAYS_IN_REGISTER(x) __asm__("" : "+v"(x))
-#else
-#define STAYS_IN_REGISTER(x) (void)(x)
-#endif
-
-// A register, and the same in memory (_at): aligned like its elements only, and free to alias them.
-typedef float vector __attribute__((vector_size(4 * VECTOR)));
-typedef float vector_at __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
-typedef uint32_t vector_bits __attribute__((vector_size(4 * VECTOR)));
-typedef uint16_t vector_halves_at __attribute__((vector_size(2 * VECTOR), aligned(2), may_alias));
 
 static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -7017,8 +7040,24 @@ static bool is_packed(const matrix_product *p) {
     return p->A.type != RETROFIT_F32 || (p->A.col != 1 && p->N > 2 * NR);
 }
 
+// The first `rows` of A from row i on, whose columns are contiguous: each is read across all rows
+// before the next, and every vector fills several panels.
+static void pack_columns(const matrix_product *p, size_t i, size_t rows) {
+    for (size_t k = 0; k < p->K; k++) {
+        const float *column = (const float *)p->A.data + k * p->A.col + i;
+        for (size_t row = 0; row < rows; row += VECTOR) {
+            vector v = *(const vector_at *)(column + row);
+            UNROLL(q, VECTOR / MR)
+                memcpy(packed_a + (row + q * MR) * p->K + k * MR, (float *)&v + q * MR, 4 * MR);
+        }
+    }
+}
+
 static void pack_rows(const matrix_product *p, size_t begin, size_t end) {
-    for (size_t i = begin; i < end; i += MR) {
+    bool columns = p->A.row == 1 && p->A.type == RETROFIT_F32;
+    size_t whole = columns ? (end - begin) / VECTOR * VECTOR : 0;
+    if (whole) pack_columns(p, begin, whole);
+    for (size_t i = begin + whole; i < end; i += MR) {
         size_t m = retrofit_min(MR, end - i);
         pack(packed_a + (i - begin) * p->K, MR, view_part(p->A, i, 0), m, p->K);
     }
@@ -7089,8 +7128,11 @@ INLINE void add_lanes(float totals[4], const vector sum[4]) {
     vector v[4] = {sum[0], sum[1], sum[2], sum[3]};
     transpose_quads(v);
     vector quads = (v[0] + v[1]) + (v[2] + v[3]);
-    memcpy(totals, &quads, 16);
-    for (size_t l = 4; l < VECTOR; l++) totals[l % 4] += quads[l];
+    quad part[VECTOR / 4];
+    memcpy(part, &quads, sizeof quads);
+    for (size_t half = VECTOR / 8; half > 0; half /= 2)
+        for (size_t q = 0; q < half; q++) part[q] += part[q + half];
+    memcpy(totals, part, 16);
 }
 
 // What the processor is asked to fetch meanwhile, from each of the columns: `step` bytes for each
@@ -7106,7 +7148,7 @@ typedef struct {
 INLINE void dots(size_t rows, retrofit_type type, const matrix_product *p, matrix_view w, size_t i,
                  size_t j, lookahead ahead) {
     const float *a = (const float *)p->A.data + i * p->A.row;
-    vector sum[ABREAST * 4] = {{0}}; // of each column and row, a partial sum in every lane
+    vector sum[ABREAST * 4] = {{0}}; // of each row and column, a partial sum in every lane
     size_t column[ABREAST], k = 0;
     UNROLL(s, ABREAST) column[s] = retrofit_min(j + s, p->N - 1) * w.col; // past the end: the last
     for (; k + VECTOR <= p->K; k += VECTOR) {
@@ -7120,23 +7162,24 @@ INLINE void dots(size_t rows, retrofit_type type, const matrix_product *p, matri
         UNROLL(r, rows) {
             vector x = *(const vector_at *)(a + r * p->A.row + k);
             STAYS_IN_REGISTER(x);
-            UNROLL(s, ABREAST) sum[s * rows + r] = MULTIPLY_ADD(b[s], x, sum[s * rows + r]);
+            UNROLL(s, ABREAST) sum[r * ABREAST + s] = MULTIPLY_ADD(b[s], x, sum[r * ABREAST + s]);
         }
     }
-    for (size_t s = 0; s < ABREAST && k < p->K; s++) {
-        vector b = load_rest(w.data, type, column[s] + k, p->K - k);
-        for (size_t r = 0; r < rows; r++) {
+    if (k < p->K) {
+        vector b[ABREAST];
+        UNROLL(s, ABREAST) b[s] = load_rest(w.data, type, column[s] + k, p->K - k);
+        UNROLL(r, rows) {
             vector x = load_rest(a, RETROFIT_F32, r * p->A.row + k, p->K - k);
-            sum[s * rows + r] = MULTIPLY_ADD(b, x, sum[s * rows + r]);
+            UNROLL(s, ABREAST) sum[r * ABREAST + s] = MULTIPLY_ADD(b[s], x, sum[r * ABREAST + s]);
         }
     }
     float totals[ABREAST * 4];
     UNROLL(four, ceil_of(rows * ABREAST, 4)) add_lanes(totals + 4 * four, sum + 4 * four);
-    for (size_t s = 0; s < retrofit_min(ABREAST, p->N - j); s++) {
-        UNROLL(r, rows) {
-            float start = p->d ? p->d[(i + r) * p->d_row + j + s] : 0;
-            p->c[(i + r) * p->c_row + j + s] = start + totals[s * rows + r];
-        }
+    size_t n = retrofit_min(ABREAST, p->N - j);
+    UNROLL(r, rows) {
+        float *c = p->c + (i + r) * p->c_row + j;
+        const float *d = p->d ? p->d + (i + r) * p->d_row + j : NULL;
+        for (size_t s = 0; s < n; s++) c[s] = (d ? d[s] : 0) + totals[r * ABREAST + s];
     }
 }
 
@@ -7272,17 +7315,23 @@ typedef struct {
     float *dq, *dk, *dv;      // (T,h), rows Q apart; added to
 } attention_head;
 
+// Up to where a row of a tile is computed of which a query sees so many keys: loops over whole
+// vectors have no remainder, which would take longer than they. What is too much becomes 0.
+static size_t whole_lanes(size_t seen) { return ceil_of(seen, LANES) * LANES; }
+
 // Turns a query's q·k into e^{q·k/√h - m}, for the `seen` keys that it may see, and 0 for the rest.
 // scale is 1/√h, and *max is m without it. Updates *max and the sum l; returns e^{m - m'}. The sum
 // goes to `seen` and not to the tile's width: a query's bits must not depend on how many others
 // come with it.
 static float softmax_row(float *p, size_t seen, size_t width, float scale, float *max, float *sum) {
-    float tile_max = max_element(p, seen);
+    size_t end = whole_lanes(seen);
+    for (size_t u = seen; u < end; u++) p[u] = -INFINITY;
+    float tile_max = max_element(p, end);
     float new_max = tile_max > *max ? tile_max : *max;
     float shrink = fast_exp((*max - new_max) * scale);
-    for (size_t u = 0; u < seen; u++) p[u] = fast_exp((p[u] - new_max) * scale);
-    memset(p + seen, 0, (width - seen) * sizeof *p);
-    *sum = add_up(*sum, shrink, p, seen);
+    for (size_t u = 0; u < end; u++) p[u] = fast_exp((p[u] - new_max) * scale);
+    memset(p + seen, 0, (retrofit_max(width, end) - seen) * sizeof *p);
+    *sum = add_up(*sum, shrink, p, end);
     *max = new_max;
     return shrink;
 }
@@ -7307,7 +7356,7 @@ static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_vi
             size_t end = before + (single ? 1 : i + 1); // of the keys that the query sees
             size_t seen = end > u ? retrofit_min(end - u, width) : 0;
             float shrink = softmax_row(s + i * TILE, seen, width, scale, &max[i], &sum[i]);
-            if (u == 0) continue;
+            if (u == 0 || shrink == 1) continue;
             for (size_t c = 0; c < h; c++) y[i * y_row + c] *= shrink;
         }
         // (3) the tile's share of the output
@@ -7324,10 +7373,13 @@ static void attend(float *y, size_t y_row, float *lse, size_t lse_row, matrix_vi
 // keys that it sees; 0 for the rest.
 static void softmax_backward_row(float *p, float *ds, size_t seen, size_t width, float scale,
                                  float lse, float delta) {
-    for (size_t u = 0; u < seen; u++) p[u] = fast_exp(p[u] * scale - lse);
-    for (size_t u = 0; u < seen; u++) ds[u] = p[u] * (ds[u] - delta) * scale;
-    memset(p + seen, 0, (width - seen) * sizeof *p);
-    memset(ds + seen, 0, (width - seen) * sizeof *ds);
+    size_t end = whole_lanes(seen), unseen = retrofit_max(width, end) - seen;
+    memset(p + seen, 0, unseen * sizeof *p);
+    memset(ds + seen, 0, unseen * sizeof *ds);
+    for (size_t u = 0; u < end; u++) p[u] = fast_exp(p[u] * scale - lse);
+    for (size_t u = 0; u < end; u++) ds[u] = p[u] * (ds[u] - delta) * scale;
+    memset(p + seen, 0, unseen * sizeof *p);
+    memset(ds + seen, 0, unseen * sizeof *ds);
 }
 
 // What the tile at (t, u) adds to dq, dk and dv.
