@@ -122,6 +122,20 @@ DEVICE void cp_async(void *shared, const void *global, int bytes) {
                  : "memory");
 }
 
+// The kernel waits until those before it in the stream have ended, and lets the next one begin: see
+// LAUNCH_CHAINED.
+DEVICE void wait_for_previous(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Asks for the 128 bytes around p to be brought to the L2 cache.
+DEVICE void prefetch(const void *p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+}
+
 // ex2.approx.ftz: 2^x with an error of two units in the last place; 0 where that is denormal, for
 // which exp2f takes three instructions more.
 DEVICE float power_of_two(float x) {
@@ -440,6 +454,9 @@ enum {
 static cudaStream_t stream;
 static char *workspace;
 static cudaDeviceProp device;
+#ifdef __CUDACC__
+static bool can_chain; // see LAUNCH_CHAINED
+#endif
 
 // Ends the program if a call failed. Once memory is allocated, a failure is a bug of this file or a
 // fault of the machine. It often shows only later, so nothing can be saved by going on.
@@ -454,21 +471,45 @@ static void check_cuda(cudaError_t error, const char *what) {
 // The arguments' types are not deduced: they convert to the kernel's parameters as in any call.
 template <typename E> struct same { typedef E type; };
 
+// Kernel launches so far. A recording counts once, when it is made.
+extern "C" {
+size_t retrofit_cuda_launches;
+}
+
 // Runs a kernel on `blocks` blocks of `threads` threads with `shared` bytes of dynamic memory.
 template <typename... P>
-static void launch(const char *name, void (*kernel)(P...), size_t blocks, unsigned threads,
-                   size_t shared, typename same<P>::type... arguments) {
+static void launch(const char *name, bool chained, void (*kernel)(P...), size_t blocks,
+                   unsigned threads, size_t shared, typename same<P>::type... arguments) {
     if (blocks == 0) return;
     if (blocks > 0x7fffffff) check_cuda(cudaErrorInvalidValue, name);
+    retrofit_cuda_launches++;
 #ifdef __CUDACC__
-    kernel<<<(unsigned)blocks, threads, shared, stream>>>(arguments...);
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = chained && can_chain;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 #else
     dim3 grid((unsigned)blocks), block(threads);
+    if (chained) emulator_chain();
     emulator_launch(kernel, grid, block, shared, stream, arguments...);
 #endif
     check_cuda(cudaGetLastError(), name);
 }
-#define LAUNCH(kernel, ...) launch(#kernel, kernel, __VA_ARGS__)
+#define LAUNCH(kernel, ...) launch(#kernel, false, kernel, __VA_ARGS__)
+
+// A token is decoded by hundreds of kernels of some microseconds each. Between two of them the GPU
+// would stand still while the last blocks of the one end and the first of the next begin. A chained
+// kernel begins before that (programmatic dependent launch, from compute capability 9.0 on). All
+// its threads must call wait_for_previous() before they touch what an earlier kernel reads or
+// writes. What they can do before is to bring weights to the cache, as those of few_rows_kernel do.
+#define LAUNCH_CHAINED(kernel, ...) launch(#kernel, true, kernel, __VA_ARGS__)
 
 static size_t ceil_of(size_t a, size_t b) { return (a + b - 1) / b; } // a / b, rounded up
 
@@ -500,6 +541,9 @@ static cudaError_t prepare_device(void) {
     if (error == cudaSuccess) error = cudaMalloc((void **)&workspace, WORKSPACE);
     if (error != cudaSuccess) return error;
 #ifdef __CUDACC__
+    int driver = 0; // both it and the toolkit must be able to record such launches
+    cudaDriverGetVersion(&driver);
+    can_chain = device.major >= 9 && driver >= 12030 && CUDART_VERSION >= 12030;
     probe_kernel<<<1, 1, 0, stream>>>();
 #endif
     return cudaGetLastError();
@@ -679,8 +723,12 @@ template <int ROWS, typename E, typename OUT>
 __global__ void few_rows_kernel(product<E, OUT> p, bool vectors) {
     size_t n = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     float sum[ROWS] = {};
-    if (n >= p.N) return;
     const E *b = p.b + n * p.b_row;
+    // This is no reading yet: what an earlier kernel still writes there will be seen.
+    for (size_t k = 128 / sizeof(E) * lane; n < p.N && k < p.K; k += 4096 / sizeof(E))
+        prefetch(b + k);
+    wait_for_previous();
+    if (n >= p.N) return;
     if (vectors) dot_by_vectors(sum, p, b, lane);
     else dot_by_elements(sum, p, b, lane);
     EACH (m, ROWS) {
@@ -694,7 +742,8 @@ __global__ void few_rows_kernel(product<E, OUT> p, bool vectors) {
 template <int ROWS, typename E, typename OUT>
 static void few_rows(const product<E, OUT> &p, bool aligned) {
     bool vectors = aligned && p.K % 8 == 0;
-    LAUNCH((few_rows_kernel<ROWS, E, OUT>), ceil_of(p.N, THREADS / 32), THREADS, 0, p, vectors);
+    LAUNCH_CHAINED((few_rows_kernel<ROWS, E, OUT>), ceil_of(p.N, THREADS / 32), THREADS, 0, p,
+                   vectors);
 }
 
 #ifdef WITH_CUBLAS
@@ -1079,7 +1128,7 @@ static void gemm_by_tiles(const product<E, OUT> &p) {
     allowed = true;
     size_t down = ceil_of(p.M, GEMM_SIDE), across = ceil_of(p.N, GEMM_SIDE);
     size_t tiles = p.symmetric ? down * (down + 1) / 2 : down * across;
-    launch("gemm_kernel", kernel, tiles, layout::BLOCK, layout::BYTES, p);
+    launch("gemm_kernel", false, kernel, tiles, layout::BLOCK, layout::BYTES, p);
 }
 
 template <bool A_K_FIRST, bool B_K_FIRST, typename E, typename OUT>
@@ -1167,6 +1216,7 @@ static void embedding_backward(float *dwte, const int32_t *tokens, const float *
 template <typename E>
 __global__ void rmsnorm_forward_kernel(E *out, float *rstd, const float *residual, const float *x,
                                        const float *weight, size_t d, float eps) {
+    wait_for_previous();
     float squares = 0;
     x += blockIdx.x * d;
     out += blockIdx.x * d;
@@ -1192,13 +1242,15 @@ template <typename E>
 static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
                             size_t d, float eps) {
     const float *none = NULL;
-    LAUNCH(rmsnorm_forward_kernel<E>, N, THREADS, 0, (E *)out, rstd, none, x, weight, d, eps);
+    LAUNCH_CHAINED(rmsnorm_forward_kernel<E>, N, THREADS, 0, (E *)out, rstd, none, x, weight, d,
+                   eps);
 }
 
 template <typename E>
 static void rmsnorm_residual_forward(float *out, float *rstd, const float *residual, const float *x,
                                      const float *weight, size_t N, size_t d, float eps) {
-    LAUNCH(rmsnorm_forward_kernel<float>, N, THREADS, 0, out, rstd, residual, x, weight, d, eps);
+    LAUNCH_CHAINED(rmsnorm_forward_kernel<float>, N, THREADS, 0, out, rstd, residual, x, weight, d,
+                   eps);
 }
 
 // Backward, with g = dy·w:   dx += ρ·(g - x·ρ²·mean(g·x))      dw += Σ_n dy·x·ρ
@@ -1284,6 +1336,7 @@ static void rmsnorm_residual_backward(act *dinp, float *dweight, const float *do
 // One thread per eight elements.
 template <typename E>
 __global__ void bias_forward_kernel(E *y, const float *bias, size_t N, size_t O) {
+    wait_for_previous();
     size_t o, n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (O + 7) / 8, o);
     if (n >= N) return;
     o *= 8;
@@ -1295,8 +1348,8 @@ __global__ void bias_forward_kernel(E *y, const float *bias, size_t N, size_t O)
 }
 
 template <typename E> static void bias_forward(act *y, const float *bias, size_t N, size_t O) {
-    LAUNCH(bias_forward_kernel<E>, ceil_of(N * ceil_of(O, 8), THREADS), THREADS, 0, (E *)y, bias, N,
-           O);
+    LAUNCH_CHAINED(bias_forward_kernel<E>, ceil_of(N * ceil_of(O, 8), THREADS), THREADS, 0, (E *)y,
+                   bias, N, O);
 }
 
 // Block i adds up the rows i, i + blocks, … in its own row of the workspace (blocks,O).
@@ -1347,6 +1400,7 @@ struct qk_norm_at {
 template <typename E>
 __global__ void qk_norm_forward_kernel(E *qkv, E *qk, float *rstd, const float *q_norm,
                                        const float *k_norm, qk_norms s, float eps) {
+    wait_for_previous();
     qk_norm_at at(s);
     if (at.n >= s.N) return;
     E *x = qkv + at.n * s.Q() + at.first, *kept = qk ? qk + at.n * s.both() + at.first : NULL;
@@ -1372,8 +1426,8 @@ static void qk_norm_forward(act *qkv, act *qk, float *rstd, const float *q_norm,
                             const float *k_norm, size_t N, size_t H, size_t G, size_t h,
                             bool per_head, float eps) {
     qk_norms s = {N, H, G, h, per_head};
-    LAUNCH(qk_norm_forward_kernel<E>, ceil_of(32 * N * s.count(), THREADS), THREADS, 0, (E *)qkv,
-           (E *)qk, rstd, q_norm, k_norm, s, eps);
+    LAUNCH_CHAINED(qk_norm_forward_kernel<E>, ceil_of(32 * N * s.count(), THREADS), THREADS, 0,
+                   (E *)qkv, (E *)qk, rstd, q_norm, k_norm, s, eps);
 }
 
 // dx = ρ·(g - x·ρ²·mean(g·x)), g = dy·w. Warps as above.
@@ -1503,6 +1557,7 @@ struct attention_shape {
 template <typename E>
 __global__ void rotate_kernel(E *qkv, const float *table, const int32_t *past, attention_shape s,
                               float sign) {
+    wait_for_previous();
     size_t half = s.h / 2, i = (size_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= s.B * s.T * (s.H + s.G) * ((half + 7) / 8)) return;
     size_t t, head, p;
@@ -1530,7 +1585,8 @@ template <typename E>
 static void rotate(act *qkv, const float *table, const int32_t *past, attention_shape s,
                    float sign) {
     size_t threads = s.B * s.T * (s.H + s.G) * ceil_of(s.h / 2, 8);
-    LAUNCH(rotate_kernel<E>, ceil_of(threads, THREADS), THREADS, 0, (E *)qkv, table, past, s, sign);
+    LAUNCH_CHAINED(rotate_kernel<E>, ceil_of(threads, THREADS), THREADS, 0, (E *)qkv, table, past,
+                   s, sign);
 }
 
 template <typename E>
@@ -1786,6 +1842,7 @@ DEVICE void store_output(const attention_problem<E> &p, const TASK &task, const 
 
 template <typename E, int HEAD, int WARPS, int ROW_BLOCKS, bool ALIGNED>
 __global__ void __launch_bounds__(32 * WARPS) attention_kernel(attention_problem<E> p) {
+    wait_for_previous();
     constexpr int ROWS = 16 * ROW_BLOCKS * WARPS, KEYS = KEY_TILE<E>, BLOCK = 32 * WARPS;
     constexpr int STRIDE = tile_stride<E>(HEAD);
     typedef pair_copies<KEYS, HEAD, BLOCK, ALIGNED, E> key_copies;
@@ -1849,6 +1906,7 @@ __global__ void __launch_bounds__(32 * WARPS) attention_kernel(attention_problem
 template <typename E>
 __global__ void attention_join_kernel(E *out, const float *partials, attention_shape s,
                                       unsigned splits) {
+    wait_for_previous();
     size_t row = (size_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32, all = s.B * s.T * s.H;
     if (row >= all) return;
     size_t group = s.H / s.G, rows = s.T * group, pair = row / rows, r = row % rows;
@@ -1879,10 +1937,10 @@ static void launch_attention(attention_problem<E> p, size_t splits) {
     p.splits = (unsigned)splits;
     p.partials = (float *)workspace;
     size_t blocks = ceil_of(s.T * (s.H / s.G), ROWS) * s.B * s.G * splits;
-    launch("attention_kernel", kernel, blocks, 32 * WARPS, BYTES, p);
+    launch("attention_kernel", true, kernel, blocks, 32 * WARPS, BYTES, p);
     if (splits > 1)
-        LAUNCH(attention_join_kernel<E>, ceil_of(s.B * s.T * s.H, THREADS / 32), THREADS, 0, p.out,
-               p.partials, s, p.splits);
+        LAUNCH_CHAINED(attention_join_kernel<E>, ceil_of(s.B * s.T * s.H, THREADS / 32), THREADS, 0,
+                       p.out, p.partials, s, p.splits);
 }
 
 // How many splits decoding makes of `keys`, the most keys that a query may see.
@@ -2244,9 +2302,10 @@ static void attend_backward(attention_gradient<E> p, float *delta, const E *out)
     size_t count = s.B * s.T * s.H, rows = s.T * (s.H / s.G);
     LAUNCH(attention_delta_kernel<E>, ceil_of(count, THREADS / 32), THREADS, 0, delta, p.dout, out,
            count, s.h);
-    launch("attention_backward_kv_kernel", kv_kernel, ceil_of(s.T, 64) * s.B * s.G, 128, KV_BYTES,
-           p);
-    launch("attention_backward_q_kernel", q_kernel, ceil_of(rows, 64) * s.B * s.G, 128, Q_BYTES, p);
+    launch("attention_backward_kv_kernel", false, kv_kernel, ceil_of(s.T, 64) * s.B * s.G, 128,
+           KV_BYTES, p);
+    launch("attention_backward_q_kernel", false, q_kernel, ceil_of(rows, 64) * s.B * s.G, 128,
+           Q_BYTES, p);
 }
 
 template <typename E>
@@ -2270,6 +2329,7 @@ static void attention_backward(act *dqkv, float *delta, const act *dout, const a
 // One thread per eight columns of a row.
 template <typename E>
 __global__ void swiglu_forward_kernel(E *out, const E *gate_up, size_t N, size_t F) {
+    wait_for_previous();
     size_t c;
     size_t n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (F + 7) / 8, c);
     if (n >= N) return;
@@ -2282,8 +2342,8 @@ __global__ void swiglu_forward_kernel(E *out, const E *gate_up, size_t N, size_t
 }
 
 template <typename E> static void swiglu_forward(act *out, const act *gate_up, size_t N, size_t F) {
-    LAUNCH(swiglu_forward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0, (E *)out,
-           (const E *)gate_up, N, F);
+    LAUNCH_CHAINED(swiglu_forward_kernel<E>, ceil_of(N * ceil_of(F, 8), THREADS), THREADS, 0,
+                   (E *)out, (const E *)gate_up, N, F);
 }
 
 // Backward: dg = dy·u·σ(g)·(1 + g·(1 - σ(g))), du = dy·silu(g), and y again. Threads as above.
@@ -2364,6 +2424,7 @@ static void cross_entropy(float *losses, act *logits, const int32_t *labels, siz
 // ---- Elementwise -------------------------------------------------------------------------------
 // cast: out = (act) x. One thread per eight elements.
 template <typename E> __global__ void cast_kernel(E *out, const float *x, size_t n) {
+    wait_for_previous();
     size_t i = first_of8();
     if (i >= n) return;
     float v[8];
@@ -2372,11 +2433,12 @@ template <typename E> __global__ void cast_kernel(E *out, const float *x, size_t
 }
 
 template <typename E> static void cast(act *out, const float *x, size_t n) {
-    LAUNCH(cast_kernel<E>, blocks_of8(n), THREADS, 0, (E *)out, x, n);
+    LAUNCH_CHAINED(cast_kernel<E>, blocks_of8(n), THREADS, 0, (E *)out, x, n);
 }
 
 // add: x = keep·x + y. One thread per eight elements.
 __global__ void add_kernel(float *x, const float *y, size_t n, float keep) {
+    wait_for_previous();
     size_t i = first_of8();
     if (i >= n) return;
     float a[8], b[8];
@@ -2387,7 +2449,7 @@ __global__ void add_kernel(float *x, const float *y, size_t n, float keep) {
 }
 
 template <typename E> static void add(float *x, const float *y, size_t n, float keep) {
-    LAUNCH(add_kernel, blocks_of8(n), THREADS, 0, x, y, n, keep);
+    LAUNCH_CHAINED(add_kernel, blocks_of8(n), THREADS, 0, x, y, n, keep);
 }
 
 // state_init: s = σ·normal(hash(seed, b, past[b] + t), column). One thread per element.
@@ -2415,6 +2477,7 @@ static void state_init(float *s, const int32_t *past, size_t B, size_t T, size_t
 template <typename E>
 __global__ void kv_store_kernel(E *keys, E *values, const E *qkv, const int32_t *past,
                                 const int32_t *lane, attention_shape s, size_t capacity) {
+    wait_for_previous();
     size_t width = s.G * s.h, c, t;
     size_t n = divide((size_t)blockIdx.x * THREADS + threadIdx.x, (width + 7) / 8, c);
     size_t b = divide(n, s.T, t);
@@ -2435,8 +2498,8 @@ static void kv_store(act *keys, act *values, const act *qkv, const int32_t *past
                      const int32_t *lane, size_t B, size_t T, size_t capacity, size_t H, size_t G,
                      size_t h, retrofit_type) {
     attention_shape s = {B, T, H, G, h};
-    LAUNCH(kv_store_kernel<E>, ceil_of(B * T * ceil_of(G * h, 8), THREADS), THREADS, 0, (E *)keys,
-           (E *)values, (const E *)qkv, past, lane, s, capacity);
+    LAUNCH_CHAINED(kv_store_kernel<E>, ceil_of(B * T * ceil_of(G * h, 8), THREADS), THREADS, 0,
+                   (E *)keys, (E *)values, (const E *)qkv, past, lane, s, capacity);
 }
 
 // attention_cached: as attention_forward, over the keys of a cache.

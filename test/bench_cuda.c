@@ -20,6 +20,8 @@
 #define PARALLEL_SUMS(...)
 #endif
 
+extern size_t retrofit_cuda_launches; // of kernels so far: retrofit_cuda.cu
+
 static bool miniature, fp32, brief;
 static const char *only = "", *markdown_path, *commit = "unknown";
 static FILE *markdown;
@@ -1135,9 +1137,10 @@ static const float *next_logits(retrofit_buffers *buffers, const int32_t *tokens
     return logits;
 }
 
-// Seconds a token, of `count` that follow a prompt.
+// Seconds a token, of `count` that follow a prompt. launches: of the first of them, which is not
+// replayed from a recording.
 static double seconds_per_token(retrofit_buffers *buffers, const int32_t *prompt,
-                                size_t prompt_count, size_t count, size_t r) {
+                                size_t prompt_count, size_t count, size_t r, size_t *launches) {
     enum { WARM_UP = 3 }; // tokens: they prepare, record and replay a step
     retrofit_recurrence_options options = {.recurrences = r};
     double start = 0;
@@ -1146,7 +1149,9 @@ static double seconds_per_token(retrofit_buffers *buffers, const int32_t *prompt
     for (size_t i = 0; i < WARM_UP + count; i++) {
         if (i == WARM_UP) start = retrofit_seconds();
         int32_t token = retrofit_argmax(logits, buffers->model->config.vocab); // as infer does
+        size_t before = retrofit_cuda_launches;
         logits = next_logits(buffers, &token, 1, &options);
+        if (i == 0) *launches = retrofit_cuda_launches - before;
     }
     return (retrofit_seconds() - start) / (double)count;
 }
@@ -1219,17 +1224,19 @@ static void decoding(void) {
         retrofit_buffers *buffers =
             new_buffers(model, 1, prompt_count, 0, RETROFIT_KEEP_NOTHING, &cache);
         int32_t *prompt = random_integers(prompt_count, 0, c->vocab);
-        print_head("    r| tokens/s| ms/token| GB/token|    GB/s| of copy");
+        print_head("    r| tokens/s| ms/token| GB/token|    GB/s| of copy| launches");
         for (size_t i = 0; i < depths; i++) {
-            size_t r = recurrences[i];
+            size_t r = recurrences[i], launches[3];
             double times[3];
             for (size_t j = 0; j < rounds; j++)
-                times[j] = seconds_per_token(buffers, prompt, prompt_count, count, r);
+                times[j] =
+                    seconds_per_token(buffers, prompt, prompt_count, count, r, &launches[j]);
             double seconds = median(times, rounds), bytes = weight_bytes(c, r);
-            print_row("%zu|%.1f|%.3f|%.4f|%.0f|%.3f", r, 1 / seconds, 1e3 * seconds, bytes / 1e9,
-                      bytes / seconds / 1e9, bytes / seconds / copy_limit);
+            print_row("%zu|%.1f|%.3f|%.4f|%.0f|%.3f|%zu", r, 1 / seconds, 1e3 * seconds,
+                      bytes / 1e9, bytes / seconds / 1e9, bytes / seconds / copy_limit,
+                      launches[0]);
         }
-        print_line("GB: of weights; the KV cache is not counted.");
+        print_line("GB: of weights; the KV cache is not counted. launches: kernels a token takes.");
         free(prompt);
         retrofit_buffers_free(buffers);
         drafts(model);

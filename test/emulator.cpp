@@ -52,7 +52,8 @@ struct alignas(64) thread {
     stack *on;      // NULL until it begins
     const char *at; // what it waits in, and in which line
     int line;
-    int group; // of its next cp.async
+    int group;  // of its next cp.async
+    bool waits; // in a chained launch, until wait_for_previous
     std::vector<copy> copies;
 };
 
@@ -330,6 +331,8 @@ static void access(const void *address, size_t bytes, bool write, uint32_t code)
     if (!find_array(p, bytes, &a, &cells))
         fail("touches %zu bytes %s (code: %s)", bytes,
              shared ? "of shared memory in no array" : "of no memory of the GPU", code_name(code));
+    if (!shared && current->waits)
+        fail("touches memory of the GPU before wait_for_previous (code: %s)", code_name(code));
     if (!cells) return;
     size_t first = (size_t)(p - a.at);
     for (size_t i = first; i < first + bytes; i++)
@@ -795,6 +798,14 @@ void cp_async(void *shared, const void *global, int bytes, int line) {
     current->copies.push_back({(char *)shared, (const char *)global, bytes, current->group, line});
 }
 
+void wait_for_previous(void) { current->waits = false; }
+
+void prefetch(const void *p, int line) {
+    auto allocated = allocation_at((const char *)p);
+    if (!allocated || (const char *)p >= allocated->first + allocated->second.bytes)
+        fail("prefetch at line %d of no memory of the GPU", line);
+}
+
 void cp_async_commit(void) { current->group++; }
 
 void emulator_cp_async_wait(int latest) {
@@ -852,10 +863,12 @@ void *emulator_shared(emulator_array *a) {
 
 // ---- Blocks and launches -----------------------------------------------------------------------
 static void (*run_call)(void *);
+static bool chained; // the launch
 
 static void end_thread(void) {
     if (!current->copies.empty())
         fail("ends with a cp.async in flight, issued at line %d", current->copies[0].line);
+    if (current->waits) fail("ends a chained launch without wait_for_previous");
     if (barrier_arrived)
         fail("returns, but %s waits in %s at line %d", name_of(barrier_first), barrier_first->at,
              barrier_first->line);
@@ -896,6 +909,7 @@ static void run_block(void) {
     for (unsigned i = 0; i < thread_count; i++) {
         threads[i].on = NULL;
         threads[i].group = 0;
+        threads[i].waits = chained;
     }
     for (unsigned i = 0; i < thread_count; i += 32) {
         warp *w = warps + i / 32;
@@ -934,6 +948,7 @@ static void run_launch(void (*run)(void *), const std::vector<char> &arguments,
     blockDim = block;
     gridDim = grid;
     thread_count = block.x * block.y * block.z;
+    chained = shape.chained;
     for (unsigned i = 0; i < thread_count; i++)
         threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
     launch_number++;
@@ -1036,12 +1051,17 @@ static bool launchable(dim3 grid, dim3 block) {
     return grid_fits && block_fits;
 }
 
+static bool next_is_chained;
+void emulator_chain(void) { next_is_chained = true; }
+
 void emulator_submit(void (*run)(void *), const void *c, size_t bytes, const void *kernel,
                      emulator_launch_shape shape, cudaStream_t stream) {
     bool asked = dynamic_limit.count(kernel);
     size_t dynamic = asked ? dynamic_limit[kernel] : (size_t)STATIC_LIMIT;
     size_t limit = asked ? SHARED_LIMIT : STATIC_LIMIT;
     cudaError_t error = cudaSuccess;
+    shape.chained = next_is_chained;
+    next_is_chained = false;
     if (!devices()) error = cudaErrorNoDevice;
     else if (!launchable(shape.grid, shape.block)) error = cudaErrorInvalidConfiguration;
     else if (shape.shared > dynamic) error = cudaErrorInvalidValue;

@@ -185,6 +185,10 @@ void mma(float c[4], const uint32_t a[4], const uint32_t b[2], EMULATOR_LINE);
 #ifndef EMULATOR_NO_MMA_F32
 void mma(float c[4], const float a[8], const float b[4], EMULATOR_LINE);
 #endif
+// griddepcontrol.wait and .launch_dependents
+void wait_for_previous(void);
+// prefetch.global.L2: the address must be one of the GPU's memory
+void prefetch(const void *p, EMULATOR_LINE);
 // ex2.approx.ftz.f32
 static inline float power_of_two(float x) {
     float y = exp2f(x);
@@ -310,10 +314,14 @@ cudaError_t cudaFuncSetAttribute(F *kernel, cudaFuncAttribute attribute, int val
 struct emulator_launch_shape {
     dim3 grid, block;
     size_t shared;
+    bool chained; // set by emulator_chain
 };
 // run(call) runs one thread of the kernel. `call`: its arguments, of that many bytes, to be copied.
 void emulator_submit(void (*run)(void *), const void *call, size_t bytes, const void *kernel,
                      emulator_launch_shape shape, cudaStream_t stream);
+// The next launch may begin before the ones before it have ended: all its threads must call
+// wait_for_previous, before they touch memory of the GPU.
+void emulator_chain(void);
 template <typename T> struct emulator_identity { typedef T type; };
 template <typename... P>
 void emulator_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
@@ -321,6 +329,7 @@ void emulator_launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared,
     auto call = [=] { kernel(arguments...); };
     static_assert(std::is_trivially_copyable<decltype(call)>::value, "kernels take plain data");
     auto run = [](void *c) { (*(decltype(call) *)c)(); };
-    emulator_submit(run, &call, sizeof call, (const void *)kernel, {grid, block, shared}, stream);
+    emulator_submit(run, &call, sizeof call, (const void *)kernel, {grid, block, shared, false},
+                    stream);
 }
 #endif

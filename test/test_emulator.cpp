@@ -87,7 +87,11 @@ enum bug {
     BETWEEN_THREADS,
     BETWEEN_BLOCKS,
     READ_BETWEEN_BLOCKS,
-    HOST_MEMORY
+    HOST_MEMORY,
+    NEVER_WAITS,
+    EARLY_READ,
+    EARLY_WRITE,
+    PREFETCH_BEYOND
 };
 
 // ---- Sums: shuffles, and the parts of warps through shared memory ------------------------------
@@ -412,6 +416,29 @@ template <int BUG> static bool late(void) {
     emulator_launch(late_kernel<BUG>, 1, 64, 0, 0, out.device);
     for (float x : out.fetch())
         if (x != 1) return false;
+    return true;
+}
+
+// Two launches of which the second may begin early.
+template <int BUG> __global__ void chained_kernel(float *x) {
+    float *mine = x + threadIdx.x, early = 0;
+    prefetch(BUG == PREFETCH_BEYOND ? mine + 64 : mine);
+    if (BUG == EARLY_READ) early = *mine;
+    if (BUG == EARLY_WRITE) *mine = 0;
+    if (BUG == NEVER_WAITS && threadIdx.x == 5) return;
+    wait_for_previous();
+    *mine += 1 + 0 * early;
+}
+
+template <int BUG> static bool chained(void) {
+    buffer<float> x(64);
+    const std::vector<float> before = x.host;
+    emulator_launch(chained_kernel<NONE>, 1, 64, 0, 0, x.device);
+    emulator_chain();
+    emulator_launch(chained_kernel<BUG>, 1, 64, 0, 0, x.device);
+    x.fetch();
+    for (size_t i = 0; i < 64; i++)
+        if (x.host[i] != before[i] + 1 + 1) return false;
     return true;
 }
 
@@ -844,6 +871,13 @@ static const seeded_bug seeded_bugs[] = {
     {"cp.async in flight at the end", pipeline<IN_FLIGHT>, "in flight", NULL, NULL},
     {"cp.async to an odd place", pipeline<UNALIGNED>, "no multiple of 16", NULL, NULL},
     {"cp.async from an odd place", pipeline<UNALIGNED_SOURCE>, "16 bytes from", NULL, NULL},
+    {"a chained thread that never waits", chained<NEVER_WAITS>,
+     "without wait_for_previous", NULL, NULL},
+    {"a chained thread that reads early", chained<EARLY_READ>,
+     NULL, "before wait_for_previous", NULL},
+    {"a chained thread that writes early", chained<EARLY_WRITE>,
+     "", "before wait_for_previous", NULL},
+    {"a prefetch beyond global memory", chained<PREFETCH_BEYOND>, "of no memory", NULL, NULL},
     {"cp.async of 17 bytes", pipeline<TOO_MANY_BYTES>, "17 bytes", NULL, NULL},
     {"threads race for global memory", shift<BETWEEN_THREADS>, "", "race: ", NULL},
     {"blocks write the same number", shift<BETWEEN_BLOCKS>, "", "race: ", NULL},
@@ -913,6 +947,7 @@ static void test_kernels(int kind, uint64_t seed) {
         {"global memory", shift<NONE>},
         {"a relay", relay<NONE>},
         {"a late write", late<NONE>},
+        {"a chained launch", chained<NONE>},
         {"the last block", last_block},
     };
     emulator_order(kind, seed);
