@@ -78,14 +78,14 @@
        L                                               retrofit_loss                     912
        dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               935
        dA_e, de                                        injection_backward                953
-       floating-point operations                       retrofit_flops_per_token          3466
+       floating-point operations                       retrofit_flops_per_token          3465
        n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1014
        the curriculum r̄(t)                             retrofit_curriculum               1049
        a training step                                 retrofit_training_step            1118
        AdamW, Muon, AdamW*                             retrofit_optimizer_step           1325
        Newton-Schulz                                   newton_schulz                     1228
        the operations: rmsnorm, rope, attention …      embedding_forward                 1364
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2283
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2282
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
@@ -1420,8 +1420,7 @@ static void rmsnorm_backward(float *dx, float *dweight, const act *dout, const f
 }
 
 // ---- Matrix products ---------------------------------------------------------------------------
-//     y = x·wᵀ + residual           dx = dy·w            dw += dyᵀ·x
-// for x (N,I), w (O,I), y (N,O).
+//     y = x·wᵀ + residual        dx = dy·w        dw += dyᵀ·x        x (N,I), w (O,I), y (N,O)
 static void matmul_residual_forward(float *out, const float *residual, const act *inp,
                                     retrofit_weight w, size_t N, size_t I, size_t O) {
     matrix_view w_transposed = {w.data, w.type, 1, w.stride};
