@@ -73,6 +73,11 @@ GEMM = $(if $(filter 0,$(CUBLAS)),our own kernels,cuBLASLt)
 FOR_GPU = -DRETROFIT_CUDA $(CUDA_OBJECT) $(CUDA_LINK)
 endif
 
+# ---- Several processes: retrofit_mpi.c, with the flags that mpicc would give the compiler ----
+MPI_FLAGS = $(filter-out gcc cc clang,$(shell $(or $(MPICC),mpicc) -show))
+FOR_RANKS = -DRETROFIT_MPI retrofit_mpi.c $(MPI_FLAGS)
+FOR_MPI = $(if $(filter 1,$(MPI)),$(FOR_RANKS))
+
 # ---- What is compiled with what ----
 # Each of these files holds a command's flags. It is written anew when they change, and what depends on it compiles again.
 quoted = '$(subst ','\'',$(1))'
@@ -82,6 +87,7 @@ ifneq ($(filter-out clean distclean plot figures gpu-report,$(or $(MAKECMDGOALS)
 WITH_C := $(call noted,$(OUT)/flags_c,$(CC) $(FLAGS))
 WITH_CPP := $(call noted,$(OUT)/flags_cpp,$(EMULATE) $(SANITIZE))
 WITH_LINK := $(call noted,$(OUT)/flags_link,$(FOR_GPU))
+WITH_MPI := $(call noted,$(OUT)/flags_mpi,$(FOR_MPI))
 ifneq ($(NVCC),)
 $(if $(NVCC_FILE),,$(error NVCC=$(NVCC) was not found: name nvcc's file, or leave the GPU out with CUDA=0))
 $(if $(CUDA_LIB),,$(error no libcudart_static.a below $(CUDA_HOME), in none of $(LIB_FOLDERS): install CUDA's runtime \
@@ -103,7 +109,14 @@ $(BIN)/convert: convert.c retrofit.h $(WITH_C)
 
 $(BIN)/train $(BIN)/infer: $(BIN)/%: %.c retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $< -o $@ $(FOR_GPU) -lm
+	$(CC) $(FLAGS) $< -o $@ $(FOR_GPU) $(AND_MPI) -lm
+$(BIN)/train: private AND_MPI = $(FOR_MPI)
+$(BIN)/train: retrofit_mpi.c $(WITH_MPI)
+
+# train for several processes, whatever MPI says: for make test-mpi.
+$(OUT)/mpi_train: train.c retrofit_mpi.c retrofit.h $(WITH_C)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $< -o $@ $(FOR_RANKS) -lm
 
 $(OWN_PRODUCTS): private GEMM := our own kernels
 $(OWN_PRODUCTS): private NVFLAGS += -DRETROFIT_NO_CUBLAS

@@ -174,7 +174,7 @@ typedef struct {
 
 typedef struct {
     retrofit_source_tensor source[3];    // the name of source[0] labels the parameter
-    size_t sources, rows, cols;
+    size_t sources, rows, cols, owner;   // owner: the rank that updates it and has m and v
     retrofit_kind kind;
     retrofit_part part;
     retrofit_weight weight;              // (rows,cols) what the operations read
@@ -198,6 +198,7 @@ typedef struct retrofit_ops retrofit_ops;
 typedef struct {
     retrofit_config config;
     const retrofit_ops *ops;                // of the device that it lives on
+    struct retrofit_ranks *ranks;           // the processes that train it: section 8; NULL: one
     retrofit_parameter wte;                 // (V,d)   token embeddings
     retrofit_layer *prelude, *core, *coda;  // [P], [C], [D]
     retrofit_parameter adapter;             // (d,2d)  [A_s | A_e]; a plain Llama has none
@@ -415,8 +416,7 @@ typedef struct {
 } retrofit_buffers;
 
 // ---- Forward and backward ----------------------------------------------------------------------
-// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or
-// error.
+// One pass, piece by piece. tokens (b,t) lie on the host; each below V, and the batch fits, or error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
 // n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
@@ -453,7 +453,7 @@ typedef struct {
 
 // A whole training; retrofit_paper_training, beside the step in section 4, has the paper's numbers.
 typedef struct {
-    size_t steps, accumulate;               // S; micro-batches in a step
+    size_t steps, accumulate, ranks;        // S; micro-batches in a step; processes (0: one)
     size_t mean_recurrence, backprop_depth; // R, K: where the schedules end
     retrofit_curriculum_kind curriculum;
     double curriculum_warmup;               // share of the steps in which the mean grows to R
@@ -586,6 +586,9 @@ static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
 static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
 // Section 8: a micro-batch's rows, counted from 0 over the training. Section 12: elements as fp32.
 static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index);
+// Section 8: whether micro-batch j is this process's; sums over all processes. false or error.
+static bool is_own(retrofit_model *model, const retrofit_training *training, size_t j);
+static bool sum_over_ranks(retrofit_model *model, const retrofit_training *training, double *loss);
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
 // =================================================================================================
@@ -1025,8 +1028,7 @@ void retrofit_draw_recurrences(uint64_t m, size_t mean, size_t K, size_t *n, siz
 }
 
 // ---- Schedules ---------------------------------------------------------------------------------
-// All of them are functions of the step t = 0 … S - 1. w and c are shares of the S steps; each
-// schedule has its own w.
+// All are functions of the step t = 0 … S - 1. w and c are shares of S; each has its own w.
 //
 //     curriculum     r̄(t) = ceil(R·f(t / ceil(w·S))),  f(x) = x or 1 - √(1 - x);  0 becomes 1
 //     depth          K(t) = ceil(K·(a + (1 - a)·t / ceil(w·S))),  a = start/K, and at most r̄(t)
@@ -1044,8 +1046,7 @@ void retrofit_draw_recurrences(uint64_t m, size_t mean, size_t K, size_t *n, siz
 // beginning), the learning rate at lr until it falls; a warm-up that reaches into the fall goes
 // first, then the rate jumps onto the cosine. At t = S, one step past the end, the authors'
 // schedules return to their starting value: the curriculum to 0, the depth to its start, the rate
-// to a·lr, where its cosine ends anyway. Ours do the same, since the fixtures include that step; no
-// training takes it.
+// to a·lr, where its cosine ends anyway. Ours do so too: the fixtures include that step.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
     double warmup = ceil(w * (double)S);
     if (kind == RETROFIT_CURRICULUM_NONE) return R;
@@ -1073,8 +1074,8 @@ double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min
 
 // ---- The training ------------------------------------------------------------------------------
 // The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
-// tokens. (The authors' 4 to 64 GPUs run as many micro-batches at a time with the same m and draw;
-// here the 128 of a step run one after another, each with an m of its own.)
+// tokens. (The authors' 4 to 64 GPUs run as many micro-batches at a time with the same m and draw,
+// as .ranks do. Here one process runs the 128 one after another, each with an m of its own.)
 const retrofit_training retrofit_paper_training = {
     .steps = 50000, .accumulate = 128, .seed = 1, .sigma = (float)RETROFIT_STATE_STD,
     .mean_recurrence = 32, .curriculum = RETROFIT_CURRICULUM_1_SQRT, .curriculum_warmup = 0.75,
@@ -1111,7 +1112,8 @@ void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *
     *n = training->fixed_n;
     *k = training->fixed_k;
     if (plan->mean == 0 || training->fixed_k) return;
-    uint64_t m = step * training->accumulate + j + 1;
+    size_t count = training->accumulate / retrofit_max(1, training->ranks);
+    uint64_t m = step * count + j % count + 1;
     retrofit_draw_recurrences(m, plan->mean, plan->depth, n, k, NULL);
 }
 
@@ -1128,16 +1130,17 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
     retrofit_zero_grad(model);
     for (size_t j = 0; j < count; j++) {
         uint64_t index = (uint64_t)step * count + j, seed = retrofit_hash(training->seed, index);
-        if (!read_micro_batch(buffers, data, index)) return false;
         retrofit_plan_draw(training, &plan, step, j, &r.n, &r.k);
+        r.flops += retrofit_flops_per_token(c, training->mode, T, r.n, r.k) * (double)(B * T);
+        r.paper_flops += retrofit_paper_flops_per_token(c, r.n, r.k) * (double)(B * T);
+        r.mean_k += (double)r.k / (double)count;
+        if (!is_own(model, training, j)) continue;
+        if (!read_micro_batch(buffers, data, index)) return false;
         if (!retrofit_forward(buffers, tokens, B, T, training->sigma, seed, r.n, r.k)) return false;
         r.loss += retrofit_loss(buffers, labels, 1.0f / (float)count) / (double)count;
         retrofit_backward(buffers);
-        double flops = retrofit_flops_per_token(c, training->mode, T, r.n, r.k);
-        r.flops += flops * (double)(B * T);
-        r.paper_flops += retrofit_paper_flops_per_token(c, r.n, r.k) * (double)(B * T);
-        r.mean_k += (double)r.k / (double)count;
     }
+    if (!sum_over_ranks(model, training, &r.loss)) return false;
 
     retrofit_optimizer optimizer = training->optimizer;
     optimizer.lr = plan.lr;
@@ -1196,8 +1199,7 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
 // V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
 // coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 to 1 to
 // between .68 and 1.20; it does not converge to 1. The last factor, √(Q/d) for w_qkv, √(2F/d) for
-// w_gate_up, 1 for the others, makes a tall matrix's step change its output as much as a wide
-// one's.
+// w_gate_up, else 1, makes a tall matrix's step change its output as much as a wide one's.
 //
 // w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. If two
 // stacked gradients both have the input direction x, with singular values s₁ and s₂, the stack has
@@ -1336,7 +1338,7 @@ double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *
         bool repeated = p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER;
         float slower = repeated && o->throttle > 0 ? o->throttle : 1;
         float lr = o->lr / slower;
-        if (p->frozen) continue;
+        if (!p->m) continue; // frozen, or updated by another process
         if (retrofit_by_muon(p, o->kind)) muon_step(model, p, o, scale, o->muon_lr / slower);
         else if (o->kind == RETROFIT_ELLISADAM)
             ellisadam_step(model, p, o, scale, lr, t, bias1, bias2);
@@ -1385,8 +1387,7 @@ static void embedding_backward(float *dwte, const int32_t *tokens, const float *
 // ---- RMSNorm -----------------------------------------------------------------------------------
 //     y = ρ·x∘w                     dx += ρ·(g - ρ²·mean(g∘x)·x)     with g = dy∘w
 //     ρ = 1/√(mean(x²) + ε)         dw += Σ_n ρ_n·dy_n∘x_n
-// The second term of dx is ρ's own derivative, ∂ρ/∂x = -ρ³·x/d. Where act is bf16, y alone is
-// rounded.
+// dx has ρ's own derivative as its second term, ∂ρ/∂x = -ρ³·x/d. In bf16 y alone is rounded.
 static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
                             size_t d, float eps) {
     float *y = out;
@@ -2901,6 +2902,45 @@ bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind
 void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
                              retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
                              size_t *moments);
+
+// ---- Several processes, each on a GPU or a part of the processors: section 8 -------------------
+
+// Each computes micro-batches of its own, with the draws that the others have too; their gradients
+// are summed. Each has the moments of its share of the parameters and updates those. One line on
+// stderr and the end of all is what happens if one of them fails.
+typedef struct retrofit_ranks retrofit_ranks;
+struct retrofit_ranks {
+    size_t rank, count;           // this process, of so many
+    size_t local, local_count;    // the same among those on this machine
+    double patience;              // seconds that it waits for the others
+    bool failed;                  // an exchange did: retrofit_error() says why
+    retrofit_optimizer_kind kind; // whose moments were dealt out
+    size_t *loads;                // [2·count] numbers that each got, of Muon's matrices and of others
+    float *before;                // on the device: a step's gradients so far, if needed
+    float *slots, *host_slots;    // [3·count] on the device, on the host: what is exchanged
+    double *numbers;              // [count] that were exchanged, one of each rank
+    float *moments;               // on the host of rank 0: those of all, while they are saved
+    // On the device of the model: x becomes its sum over the ranks, on a CPU from the last to the
+    // first; all get the x that `root` has. false or error.
+    bool (*all_reduce)(retrofit_ranks *ranks, float *x, size_t n);
+    bool (*broadcast)(retrofit_ranks *ranks, float *x, size_t n, size_t root);
+    void (*share)(void *bytes, size_t size); // on the host: rank 0's, to all; NULL without MPI
+    void (*end)(int code);                   // of all processes, unless it is 0; NULL: exit will do
+};
+// Which process this is, as mpirun, srun or torchrun have it in the environment.
+void retrofit_ranks_find(retrofit_ranks *ranks);
+// Connects them, by MPI and on GPUs by NCCL. They meet at the path `meeting` where there is no MPI.
+// false or error.
+bool retrofit_ranks_start(retrofit_ranks *ranks, const retrofit_ops *ops, const char *meeting);
+// Each rank's x to all of them, in `numbers`. false or error.
+bool retrofit_ranks_exchange(retrofit_ranks *ranks, const retrofit_ops *ops, double x);
+// All moments to rank 0, for retrofit_save_optimizer. false or error.
+bool retrofit_ranks_gather_moments(retrofit_model *model);
+void retrofit_ranks_end(retrofit_ranks *ranks, const retrofit_ops *ops);
+bool retrofit_mpi_start(retrofit_ranks *ranks);                        // in retrofit_mpi.c
+bool retrofit_nccl_start(retrofit_ranks *ranks, const char *meeting);  // in retrofit_cuda.cu
+extern bool retrofit_silent; // neither notes nor live lines: of all ranks but the first
+
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
 // Σ x² of n numbers on the device, to the host. Needs the optimizer's memory.
@@ -3870,6 +3910,9 @@ bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode) {
     return true;
 }
 
+static void deal_parameters(retrofit_model *model, retrofit_optimizer_kind kind);
+static void gather_weights(retrofit_model *model);
+
 static void refresh_weight(const retrofit_model *model, const retrofit_parameter *parameter) {
     if (parameter->weight.type == RETROFIT_F32) return;
     act *copy = (act *)parameter->weight.data;
@@ -3877,6 +3920,7 @@ static void refresh_weight(const retrofit_model *model, const retrofit_parameter
 }
 
 void retrofit_refresh_weights(retrofit_model *model) {
+    if (model->ranks) gather_weights(model);
     for (size_t i = 0; i < model->parameter_count; i++)
         refresh_weight(model, model->parameters[i]);
     if (model->config.tied) refresh_weight(model, &model->lm_head);
@@ -3887,10 +3931,12 @@ void retrofit_refresh_weights(retrofit_model *model) {
 // hold products of x with itself, which are square, and as wide as a matrix's shorter side.
 static void lay_out_moments(retrofit_model *model, arena *a, retrofit_optimizer_kind kind) {
     size_t size = retrofit_type_size(model->ops->act_type), max_count = 0, max_side = 0;
+    size_t rank = model->ranks ? model->ranks->rank : 0;
+    if (model->ranks) deal_parameters(model, kind);
     for (size_t i = 0; i < model->parameter_count; i++) {
         retrofit_parameter *parameter = model->parameters[i];
         size_t rows = parameter->rows, cols = parameter->cols;
-        if (parameter->frozen) continue;
+        if (parameter->frozen || parameter->owner != rank) continue;
         parameter->m = arena_alloc(a, rows * cols, sizeof(float));
         if (retrofit_by_muon(parameter, kind)) {
             parameter->v = NULL;
@@ -3929,6 +3975,197 @@ void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
     *weights = for_weights.used;
     *gradients = for_gradients.used;
     *moments = for_moments.used;
+}
+
+// ---- Several processes -------------------------------------------------------------------------
+// A step's micro-batches lie in as many equal parts as the training has ranks. Parts have the same
+// draws, one by one, and their gradients are added from the first part to the last: so the numbers
+// are the same whatever the number of processes, if it divides that of the parts. (Else there are
+// as many parts as processes.) Of every `count` parts the last rank has the first, and rank 0, which
+// logs the states of the last micro-batch, the last.
+
+static size_t micro_batches_of_part(const retrofit_ranks *ranks,
+                                    const retrofit_training *training) {
+    size_t parts = retrofit_max(1, training->ranks);
+    return training->accumulate / (parts % ranks->count ? ranks->count : parts);
+}
+
+// Adds up parts that were computed side by side, and those before them.
+static bool add_parts(retrofit_model *model, bool first, bool last) {
+    retrofit_ranks *ranks = model->ranks;
+    const retrofit_ops *ops = model->ops;
+    size_t n = model->grad_bytes / sizeof(float);
+    if (!first && ranks->rank == ranks->count - 1) ops->add(model->grads, ranks->before, n, 1);
+    bool ok = ranks->count == 1 || ranks->all_reduce(ranks, model->grads, n);
+    if (ok && !last) {
+        if (!ranks->before) ranks->before = ops->alloc(model->grad_bytes);
+        ok = ranks->before != NULL;
+        if (ok) ops->copy(ranks->before, model->grads, model->grad_bytes);
+        retrofit_zero_grad(model);
+    }
+    ranks->failed = ranks->failed || !ok;
+    return ok;
+}
+
+static bool is_own(retrofit_model *model, const retrofit_training *training, size_t j) {
+    const retrofit_ranks *ranks = model->ranks;
+    if (!ranks) return true;
+    size_t part = micro_batches_of_part(ranks, training), round = part * ranks->count;
+    if (j > 0 && j % round == 0 && !ranks->failed) add_parts(model, j == round, false);
+    return !ranks->failed && j / part % ranks->count == ranks->count - 1 - ranks->rank;
+}
+
+static bool sum_over_ranks(retrofit_model *model, const retrofit_training *training, double *loss) {
+    retrofit_ranks *ranks = model->ranks;
+    if (!ranks) return true;
+    size_t round = micro_batches_of_part(ranks, training) * ranks->count;
+    if (ranks->failed || !add_parts(model, training->accumulate == round, true)) return false;
+    if (!retrofit_ranks_exchange(ranks, model->ops, *loss)) return false;
+    *loss = 0;
+    for (size_t i = ranks->count; i-- > 0;) *loss += ranks->numbers[i];
+    return true;
+}
+
+// A number of 53 bits passes as the sum of three of 24, each in a place where all others have 0.
+bool retrofit_ranks_exchange(retrofit_ranks *ranks, const retrofit_ops *ops, double x) {
+    size_t n = 3 * ranks->count;
+    float *slots = ranks->host_slots;
+    ranks->numbers[ranks->rank] = x;
+    if (ranks->count == 1) return true;
+    memset(slots, 0, n * sizeof *slots);
+    for (size_t i = 0; i < 3; i++) {
+        slots[3 * ranks->rank + i] = (float)x;
+        x = isfinite(x) ? x - (double)(float)x : 0;
+    }
+    ops->upload(ranks->slots, slots, n * sizeof *slots);
+    if (!ranks->all_reduce(ranks, ranks->slots, n)) return false;
+    ops->download(slots, ranks->slots, n * sizeof *slots);
+    for (size_t i = 0; i < n; i += 3)
+        ranks->numbers[i / 3] = (double)slots[i] + (double)slots[i + 1] + (double)slots[i + 2];
+    return true;
+}
+
+// The largest first, each to the rank that has least: Muon's matrices, which take the time, and
+// apart from them all others.
+static void deal_parameters(retrofit_model *model, retrofit_optimizer_kind kind) {
+    retrofit_ranks *ranks = model->ranks;
+    size_t nobody = ranks->count, size = 1;
+    ranks->kind = kind;
+    memset(ranks->loads, 0, 2 * ranks->count * sizeof *ranks->loads);
+    for (size_t i = 0; i < model->parameter_count; i++) model->parameters[i]->owner = nobody;
+    while (size > 0) {
+        retrofit_parameter *largest = NULL;
+        size = 0;
+        for (size_t i = 0; i < model->parameter_count; i++) {
+            retrofit_parameter *p = model->parameters[i];
+            if (p->frozen || p->owner != nobody || p->rows * p->cols <= size) continue;
+            largest = p;
+            size = p->rows * p->cols;
+        }
+        if (!largest) break;
+        size_t *loads = ranks->loads + (retrofit_by_muon(largest, kind) ? 0 : ranks->count);
+        largest->owner = 0;
+        for (size_t r = 1; r < ranks->count; r++)
+            if (loads[r] < loads[largest->owner]) largest->owner = r;
+        loads[largest->owner] += size;
+    }
+}
+
+static void gather_weights(retrofit_model *model) {
+    retrofit_ranks *ranks = model->ranks;
+    for (size_t i = 0; ranks->count > 1 && i < model->parameter_count && !ranks->failed; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        if (p->frozen) continue;
+        ranks->failed = !ranks->broadcast(ranks, p->master, p->rows * p->cols, p->owner);
+    }
+}
+
+// Where a parameter's moments lie among those that were gathered, one behind the other.
+static void next_gathered(const retrofit_ranks *ranks, const retrofit_parameter *p,
+                          const float **gathered, const float **m, const float **v) {
+    size_t n = p->frozen ? 0 : p->rows * p->cols;
+    bool two = n > 0 && !retrofit_by_muon(p, ranks->kind);
+    *m = n > 0 ? *gathered : NULL;
+    *v = two ? *gathered + n : NULL;
+    *gathered += two ? 2 * n : n;
+}
+
+// They pass through the gradients' memory, which is free between two steps.
+bool retrofit_ranks_gather_moments(retrofit_model *model) {
+    retrofit_ranks *ranks = model->ranks;
+    const retrofit_ops *ops = model->ops;
+    if (!ranks || ranks->count == 1) return true;
+    if (ranks->rank == 0 && !ranks->moments)
+        ranks->moments = retrofit_allocate(2 * model->weight_count, sizeof(float));
+    if (ranks->rank == 0 && !ranks->moments) return false;
+    float *to = ranks->moments;
+    for (size_t i = 0; i < model->parameter_count; i++) {
+        const retrofit_parameter *p = model->parameters[i];
+        size_t n = p->rows * p->cols, count = retrofit_by_muon(p, ranks->kind) ? 1 : 2;
+        for (size_t j = 0; j < count && !p->frozen; j++) {
+            if (p->owner == ranks->rank) ops->copy(p->grad, j ? p->v : p->m, n * sizeof(float));
+            if (!ranks->broadcast(ranks, p->grad, n, p->owner)) return false;
+            if (ranks->rank == 0) ops->download(to, p->grad, n * sizeof(float));
+            if (ranks->rank == 0) to += n;
+        }
+    }
+    return true;
+}
+
+// What launchers say: rank, number of ranks, and the same on this machine. Where mpirun was started
+// in a job of Slurm, both do. (A job's script has SLURM_PROCID too, and is one task.)
+void retrofit_ranks_find(retrofit_ranks *ranks) {
+    static const char *const names[][4] = {
+        {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+         "OMPI_COMM_WORLD_LOCAL_SIZE"},
+        {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
+        {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"},
+        {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
+    };
+    *ranks = (retrofit_ranks){.count = 1, .local_count = 1, .patience = 1800};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        size_t said[4];
+        for (size_t j = 0; j < 4; j++) {
+            const char *value = getenv(names[i][j]);
+            said[j] = value ? strtoul(value, NULL, 10) : 0;
+        }
+        if (said[1] < 2 || said[0] >= said[1]) continue;
+        ranks->rank = said[0];
+        ranks->count = said[1];
+        ranks->local = said[2];
+        ranks->local_count = retrofit_max(said[3], 1);
+        return;
+    }
+}
+
+bool retrofit_ranks_start(retrofit_ranks *ranks, const retrofit_ops *ops, const char *meeting) {
+    size_t W = ranks->count;
+    ranks->loads = retrofit_allocate(2 * W, sizeof *ranks->loads);
+    ranks->numbers = retrofit_allocate(W, sizeof *ranks->numbers);
+    if (!ranks->loads || !ranks->numbers || W == 1) return ranks->loads && ranks->numbers;
+    ranks->host_slots = retrofit_allocate(3 * W, sizeof(float));
+    ranks->slots = ops->alloc(3 * W * sizeof(float));
+    if (!ranks->host_slots || !ranks->slots) return false;
+#ifdef RETROFIT_MPI
+    if (!getenv("TORCHELASTIC_RUN_ID") && !retrofit_mpi_start(ranks)) return false;
+#endif
+#ifdef RETROFIT_CUDA
+    if (ops != &retrofit_cpu) return retrofit_nccl_start(ranks, meeting);
+#else
+    (void)meeting;
+#endif
+    return ranks->all_reduce || retrofit_fail("rank %zu of %zu on a CPU needs MPI: make MPI=1, then mpirun "
+                                       "or srun (torchrun starts GPUs only)", ranks->rank, W);
+}
+
+void retrofit_ranks_end(retrofit_ranks *ranks, const retrofit_ops *ops) {
+    if (ranks->slots) ops->free(ranks->slots);
+    if (ranks->before) ops->free(ranks->before);
+    free(ranks->loads);
+    free(ranks->numbers);
+    free(ranks->host_slots);
+    free(ranks->moments);
+    if (ranks->end) ranks->end(0);
 }
 
 // ---- RoPE's table ------------------------------------------------------------------------------
@@ -6025,17 +6262,19 @@ static bool list_weights(const retrofit_model *model, tensor_list *list) {
     return true;
 }
 
-// The moments: m and v of a parameter, if it has them, under its label.
+// The moments: m and v of a parameter, if it has them, under its label. Those of all ranks, if they
+// were gathered.
 static bool list_moments(const retrofit_model *model, tensor_list *list) {
+    const float *gathered = model->ranks ? model->ranks->moments : NULL;
     if (!tensor_list_new(list, 2 * model->parameter_count)) return false;
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *parameter = model->parameters[i];
         const char *label = parameter->source[0].name;
         size_t rows = parameter->rows, cols = parameter->cols;
-        if (parameter->m)
-            tensor_list_add(list, "m.", label, RETROFIT_F32, rows, cols, parameter->m);
-        if (parameter->v)
-            tensor_list_add(list, "v.", label, RETROFIT_F32, rows, cols, parameter->v);
+        const float *m = parameter->m, *v = parameter->v;
+        if (gathered) next_gathered(model->ranks, parameter, &gathered, &m, &v);
+        if (m) tensor_list_add(list, "m.", label, RETROFIT_F32, rows, cols, m);
+        if (v) tensor_list_add(list, "v.", label, RETROFIT_F32, rows, cols, v);
     }
     return true;
 }
@@ -6156,9 +6395,11 @@ bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
                              const char *const *metadata) {
     char path[RETROFIT_PATH];
     tensor_list list;
+    bool gathered = model->ranks && model->ranks->moments;
+    const retrofit_ops *ops = gathered ? &retrofit_cpu : model->ops;
     bool ok = list_moments(model, &list) &&
               retrofit_path(path, directory, "optimizer.safetensors") &&
-              retrofit_safetensors_write(path, model->ops, list.tensors, list.count, RETROFIT_F32,
+              retrofit_safetensors_write(path, ops, list.tensors, list.count, RETROFIT_F32,
                                          metadata);
     tensor_list_free(&list);
     return ok;
@@ -6166,7 +6407,8 @@ bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
 
 static bool upload_moments(const retrofit_model *model, const retrofit_map *map,
                            const tensor_list *list) {
-    if (list->count != map->count)
+    bool alone = !model->ranks || model->ranks->count == 1; // the others have the rest of them
+    if (alone && list->count != map->count)
         return retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?",
                              map->path, map->count, list->count);
     for (size_t i = 0; i < list->count; i++) {
@@ -11796,7 +12038,10 @@ void retrofit_make_line(char *text) {
     }
 }
 
+bool retrofit_silent;
+
 void retrofit_say(const char *who, char *text) {
+    if (retrofit_silent) return;
     retrofit_make_line(text);
     retrofit_live_line(NULL);
     fprintf(stderr, "%s: %s\n", who, text);
@@ -11877,6 +12122,7 @@ size_t retrofit_live_columns(void) {
 }
 
 void retrofit_live_line(const char *text) {
+    if (retrofit_silent) return;
     static volatile sig_atomic_t shown;
     static const char erase[] = "\r\033[K";
     if (!text) {
