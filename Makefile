@@ -1,6 +1,7 @@
 # make              the three programs: convert, train, infer; for GPUs too where nvcc is
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
+# make test-mpi     several processes: needs Open MPI (Debian: openmpi-bin libopenmpi-dev)
 # make fuzz         clang's libFuzzer on every reader, SECONDS=60 in all; what it finds is in build/fuzz
 # make bench        matrix products against OpenBLAS (where it is), all operations against their limits and against memory
 # make libretrofit.so   retrofit.h as a shared library, for other languages
@@ -18,6 +19,7 @@
 # make sanitize-cuda   the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 # make sass            the instruction mix of the GPU's loops beside its targets; needs nvcc and cuobjdump, but no GPU
 # make bench-cuda      each operation against its limit, training steps against PyTorch (see test/bench_cuda.sh), decoding
+# MPI=1 builds train for several processes, with the flags of mpicc (MPICC= names another one): see doc/training.md.
 # CC= picks the compiler, OPENMP= leaves threads out, MARCH= the machine's own instructions, STRICT=1 makes warnings errors.
 # CUDA=0 leaves the GPU out, CUARCH=sm_90 builds for one kind (default: the one that is here, else sm_80 and sm_90), CUBLAS=0 does with our
 # own matrix products, NVCC= names the nvcc to take (doc/gpu.md). Whatever one of these alters is compiled anew.
@@ -199,6 +201,9 @@ test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(OUT)/large $(LIBRARY) $(
 	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),5000,2000)) \
 	    sh test/run.sh $(TESTS) $(HOOKED)
 
+test-mpi: $(BIN)/convert $(BIN)/train $(OUT)/mpi_train $(OUT)/lookup
+	@BIN=$(BIN) OUT=$(OUT) sh test/ranks.sh
+
 # ---- On a GPU ----
 ifneq ($(NVCC),)
 ON_GPU := $(addprefix build/cuda_,test_ops test_gpu)
@@ -262,6 +267,6 @@ clean:
 distclean: clean
 	rm -rf build local
 
-.PHONY: all test test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: all test test-mpi test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

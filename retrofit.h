@@ -416,7 +416,7 @@ typedef struct {
 } retrofit_buffers;
 
 // ---- Forward and backward ----------------------------------------------------------------------
-// One pass, piece by piece. tokens (b,t) lie on the host; each below V, and the batch fits, or error.
+// One pass, piece by piece. tokens (b,t) lie on the host; each below V, a batch that fits, or error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
 // n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
@@ -2915,7 +2915,7 @@ struct retrofit_ranks {
     double patience;              // seconds that it waits for the others
     bool failed;                  // an exchange did: retrofit_error() says why
     retrofit_optimizer_kind kind; // whose moments were dealt out
-    size_t *loads;                // [2·count] numbers that each got, of Muon's matrices and of others
+    size_t *loads;                // [2·count] numbers that each has, of Muon's matrices, of others
     float *before;                // on the device: a step's gradients so far, if needed
     float *slots, *host_slots;    // [3·count] on the device, on the host: what is exchanged
     double *numbers;              // [count] that were exchanged, one of each rank
@@ -3981,8 +3981,8 @@ void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
 // A step's micro-batches lie in as many equal parts as the training has ranks. Parts have the same
 // draws, one by one, and their gradients are added from the first part to the last: so the numbers
 // are the same whatever the number of processes, if it divides that of the parts. (Else there are
-// as many parts as processes.) Of every `count` parts the last rank has the first, and rank 0, which
-// logs the states of the last micro-batch, the last.
+// as many parts as processes.) Of every `count` parts the last rank has the first, and rank 0,
+// which logs the states of the last micro-batch, the last.
 
 static size_t micro_batches_of_part(const retrofit_ranks *ranks,
                                     const retrofit_training *training) {
@@ -4154,8 +4154,9 @@ bool retrofit_ranks_start(retrofit_ranks *ranks, const retrofit_ops *ops, const 
 #else
     (void)meeting;
 #endif
-    return ranks->all_reduce || retrofit_fail("rank %zu of %zu on a CPU needs MPI: make MPI=1, then mpirun "
-                                       "or srun (torchrun starts GPUs only)", ranks->rank, W);
+    return ranks->all_reduce ||
+           retrofit_fail("rank %zu of %zu on a CPU needs MPI: make MPI=1, then mpirun or srun "
+                         "(torchrun starts GPUs only)", ranks->rank, W);
 }
 
 void retrofit_ranks_end(retrofit_ranks *ranks, const retrofit_ops *ops) {

@@ -121,8 +121,8 @@ bool retrofit_mpi_start(retrofit_ranks *ranks) {
     MPI_Comm_size(MPI_COMM_WORLD, &count);
     ranks->end = mpi_end;
     if ((size_t)rank != ranks->rank || (size_t)count != ranks->count)
-        return retrofit_fail("this is rank %zu of %zu by the environment, %d of %d by MPI: start it "
-                             "with the mpirun of the MPI that it was built with", ranks->rank,
+        return retrofit_fail("rank %zu of %zu by the environment, %d of %d by MPI: start it with "
+                             "the mpirun of the MPI that it was built with", ranks->rank,
                              ranks->count, rank, count);
     requests = malloc(2 * ranks->count * sizeof(MPI_Request));
     parts = malloc((PIECE + ranks->count) * sizeof *parts);

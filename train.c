@@ -258,6 +258,7 @@ static const char *save_unsaved_steps(void) {
 // Where there are several ranks the line names this one, and all end. What fails on each of them is
 // said by the first alone: the others give it time to.
 __attribute__((noreturn)) static void end_ranks(int code, const char *text) {
+    signal(SIGTERM, SIG_DFL); // by which the first ends the others
     if (run.ranks.rank > 0) sleep((unsigned)retrofit_min(1 + run.ranks.rank, 60));
     fprintf(stderr, "train: rank %zu: %s\n", run.ranks.rank, text);
     if (run.ranks.end) run.ranks.end(code);
@@ -2309,7 +2310,7 @@ static void report(void) {
                 progress.flops, retrofit_seconds() - run.train_start);
         return;
     }
-    const char *reason = "--time-limit";
+    const char *reason = options.time_limit > 0 ? "--time-limit" : "a signal to another rank";
     if (caught_signal == SIGINT) reason = "SIGINT";
     if (caught_signal == SIGTERM) reason = "SIGTERM";
     if (caught_signal == SIGHUP) reason = "SIGHUP";
