@@ -113,10 +113,10 @@ $(BIN)/train $(BIN)/infer: $(BIN)/%: %.c retrofit.h $(CUDA_OBJECT) $(WITH_C) $(W
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $< -o $@ $(FOR_GPU) $(AND_MPI) -lm
 $(BIN)/train: private AND_MPI = $(FOR_MPI)
-$(BIN)/train: retrofit_mpi.c $(WITH_MPI)
+$(BIN)/train: retrofit_ranks.h retrofit_mpi.c $(WITH_MPI)
 
 # train for several processes, whatever MPI says: for make test-mpi.
-$(OUT)/mpi_train: train.c retrofit_mpi.c retrofit.h $(WITH_C)
+$(OUT)/mpi_train: train.c retrofit_ranks.h retrofit_mpi.c retrofit.h $(WITH_C)
 	@mkdir -p $(@D)
 	$(CC) $(FLAGS) $< -o $@ $(FOR_RANKS) -lm
 
@@ -189,6 +189,7 @@ $(OUT)/races.o: retrofit_cuda.cu retrofit.h test/emulator.h $(WITH_CPP)
 	$(EMULATE) -O1 -fsanitize=thread -DEMULATOR_NO_MMA_F32 -x c++ $< -o $@
 $(OUT)/emulated_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o $(WITH_C)
 	$(emulated)
+$(OUT)/emulated_train $(OUT)/fuzz_train $(OUT)/faults_train: retrofit_ranks.h
 $(OUT)/emulated_train $(OUT)/emulated_infer: $(OUT)/emulated_%: %.c retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o $(WITH_C)
 	$(emulated)
 $(OUT)/races_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/races.o $(OUT)/emulator.o $(WITH_C)

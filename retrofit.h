@@ -416,7 +416,7 @@ typedef struct {
 } retrofit_buffers;
 
 // ---- Forward and backward ----------------------------------------------------------------------
-// One pass, piece by piece. tokens (b,t) lie on the host; each below V, a batch that fits, or error.
+// One pass, piece by piece. tokens (b,t) lie on the host; each below V, and all fit, or error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
 // n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
@@ -426,8 +426,7 @@ void retrofit_coda(retrofit_buffers *buffers); // and the final norm
 bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
                       float sigma, uint64_t seed, size_t n, size_t k);
 // The mean loss, in nats, over labels (b,t) that are not -100, of which there may be none; NaN or
-// error if one is not below V.
-// Unless scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
+// error if one is not below V. Unless scale is 0 also the gradient of scale·loss, for backward.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
 void retrofit_backward(retrofit_buffers *buffers); // adds to the gradient of every parameter
@@ -496,12 +495,10 @@ retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrof
                                  size_t step);
 void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
                         size_t j, size_t *n, size_t *k);
-// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that
-// is not finite, nothing changes.
+// Update t = 1, 2, … from the gradients' sum; its 2-norm before clipping. NaN or ∞: no update.
 double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
                                size_t t);
-// That step, whose update is number t (skipped ones do not count), with buffers->B rows in a
-// micro-batch. false or error.
+// That step, whose update is number t (skipped ones don't count); B rows a time. false or error.
 typedef struct retrofit_data retrofit_data; // token shards: section 9
 bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
@@ -586,9 +583,10 @@ static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
 static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
 // Section 8: a micro-batch's rows, counted from 0 over the training. Section 12: elements as fp32.
 static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index);
-// Section 8: whether micro-batch j is this process's; sums over all processes. false or error.
+// Section 8: is micro-batch j this process's; parts whose sums over all are due. false or error.
+static void gradients_done(retrofit_model *model, retrofit_part part);
 static bool is_own(retrofit_model *model, const retrofit_training *training, size_t j);
-static bool sum_over_ranks(retrofit_model *model, const retrofit_training *training, double *loss);
+static bool sum_over_ranks(retrofit_model *model, double *loss);
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
 // =================================================================================================
@@ -969,11 +967,13 @@ static void injection_backward(retrofit_buffers *buffers) {
 void retrofit_backward(retrofit_buffers *buffers) {
     retrofit_model *model = (retrofit_model *)buffers->model;
     const retrofit_config *c = &model->config;
-    float *dx = buffers->gradients.dx;
+    const float *dx = buffers->gradients.dx;
     blocks_backward(buffers, model->coda, c->coda, buffers->saved.coda);
+    gradients_done(model, RETROFIT_PART_CODA);
     if (!retrofit_is_plain(c)) {
         recurrence_backward(buffers);
         injection_backward(buffers);
+        gradients_done(model, RETROFIT_PART_ADAPTER);
         if (model->wte.frozen) return;
         blocks_backward(buffers, model->prelude, c->prelude, buffers->saved.prelude);
     }
@@ -1140,7 +1140,7 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
         r.loss += retrofit_loss(buffers, labels, 1.0f / (float)count) / (double)count;
         retrofit_backward(buffers);
     }
-    if (!sum_over_ranks(model, training, &r.loss)) return false;
+    if (!sum_over_ranks(model, &r.loss)) return false;
 
     retrofit_optimizer optimizer = training->optimizer;
     optimizer.lr = plan.lr;
@@ -2903,43 +2903,40 @@ void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
                              retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
                              size_t *moments);
 
-// ---- Several processes, each on a GPU or a part of the processors: section 8 -------------------
+// ---- Several processes train together: retrofit_ranks.h ----------------------------------------
 
-// Each computes micro-batches of its own, with the draws that the others have too; their gradients
-// are summed. Each has the moments of its share of the parameters and updates those. One line on
-// stderr and the end of all is what happens if one of them fails.
+// What a step calls, and what it is done with: retrofit_mpi.c has it for CPUs, retrofit_cuda.cu for
+// GPUs. Each process computes micro-batches of its own and updates parameters of its own.
 typedef struct retrofit_ranks retrofit_ranks;
 struct retrofit_ranks {
-    size_t rank, count;           // this process, of so many
-    size_t local, local_count;    // the same among those on this machine
-    double patience;              // seconds that it waits for the others
-    bool failed;                  // an exchange did: retrofit_error() says why
-    retrofit_optimizer_kind kind; // whose moments were dealt out
-    size_t *loads;                // [2·count] numbers that each has, of Muon's matrices, of others
-    float *before;                // on the device: a step's gradients so far, if needed
-    float *slots, *host_slots;    // [3·count] on the device, on the host: what is exchanged
-    double *numbers;              // [count] that were exchanged, one of each rank
-    float *moments;               // on the host of rank 0: those of all, while they are saved
+    size_t rank, count;        // this process, of so many
+    size_t local, local_count; // the same among those on this machine
+    double patience;           // seconds that it waits for the others
+    bool failed;               // an exchange did: retrofit_error() says why
+    bool (*is_own)(retrofit_model *model, const retrofit_training *training, size_t j);
+    void (*gradients_done)(retrofit_model *model, retrofit_part part);
+    bool (*sum)(retrofit_model *model, double *loss);
+    void (*deal)(retrofit_model *model, retrofit_optimizer_kind kind);
+    void (*gather_weights)(retrofit_model *model);
     // On the device of the model: x becomes its sum over the ranks, on a CPU from the last to the
-    // first; all get the x that `root` has. false or error.
+    // first; all get the x that `root` has. A GPU does both beside its other work, until `finish`,
+    // which is NULL on a CPU. false or error.
     bool (*all_reduce)(retrofit_ranks *ranks, float *x, size_t n);
     bool (*broadcast)(retrofit_ranks *ranks, float *x, size_t n, size_t root);
-    void (*share)(void *bytes, size_t size); // on the host: rank 0's, to all; NULL without MPI
-    void (*end)(int code);                   // of all processes, unless it is 0; NULL: exit will do
+    bool (*finish)(retrofit_ranks *ranks);
+    // NULL without MPI: rank 0's bytes on the host, to all; answers who asks whether this rank is
+    // there; who does not answer, or `count`; the end, of all at once unless the code is 0.
+    void (*share)(void *bytes, size_t size);
+    void (*answer)(const retrofit_ranks *ranks);
+    size_t (*silent)(const retrofit_ranks *ranks);
+    void (*end)(int code);
 };
+bool retrofit_mpi_start(retrofit_ranks *ranks); // false or error
+// They meet at that path, a file that rank 0 makes, where there is no MPI. false or error.
+bool retrofit_nccl_start(retrofit_ranks *ranks, const char *meeting);
 // Which process this is, as mpirun, srun or torchrun have it in the environment.
 void retrofit_ranks_find(retrofit_ranks *ranks);
-// Connects them, by MPI and on GPUs by NCCL. They meet at the path `meeting` where there is no MPI.
-// false or error.
-bool retrofit_ranks_start(retrofit_ranks *ranks, const retrofit_ops *ops, const char *meeting);
-// Each rank's x to all of them, in `numbers`. false or error.
-bool retrofit_ranks_exchange(retrofit_ranks *ranks, const retrofit_ops *ops, double x);
-// All moments to rank 0, for retrofit_save_optimizer. false or error.
-bool retrofit_ranks_gather_moments(retrofit_model *model);
-void retrofit_ranks_end(retrofit_ranks *ranks, const retrofit_ops *ops);
-bool retrofit_mpi_start(retrofit_ranks *ranks);                        // in retrofit_mpi.c
-bool retrofit_nccl_start(retrofit_ranks *ranks, const char *meeting);  // in retrofit_cuda.cu
-extern bool retrofit_silent; // neither notes nor live lines: of all ranks but the first
+extern bool retrofit_silent; // neither notes nor live lines
 
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
@@ -3910,9 +3907,6 @@ bool retrofit_model_allocate(retrofit_model *model, retrofit_mode mode) {
     return true;
 }
 
-static void deal_parameters(retrofit_model *model, retrofit_optimizer_kind kind);
-static void gather_weights(retrofit_model *model);
-
 static void refresh_weight(const retrofit_model *model, const retrofit_parameter *parameter) {
     if (parameter->weight.type == RETROFIT_F32) return;
     act *copy = (act *)parameter->weight.data;
@@ -3920,7 +3914,7 @@ static void refresh_weight(const retrofit_model *model, const retrofit_parameter
 }
 
 void retrofit_refresh_weights(retrofit_model *model) {
-    if (model->ranks) gather_weights(model);
+    if (model->ranks) model->ranks->gather_weights(model);
     for (size_t i = 0; i < model->parameter_count; i++)
         refresh_weight(model, model->parameters[i]);
     if (model->config.tied) refresh_weight(model, &model->lm_head);
@@ -3932,7 +3926,7 @@ void retrofit_refresh_weights(retrofit_model *model) {
 static void lay_out_moments(retrofit_model *model, arena *a, retrofit_optimizer_kind kind) {
     size_t size = retrofit_type_size(model->ops->act_type), max_count = 0, max_side = 0;
     size_t rank = model->ranks ? model->ranks->rank : 0;
-    if (model->ranks) deal_parameters(model, kind);
+    if (model->ranks) model->ranks->deal(model, kind);
     for (size_t i = 0; i < model->parameter_count; i++) {
         retrofit_parameter *parameter = model->parameters[i];
         size_t rows = parameter->rows, cols = parameter->cols;
@@ -3978,138 +3972,16 @@ void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
 }
 
 // ---- Several processes -------------------------------------------------------------------------
-// A step's micro-batches lie in as many equal parts as the training has ranks. Parts have the same
-// draws, one by one, and their gradients are added from the first part to the last: so the numbers
-// are the same whatever the number of processes, if it divides that of the parts. (Else there are
-// as many parts as processes.) Of every `count` parts the last rank has the first, and rank 0,
-// which logs the states of the last micro-batch, the last.
-
-static size_t micro_batches_of_part(const retrofit_ranks *ranks,
-                                    const retrofit_training *training) {
-    size_t parts = retrofit_max(1, training->ranks);
-    return training->accumulate / (parts % ranks->count ? ranks->count : parts);
-}
-
-// Adds up parts that were computed side by side, and those before them.
-static bool add_parts(retrofit_model *model, bool first, bool last) {
-    retrofit_ranks *ranks = model->ranks;
-    const retrofit_ops *ops = model->ops;
-    size_t n = model->grad_bytes / sizeof(float);
-    if (!first && ranks->rank == ranks->count - 1) ops->add(model->grads, ranks->before, n, 1);
-    bool ok = ranks->count == 1 || ranks->all_reduce(ranks, model->grads, n);
-    if (ok && !last) {
-        if (!ranks->before) ranks->before = ops->alloc(model->grad_bytes);
-        ok = ranks->before != NULL;
-        if (ok) ops->copy(ranks->before, model->grads, model->grad_bytes);
-        retrofit_zero_grad(model);
-    }
-    ranks->failed = ranks->failed || !ok;
-    return ok;
-}
-
 static bool is_own(retrofit_model *model, const retrofit_training *training, size_t j) {
-    const retrofit_ranks *ranks = model->ranks;
-    if (!ranks) return true;
-    size_t part = micro_batches_of_part(ranks, training), round = part * ranks->count;
-    if (j > 0 && j % round == 0 && !ranks->failed) add_parts(model, j == round, false);
-    return !ranks->failed && j / part % ranks->count == ranks->count - 1 - ranks->rank;
+    return !model->ranks || model->ranks->is_own(model, training, j);
 }
 
-static bool sum_over_ranks(retrofit_model *model, const retrofit_training *training, double *loss) {
-    retrofit_ranks *ranks = model->ranks;
-    if (!ranks) return true;
-    size_t round = micro_batches_of_part(ranks, training) * ranks->count;
-    if (ranks->failed || !add_parts(model, training->accumulate == round, true)) return false;
-    if (!retrofit_ranks_exchange(ranks, model->ops, *loss)) return false;
-    *loss = 0;
-    for (size_t i = ranks->count; i-- > 0;) *loss += ranks->numbers[i];
-    return true;
+static void gradients_done(retrofit_model *model, retrofit_part part) {
+    if (model->ranks) model->ranks->gradients_done(model, part);
 }
 
-// A number of 53 bits passes as the sum of three of 24, each in a place where all others have 0.
-bool retrofit_ranks_exchange(retrofit_ranks *ranks, const retrofit_ops *ops, double x) {
-    size_t n = 3 * ranks->count;
-    float *slots = ranks->host_slots;
-    ranks->numbers[ranks->rank] = x;
-    if (ranks->count == 1) return true;
-    memset(slots, 0, n * sizeof *slots);
-    for (size_t i = 0; i < 3; i++) {
-        slots[3 * ranks->rank + i] = (float)x;
-        x = isfinite(x) ? x - (double)(float)x : 0;
-    }
-    ops->upload(ranks->slots, slots, n * sizeof *slots);
-    if (!ranks->all_reduce(ranks, ranks->slots, n)) return false;
-    ops->download(slots, ranks->slots, n * sizeof *slots);
-    for (size_t i = 0; i < n; i += 3)
-        ranks->numbers[i / 3] = (double)slots[i] + (double)slots[i + 1] + (double)slots[i + 2];
-    return true;
-}
-
-// The largest first, each to the rank that has least: Muon's matrices, which take the time, and
-// apart from them all others.
-static void deal_parameters(retrofit_model *model, retrofit_optimizer_kind kind) {
-    retrofit_ranks *ranks = model->ranks;
-    size_t nobody = ranks->count, size = 1;
-    ranks->kind = kind;
-    memset(ranks->loads, 0, 2 * ranks->count * sizeof *ranks->loads);
-    for (size_t i = 0; i < model->parameter_count; i++) model->parameters[i]->owner = nobody;
-    while (size > 0) {
-        retrofit_parameter *largest = NULL;
-        size = 0;
-        for (size_t i = 0; i < model->parameter_count; i++) {
-            retrofit_parameter *p = model->parameters[i];
-            if (p->frozen || p->owner != nobody || p->rows * p->cols <= size) continue;
-            largest = p;
-            size = p->rows * p->cols;
-        }
-        if (!largest) break;
-        size_t *loads = ranks->loads + (retrofit_by_muon(largest, kind) ? 0 : ranks->count);
-        largest->owner = 0;
-        for (size_t r = 1; r < ranks->count; r++)
-            if (loads[r] < loads[largest->owner]) largest->owner = r;
-        loads[largest->owner] += size;
-    }
-}
-
-static void gather_weights(retrofit_model *model) {
-    retrofit_ranks *ranks = model->ranks;
-    for (size_t i = 0; ranks->count > 1 && i < model->parameter_count && !ranks->failed; i++) {
-        const retrofit_parameter *p = model->parameters[i];
-        if (p->frozen) continue;
-        ranks->failed = !ranks->broadcast(ranks, p->master, p->rows * p->cols, p->owner);
-    }
-}
-
-// Where a parameter's moments lie among those that were gathered, one behind the other.
-static void next_gathered(const retrofit_ranks *ranks, const retrofit_parameter *p,
-                          const float **gathered, const float **m, const float **v) {
-    size_t n = p->frozen ? 0 : p->rows * p->cols;
-    bool two = n > 0 && !retrofit_by_muon(p, ranks->kind);
-    *m = n > 0 ? *gathered : NULL;
-    *v = two ? *gathered + n : NULL;
-    *gathered += two ? 2 * n : n;
-}
-
-// They pass through the gradients' memory, which is free between two steps.
-bool retrofit_ranks_gather_moments(retrofit_model *model) {
-    retrofit_ranks *ranks = model->ranks;
-    const retrofit_ops *ops = model->ops;
-    if (!ranks || ranks->count == 1) return true;
-    if (ranks->rank == 0 && !ranks->moments)
-        ranks->moments = retrofit_allocate(2 * model->weight_count, sizeof(float));
-    if (ranks->rank == 0 && !ranks->moments) return false;
-    float *to = ranks->moments;
-    for (size_t i = 0; i < model->parameter_count; i++) {
-        const retrofit_parameter *p = model->parameters[i];
-        size_t n = p->rows * p->cols, count = retrofit_by_muon(p, ranks->kind) ? 1 : 2;
-        for (size_t j = 0; j < count && !p->frozen; j++) {
-            if (p->owner == ranks->rank) ops->copy(p->grad, j ? p->v : p->m, n * sizeof(float));
-            if (!ranks->broadcast(ranks, p->grad, n, p->owner)) return false;
-            if (ranks->rank == 0) ops->download(to, p->grad, n * sizeof(float));
-            if (ranks->rank == 0) to += n;
-        }
-    }
-    return true;
+static bool sum_over_ranks(retrofit_model *model, double *loss) {
+    return !model->ranks || model->ranks->sum(model, loss);
 }
 
 // What launchers say: rank, number of ranks, and the same on this machine. Where mpirun was started
@@ -4136,37 +4008,6 @@ void retrofit_ranks_find(retrofit_ranks *ranks) {
         ranks->local_count = retrofit_max(said[3], 1);
         return;
     }
-}
-
-bool retrofit_ranks_start(retrofit_ranks *ranks, const retrofit_ops *ops, const char *meeting) {
-    size_t W = ranks->count;
-    ranks->loads = retrofit_allocate(2 * W, sizeof *ranks->loads);
-    ranks->numbers = retrofit_allocate(W, sizeof *ranks->numbers);
-    if (!ranks->loads || !ranks->numbers || W == 1) return ranks->loads && ranks->numbers;
-    ranks->host_slots = retrofit_allocate(3 * W, sizeof(float));
-    ranks->slots = ops->alloc(3 * W * sizeof(float));
-    if (!ranks->host_slots || !ranks->slots) return false;
-#ifdef RETROFIT_MPI
-    if (!getenv("TORCHELASTIC_RUN_ID") && !retrofit_mpi_start(ranks)) return false;
-#endif
-#ifdef RETROFIT_CUDA
-    if (ops != &retrofit_cpu) return retrofit_nccl_start(ranks, meeting);
-#else
-    (void)meeting;
-#endif
-    return ranks->all_reduce ||
-           retrofit_fail("rank %zu of %zu on a CPU needs MPI: make MPI=1, then mpirun or srun "
-                         "(torchrun starts GPUs only)", ranks->rank, W);
-}
-
-void retrofit_ranks_end(retrofit_ranks *ranks, const retrofit_ops *ops) {
-    if (ranks->slots) ops->free(ranks->slots);
-    if (ranks->before) ops->free(ranks->before);
-    free(ranks->loads);
-    free(ranks->numbers);
-    free(ranks->host_slots);
-    free(ranks->moments);
-    if (ranks->end) ranks->end(0);
 }
 
 // ---- RoPE's table ------------------------------------------------------------------------------
@@ -6263,19 +6104,17 @@ static bool list_weights(const retrofit_model *model, tensor_list *list) {
     return true;
 }
 
-// The moments: m and v of a parameter, if it has them, under its label. Those of all ranks, if they
-// were gathered.
+// The moments: m and v of a parameter, if it has them, under its label.
 static bool list_moments(const retrofit_model *model, tensor_list *list) {
-    const float *gathered = model->ranks ? model->ranks->moments : NULL;
     if (!tensor_list_new(list, 2 * model->parameter_count)) return false;
     for (size_t i = 0; i < model->parameter_count; i++) {
         const retrofit_parameter *parameter = model->parameters[i];
         const char *label = parameter->source[0].name;
         size_t rows = parameter->rows, cols = parameter->cols;
-        const float *m = parameter->m, *v = parameter->v;
-        if (gathered) next_gathered(model->ranks, parameter, &gathered, &m, &v);
-        if (m) tensor_list_add(list, "m.", label, RETROFIT_F32, rows, cols, m);
-        if (v) tensor_list_add(list, "v.", label, RETROFIT_F32, rows, cols, v);
+        if (parameter->m)
+            tensor_list_add(list, "m.", label, RETROFIT_F32, rows, cols, parameter->m);
+        if (parameter->v)
+            tensor_list_add(list, "v.", label, RETROFIT_F32, rows, cols, parameter->v);
     }
     return true;
 }
@@ -6396,11 +6235,9 @@ bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
                              const char *const *metadata) {
     char path[RETROFIT_PATH];
     tensor_list list;
-    bool gathered = model->ranks && model->ranks->moments;
-    const retrofit_ops *ops = gathered ? &retrofit_cpu : model->ops;
     bool ok = list_moments(model, &list) &&
               retrofit_path(path, directory, "optimizer.safetensors") &&
-              retrofit_safetensors_write(path, ops, list.tensors, list.count, RETROFIT_F32,
+              retrofit_safetensors_write(path, model->ops, list.tensors, list.count, RETROFIT_F32,
                                          metadata);
     tensor_list_free(&list);
     return ok;

@@ -11,31 +11,73 @@ enum { PIECE = 1 << 20 };     // numbers that are exchanged at a time
 static MPI_Request *requests; // [2·count] what is received from each rank, then what is sent to it
 static float *parts;          // [PIECE + count] what the ranks have of this rank's share of a piece
 
-// A rank with which something is still to be exchanged, or `count`.
-static size_t missing_rank(size_t count) {
-    size_t missing = count;
-    for (size_t i = 2 * count; i-- > 0;) {
+// What waits answers whoever asks whether it is there.
+enum { DATA, ASK, ANSWER }; // tags
+
+static bool has_come(int tag, size_t from) {
+    int there;
+    MPI_Iprobe((int)from, tag, MPI_COMM_WORLD, &there, MPI_STATUS_IGNORE);
+    if (there) MPI_Recv(NULL, 0, MPI_BYTE, (int)from, tag, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
+    return there;
+}
+
+static void send_note(int tag, size_t to) {
+    MPI_Request request; // no bytes: nobody waits for it
+    MPI_Isend(NULL, 0, MPI_BYTE, (int)to, tag, MPI_COMM_WORLD, &request);
+    MPI_Request_free(&request);
+}
+
+static void mpi_answer(const retrofit_ranks *ranks) {
+    for (size_t r = 0; r < ranks->count; r++)
+        if (has_come(ASK, r)) send_note(ANSWER, r);
+}
+
+static bool all_done(const retrofit_ranks *ranks) {
+    bool all = true;
+    for (size_t i = 0; i < 2 * ranks->count; i++) {
         int done;
         MPI_Test(&requests[i], &done, MPI_STATUS_IGNORE);
-        if (!done) missing = i % count;
+        all = all && done;
     }
-    return missing;
+    return all;
+}
+
+// The first rank that is asked and does not answer for a second, or `count`. A rank whose part is
+// missing may itself wait for another one: it answers.
+static size_t mpi_silent_rank(const retrofit_ranks *ranks) {
+    bool answered[ranks->count];
+    double begin = retrofit_seconds();
+    for (size_t r = 0; r < ranks->count; r++) {
+        answered[r] = r == ranks->rank;
+        if (!answered[r]) send_note(ASK, r);
+    }
+    while (retrofit_seconds() < begin + 1) {
+        mpi_answer(ranks);
+        for (size_t r = 0; r < ranks->count; r++) answered[r] = answered[r] || has_come(ANSWER, r);
+    }
+    size_t silent = 0;
+    while (silent < ranks->count && answered[silent]) silent++;
+    return silent;
 }
 
 // Waits for all requests. Ranks give up one after the other, so that one alone says who is missing:
 // it ends the others by that. false or error.
 static bool wait_for_ranks(const retrofit_ranks *ranks) {
     const struct timespec pause = {.tv_nsec = 20000};
-    double begin = retrofit_seconds(), end = begin + ranks->patience + 0.5 * (double)ranks->rank;
-    for (;;) {
-        size_t missing = missing_rank(ranks->count);
+    double begin = retrofit_seconds(), end = begin + ranks->patience + 3 * (double)ranks->rank;
+    while (!all_done(ranks)) {
         double now = retrofit_seconds();
-        if (missing == ranks->count) return true;
-        if (now > end)
-            return retrofit_fail("no answer from rank %zu for %.3g s (--patience): the newest "
-                                 "checkpoint is whole, --resume goes on", missing, now - begin);
+        if (now > begin + 0.1) mpi_answer(ranks);
         if (now > begin + 0.001) nanosleep(&pause, NULL); // it may need this processor
+        if (now < end) continue;
+        size_t silent = mpi_silent_rank(ranks);
+        if (silent == ranks->count)
+            return retrofit_fail("an exchange with all other ranks there takes more than %.3g s "
+                                 "(--patience)", now - begin);
+        return retrofit_fail("no answer from rank %zu for %.3g s (--patience): the newest "
+                             "checkpoint is whole, --resume goes on", silent, now - begin);
     }
+    return true;
 }
 
 // A piece is cut into a share for each rank.
@@ -51,11 +93,11 @@ static float *share_of(piece_shares piece, size_t rank, int *count) {
 }
 
 static void receive(float *x, int count, size_t from) {
-    MPI_Irecv(x, count, MPI_FLOAT, (int)from, 0, MPI_COMM_WORLD, &requests[from]);
+    MPI_Irecv(x, count, MPI_FLOAT, (int)from, DATA, MPI_COMM_WORLD, &requests[from]);
 }
 
 static void send(const retrofit_ranks *ranks, const float *x, int count, size_t to) {
-    MPI_Isend(x, count, MPI_FLOAT, (int)to, 0, MPI_COMM_WORLD, &requests[ranks->count + to]);
+    MPI_Isend(x, count, MPI_FLOAT, (int)to, DATA, MPI_COMM_WORLD, &requests[ranks->count + to]);
 }
 
 // Each rank adds up its share, from the last rank's to the first's, and sends the sum to all: as
@@ -130,6 +172,8 @@ bool retrofit_mpi_start(retrofit_ranks *ranks) {
     for (size_t i = 0; i < 2 * ranks->count; i++) requests[i] = MPI_REQUEST_NULL;
     ranks->all_reduce = mpi_all_reduce;
     ranks->broadcast = mpi_broadcast;
+    ranks->answer = mpi_answer;
+    ranks->silent = mpi_silent_rank;
     ranks->share = mpi_share;
     return true;
 }

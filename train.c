@@ -3,6 +3,7 @@
 // command line, the loop, what it prints, and what keeps a run from being lost.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
+#include "retrofit_ranks.h"
 #include <float.h>
 #include <signal.h>
 #include <sys/statvfs.h>
@@ -698,9 +699,9 @@ static bool is_end(size_t step, double flops) {
 
 // Whether any of the ranks says yes. They wait for each other here.
 static bool any_rank(bool yes) {
-    require(retrofit_ranks_exchange(&run.ranks, run.ops, yes));
+    require(ranks_exchange(&run.ranks, run.ops, yes));
     for (size_t i = 0; i < run.ranks.count; i++)
-        if (run.ranks.numbers[i] != 0) return true;
+        if (ranks_state.numbers[i] != 0) return true;
     return false;
 }
 
@@ -1328,7 +1329,7 @@ static bool save_optimizer(const char *directory) {
         "norm", norm, "paper_flops", paper_flops, "recipe", hyperparameters,
         "data", run.data_shards, run.val_shards ? "val" : NULL, run.val_shards, NULL,
     };
-    return retrofit_save_optimizer(run.model, directory, metadata);
+    return ranks_save_optimizer(run.model, directory, metadata);
 }
 
 // A checkpoint gets the tokenizer's files as they lie there when it is written.
@@ -1400,7 +1401,7 @@ static bool link_latest(const char *name) {
 static bool save(void) {
     double begin = retrofit_seconds();
     char name[32], path[RETROFIT_PATH];
-    if (!retrofit_ranks_gather_moments(run.model)) return false;
+    if (!ranks_gather_moments(run.model)) return false;
     if (run.ranks.rank > 0) {
         run.saved_step = progress.step;
         return true;
@@ -2037,7 +2038,7 @@ static void start_ranks(void) {
     if (shared) omp_set_num_threads((int)retrofit_max(1, given / run.ranks.local_count));
 #endif
     snprintf(meeting, sizeof meeting, "%s.ranks", options.out);
-    require(retrofit_ranks_start(&run.ranks, run.ops, meeting));
+    require(ranks_start(&run.ranks, run.ops, meeting));
     run.model->ranks = &run.ranks;
 }
 
@@ -2332,7 +2333,8 @@ static void close_run(void) {
     free(run.val_shards);
     free(run.options.bytes);
     free(run.taken_up);
-    retrofit_ranks_end(&run.ranks, run.ops);
+    ranks_free(run.ops);
+    if (run.ranks.end) run.ranks.end(0);
 }
 
 int main(int argc, char **argv) {
