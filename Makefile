@@ -197,12 +197,20 @@ $(OUT)/races_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/races.o $(OU
 $(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)/emulator.o $(WITH_CPP)
 	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
 
+# Several processes on emulated GPUs, with MPI and without, and what they open in NCCL's place.
+$(OUT)/mpi_emulated_train: retrofit_mpi.c $(WITH_MPI)
+$(OUT)/ranks_emulated_train $(OUT)/mpi_emulated_train: train.c retrofit_ranks.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o $(WITH_C)
+	$(emulated) -rdynamic $(if $(findstring mpi_,$@),$(FOR_RANKS))
+$(OUT)/nccl/libnccl.so.2: test/nccl_stand_in.c $(WITH_C)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -fPIC -shared $< -o $@
+
 LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
 test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(OUT)/large $(LIBRARY) $(HOOKED)
 	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),5000,2000)) \
 	    sh test/run.sh $(TESTS) $(HOOKED)
 
-test-mpi: $(BIN)/convert $(BIN)/train $(OUT)/mpi_train $(OUT)/lookup
+test-mpi: $(BIN)/convert $(BIN)/train $(OUT)/lookup $(addprefix $(OUT)/,mpi_train mpi_emulated_train ranks_emulated_train nccl/libnccl.so.2)
 	@BIN=$(BIN) OUT=$(OUT) sh test/ranks.sh
 
 # ---- On a GPU ----

@@ -256,12 +256,17 @@ static const char *save_unsaved_steps(void) {
                     "untouched";
 }
 
+static volatile sig_atomic_t caught_signal; // the one that asked the run to stop; 0: none yet
+
 // Where there are several ranks the line names this one, and all end. What fails on each of them is
-// said by the first alone: the others give it time to.
+// said by the first alone: the others give it time to. A rank that waits in vain after SIGTERM is
+// ended by another one, which has said why.
 __attribute__((noreturn)) static void end_ranks(int code, const char *text) {
-    signal(SIGTERM, SIG_DFL); // by which the first ends the others
-    if (run.ranks.rank > 0) sleep((unsigned)retrofit_min(1 + run.ranks.rank, 60));
-    fprintf(stderr, "train: rank %zu: %s\n", run.ranks.rank, text);
+    bool ended = run.ranks.failed && caught_signal == SIGTERM;
+    signal(SIGTERM, SIG_DFL);
+    if (run.ranks.rank > 0 && !run.ranks.failed)
+        sleep((unsigned)retrofit_min(1 + run.ranks.rank, 60));
+    if (!ended) fprintf(stderr, "train: rank %zu: %s\n", run.ranks.rank, text);
     if (run.ranks.end) run.ranks.end(code);
     exit(code);
 }
@@ -654,7 +659,6 @@ static void fill_training(void) {
 
 // ---- When to stop ------------------------------------------------------------------------------
 
-static volatile sig_atomic_t caught_signal; // the one that asked the run to stop; 0: none yet
 static bool on_terminal;                    // stderr is one: a signal is answered there
 static double start_time;                   // when the program began; all times are in seconds
 static double seconds_per_flop;             // of the slowest step
