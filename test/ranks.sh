@@ -10,12 +10,13 @@ export ASAN_OPTIONS=detect_leaks=0
 mpirun=${MPIRUN:-mpirun}
 
 "$BIN/convert" --from test/fixtures/lookup/base --to "$model" --prelude 0 --core 1 --coda 2 \
-    --adapter-init identity --mean-recurrence 6 --backprop-depth 4 2>"$work/said" || cat "$work/said"
+    --adapter-init identity --mean-recurrence 6 --backprop-depth 4 >"$work/said" 2>&1 ||
+    cat "$work/said"
 for part in train val; do
     case $part in train) seed=1 ;; val) seed=2 ;; esac
     "$OUT/lookup" 40 $seed 8x3,3x8 >"$work/$part.jsonl"
     "$BIN/convert" --tokenize "$work/$part.jsonl" --tokenizer "$model" --to "$work/$part.bin" \
-        2>"$work/said" || cat "$work/said"
+        >"$work/said" 2>&1 || cat "$work/said"
 done
 options="--model $model --data $work/train.bin --seq-len 81 --micro-batch-size 1 --batch-size 8
     --lr 1e-3 --muon-lr 1e-3 --warmup 0.2 --curriculum-warmup 0.5"
@@ -220,6 +221,50 @@ check "torchrun on a CPU" fails 1 "rank 0: .*torchrun starts GPUs only" \
 check "srun without MPI" fails 1 "rank 1: .*make MPI=1" \
     env SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 "$BIN/train" $options --out "$work/f" --steps 3
 
+# ---- Several GPUs, emulated: NCCL's calls, with a library in its place that adds in our order ----
+# One of the emulator's orders lets each stream go only so far as it is waited for.
+export EMULATOR_DEVICES=2 EMULATOR_ORDER=2 EMULATOR_SEED="${EMULATOR_SEED:-$(date +%Y%m%d)}"
+on_gpu="--model test/fixtures/tiny/recurrent --data $work/shard.bin --steps 2 --seq-len 16
+    --micro-batch-size 1 --batch-size 4 --mean-recurrence 3 --lr 1e-3 --muon-lr 1e-3"
+shard >"$work/shard.bin"
+with_nccl() { LD_LIBRARY_PATH=$OUT/nccl "$@"; }
+gpus() { # out, options: by MPI
+    out=$1
+    shift
+    with_nccl "$mpirun" -np 2 "$OUT/mpi_emulated_train" $on_gpu --out "$work/$out" "$@"
+}
+torchrun() { # out, options: as torchrun would start them, without MPI
+    out=$1
+    shift
+    for rank in 1 0; do
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 TORCHELASTIC_RUN_ID=1 \
+            with_nccl "$OUT/ranks_emulated_train" $on_gpu --out "$work/$out" "$@" \
+            2>"$work/rank.$rank" &
+        eval "rank_$rank=\$!"
+    done
+    wait $rank_0 && wait $rank_1 && return 0
+    cat "$work/rank.0" "$work/rank.1"
+    return 1
+}
+check "a GPU as two" "$OUT/ranks_emulated_train" $on_gpu --out "$work/gpu" --as-ranks 2
+check "two GPUs by MPI" gpus two
+check "two GPUs by MPI: the same bits" same two gpu
+printf 'a number of long ago' >"$work/three.ranks"
+touch -d '2 minutes ago' "$work/three.ranks"
+check "two GPUs by torchrun" torchrun three
+check "two GPUs by torchrun: the same bits" same three gpu
+check "two GPUs by torchrun: no file is left" [ ! -e "$work/three.ranks" ]
+check "two GPUs by torchrun: rank 1 is silent" [ ! -s "$work/rank.1" ]
+check "two GPUs: it says so" grep -q "on emulator (GPU 0, rank 0), 2 ranks" "$work/rank.0"
+check "two GPUs, AdamW in fp32" gpus adamw --optimizer adamw --precision fp32 --save-every 1
+check "a GPU as two, AdamW in fp32" "$OUT/ranks_emulated_train" $on_gpu --out "$work/adamw_gpu" \
+    --as-ranks 2 --optimizer adamw --precision fp32
+check "two GPUs, AdamW in fp32: the same bits" same adamw adamw_gpu
+check "without NCCL" fails 1 "rank 0: libnccl.so.2: .*several GPUs need NCCL" \
+    "$mpirun" -np 2 "$OUT/mpi_emulated_train" $on_gpu --out "$work/f"
+unset EMULATOR_ORDER EMULATOR_SEED EMULATOR_DEVICES
+
+# ---- A signal ----
 # A signal that mpirun hands on stops the run with a checkpoint.
 begin stopped >"$work/out" 2>&1
 kill -USR1 $mpirun_pid
