@@ -76,8 +76,9 @@ FOR_GPU = -DRETROFIT_CUDA $(CUDA_OBJECT) $(CUDA_LINK)
 endif
 
 # ---- Several processes: retrofit_mpi.c, with the flags that mpicc would give the compiler ----
-MPI_FLAGS = $(filter-out gcc cc clang,$(shell $(or $(MPICC),mpicc) -show))
-FOR_RANKS = -DRETROFIT_MPI retrofit_mpi.c $(MPI_FLAGS)
+MPI_FLAGS = $(wordlist 2,100,$(shell $(or $(MPICC),mpicc) -show 2>/dev/null))
+FOR_RANKS = -DRETROFIT_MPI retrofit_mpi.c $(or $(MPI_FLAGS),$(error $(or $(MPICC),mpicc) was not found: install an MPI \
+    (Debian: openmpi-bin libopenmpi-dev), or name its mpicc with MPICC=))
 FOR_MPI = $(if $(filter 1,$(MPI)),$(FOR_RANKS))
 
 # ---- What is compiled with what ----

@@ -4,12 +4,12 @@
 
    A step's micro-batches lie in as many equal parts as the training has ranks. Parts have the same
    draws, one by one, and their gradients are added from the first part to the last: so on CPUs the
-   numbers are the same to the bit whatever the number of processes, if it divides that of the parts.
-   (Else there are as many parts as processes.) With W processes, the last rank computes the first of
-   every W parts, and rank 0, which logs the states of the last micro-batch, the last.
+   numbers are the same to the bit whatever the number of processes, if it divides that of the
+   parts. (Else there are as many parts as processes.) With W processes, the last rank computes the
+   first of every W parts, and rank 0, which logs the states of the last micro-batch, the last.
 
-   Every parameter is updated by one rank, which alone has its moments (ZeRO's first stage); then the
-   others get the weights. */
+   Every parameter is updated by one rank, which alone has its moments (ZeRO's first stage); then
+   the others get the weights. */
 #ifndef RETROFIT_RANKS_H
 #define RETROFIT_RANKS_H
 
@@ -244,5 +244,6 @@ static void ranks_free(const retrofit_ops *ops) {
     free(ranks_state.numbers);
     free(ranks_state.host_slots);
     free(ranks_state.moments);
+    memset(&ranks_state, 0, sizeof ranks_state);
 }
 #endif

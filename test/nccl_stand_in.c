@@ -1,7 +1,7 @@
 // A stand-in for libnccl.so.2 where there is no GPU (test/ranks.sh): the few functions that
-// retrofit_cuda.cu calls, for processes on one machine that the emulator runs. They add up in a file
-// that all of them map, from the last rank to the first, as retrofit_mpi.c does: so what several
-// emulated GPUs compute can be compared to the bit.
+// retrofit_cuda.cu calls, for processes on one machine whose GPUs are emulated. They add up in a
+// file that all of them map, from the last rank to the first, as retrofit_mpi.c does: so what
+// several of them compute can be compared to the bit.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdatomic.h>
