@@ -169,7 +169,7 @@ static bool gather_moments(retrofit_model *model) {
 
 // All ranks' moments to rank 0, which then saves them. false or error.
 static bool ranks_gather_moments(retrofit_model *model) {
-    if (model->ranks->count == 1) return true;
+    if (!model->ranks || model->ranks->count == 1) return true;
     if (model->ranks->rank == 0 && !ranks_state.moments) {
         ranks_state.moments = retrofit_allocate(2 * model->weight_count, sizeof(float));
         if (!ranks_state.moments) return false;
@@ -181,7 +181,8 @@ static bool ranks_gather_moments(retrofit_model *model) {
 // error.
 static bool ranks_save_optimizer(retrofit_model *model, const char *directory,
                                  const char *const *metadata) {
-    if (model->ranks->count == 1) return retrofit_save_optimizer(model, directory, metadata);
+    bool alone = !model->ranks || model->ranks->count == 1;
+    if (alone) return retrofit_save_optimizer(model, directory, metadata);
     const retrofit_ops *ops = model->ops;
     float **own = retrofit_allocate(2 * model->parameter_count, sizeof *own);
     float *moments = ranks_state.moments;
