@@ -542,7 +542,7 @@ static void check_batches(void) {
     if (batch > MAX_BATCH_SIZE) die(2, "--batch-size is at most %d", MAX_BATCH_SIZE);
     if (!micro || batch % micro)
         die(2, "--batch-size %zu is not a multiple of --micro-batch-size %zu", batch, micro);
-    size_t ranks = run.ranks.count, parts = options.as_ranks;
+    size_t ranks = retrofit_max(1, run.ranks.count), parts = options.as_ranks;
     if (batch / micro % ranks || batch / micro % parts)
         die(2, "--batch-size %zu is %zu micro-batches of %zu: not a multiple of %zu ranks", batch,
             batch / micro, micro, batch / micro % ranks ? ranks : parts);
