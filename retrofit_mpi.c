@@ -1,6 +1,7 @@
 // retrofit_mpi.c - the processes of a training on CPUs exchange gradients and weights by MPI; those
 // on GPUs, which do it by NCCL (retrofit_cuda.cu), find each other by it. Built by make MPI=1. What
 // is exchanged, and when, stands in retrofit.h, section 8.
+#define _GNU_SOURCE // nanosleep
 #include "retrofit.h"
 #include <mpi.h>
 #include <stdlib.h>

@@ -136,6 +136,13 @@ static void ranks_deal(retrofit_model *model, retrofit_optimizer_kind kind) {
     }
 }
 
+// What share of the parameters is the first rank's.
+static double ranks_share(const retrofit_ranks *ranks) {
+    size_t all = 0, *loads = ranks_state.loads;
+    for (size_t i = 0; i < 2 * ranks->count; i++) all += loads[i];
+    return (double)(loads[0] + loads[ranks->count]) / (double)all;
+}
+
 static void ranks_gather_weights(retrofit_model *model) {
     retrofit_ranks *ranks = model->ranks;
     for (size_t i = 0; ranks->count > 1 && i < model->parameter_count; i++) {

@@ -2256,8 +2256,10 @@ static void open_output(void) {
 static void begin_training(void) {
     plan_rest();
     run.train_start = retrofit_seconds();
-    char of[64] = "";
-    if (run.ranks.count > 1) snprintf(of, sizeof of, ", %zu ranks", run.ranks.count);
+    char of[96] = "";
+    if (run.ranks.count > 1)
+        snprintf(of, sizeof of, ", %zu ranks, the first with %.0f %% of the moments",
+                 run.ranks.count, 100 * ranks_share(&run.ranks));
     message("%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s%s",
             run.first_step ? "resumed: " : "", run.model->weight_count, run.data_rows,
             options.seq_len, training.steps, options.batch_size * options.seq_len,

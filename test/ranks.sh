@@ -49,14 +49,19 @@ everywhere() { # what, options
     check "$name: one process as four" alone one --as-ranks 4 "$@"
     check "$name: two ranks as four" ranks 2 w2 --as-ranks 4 "$@"
     check "$name: four ranks" ranks 4 w4 "$@"
+    share=$(sed -n 's/.*, 4 ranks, the first with \([0-9]*\) % of the moments$/\1/p' "$work/said")
+    check "$name: four ranks share the moments" [ "${share:-100}" -le $most ]
     check "$name: two ranks, the same bits" same w2 one
     check "$name: four ranks, the same bits" same w4 one
 }
+most=40 # per cent that a rank of four may have
 for optimizer in adamw muon ellisadam; do
     everywhere $optimizer --steps 4 --optimizer $optimizer --val "$work/val.bin" --eval-rows 4 \
         --eval-recurrences 1,4
 done
+most=80 # of three matrices and a norm
 everywhere "the core alone" --steps 3 --train core --throttle --shuffle
+most=40
 everywhere "recomputing" --steps 3 --optimizer muon --clip 0.01 --recompute --state-init zero
 everywhere "the baseline" --steps 3 --model test/fixtures/lookup/base
 differ() { ! cmp -s "$work/$1/latest/model.safetensors" "$work/$2/latest/model.safetensors"; }
@@ -206,6 +211,8 @@ one_fails() { # on rank 2 the shards are another place's
 check "one has no data: one line, that names it" fails 1 "rank 2: .*nowhere.bin" one_fails
 check "one has no data: nothing was begun" test ! -e "$work/never_begun/latest"
 check "no such model" fails 1 "rank 0: $work/nowhere: " ranks 4 f --steps 3 --model "$work/nowhere"
+check "numbers that go wrong" fails 1 "rank 0: .*bad steps in a row: --resume-anyway" \
+    ranks 2 bad --steps 9 --max-bad-steps 2 --optimizer adamw --lr 1000 --clip 0 --warmup 0
 check "a batch for another number of ranks" fails 2 "rank 0: --batch-size 9 is 9 micro-batches" \
     ranks 4 f --steps 3 --batch-size 9
 check "a run that is there" fails 2 "rank 0: .* holds a run already" ranks 4 full --steps 3
@@ -255,7 +262,7 @@ check "two GPUs by torchrun" torchrun three
 check "two GPUs by torchrun: the same bits" same three gpu
 check "two GPUs by torchrun: no file is left" [ ! -e "$work/three.ranks" ]
 check "two GPUs by torchrun: rank 1 is silent" [ ! -s "$work/rank.1" ]
-check "two GPUs: it says so" grep -q "on emulator (GPU 0, rank 0), 2 ranks" "$work/rank.0"
+check "two GPUs: it says so" grep -q "on emulator (GPU 0, rank 0), 2 ranks," "$work/rank.0"
 check "two GPUs, AdamW in fp32" gpus adamw --optimizer adamw --precision fp32 --save-every 1
 check "a GPU as two, AdamW in fp32" "$OUT/ranks_emulated_train" $on_gpu --out "$work/adamw_gpu" \
     --as-ranks 2 --optimizer adamw --precision fp32
