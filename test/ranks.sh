@@ -267,6 +267,21 @@ check "two GPUs, AdamW in fp32" gpus adamw --optimizer adamw --precision fp32 --
 check "a GPU as two, AdamW in fp32" "$OUT/ranks_emulated_train" $on_gpu --out "$work/adamw_gpu" \
     --as-ranks 2 --optimizer adamw --precision fp32
 check "two GPUs, AdamW in fp32: the same bits" same adamw adamw_gpu
+one_gpu_hangs() {
+    STAND_IN_PATIENCE=2 with_nccl "$mpirun" -np 2 sh -c '
+        [ $OMPI_COMM_WORLD_RANK -ne 1 ] || echo $$ >"$0"
+        exec "$@"' "$work/pid.gpu" "$OUT/mpi_emulated_train" $on_gpu --out "$work/hangs" \
+        --save-every 1 --steps 1000 2>"$work/stderr" &
+    mpirun_pid=$!
+    for i in $(seq 600); do
+        [ -e "$work/hangs/latest/manifest.json" ] && break
+        sleep 0.1
+    done
+    kill -STOP "$(cat "$work/pid.gpu")" && wait $mpirun_pid
+    is $? 1 && is "$(lines_of_train)" 1 || return 1
+    grep -q "^train: rank 0: NCCL: an exchange: " "$work/stderr"
+}
+check "a GPU's connection breaks: one line, and all end" one_gpu_hangs
 mkdir "$work/broken"
 : >"$work/broken/libnccl.so.2"
 without_nccl() {
