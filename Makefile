@@ -177,7 +177,7 @@ $(BIN)/libretrofit.so: retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
 	$(CC) $(FLAGS) -fPIC -shared -DRETROFIT_IMPLEMENTATION -x c retrofit.h -x none -o $@ $(FOR_GPU) -lm
 
 # ---- The GPU's file without a GPU: compiled as C++ over the emulator; once more so that every race shows ----
-emulated = $(CC) $(FLAGS) -Wno-unused-function -DRETROFIT_CUDA $< $(filter %.o,$^) -o $@ -lstdc++ -lm
+emulated = $(CC) $(FLAGS) -Wno-unused-function -DRETROFIT_CUDA $< $(filter %.o,$^) -o $@ -lstdc++ -ldl -lm
 
 $(OUT)/emulated.o: retrofit_cuda.cu retrofit.h test/emulator.h $(WITH_CPP)
 	@mkdir -p $(@D)

@@ -684,10 +684,9 @@ static bool nccl_ok(int error, const char *what) {
            retrofit_fail("NCCL: %s: %s", what, nccl.ncclGetErrorString(error));
 }
 
-static bool follow_stream(void) {
+static void follow_stream(void) {
     check_cuda(cudaEventRecord(nccl.asked, stream), "exchanging");
     check_cuda(cudaStreamWaitEvent(nccl.on, nccl.asked, 0), "exchanging");
-    return true;
 }
 
 static bool nccl_all_reduce(retrofit_ranks *, float *x, size_t n) {
