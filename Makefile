@@ -1,6 +1,7 @@
 # make              the three programs: convert, train, infer; for GPUs too where nvcc is
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
+# make test-mpi     several processes: needs Open MPI (Debian: openmpi-bin libopenmpi-dev)
 # make fuzz         clang's libFuzzer on every reader, SECONDS=60 in all; what it finds is in build/fuzz
 # make bench        matrix products against OpenBLAS (where it is), all operations against their limits and against memory
 # make libretrofit.so   retrofit.h as a shared library, for other languages
@@ -18,6 +19,7 @@
 # make sanitize-cuda   the same under compute-sanitizer: memcheck, racecheck, initcheck, synccheck
 # make sass            the instruction mix of the GPU's loops beside its targets; needs nvcc and cuobjdump, but no GPU
 # make bench-cuda      each operation against its limit, training steps against PyTorch (see test/bench_cuda.sh), decoding
+# MPI=1 builds train for several processes, with the flags of mpicc (MPICC= names another one): see doc/training.md.
 # CC= picks the compiler, OPENMP= leaves threads out, MARCH= the machine's own instructions, STRICT=1 makes warnings errors.
 # CUDA=0 leaves the GPU out, CUARCH=sm_90 builds for one kind (default: the one that is here, else sm_80 and sm_90), CUBLAS=0 does with our
 # own matrix products, NVCC= names the nvcc to take (doc/gpu.md). Whatever one of these alters is compiled anew.
@@ -73,6 +75,12 @@ GEMM = $(if $(filter 0,$(CUBLAS)),our own kernels,cuBLASLt)
 FOR_GPU = -DRETROFIT_CUDA $(CUDA_OBJECT) $(CUDA_LINK)
 endif
 
+# ---- Several processes: retrofit_mpi.c, with the flags that mpicc would give the compiler ----
+MPI_FLAGS = $(wordlist 2,100,$(shell $(or $(MPICC),mpicc) -show 2>/dev/null))
+FOR_RANKS = -DRETROFIT_MPI retrofit_mpi.c $(or $(MPI_FLAGS),$(error $(or $(MPICC),mpicc) was not found: install an MPI \
+    (Debian: openmpi-bin libopenmpi-dev), or name its mpicc with MPICC=))
+FOR_MPI = $(if $(filter 1,$(MPI)),$(FOR_RANKS))
+
 # ---- What is compiled with what ----
 # Each of these files holds a command's flags. It is written anew when they change, and what depends on it compiles again.
 quoted = '$(subst ','\'',$(1))'
@@ -82,6 +90,7 @@ ifneq ($(filter-out clean distclean plot figures gpu-report,$(or $(MAKECMDGOALS)
 WITH_C := $(call noted,$(OUT)/flags_c,$(CC) $(FLAGS))
 WITH_CPP := $(call noted,$(OUT)/flags_cpp,$(EMULATE) $(SANITIZE))
 WITH_LINK := $(call noted,$(OUT)/flags_link,$(FOR_GPU))
+WITH_MPI := $(call noted,$(OUT)/flags_mpi,$(FOR_MPI))
 ifneq ($(NVCC),)
 $(if $(NVCC_FILE),,$(error NVCC=$(NVCC) was not found: name nvcc's file, or leave the GPU out with CUDA=0))
 $(if $(CUDA_LIB),,$(error no libcudart_static.a below $(CUDA_HOME), in none of $(LIB_FOLDERS): install CUDA's runtime \
@@ -103,7 +112,14 @@ $(BIN)/convert: convert.c retrofit.h $(WITH_C)
 
 $(BIN)/train $(BIN)/infer: $(BIN)/%: %.c retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
 	@mkdir -p $(@D)
-	$(CC) $(FLAGS) $< -o $@ $(FOR_GPU) -lm
+	$(CC) $(FLAGS) $< -o $@ $(FOR_GPU) $(AND_MPI) -lm
+$(BIN)/train: private AND_MPI = $(FOR_MPI)
+$(BIN)/train: retrofit_ranks.h retrofit_mpi.c $(WITH_MPI)
+
+# train for several processes, whatever MPI says: for make test-mpi.
+$(OUT)/mpi_train: train.c retrofit_ranks.h retrofit_mpi.c retrofit.h $(WITH_C)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) $< -o $@ $(FOR_RANKS) -lm
 
 $(OWN_PRODUCTS): private GEMM := our own kernels
 $(OWN_PRODUCTS): private NVFLAGS += -DRETROFIT_NO_CUBLAS
@@ -161,7 +177,7 @@ $(BIN)/libretrofit.so: retrofit.h $(CUDA_OBJECT) $(WITH_C) $(WITH_LINK)
 	$(CC) $(FLAGS) -fPIC -shared -DRETROFIT_IMPLEMENTATION -x c retrofit.h -x none -o $@ $(FOR_GPU) -lm
 
 # ---- The GPU's file without a GPU: compiled as C++ over the emulator; once more so that every race shows ----
-emulated = $(CC) $(FLAGS) -Wno-unused-function -DRETROFIT_CUDA $< $(filter %.o,$^) -o $@ -lstdc++ -lm
+emulated = $(CC) $(FLAGS) -Wno-unused-function -DRETROFIT_CUDA $< $(filter %.o,$^) -o $@ -lstdc++ -ldl -lm
 
 $(OUT)/emulated.o: retrofit_cuda.cu retrofit.h test/emulator.h $(WITH_CPP)
 	@mkdir -p $(@D)
@@ -174,6 +190,7 @@ $(OUT)/races.o: retrofit_cuda.cu retrofit.h test/emulator.h $(WITH_CPP)
 	$(EMULATE) -O1 -fsanitize=thread -DEMULATOR_NO_MMA_F32 -x c++ $< -o $@
 $(OUT)/emulated_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o $(WITH_C)
 	$(emulated)
+$(OUT)/emulated_train $(OUT)/fuzz_train $(OUT)/faults_train: retrofit_ranks.h
 $(OUT)/emulated_train $(OUT)/emulated_infer: $(OUT)/emulated_%: %.c retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o $(WITH_C)
 	$(emulated)
 $(OUT)/races_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/races.o $(OUT)/emulator.o $(WITH_C)
@@ -181,10 +198,21 @@ $(OUT)/races_%: test/%.c test/test.h test/check.h retrofit.h $(OUT)/races.o $(OU
 $(OUT)/test_emulator: test/test_emulator.cpp test/check.h test/emulator.h $(OUT)/emulator.o $(WITH_CPP)
 	$(CXX) -std=c++17 $(if $(SAN),$(SANITIZE),-O2) $(MARCH) -fno-strict-aliasing $(WARN) $< $(OUT)/emulator.o -o $@
 
+# Several processes on emulated GPUs, with MPI and without, and what they open in NCCL's place.
+$(OUT)/mpi_emulated_train: retrofit_mpi.c $(WITH_MPI)
+$(OUT)/ranks_emulated_train $(OUT)/mpi_emulated_train: train.c retrofit_ranks.h retrofit.h $(OUT)/emulated.o $(OUT)/emulator.o $(WITH_C)
+	$(emulated) -rdynamic $(if $(findstring mpi_,$@),$(FOR_RANKS))
+$(OUT)/nccl/libnccl.so.2: test/nccl_stand_in.c $(WITH_C)
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -fPIC -shared $< -o $@
+
 LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
 test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(OUT)/large $(LIBRARY) $(HOOKED)
 	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),5000,2000)) \
 	    sh test/run.sh $(TESTS) $(HOOKED)
+
+test-mpi: $(BIN)/convert $(BIN)/train $(OUT)/lookup $(addprefix $(OUT)/,mpi_train mpi_emulated_train ranks_emulated_train nccl/libnccl.so.2)
+	@BIN=$(BIN) OUT=$(OUT) sh test/ranks.sh
 
 # ---- On a GPU ----
 ifneq ($(NVCC),)
@@ -249,6 +277,6 @@ clean:
 distclean: clean
 	rm -rf build local
 
-.PHONY: all test test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: all test test-mpi test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

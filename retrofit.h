@@ -174,7 +174,7 @@ typedef struct {
 
 typedef struct {
     retrofit_source_tensor source[3];    // the name of source[0] labels the parameter
-    size_t sources, rows, cols;
+    size_t sources, rows, cols, owner;   // owner: the rank that updates it and has m and v
     retrofit_kind kind;
     retrofit_part part;
     retrofit_weight weight;              // (rows,cols) what the operations read
@@ -198,6 +198,7 @@ typedef struct retrofit_ops retrofit_ops;
 typedef struct {
     retrofit_config config;
     const retrofit_ops *ops;                // of the device that it lives on
+    struct retrofit_ranks *ranks;           // the processes that train it: section 8; NULL: one
     retrofit_parameter wte;                 // (V,d)   token embeddings
     retrofit_layer *prelude, *core, *coda;  // [P], [C], [D]
     retrofit_parameter adapter;             // (d,2d)  [A_s | A_e]; a plain Llama has none
@@ -415,8 +416,7 @@ typedef struct {
 } retrofit_buffers;
 
 // ---- Forward and backward ----------------------------------------------------------------------
-// One pass, piece by piece. tokens (b,t) lie on the host; each is below V and the batch fits, or
-// error.
+// One pass, piece by piece. tokens (b,t) lie on the host; each below V, and all fit, or error.
 bool retrofit_prelude(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t);
 void retrofit_init_state(retrofit_buffers *buffers, float sigma, uint64_t seed);
 // n recurrences without gradient, then k with; k = 0 unless training, and K at most in all.
@@ -426,8 +426,7 @@ void retrofit_coda(retrofit_buffers *buffers); // and the final norm
 bool retrofit_forward(retrofit_buffers *buffers, const int32_t *tokens, size_t b, size_t t,
                       float sigma, uint64_t seed, size_t n, size_t k);
 // The mean loss, in nats, over labels (b,t) that are not -100, of which there may be none; NaN or
-// error if one is not below V.
-// Unless scale is 0 also the gradient of scale·loss, for retrofit_backward to go on from.
+// error if one is not below V. Unless scale is 0 also the gradient of scale·loss, for backward.
 double retrofit_loss(retrofit_buffers *buffers, const int32_t *labels, float scale);
 void retrofit_zero_grad(retrofit_model *model);
 void retrofit_backward(retrofit_buffers *buffers); // adds to the gradient of every parameter
@@ -453,7 +452,7 @@ typedef struct {
 
 // A whole training; retrofit_paper_training, beside the step in section 4, has the paper's numbers.
 typedef struct {
-    size_t steps, accumulate;               // S; micro-batches in a step
+    size_t steps, accumulate, ranks;        // S; micro-batches in a step; processes (0: one)
     size_t mean_recurrence, backprop_depth; // R, K: where the schedules end
     retrofit_curriculum_kind curriculum;
     double curriculum_warmup;               // share of the steps in which the mean grows to R
@@ -496,12 +495,10 @@ retrofit_plan retrofit_plan_step(const retrofit_training *training, const retrof
                                  size_t step);
 void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *plan, size_t step,
                         size_t j, size_t *n, size_t *k);
-// Update t = 1, 2, … from the accumulated gradients; returns their 2-norm before clipping. If that
-// is not finite, nothing changes.
+// Update t = 1, 2, … from the gradients' sum; its 2-norm before clipping. NaN or ∞: no update.
 double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *optimizer,
                                size_t t);
-// That step, whose update is number t (skipped ones do not count), with buffers->B rows in a
-// micro-batch. false or error.
+// That step, whose update is number t (skipped ones don't count); B rows a time. false or error.
 typedef struct retrofit_data retrofit_data; // token shards: section 9
 bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
                             const retrofit_training *training, size_t step, size_t t,
@@ -586,6 +583,10 @@ static inline uint64_t retrofit_hash(uint64_t seed, uint64_t counter);
 static inline float retrofit_hash_normal(uint64_t seed, uint64_t counter);
 // Section 8: a micro-batch's rows, counted from 0 over the training. Section 12: elements as fp32.
 static bool read_micro_batch(retrofit_buffers *buffers, retrofit_data *data, uint64_t index);
+// Section 8: is micro-batch j this process's; parts whose sums over all are due. false or error.
+static void gradients_done(retrofit_model *model, retrofit_part part);
+static bool is_own(retrofit_model *model, const retrofit_training *training, size_t j);
+static bool sum_over_ranks(retrofit_model *model, double *loss);
 void retrofit_to_float(float *out, const void *data, retrofit_type type, size_t n);
 
 // =================================================================================================
@@ -966,11 +967,13 @@ static void injection_backward(retrofit_buffers *buffers) {
 void retrofit_backward(retrofit_buffers *buffers) {
     retrofit_model *model = (retrofit_model *)buffers->model;
     const retrofit_config *c = &model->config;
-    float *dx = buffers->gradients.dx;
+    const float *dx = buffers->gradients.dx;
     blocks_backward(buffers, model->coda, c->coda, buffers->saved.coda);
+    gradients_done(model, RETROFIT_PART_CODA);
     if (!retrofit_is_plain(c)) {
         recurrence_backward(buffers);
         injection_backward(buffers);
+        gradients_done(model, RETROFIT_PART_ADAPTER);
         if (model->wte.frozen) return;
         blocks_backward(buffers, model->prelude, c->prelude, buffers->saved.prelude);
     }
@@ -1025,8 +1028,7 @@ void retrofit_draw_recurrences(uint64_t m, size_t mean, size_t K, size_t *n, siz
 }
 
 // ---- Schedules ---------------------------------------------------------------------------------
-// All of them are functions of the step t = 0 … S - 1. w and c are shares of the S steps; each
-// schedule has its own w.
+// All are functions of the step t = 0 … S - 1. w and c are shares of S; each has its own w.
 //
 //     curriculum     r̄(t) = ceil(R·f(t / ceil(w·S))),  f(x) = x or 1 - √(1 - x);  0 becomes 1
 //     depth          K(t) = ceil(K·(a + (1 - a)·t / ceil(w·S))),  a = start/K, and at most r̄(t)
@@ -1044,8 +1046,7 @@ void retrofit_draw_recurrences(uint64_t m, size_t mean, size_t K, size_t *n, siz
 // beginning), the learning rate at lr until it falls; a warm-up that reaches into the fall goes
 // first, then the rate jumps onto the cosine. At t = S, one step past the end, the authors'
 // schedules return to their starting value: the curriculum to 0, the depth to its start, the rate
-// to a·lr, where its cosine ends anyway. Ours do the same, since the fixtures include that step; no
-// training takes it.
+// to a·lr, where its cosine ends anyway. Ours do so too: the fixtures include that step.
 double retrofit_curriculum(retrofit_curriculum_kind kind, size_t t, size_t S, double w, double R) {
     double warmup = ceil(w * (double)S);
     if (kind == RETROFIT_CURRICULUM_NONE) return R;
@@ -1073,8 +1074,8 @@ double retrofit_learning_rate(size_t t, size_t S, double w, double c, double min
 
 // ---- The training ------------------------------------------------------------------------------
 // The paper's training of TinyLlama: 50,000 steps of 1,024 rows in micro-batches of 8 rows of 1,024
-// tokens. (The authors' 4 to 64 GPUs run as many micro-batches at a time with the same m and draw;
-// here the 128 of a step run one after another, each with an m of its own.)
+// tokens. (The authors' 4 to 64 GPUs run as many micro-batches at a time with the same m and draw,
+// as .ranks do. Here one process runs the 128 one after another, each with an m of its own.)
 const retrofit_training retrofit_paper_training = {
     .steps = 50000, .accumulate = 128, .seed = 1, .sigma = (float)RETROFIT_STATE_STD,
     .mean_recurrence = 32, .curriculum = RETROFIT_CURRICULUM_1_SQRT, .curriculum_warmup = 0.75,
@@ -1111,7 +1112,8 @@ void retrofit_plan_draw(const retrofit_training *training, const retrofit_plan *
     *n = training->fixed_n;
     *k = training->fixed_k;
     if (plan->mean == 0 || training->fixed_k) return;
-    uint64_t m = step * training->accumulate + j + 1;
+    size_t count = training->accumulate / retrofit_max(1, training->ranks);
+    uint64_t m = step * count + j % count + 1;
     retrofit_draw_recurrences(m, plan->mean, plan->depth, n, k, NULL);
 }
 
@@ -1128,16 +1130,17 @@ bool retrofit_training_step(retrofit_buffers *buffers, retrofit_data *data,
     retrofit_zero_grad(model);
     for (size_t j = 0; j < count; j++) {
         uint64_t index = (uint64_t)step * count + j, seed = retrofit_hash(training->seed, index);
-        if (!read_micro_batch(buffers, data, index)) return false;
         retrofit_plan_draw(training, &plan, step, j, &r.n, &r.k);
+        r.flops += retrofit_flops_per_token(c, training->mode, T, r.n, r.k) * (double)(B * T);
+        r.paper_flops += retrofit_paper_flops_per_token(c, r.n, r.k) * (double)(B * T);
+        r.mean_k += (double)r.k / (double)count;
+        if (!is_own(model, training, j)) continue;
+        if (!read_micro_batch(buffers, data, index)) return false;
         if (!retrofit_forward(buffers, tokens, B, T, training->sigma, seed, r.n, r.k)) return false;
         r.loss += retrofit_loss(buffers, labels, 1.0f / (float)count) / (double)count;
         retrofit_backward(buffers);
-        double flops = retrofit_flops_per_token(c, training->mode, T, r.n, r.k);
-        r.flops += flops * (double)(B * T);
-        r.paper_flops += retrofit_paper_flops_per_token(c, r.n, r.k) * (double)(B * T);
-        r.mean_k += (double)r.k / (double)count;
     }
+    if (!sum_over_ranks(model, &r.loss)) return false;
 
     retrofit_optimizer optimizer = training->optimizer;
     optimizer.lr = plan.lr;
@@ -1196,8 +1199,7 @@ static void adamw_update(float *w, float *m, float *v, const float *g, size_t n,
 // V: it leaves them as they are and maps every singular value s to a·s + b·s³ + c·s⁵. Its
 // coefficients (Jordan 2024) are chosen for speed: five times brings all s from .002 to 1 to
 // between .68 and 1.20; it does not converge to 1. The last factor, √(Q/d) for w_qkv, √(2F/d) for
-// w_gate_up, 1 for the others, makes a tall matrix's step change its output as much as a wide
-// one's.
+// w_gate_up, else 1, makes a tall matrix's step change its output as much as a wide one's.
 //
 // w_qkv and w_gate_up are orthogonalised whole, although they stack three and two matrices. If two
 // stacked gradients both have the input direction x, with singular values s₁ and s₂, the stack has
@@ -1336,7 +1338,7 @@ double retrofit_optimizer_step(retrofit_model *model, const retrofit_optimizer *
         bool repeated = p->part == RETROFIT_PART_CORE || p->part == RETROFIT_PART_ADAPTER;
         float slower = repeated && o->throttle > 0 ? o->throttle : 1;
         float lr = o->lr / slower;
-        if (p->frozen) continue;
+        if (!p->m) continue; // frozen, or updated by another process
         if (retrofit_by_muon(p, o->kind)) muon_step(model, p, o, scale, o->muon_lr / slower);
         else if (o->kind == RETROFIT_ELLISADAM)
             ellisadam_step(model, p, o, scale, lr, t, bias1, bias2);
@@ -1385,8 +1387,7 @@ static void embedding_backward(float *dwte, const int32_t *tokens, const float *
 // ---- RMSNorm -----------------------------------------------------------------------------------
 //     y = ρ·x∘w                     dx += ρ·(g - ρ²·mean(g∘x)·x)     with g = dy∘w
 //     ρ = 1/√(mean(x²) + ε)         dw += Σ_n ρ_n·dy_n∘x_n
-// The second term of dx is ρ's own derivative, ∂ρ/∂x = -ρ³·x/d. Where act is bf16, y alone is
-// rounded.
+// dx has ρ's own derivative as its second term, ∂ρ/∂x = -ρ³·x/d. In bf16 y alone is rounded.
 static void rmsnorm_forward(act *out, float *rstd, const float *x, const float *weight, size_t N,
                             size_t d, float eps) {
     float *y = out;
@@ -2901,6 +2902,42 @@ bool retrofit_optimizer_init(retrofit_model *model, retrofit_optimizer_kind kind
 void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
                              retrofit_optimizer_kind kind, size_t *weights, size_t *gradients,
                              size_t *moments);
+
+// ---- Several processes train together: retrofit_ranks.h ----------------------------------------
+
+// What a step calls, and what it is done with: retrofit_mpi.c has it for CPUs, retrofit_cuda.cu for
+// GPUs. Each process computes micro-batches of its own and updates parameters of its own.
+typedef struct retrofit_ranks retrofit_ranks;
+struct retrofit_ranks {
+    size_t rank, count;        // this process, of so many
+    size_t local, local_count; // the same among those on this machine
+    double patience;           // seconds that it waits for the others
+    bool failed;               // an exchange did: retrofit_error() says why
+    bool (*is_own)(retrofit_model *model, const retrofit_training *training, size_t j);
+    void (*gradients_done)(retrofit_model *model, retrofit_part part);
+    bool (*sum)(retrofit_model *model, double *loss);
+    void (*deal)(retrofit_model *model, retrofit_optimizer_kind kind);
+    void (*gather_weights)(retrofit_model *model);
+    // On the device of the model: x becomes its sum over the ranks, on a CPU from the last to the
+    // first; all get the x that `root` has. A GPU does both beside its other work, until `finish`,
+    // which is NULL on a CPU. false or error.
+    bool (*all_reduce)(retrofit_ranks *ranks, float *x, size_t n);
+    bool (*broadcast)(retrofit_ranks *ranks, float *x, size_t n, size_t root);
+    bool (*finish)(retrofit_ranks *ranks);
+    // NULL without MPI: rank 0's bytes on the host, to all; answers who asks whether this rank is
+    // there; who does not answer, or `count`; the end, of all at once unless the code is 0.
+    void (*share)(void *bytes, size_t size);
+    void (*answer)(const retrofit_ranks *ranks);
+    size_t (*silent)(const retrofit_ranks *ranks);
+    void (*end)(int code);
+};
+bool retrofit_mpi_start(retrofit_ranks *ranks); // false or error
+// They meet at that path, a file that rank 0 makes, where there is no MPI. false or error.
+bool retrofit_nccl_start(retrofit_ranks *ranks, const char *meeting);
+// Which process this is, as mpirun, srun or torchrun have it in the environment.
+void retrofit_ranks_find(retrofit_ranks *ranks);
+extern bool retrofit_silent; // neither notes nor live lines
+
 // Rows first … first + count - 1 of the logits (N,V), to the host.
 void retrofit_logits(retrofit_buffers *buffers, size_t first, size_t count, float *logits);
 // Σ x² of n numbers on the device, to the host. Needs the optimizer's memory.
@@ -3877,6 +3914,7 @@ static void refresh_weight(const retrofit_model *model, const retrofit_parameter
 }
 
 void retrofit_refresh_weights(retrofit_model *model) {
+    if (model->ranks) model->ranks->gather_weights(model);
     for (size_t i = 0; i < model->parameter_count; i++)
         refresh_weight(model, model->parameters[i]);
     if (model->config.tied) refresh_weight(model, &model->lm_head);
@@ -3887,10 +3925,12 @@ void retrofit_refresh_weights(retrofit_model *model) {
 // hold products of x with itself, which are square, and as wide as a matrix's shorter side.
 static void lay_out_moments(retrofit_model *model, arena *a, retrofit_optimizer_kind kind) {
     size_t size = retrofit_type_size(model->ops->act_type), max_count = 0, max_side = 0;
+    size_t rank = model->ranks ? model->ranks->rank : 0;
+    if (model->ranks) model->ranks->deal(model, kind);
     for (size_t i = 0; i < model->parameter_count; i++) {
         retrofit_parameter *parameter = model->parameters[i];
         size_t rows = parameter->rows, cols = parameter->cols;
-        if (parameter->frozen) continue;
+        if (parameter->frozen || parameter->owner != rank) continue;
         parameter->m = arena_alloc(a, rows * cols, sizeof(float));
         if (retrofit_by_muon(parameter, kind)) {
             parameter->v = NULL;
@@ -3929,6 +3969,45 @@ void retrofit_training_bytes(retrofit_model *model, retrofit_mode mode,
     *weights = for_weights.used;
     *gradients = for_gradients.used;
     *moments = for_moments.used;
+}
+
+// ---- Several processes -------------------------------------------------------------------------
+static bool is_own(retrofit_model *model, const retrofit_training *training, size_t j) {
+    return !model->ranks || model->ranks->is_own(model, training, j);
+}
+
+static void gradients_done(retrofit_model *model, retrofit_part part) {
+    if (model->ranks) model->ranks->gradients_done(model, part);
+}
+
+static bool sum_over_ranks(retrofit_model *model, double *loss) {
+    return !model->ranks || model->ranks->sum(model, loss);
+}
+
+// What launchers say: rank, number of ranks, and the same on this machine. Where mpirun was started
+// in a job of Slurm, both do. (A job's script has SLURM_PROCID too, and is one task.)
+void retrofit_ranks_find(retrofit_ranks *ranks) {
+    static const char *const names[][4] = {
+        {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+         "OMPI_COMM_WORLD_LOCAL_SIZE"},
+        {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"},
+        {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"},
+        {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"},
+    };
+    *ranks = (retrofit_ranks){.count = 1, .local_count = 1, .patience = 1800};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        size_t said[4];
+        for (size_t j = 0; j < 4; j++) {
+            const char *value = getenv(names[i][j]);
+            said[j] = value ? strtoul(value, NULL, 10) : 0;
+        }
+        if (said[1] < 2 || said[0] >= said[1]) continue;
+        ranks->rank = said[0];
+        ranks->count = said[1];
+        ranks->local = said[2];
+        ranks->local_count = retrofit_max(said[3], 1);
+        return;
+    }
 }
 
 // ---- RoPE's table ------------------------------------------------------------------------------
@@ -6166,7 +6245,8 @@ bool retrofit_save_optimizer(const retrofit_model *model, const char *directory,
 
 static bool upload_moments(const retrofit_model *model, const retrofit_map *map,
                            const tensor_list *list) {
-    if (list->count != map->count)
+    bool alone = !model->ranks || model->ranks->count == 1; // the others have the rest of them
+    if (alone && list->count != map->count)
         return retrofit_fail("%s: %zu moments where the optimizer has %zu: was it another one?",
                              map->path, map->count, list->count);
     for (size_t i = 0; i < list->count; i++) {
@@ -11847,7 +11927,10 @@ void retrofit_make_line(char *text) {
     }
 }
 
+bool retrofit_silent;
+
 void retrofit_say(const char *who, char *text) {
+    if (retrofit_silent) return;
     retrofit_make_line(text);
     retrofit_live_line(NULL);
     fprintf(stderr, "%s: %s\n", who, text);
@@ -11928,6 +12011,7 @@ size_t retrofit_live_columns(void) {
 }
 
 void retrofit_live_line(const char *text) {
+    if (retrofit_silent) return;
     static volatile sig_atomic_t shown;
     static const char erase[] = "\r\033[K";
     if (!text) {

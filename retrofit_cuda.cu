@@ -21,7 +21,7 @@
 
    Contents
      1  the machine: PTX, blocks of 16x16, tiles, eight numbers at a time, sums
-     2  the device: start, errors, memory, launches, recording
+     2  the device: start, errors, memory, launches, recording, several GPUs
      3  matrix products: few rows, cuBLASLt, our own
      4  the operations
      5  the tables
@@ -29,16 +29,19 @@
    Without nvcc this file compiles as C++ over test/emulator.h, which runs the threads of each
    kernel on the CPU. That is how it is tested on machines without a GPU. */
 #include "retrofit.h"
+#include <dlfcn.h>
+#include <errno.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <time.h>
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #ifndef RETROFIT_NO_CUBLAS
 #include <cublasLt.h>
-#include <dlfcn.h>
 #define WITH_CUBLAS 1
 #endif
 #else
@@ -528,11 +531,21 @@ template <size_t BYTES, typename K> static void allow_shared_memory(K *kernel) {
 // Does nothing. Its launch fails if this file was compiled for other GPUs only.
 __global__ void probe_kernel(void) {}
 
+// The first one, or that of this process among several on this machine. Its name, in messages,
+// names the process too.
 static cudaError_t find_device(void) {
+    retrofit_ranks ranks;
     int count = 0, driver = 0; // driver 0: there is none
     cudaError_t error = cudaGetDeviceCount(&count);
     if (!cudaDriverGetVersion(&driver) && driver == 0) error = cudaErrorNoDevice;
-    if (error == cudaSuccess) error = cudaGetDeviceProperties(&device, 0);
+    retrofit_ranks_find(&ranks);
+    int own = error == cudaSuccess ? (int)(ranks.local % (size_t)count) : 0;
+    if (error == cudaSuccess) error = cudaSetDevice(own);
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(&device, own);
+    size_t used = strlen(device.name);
+    if (error == cudaSuccess && ranks.count > 1)
+        snprintf(device.name + used, sizeof device.name - used, " (GPU %d, rank %zu)", own,
+                 ranks.rank);
     return error;
 }
 
@@ -667,6 +680,154 @@ static void cuda_replay(void *recording) {
 
 static void cuda_record_free(void *recording) {
     check_cuda(cudaGraphExecDestroy((cudaGraphExec_t)recording), "freeing a recording");
+}
+
+// ---- Several GPUs: NCCL ------------------------------------------------------------------------
+// NCCL is opened when several processes train (retrofit_ranks.h), each with a GPU of its own. Its
+// sums go to a stream of their own: they wait for what was asked of `stream` before them, and what
+// `stream` does after nccl_finish waits for them. In between both work side by side.
+//
+// What of nccl.h is needed, as it is in NCCL 2.
+typedef struct ncclComm *ncclComm_t;
+struct ncclUniqueId { char internal[128]; };
+enum { NCCL_SUCCESS = 0, NCCL_IN_PROGRESS = 7, NCCL_FLOAT = 7, NCCL_SUM = 0 };
+#define NCCL_FUNCTIONS(X)                                                                          \
+    X(ncclGetUniqueId, int, (ncclUniqueId *id))                                                    \
+    X(ncclCommInitRank, int, (ncclComm_t *comm, int count, ncclUniqueId id, int rank))             \
+    X(ncclCommGetAsyncError, int, (ncclComm_t comm, int *error))                                   \
+    X(ncclGetErrorString, const char *, (int error))                                               \
+    X(ncclAllReduce, int, (const void *from, void *to, size_t n, int type, int operation,          \
+                           ncclComm_t comm, cudaStream_t on))                                      \
+    X(ncclBroadcast, int, (const void *from, void *to, size_t n, int type, int root,               \
+                           ncclComm_t comm, cudaStream_t on))
+static struct {
+    ncclComm_t comm;
+    cudaStream_t on;
+    cudaEvent_t asked, done; // what a sum waits for, and what waits for the sums
+#define X(function, type, parameters) type (*function) parameters;
+    NCCL_FUNCTIONS(X)
+#undef X
+} nccl;
+
+static bool open_nccl(void) {
+    void *library = dlopen("libnccl.so.2", RTLD_NOW | RTLD_LOCAL);
+    if (!library)
+        return retrofit_fail("%s: several GPUs need NCCL (pip: nvidia-nccl-cu13), in a folder of "
+                             "LD_LIBRARY_PATH", dlerror());
+#define X(f, type, parameters)                                       \
+    nccl.f = reinterpret_cast<decltype(nccl.f)>(dlsym(library, #f)); \
+    if (!nccl.f) return retrofit_fail("libnccl.so.2 lacks %s", #f);
+    NCCL_FUNCTIONS(X)
+#undef X
+    return true;
+}
+
+// false or error.
+static bool nccl_ok(int error, const char *what) {
+    return error == NCCL_SUCCESS ||
+           retrofit_fail("NCCL: %s: %s", what, nccl.ncclGetErrorString(error));
+}
+
+static void follow_stream(void) {
+    check_cuda(cudaEventRecord(nccl.asked, stream), "exchanging");
+    check_cuda(cudaStreamWaitEvent(nccl.on, nccl.asked, 0), "exchanging");
+}
+
+static bool nccl_all_reduce(retrofit_ranks *, float *x, size_t n) {
+    follow_stream();
+    return nccl_ok(nccl.ncclAllReduce(x, x, n, NCCL_FLOAT, NCCL_SUM, nccl.comm, nccl.on),
+                   "adding gradients");
+}
+
+static bool nccl_broadcast(retrofit_ranks *, float *x, size_t n, size_t root) {
+    follow_stream();
+    return nccl_ok(nccl.ncclBroadcast(x, x, n, NCCL_FLOAT, (int)root, nccl.comm, nccl.on),
+                   "gathering weights");
+}
+
+static bool give_up(retrofit_ranks *ranks, double seconds) {
+    size_t silent = ranks->silent ? ranks->silent(ranks) : ranks->count;
+    if (silent < ranks->count)
+        return retrofit_fail("no answer from rank %zu for %.3g s (--patience): the newest "
+                             "checkpoint is whole, --resume goes on", silent, seconds);
+    return retrofit_fail("an exchange takes more than %.3g s (--patience): does another rank hang? "
+                         "The newest checkpoint is whole, --resume goes on", seconds);
+}
+
+// Waits on the host, so that a rank that is missing is noticed.
+static bool nccl_finish(retrofit_ranks *ranks) {
+    double begin = retrofit_seconds(), patience = ranks->patience + 3 * (double)ranks->rank;
+    check_cuda(cudaEventRecord(nccl.done, nccl.on), "exchanging");
+    check_cuda(cudaStreamWaitEvent(stream, nccl.done, 0), "exchanging");
+    for (;;) {
+        int error = NCCL_SUCCESS;
+        cudaError_t event = cudaEventQuery(nccl.done);
+        if (event == cudaSuccess) return true;
+        if (event != cudaErrorNotReady) check_cuda(event, "exchanging");
+        if (!nccl_ok(nccl.ncclCommGetAsyncError(nccl.comm, &error), "asking for errors"))
+            return false;
+        if (error != NCCL_IN_PROGRESS && !nccl_ok(error, "an exchange")) return false;
+        double seconds = retrofit_seconds() - begin;
+        if (seconds > 0.1 && ranks->answer) ranks->answer(ranks);
+        if (seconds > patience) return give_up(ranks, seconds);
+    }
+}
+
+// Where there is no MPI, rank 0 leaves the number by which NCCL's processes find each other in a
+// file. One that a run left that was stopped just then is older than this process.
+static bool write_meeting(const char *path, const ncclUniqueId *id) {
+    char temporary[RETROFIT_PATH];
+    snprintf(temporary, sizeof temporary, "%.*s.new", RETROFIT_PATH - 8, path);
+    FILE *file = fopen(temporary, "wb");
+    bool ok = file && fwrite(id, sizeof *id, 1, file) == 1;
+    if (file && fclose(file) != 0) ok = false;
+    if (ok && rename(temporary, path) == 0) return true;
+    retrofit_fail("%s: %s", path, strerror(errno));
+    remove(temporary);
+    return false;
+}
+
+static bool read_meeting(const char *path, time_t begin, ncclUniqueId *id) {
+    struct stat status;
+    enum { APART = 60 }; // seconds between the starts of two processes, and between their clocks
+    if (stat(path, &status) || status.st_mtime < begin - APART) return false;
+    FILE *file = fopen(path, "rb");
+    bool ok = file && fread(id, sizeof *id, 1, file) == 1;
+    if (file) fclose(file);
+    return ok;
+}
+
+static bool meet(retrofit_ranks *ranks, const char *path, ncclUniqueId *id) {
+    time_t begin = time(NULL);
+    if (ranks->rank == 0) remove(path);
+    if (ranks->rank == 0 && !nccl_ok(nccl.ncclGetUniqueId(id), "beginning")) return false;
+    if (ranks->share) {
+        ranks->share(id, sizeof *id);
+        return true;
+    }
+    if (ranks->rank == 0) return write_meeting(path, id);
+    while (!read_meeting(path, begin, id)) {
+        struct timespec pause = {0, 50000000};
+        nanosleep(&pause, NULL);
+        if (difftime(time(NULL), begin) > ranks->patience)
+            return retrofit_fail("%s: rank 0 did not leave it within %.3g s", path,
+                                 ranks->patience);
+    }
+    return true;
+}
+
+bool retrofit_nccl_start(retrofit_ranks *ranks, const char *meeting) {
+    ncclUniqueId id;
+    if (!open_nccl() || !meet(ranks, meeting, &id)) return false;
+    check_cuda(cudaStreamCreateWithFlags(&nccl.on, cudaStreamNonBlocking), "exchanging");
+    check_cuda(cudaEventCreateWithFlags(&nccl.asked, cudaEventDisableTiming), "exchanging");
+    check_cuda(cudaEventCreateWithFlags(&nccl.done, cudaEventDisableTiming), "exchanging");
+    int error = nccl.ncclCommInitRank(&nccl.comm, (int)ranks->count, id, (int)ranks->rank);
+    if (!ranks->share && ranks->rank == 0) remove(meeting);
+    ranks->all_reduce = nccl_all_reduce;
+    ranks->broadcast = nccl_broadcast;
+    ranks->finish = nccl_finish;
+    return nccl_ok(error, "connecting");
 }
 
 // =================================================================================================

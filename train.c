@@ -3,6 +3,7 @@
 // command line, the loop, what it prints, and what keeps a run from being lost.
 #define RETROFIT_IMPLEMENTATION
 #include "retrofit.h"
+#include "retrofit_ranks.h"
 #include <float.h>
 #include <signal.h>
 #include <sys/statvfs.h>
@@ -22,9 +23,11 @@ static struct {
     const char *fixed_recurrences, *eval_recurrences, *sample_prompts;
     size_t batch_size, micro_batch_size, seq_len, seed; // batch_size, seq_len: 0 until completed
     size_t save_every, keep, eval_every, eval_rows, sample_tokens, max_bad_steps;
+    size_t as_ranks;                                    // 0 until completed
     double beta1, beta2, weight_decay, clip;
     double flops, time_limit, save_before;              // time_limit, save_before: minutes
     double gpu_memory, gpu_tflops;                      // of a GPU that is only planned with
+    double patience;                                    // minutes
     int optimizer, train, curriculum, state_init;       // indices of choices
     int device, precision, dry_run;
     bool shuffle, resume, resume_anyway, recompute;
@@ -36,6 +39,7 @@ static struct {
     .sample_tokens = 32,
     .max_bad_steps = 5,
     .save_before = 5,
+    .patience = 30,
     .precision = NOT_GIVEN,
 };
 
@@ -144,6 +148,10 @@ static const retrofit_option option_table[] = {
      "of matrices and activations on a GPU; masters and sums are fp32 (bf16)"},
     {"recompute", RETROFIT_FLAG, &options.recompute, NULL,
      "keep a sixth of the activations and compute the rest again: a quarter more work"},
+    {"as-ranks", RETROFIT_SIZE, &options.as_ranks, "N",
+     "the draws and sums of N processes, to the bit on CPUs (as many as mpirun starts)"},
+    {"patience", RETROFIT_REAL, &options.patience, "MINUTES",
+     "how long a rank waits for another one before it ends them all (30)"},
     {"gpu-memory", RETROFIT_REAL, &options.gpu_memory, "GB",
      "with --dry-run: plan for a GPU that is not here, with so much memory (H100: 80)"},
     {"gpu-tflops", RETROFIT_REAL, &options.gpu_tflops, "N",
@@ -178,6 +186,7 @@ static struct {
     retrofit_keep keep;             // which activations are kept for backward
     retrofit_data *data, *val;      // val: NULL without --val
     size_t data_rows;
+    retrofit_ranks ranks;           // the processes that train together: usually this one alone
     retrofit_model *model;          // until `load` without memory
     retrofit_buffers *buffers;
     double *state_rms;              // [backprop depth + 1] for the log
@@ -223,7 +232,7 @@ __attribute__((format(printf, 1, 2))) static void message(const char *format, ..
     va_end(args);
     retrofit_make_line(text);
     end_live_line();
-    fprintf(stderr, "%s\n", text);
+    if (run.ranks.rank == 0) fprintf(stderr, "%s\n", text);
 }
 
 // Appends to a text that has memory for so many bytes.
@@ -240,11 +249,26 @@ static bool save(void);
 
 // The steps that were made since the last checkpoint, in one. Returns what became of them.
 static const char *save_unsaved_steps(void) {
-    if (!run.training || progress.step == run.saved_step) return "";
+    if (!run.training || progress.step == run.saved_step || run.ranks.count > 1) return "";
     run.training = false; // what fails from here on has had its chance
     return save() ? "; the steps before it are saved: --resume goes on from there"
                   : "; the steps before it could not be saved either, the checkpoint before is "
                     "untouched";
+}
+
+static volatile sig_atomic_t caught_signal; // the one that asked the run to stop; 0: none yet
+
+// Where there are several ranks the line names this one, and all end. What fails on each of them is
+// said by the first alone: the others give it time to. A rank that waits in vain after SIGTERM is
+// ended by another one, which has said why.
+__attribute__((noreturn)) static void end_ranks(int code, const char *text) {
+    bool ended = run.ranks.failed && caught_signal == SIGTERM;
+    signal(SIGTERM, SIG_DFL);
+    if (run.ranks.rank > 0 && !run.ranks.failed)
+        sleep((unsigned)retrofit_min(1 + run.ranks.rank, 60));
+    if (!ended) fprintf(stderr, "train: rank %zu: %s\n", run.ranks.rank, text);
+    if (run.ranks.end) run.ranks.end(code);
+    exit(code);
 }
 
 // Ends the program with a line on stderr. Exit code 1: something failed; 2: bad usage.
@@ -257,6 +281,7 @@ __attribute__((format(printf, 2, 3), noreturn)) static void die(int code, const 
     retrofit_make_line(text);
     const char *saved = save_unsaved_steps();
     end_live_line();
+    if (run.ranks.count > 1) end_ranks(code, text);
     fprintf(stderr, "train: %s%s\n", text, saved);
     exit(code);
 }
@@ -425,7 +450,23 @@ static int read_options(int argc, char **argv) {
     }
     if (!options.model || (!options.dry_run && (!options.data || !options.out)))
         die(2, "--model, --data, --out and --steps are needed (see --help)");
+    bool as_many = !options.as_ranks && !run.taken_up && run.ranks.count > 1;
+    if (as_many) options.as_ranks = run.ranks.count;
     return -1;
+}
+
+// All ranks read the same options: the first says what is wrong with them.
+static int read_options_once(int argc, char **argv) {
+    retrofit_silent = run.ranks.rank > 0;
+    if (!retrofit_silent) return read_options(argc, argv);
+    int nothing = open("/dev/null", O_WRONLY), errors = dup(STDERR_FILENO);
+    dup2(nothing, STDOUT_FILENO);
+    dup2(nothing, STDERR_FILENO);
+    int code = read_options(argc, argv);
+    dup2(errors, STDERR_FILENO);
+    close(errors);
+    close(nothing);
+    return code;
 }
 
 static void read_config(void) {
@@ -457,6 +498,7 @@ static void complete_options(void) {
     const retrofit_config *config = &run.config;
     if (!options.batch_size) options.batch_size = options.micro_batch_size;
     if (!options.seq_len) options.seq_len = retrofit_min(config->context, 1024);
+    if (!options.as_ranks) options.as_ranks = 1;
     bool zero = !training.mean_recurrence || !training.backprop_depth;
     if (zero) die(2, "--mean-recurrence and --backprop-depth are at least 1");
     if (training.mean_recurrence == SIZE_MAX) training.mean_recurrence = config->mean_recurrence;
@@ -483,6 +525,7 @@ static void check_ranges(void) {
         {"flops", options.flops, 0, 1e300},
         {"time-limit", options.time_limit, 0, 1e9},
         {"save-before", options.save_before, 0, 1e9},
+        {"patience", options.patience, 0.01, 1e9},
         {"gpu-memory", options.gpu_memory, 0, 1e9},
         {"gpu-tflops", options.gpu_tflops, 0, 1e9},
     };
@@ -499,6 +542,10 @@ static void check_batches(void) {
     if (batch > MAX_BATCH_SIZE) die(2, "--batch-size is at most %d", MAX_BATCH_SIZE);
     if (!micro || batch % micro)
         die(2, "--batch-size %zu is not a multiple of --micro-batch-size %zu", batch, micro);
+    size_t ranks = retrofit_max(1, run.ranks.count), parts = options.as_ranks;
+    if (batch / micro % ranks || batch / micro % parts)
+        die(2, "--batch-size %zu is %zu micro-batches of %zu: not a multiple of %zu ranks", batch,
+            batch / micro, micro, batch / micro % ranks ? ranks : parts);
     if (options.seq_len > run.config.context)
         die(2, "--seq-len %zu is more than the model's context of %zu", options.seq_len,
             run.config.context);
@@ -596,6 +643,8 @@ static void fill_training(void) {
     static const float eps[] = {1e-8f, 1e-10f, 1e-6f}; // AdamW's, of AdamW beside Muon, AdamW*'s
     retrofit_optimizer *optimizer = &training.optimizer;
     training.accumulate = options.batch_size / options.micro_batch_size;
+    training.ranks = options.as_ranks;
+    run.ranks.patience = 60 * options.patience;
     training.curriculum = options.curriculum;
     training.mode = RETROFIT_TRAINING + options.train;
     training.seed = options.seed;
@@ -610,7 +659,6 @@ static void fill_training(void) {
 
 // ---- When to stop ------------------------------------------------------------------------------
 
-static volatile sig_atomic_t caught_signal; // the one that asked the run to stop; 0: none yet
 static bool on_terminal;                    // stderr is one: a signal is answered there
 static double start_time;                   // when the program began; all times are in seconds
 static double seconds_per_flop;             // of the slowest step
@@ -635,6 +683,7 @@ static void catch_signals(void) {
     sigaction(SIGTERM, &action, NULL);
     bool ignored = !sigaction(SIGHUP, NULL, &before) && before.sa_handler == SIG_IGN;
     if (!ignored) sigaction(SIGHUP, &action, NULL);
+    if (run.ranks.count > 1) sigaction(SIGUSR1, &action, NULL); // mpirun hands this one on
 }
 
 // Whether to stop now: a signal came, or work of so many FLOPs would end after saving must begin.
@@ -650,6 +699,14 @@ static bool should_stop(double flops) {
 static bool is_end(size_t step, double flops) {
     if (step >= training.steps) return true;
     return options.flops > 0 && flops >= options.flops;
+}
+
+// Whether any of the ranks says yes. They wait for each other here.
+static bool any_rank(bool yes) {
+    require(ranks_exchange(&run.ranks, run.ops, yes));
+    for (size_t i = 0; i < run.ranks.count; i++)
+        if (ranks_state.numbers[i] != 0) return true;
+    return false;
 }
 
 static bool finished(void) { return is_end(progress.step, progress.flops); }
@@ -915,6 +972,7 @@ static void close_samples(void) {
 // Samples and validation. Their last line in the log, "val" or "sampled", says that both are done:
 // a run that was stopped before it does both again. Returns false if the run is to stop.
 static bool evaluate(void) {
+    if (run.ranks.rank > 0) return true; // the first does it
     double begin = retrofit_seconds();
     if (options.sample_prompts && !sample()) return false;
     if (run.val && !validate()) return false;
@@ -1148,8 +1206,10 @@ static void describe_hyperparameters(char text[HYPERPARAMETERS_SIZE]) {
     const retrofit_training *t = &training;
     const size_t size = HYPERPARAMETERS_SIZE;
     text[0] = 0;
-    append(text, size, "steps=%zu batch-size=%zu micro-batch-size=%zu seq-len=%zu", t->steps,
-           options.batch_size, options.micro_batch_size, options.seq_len);
+    append(text, size, "steps=%zu batch-size=%zu micro-batch-size=%zu", t->steps,
+           options.batch_size, options.micro_batch_size);
+    if (t->ranks > 1) append(text, size, ",as-ranks=%zu", t->ranks);
+    append(text, size, " seq-len=%zu", options.seq_len);
     append(text, size, " train=%s optimizer=%s throttle=%d", train_names[options.train],
            optimizer_names[options.optimizer], t->throttle);
     append(text, size, " lr=%.9g muon-lr=%.9g", t->lr, t->muon_lr);
@@ -1273,7 +1333,7 @@ static bool save_optimizer(const char *directory) {
         "norm", norm, "paper_flops", paper_flops, "recipe", hyperparameters,
         "data", run.data_shards, run.val_shards ? "val" : NULL, run.val_shards, NULL,
     };
-    return retrofit_save_optimizer(run.model, directory, metadata);
+    return ranks_save_optimizer(run.model, directory, metadata);
 }
 
 // A checkpoint gets the tokenizer's files as they lie there when it is written.
@@ -1345,6 +1405,11 @@ static bool link_latest(const char *name) {
 static bool save(void) {
     double begin = retrofit_seconds();
     char name[32], path[RETROFIT_PATH];
+    if (!ranks_gather_moments(run.model)) return false;
+    if (run.ranks.rank > 0) {
+        run.saved_step = progress.step;
+        return true;
+    }
     checkpoint_name(name, progress.step);
     bool ok = retrofit_path(path, options.out, name) && check_disk();
     char *temporary = ok ? retrofit_directory_begin(path) : NULL;
@@ -1476,6 +1541,7 @@ static bool begins_with(const char *s, const char *with) { return !strncmp(s, wi
 static bool cut_log(void) {
     size_t size, kept = 0;
     bool evaluated = true; // a log without lines lacks none
+    if (run.ranks.rank > 0) return evaluated;
     if (access(run.log_path, F_OK) && errno == ENOENT) return evaluated;
     char *log = retrofit_read_file(run.log_path, &size);
     require(log);
@@ -1519,7 +1585,7 @@ static bool is_file_at(int fd, const char *path) {
 
 static void lock_output(void) {
     char path[RETROFIT_PATH];
-    if (*lock_path) return;
+    if (*lock_path || run.ranks.rank > 0) return;
     require(retrofit_path(path, options.out, "lock"));
     for (;;) {
         struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
@@ -1967,6 +2033,19 @@ static void choose_device(void) {
     require(run.model);
 }
 
+// Where nobody has chosen threads or processors, the ranks of a machine share its processors.
+static void start_ranks(void) {
+    char meeting[RETROFIT_PATH];
+#ifdef _OPENMP
+    size_t all = (size_t)sysconf(_SC_NPROCESSORS_ONLN), given = (size_t)omp_get_num_procs();
+    bool shared = run.ranks.count > 1 && given == all && !getenv("OMP_NUM_THREADS");
+    if (shared) omp_set_num_threads((int)retrofit_max(1, given / run.ranks.local_count));
+#endif
+    snprintf(meeting, sizeof meeting, "%s.ranks", options.out);
+    require(ranks_start(&run.ranks, run.ops, meeting));
+    run.model->ranks = &run.ranks;
+}
+
 // Shards that another tokenizer made are refused.
 static void check_tokenizer(void) {
     errno = 0;
@@ -2089,7 +2168,9 @@ static void load_model(void) {
     retrofit_shows_shares = true;
     run.model = retrofit_load(run.source, run.ops, training.mode);
     retrofit_shows_shares = false; // while steps are shown, saving is not
-    require(run.model && retrofit_optimizer_init(run.model, training.optimizer.kind));
+    require(run.model);
+    run.model->ranks = &run.ranks;
+    require(retrofit_optimizer_init(run.model, training.optimizer.kind));
 
     retrofit_config *config = &run.model->config;
     training.sigma = options.state_init ? 0 : config->state_std;
@@ -2149,6 +2230,12 @@ static void mend_latest(void) {
 }
 
 static void open_output(void) {
+    any_rank(false); // all have read what is there
+    if (run.ranks.rank > 0) {
+        run.log = fopen("/dev/null", "wb");
+        require(run.log || retrofit_fail("/dev/null: %s", strerror(errno)));
+        return;
+    }
     char out[RETROFIT_PATH];
     snprintf(out, sizeof out, "%s", options.out);
     require(retrofit_make_directories(out, false));
@@ -2169,10 +2256,14 @@ static void open_output(void) {
 static void begin_training(void) {
     plan_rest();
     run.train_start = retrofit_seconds();
-    message("%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s",
+    char of[96] = "";
+    if (run.ranks.count > 1)
+        snprintf(of, sizeof of, ", %zu ranks, the first with %.0f %% of the moments",
+                 run.ranks.count, 100 * ranks_share(&run.ranks));
+    message("%s%zu parameters, %zu rows of %zu tokens, %zu steps of %zu, %.3g FLOPs, on %s%s",
             run.first_step ? "resumed: " : "", run.model->weight_count, run.data_rows,
             options.seq_len, training.steps, options.batch_size * options.seq_len,
-            run.planned_flops, run.device);
+            run.planned_flops, run.device, of);
     if (finished()) {
         message("all steps are done already: nothing is left to train");
     } else {
@@ -2188,6 +2279,7 @@ static void train_step(void) {
     double begin = retrofit_seconds();
     size_t update = progress.step - progress.skipped + 1; // the optimizer counts what it does
     require(retrofit_training_step(run.buffers, run.data, &training, progress.step, update, &step));
+    require(!run.ranks.failed);
     double seconds = retrofit_seconds() - begin;
 
     progress.step++;
@@ -2205,11 +2297,11 @@ static void train_step(void) {
 static void train(void) {
     double next_flops = 0; // of the step to come
     while (!finished()) {
-        if (should_stop(next_flops) && progress.step > 0) break;
+        if (any_rank(should_stop(next_flops)) && progress.step > 0) break;
         train_step();
 
         next_flops = cost_of_steps(progress.step, progress.step + 1).flops;
-        bool save_now = finished() || should_stop(next_flops);
+        bool save_now = any_rank(finished() || should_stop(next_flops));
         if (options.save_every && progress.step % options.save_every == 0) save_now = true;
         if (save_now) save_or_die();
         if (evaluation_due()) run.evaluated = !should_stop(0) && evaluate();
@@ -2219,15 +2311,17 @@ static void train(void) {
 
 static void report(void) {
     end_live_line();
+    if (run.ranks.rank > 0) return;
     if (finished() && (run.evaluated || !evaluation_due())) {
         fprintf(stderr, "%s after %zu steps, %.3g FLOPs, %.0f s\n", run.latest, progress.step,
                 progress.flops, retrofit_seconds() - run.train_start);
         return;
     }
-    const char *reason = "--time-limit";
+    const char *reason = options.time_limit > 0 ? "--time-limit" : "a signal to another rank";
     if (caught_signal == SIGINT) reason = "SIGINT";
     if (caught_signal == SIGTERM) reason = "SIGTERM";
     if (caught_signal == SIGHUP) reason = "SIGHUP";
+    if (caught_signal == SIGUSR1) reason = "SIGUSR1";
     fprintf(stderr, "train: %s: stopped after step %zu of %zu, saved in %s: --resume goes on\n",
             reason, progress.step, training.steps, run.latest);
 }
@@ -2245,13 +2339,16 @@ static void close_run(void) {
     free(run.val_shards);
     free(run.options.bytes);
     free(run.taken_up);
+    ranks_free(run.ops);
+    if (run.ranks.end) run.ranks.end(0);
 }
 
 int main(int argc, char **argv) {
     retrofit_share_processors(argv);
     start_time = retrofit_seconds();
+    retrofit_ranks_find(&run.ranks);
     set_defaults();
-    int code = read_options(argc, argv);
+    int code = read_options_once(argc, argv);
     if (code >= 0) return code;
     remember_options();
     read_config();
@@ -2276,10 +2373,11 @@ int main(int argc, char **argv) {
     }
 
     catch_signals();
+    start_ranks();
     check_output();
     load_model();
     allocate_buffers();
-    if (options.sample_prompts) open_samples();
+    if (options.sample_prompts && run.ranks.rank == 0) open_samples();
     open_output();
 
     begin_training();

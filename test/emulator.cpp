@@ -2,6 +2,7 @@
 // streams. Never compiled with -fsanitize=thread.
 #include "emulator.h"
 #include <chrono>
+#include <deque>
 #include <functional>
 #include <map>
 #include <stdarg.h>
@@ -968,7 +969,7 @@ static void run_launch(void (*run)(void *), const std::vector<char> &arguments,
 }
 
 // ---- Streams and errors ------------------------------------------------------------------------
-typedef std::vector<std::function<void()>> work;
+typedef std::deque<std::function<void()>> work;
 struct emulator_graph {
     work nodes;
 };
@@ -980,6 +981,8 @@ struct emulator_stream {
 };
 struct emulator_event {
     double time;
+    emulator_stream *stream; // in which it was recorded last
+    bool done;
 };
 static emulator_stream null_stream = {true, false, NULL, {}};
 static emulator_stream *capturing;
@@ -1006,8 +1009,11 @@ static bool forbidden(void) {
 }
 
 static void drain(emulator_stream *s) {
-    for (const auto &node : s->pending) node();
-    s->pending.clear();
+    while (!s->pending.empty()) { // a node may wait for another stream, and that one for the rest
+        auto node = std::move(s->pending.front());
+        s->pending.pop_front();
+        node();
+    }
 }
 
 static void drain_all(bool only_blocking) {
@@ -1287,7 +1293,7 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 
 // ---- Events ------------------------------------------------------------------------------------
 cudaError_t cudaEventCreate(cudaEvent_t *event) {
-    *event = new emulator_event{0};
+    *event = new emulator_event{0, NULL, true};
     return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
@@ -1296,10 +1302,32 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     typedef std::chrono::duration<double> seconds;
+    event->stream = stream ? stream : &null_stream;
+    event->done = false;
     return submit(stream, [=] {
         auto time = std::chrono::steady_clock::now().time_since_epoch();
         event->time = seconds(time).count();
+        event->done = true;
     });
+}
+
+// A stream comes so far as it must when it is asked: what waits lets the other stream go first, and
+// whoever asks for an event finds it done the second time.
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    emulator_stream *other = event->stream;
+    return submit(stream, [=] {
+        if (other && !event->done) drain(other);
+    });
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    if (event->done) return cudaSuccess;
+    drain(event->stream);
+    return cudaErrorNotReady;
+}
+
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, void (*function)(void *), void *data) {
+    return submit(stream, [=] { function(data); });
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaDeviceSynchronize(); }

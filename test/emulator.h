@@ -214,6 +214,7 @@ template <int N> static inline void cp_async_wait(void) { emulator_cp_async_wait
     X(cudaErrorInvalidDevice, 101)            \
     X(cudaErrorNoKernelImageForDevice, 209)   \
     X(cudaErrorIllegalState, 401)             \
+    X(cudaErrorNotReady, 600)                 \
     X(cudaErrorStreamCaptureUnsupported, 900) \
     X(cudaErrorStreamCaptureInvalidated, 901)
 // X(name, number, value)
@@ -301,6 +302,11 @@ cudaError_t cudaEventCreate(cudaEvent_t *event);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaEventQuery(cudaEvent_t event);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
+// As CUDA has it: a function of the host in its turn in a stream. For test/nccl_stand_in.c.
+extern "C" cudaError_t cudaLaunchHostFunc(cudaStream_t stream, void (*function)(void *),
+                                          void *data);
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 

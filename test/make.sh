@@ -8,7 +8,7 @@ cp Makefile "$tree"
 for program in convert train infer; do echo 'int main(void) { return 0; }' >"$tree/$program.c"; done
 printf '%s\n' '#include <dlfcn.h>' \
     'int main(void) { return !dlopen("libcublasLt.so.13", RTLD_NOW); }' >"$tree/infer.c"
-: >"$tree/retrofit.h"
+for file in retrofit.h retrofit_ranks.h retrofit_mpi.c; do : >"$tree/$file"; done
 : >"$tree/retrofit_cuda.cu"
 # A toolkit as it lies in a folder: nvcc, the runtime for linking, cuBLASLt's header and, as from pip,
 # nothing but its library with the version in its name.
@@ -26,7 +26,9 @@ END
 }
 toolkit "$work/cuda" lib64
 toolkit "$work/site-packages/nvidia/cu13" lib
-unset CC CFLAGS MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL NVCC SAN STRICT OPENMP MARCH CUDA
+printf '#!/bin/sh\n[ "$1" = -show ] && echo gcc -DOF_MPI -lm\n' >"$work/mpicc"
+chmod +x "$work/mpicc"
+unset MPI MPICC CC CFLAGS MAKEFLAGS MFLAGS MAKEOVERRIDES MAKELEVEL NVCC SAN STRICT OPENMP MARCH CUDA
 unset CUDA_HOME CUDA_LIB CUBLAS CUARCH LIBRARY_PATH LD_LIBRARY_PATH
 printf '#!/bin/sh\nexec cc "$@"\n' >"$work/cc"
 chmod +x "$work/cc"
@@ -57,6 +59,10 @@ check "MARCH" compiles "$programs" CUDA=0 MARCH=-mtune=generic
 check "without OpenMP" compiles "$programs" CUDA=0 MARCH=-mtune=generic OPENMP=
 check "STRICT" compiles "$programs" CUDA=0 MARCH=-mtune=generic OPENMP= STRICT=1
 check "as at first" compiles "$programs" CUDA=0
+check "for several processes" compiles "train " CUDA=0 MPI=1 MPICC="$work/mpicc"
+check "with mpicc's flags" grep -q 'train.c -o train .*retrofit_mpi.c -DOF_MPI -lm' "$work/made"
+check "for several processes: nothing has changed" compiles "" CUDA=0 MPI=1 MPICC="$work/mpicc"
+check "for one process again" compiles "train " CUDA=0
 check "with a GPU's file" compiles "$cublas infer train " "$@" CUBLAS=1
 check "nothing has changed there" compiles "" "$@" CUBLAS=1
 check "without cuBLAS" compiles "$own infer train " "$@" CUBLAS=0

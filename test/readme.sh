@@ -63,9 +63,11 @@ check "the example's exit code without a model" is $? 1
 
 # ---- Sizes, in lines: FIX=1 (make lines) corrects them -------------------------------------------------------
 part=$(grep -n 'The method ends here\.' retrofit.h | cut -d : -f 1)
+files="train.c infer.c convert.c retrofit_cuda.cu retrofit_ranks.h retrofit_mpi.c
+modeling_retrofit.py"
 size() { wc -l <"$1" | tr -d ' '; }
 if [ -n "$FIX" ]; then
-    for file in train.c infer.c convert.c retrofit_cuda.cu modeling_retrofit.py; do
+    for file in $files; do
         sed "s/^| \`$file\` | [^|]* |/| \`$file\` | $(size $file) |/" README.md >README.new
         mv README.new README.md
     done
@@ -78,7 +80,7 @@ check "lines of Part I in the README (make lines corrects them)" is \
     "$(grep -c "^| \`retrofit.h\`, Part I | $part |" README.md)" 1
 check "lines of retrofit.h in the README (make lines corrects them)" is \
     "$(grep -c "the rest of the file, $(size retrofit.h) in all" README.md)" 1
-for file in train.c infer.c convert.c retrofit_cuda.cu modeling_retrofit.py; do
+for file in $files; do
     check "lines of $file in the README (make lines corrects them)" is \
         "$(grep -c "^| \`$file\` | $(size $file) |" README.md)" 1
 done

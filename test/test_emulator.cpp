@@ -706,6 +706,42 @@ static void test_lazy_stream(cudaStream_t stream, float *z) {
     cudaFreeHost(pinned);
 }
 
+static void note(void *text) { strcat((char *)text, "host"); }
+
+// What another stream waits for has happened when that one is waited for. z holds 5.
+static void test_events(cudaStream_t stream, float *z) {
+    float *pinned;
+    cudaStream_t other;
+    cudaEvent_t added, copied;
+    cudaMallocHost(&pinned, 4);
+    cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking);
+    cudaEventCreate(&added);
+    cudaEventCreate(&copied);
+    for (int kind = 0; kind < ORDERS; kind++) {
+        char text[8] = "";
+        emulator_order(kind, 1);
+        emulator_launch(add_kernel, 1, 32, 0, stream, z, 1.f);
+        cudaEventRecord(added, stream);
+        cudaStreamWaitEvent(other, added, 0);
+        cudaMemcpyAsync(pinned, z, 4, cudaMemcpyDeviceToHost, other);
+        cudaLaunchHostFunc(other, note, text);
+        cudaEventRecord(copied, other);
+        cudaStreamWaitEvent(stream, copied, 0);
+        emulator_launch(add_kernel, 1, 32, 0, stream, z, 1.f);
+        check((*text == 0) == (kind > 0), "order %d: a stream that waits for another", kind);
+        cudaError_t first = cudaEventQuery(copied), second = cudaEventQuery(copied);
+        check(first == (kind ? cudaErrorNotReady : cudaSuccess) && second == cudaSuccess,
+              "order %d: asking for an event", kind);
+        check(!strcmp(text, "host"), "order %d: a function of the host", kind);
+        cudaStreamSynchronize(stream);
+        check(*pinned == 6.f + 2 * (float)kind, "order %d: what was waited for", kind);
+    }
+    cudaEventDestroy(added);
+    cudaEventDestroy(copied);
+    cudaStreamDestroy(other);
+    cudaFreeHost(pinned);
+}
+
 static void test_streams(void) {
     buffer<float> x(32);
     buffer<float> y(32);
@@ -715,6 +751,7 @@ static void test_streams(void) {
     test_capture(stream, x, y, z);
     test_broken_captures(stream, x.device, y.device);
     test_lazy_stream(stream, z.device);
+    test_events(stream, z.device);
     cudaStreamDestroy(stream);
 }
 
