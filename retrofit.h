@@ -68,24 +68,24 @@
    A_s has grown. In a short training this choice decides everything.
 
    Contents                                            function                          line
-       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   782
-       s_0                                             retrofit_init_state               805
-       y_i = A_s·s_{i-1} + A_e·e                       inject                            810
-       s_i, without and with gradient                  retrofit_recur                    846
-       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               672
-       its gradient                                    block_backward                    707
-       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     858
-       L                                               retrofit_loss                     912
-       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               935
-       dA_e, de                                        injection_backward                953
-       floating-point operations                       retrofit_flops_per_token          3465
-       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1014
-       the curriculum r̄(t)                             retrofit_curriculum               1049
-       a training step                                 retrofit_training_step            1118
-       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1325
-       Newton-Schulz                                   newton_schulz                     1228
-       the operations: rmsnorm, rope, attention …      embedding_forward                 1364
-       KV cache, exits, sampling, drafts               retrofit_next_logits              2282
+       e = prelude(wte[tokens]), A_e·e                 prelude_forward                   783
+       s_0                                             retrofit_init_state               806
+       y_i = A_s·s_{i-1} + A_e·e                       inject                            811
+       s_i, without and with gradient                  retrofit_recur                    847
+       a block: x + W·attention(…), x + W·swiglu(…)    block_until_gate_up               673
+       its gradient                                    block_backward                    708
+       logits = lm_head·RMSNorm_f(coda(s_r))           retrofit_coda                     859
+       L                                               retrofit_loss                     913
+       dY_i, ds_{i-1}, dA_s, dcore                     recurrence_backward               936
+       dA_e, de                                        injection_backward                954
+       floating-point operations                       retrofit_flops_per_token          3502
+       n, k ~ Poisson(LogNormal) + 1                   retrofit_draw_recurrences         1017
+       the curriculum r̄(t)                             retrofit_curriculum               1050
+       a training step                                 retrofit_training_step            1120
+       AdamW, Muon, AdamW*                             retrofit_optimizer_step           1327
+       Newton-Schulz                                   newton_schulz                     1230
+       the operations: rmsnorm, rope, attention …      embedding_forward                 1366
+       KV cache, exits, sampling, drafts               retrofit_next_logits              2283
 
    Usage: #define RETROFIT_IMPLEMENTATION before this header, and this before any other, in ONE C
    file; include it plainly elsewhere, in C11 or C++17. Compile with -O3 -march=native
