@@ -1,7 +1,8 @@
 # make              the three programs: convert, train, infer; for GPUs too where nvcc is
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
 # make experiment-recurrence (-curriculum, -depth, -ablations)  the paper's claims in miniature, with SEEDS=3, on TASK=lookup or
-#                   overwrite: 4 to 20 minutes each on two cores (doc/experiments.md)
+#                   overwrite: minutes each on two cores (doc/experiments.md)
+# make experiment-smollm2  two of them on a real model and real text, after make smollm2
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make fuzz         clang's libFuzzer on every reader, SECONDS=60 in all; what it finds is in build/fuzz
 # make bench        matrix products against OpenBLAS (where it is), all operations against their limits and against memory
@@ -227,6 +228,9 @@ EXPERIMENTS := $(addprefix experiment-,recurrence curriculum depth ablations)
 $(EXPERIMENTS): experiment-%: all $(OUT)/lookup $(OUT)/stand_in
 	@BIN=$(BIN) OUT=$(OUT) sh test/experiment.sh $*
 
+experiment-smollm2: all
+	@BIN=$(BIN) sh test/experiment_smollm2.sh
+
 smollm2: all $(OUT)/check_base
 	@BIN=$(BIN) sh test/smollm2.sh $(OUT)/check_base
 
@@ -255,6 +259,6 @@ clean:
 distclean: clean
 	rm -rf build local
 
-.PHONY: $(EXPERIMENTS) all test test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: $(EXPERIMENTS) experiment-smollm2 all test test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

@@ -5,6 +5,10 @@ set -e
 name=$1 summary=$2 prefix=$3
 command=$(sed -n '1s/^# //p' "$summary")
 tab=$(printf '\t')
+case $command in
+*TASK=overwrite*) hops='older values of the variable' ;;
+*) hops='hops to the digit' ;;
+esac
 
 # What the legends call the runs.
 legend() {
@@ -39,36 +43,36 @@ by_r='split_of == "test" && hops == "all"'
 by_hops='split_of == "test" && hops != "all"'
 
 heat() { # x, width, title, run
-    panel heat "$1" 50 "$2" 250 "$3" 'recurrences at test time' 'hops to the digit'
+    panel heat "$1" 50 "$2" 250 "$3" 'recurrences at test time' "$hops"
     rows "$by_hops" 'r, hops, accuracy' "$4" | cut -f 2-
 }
 
 case $name in
 recurrence)
     {
-        panel lines 70 50 300 260 'While training (r = 8)' 'training FLOPs, 10¹²' accuracy
+        panel lines 70 50 300 260 'While training: validation tasks, r = 8' 'training FLOPs, 10¹²' accuracy
         rows "$validation" 'flops / 1e12, accuracy, accuracy_error' retrofit fixed base
-        panel lines 530 50 300 260 'At the end' 'recurrences at test time' accuracy log
+        panel lines 530 50 300 260 'At the end: test tasks' 'recurrences at test time' accuracy log
         rows "$by_r && r" 'r, accuracy, accuracy_error' retrofit fixed
         # A base has no recurrences: its line is level.
         for r in 1 32; do rows "$by_r" "$r, accuracy, accuracy_error" base; done
         rows "$by_r" 'r, accuracy, accuracy_error' looped
-    } | legend | picture "$prefix.svg" 960 370
-    heat 70 620 'Accuracy of the retrofitted model, %' retrofit | picture "$prefix-hops.svg" 720 360
+    } | legend | picture "$prefix.svg" 980 370
+    heat 70 620 'Accuracy of the retrofitted model, test tasks, %' retrofit | picture "$prefix-hops.svg" 720 360
     ;;
 curriculum)
     {
-        panel lines 70 50 300 260 'Equal steps (r = 8)' 'training FLOPs, 10¹²' \
+        panel lines 70 50 300 260 'Equal steps: validation tasks, r = 8' 'training FLOPs, 10¹²' \
             'loss of the answer, nats'
         rows "$validation" 'flops / 1e12, loss, loss_error' retrofit linear none
-        panel lines 530 50 300 260 'Equal FLOPs (r = 8)' 'training FLOPs, 10¹²' \
+        panel lines 530 50 300 260 'Equal FLOPs: validation tasks, r = 8' 'training FLOPs, 10¹²' \
             'loss of the answer, nats'
         rows "$validation" 'flops / 1e12, loss, loss_error' retrofit linear-flops none-flops
-    } | legend 1-sqrt | picture "$prefix.svg" 960 370
+    } | legend 1-sqrt | picture "$prefix.svg" 980 370
     ;;
 depth)
     {
-        panel lines 70 50 520 260 'Trained with a mean of 4, 8, 16' 'recurrences at test time' \
+        panel lines 70 50 520 260 'Trained with a mean of 4, 8, 16: test tasks' 'recurrences at test time' \
             accuracy log
         rows "$by_r" 'r, accuracy, accuracy_error' mean-4 mean-8 mean-16
     } | legend | picture "$prefix.svg" 720 370

@@ -83,8 +83,6 @@ check "the second task" experiment recurrence
 check "its base is trained first" [ -e "$PLACE/overwrite-2/base/step_00000001" ]
 check "accuracy by recurrences" rows recurrence retrofit "$of_test" 12
 export TASK=lookup
-
-# ---- Errors -------------------------------------------------------------------------------------
 refuses() { # what it says, command
     said=$1
     shift
@@ -92,6 +90,21 @@ refuses() { # what it says, command
         is "$(grep -vc '^$\|^Stopped before the end' "$work/stderr")" 1 &&
         grep -qF "$said" "$work/stderr"
 }
+real() { # the same road on another model and text
+    mkdir -p "$work/real" && cp -r test/fixtures/lookup/base "$work/real" &&
+        "$OUT/lookup" 60 1 8x3 >"$work/real/train.jsonl" &&
+        "$OUT/lookup" 9 2 8x3 >"$work/real/val.jsonl" &&
+        DIR="$work/real" LAYERS='--prelude 0 --core 1 --coda 2' T=40 \
+            sh test/experiment_smollm2.sh && rm -r "$work/real"
+}
+check "a real model" real
+check "its losses" is "$(cut -f 1,3 "$PLACE/smollm2.tsv" | tr '\t\n' ': ')" \
+    "$(printf '%s ' '# make experiment-smollm2 STEPS=2' run:recurrences source:0 base:0 \
+        retrofit:1 retrofit:2 retrofit:4 retrofit:8 retrofit:16 retrofit:32)"
+check "without its files" refuses "real/base is not there: make smollm2 downloads it" \
+    env DIR="$work/real" sh test/experiment_smollm2.sh
+
+# ---- Errors -------------------------------------------------------------------------------------
 check "an unknown experiment" refuses "experiment: nothing: there are" \
     sh test/experiment.sh nothing
 check "an unknown task" refuses "TASK=chess: the tasks are lookup and overwrite" \
