@@ -224,9 +224,8 @@ gpu-report:
 demo: all $(OUT)/lookup
 	@BIN=$(BIN) sh test/demo.sh $(OUT)/lookup
 
-EXPERIMENTS := $(addprefix experiment-,recurrence curriculum depth ablations)
-$(EXPERIMENTS): experiment-%: all $(OUT)/lookup $(OUT)/stand_in
-	@BIN=$(BIN) OUT=$(OUT) sh test/experiment.sh $*
+experiment-recurrence experiment-curriculum experiment-depth experiment-ablations: all $(OUT)/lookup $(OUT)/stand_in
+	@BIN=$(BIN) OUT=$(OUT) sh test/experiment.sh $(@:experiment-%=%)
 
 experiment-smollm2: all
 	@BIN=$(BIN) sh test/experiment_smollm2.sh
@@ -259,6 +258,6 @@ clean:
 distclean: clean
 	rm -rf build local
 
-.PHONY: $(EXPERIMENTS) experiment-smollm2 all test test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: experiment-recurrence experiment-curriculum experiment-depth experiment-ablations experiment-smollm2 all test test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

@@ -1,7 +1,7 @@
 # Draws panels of curves, of a heat map or of dots, as SVG that follows the reader's light or dark
 # page. -v width=, height= of the picture, command= that made it. Input, fields between tabs:
 #
-#     panel  lines|heat|dots  x  y  width  height  title  label of x  label of y  [log]
+#     panel  lines|heat|dots  x  y  width  height  title  label of x  label of y  [log|logy]
 #     series  x  y  error        curves: points of a series, whose order is the legend's
 #     column  row  value         heat: a cell; columns and rows in the order of their first cells
 #     name  value  error         dots: a line of the panel; the first one is what to compare with
@@ -27,7 +27,10 @@ function scaled_x(v) {
     if (logarithmic) return left + wide * log(v / low_x) / log(high_x / low_x)
     return left + wide * (v - low_x) / (high_x - low_x)
 }
-function scaled_y(v) { return top + high * (high_y - v) / (high_y - low_y) }
+function scaled_y(v) {
+    if (logarithmic_y) return top + high * log(high_y / v) / log(high_y / low_y)
+    return top + high * (high_y - v) / (high_y - low_y)
+}
 
 # A round step, of which three to six make up a range.
 function round_step(range) {
@@ -51,15 +54,21 @@ function round_bounds() { # widens them to multiples of a step, which it sets
     maximum = step * (int(maximum / step - 1e-9) + 1)
 }
 
-function axes() {
+function tick_y(v) {
+    line("grid", left, scaled_y(v), left + wide, scaled_y(v))
+    text("small", left - 6, scaled_y(v) + 4, "end", sprintf("%.3g", v))
+}
+function axis_y() {
     bounds(Y, E)
-    round_bounds()
+    if (!logarithmic_y) round_bounds()
     low_y = minimum
     high_y = maximum
-    for (v = low_y; v < high_y + step / 2; v += step) {
-        line("grid", left, scaled_y(v), left + wide, scaled_y(v))
-        text("small", left - 6, scaled_y(v) + 4, "end", sprintf("%.3g", v))
-    }
+    for (v = low_y; !logarithmic_y && v < high_y + step / 2; v += step) tick_y(v)
+    for (v = 1e-6; logarithmic_y && v <= high_y; v *= 10)
+        for (m = 1; m < 10; m = m == 1 ? 2 : m == 2 ? 5 : 10)
+            if (v * m >= low_y && v * m <= high_y) tick_y(v * m)
+}
+function axis_x() {
     bounds(X, none)
     low_x = logarithmic ? minimum : 0
     high_x = maximum
@@ -74,7 +83,8 @@ function axes() {
 }
 
 function draw_lines() {
-    axes()
+    axis_y()
+    axis_x()
     count = 0
     for (i = 1; i <= n; i++) {
         if (!(name[i] in number)) {
@@ -195,6 +205,7 @@ $1 == "panel" {
     label_x = $8
     label_y = $9
     logarithmic = $10 == "log"
+    logarithmic_y = $10 == "logy"
     legend_y += 12
     next
 }

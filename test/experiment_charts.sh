@@ -42,8 +42,8 @@ validation='split_of == "validation" && hops == "all"'
 by_r='split_of == "test" && hops == "all"'
 by_hops='split_of == "test" && hops != "all"'
 
-heat() { # x, width, title, run
-    panel heat "$1" 50 "$2" 250 "$3" 'recurrences at test time' "$hops"
+heat() { # y, width, title, run
+    panel heat 70 "$1" "$2" 240 "$3" 'recurrences at test time' "$hops"
     rows "$by_hops" 'r, hops, accuracy' "$4" | cut -f 2-
 }
 
@@ -58,15 +58,15 @@ recurrence)
         for r in 1 32; do rows "$by_r" "$r, accuracy, accuracy_error" base; done
         rows "$by_r" 'r, accuracy, accuracy_error' looped
     } | legend | picture "$prefix.svg" 980 370
-    heat 70 620 'Accuracy of the retrofitted model, test tasks, %' retrofit | picture "$prefix-hops.svg" 720 360
+    heat 50 620 'Accuracy of the retrofitted model, test tasks, %' retrofit | picture "$prefix-hops.svg" 720 360
     ;;
 curriculum)
     {
         panel lines 70 50 300 260 'Equal steps: validation tasks, r = 8' 'training FLOPs, 10¹²' \
-            'loss of the answer, nats'
+            'loss of the answer, nats' logy
         rows "$validation" 'flops / 1e12, loss, loss_error' retrofit linear none
         panel lines 530 50 300 260 'Equal FLOPs: validation tasks, r = 8' 'training FLOPs, 10¹²' \
-            'loss of the answer, nats'
+            'loss of the answer, nats' logy
         rows "$validation" 'flops / 1e12, loss, loss_error' retrofit linear-flops none-flops
     } | legend 1-sqrt | picture "$prefix.svg" 980 370
     ;;
@@ -77,10 +77,10 @@ depth)
         rows "$by_r" 'r, accuracy, accuracy_error' mean-4 mean-8 mean-16
     } | legend | picture "$prefix.svg" 720 370
     {
-        heat 70 500 'Accuracy, %: mean of 4 in training' mean-4
-        heat 640 500 'mean of 8' mean-8
-        heat 1210 500 'mean of 16' mean-16
-    } | picture "$prefix-hops.svg" 1730 360
+        heat 50 660 'Accuracy, test tasks, %: trained with a mean of 4' mean-4
+        heat 390 660 'with a mean of 8' mean-8
+        heat 730 660 'with a mean of 16' mean-16
+    } | picture "$prefix-hops.svg" 760 1040
     ;;
 ablations)
     runs=$(awk -F '\t' '!/^#/ && $1 != "task" { print $2 }' "$summary" | uniq)
