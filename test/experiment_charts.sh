@@ -50,7 +50,8 @@ heat() { # y, width, title, run
 case $name in
 recurrence)
     {
-        panel lines 70 50 300 260 'While training: validation tasks, r = 8' 'training FLOPs, 10¹²' accuracy
+        panel lines 70 50 300 260 'While training: validation tasks, r = 8' \
+            'training FLOPs, 10¹²' accuracy
         rows "$validation" 'flops / 1e12, accuracy, accuracy_error' retrofit fixed base
         panel lines 530 50 300 260 'At the end: test tasks' 'recurrences at test time' accuracy log
         rows "$by_r && r" 'r, accuracy, accuracy_error' retrofit fixed
@@ -58,7 +59,8 @@ recurrence)
         for r in 1 32; do rows "$by_r" "$r, accuracy, accuracy_error" base; done
         rows "$by_r" 'r, accuracy, accuracy_error' looped
     } | legend | picture "$prefix.svg" 980 370
-    heat 50 620 'Accuracy of the retrofitted model, test tasks, %' retrofit | picture "$prefix-hops.svg" 720 360
+    heat 50 620 'Accuracy of the retrofitted model, test tasks, %' retrofit |
+        picture "$prefix-hops.svg" 720 360
     ;;
 curriculum)
     {
@@ -72,8 +74,8 @@ curriculum)
     ;;
 depth)
     {
-        panel lines 70 50 520 260 'Trained with a mean of 4, 8, 16: test tasks' 'recurrences at test time' \
-            accuracy log
+        panel lines 70 50 520 260 'Trained with a mean of 4, 8, 16: test tasks' \
+            'recurrences at test time' accuracy log
         rows "$by_r" 'r, accuracy, accuracy_error' mean-4 mean-8 mean-16
     } | legend | picture "$prefix.svg" 720 370
     {
