@@ -1,5 +1,8 @@
 # make              the three programs: convert, train, infer; for GPUs too where nvcc is
 # make demo         a pretrained Llama becomes recurrent, trains, and thinks deeper: about two minutes
+# make experiment-recurrence (-curriculum, -depth, -ablations)  the paper's claims in miniature, with SEEDS=3, on TASK=lookup or
+#                   overwrite: minutes each on two cores (doc/experiments.md)
+# make experiment-smollm2  two of them on a real model and real text, after make smollm2
 # make test         every test; no network, no GPU, no Python. SAN=1: the same under ASan and UBSan
 # make test-mpi     several processes: needs Open MPI (Debian: openmpi-bin libopenmpi-dev)
 # make fuzz         clang's libFuzzer on every reader, SECONDS=60 in all; what it finds is in build/fuzz
@@ -23,7 +26,7 @@
 # CC= picks the compiler, OPENMP= leaves threads out, MARCH= the machine's own instructions, STRICT=1 makes warnings errors.
 # CUDA=0 leaves the GPU out, CUARCH=sm_90 builds for one kind (default: the one that is here, else sm_80 and sm_90), CUBLAS=0 does with our
 # own matrix products, NVCC= names the nvcc to take (doc/gpu.md). Whatever one of these alters is compiled anew.
-# make clean        removes what was compiled; make distclean also what make demo and make smollm2 downloaded and trained
+# make clean        removes what was compiled; make distclean also what the demo and the experiments trained, and what make smollm2 downloaded
 
 CC ?= cc
 CXX ?= c++
@@ -207,7 +210,7 @@ $(OUT)/nccl/libnccl.so.2: test/nccl_stand_in.c $(WITH_C)
 	$(CC) $(FLAGS) -fPIC -shared $< -o $@
 
 LIBRARY := $(BIN)/libretrofit.so $(OUT)/library_user $(OUT)/train_example
-test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(OUT)/large $(LIBRARY) $(HOOKED)
+test: $(PROGRAMS) $(TESTS) $(EMULATED) $(OUT)/example $(OUT)/large $(OUT)/lookup $(OUT)/stand_in $(LIBRARY) $(HOOKED)
 	@BIN=$(BIN) OUT=$(OUT) CC='$(CC)' NVCC='$(NVCC)' MUTANTS=$(or $(MUTANTS),$(if $(SAN),5000,2000)) \
 	    sh test/run.sh $(TESTS) $(HOOKED)
 
@@ -249,6 +252,12 @@ gpu-report:
 demo: all $(OUT)/lookup
 	@BIN=$(BIN) sh test/demo.sh $(OUT)/lookup
 
+experiment-recurrence experiment-curriculum experiment-depth experiment-ablations: all $(OUT)/lookup $(OUT)/stand_in
+	@BIN=$(BIN) OUT=$(OUT) sh test/experiment.sh $(@:experiment-%=%)
+
+experiment-smollm2: all
+	@BIN=$(BIN) sh test/experiment_smollm2.sh
+
 smollm2: all $(OUT)/check_base
 	@BIN=$(BIN) sh test/smollm2.sh $(OUT)/check_base
 
@@ -272,11 +281,12 @@ bench: $(OUT)/bench
 
 clean:
 	rm -f convert train infer libretrofit.so
-	[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name demo -exec rm -rf {} +
+	[ ! -d build ] || find build -mindepth 1 -maxdepth 1 ! -name demo ! -name experiments -exec rm -rf {} +
 
 distclean: clean
 	rm -rf build local
 
-.PHONY: all test test-mpi test-large fuzz test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
+.PHONY: experiment-recurrence experiment-curriculum experiment-depth experiment-ablations experiment-smollm2 all test test-mpi test-large fuzz \
+    test-cuda sanitize-cuda gpu-report sass demo bench bench-cuda smollm2 readme lines figures plot clean distclean
 .DELETE_ON_ERROR:
 .SECONDARY:

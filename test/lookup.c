@@ -7,6 +7,13 @@
 // lookup COUNT SEED SHAPES writes COUNT programs as JSON lines {"text": …}, in equal parts of the
 // SHAPES, as in 8x3,6x4,4x6,3x8. lookup COUNT SEED SHAPES tasks writes
 // {"prompt": …, "answer": …, "hops": …} with the first result as the question.
+//
+// A last argument, overwrite, makes the second task of the experiments, where breadth counts and
+// depth should not: K·D assignments of digits to K variables, of which the latest one holds.
+//
+//     i=1 j=8 i=9 k=0 j=4 i=2 … | j=4 i=2 …
+//
+// Its "hops" are the older values of the variable: all of them are there to be mistaken for it.
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -89,9 +96,40 @@ static void write_program(shape s, bool task) {
     printf("\"}\n");
 }
 
+// The task that needs no depth. A question has no more than 7 older values, as in the first task.
+static void write_overwrites(shape s, bool task) {
+    unsigned K = s.chains, total = K * s.depth, writes[CHAINS] = {0};
+    char names[VARIABLES], latest[CHAINS] = {0};
+    for (int i = 0; i < VARIABLES; i++) names[i] = (char)('a' + i);
+    shuffle(names, VARIABLES);
+
+    printf(task ? "{\"prompt\": \"" : "{\"text\": \"");
+    for (unsigned i = 0; i < total; i++) {
+        unsigned k = below(K);
+        latest[k] = (char)('0' + below(10));
+        writes[k]++;
+        printf("%s%c=%c", i ? " " : "", names[k], latest[k]);
+    }
+
+    printf(" |");
+    for (int i = 0; i < RESULTS; i++) {
+        unsigned k = below(K);
+        while (writes[k] == 0 || (task && writes[k] > 8)) k = (k + 1) % K;
+        if (task) {
+            printf(" %c\", \"answer\": \"=%c\", \"hops\": %u}\n", names[k], latest[k],
+                   writes[k] - 1);
+            return;
+        }
+        printf(" %c=%c", names[k], latest[k]);
+    }
+    printf("\"}\n");
+}
+
 int main(int argc, char **argv) {
-    if (argc < 4 || argc > 5) {
-        fputs("usage: lookup COUNT SEED KxD[,KxD...] [tasks]\n", stderr);
+    bool task = argc > 4 && strcmp(argv[4], "tasks") == 0;
+    bool overwrite = argc > 4 && strcmp(argv[argc - 1], "overwrite") == 0;
+    if (argc < 4 || argc != 4 + task + overwrite) {
+        fputs("usage: lookup COUNT SEED KxD[,KxD...] [tasks] [overwrite]\n", stderr);
         return 2;
     }
     unsigned long count = strtoul(argv[1], NULL, 10);
@@ -100,6 +138,13 @@ int main(int argc, char **argv) {
     shape shapes[SHAPES];
     unsigned shape_count = read_shapes(argv[3], shapes);
     if (shape_count == 0) return 2;
-    for (unsigned long n = 0; n < count; n++) write_program(shapes[n % shape_count], argc == 5);
+    for (unsigned long n = 0; n < count; n++) {
+        shape s = shapes[n % shape_count];
+        if (overwrite) {
+            write_overwrites(s, task);
+        } else {
+            write_program(s, task);
+        }
+    }
     return fflush(stdout) || ferror(stdout);
 }

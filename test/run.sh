@@ -35,7 +35,7 @@ count() { # name, exit code, output
         failed=$((failed + 1))
     fi
 }
-for test in "$@" make demos library compilers readme contents keys device runs outputs resume plot \
+for test in "$@" make demos experiments library compilers readme contents keys device runs outputs resume plot \
     large gpu_report_test; do
     case $test in
     */*) set -- "$test" ;;
