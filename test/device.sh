@@ -3,7 +3,7 @@
 # on a CPU, go on after a stop to the same bits, and say clearly what they can't.
 . test/check.sh
 train=$OUT/emulated_train infer=$OUT/emulated_infer tiny=test/fixtures/tiny/recurrent
-export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 # a program that fails does not free its memory
+export OMP_NUM_THREADS=1
 fails() { # exit code, text on stderr, command
     code=$1 text=$2
     shift 2

@@ -4,7 +4,7 @@
 # test/example.c gives, and exports nothing but retrofit.h's names.
 . test/check.sh
 BIN=${BIN:-.} OUT=${OUT:-build}
-export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0
+export OMP_NUM_THREADS=1
 tiny=test/fixtures/tiny/recurrent base=test/fixtures/lookup/base
 
 # ---- The training loop

@@ -3,7 +3,7 @@
 # error at each call by which they change files (test/shim.c), a signal at random moments, a nohup.
 . test/check.sh
 shim=$work/shim.so bin=$(cd "$BIN" && pwd) fixtures=$(pwd)/test/fixtures
-export OMP_NUM_THREADS=1 ASAN_OPTIONS=verify_asan_link_order=0:detect_leaks=0
+export OMP_NUM_THREADS=1
 call_stride=1 kill_count=20
 case $BIN in *san*) call_stride=5 kill_count=3 ;; esac # the sanitizers are slow
 check "the shim" ${CC:-cc} -shared -fPIC -O1 test/shim.c -o "$shim" -ldl

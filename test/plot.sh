@@ -2,7 +2,7 @@
 # make plot: what it draws of a log, and what it says where it cannot.
 . test/check.sh
 train=$BIN/train run=$work/run shell=$(command -v sh)
-export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0
+export OMP_NUM_THREADS=1
 plot() { sh doc/plot.sh "$@"; }
 fails() { # text, command: it says one line and leaves the directory as it was
     text=$1

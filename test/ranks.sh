@@ -6,7 +6,6 @@
 train=$OUT/mpi_train model=$work/model
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
-export ASAN_OPTIONS=detect_leaks=0
 mpirun=${MPIRUN:-mpirun}
 
 "$BIN/convert" --from test/fixtures/lookup/base --to "$model" --prelude 0 --core 1 --coda 2 \

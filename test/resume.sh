@@ -6,7 +6,7 @@
 # step 6, and with step 11. 9 of the 12 steps are the curriculum.
 . test/check.sh
 train=$BIN/train tiny=test/fixtures/tiny/recurrent
-export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0
+export OMP_NUM_THREADS=1
 stops="1 2 3 4 5 6 7 8 9 10 11"
 case $BIN in *san*) stops="2 3 11" ;; esac # the sanitizers are slow
 

@@ -3,7 +3,7 @@
 # train goes on to the same bits, or says why not. test/shim.c makes calls fail.
 . test/check.sh
 train=$BIN/train tiny=test/fixtures/tiny/recurrent shim=$work/shim.so
-export OMP_NUM_THREADS=1 ASAN_OPTIONS=verify_asan_link_order=0:detect_leaks=0
+export OMP_NUM_THREADS=1
 kill_count=200 stop_count=50 call_stride=1
 case $BIN in *san*) kill_count=10 stop_count=6 call_stride=7 ;; esac # the sanitizers are slow
 
