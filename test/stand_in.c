@@ -16,7 +16,8 @@ static void copy_layer(retrofit_layer *to, const retrofit_layer *from) {
     retrofit_parameter *target = &to->norm_1;
     for (size_t i = 0; i < sizeof *to / sizeof *target; i++) {
         size_t count = source[i].rows * source[i].cols;
-        memcpy(target[i].master, source[i].master, count * sizeof(float));
+        // What an architecture lacks, such as biases, has no numbers and no place.
+        if (count) memcpy(target[i].master, source[i].master, count * sizeof(float));
     }
 }
 
