@@ -105,7 +105,7 @@ endif
 HOOKED := $(foreach kind,fuzz faults,$(addprefix $(OUT)/$(kind)_,convert infer train))
 PROGRAMS := $(addprefix $(BIN)/,convert train infer)
 TESTS := $(addprefix $(OUT)/,$(filter-out test_gpu,$(basename $(notdir $(wildcard test/test_*.c)))))
-EMULATED := $(addprefix $(OUT)/emulated_,test_ops test_gpu bench_cuda train infer) $(OUT)/test_emulator $(if $(SAN),,$(OUT)/races_test_ops)
+EMULATED := $(addprefix $(OUT)/emulated_,test_ops test_gpu bench_cuda train infer) $(OUT)/test_emulator $(if $(SAN),,$(OUT)/races_test_ops $(OUT)/races_bytes)
 
 all: $(PROGRAMS)
 

@@ -286,8 +286,18 @@ static void check_reads(const touch &t, unsigned me) {
     if (!other_block) c->read_time = now;
 }
 
+size_t emulator_bytes_read, emulator_bytes_written;
+
+// A byte counts once in a launch, and not as read if the launch wrote it before.
+static void count_byte(const touch &t) {
+    if (t.shared || t.c->write_time >= launch_start) return;
+    if (t.write) emulator_bytes_written++;
+    else if (t.c->read_time < launch_start) emulator_bytes_read++;
+}
+
 static void touch_byte(const touch &t) {
     unsigned me = (unsigned)(current - threads);
+    count_byte(t);
     if (t.c->in_flight)
         fail("touches byte %zu of %s, which a cp.async of %s still fills (code: %s)", t.byte,
              t.array, name_of(threads + t.c->writer), code_name(t.code));

@@ -257,8 +257,13 @@ struct cudaDeviceProp {
     int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock;
 };
 
+extern "C" {
 // Sets what EMULATOR_ORDER and EMULATOR_SEED set at the start.
-extern "C" void emulator_order(int kind, uint64_t seed);
+void emulator_order(int kind, uint64_t seed);
+// Bytes of the GPU's memory that kernels have read and written so far: each once a launch, as if a
+// cache held all that a launch touches. Counted where races are looked for.
+extern size_t emulator_bytes_read, emulator_bytes_written;
+}
 
 const char *cudaGetErrorName(cudaError_t error);
 const char *cudaGetErrorString(cudaError_t error);

@@ -50,6 +50,11 @@ while read -r directory; do
     check "--tokenizer $directory: convert makes it" is "$([ "$made" -gt 0 ] && echo made)" made
 done <"$work/used"
 
+# What a layer moves on a GPU is counted (not with SAN=1).
+not_told() { "$OUT/races_bytes" | grep '^|' | grep -vxFf doc/gpu.md; }
+[ ! -e "$OUT/races_bytes" ] ||
+    check "doc/gpu.md has what build/races_bytes counts" is "$(not_told)" ""
+
 # ---- The program of one's own -------------------------------------------------------------------
 ours=$(sed -n '/^#include/,$p' test/example.c | sed 's|\.\./retrofit\.h|retrofit.h|')
 theirs=$(sed -n '/^```c/,/^```/p' README.md | sed '1d;$d')

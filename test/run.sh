@@ -19,6 +19,7 @@ emulated() {
     emulated emulated_test_ops
     emulated emulated_test_gpu
     [ ! -e "$OUT/races_test_ops" ] || EMULATOR_ORDER=0 TRIALS=10 emulated races_test_ops
+    [ ! -e "$OUT/races_bytes" ] || emulated races_bytes
 ) &
 count() { # name, exit code, output
     printf '%s\n' "$3"
