@@ -1784,20 +1784,24 @@ static void rope_backward(act *dqkv, const float *table, size_t B, size_t T, siz
 constexpr float LOG2E = 1.44269504f; // exponentials are taken to base 2: e^x = 2^(x·LOG2E)
 
 struct packed_rows {
-    int group, count;   // heads that share keys; rows
-    size_t first, head; // the sequence's first token, the group's first head
+    int group, count; // heads that share keys; rows
+    // The sequence's first token, the group's first head. No GPU has memory for 2^32 tokens, and
+    // with size_t attention at heads of 64 would spill.
+    unsigned first, head;
     size_t H, h, Q;
     uint64_t inverse; // of group, times 2^32: r / group is exact as long as r·group < 2^32
     __device__ packed_rows(size_t b, size_t g, const attention_shape &s)
-        : group((int)(s.H / s.G)), count((int)s.T * group), first(b * s.T), head(g * (s.H / s.G)),
-          H(s.H), h(s.h), Q(s.Q()), inverse(((uint64_t)1 << 32) / (s.H / s.G) + 1) {}
+        : group((int)(s.H / s.G)), count((int)s.T * group), first((unsigned)(b * s.T)),
+          head((unsigned)(g * (s.H / s.G))), H(s.H), h(s.h), Q(s.Q()),
+          inverse(((uint64_t)1 << 32) / (s.H / s.G) + 1) {}
     __device__ int token(int r) const { return (int)((uint64_t)r * inverse >> 32); }
-    __device__ size_t head_of(int r) const { return head + (r - token(r) * group); }
+    __device__ size_t token_of(int r) const { return first + (unsigned)token(r); } // of the batch
+    __device__ size_t head_of(int r) const { return head + (unsigned)(r - token(r) * group); }
     // Where row r is in lse and delta (N,H).
-    __device__ size_t index(int r) const { return (first + token(r)) * H + head_of(r); }
+    __device__ size_t index(int r) const { return token_of(r) * H + head_of(r); }
     // Where its h numbers are in qkv (N,Q), and in an output (N,d).
     template <typename P> __device__ P query(P qkv, int r) const {
-        return qkv + (first + token(r)) * Q + head_of(r) * h;
+        return qkv + token_of(r) * Q + head_of(r) * h;
     }
     template <typename P> __device__ P output(P out, int r) const { return out + index(r) * h; }
 };

@@ -1,8 +1,9 @@
 #!/bin/sh
 # make sass: the instruction mix of the loops that matter, counted in the machine code of
-# retrofit_cuda.cu, beside the targets. It needs nvcc and cuobjdump, but no GPU.
+# retrofit_cuda.cu, beside the targets. It needs nvcc, cuobjdump and nvdisasm, but no GPU.
 #     ARCHITECTURES='sm_80 sm_90'   which to compile for
-#     CUOBJDUMP=file                where it is not beside nvcc (pip: nvidia-cuda-cuobjdump)
+#     CUOBJDUMP=file                where it is not beside nvcc (pip: nvidia-cuda-cuobjdump and
+#                                   nvidia-cuda-nvdisasm)
 # The arguments are nvcc's command. A loop is one that holds tensor-core instructions and no other
 # loop; of several, as with and without the causal mask, the shortest counts.
 dump=${CUOBJDUMP:-$(dirname "$1")/cuobjdump}
@@ -10,6 +11,12 @@ command -v "$dump" >/dev/null || dump=cuobjdump
 command -v "$dump" >/dev/null || {
     echo "sass: cuobjdump was not found: install it beside nvcc, or name it with CUOBJDUMP=" \
         "(pip has it as nvidia-cuda-cuobjdump)" >&2
+    exit 1
+}
+PATH=$PATH:$(dirname "$dump") # cuobjdump calls nvdisasm
+command -v nvdisasm >/dev/null || {
+    echo "sass: nvdisasm was not found, which $dump calls: install it beside that (pip has it as" \
+        "nvidia-cuda-nvdisasm)" >&2
     exit 1
 }
 work=$(mktemp -d) || exit 1
