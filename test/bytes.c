@@ -34,7 +34,7 @@ static void note(const char *name, double read, double written, double least) {
     rows[row_count++] = (row){.name = name, .read = read, .written = written, .least = least};
 }
 
-// Does an operation, and adds what it moved to the row noted last.
+// Does an operation, and writes what it moved to the row noted last.
 #define COUNT(...)                                                                \
     if (counted) {                                                                \
         size_t bytes_read = emulator_bytes_read;                                  \

@@ -11,7 +11,8 @@ shapes=8x3,6x4,4x6,3x8
 if [ -e $dir/finished ]; then
     for part in recurrent train base; do rm -f $dir/$part.jsonl $dir/$part.bin; done
     rm -rf $dir/recurrent $dir/run $dir/once $dir/base
-    rm $dir/finished $dir/log
+    rm -f $dir/log
+    rm $dir/finished
 fi
 mkdir -p $dir
 begin=$(date +%s)
@@ -32,7 +33,7 @@ ended() { # exit code: what a quiet command said last is then the reason
 trap 'ended $?' EXIT
 
 say "The task: follow the variable behind the bar to its digit. A pretrained Llama of 3 layers" \
-    "does so" "over 0 to 2 hops, and guesses beyond (.33 is chance):"
+    "does so over 0 to 2 hops, and guesses beyond (.33 is chance):"
 sed -n '1s/.*"prompt": "\([^"]*\)".*"answer": "=\(.\)".*/\1   (is \2)/p' $tasks
 run "$BIN/infer" --model $base --tasks $tasks
 
@@ -95,7 +96,8 @@ until [ -z "$task" ] || [ "$said" = "$answer" ]; do
     take $number
     [ -z "$task" ] || ask 8
 done
-say "$(($(date +%s) - begin)) seconds. Everything lies in $dir, every command is in $dir/log. To go on:"
+say "$(($(date +%s) - begin)) seconds. Everything lies in $dir, also what was quick: $dir/log." \
+    "To go on:"
 [ -z "$task" ] || printf 'another program, whose answer is %s:\n%s\n' "$answer" "$command"
 printf 'both trainings in one picture:   $ make plot RUN="%s %s"\n' $dir/run $dir/base
 printf 'with errors, from three seeds:   $ make experiment-recurrence\n'

@@ -67,10 +67,8 @@ ends() {
 }
 ran() { is "$(grep -c -- "$1" "$log")" "$2"; } # pattern, times
 shown() { # the commands on the screen and in the demo's log, each in a line
-    log_there=$tree/build/demo/log
-    [ -e "$log_there" ] || log_there=
-    cat $log_there "$work/shown" | sed -e ':join' -e '/\\$/ { N; s/ \\\n */ /; b join' -e '}' |
-        sed -n 's/^\$ //p'
+    cat "$tree/build/demo/log" "$work/shown" |
+        sed -e ':join' -e '/\\$/ { N; s/ \\\n */ /; b join' -e '}' | sed -n 's/^\$ //p'
 }
 says() { grep -qF "$1" "$work/shown"; }
 
@@ -110,7 +108,8 @@ suggestion() { # its answer is the one that the demo says
     is "$( (cd "$tree" && . "$work/last"))" "$answer"
 }
 check "the suggestion gives the answer that it says" suggestion
-check "wrong answers are called so" is "$(grep -c '^r = [14]: =x   (wrong: it is =7)' "$work/shown")" 2
+check "wrong answers are called so" \
+    is "$(grep -c '^r = [14]: =x   (wrong: it is =7)' "$work/shown")" 2
 check "right ones too" is "$(grep -c '^r = 8: =7   (right)' "$work/shown")" 1
 waits() { # told to stop, it ends once the training has saved
     rm -rf "$tree/build"
